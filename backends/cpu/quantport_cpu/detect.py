@@ -1,0 +1,78 @@
+"""Finds the host processor: its instruction sets, its cores and its memory."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantport.backend import Arch, Backend, Device, Kernel
+from quantport_cpu.capabilities import ARCHS
+
+Features = frozenset[str]
+
+
+def features(cpu: Any = torch.cpu) -> Features:
+    """Reads instruction sets: ``get_capabilities()`` where torch has it (2.11 and later), else the private probes."""
+    if hasattr(cpu, "get_capabilities"):
+        return frozenset(name for name, value in cpu.get_capabilities().items() if value is True)
+    probes = {
+        "avx2": "_is_avx2_supported",
+        "avx512_f": "_is_avx512_supported",
+        "avx512_vnni": "_is_vnni_supported",
+        "avx512_bf16": "_is_avx512_bf16_supported",
+        "amx_tile": "_is_amx_tile_supported",
+    }
+    found = {name for name, probe in probes.items() if hasattr(cpu, probe) and getattr(cpu, probe)()}
+    return frozenset(found | ({"amx_int8", "amx_bf16"} if "amx_tile" in found else set()))
+
+
+def arch_of(found: Features, machine: str) -> Arch:
+    """Chooses the architecture class from instruction sets and ``platform.machine()``."""
+    if machine.lower() in ("arm64", "aarch64"):
+        return ARCHS["arm_i8mm" if {"i8mm", "bf16"} <= found else "arm"]
+    if {"amx_int8", "amx_bf16"} <= found:
+        return ARCHS["x86_amx"]
+    if {"avx512_vnni", "avx512_bf16"} <= found:
+        return ARCHS["x86_bf16"]
+    if found & {"avx512_vnni", "avx_vnni"}:
+        return ARCHS["x86_vnni"]
+    if "avx512_f" in found:
+        return ARCHS["x86_avx512"]
+    return ARCHS["x86_avx2" if "avx2" in found else "generic"]
+
+
+def memory(meminfo: Path = Path("/proc/meminfo")) -> int | None:
+    """Bytes that a new allocation can get without swapping; total memory where the system tells no more."""
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
+
+
+class CpuBackend(Backend):
+    """The host processor."""
+
+    kind = "cpu"
+    torch_type = "cpu"
+    rank = 0
+    archs: Mapping[str, Arch] = ARCHS
+
+    def detect(self) -> Sequence[Device]:
+        """Always finds exactly one device."""
+        found = features()
+        name = platform.processor() or platform.machine()
+        return (Device(arch_of(found, platform.machine()), name=name, memory=memory(), features=found),)
+
+    def kernels(self) -> Sequence[Kernel]:
+        """Fast kernels first; the portable ones run everything else."""
+        from quantport_cpu.kernels import kernels
+
+        return kernels()

@@ -1,0 +1,154 @@
+"""Kernels made of ATen operators alone: any room may offer them for its device. They run wherever torch runs.
+
+The operators and their limits: PyTorch ``native_functions.yaml`` and ``torch/_meta_registrations.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from quantport import numerics
+from quantport.capability import Claim, Evidence, Status
+from quantport.kernel import Canonical, Kernel, Packed, Request, WeightSpec
+
+DECLARED = Claim(Evidence.DECLARED, "pure torch operators; the same code is tested on the CPU")
+
+
+def native_reason(request: Request, format_name: str) -> tuple[str, ...]:
+    """The reason against a kernel that needs a matrix unit for ``format_name``, or nothing."""
+    arch = request.device.arch
+    if format_name in arch.native:
+        return ()
+    return (f"{arch.name} ({arch.title}) has no {format_name} matrix instruction [{arch.source}]",)
+
+
+class Reference(Kernel):
+    """Exact emulation of the scheme, activations included: slow, right, everywhere."""
+
+    name = "torch.reference"
+    status = Status.REFERENCE
+    tolerance = 2.0**-7
+    quantizes_activations = True
+
+    def reasons_against(self, request: Request) -> Sequence[str]:
+        return ()
+
+    def claim(self, request: Request) -> Claim:
+        return DECLARED
+
+    def speed(self, request: Request) -> float | None:
+        return 0.05  # reads the weight, writes it in fp32, reads that: never faster than BF16
+
+    def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
+        return numerics.linear(x, self.unpack(packed, spec), spec.scheme, bias)
+
+
+class Dequantize(Kernel):
+    """Weights as asked, dequantized to the activation dtype at each call, then the device's own BF16 matmul."""
+
+    name = "torch.dequantize"
+    status = Status.DEQUANTIZE
+    tolerance = 2.0**-6
+
+    def reasons_against(self, request: Request) -> Sequence[str]:
+        return ()
+
+    def claim(self, request: Request) -> Claim:
+        return DECLARED
+
+    def speed(self, request: Request) -> float | None:
+        return 0.2  # writes and reads a whole 16-bit weight on every call: never faster than BF16
+
+    def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
+        weight = numerics.dequantize_weight(self.unpack(packed, spec), spec.scheme, spec.k, x.dtype)
+        return torch.nn.functional.linear(x, weight, bias)
+
+
+class ScaledMM(Kernel):
+    """W8A8 e4m3fn through ``torch._scaled_mm``: per-token activation scales, per-channel or per-tensor weight scales.
+
+    Limits (``_meta_registrations.py``): K and N multiples of 16, row-major times column-major, bf16 output.
+    """
+
+    name = "aten._scaled_mm"
+    tolerance = 2.0**-6
+    quantizes_activations = True
+
+    def reasons_against(self, request: Request) -> Sequence[str]:
+        spec = request.weight
+        weight, activation = spec.scheme.weight, spec.scheme.activation
+        reasons = list(native_reason(request, "e4m3fn"))
+        rowwise = activation is not None and (activation.rows, activation.cols) == (1, 0)
+        if weight.format != "e4m3fn" or not rowwise or weight.cols or weight.rows > 1:
+            reasons.append(f"{self.name} takes e4m3fn per tensor or per channel with per-token activations")
+        if spec.n % 16 or spec.k % 16:
+            reasons.append(f"{self.name} needs N and K to be multiples of 16, not {spec.n} x {spec.k}")
+        if request.dtype is not torch.bfloat16:
+            reasons.append(f"{self.name} with row scales returns bfloat16 only, not {request.dtype}")
+        if not hasattr(torch, "_scaled_mm"):
+            reasons.append("this torch has no _scaled_mm")
+        return reasons
+
+    def claim(self, request: Request) -> Claim:
+        return Claim(Evidence.DECLARED, "pytorch ScaledBlas.cpp: row-wise e4m3fn; the same call is tested on the CPU")
+
+    def pack(self, canonical: Canonical, spec: WeightSpec) -> Packed:
+        return canonical["weight"], canonical["weight_scale"].expand(spec.n, 1).contiguous().view(1, spec.n)
+
+    def unpack(self, packed: Packed, spec: WeightSpec) -> Canonical:
+        weight, scale = packed
+        rows = spec.scheme.weight.scale_shape(spec.n, spec.k)[0]
+        return {"weight": weight, "weight_scale": scale.view(-1, 1)[:rows].contiguous()}
+
+    def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
+        weight, scale = packed
+        assert spec.scheme.activation is not None  # reasons_against refused it otherwise
+        q, token = numerics.quantize(x, spec.scheme.activation)
+        y = torch._scaled_mm(q, weight.t(), scale_a=token, scale_b=scale, out_dtype=torch.bfloat16)
+        return y if bias is None else y + bias
+
+
+class IntMM(Kernel):
+    """W8A8 int8 through ``torch._int_mm``: exact int32 sums, then per-token and per-channel scales in fp32.
+
+    Limits (``_int_mm_out_cuda``): more than 16 rows (fewer are padded), K and N multiples of 8.
+    """
+
+    name = "aten._int_mm"
+    tolerance = 2.0**-7
+    quantizes_activations = True
+
+    def reasons_against(self, request: Request) -> Sequence[str]:
+        spec = request.weight
+        reasons = list(native_reason(request, "int8"))
+        if spec.scheme.weight.format != "int8" or spec.scheme.activation is None or spec.scheme.weight.cols:
+            reasons.append(f"{self.name} takes int8 per channel with per-token int8 activations")
+        if spec.n % 8 or spec.k % 8:
+            reasons.append(f"{self.name} needs N and K to be multiples of 8, not {spec.n} x {spec.k}")
+        return reasons
+
+    def claim(self, request: Request) -> Claim:
+        return Claim(Evidence.DECLARED, "pytorch native_functions.yaml _int_mm; the same call is tested on the CPU")
+
+    def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
+        weight, scale = packed
+        assert spec.scheme.activation is not None  # reasons_against refused it otherwise
+        q, token = numerics.quantize(x, spec.scheme.activation)
+        rows = x.shape[0]
+        if rows <= 16:
+            q = torch.nn.functional.pad(q, (0, 0, 0, 32 - rows))
+        y = torch._int_mm(q, weight.t())[:rows] * token * scale.view(1, -1)
+        return (y if bias is None else y + bias).to(x.dtype)
+
+
+def kernels() -> tuple[Kernel, ...]:
+    """The kernels that run on any torch device that has the operators."""
+    return (ScaledMM(), IntMM(), *portable())
+
+
+def portable() -> tuple[Kernel, ...]:
+    """The kernels that need nothing but elementwise operators and a matmul."""
+    return (Dequantize(), Reference())

@@ -1,0 +1,41 @@
+"""All that a backend author may import. Nothing here is defined here.
+
+Example:
+    >>> from quantport.backend import Arch, Backend, Device, hookimpl
+"""
+
+from quantport import aten, numerics
+from quantport.capability import Accepted, Claim, Evidence, Rejected, Status, Verdict
+from quantport.device import Arch, Device
+from quantport.errors import BackendError, DeviceError, QuantportError
+from quantport.formats import FORMATS, Format
+from quantport.hookspecs import Backend, hookimpl
+from quantport.kernel import Canonical, Kernel, Packed, Request, WeightSpec
+from quantport.scheme import Quant, Scheme
+
+__all__ = [
+    "FORMATS",
+    "Accepted",
+    "Arch",
+    "Backend",
+    "BackendError",
+    "Canonical",
+    "Claim",
+    "Device",
+    "DeviceError",
+    "Evidence",
+    "Format",
+    "Kernel",
+    "Packed",
+    "Quant",
+    "QuantportError",
+    "Rejected",
+    "Request",
+    "Scheme",
+    "Status",
+    "Verdict",
+    "WeightSpec",
+    "aten",
+    "hookimpl",
+    "numerics",
+]

@@ -1,0 +1,77 @@
+"""Verdicts and evidence. The matrix, the plan, the errors and the docs are folds over these values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Evidence(str, Enum):
+    """How we know that a cell is true, strongest first."""
+
+    MEASURED = "measured"
+    COMPILED = "compiled"
+    SIMULATED = "simulated"
+    INTERPRETED = "interpreted"
+    DECLARED = "declared"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+class Status(str, Enum):
+    """What a user gets.
+
+    ``native``: the asked precision, on units built for it. ``weight_only``: the weights as asked, the activations in
+    16 bits. ``dequantize``: the asked weight-only numerics, through a pure-torch dequantization. ``reference``: exact
+    emulation of the asked numerics, slow. ``unsupported``: nothing runs it.
+    """
+
+    NATIVE = "native"
+    WEIGHT_ONLY = "weight_only"
+    DEQUANTIZE = "dequantize"
+    REFERENCE = "reference"
+    UNSUPPORTED = "unsupported"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Evidence with where to check it: a results file, a test, or a vendor page."""
+
+    evidence: Evidence
+    source: str
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """A kernel takes the request.
+
+    Attributes:
+        kernel: Name of the kernel.
+        status: What the user gets.
+        precision: Effective precision, for example ``W8A16``.
+        claim: How we know.
+        speed: Measured or known speed relative to the best BF16 path at the expected rows (1.0 = equal); None = unknown.
+        deviation: Named difference from the scheme's numerics, or an empty string.
+    """
+
+    kernel: str
+    status: Status
+    precision: str
+    claim: Claim
+    speed: float | None
+    deviation: str = ""
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A kernel refuses the request, for these reasons (never empty)."""
+
+    kernel: str
+    reasons: tuple[str, ...]
+
+
+Verdict = Accepted | Rejected

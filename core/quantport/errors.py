@@ -1,0 +1,67 @@
+"""Every exception of quantport. Each message has three parts: what was asked, what was found, what would work."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class QuantportError(Exception):
+    """Base of all errors that quantport raises on purpose.
+
+    Args:
+        asked: What the caller asked for.
+        found: What quantport found instead.
+        works: What would work.
+    """
+
+    def __init__(self, asked: str, found: str, works: str) -> None:
+        super().__init__(asked, found, works)
+        self.asked, self.found, self.works = asked, found, works
+
+    def __str__(self) -> str:
+        return f"asked: {self.asked}\nfound: {self.found}\nworks: {self.works}"
+
+
+class ConfigError(QuantportError, ValueError):
+    """A configuration, a scheme name or a pattern is wrong."""
+
+
+class CheckpointError(QuantportError, ValueError):
+    """A checkpoint is truncated, lies in its header, misses a file, or is quantized already."""
+
+
+class WeightError(QuantportError, ValueError):
+    """A weight cannot be quantized: not finite, wrong dtype, wrong rank."""
+
+
+class DeviceError(QuantportError, ValueError):
+    """A device or an architecture is unknown, or is not there."""
+
+
+class UnsupportedError(QuantportError):
+    """No kernel of the device can run what was asked, under the fallback policy that was asked."""
+
+
+class BackendError(QuantportError):
+    """A backend or a plugin broke the contract, or raised where it must not."""
+
+
+class SaveError(QuantportError, OSError):
+    """A checkpoint could not be written; nothing was left behind under its final name."""
+
+
+class BudgetError(QuantportError, MemoryError):
+    """The plan does not fit in the memory of the device (predicted, before any weight is read)."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Returns ``"did you mean 'x'? "`` for the closest known name, or an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}? " if close else ""
+
+
+def one_of(name: str, known: Iterable[str]) -> str:
+    """Returns the 'works' part for an unknown name: a suggestion, then every known name."""
+    names = list(known)
+    return f"{did_you_mean(name, names)}known: {', '.join(names) or 'none'}"

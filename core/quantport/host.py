@@ -1,0 +1,180 @@
+"""Finds rooms and plugins once, through entry points; sets broken ones aside, by name and reason."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache, cached_property
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+import pluggy
+import torch
+
+from quantport import hookspecs
+from quantport.device import Device
+from quantport.errors import BackendError, ConfigError, DeviceError, did_you_mean, one_of
+from quantport.hookspecs import Backend
+from quantport.kernel import Kernel
+from quantport.scheme import BUILTIN, Schemes
+
+GROUPS = ("quantport.backends", "quantport.plugins")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A plugin that was set aside, or a detection that failed."""
+
+    plugin: str
+    stage: str
+    error: str
+
+
+class Host:
+    """The rooms and plugins of one process.
+
+    Args:
+        points: Entry points to load; the installed ones by default.
+        only: Names to restrict the backends to; ``QUANTPORT_BACKENDS`` (comma-separated) by default.
+    """
+
+    def __init__(self, points: Iterable[EntryPoint] | None = None, only: Iterable[str] | None = None) -> None:
+        self.problems: list[Problem] = []
+        self.backends: dict[str, Backend] = {}
+        self.schemes = BUILTIN
+        self._manager = pluggy.PluginManager("quantport")
+        self._manager.add_hookspecs(hookspecs)
+        found = [(p.group, p) for g in GROUPS for p in entry_points(group=g)] if points is None else [(p.group, p) for p in points]
+        allowed = _allowed(only, {p.name for g, p in found if g == GROUPS[0]})
+        for group, point in sorted(found, key=lambda item: (item[0], item[1].name, item[1].value)):
+            if group == GROUPS[1] or allowed is None or point.name in allowed:
+                self._try(point.name, "import", self._load, point)
+
+    def _try(self, plugin: str, stage: str, call: Any, *args: Any) -> Any:
+        try:
+            return call(*args)
+        except Exception as error:  # a stranger's code: set aside, named, never fatal
+            self.problems.append(Problem(plugin, stage, f"{type(error).__name__}: {error}"))
+            warnings.warn(f"quantport set plugin {plugin!r} aside at {stage}: {error}", RuntimeWarning, stacklevel=2)
+            return None
+
+    def _load(self, point: EntryPoint) -> None:
+        if self._manager.has_plugin(point.name):
+            raise BackendError(
+                f"load plugin {point.name!r} from {point.value}",
+                f"a plugin of this name is loaded already: {self._manager.get_plugin(point.name)!r}",
+                "rename one of the two entry points, or uninstall one package",
+            )
+        self._manager.register(point.load(), point.name)
+        try:
+            self._accept(point)
+        except Exception:
+            self._manager.unregister(name=point.name)
+            raise
+
+    def _accept(self, point: EntryPoint) -> None:
+        backends = self._call("quantport_backend", point.name)
+        schemes = [s for added in self._call("quantport_schemes", point.name) for s in added]
+        merged = Schemes((*self.schemes.values(), *schemes))
+        if point.group == GROUPS[0] and not backends:
+            raise BackendError(f"load backend {point.name!r}", "no quantport_backend hook in it", "mark one with @hookimpl")
+        for backend in backends:
+            self._check(point, backend)
+            self.backends[backend.kind] = backend
+        self.schemes = merged
+
+    def _call(self, hook: str, plugin: str) -> list[Any]:
+        caller = getattr(self._manager.hook, hook)
+        return [impl.function() for impl in caller.get_hookimpls() if impl.plugin_name == plugin]
+
+    def _check(self, point: EntryPoint, backend: object) -> None:
+        if not isinstance(backend, Backend):
+            raise BackendError(f"load backend {point.name!r}", f"its hook returned {backend!r}", "a quantport.backend.Backend")
+        if backend.kind in self.backends:
+            raise BackendError(
+                f"load backend {point.name!r} for devices of kind {backend.kind!r}",
+                f"{type(self.backends[backend.kind]).__module__} serves this kind already",
+                "give the new backend a kind of its own, or restrict with QUANTPORT_BACKENDS",
+            )
+
+    @cached_property
+    def devices(self) -> tuple[Device, ...]:
+        """Every device found, best rank first. A detection that raises is a problem, not an error."""
+        ordered = sorted(self.backends.items(), key=lambda item: -item[1].rank)
+        return tuple(d for kind, b in ordered for d in self._try(kind, "detection", b.detect) or ())
+
+    @cached_property
+    def _kernels(self) -> dict[str, tuple[Kernel, ...]]:
+        return {kind: tuple(self._try(kind, "kernels", b.kernels) or ()) for kind, b in self.backends.items()}
+
+    def kernels(self, kind: str) -> tuple[Kernel, ...]:
+        """The kernels of one kind of device."""
+        return self._kernels.get(kind, ())
+
+    def kernel(self, name: str) -> Kernel:
+        """One kernel by name.
+
+        Raises:
+            BackendError: no loaded backend has it.
+        """
+        table = {k.name: k for kernels in self._kernels.values() for k in kernels}
+        if name not in table:
+            raise BackendError(f"kernel {name!r}", "no loaded backend has it", one_of(name, table))
+        return table[name]
+
+    def device(self, asked: str | torch.device | Device = "auto") -> Device:
+        """Resolves a device: ``auto``, ``kind``, ``kind:index``, or ``kind:arch`` (simulated, for planning).
+
+        Raises:
+            DeviceError: the kind or architecture is unknown, or no such device was found.
+        """
+        if isinstance(asked, Device):
+            return asked
+        text = str(asked)
+        if text == "auto":
+            text = os.environ.get("QUANTPORT_DEVICE", "auto")
+        if text == "auto":
+            if not self.devices:
+                raise DeviceError("device 'auto'", "no backend found a device", "run `quantport doctor`")
+            return self.devices[0]
+        kind, _, rest = text.partition(":")
+        if kind not in self.backends:
+            aside = [p for p in self.problems if p.plugin == kind]
+            found = f"its backend was set aside: {aside[0].error}" if aside else "no backend has this kind"
+            raise DeviceError(f"device {text!r}", found, one_of(kind, self.backends))
+        if rest and not rest.isdigit():
+            return self._simulated(text, kind, rest)
+        here = [d for d in self.devices if d.kind == kind]
+        matching = [d for d in here if not rest or d.index == int(rest)]
+        if not matching:
+            archs = ", ".join(f"{kind}:{a}" for a in self.backends[kind].archs)
+            raise DeviceError(
+                f"device {text!r}", f"{len(here)} such devices on this machine", f"to plan for hardware that is not here: {archs}"
+            )
+        return matching[0]
+
+    def _simulated(self, text: str, kind: str, arch: str) -> Device:
+        backend = self.backends[kind]
+        if arch not in backend.archs:
+            raise DeviceError(
+                f"device {text!r}", f"{kind} has no architecture {arch!r}",
+                f"{did_you_mean(arch, backend.archs)}known: {', '.join(f'{kind}:{a}' for a in backend.archs)}",
+            )  # fmt: skip
+        return Device(backend.archs[arch], name=backend.archs[arch].title, torch_type=backend.torch_type, simulated=True)
+
+
+def _allowed(only: Iterable[str] | None, known: set[str]) -> set[str] | None:
+    """The backends to load, or None for all of them."""
+    asked = os.environ.get("QUANTPORT_BACKENDS", "").split(",") if only is None else list(only)
+    names = {name.strip() for name in asked if name.strip()}
+    for name in sorted(names - known):
+        raise ConfigError(f"QUANTPORT_BACKENDS={','.join(sorted(names))}", f"no backend {name!r}", one_of(name, sorted(known)))
+    return names or None
+
+
+@cache
+def host() -> Host:
+    """The host of this process, made at first use."""
+    return Host()

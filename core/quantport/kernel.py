@@ -1,0 +1,113 @@
+"""The contract of a kernel: a request in, the reasons against it out; no reasons means yes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantport.capability import Accepted, Claim, Rejected, Status, Verdict
+from quantport.device import Device
+from quantport.scheme import Scheme
+
+Canonical = dict[str, Tensor]
+Packed = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class WeightSpec:
+    """Which weight a kernel is bound to: the scheme and the logical shape [n, k]. Passed to every call of the kernel."""
+
+    scheme: Scheme
+    n: int
+    k: int
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a layer needs.
+
+    Attributes:
+        weight: Scheme and shape of one weight (of one expert, for ``moe``).
+        layer: ``linear`` or ``moe``.
+        device: Where it shall run.
+        dtype: Activation dtype.
+        rows: Expected rows of the activations (1 = decode of one sequence).
+    """
+
+    weight: WeightSpec
+    layer: str
+    device: Device
+    dtype: torch.dtype = torch.bfloat16
+    rows: int = 1
+
+
+class Kernel(ABC):
+    """One way to run one or more schemes on one kind of device. Stateless: one instance serves every layer.
+
+    Attributes:
+        name: Unique name, for example ``cpu.int8``.
+        status: ``native`` if it computes on units built for the precision, ``dequantize`` or ``reference`` otherwise.
+        tolerance: Largest accepted relative error against the reference,
+            ``max|y - y_ref| / max|y_ref|`` over a whole output.
+        deviation: Named difference from the scheme's numerics; empty when there is none.
+        quantizes_activations: False for weight-only kernels.
+    """
+
+    name: str
+    status: Status = Status.NATIVE
+    tolerance: float = 2.0**-6
+    deviation: str = ""
+    quantizes_activations: bool = False
+
+    @abstractmethod
+    def reasons_against(self, request: Request) -> Sequence[str]:
+        """Returns why the request cannot run; empty means that it can."""
+
+    @abstractmethod
+    def claim(self, request: Request) -> Claim:
+        """Returns how we know that an accepted request runs on this architecture."""
+
+    def speed(self, request: Request) -> float | None:
+        """Returns the speed relative to the best BF16 path at ``request.rows``, or None when nobody measured it."""
+        return None
+
+    def pack(self, canonical: Canonical, spec: WeightSpec) -> Packed:
+        """Turns the stored tensors (``Scheme.layout``) into what ``run`` reads. The default keeps them as they are."""
+        return tuple(canonical[name] for name in spec.scheme.layout(spec.n, spec.k))
+
+    def unpack(self, packed: Packed, spec: WeightSpec) -> Canonical:
+        """The exact inverse of ``pack``."""
+        return dict(zip(spec.scheme.layout(spec.n, spec.k), packed, strict=True))
+
+    @abstractmethod
+    def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
+        """Computes ``x @ W.T + bias``.
+
+        Args:
+            x: Activations ``[M, K]``, contiguous, in the dtype of the request.
+            packed: What ``pack`` returned.
+            bias: ``[N]`` or None.
+            spec: Scheme and shape.
+
+        Returns:
+            ``[M, N]`` in the dtype of ``x``.
+        """
+
+    def verdict(self, request: Request) -> Verdict:
+        """Folds the methods above into a verdict; a kernel that raises here is a refusal that says so."""
+        try:
+            reasons = tuple(self.reasons_against(request))
+            if reasons:
+                return Rejected(self.name, reasons)
+            scheme = request.weight.scheme
+            effective = scheme if self.quantizes_activations else scheme.weight_only
+            status = self.status
+            if scheme.activation and not self.quantizes_activations:
+                status = Status.WEIGHT_ONLY
+            return Accepted(self.name, status, effective.precision, self.claim(request), self.speed(request), self.deviation)
+        except Exception as error:  # a stranger's code: its failure is a reason, never a crash of the plan
+            return Rejected(self.name, (f"the kernel raised {type(error).__name__}: {error}",))

@@ -1,0 +1,114 @@
+"""Symmetric block quantization of a matrix, in fp32 arithmetic, chunked by rows so that scratch stays in cache.
+
+``scale = amax / half_range`` (an all-zero block gets 2**-23), ``code = clamp(round_half_even(x / scale))``, by true
+division. Source: compressed-tensors ``calculate_qparams`` (symmetric) on fp32 input.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quantport.errors import WeightError
+from quantport.formats import E4M3FN, Format
+from quantport.scheme import Quant
+
+CHUNK = 1 << 18  # elements of fp32 scratch: 1 MiB, which fits the L2 cache of one core
+EPS = 2.0**-23
+
+
+def scale_of(amax: Tensor, element: Format) -> Tensor:
+    """Scale of each block from its largest magnitude; fp32 in, fp32 out, NaN and Inf kept."""
+    scale = amax / element.half_range
+    return torch.where(scale == 0, EPS, scale)
+
+
+def encode(x: Tensor, element: Format) -> Tensor:
+    """Rounds scaled fp32 values to codes. Overwrites ``x``.
+
+    Round to nearest even, saturating; subnormals of e4m3fn are kept.
+
+    Returns:
+        The shape of ``x``: float8_e4m3fn for e4m3fn, int8 codes for the integers.
+    """
+    if element is E4M3FN:
+        return x.clamp_(element.low, element.high).to(torch.float8_e4m3fn)
+    return x.round_().clamp_(element.low, element.high).to(torch.int8)
+
+
+def _blocks(x: Tensor, quant: Quant) -> Tensor:
+    """Views a chunk ``[r, k]`` as ``[R, rows, C, cols]``, zero-padding where the last block is short."""
+    rows, cols = quant.rows or x.shape[0], quant.cols or x.shape[1]
+    pad = (0, -x.shape[1] % cols, 0, -x.shape[0] % rows)
+    if any(pad):
+        x = torch.nn.functional.pad(x, pad)
+    return x.view(x.shape[0] // rows, rows, x.shape[1] // cols, cols)
+
+
+def _chunk_rows(shape: torch.Size, quant: Quant, device: torch.device) -> int:
+    step = quant.rows or 1
+    if device.type != "cpu":  # an accelerator wants few large kernels: 64 MiB of scratch
+        return max(step, (CHUNK << 6) // max(1, shape[1]) // step * step)
+    return max(step, CHUNK // max(1, shape[1]) // step * step)
+
+
+def quantize(x: Tensor, quant: Quant, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Quantizes a matrix.
+
+    Args:
+        x: ``[n, k]``, any floating dtype. NaN and Inf are not looked for: they show up in the scales.
+        quant: Element format and block shape.
+        scale: fp32 ``quant.scale_shape(n, k)`` to use instead of the one from amax (for example reduced over ranks).
+
+    Returns:
+        ``(codes, scale)``: codes ``[n, k]`` as float8_e4m3fn or int8, scale fp32 ``quant.scale_shape(n, k)``.
+    """
+    n, k = x.shape
+    element = quant.element
+    dtype = torch.float8_e4m3fn if element is E4M3FN else torch.int8
+    codes = torch.empty((n, k), dtype=dtype, device=x.device)
+    if scale is None and not quant.rows:
+        scale = scale_of(_amax(x, quant), element)
+    scales = torch.empty(quant.scale_shape(n, k), device=x.device) if scale is None else scale
+    step = _chunk_rows(x.shape, quant, x.device)
+    for i in range(0, n, step):
+        blocks = _blocks(x[i : i + step].to(torch.float32, copy=True), quant)
+        r = slice(i // quant.rows, i // quant.rows + blocks.shape[0]) if quant.rows else slice(0, 1)
+        if scale is None:
+            scales[r] = scale_of(blocks.abs().amax((1, 3)), element)
+        divided = blocks.div_(scales[r, None, :, None])
+        rows = codes[i : i + step]
+        rows.copy_(encode(divided, element).view(-1, divided.shape[2] * divided.shape[3])[: rows.shape[0], :k])
+    return codes, scales
+
+
+def _amax(x: Tensor, quant: Quant) -> Tensor:
+    """Largest magnitude over all rows, per column block: fp32 ``[1, C]``."""
+    if x.numel() == 0:
+        return torch.zeros(quant.scale_shape(*x.shape), device=x.device)
+    low, high = torch.aminmax(x, dim=0)
+    amax = torch.maximum(-low, high).float()[None]
+    return _blocks(amax, quant).amax((1, 3))
+
+
+def dequantize(codes: Tensor, scale: Tensor, quant: Quant, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Returns ``codes * scale`` as ``[n, k]``; the product is made in fp32 and rounded once to ``dtype``."""
+    n, k = codes.shape
+    wide = scale.repeat_interleave(quant.cols or max(k, 1), 1)[:, :k]
+    if quant.rows != 1:
+        wide = wide.repeat_interleave(quant.rows or max(n, 1), 0)[:n]
+    return (codes.float() * wide).to(dtype)
+
+
+def check_finite(scale: Tensor, name: str) -> None:
+    """Refuses a weight whose scales are not finite, which happens exactly when the weight holds a NaN or an Inf.
+
+    Raises:
+        WeightError: names the weight.
+    """
+    if not torch.isfinite(scale).all():
+        raise WeightError(
+            f"quantize {name}",
+            "the weight holds NaN or Inf",
+            "mend the checkpoint, add the layer to ignore=, or pass nonfinite='zero' to read them as 0",
+        )
