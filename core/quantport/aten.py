@@ -32,15 +32,13 @@ class Reference(Kernel):
     status = Status.REFERENCE
     tolerance = 2.0**-7
     quantizes_activations = True
+    slow = "it writes and reads an fp32 copy of the weight at every call"
 
     def reasons_against(self, request: Request) -> Sequence[str]:
         return ()
 
     def claim(self, request: Request) -> Claim:
         return DECLARED
-
-    def speed(self, request: Request) -> float | None:
-        return 0.05  # reads the weight, writes it in fp32, reads that: never faster than BF16
 
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
         return numerics.linear(x, self.unpack(packed, spec), spec.scheme, bias)
@@ -52,15 +50,13 @@ class Dequantize(Kernel):
     name = "torch.dequantize"
     status = Status.DEQUANTIZE
     tolerance = 2.0**-6
+    slow = "it writes and reads a 16-bit copy of the weight at every call"
 
     def reasons_against(self, request: Request) -> Sequence[str]:
         return ()
 
     def claim(self, request: Request) -> Claim:
         return DECLARED
-
-    def speed(self, request: Request) -> float | None:
-        return 0.2  # writes and reads a whole 16-bit weight on every call: never faster than BF16
 
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
         weight = numerics.dequantize_weight(self.unpack(packed, spec), spec.scheme, spec.k, x.dtype)

@@ -54,7 +54,8 @@ class Accepted:
         status: What the user gets.
         precision: Effective precision, for example ``W8A16``.
         claim: How we know.
-        speed: Measured or known speed relative to the best BF16 path at the expected rows (1.0 = equal); None = unknown.
+        speed: Measured speed relative to the best BF16 path at the expected rows (1.0 = equal); None = not measured.
+        slow: Why it is known to be slower than BF16 without measuring, or empty.
         deviation: Named difference from the scheme's numerics, or an empty string.
     """
 
@@ -63,6 +64,7 @@ class Accepted:
     precision: str
     claim: Claim
     speed: float | None
+    slow: str = ""
     deviation: str = ""
 
 

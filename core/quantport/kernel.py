@@ -55,6 +55,7 @@ class Kernel(ABC):
             ``max|y - y_ref| / max|y_ref|`` over a whole output.
         deviation: Named difference from the scheme's numerics; empty when there is none.
         quantizes_activations: False for weight-only kernels.
+        slow: Why it can never beat BF16, for kernels of which that is known without measuring; else empty.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Kernel(ABC):
     tolerance: float = 2.0**-6
     deviation: str = ""
     quantizes_activations: bool = False
+    slow: str = ""
 
     @abstractmethod
     def reasons_against(self, request: Request) -> Sequence[str]:
@@ -108,6 +110,7 @@ class Kernel(ABC):
             status = self.status
             if scheme.activation and not self.quantizes_activations:
                 status = Status.WEIGHT_ONLY
-            return Accepted(self.name, status, effective.precision, self.claim(request), self.speed(request), self.deviation)
+            claim, speed = self.claim(request), self.speed(request)
+            return Accepted(self.name, status, effective.precision, claim, speed, self.slow, self.deviation)
         except Exception as error:  # a stranger's code: its failure is a reason, never a crash of the plan
             return Rejected(self.name, (f"the kernel raised {type(error).__name__}: {error}",))

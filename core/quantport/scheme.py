@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from quantport.errors import ConfigError, one_of
+from quantport.errors import ConfigError, did_you_mean
 from quantport.formats import E4M3FN, FORMATS, INT4, INT8, Format
 
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -150,7 +150,8 @@ class Schemes(Mapping[str, Scheme]):
         try:
             return self._schemes[self._alias[name]]
         except (KeyError, TypeError):
-            raise ConfigError(f"scheme {name!r}", "no scheme has this name", one_of(str(name), self)) from None
+            works = f"{did_you_mean(str(name), self._alias)}known: {', '.join(self)}"
+            raise ConfigError(f"scheme {name!r}", "no scheme has this name", works) from None
 
     def __contains__(self, name: object) -> bool:
         return name in self._alias

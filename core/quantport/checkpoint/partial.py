@@ -1,0 +1,134 @@
+"""A directory that appears under its final name complete, or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import shutil
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from platform import node
+
+from quantport.errors import SaveError
+
+_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin")
+
+
+@contextlib.contextmanager
+def appearing(directory: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Yields a fresh directory beside the final one, and renames it to the final name when the block ends well.
+
+    The fresh one is ``.<name>.partial-<host>-<pid>-<random>``. If the block raises, it is removed and the final name is
+    untouched. After a kill it stays, and the next save to this name on this machine removes it. When an old checkpoint
+    is replaced it waits as ``.<name>.replaced-...`` between two renames; after a kill there, the next save brings it back.
+
+    Args:
+        directory: The final name. It must be free, or an empty directory; or a checkpoint, if ``overwrite``.
+        overwrite: Replace a checkpoint that is there.
+
+    Raises:
+        SaveError: The final name is taken.
+        OSError: The file system refused.
+    """
+    target = Path(os.path.realpath(directory))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_stale(target)
+    check_free(target, overwrite)
+    mark = f"{_host()}-{os.getpid()}-{secrets.token_hex(4)}"
+    partial = target.with_name(f".{target.name}.partial-{mark}")
+    try:
+        partial.mkdir()
+        yield partial
+        sync(partial)
+        _publish(partial, target, target.with_name(f".{target.name}.replaced-{mark}"), overwrite)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    sync(target.parent)
+
+
+def check_free(target: Path, overwrite: bool) -> None:
+    """Checks that a directory may be made, or replaced, at a path.
+
+    Raises:
+        SaveError: Something is there that must stay.
+    """
+    asked = f"save a checkpoint to {target}"
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise SaveError(asked, "a file of this name", "the path of a new or empty directory")
+    names = os.listdir(target)
+    if not names:
+        return
+    if not overwrite:
+        raise SaveError(asked, f"a directory that holds {len(names)} entries", "a new or empty directory, or overwrite=True")
+    if not any(name.endswith(_WEIGHTS) for name in names):  # overwrite=True with a wrong path must not delete a home
+        works = "the path of a checkpoint, or delete the directory yourself"
+        raise SaveError(f"{asked}, overwrite=True", "a directory that holds files but no weights", works)
+
+
+def _publish(partial: Path, target: Path, aside: Path, overwrite: bool) -> None:
+    """Renames the complete directory to its final name; an old checkpoint there comes back if that fails."""
+    check_free(target, overwrite)  # again: a save takes minutes
+    if not target.exists() or not os.listdir(target):
+        if sys.platform == "win32" and target.exists():
+            target.rmdir()  # Windows renames onto no directory, not even an empty one
+        os.rename(partial, target)
+        return
+    os.rename(target, aside)
+    try:
+        os.rename(partial, target)
+    except BaseException:
+        os.rename(aside, target)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _remove_stale(target: Path) -> None:
+    """Removes what killed saves to this name left on this machine, and brings back a checkpoint that one set aside."""
+    pattern = re.compile(re.escape(f".{target.name}.") + r"(partial|replaced)-(?P<host>\w+)-(?P<pid>\d+)-[0-9a-f]{8}")
+    for found in sorted(target.parent.iterdir()):
+        match = pattern.fullmatch(found.name)
+        if match is None or match["host"] != _host() or _alive(int(match["pid"])):
+            continue
+        if match[1] == "replaced" and not target.exists():
+            os.rename(found, target)
+        else:
+            shutil.rmtree(found, ignore_errors=True)
+
+
+def _host() -> str:
+    """A short mark of this machine: on a shared file system, a pid says nothing about another machine."""
+    return f"{zlib.crc32(node().encode()):08x}"
+
+
+def _alive(pid: int) -> bool:
+    """Whether a process of this pid runs; True where one cannot ask (on Windows, signal 0 is Ctrl-C)."""
+    if sys.platform == "win32":
+        return True
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def sync(path: Path) -> None:
+    """Waits until a file or directory is on the disk; systems that cannot sync a directory skip that."""
+    if path.is_dir():
+        with contextlib.suppress(OSError):
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        return
+    with path.open("r+b") as file:  # Windows syncs only what is open for writing
+        os.fsync(file.fileno())

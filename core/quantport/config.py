@@ -1,0 +1,265 @@
+"""The configuration: our schema, which also reads the spellings of vLLM and vLLM-Omni."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
+
+from quantport.errors import ConfigError, one_of
+from quantport.layers import Layer
+from quantport.scheme import Schemes
+
+_OLD_KEYS = {
+    "method": "scheme",
+    "quant_method": "scheme",
+    "quantization": "scheme",
+    "global_scheme": "scheme",
+    "linear_scheme_override": "linear",
+    "moe_scheme_override": "moe",
+    "ignored_layers": "ignore",
+    "modules_to_not_convert": "ignore",
+}
+_VLLM_WEIGHTS = {
+    "fp8_per_tensor_static": "fp8_per_tensor",
+    "fp8_per_channel_static": "fp8_per_channel",
+    "fp8_per_block_static": "fp8_per_block",
+    "int8_per_channel_static": "int8_weight_only",
+}
+
+
+class QuantConfig(BaseModel):
+    """What to quantize, and how.
+
+    Patterns (in ``ignore`` and ``targets``) are exact module names, globs (``*.mlp.*``), or ``re:`` and a regular
+    expression that is matched from the start of the name, as in vLLM. For fused layers (``qkv_proj``,
+    ``gate_up_proj``, the experts of a MoE layer) a pattern may match the fused name or the unfused names; the unfused
+    names must then agree.
+
+    Attributes:
+        scheme: Scheme of every layer; None lets the device choose.
+        linear: Scheme of linear layers instead; an explicit null leaves them in 16 bits.
+        moe: Scheme of MoE experts instead; an explicit null leaves them in 16 bits.
+        ignore: Patterns of layers left in 16 bits. Also ``ignored_layers``.
+        targets: Pattern -> scheme (or null) for single layers; they win over ``linear``, ``moe`` and ``scheme``.
+        components: Component prefix -> configuration (or null), for models of several parts.
+        fallback: What to do where the device cannot run a scheme: ``weight_only`` keeps the weights and runs the
+            activations in 16 bits, ``reference`` emulates the scheme exactly, ``error`` refuses.
+        on_unmatched: A pattern that matches nothing is an ``error``, or a ``warn``-ing.
+        nonfinite: A weight with NaN or Inf is an ``error``, or they are read as ``zero``.
+        activation_scheme: ``dynamic``; there is no calibration, so ``static`` is refused.
+        weight_block_size: [128, 128] with ``fp8_per_block``; anything else is refused.
+        group_size: 128 or 32 with ``int4_weight_only``.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    scheme: str | None = None
+    linear: str | None = None
+    moe: str | None = None
+    ignore: tuple[str, ...] = ()
+    targets: dict[str, str | None] = {}
+    components: dict[str, QuantConfig | None] = {}
+    fallback: Literal["weight_only", "error", "reference"] = "weight_only"
+    on_unmatched: Literal["error", "warn"] = "error"
+    nonfinite: Literal["error", "zero"] = "error"
+    activation_scheme: Literal["dynamic"] = "dynamic"
+    weight_block_size: tuple[int, int] | None = None
+    group_size: Literal[32, 128] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spellings(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        out: dict[str, Any] = {}
+        for key, value in data.items():
+            name = _OLD_KEYS.get(key, key)
+            if name in out:
+                raise ValueError(f"{key!r} and another spelling of {name!r} are both given")
+            out[name] = _weight_of(value) if name in ("linear", "moe") else value
+        return out
+
+    @field_validator("components", mode="before")
+    @classmethod
+    def _component_values(cls, value: Any) -> Any:
+        return {k: {"scheme": v} if isinstance(v, str) else v for k, v in value.items()} if isinstance(value, Mapping) else value
+
+    @field_validator("ignore", "targets")
+    @classmethod
+    def _patterns(cls, value: Any) -> Any:
+        for pattern in value:
+            compile_pattern(pattern)
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> QuantConfig:
+        both = set(self.ignore) & set(self.targets)
+        if both:
+            raise ValueError(f"{sorted(both)[0]!r} is in ignore and in targets: keep one")
+        if self.weight_block_size not in (None, (128, 128)):
+            raise ValueError(f"weight_block_size {list(self.weight_block_size or ())}: only [128, 128], with fp8_per_block")
+        return self
+
+    @classmethod
+    def parse(cls, value: Any, schemes: Schemes) -> QuantConfig:
+        """Reads a configuration.
+
+        Args:
+            value: None, a scheme name, a mapping (ours, vLLM's, or per component as vLLM-Omni's), or a QuantConfig.
+            schemes: Known schemes.
+
+        Raises:
+            ConfigError: unknown key, scheme or value; conflicting values; a bad regular expression.
+        """
+        if value is None or isinstance(value, str):
+            value = {"scheme": value}
+        if isinstance(value, Mapping) and _is_component_map(value):
+            value = {"components": dict(value)}
+        try:
+            config = value if isinstance(value, QuantConfig) else cls.model_validate(value)
+        except ValidationError as error:
+            raise _explain(error, cls) from None
+        return config._checked(schemes)
+
+    def _checked(self, schemes: Schemes) -> QuantConfig:
+        """Resolves aliases and group sizes to canonical scheme names."""
+
+        def name(value: str | None) -> str | None:
+            if value in (None, "none"):
+                return None
+            found = schemes[str(value)].name
+            if self.group_size and found.startswith("int4_weight_only"):
+                found = "int4_weight_only" if self.group_size == 128 else "int4_weight_only_g32"
+            return found
+
+        updates: dict[str, Any] = {f: name(getattr(self, f)) for f in ("scheme", "linear", "moe") if f in self.model_fields_set}
+        updates["targets"] = {p: name(s) for p, s in self.targets.items()}
+        updates["components"] = {c: None if v is None else v._checked(schemes) for c, v in self.components.items()}
+        used = {s for s in (updates.get("scheme"), updates.get("linear"), updates.get("moe"), *updates["targets"].values()) if s}
+        if self.weight_block_size and used and "fp8_per_block" not in used:
+            raise ConfigError(
+                f"weight_block_size with {', '.join(sorted(used))}", "only fp8_per_block has blocks", "scheme='fp8_per_block'"
+            )
+        if self.group_size and used and not any(s.startswith("int4") for s in used):
+            raise ConfigError(f"group_size with {', '.join(sorted(used))}", "only int4 has groups", "scheme='int4_weight_only'")
+        return self.model_copy(update=updates)
+
+    def for_layer(self, layer: Layer, default: str | None) -> tuple[str | None, str]:
+        """Chooses the scheme of one layer.
+
+        Args:
+            layer: The layer.
+            default: The scheme to use where the configuration names none.
+
+        Returns:
+            ``(scheme name or None, why it is left alone)``.
+
+        Raises:
+            ConfigError: patterns that conflict, shards that disagree, or a component without an entry.
+        """
+        if self.components:
+            return self._component(layer, default)
+        if layer.keep and layer.name not in self.targets:
+            return None, layer.keep
+        decision = self._decide(layer.name)
+        if decision is None and layer.shards:
+            decision = self._agree(layer)
+        if decision is not None:
+            scheme, pattern = decision
+            return scheme, "" if scheme else f"left alone by pattern {pattern!r}"
+        for kind in ("linear", "moe"):
+            if layer.kind == kind and kind in self.model_fields_set:
+                scheme = getattr(self, kind)
+                return scheme, "" if scheme else f"left alone by {kind}=null"
+        return self.scheme or default, ""
+
+    def _component(self, layer: Layer, default: str | None) -> tuple[str | None, str]:
+        inside = [c for c in self.components if layer.name == c or layer.name.startswith(c + ".")]
+        if not inside:
+            raise ConfigError(
+                f"the component of {layer.name}",
+                f"the configuration maps only: {', '.join(self.components)}",
+                f"add {layer.name.partition('.')[0]!r}: a configuration, or null to leave it alone",
+            )
+        name = max(inside, key=len)
+        config = self.components[name]
+        return (None, f"component {name!r} is mapped to null") if config is None else config.for_layer(layer, default)
+
+    def _decide(self, name: str) -> tuple[str | None, str] | None:
+        ignored = [p for p in self.ignore if compile_pattern(p).match(name)]
+        targets = {p: s for p, s in self.targets.items() if compile_pattern(p).match(name)}
+        if (ignored and targets) or len(set(targets.values())) > 1:
+            raise ConfigError(
+                f"the scheme of {name}",
+                f"it matches {', '.join(map(repr, [*ignored, *targets]))}, which disagree",
+                "make the patterns exclude each other",
+            )
+        if ignored:
+            return None, ignored[0]
+        return next(((s, p) for p, s in targets.items()), None)
+
+    def _agree(self, layer: Layer) -> tuple[str | None, str] | None:
+        decisions = {shard: self._decide(shard) for shard in layer.shards}
+        by_choice: dict[str, str] = {}
+        for shard, decision in decisions.items():
+            by_choice.setdefault("no pattern" if decision is None else decision[0] or "ignored", shard)
+        if len(by_choice) > 1:
+            raise ConfigError(
+                f"one scheme for {layer.name}",
+                "its parts disagree: " + ", ".join(f"{s} -> {c}" for c, s in by_choice.items()),
+                f"the parts of a fused layer are stored as one: match all of them, none of them, or {layer.name!r} itself",
+            )
+        return next(iter(decisions.values()))
+
+    def patterns(self) -> tuple[str, ...]:
+        """Every pattern, those of the components included."""
+        own = (*self.ignore, *self.targets)
+        return own + tuple(p for c in self.components.values() if c for p in c.patterns())
+
+
+QuantConfig.model_rebuild()
+
+
+@cache
+def compile_pattern(pattern: str) -> re.Pattern[str]:
+    """Compiles an exact name, a glob, or ``re:`` and a regular expression.
+
+    Raises:
+        ConfigError: the regular expression is wrong.
+    """
+    if not pattern.startswith("re:"):
+        return re.compile(fnmatch.translate(pattern))
+    try:
+        return re.compile(pattern[3:])
+    except re.error as error:
+        raise ConfigError(f"pattern {pattern!r}", f"not a regular expression: {error}", "see Python's re, or use a glob") from None
+
+
+def _weight_of(value: Any) -> Any:
+    """Reads vLLM's ``{"weight": ..., "activation": ...}``: the weight names the scheme."""
+    if isinstance(value, Mapping) and set(value) <= {"weight", "activation"}:
+        weight = value.get("weight")
+        return _VLLM_WEIGHTS.get(weight, weight) if isinstance(weight, str) else weight
+    return value
+
+
+def _is_component_map(value: Mapping[str, Any]) -> bool:
+    known = set(QuantConfig.model_fields) | set(_OLD_KEYS)
+    return bool(value) and not set(value) & known and all(v is None or isinstance(v, Mapping) for v in value.values())
+
+
+def _explain(error: ValidationError, model: type[BaseModel]) -> ConfigError:
+    first = error.errors()[0]
+    key = ".".join(str(p) for p in first["loc"]) or "configuration"
+    known = [*model.model_fields, *_OLD_KEYS]
+    if first["type"] == "extra_forbidden":
+        return ConfigError(f"configuration key {key!r}", "no such key", one_of(str(first["loc"][-1]), known))
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, ConfigError):
+        return cause
+    return ConfigError(f"configuration key {key!r} = {first.get('input')!r}", first["msg"], "see quantport.QuantConfig")

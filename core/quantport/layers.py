@@ -1,0 +1,175 @@
+"""Which layers a model has: read from tensor names and shapes alone, so that planning needs no weights and no code."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import torch
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+_PROJECTION = {**{p: p for p in PROJECTIONS}, "w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+_EXPERT = re.compile(r"^(.+\.experts)\.(\d+)\.(\w+)\.weight$")
+_FUSED_EXPERTS = re.compile(r"^(.+\.experts)\.(gate_up_proj|down_proj)$")
+_HEADS = {"lm_head", "embed_out", "output_projection"}
+_ROUTERS = {"gate", "router", "shared_expert_gate", "gate_network"}
+_EMBEDDINGS = {"wte", "wpe", "tok_embeddings", "word_embeddings", "position_embeddings", "embeddings", "relative_attention_bias"}
+
+
+class TensorLike(Protocol):
+    """Shape and dtype of one tensor: a safetensors header entry, or a tensor."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Dimensions."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Element type."""
+
+
+class Part(NamedTuple):
+    """Where one weight comes from: rows ``[start, stop)`` of a tensor, or of its slice ``expert`` when it is 3-D."""
+
+    tensor: str
+    expert: int | None = None
+    start: int | None = None
+    stop: int | None = None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of a model.
+
+    Attributes:
+        name: Dotted module path.
+        kind: ``linear``, ``moe``, or ``other`` (never quantized).
+        weights: Logical weights ``(name, n, k)``: one for a linear layer, three for the experts of a MoE layer.
+        experts: Number of experts, 0 for a linear layer.
+        dtype: Stored dtype of the weights.
+        parts: Where each weight comes from: ``parts[weight name]`` is one Part, or one for each expert.
+        keep: Why it is left alone by default; empty when it is not.
+    """
+
+    name: str
+    kind: str
+    weights: tuple[tuple[str, int, int], ...]
+    dtype: torch.dtype
+    experts: int = 0
+    parts: Mapping[str, tuple[Part, ...]] = field(default_factory=dict, compare=False, repr=False)
+    keep: str = ""
+
+    @property
+    def elements(self) -> int:
+        """Number of weight elements."""
+        return sum(n * k for _, n, k in self.weights) * max(1, self.experts)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the weights as stored."""
+        return self.elements * self.dtype.itemsize
+
+    @property
+    def shards(self) -> tuple[str, ...]:
+        """The unfused names that patterns may use for parts of this layer; empty when it is not fused."""
+        if self.kind == "moe":
+            return tuple(f"{self.name}.{e}.{w}" for e in range(self.experts) for w, _, _ in self.weights)
+        parent, _, last = self.name.rpartition(".")
+        return tuple(f"{parent}.{s}".lstrip(".") for s in FUSED.get(last, ()))
+
+
+def why_kept(name: str) -> str:
+    """Why a matrix of this module name is left alone by default, or an empty string."""
+    last = name.rpartition(".")[2]
+    if last in _HEADS:
+        return "output head: left in 16 bits by default"
+    if last in _ROUTERS or ".router." in f".{name}.":
+        return "router: left in 16 bits, it decides which experts run"
+    if last in _EMBEDDINGS or "embed" in last:
+        return "embedding: looked up, not multiplied"
+    return ""
+
+
+def find_layers(tensors: Mapping[str, TensorLike]) -> list[Layer]:
+    """Groups tensors into layers.
+
+    Args:
+        tensors: Name -> anything with ``shape`` and ``dtype``, in checkpoint order.
+
+    Returns:
+        Linear layers (2-D ``*.weight``), MoE layers (``*.experts`` with gate, up and down projections, stored per
+        expert or fused in 3-D), and everything else as kind ``other``, in checkpoint order.
+    """
+    layers: dict[str, Layer] = {}
+    experts: dict[str, dict[str, dict[int, Part]]] = {}
+    for name, tensor in tensors.items():
+        if match := _EXPERT.match(name):
+            base, index, projection = match.groups()
+            if projection in _PROJECTION and len(tensor.shape) == 2:
+                experts.setdefault(base, {}).setdefault(_PROJECTION[projection], {})[int(index)] = Part(name)
+                continue
+        if (match := _FUSED_EXPERTS.match(name)) and len(tensor.shape) == 3:
+            for projection, part in _split(name, match[2], tensor):
+                experts.setdefault(match[1], {}).setdefault(projection, {})[part.expert or 0] = part
+            continue
+        layers[name] = _single(name, tensor)
+    for base, projections in experts.items():
+        layers.update({layer.name: layer for layer in _experts(base, projections, tensors)})
+    order = {name: i for i, name in enumerate(tensors)}
+    return sorted(layers.values(), key=lambda x: min((order[p.tensor] for ps in x.parts.values() for p in ps), default=0))
+
+
+def _split(name: str, projection: str, tensor: TensorLike) -> Iterable[tuple[str, Part]]:
+    for e in range(tensor.shape[0]):
+        if projection == "down_proj":
+            yield projection, Part(name, e)
+        else:
+            half = tensor.shape[1] // 2
+            yield "gate_proj", Part(name, e, 0, half)
+            yield "up_proj", Part(name, e, half, 2 * half)
+
+
+def _single(name: str, tensor: TensorLike) -> Layer:
+    module, _, leaf = name.rpartition(".")
+    part = {leaf: (Part(name),)}
+    if leaf != "weight" or len(tensor.shape) != 2:
+        return Layer(name, "other", ((leaf, 1, _numel(tensor)),), tensor.dtype, parts=part, keep="not a matrix of a layer")
+    n, k = tensor.shape
+    keep = why_kept(module)
+    if tensor.dtype not in FLOATS:
+        keep = f"stored as {tensor.dtype}"
+    elif n == 0 or k == 0:
+        keep = "zero-size weight"
+    return Layer(module, "linear", ((leaf, n, k),), tensor.dtype, parts=part, keep=keep)
+
+
+def _experts(base: str, projections: dict[str, dict[int, Part]], tensors: Mapping[str, TensorLike]) -> Iterable[Layer]:
+    """One MoE layer, or separate linear layers when the experts are not uniform gate, up and down projections."""
+    shapes = {p: {_shape(part, tensors) for part in parts.values()} for p, parts in projections.items()}
+    indices = [sorted(parts) for parts in projections.values()]
+    complete = set(projections) == set(PROJECTIONS) and all(i == list(range(len(indices[0]))) for i in indices)
+    if complete and all(len(s) == 1 for s in shapes.values()):
+        weights = tuple((p, *next(iter(shapes[p]))) for p in PROJECTIONS)
+        parts = {p: tuple(projections[p][e] for e in indices[0]) for p in PROJECTIONS}
+        dtype = tensors[parts["gate_proj"][0].tensor].dtype
+        yield Layer(base, "moe", weights, dtype, len(indices[0]), parts, "" if dtype in FLOATS else f"stored as {dtype}")
+        return
+    for part in {p.tensor: p for parts in projections.values() for p in parts.values()}.values():
+        yield _single(part.tensor, tensors[part.tensor])
+
+
+def _shape(part: Part, tensors: Mapping[str, TensorLike]) -> tuple[int, int]:
+    shape = tensors[part.tensor].shape
+    rows = shape[-2] if part.start is None or part.stop is None else part.stop - part.start
+    return rows, shape[-1]
+
+
+def _numel(tensor: TensorLike) -> int:
+    count = 1
+    for dim in tensor.shape:
+        count *= dim
+    return count

@@ -1,0 +1,156 @@
+"""What every quantized module shares: packed weights, one bound kernel, and a canonical state dict.
+
+Kernels may pack weights as they like; what is saved, copied, pickled and moved is always the stored layout of the
+scheme (``Scheme.layout``), so a state dict does not depend on the kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantport import aten
+from quantport.errors import UnsupportedError, WeightError
+from quantport.host import host
+from quantport.kernel import Canonical, Kernel, Packed, Request, WeightSpec
+from quantport.plan import choose
+
+
+class QuantModule(nn.Module):
+    """Holds named weights: ``""`` for a linear layer, ``"3.gate_proj"`` for a projection of an expert.
+
+    Args:
+        kernel: The kernel that runs every weight of the module.
+        specs: Weight name -> scheme and shape.
+        layer: ``linear`` or ``moe``, for choosing a kernel again when the module moves to another device.
+    """
+
+    def __init__(self, kernel: Kernel, specs: dict[str, WeightSpec], layer: str) -> None:
+        super().__init__()
+        self.kernel, self.specs, self.layer = kernel, specs, layer
+        self._packed: dict[str, Packed] = {}
+
+    @property
+    def scheme(self) -> str:
+        """Name of the scheme."""
+        return next(iter(self.specs.values())).scheme.name
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next((p[0].device for p in self._packed.values()), torch.device("meta"))
+
+    def set_weight(self, name: str, canonical: Canonical) -> None:
+        """Packs the stored tensors of one weight and takes them.
+
+        Raises:
+            WeightError: a tensor is missing, or has another shape or dtype than ``Scheme.layout`` says.
+        """
+        spec = self.specs[name]
+        layout = spec.scheme.layout(spec.n, spec.k)
+        found = {key: (tuple(t.shape), t.dtype) for key, t in canonical.items()}
+        if found != layout:
+            raise WeightError(f"weight {name or 'of a linear layer'} as {spec.scheme.name}", f"tensors {found}", f"{layout}")
+        self._install(name, self.kernel.pack(canonical, spec))
+
+    def _install(self, name: str, packed: Packed) -> None:
+        self._packed[name] = packed
+        for i, tensor in enumerate(packed):  # as buffers, so that memory counts are right; state_dict writes the stored layout
+            self.register_buffer(f"packed_{name.replace('.', '_')}_{i}", tensor, persistent=False)
+
+    def canonical(self, name: str = "") -> Canonical:
+        """The stored tensors of one weight, exactly as they were before packing."""
+        return self.kernel.unpack(self._packed[name], self.specs[name])
+
+    def canonical_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every stored tensor under its name in the state dict, one weight at a time."""
+        for name in self.specs:
+            if name in self._packed:
+                for key, tensor in self.canonical(name).items():
+                    yield f"{name}.{key}".lstrip("."), tensor
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]  # torch has no types here
+        destination.update((prefix + key, tensor) for key, tensor in self.canonical_tensors())
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        rest = dict(state_dict)
+        for name, spec in self.specs.items():
+            keys = {key: f"{prefix}{name}.{key}" if name else prefix + key for key in spec.scheme.layout(spec.n, spec.k)}
+            absent = [full for full in keys.values() if full not in rest]
+            missing_keys += absent
+            if absent:
+                continue
+            try:
+                device = self.device if self.device.type != "meta" else None
+                self.set_weight(name, {key: rest.pop(full).detach().to(device, copy=True) for key, full in keys.items()})
+            except WeightError as error:
+                error_msgs.append(str(error))
+        super()._load_from_state_dict(  # type: ignore[no-untyped-call]  # torch has no types here
+            rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantModule:
+        """Moves between devices; never casts codes or scales, whatever ``.half()`` or ``.to(dtype)`` ask."""
+        here = self.device
+        target = fn(torch.empty(0, dtype=torch.int8, device=here)).device  # integers are never cast: only the device shows
+        weights = {} if target == here else {name: self.canonical(name) for name in self._packed}
+        packed, self._packed = self._packed, {}
+        for key in [k for k in self._buffers if k.startswith("packed_")]:
+            del self._buffers[key]
+        super()._apply(fn, recurse)
+        if target != here:
+            self._rebind(target)
+            packed = {
+                name: self.kernel.pack({k: _bytes(fn(_bytes(t)), t.dtype) for k, t in stored.items()}, self.specs[name])
+                for name, stored in weights.items()
+            }
+        for name, tensors in packed.items():
+            self._install(name, tensors)
+        return self
+
+    def _rebind(self, target: torch.device) -> None:
+        """Chooses the kernel again, for the device that the module moves to."""
+        if target.type == "meta":
+            self.kernel = aten.Dequantize()
+            return
+        found = next((d for d in host().devices if d.torch_type == target.type and d.index == (target.index or 0)), None)
+        kernels = host().kernels(found.kind) if found else ()
+        for spec in set(self.specs.values()):
+            choice = choose(Request(spec, self.layer, found), kernels) if found else None
+            if choice is None or not choice.kernel:
+                raise UnsupportedError(
+                    f"move {spec.scheme.name} to {target}", "no kernel" if found else "no backend found this device",
+                    "run `quantport devices`",
+                )  # fmt: skip
+            self.kernel = host().kernel(choice.kernel)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state["_buffers"] = {k: v for k, v in self._buffers.items() if not k.startswith("packed_")}
+        state["_packed"] = {name: {k: _bytes(t) for k, t in self.canonical(name).items()} for name in self._packed}
+        state["kernel"] = self.kernel.name
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        weights = state.pop("_packed")
+        super().__setstate__({**state, "_packed": {}})
+        self.kernel = host().kernel(state["kernel"])
+        for name, canonical in weights.items():
+            spec = self.specs[name]
+            layout = spec.scheme.layout(spec.n, spec.k)
+            self.set_weight(name, {k: _bytes(t, layout[k][1]) for k, t in canonical.items()})
+
+
+_INTEGERS = {1: torch.uint8, 4: torch.int32}
+
+
+def _bytes(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Views codes and scales as integers, which nothing casts and plain pickle knows; or views them back as ``dtype``."""
+    return tensor.view(dtype or _INTEGERS[tensor.element_size()])

@@ -1,0 +1,76 @@
+"""The experts of a MoE layer with quantized weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from quantport.kernel import Kernel, WeightSpec
+from quantport.layers import PROJECTIONS
+from quantport.modules.base import QuantModule
+from quantport.modules.routing import run_experts
+
+_NAMES = {
+    "SiLU": "silu", "SiLUActivation": "silu", "GELU": "gelu", "GELUActivation": "gelu", "GELUTanh": "gelu_tanh",
+    "PytorchGELUTanh": "gelu_tanh", "ReLU": "relu",
+}  # fmt: skip
+
+
+class QuantExperts(QuantModule):
+    """Gate, up and down projections of every expert; stands where the experts module of Transformers stood.
+
+    Each projection of each expert is quantized by itself, as checkpoints store them, whether the model fuses them or not.
+
+    Args:
+        kernel: The kernel that runs every projection.
+        gate_up: Scheme and shape [intermediate, hidden] of gate and up.
+        down: Scheme and shape [hidden, intermediate] of down.
+        experts: Number of experts.
+        activation: Name of the activation function.
+    """
+
+    def __init__(self, kernel: Kernel, gate_up: WeightSpec, down: WeightSpec, experts: int, activation: str) -> None:
+        specs = {f"{e}.{p}": down if p == "down_proj" else gate_up for e in range(experts) for p in PROJECTIONS}
+        super().__init__(kernel, specs, "moe")
+        self.num_experts, self.gate_up, self.down, self.activation = experts, gate_up, down, activation
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Routes ``[T, hidden]`` by ``top_k_index`` and ``top_k_weights`` ``[T, top_k]``; returns ``[T, hidden]``."""
+        tables = [self._packed[name] for name in self.specs]
+        if torch.compiler.is_compiling():
+            flat = [t for packed in tables for t in packed]
+            y: Tensor = torch.ops.quantport.experts(
+                hidden_states, top_k_index, top_k_weights, flat, self.kernel.name, self.scheme,
+                self.num_experts, self.gate_up.k, self.gate_up.n, self.activation,
+            )  # fmt: skip
+            return y
+        specs = (self.gate_up, self.down)
+        return run_experts(self.kernel, hidden_states, top_k_index, top_k_weights, tables, specs, self.activation)
+
+    def extra_repr(self) -> str:
+        """Shape, scheme and kernel."""
+        shape = f"{self.num_experts} experts, {self.gate_up.k}, {self.gate_up.n}"
+        return f"{shape}, scheme={self.scheme}, kernel={self.kernel.name}"
+
+
+def why_not_experts(module: nn.Module) -> str:
+    """Why a module with fused expert weights cannot become ``QuantExperts``, or an empty string."""
+    if getattr(module, "is_transposed", False):
+        return "its experts are stored transposed"
+    if getattr(module, "has_bias", False) or any("bias" in name for name, _ in module.named_parameters(recurse=False)):
+        return "its experts have biases"
+    if not getattr(module, "is_concatenated", True):
+        return "its gate and up projections are interleaved"
+    if getattr(module, "has_post_expert_norm", False):
+        return "it normalizes the output of each expert"
+    gate = getattr(type(module), "_apply_gate", None)
+    if gate is not None and gate.__name__ != "_default_apply_gate":
+        return "it has a gating function of its own"
+    if activation_name(module) is None:
+        return f"its activation {type(getattr(module, 'act_fn', None)).__name__} is not known"
+    return ""
+
+
+def activation_name(module: nn.Module) -> str | None:
+    """Name of the activation function of an experts module, or None when it is not one that quantport runs."""
+    return _NAMES.get(type(getattr(module, "act_fn", None)).__name__)
