@@ -92,18 +92,18 @@ class ScaledMM(Kernel):
         return Claim(Evidence.DECLARED, "pytorch ScaledBlas.cpp: row-wise e4m3fn; the same call is tested on the CPU")
 
     def pack(self, canonical: Canonical, spec: WeightSpec) -> Packed:
-        return canonical["weight"], canonical["weight_scale"].expand(spec.n, 1).contiguous().view(1, spec.n)
+        return canonical["weight"].view(torch.uint8), canonical["weight_scale"].expand(spec.n, 1).contiguous().view(1, spec.n)
 
     def unpack(self, packed: Packed, spec: WeightSpec) -> Canonical:
         weight, scale = packed
         rows = spec.scheme.weight.scale_shape(spec.n, spec.k)[0]
-        return {"weight": weight, "weight_scale": scale.view(-1, 1)[:rows].contiguous()}
+        return {"weight": weight.view(torch.float8_e4m3fn), "weight_scale": scale.view(-1, 1)[:rows].contiguous()}
 
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
         weight, scale = packed
         assert spec.scheme.activation is not None  # reasons_against refused it otherwise
         q, token = numerics.quantize(x, spec.scheme.activation)
-        y = torch._scaled_mm(q, weight.t(), scale_a=token, scale_b=scale, out_dtype=torch.bfloat16)
+        y = torch._scaled_mm(q, weight.view(q.dtype).t(), scale_a=token, scale_b=scale, out_dtype=torch.bfloat16)
         return y if bias is None else y + bias
 
 

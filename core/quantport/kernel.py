@@ -78,12 +78,17 @@ class Kernel(ABC):
         return None
 
     def pack(self, canonical: Canonical, spec: WeightSpec) -> Packed:
-        """Turns the stored tensors (``Scheme.layout``) into what ``run`` reads. The default keeps them as they are."""
-        return tuple(canonical[name] for name in spec.scheme.layout(spec.n, spec.k))
+        """Turns the stored tensors (``Scheme.layout``) into what ``run`` reads.
+
+        The default keeps them, float8 viewed as uint8: torch compares, pickles and traces bytes better than float8.
+        """
+        stored = (canonical[name] for name in spec.scheme.layout(spec.n, spec.k))
+        return tuple(t.view(torch.uint8) if t.dtype.itemsize == 1 and t.is_floating_point() else t for t in stored)
 
     def unpack(self, packed: Packed, spec: WeightSpec) -> Canonical:
         """The exact inverse of ``pack``."""
-        return dict(zip(spec.scheme.layout(spec.n, spec.k), packed, strict=True))
+        layout = spec.scheme.layout(spec.n, spec.k)
+        return {name: t.view(dtype) for (name, (_, dtype)), t in zip(layout.items(), packed, strict=True)}
 
     @abstractmethod
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:

@@ -72,6 +72,11 @@ class Step:
     after: int
 
     @property
+    def scheme(self) -> str:
+        """Scheme of the module that runs it."""
+        return self.asked or ""
+
+    @property
     def slow(self) -> bool:
         """True when the chosen path is measured or known to be slower than BF16 at the expected rows."""
         return bool(self.asked and self.choice and self.choice.slow)

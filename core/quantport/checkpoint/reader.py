@@ -102,16 +102,6 @@ class Checkpoint:
         if mapped is not None:
             mapped.give_back(start, end)
 
-    def prefetch(self, name: str) -> None:
-        """Starts reading a tensor in the background; call it for the next one while the current one is quantized.
-
-        Raises:
-            CheckpointError: No such tensor, the checkpoint is closed, or the data is not there.
-        """
-        info = self._info(name, "prefetch")
-        if info.nbytes:
-            self._mapped(info).will_need(info.start, info.end)
-
     def close(self) -> None:
         """Lets go of the files. Tensors that were read stay valid and keep their own file mapped."""
         with self._lock:
@@ -121,9 +111,7 @@ class Checkpoint:
     def __enter__(self) -> Checkpoint:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
     def _info(self, name: str, verb: str) -> TensorInfo:
@@ -195,8 +183,9 @@ def _check_index(layout: Layout, index: Mapping[str, str], merged: Mapping[str, 
     extra = [name for name in merged if name not in index]
     if extra:
         _disagree(layout, f"tensors in {merged[extra[0]].file} that the index does not name: {some(extra)}", works)
+    paths = {shard: str(layout.directory / shard) for shard in set(index.values())}  # once: 46,000 joins take 0.3 s
     for name, info in merged.items():
-        if str(layout.directory / index[name]) != info.file:
+        if paths[index[name]] != info.file:
             _disagree(layout, f"tensor {name!r} in {info.file}, where the index says {index[name]}", works)
 
 

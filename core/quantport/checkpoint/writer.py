@@ -65,6 +65,7 @@ def save_tensors(
             shards = _Shards(asked, partial, max_shard_bytes, texts)
             for name, tensor in _pull(asked, tensors):
                 shards.add(name, tensor)
+                del tensor  # while the stream makes the next one, only the shard may hold this one
             shards.finish()
     except QuantportError:
         raise
@@ -160,7 +161,7 @@ def _pull(asked: str, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[t
             found = f"the stream of tensors raised {type(error).__name__}: {error}"
             raise SaveError(asked, found, "a stream of (name, tensor) that ends well") from error
         yield name, tensor
-        del tensor  # while the stream makes the next one, only the shard may hold this one
+        del tensor
 
 
 def _checked_metadata(asked: str, metadata: Mapping[str, str]) -> dict[str, str]:

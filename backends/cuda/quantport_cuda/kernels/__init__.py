@@ -1,0 +1,11 @@
+"""Kernels of the CUDA room."""
+
+from __future__ import annotations
+
+from quantport.backend import Kernel, aten
+from quantport_cuda.kernels.matmul import CudaIntMM, CudaScaledMM
+
+
+def kernels() -> tuple[Kernel, ...]:
+    """Every kernel of the room."""
+    return (CudaScaledMM(), CudaIntMM(), *aten.portable())

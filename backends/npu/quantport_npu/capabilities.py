@@ -1,0 +1,52 @@
+"""What the cube unit of each Ascend NPU multiplies natively.
+
+Ascend950 also multiplies HiFloat8, which is not a format of quantport.
+"""
+
+from __future__ import annotations
+
+from quantport.backend import Arch
+
+_SOC = "Ascend/pytorch torch_npu/csrc/core/npu/NpuVariables.h at 9e73e708a"
+_CANN = "hicann/ops-nn at e5c3fa932, product support tables of quant/*/docs and matmul/*/docs"
+_PLUGIN = "Ascend/op-plugin at 517f2e7d, docs/zh/custom_APIs/torch_npu"
+_SOURCE = f"{_SOC}; {_CANN}; {_PLUGIN}"
+
+_A2 = ("fp16", "bf16", "int8", "int4")
+
+
+def _arch(name: str, family: str, title: str, native: tuple[str, ...], source: str = _SOURCE) -> Arch:
+    return Arch("npu", name, title, frozenset(native), source, family)
+
+
+ARCHS = {
+    arch.name: arch
+    for arch in (
+        _arch("ascend310p", "310P", "Ascend 310P (Atlas 300I)", ("fp16", "int8")),
+        _arch("ascend910b", "A2", "Ascend 910B (Atlas A2)", _A2),
+        _arch("ascend910c", "A3", "Ascend 910C (Atlas A3)", _A2),
+        _arch("ascend950", "A5", "Ascend 950PR, 950DT", (*_A2, "e4m3fn", "e5m2", "mxfp8", "mxfp4")),
+    )
+}
+
+# SocVersion numbers of torch_npu, first and last of each family.
+_RANGES = ((200, 205, "ascend310p"), (220, 225, "ascend910b"), (250, 256, "ascend910c"), (260, 260, "ascend950"))
+_BF16_FROM = 220  # torch_npu's own gate of bf16: Ascend910B1
+
+
+def arch_of(soc: int, name: str) -> Arch:
+    """The architecture of a SocVersion.
+
+    One that the table lacks gets the name of the device and only what is safe to assume: fp16, and bf16 where torch_npu
+    allows it.
+
+    Args:
+        soc: ``torch_npu._C._npu_get_soc_version()``.
+        name: Device name, for example ``Ascend910B2``.
+    """
+    for first, last, known in _RANGES:
+        if first <= soc <= last:
+            return ARCHS[known]
+    safe = ("fp16", "bf16") if soc >= _BF16_FROM else ("fp16",)
+    source = f"SocVersion {soc} is not in quantport's tables: only {' and '.join(safe)} assumed"
+    return _arch(name.lower() or f"soc{soc}", "unknown", "unknown Ascend architecture", safe, source)

@@ -1,0 +1,72 @@
+"""Finds AMD GPUs through torch. Every reader takes what it reads as an argument, so that tests feed fakes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantport.backend import Arch, Backend, Device, Kernel
+from quantport_rocm.capabilities import ARCHS, arch_of
+
+DRIVER = Path("/dev/kfd")
+_INSTALL = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/rocm7.2"
+
+
+def features(lib: Any) -> frozenset[str]:
+    """What kernels ask about this build of torch: ``rocm>=6.5``."""
+    version = tuple(int(part) for part in lib.version.hip.split(".")[:2])
+    return frozenset({"rocm>=6.5"} if version >= (6, 5) else ())
+
+
+def devices(lib: Any) -> tuple[Device, ...]:
+    """Reads every GPU of ``lib`` (the torch module). A driver that fails raises here.
+
+    The name of the architecture decides, never ``get_device_capability()``: it collides with NVIDIA's numbers (gfx90a
+    reads as 9.0).
+    """
+    if lib.version.hip is None or not lib.cuda.is_available():
+        return ()
+    found = []
+    for i in range(lib.cuda.device_count()):
+        box = lib.cuda.get_device_properties(i)
+        found.append(Device(arch_of(box.gcnArchName), i, box.name, box.total_memory, "cuda", features=features(lib)))
+    return tuple(found)
+
+
+def advice(lib: Any, driver: Path = DRIVER) -> tuple[str, ...]:
+    """What keeps a GPU that the driver shows from being used, with the command that mends it."""
+    if not driver.exists():
+        return ()
+    if lib.version.hip is None:
+        return (f"an AMD GPU driver is here ({driver}), but torch {lib.__version__} is built without ROCm: {_INSTALL}",)
+    if not lib.cuda.is_available():
+        return (
+            f"an AMD GPU driver is here ({driver}), but torch {lib.__version__} (HIP {lib.version.hip}) sees no GPU: "
+            "look at `rocminfo` and HIP_VISIBLE_DEVICES; if you may not open the device: sudo usermod -aG render,video $USER",
+        )
+    return ()
+
+
+class RocmBackend(Backend):
+    """AMD GPUs. torch calls their devices ``cuda``."""
+
+    kind = "rocm"
+    torch_type = "cuda"
+    archs: Mapping[str, Arch] = ARCHS
+
+    def detect(self) -> Sequence[Device]:
+        """Every GPU that torch shows; none, at once, when torch is built without ROCm."""
+        return devices(torch)
+
+    def kernels(self) -> Sequence[Kernel]:
+        """Matrix-core kernels first; the portable ones run everything else."""
+        from quantport_rocm.kernels import kernels
+
+        return kernels()
+
+    def advice(self) -> Sequence[str]:
+        """A driver without a torch that can use it."""
+        return advice(torch)

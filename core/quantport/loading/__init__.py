@@ -1,0 +1,6 @@
+"""Loading: the only room of the house with side effects on a model."""
+
+from quantport.loading.load import load, plan, quantize_
+from quantport.loading.save import save
+
+__all__ = ["load", "plan", "quantize_", "save"]

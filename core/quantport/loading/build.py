@@ -1,0 +1,123 @@
+"""Builds the module tree of a model without its weights: from a Transformers config, or from any factory."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantport.errors import CheckpointError, QuantportError
+
+Factory = Callable[[], nn.Module]
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Inside, parameters of new modules are on the meta device. Buffers stay real: they are not all in checkpoints."""
+    original = nn.Module.register_parameter
+
+    def register(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and param.device.type != "meta":
+            param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+        original(module, name, param)
+
+    nn.Module.register_parameter = register  # type: ignore[method-assign]  # restored below
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = original  # type: ignore[method-assign]
+
+
+def build(directory: Path, factory: Factory | None, dtype: torch.dtype, names: Mapping[str, Any]) -> tuple[nn.Module, dict[str, str]]:
+    """Builds the model on the meta device.
+
+    Args:
+        directory: Of the checkpoint.
+        factory: Makes the module; None reads ``config.json`` with Transformers.
+        dtype: Dtype of floating parameters.
+        names: Tensor names of the checkpoint.
+
+    Returns:
+        ``(model, names)``: the model in eval mode, and for each tensor of the checkpoint its name in the model.
+
+    Raises:
+        CheckpointError: no factory, and no ``config.json`` that Transformers can build.
+    """
+    if factory is not None:
+        with parameters_on_meta():
+            model = factory()
+        return model.eval(), {name: name for name in names}
+    if not (directory / "config.json").exists():
+        raise CheckpointError(
+            f"build the model of {directory}", "no config.json", "pass model=, a function that makes the module"
+        )
+    return _transformers(directory, dtype, names)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object; an absent file is an empty one.
+
+    Raises:
+        CheckpointError: not JSON, or not an object.
+    """
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"read {path}", f"not JSON: {error}", "a JSON object") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"read {path}", f"a JSON {type(value).__name__}", "a JSON object")
+    return value
+
+
+def _transformers(directory: Path, dtype: torch.dtype, names: Mapping[str, Any]) -> tuple[nn.Module, dict[str, str]]:
+    try:
+        transformers = importlib.import_module("transformers")
+    except ImportError:
+        raise CheckpointError(
+            f"build the model of {directory}", "Transformers is not installed", "pip install 'quantport[transformers]'"
+        ) from None
+    config = transformers.AutoConfig.from_pretrained(directory)
+    for part in (config, *(v for v in vars(config).values() if hasattr(v, "quantization_config"))):
+        vars(part).pop("quantization_config", None)  # ours: the modules are placed by quantport
+    architecture = next(iter(config.architectures or ()), None)
+    cls = getattr(transformers, architecture or "", None)
+    if cls is None:
+        raise CheckpointError(
+            f"build the model of {directory}", f"architecture {architecture!r}, which this Transformers does not have",
+            "another version of Transformers, or model=, a function that makes the module",
+        )  # fmt: skip
+    with parameters_on_meta():
+        model = cls._from_config(config, dtype=dtype)
+    if (directory / "generation_config.json").exists() and model.can_generate():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
+    model.name_or_path = str(directory)
+    return model.eval(), _rename(model, names)
+
+
+def _rename(model: Any, names: Mapping[str, Any]) -> dict[str, str]:
+    """Applies the renamings that Transformers keeps for checkpoints of this architecture (experts are fused by us)."""
+    loading = importlib.import_module("transformers.core_model_loading")
+    mapping = importlib.import_module("transformers.conversion_mapping")
+    transforms = mapping.get_model_conversion_mapping(model)
+    converters = [t for t in transforms if isinstance(t, loading.WeightConverter)]
+    renamings = [t for t in transforms if not isinstance(t, loading.WeightConverter)]
+    known = model.state_dict()
+    out = {}
+    for name in names:
+        out[name], _ = loading.rename_source_key(name, renamings, [], model.base_model_prefix, known)
+        converter = next((c for c in converters if c.rename_source_key(out[name])[1] is not None), None)
+        if converter is not None and ".experts." not in name:
+            operations = ", ".join(type(o).__name__ for o in converter.operations)
+            raise QuantportError(
+                f"load {name} into {type(model).__name__}", f"Transformers converts it with {operations}",
+                "load it with Transformers, save_pretrained it, and load that",
+            )  # fmt: skip
+    return out

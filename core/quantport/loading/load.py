@@ -1,0 +1,344 @@
+"""``load``, ``plan`` and ``quantize_``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantport import numerics
+from quantport.checkpoint import Checkpoint
+from quantport.config import QuantConfig
+from quantport.device import Device
+from quantport.errors import BudgetError, CheckpointError, ConfigError
+from quantport.host import host
+from quantport.layers import Layer, Part, find_layers
+from quantport.loading import saved
+from quantport.loading.bind import check, make_module
+from quantport.loading.build import Factory, build, read_json
+from quantport.loading.detect import refuse_quantized
+from quantport.loading.stream import Progress, Task, run_tasks
+from quantport.modules import QuantModule
+from quantport.plan import BUDGET, Plan, Step, make_plan
+
+Source = str | os.PathLike[str]
+Reader = Callable[[Part], tuple[Tensor, Callable[[], None]]]
+
+
+def _config(scheme: str | None, config: Any, options: Mapping[str, Any]) -> QuantConfig:
+    """Merges the arguments into one checked configuration; two different schemes are a conflict."""
+    parsed = QuantConfig.parse(config, host().schemes)
+    given = {k: v for k, v in options.items() if v is not None}
+    if scheme is not None:
+        asked = host().schemes[scheme].name
+        if parsed.scheme not in (None, asked):
+            raise ConfigError(f"scheme={scheme!r}", f"config says scheme={parsed.scheme!r}", "give one of them")
+        given["scheme"] = asked
+    return QuantConfig.parse({**parsed.model_dump(exclude_unset=True), **given}, host().schemes) if given else parsed
+
+
+def plan(
+    model: Source | nn.Module,
+    scheme: str | None = None,
+    *,
+    config: Any = None,
+    device: str | torch.device | Device = "auto",
+    rows: int = 1,
+    dtype: torch.dtype | None = None,
+    fallback: str | None = None,
+) -> Plan:
+    """Says what ``load`` or ``quantize_`` would do, and why, for a device that need not be here. Reads headers only.
+
+    Args:
+        model: A checkpoint directory or file (its data may be missing), or a module.
+        scheme: Scheme name; None uses the configuration, or lets the device choose.
+        config: A ``QuantConfig`` or what it parses.
+        device: Found (``auto``, ``kind``, ``kind:0``) or simulated (``kind:arch``).
+        rows: Expected rows of the activations.
+        dtype: Activation dtype; by default that of the weights, or what the device computes in.
+        fallback: Overrides ``config.fallback``.
+
+    Returns:
+        The plan.
+    """
+    target = host().device(device)
+    parsed = _config(scheme, config, {"fallback": fallback})
+    if isinstance(model, nn.Module):
+        layers, source = check(find_layers(dict(model.named_parameters())), model, lambda x: x.name), type(model).__name__
+    else:
+        with Checkpoint.open(_directory(model), headers_only=True) as checkpoint:
+            refuse_quantized(checkpoint)
+            layers, source = find_layers(checkpoint.tensors), str(model)
+    return make_plan(layers, parsed, target, host().kernels(target.kind), host().schemes, source=source, rows=rows, dtype=dtype)
+
+
+def load(
+    path_or_id: Source,
+    scheme: str | None = None,
+    *,
+    config: Any = None,
+    device: str | torch.device | Device = "auto",
+    model: Factory | None = None,
+    dtype: torch.dtype | None = None,
+    rows: int = 1,
+    fallback: str | None = None,
+    progress: Progress | None = None,
+    workers: int | None = None,
+) -> Any:
+    """Loads a checkpoint and quantizes it while it streams in: never is the 16-bit model in memory.
+
+    Args:
+        path_or_id: Checkpoint directory, safetensors file, or a model id of the hub.
+        scheme: Scheme name; None uses the configuration, or lets the device choose and say why.
+        config: A ``QuantConfig`` or what it parses.
+        device: ``auto`` takes the best device found.
+        model: Makes the module; by default Transformers builds it from ``config.json``.
+        dtype: Dtype of what stays in 16 bits; by default that of the checkpoint, or what the device computes in.
+        rows: Expected rows of the activations, for choosing kernels.
+        fallback: Overrides ``config.fallback``.
+        progress: Called with (bytes done, bytes in total, name).
+        workers: Tensors that are quantized at a time; the number of cores by default.
+
+    Returns:
+        The model, in eval mode on the device, with the plan as ``model.quantport_plan``.
+
+    Raises:
+        QuantportError: with what was asked, what was found, and what would work. No model is left half loaded.
+    """
+    target = host().device(device)
+    directory = _directory(path_or_id)
+    parsed = _config(scheme, config, {"fallback": fallback})
+    with Checkpoint.open(directory) as checkpoint:
+        record = saved.read(checkpoint.directory)
+        if record is None:
+            refuse_quantized(checkpoint)
+            layers = find_layers(checkpoint.tensors)
+        elif config is not None or scheme is not None:
+            raise ConfigError(
+                f"quantize {directory} while loading", "it is a quantport checkpoint: quantized already", "load it without scheme="
+            )
+        else:
+            layers = saved.layers(record, checkpoint)
+            parsed = saved.config(record, fallback or "weight_only")
+        dtype = dtype or _dtype(layers, target)
+        built, names = build(checkpoint.directory, model, dtype, checkpoint.tensors)
+        place = partial(_place, names)
+        if record is None:
+            layers = check(layers, built, place)
+        decided = make_plan(
+            layers, parsed, target, host().kernels(target.kind), host().schemes, source=str(path_or_id), rows=rows, dtype=dtype
+        )
+        _fits(decided, target)
+        tasks = _Loader(checkpoint, built, decided, names, place, dtype, record is not None).tasks()
+        run_tasks(tasks, progress, workers)
+    _finish(built, decided, target)
+    return built
+
+
+def quantize_(
+    model: nn.Module,
+    scheme: str | None = None,
+    *,
+    config: Any = None,
+    rows: int = 1,
+    fallback: str | None = None,
+    progress: Progress | None = None,
+) -> Plan:
+    """Quantizes a module in memory, in place, on the device where it is: wholly, or not at all.
+
+    Args:
+        model: The module; its linear layers and experts are replaced.
+        scheme: As for ``load``.
+        config: As for ``load``.
+        rows: As for ``load``.
+        fallback: As for ``load``.
+        progress: As for ``load``.
+
+    Returns:
+        The plan that was carried out; also ``model.quantport_plan``.
+    """
+    here = next((p.device for p in model.parameters()), torch.device("cpu"))
+    target = next((d for d in host().devices if d.torch_type == here.type and d.index == (here.index or 0)), None)
+    decided = plan(model, scheme, config=config, device=target or str(here), rows=rows, fallback=fallback)
+    params = dict(model.named_parameters())
+    new: dict[str, QuantModule] = {}
+    tasks: list[Task] = []
+    for step in decided.steps:
+        if step.choice:
+            module = new[step.layer.name] = make_module(step, model.get_submodule(step.layer.name))
+            tasks += _quantize_tasks(step, module, lambda part: (_select(params[part.tensor], part), _nothing), decided.config.nonfinite)
+    run_tasks(tasks, progress)
+    for name, module in new.items():
+        _replace(model, name, module)
+    model.quantport_plan = decided  # type: ignore[assignment]  # a note on the model, not a submodule
+    return decided
+
+
+class _Loader:
+    """Places empty quantized modules into a model on meta, and makes the tasks that fill it."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, model: nn.Module, decided: Plan, names: Mapping[str, str],
+        place: Callable[[Layer], str], dtype: torch.dtype, stored: bool,
+    ) -> None:  # fmt: skip
+        self.checkpoint, self.model, self.plan, self.names = checkpoint, model, decided, names
+        self.place, self.dtype, self.stored = place, dtype, stored
+        self.device = decided.device.torch_device
+
+    def tasks(self) -> list[Task]:
+        """One task for each weight and for each other tensor, in the order of the files."""
+        out: list[Task] = []
+        for step in self.plan.steps:
+            if step.choice:
+                path = self.place(step.layer)
+                module = make_module(step, self.model.get_submodule(path))
+                _replace(self.model, path, module)
+                out += self._stored_tasks(step, module) if self.stored else self._fresh_tasks(step, module)
+        taken = {part.tensor for s in self.plan.steps if s.choice for parts in s.layer.parts.values() for part in parts}
+        for name, info in self.checkpoint.tensors.items():
+            if name not in taken:
+                out.append(Task(name, info.nbytes, partial(self._copy, name)))
+        order = {name: i for i, name in enumerate(self.checkpoint.tensors)}
+        return sorted(out, key=lambda t: order[t.name])
+
+    def _fresh_tasks(self, step: Step, module: QuantModule) -> Iterable[Task]:
+        return _quantize_tasks(step, module, self._read, self.plan.config.nonfinite, self.device)
+
+    def _read(self, part: Part) -> tuple[Tensor, Callable[[], None]]:
+        rows = None if part.expert is None else slice(part.expert, part.expert + 1)
+        tensor = self.checkpoint.read(part.tensor, rows)
+        tensor = tensor if part.expert is None else tensor[0]
+        return tensor[part.start : part.stop], partial(self.checkpoint.release, part.tensor, rows)
+
+    def _stored_tasks(self, step: Step, module: QuantModule) -> Iterable[Task]:
+        for weight, spec in module.specs.items():
+            keys = {k: f"{step.layer.name}.{weight}.{k}".replace("..", ".") for k in spec.scheme.layout(spec.n, spec.k)}
+            size = sum(self.checkpoint.tensors[name].nbytes for name in keys.values())
+            yield Task(next(iter(keys.values())), size, partial(self._install, module, weight, keys))
+
+    def _install(self, module: QuantModule, weight: str, keys: Mapping[str, str]) -> None:
+        module.set_weight(weight, {k: self.checkpoint.read(name).to(self.device, copy=True) for k, name in keys.items()})
+
+    def _copy(self, name: str) -> None:
+        tensor = self.checkpoint.read(name)
+        dtype = self.dtype if tensor.dtype in (torch.bfloat16, torch.float16) else tensor.dtype
+        _assign(self.model, self.names[name], tensor.to(self.device, dtype, copy=True))
+        self.checkpoint.release(name)
+
+
+def _quantize_tasks(
+    step: Step, module: QuantModule, read: Reader, nonfinite: str, device: torch.device | None = None
+) -> Iterable[Task]:
+    """The tasks that fill one module from 16-bit weights."""
+
+    def run(part: Part, weight: str) -> None:
+        tensor, release = read(part)
+        on_device = tensor.detach().to(device) if device else tensor.detach()
+        scheme = module.specs[weight].scheme
+        module.set_weight(weight, numerics.quantize_weight(on_device, scheme, f"{step.layer.name}.{weight}".rstrip("."), nonfinite))
+        release()
+
+    for name, n, k in step.layer.weights:
+        for e, part in enumerate(step.layer.parts[name]):
+            weight = f"{e}.{name}" if step.layer.experts else ""
+            yield Task(part.tensor, n * k * step.layer.dtype.itemsize, partial(run, part, weight))
+
+
+def _nothing() -> None:
+    """Releases a tensor that its owner keeps."""
+
+
+def _select(tensor: Tensor, part: Part) -> Tensor:
+    tensor = tensor if part.expert is None else tensor[part.expert]
+    return tensor[part.start : part.stop]
+
+
+def _place(names: Mapping[str, str], layer: Layer) -> str:
+    """Path of the module of a layer, whose tensors may be renamed between checkpoint and model."""
+    part = next(p for parts in layer.parts.values() for p in parts)
+    renamed = names.get(part.tensor, part.tensor)
+    if layer.experts:
+        return renamed[: renamed.rindex(".experts.")] + ".experts"
+    return renamed.rpartition(".")[0]
+
+
+def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module.train(model.training))
+
+
+def _assign(model: nn.Module, name: str, value: Tensor) -> None:
+    """Sets a parameter or buffer by name; names that the model does not have are left to ``_finish``."""
+    path, _, leaf = name.rpartition(".")
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        return
+    if leaf in module._parameters:
+        old = module._parameters[leaf]
+        grad = old.requires_grad if old is not None else False
+        module._parameters[leaf] = nn.Parameter(value, requires_grad=grad and value.is_floating_point())
+    elif leaf in module._buffers:
+        module._buffers[leaf] = value
+
+
+def _finish(model: nn.Module, decided: Plan, target: Device) -> None:
+    """Ties weights, moves buffers, and checks that nothing is missing."""
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()
+    missing = [name for name, p in model.named_parameters() if p.is_meta]
+    if missing:
+        raise CheckpointError(
+            f"load {decided.source}", f"the model needs {len(missing)} tensors that it does not hold: {', '.join(missing[:5])}",
+            "the complete checkpoint, or the model class that it was saved from",
+        )  # fmt: skip
+    model.requires_grad_(False)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device != target.torch_device:
+                module._buffers[name] = buffer.to(target.torch_device)
+    model.quantport_plan = decided  # type: ignore[assignment]  # a note on the model, not a submodule
+
+
+def _dtype(layers: Iterable[Layer], target: Device) -> torch.dtype:
+    """The 16-bit dtype of the checkpoint, or what the device computes in where it has no bf16."""
+    stored = {layer.dtype for layer in layers if layer.kind != "other"}
+    if torch.float16 in stored and torch.bfloat16 not in stored:
+        return torch.float16
+    return target.arch.compute if torch.bfloat16 in stored or not stored else torch.float32
+
+
+def _fits(decided: Plan, target: Device) -> None:
+    if target.memory is not None and decided.peak > target.memory:
+        gib = 1 << 30
+        raise BudgetError(
+            f"load {decided.source} on {target}",
+            f"{decided.after / gib:.1f} GiB of weights and {BUDGET / gib:.1f} GiB to stream need more than {target.memory / gib:.1f} GiB",
+            "a scheme with fewer bits (int4_weight_only), or a device with more memory",
+        )
+
+
+def _directory(source: Source) -> Path:
+    """A local path, or a snapshot of a model of the hub."""
+    path = Path(source)
+    text = str(source)
+    if path.exists() or text.count("/") != 1 or text.startswith((".", "/", "~")):
+        return path.expanduser()
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        return path
+    try:
+        return Path(snapshot_download(text, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]))
+    except Exception as error:  # the hub's many errors: network, name, permission
+        raise CheckpointError(
+            f"load {text!r}", f"no such directory, and the hub says: {type(error).__name__}: {str(error).splitlines()[0]}",
+            "a local checkpoint directory, or a model id that the hub has and that can be reached",
+        ) from error  # fmt: skip
+
+

@@ -1,0 +1,85 @@
+"""The record of a checkpoint that quantport wrote: which layer has which scheme (``quantport.json``)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from quantport.checkpoint import Checkpoint
+from quantport.config import QuantConfig
+from quantport.errors import CheckpointError
+from quantport.host import host
+from quantport.layers import Layer, Part, find_layers
+from quantport.loading.build import read_json
+
+FILE = "quantport.json"
+
+
+class SavedLayer(BaseModel):
+    """One quantized layer as saved."""
+
+    model_config = ConfigDict(extra="forbid")
+    scheme: str
+    kind: Literal["linear", "moe"]
+    weights: list[tuple[str, int, int]]
+    experts: int = 0
+    dtype: str = "bfloat16"
+
+
+class Record(BaseModel):
+    """The file: format version and the quantized layers by module path."""
+
+    model_config = ConfigDict(extra="forbid")
+    format: Literal[1] = 1
+    layers: dict[str, SavedLayer]
+
+
+def read(directory: Path) -> Record | None:
+    """Reads the record of a checkpoint; None when quantport did not write it.
+
+    Raises:
+        CheckpointError: the record is malformed.
+    """
+    data: dict[str, Any] = read_json(directory / FILE)
+    if not data:
+        return None
+    try:
+        return Record.model_validate(data)
+    except ValidationError as error:
+        raise CheckpointError(
+            f"read {directory / FILE}", error.errors()[0]["msg"], "the file that quantport wrote, in format 1"
+        ) from None
+
+
+def layers(record: Record, checkpoint: Checkpoint) -> list[Layer]:
+    """The layers of a saved checkpoint: the quantized ones from the record, the rest from the headers.
+
+    Raises:
+        CheckpointError: a recorded tensor is absent or has another shape or dtype.
+    """
+    out: list[Layer] = []
+    taken: set[str] = set()
+    for name, entry in record.layers.items():
+        parts: dict[str, tuple[Part, ...]] = {}
+        for weight, n, k in entry.weights:
+            layout = host().schemes[entry.scheme].layout(n, k)
+            bases = [f"{name}.{e}.{weight}" for e in range(entry.experts)] if entry.experts else [name]
+            for full, expected in ((f"{b}.{key}", want) for b in bases for key, want in layout.items()):
+                info = checkpoint.tensors.get(full)
+                if info is None or (tuple(info.shape), info.dtype) != expected:
+                    found = f"{list(info.shape)} {info.dtype}" if info else "no such tensor"
+                    raise CheckpointError(f"load {full} of {checkpoint.directory}", found, f"{list(expected[0])} {expected[1]}")
+                taken.add(full)
+            parts[weight] = tuple(Part(f"{b}.{key}") for b in bases for key in layout)
+        dtype = getattr(torch, entry.dtype)
+        out.append(Layer(name, entry.kind, tuple(entry.weights), dtype, entry.experts, parts))
+    return out + find_layers({n: t for n, t in checkpoint.tensors.items() if n not in taken})
+
+
+def config(record: Record, fallback: str) -> QuantConfig:
+    """The configuration that asks for exactly what was saved: every recorded layer by name, everything else kept."""
+    targets = {name: entry.scheme for name, entry in record.layers.items()}
+    return QuantConfig.parse({"targets": targets, "linear": None, "moe": None, "scheme": None, "fallback": fallback}, host().schemes)
