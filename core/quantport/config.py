@@ -78,7 +78,7 @@ class QuantConfig(BaseModel):
             return data
         out: dict[str, Any] = {}
         for key, value in data.items():
-            name = _OLD_KEYS.get(key, key)
+            name = _OLD_KEYS.get(str(key), str(key))
             if name in out:
                 raise ValueError(f"{key!r} and another spelling of {name!r} are both given")
             out[name] = _weight_of(value) if name in ("linear", "moe") else value

@@ -151,7 +151,9 @@ class Host:
         if not matching:
             archs = ", ".join(f"{kind}:{a}" for a in self.backends[kind].archs)
             raise DeviceError(
-                f"device {text!r}", f"{len(here)} such devices on this machine", f"to plan for hardware that is not here: {archs}"
+                f"device {text!r}",
+                f"{len(here)} such devices on this machine",
+                f"to plan for hardware that is not here: {archs}",
             )
         return matching[0]
 

@@ -17,7 +17,15 @@ _EXPERT = re.compile(r"^(.+\.experts)\.(\d+)\.(\w+)\.weight$")
 _FUSED_EXPERTS = re.compile(r"^(.+\.experts)\.(gate_up_proj|down_proj)$")
 _HEADS = {"lm_head", "embed_out", "output_projection"}
 _ROUTERS = {"gate", "router", "shared_expert_gate", "gate_network"}
-_EMBEDDINGS = {"wte", "wpe", "tok_embeddings", "word_embeddings", "position_embeddings", "embeddings", "relative_attention_bias"}
+_EMBEDDINGS = {
+    "wte",
+    "wpe",
+    "tok_embeddings",
+    "word_embeddings",
+    "position_embeddings",
+    "embeddings",
+    "relative_attention_bias",
+}
 
 
 class TensorLike(Protocol):

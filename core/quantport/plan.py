@@ -227,7 +227,7 @@ def best_scheme(device: Device, kernels: Sequence[Kernel], schemes: Schemes, row
         ``(scheme name, why)``.
     """
     order = ("fp8_per_channel", "int8", "fp8_weight_only", "int8_weight_only")
-    told = []
+    told: list[str] = []
     for name in order:
         choice = choose(Request(WeightSpec(schemes[name], 4096, 4096), "linear", device, device.arch.compute, rows), kernels)
         if choice.status is Status.NATIVE and not choice.slow:
@@ -236,7 +236,10 @@ def best_scheme(device: Device, kernels: Sequence[Kernel], schemes: Schemes, row
             passed = f" (passed over: {'; '.join(told)})" if told else ""
             return name, f"{name}: {choice.precision} by {choice.kernel}{speed} [{evidence}]{passed}"
         told.append(f"{name} is {choice.status}" + (f", slower than BF16: {choice.slow}" if choice.slow else ""))
-    return "int8_weight_only", f"int8_weight_only: half the bytes and near-lossless; nothing here is faster than BF16 ({'; '.join(told)})"
+    return (
+        "int8_weight_only",
+        f"int8_weight_only: half the bytes and near-lossless; nothing here is faster than BF16 ({'; '.join(told)})",
+    )
 
 
 def make_plan(
@@ -278,9 +281,22 @@ class _Planner:
     """Memoizes choices: the layers of a model repeat."""
 
     def __init__(
-        self, config: QuantConfig, device: Device, kernels: Sequence[Kernel], schemes: Schemes, rows: int, dtype: torch.dtype | None
+        self,
+        config: QuantConfig,
+        device: Device,
+        kernels: Sequence[Kernel],
+        schemes: Schemes,
+        rows: int,
+        dtype: torch.dtype | None,
     ) -> None:
-        self.config, self.device, self.kernels, self.schemes, self.rows, self.dtype = config, device, kernels, schemes, rows, dtype
+        self.config, self.device, self.kernels, self.schemes, self.rows, self.dtype = (
+            config,
+            device,
+            kernels,
+            schemes,
+            rows,
+            dtype,
+        )
         self.cache: dict[object, tuple[Choice, str]] = {}
 
     def step(self, layer: Layer, asked: str | None, why: str) -> Step:

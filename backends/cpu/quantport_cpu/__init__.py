@@ -1,6 +1,7 @@
 """The CPU room: the embedded default."""
 
 from quantport.backend import Backend, hookimpl
+
 from quantport_cpu.detect import CpuBackend
 
 

@@ -69,3 +69,9 @@ def make_module(step: Step, old: nn.Module) -> QuantModule:
         assert activation is not None  # why_not_experts refused it otherwise
         return QuantExperts(kernel, specs["gate_proj"], specs["down_proj"], step.layer.experts, activation)
     return QuantLinear(kernel, next(iter(specs.values())), old._parameters.get("bias"))
+
+
+def put(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Puts a module where another stood."""
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module.train(model.training))

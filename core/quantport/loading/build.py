@@ -27,14 +27,16 @@ def parameters_on_meta() -> Iterator[None]:
             param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
         original(module, name, param)
 
-    nn.Module.register_parameter = register  # type: ignore[method-assign]  # restored below
+    nn.Module.register_parameter = register  # type: ignore[method-assign,assignment]  # restored below
     try:
         yield
     finally:
         nn.Module.register_parameter = original  # type: ignore[method-assign]
 
 
-def build(directory: Path, factory: Factory | None, dtype: torch.dtype, names: Mapping[str, Any]) -> tuple[nn.Module, dict[str, str]]:
+def build(
+    directory: Path, factory: Factory | None, dtype: torch.dtype, names: Mapping[str, Any]
+) -> tuple[nn.Module, dict[str, str]]:
     """Builds the model on the meta device.
 
     Args:
@@ -54,9 +56,7 @@ def build(directory: Path, factory: Factory | None, dtype: torch.dtype, names: M
             model = factory()
         return model.eval(), {name: name for name in names}
     if not (directory / "config.json").exists():
-        raise CheckpointError(
-            f"build the model of {directory}", "no config.json", "pass model=, a function that makes the module"
-        )
+        raise CheckpointError(f"build the model of {directory}", "no config.json", "pass model=, a function that makes the module")
     return _transformers(directory, dtype, names)
 
 

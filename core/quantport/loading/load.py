@@ -1,80 +1,28 @@
-"""``load``, ``plan`` and ``quantize_``."""
+"""``load``: a checkpoint, quantized while it streams in."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quantport import numerics
 from quantport.checkpoint import Checkpoint
-from quantport.config import QuantConfig
 from quantport.device import Device
 from quantport.errors import BudgetError, CheckpointError, ConfigError
 from quantport.host import host
 from quantport.layers import Layer, Part, find_layers
 from quantport.loading import saved
-from quantport.loading.bind import check, make_module
-from quantport.loading.build import Factory, build, read_json
-from quantport.loading.detect import refuse_quantized
+from quantport.loading.bind import check, make_module, put
+from quantport.loading.build import Factory, build
+from quantport.loading.planning import Source, merge
+from quantport.loading.source import locate, refuse_quantized
 from quantport.loading.stream import Progress, Task, run_tasks
+from quantport.loading.tasks import quantize_tasks
 from quantport.modules import QuantModule
 from quantport.plan import BUDGET, Plan, Step, make_plan
-
-Source = str | os.PathLike[str]
-Reader = Callable[[Part], tuple[Tensor, Callable[[], None]]]
-
-
-def _config(scheme: str | None, config: Any, options: Mapping[str, Any]) -> QuantConfig:
-    """Merges the arguments into one checked configuration; two different schemes are a conflict."""
-    parsed = QuantConfig.parse(config, host().schemes)
-    given = {k: v for k, v in options.items() if v is not None}
-    if scheme is not None:
-        asked = host().schemes[scheme].name
-        if parsed.scheme not in (None, asked):
-            raise ConfigError(f"scheme={scheme!r}", f"config says scheme={parsed.scheme!r}", "give one of them")
-        given["scheme"] = asked
-    return QuantConfig.parse({**parsed.model_dump(exclude_unset=True), **given}, host().schemes) if given else parsed
-
-
-def plan(
-    model: Source | nn.Module,
-    scheme: str | None = None,
-    *,
-    config: Any = None,
-    device: str | torch.device | Device = "auto",
-    rows: int = 1,
-    dtype: torch.dtype | None = None,
-    fallback: str | None = None,
-) -> Plan:
-    """Says what ``load`` or ``quantize_`` would do, and why, for a device that need not be here. Reads headers only.
-
-    Args:
-        model: A checkpoint directory or file (its data may be missing), or a module.
-        scheme: Scheme name; None uses the configuration, or lets the device choose.
-        config: A ``QuantConfig`` or what it parses.
-        device: Found (``auto``, ``kind``, ``kind:0``) or simulated (``kind:arch``).
-        rows: Expected rows of the activations.
-        dtype: Activation dtype; by default that of the weights, or what the device computes in.
-        fallback: Overrides ``config.fallback``.
-
-    Returns:
-        The plan.
-    """
-    target = host().device(device)
-    parsed = _config(scheme, config, {"fallback": fallback})
-    if isinstance(model, nn.Module):
-        layers, source = check(find_layers(dict(model.named_parameters())), model, lambda x: x.name), type(model).__name__
-    else:
-        with Checkpoint.open(_directory(model), headers_only=True) as checkpoint:
-            refuse_quantized(checkpoint)
-            layers, source = find_layers(checkpoint.tensors), str(model)
-    return make_plan(layers, parsed, target, host().kernels(target.kind), host().schemes, source=source, rows=rows, dtype=dtype)
 
 
 def load(
@@ -111,8 +59,8 @@ def load(
         QuantportError: with what was asked, what was found, and what would work. No model is left half loaded.
     """
     target = host().device(device)
-    directory = _directory(path_or_id)
-    parsed = _config(scheme, config, {"fallback": fallback})
+    directory = locate(path_or_id)
+    parsed = merge(scheme, config, {"fallback": fallback})
     with Checkpoint.open(directory) as checkpoint:
         record = saved.read(checkpoint.directory)
         if record is None:
@@ -120,7 +68,9 @@ def load(
             layers = find_layers(checkpoint.tensors)
         elif config is not None or scheme is not None:
             raise ConfigError(
-                f"quantize {directory} while loading", "it is a quantport checkpoint: quantized already", "load it without scheme="
+                f"quantize {directory} while loading",
+                "it is a quantport checkpoint: quantized already",
+                "load it without scheme=",
             )
         else:
             layers = saved.layers(record, checkpoint)
@@ -138,45 +88,6 @@ def load(
         run_tasks(tasks, progress, workers)
     _finish(built, decided, target)
     return built
-
-
-def quantize_(
-    model: nn.Module,
-    scheme: str | None = None,
-    *,
-    config: Any = None,
-    rows: int = 1,
-    fallback: str | None = None,
-    progress: Progress | None = None,
-) -> Plan:
-    """Quantizes a module in memory, in place, on the device where it is: wholly, or not at all.
-
-    Args:
-        model: The module; its linear layers and experts are replaced.
-        scheme: As for ``load``.
-        config: As for ``load``.
-        rows: As for ``load``.
-        fallback: As for ``load``.
-        progress: As for ``load``.
-
-    Returns:
-        The plan that was carried out; also ``model.quantport_plan``.
-    """
-    here = next((p.device for p in model.parameters()), torch.device("cpu"))
-    target = next((d for d in host().devices if d.torch_type == here.type and d.index == (here.index or 0)), None)
-    decided = plan(model, scheme, config=config, device=target or str(here), rows=rows, fallback=fallback)
-    params = dict(model.named_parameters())
-    new: dict[str, QuantModule] = {}
-    tasks: list[Task] = []
-    for step in decided.steps:
-        if step.choice:
-            module = new[step.layer.name] = make_module(step, model.get_submodule(step.layer.name))
-            tasks += _quantize_tasks(step, module, lambda part: (_select(params[part.tensor], part), _nothing), decided.config.nonfinite)
-    run_tasks(tasks, progress)
-    for name, module in new.items():
-        _replace(model, name, module)
-    model.quantport_plan = decided  # type: ignore[assignment]  # a note on the model, not a submodule
-    return decided
 
 
 class _Loader:
@@ -197,7 +108,7 @@ class _Loader:
             if step.choice:
                 path = self.place(step.layer)
                 module = make_module(step, self.model.get_submodule(path))
-                _replace(self.model, path, module)
+                put(self.model, path, module)
                 out += self._stored_tasks(step, module) if self.stored else self._fresh_tasks(step, module)
         taken = {part.tensor for s in self.plan.steps if s.choice for parts in s.layer.parts.values() for part in parts}
         for name, info in self.checkpoint.tensors.items():
@@ -207,7 +118,7 @@ class _Loader:
         return sorted(out, key=lambda t: order[t.name])
 
     def _fresh_tasks(self, step: Step, module: QuantModule) -> Iterable[Task]:
-        return _quantize_tasks(step, module, self._read, self.plan.config.nonfinite, self.device)
+        return quantize_tasks(step, module, self._read, self.plan.config.nonfinite, self.device)
 
     def _read(self, part: Part) -> tuple[Tensor, Callable[[], None]]:
         rows = None if part.expert is None else slice(part.expert, part.expert + 1)
@@ -231,33 +142,6 @@ class _Loader:
         self.checkpoint.release(name)
 
 
-def _quantize_tasks(
-    step: Step, module: QuantModule, read: Reader, nonfinite: str, device: torch.device | None = None
-) -> Iterable[Task]:
-    """The tasks that fill one module from 16-bit weights."""
-
-    def run(part: Part, weight: str) -> None:
-        tensor, release = read(part)
-        on_device = tensor.detach().to(device) if device else tensor.detach()
-        scheme = module.specs[weight].scheme
-        module.set_weight(weight, numerics.quantize_weight(on_device, scheme, f"{step.layer.name}.{weight}".rstrip("."), nonfinite))
-        release()
-
-    for name, n, k in step.layer.weights:
-        for e, part in enumerate(step.layer.parts[name]):
-            weight = f"{e}.{name}" if step.layer.experts else ""
-            yield Task(part.tensor, n * k * step.layer.dtype.itemsize, partial(run, part, weight))
-
-
-def _nothing() -> None:
-    """Releases a tensor that its owner keeps."""
-
-
-def _select(tensor: Tensor, part: Part) -> Tensor:
-    tensor = tensor if part.expert is None else tensor[part.expert]
-    return tensor[part.start : part.stop]
-
-
 def _place(names: Mapping[str, str], layer: Layer) -> str:
     """Path of the module of a layer, whose tensors may be renamed between checkpoint and model."""
     part = next(p for parts in layer.parts.values() for p in parts)
@@ -265,11 +149,6 @@ def _place(names: Mapping[str, str], layer: Layer) -> str:
     if layer.experts:
         return renamed[: renamed.rindex(".experts.")] + ".experts"
     return renamed.rpartition(".")[0]
-
-
-def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module.train(model.training))
 
 
 def _assign(model: nn.Module, name: str, value: Tensor) -> None:
@@ -289,8 +168,9 @@ def _assign(model: nn.Module, name: str, value: Tensor) -> None:
 
 def _finish(model: nn.Module, decided: Plan, target: Device) -> None:
     """Ties weights, moves buffers, and checks that nothing is missing."""
-    if hasattr(model, "tie_weights"):
-        model.tie_weights()
+    tie = getattr(model, "tie_weights", None)
+    if callable(tie):
+        tie()
     missing = [name for name, p in model.named_parameters() if p.is_meta]
     if missing:
         raise CheckpointError(
@@ -318,27 +198,6 @@ def _fits(decided: Plan, target: Device) -> None:
         gib = 1 << 30
         raise BudgetError(
             f"load {decided.source} on {target}",
-            f"{decided.after / gib:.1f} GiB of weights and {BUDGET / gib:.1f} GiB to stream need more than {target.memory / gib:.1f} GiB",
+            f"{decided.after / gib:.1f} GiB of weights + {BUDGET / gib:.1f} GiB to stream, but {target.memory / gib:.1f} GiB are free",
             "a scheme with fewer bits (int4_weight_only), or a device with more memory",
         )
-
-
-def _directory(source: Source) -> Path:
-    """A local path, or a snapshot of a model of the hub."""
-    path = Path(source)
-    text = str(source)
-    if path.exists() or text.count("/") != 1 or text.startswith((".", "/", "~")):
-        return path.expanduser()
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        return path
-    try:
-        return Path(snapshot_download(text, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]))
-    except Exception as error:  # the hub's many errors: network, name, permission
-        raise CheckpointError(
-            f"load {text!r}", f"no such directory, and the hub says: {type(error).__name__}: {str(error).splitlines()[0]}",
-            "a local checkpoint directory, or a model id that the hub has and that can be reached",
-        ) from error  # fmt: skip
-
-

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -15,7 +16,16 @@ from quantport.loading.build import read_json
 from quantport.loading.saved import FILE, Record, SavedLayer
 from quantport.modules import QuantExperts, QuantModule
 
-_COMPANIONS = ("tokenizer*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "chat_template*", "generation_config.json", "*.model")
+_COMPANIONS = (
+    "tokenizer*",
+    "vocab*",
+    "merges*",
+    "special_tokens*",
+    "added_tokens*",
+    "chat_template*",
+    "generation_config.json",
+    "*.model",
+)
 
 
 def save(
@@ -40,7 +50,7 @@ def save(
         raise SaveError(f"save {type(model).__name__}", "it has no quantized layer", "quantport.load or quantport.quantize_ first")
     files = {FILE: Record(layers=layers).model_dump_json(indent=1).encode()}
     source = Path(getattr(model, "name_or_path", "") or "")
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if hasattr(config, "to_dict"):
         data = {**config.to_dict(), "quantization_config": {"quant_method": "quantport"}}
         data.setdefault("architectures", [type(model).__name__])
@@ -68,7 +78,10 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         prefix = f"{path}." if path else ""
         if isinstance(module, QuantModule):
             yield from ((prefix + name, tensor) for name, tensor in module.canonical_tensors())
-        kept = [*module._parameters.items(), *((n, b) for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set)]
+        kept = [
+            *module._parameters.items(),
+            *((n, b) for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set),
+        ]
         for name, tensor in kept:
             if tensor is not None and id(tensor) not in seen:
                 seen.add(id(tensor))

@@ -82,4 +82,6 @@ def layers(record: Record, checkpoint: Checkpoint) -> list[Layer]:
 def config(record: Record, fallback: str) -> QuantConfig:
     """The configuration that asks for exactly what was saved: every recorded layer by name, everything else kept."""
     targets = {name: entry.scheme for name, entry in record.layers.items()}
-    return QuantConfig.parse({"targets": targets, "linear": None, "moe": None, "scheme": None, "fallback": fallback}, host().schemes)
+    return QuantConfig.parse(
+        {"targets": targets, "linear": None, "moe": None, "scheme": None, "fallback": fallback}, host().schemes
+    )

@@ -73,7 +73,7 @@ class QuantModule(nn.Module):
                     yield f"{name}.{key}".lstrip("."), tensor
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]  # torch has no types here
+        super()._save_to_state_dict(destination, prefix, keep_vars)
         destination.update((prefix + key, tensor) for key, tensor in self.canonical_tensors())
 
     def _load_from_state_dict(
@@ -92,9 +92,7 @@ class QuantModule(nn.Module):
                 self.set_weight(name, {key: rest.pop(full).detach().to(device, copy=True) for key, full in keys.items()})
             except WeightError as error:
                 error_msgs.append(str(error))
-        super()._load_from_state_dict(  # type: ignore[no-untyped-call]  # torch has no types here
-            rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantModule:
         """Moves between devices; never casts codes or scales, whatever ``.half()`` or ``.to(dtype)`` ask."""
@@ -104,7 +102,7 @@ class QuantModule(nn.Module):
         packed, self._packed = self._packed, {}
         for key in [k for k in self._buffers if k.startswith("packed_")]:
             del self._buffers[key]
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch has no types here
         if target != here:
             self._rebind(target)
             packed = {
@@ -140,7 +138,7 @@ class QuantModule(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         weights = state.pop("_packed")
-        super().__setstate__({**state, "_packed": {}})
+        super().__setstate__({**state, "_packed": {}})  # type: ignore[no-untyped-call]  # torch has no types here
         self.kernel = host().kernel(state["kernel"])
         for name, canonical in weights.items():
             spec = self.specs[name]

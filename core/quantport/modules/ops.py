@@ -34,7 +34,7 @@ def _linear(x: Tensor, packed: list[Tensor], bias: Tensor | None, kernel: str, s
     return run_linear(host().kernel(kernel), x.contiguous(), tuple(packed), bias, spec)
 
 
-@torch.library.register_fake("quantport::linear", lib=_LIB)
+@torch.library.register_fake("quantport::linear", lib=_LIB)  # type: ignore[untyped-decorator]  # torch has no types here
 def _linear_fake(x: Tensor, packed: list[Tensor], bias: Tensor | None, kernel: str, scheme: str, n: int, k: int) -> Tensor:
     return x.new_empty((*x.shape[:-1], n))
 
@@ -51,7 +51,7 @@ def _experts(
     return run_experts(host().kernel(kernel), x, index, weights, tables, (up, down), activation)
 
 
-@torch.library.register_fake("quantport::experts", lib=_LIB)
+@torch.library.register_fake("quantport::experts", lib=_LIB)  # type: ignore[untyped-decorator]  # torch has no types here
 def _experts_fake(
     x: Tensor, index: Tensor, weights: Tensor, packed: list[Tensor], kernel: str, scheme: str,
     experts: int, hidden: int, intermediate: int, activation: str,

@@ -15,7 +15,7 @@ def pack_int4(codes: Tensor) -> Tensor:
     Returns:
         int32 ``[n, ceil(k/8)]``; nibble i of word j holds ``code[8j+i] + 8``. Nibbles past k are zero.
     """
-    n, k = codes.shape
+    k = codes.shape[1]
     nibbles = codes.add(8).view(torch.uint8)
     if k % 8:
         nibbles = torch.nn.functional.pad(nibbles, (0, -k % 8))

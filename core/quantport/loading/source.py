@@ -1,6 +1,9 @@
-"""Tells a checkpoint that is quantized already, by its config or by its tensors, and says what to do with it."""
+"""Where a checkpoint is, and whether it can be quantized: by whom it was quantized already, if it was."""
 
 from __future__ import annotations
+
+import os
+from pathlib import Path
 
 from quantport.checkpoint import Checkpoint
 from quantport.errors import CheckpointError
@@ -35,3 +38,22 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
             f"it is quantized already: {found}",
             "the 16-bit original of this checkpoint, or load it with the library that made it",
         )
+
+
+def locate(source: str | os.PathLike[str]) -> Path:
+    """A local path, or a snapshot of a model of the hub."""
+    path = Path(source)
+    text = str(source)
+    if path.exists() or text.count("/") != 1 or text.startswith((".", "/", "~")):
+        return path.expanduser()
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        return path
+    try:
+        return Path(snapshot_download(text, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]))
+    except Exception as error:  # the hub's many errors: network, name, permission
+        raise CheckpointError(
+            f"load {text!r}", f"no such directory, and the hub says: {type(error).__name__}: {str(error).splitlines()[0]}",
+            "a local checkpoint directory, or a model id that the hub has and that can be reached",
+        ) from error  # fmt: skip

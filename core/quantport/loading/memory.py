@@ -1,0 +1,61 @@
+"""``quantize_``: a module that is in memory already."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantport.host import host
+from quantport.loading.bind import make_module, put
+from quantport.loading.planning import plan
+from quantport.loading.stream import Progress, Task, run_tasks
+from quantport.loading.tasks import quantize_tasks, select
+from quantport.modules import QuantModule
+from quantport.plan import Plan
+
+
+def quantize_(
+    model: nn.Module,
+    scheme: str | None = None,
+    *,
+    config: Any = None,
+    rows: int = 1,
+    fallback: str | None = None,
+    progress: Progress | None = None,
+) -> Plan:
+    """Quantizes a module in memory, in place, on the device where it is: wholly, or not at all.
+
+    Args:
+        model: The module; its linear layers and experts are replaced.
+        scheme: As for ``load``.
+        config: As for ``load``.
+        rows: As for ``load``.
+        fallback: As for ``load``.
+        progress: As for ``load``.
+
+    Returns:
+        The plan that was carried out; also ``model.quantport_plan``.
+    """
+    here = next((p.device for p in model.parameters()), torch.device("cpu"))
+    target = next((d for d in host().devices if d.torch_type == here.type and d.index == (here.index or 0)), None)
+    decided = plan(model, scheme, config=config, device=target or str(here), rows=rows, fallback=fallback)
+    params = dict(model.named_parameters())
+    new: dict[str, QuantModule] = {}
+    tasks: list[Task] = []
+    for step in decided.steps:
+        if step.choice:
+            module = new[step.layer.name] = make_module(step, model.get_submodule(step.layer.name))
+            tasks += quantize_tasks(
+                step, module, lambda part: (select(params[part.tensor], part), _nothing), decided.config.nonfinite
+            )
+    run_tasks(tasks, progress)
+    for name, module in new.items():
+        put(model, name, module)
+    model.quantport_plan = decided  # type: ignore[assignment]  # a note on the model, not a submodule
+    return decided
+
+
+def _nothing() -> None:
+    """Releases a tensor that its owner keeps."""

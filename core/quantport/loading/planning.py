@@ -1,0 +1,69 @@
+"""``plan``: what loading would do, from headers alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantport.checkpoint import Checkpoint
+from quantport.config import QuantConfig
+from quantport.device import Device
+from quantport.errors import ConfigError
+from quantport.host import host
+from quantport.layers import find_layers
+from quantport.loading.bind import check
+from quantport.loading.source import locate, refuse_quantized
+from quantport.plan import Plan, make_plan
+
+Source = str | os.PathLike[str]
+
+
+def merge(scheme: str | None, config: Any, options: Mapping[str, Any]) -> QuantConfig:
+    """Merges the arguments into one checked configuration; two different schemes are a conflict."""
+    parsed = QuantConfig.parse(config, host().schemes)
+    given = {k: v for k, v in options.items() if v is not None}
+    if scheme is not None:
+        asked = host().schemes[scheme].name
+        if parsed.scheme not in (None, asked):
+            raise ConfigError(f"scheme={scheme!r}", f"config says scheme={parsed.scheme!r}", "give one of them")
+        given["scheme"] = asked
+    return QuantConfig.parse({**parsed.model_dump(exclude_unset=True), **given}, host().schemes) if given else parsed
+
+
+def plan(
+    model: Source | nn.Module,
+    scheme: str | None = None,
+    *,
+    config: Any = None,
+    device: str | torch.device | Device = "auto",
+    rows: int = 1,
+    dtype: torch.dtype | None = None,
+    fallback: str | None = None,
+) -> Plan:
+    """Says what ``load`` or ``quantize_`` would do, and why, for a device that need not be here. Reads headers only.
+
+    Args:
+        model: A checkpoint directory or file (its data may be missing), or a module.
+        scheme: Scheme name; None uses the configuration, or lets the device choose.
+        config: A ``QuantConfig`` or what it parses.
+        device: Found (``auto``, ``kind``, ``kind:0``) or simulated (``kind:arch``).
+        rows: Expected rows of the activations.
+        dtype: Activation dtype; by default that of the weights, or what the device computes in.
+        fallback: Overrides ``config.fallback``.
+
+    Returns:
+        The plan.
+    """
+    target = host().device(device)
+    parsed = merge(scheme, config, {"fallback": fallback})
+    if isinstance(model, nn.Module):
+        layers, source = check(find_layers(dict(model.named_parameters())), model, lambda x: x.name), type(model).__name__
+    else:
+        with Checkpoint.open(locate(model), headers_only=True) as checkpoint:
+            refuse_quantized(checkpoint)
+            layers, source = find_layers(checkpoint.tensors), str(model)
+    return make_plan(layers, parsed, target, host().kernels(target.kind), host().schemes, source=source, rows=rows, dtype=dtype)

@@ -1,0 +1,41 @@
+"""The tasks that fill quantized modules from 16-bit weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from quantport import numerics
+from quantport.layers import Part
+from quantport.loading.stream import Task
+from quantport.modules import QuantModule
+from quantport.plan import Step
+
+Reader = Callable[[Part], tuple[Tensor, Callable[[], None]]]
+
+
+def quantize_tasks(
+    step: Step, module: QuantModule, read: Reader, nonfinite: str, device: torch.device | None = None
+) -> Iterable[Task]:
+    """The tasks that fill one module from 16-bit weights."""
+
+    def run(part: Part, weight: str) -> None:
+        tensor, release = read(part)
+        on_device = tensor.detach().to(device) if device else tensor.detach()
+        scheme = module.specs[weight].scheme
+        module.set_weight(weight, numerics.quantize_weight(on_device, scheme, f"{step.layer.name}.{weight}".rstrip("."), nonfinite))
+        release()
+
+    for name, n, k in step.layer.weights:
+        for e, part in enumerate(step.layer.parts[name]):
+            weight = f"{e}.{name}" if step.layer.experts else ""
+            yield Task(part.tensor, n * k * step.layer.dtype.itemsize, partial(run, part, weight))
+
+
+def select(tensor: Tensor, part: Part) -> Tensor:
+    """The weight that a part names, out of its tensor."""
+    tensor = tensor if part.expert is None else tensor[part.expert]
+    return tensor[part.start : part.stop]
