@@ -13,6 +13,7 @@ from torch import Tensor
 from quantport import numerics
 from quantport.capability import Claim, Evidence, Status
 from quantport.kernel import Canonical, Kernel, Packed, Request, WeightSpec
+from quantport.scheme import Scheme
 
 DECLARED = Claim(Evidence.DECLARED, "pure torch operators; the same code is tested on the CPU")
 
@@ -32,13 +33,18 @@ class Reference(Kernel):
     status = Status.REFERENCE
     tolerance = 2.0**-7
     quantizes_activations = True
-    slow = "it writes and reads an fp32 copy of the weight at every call"
+
+    def serves(self, scheme: Scheme) -> bool:
+        return scheme.weight.format != "bf16"
 
     def reasons_against(self, request: Request) -> Sequence[str]:
         return ()
 
     def claim(self, request: Request) -> Claim:
         return DECLARED
+
+    def slow(self, request: Request) -> str:
+        return "it writes and reads an fp32 copy of the weight at every call"
 
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
         return numerics.linear(x, self.unpack(packed, spec), spec.scheme, bias)
@@ -50,7 +56,32 @@ class Dequantize(Kernel):
     name = "torch.dequantize"
     status = Status.DEQUANTIZE
     tolerance = 2.0**-6
-    slow = "it writes and reads a 16-bit copy of the weight at every call"
+
+    def serves(self, scheme: Scheme) -> bool:
+        return scheme.weight.format != "bf16"
+
+    def reasons_against(self, request: Request) -> Sequence[str]:
+        return ()
+
+    def claim(self, request: Request) -> Claim:
+        return DECLARED
+
+    def slow(self, request: Request) -> str:
+        return "it writes and reads a 16-bit copy of the weight at every call"
+
+    def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
+        weight = numerics.dequantize_weight(self.unpack(packed, spec), spec.scheme, spec.k, x.dtype)
+        return torch.nn.functional.linear(x, weight, bias)
+
+
+class Dense(Kernel):
+    """A layer that is not quantized: ``F.linear``."""
+
+    name = "torch.linear"
+    tolerance = 2.0**-6
+
+    def serves(self, scheme: Scheme) -> bool:
+        return scheme.weight.format == "bf16"
 
     def reasons_against(self, request: Request) -> Sequence[str]:
         return ()
@@ -59,8 +90,7 @@ class Dequantize(Kernel):
         return DECLARED
 
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
-        weight = numerics.dequantize_weight(self.unpack(packed, spec), spec.scheme, spec.k, x.dtype)
-        return torch.nn.functional.linear(x, weight, bias)
+        return torch.nn.functional.linear(x, packed[0].to(x.dtype), bias)
 
 
 class ScaledMM(Kernel):
@@ -73,13 +103,14 @@ class ScaledMM(Kernel):
     tolerance = 2.0**-6
     quantizes_activations = True
 
+    def serves(self, scheme: Scheme) -> bool:
+        weight, activation = scheme.weight, scheme.activation
+        per_token = activation is not None and (activation.rows, activation.cols) == (1, 0)
+        return weight.format == "e4m3fn" and per_token and weight.rows <= 1 and not weight.cols
+
     def reasons_against(self, request: Request) -> Sequence[str]:
         spec = request.weight
-        weight, activation = spec.scheme.weight, spec.scheme.activation
         reasons = list(native_reason(request, "e4m3fn"))
-        rowwise = activation is not None and (activation.rows, activation.cols) == (1, 0)
-        if weight.format != "e4m3fn" or not rowwise or weight.cols or weight.rows > 1:
-            reasons.append(f"{self.name} takes e4m3fn per tensor or per channel with per-token activations")
         if spec.n % 16 or spec.k % 16:
             reasons.append(f"{self.name} needs N and K to be multiples of 16, not {spec.n} x {spec.k}")
         if request.dtype is not torch.bfloat16:
@@ -117,11 +148,12 @@ class IntMM(Kernel):
     tolerance = 2.0**-7
     quantizes_activations = True
 
+    def serves(self, scheme: Scheme) -> bool:
+        return scheme.weight.format == "int8" and scheme.activation is not None and not scheme.weight.cols
+
     def reasons_against(self, request: Request) -> Sequence[str]:
         spec = request.weight
         reasons = list(native_reason(request, "int8"))
-        if spec.scheme.weight.format != "int8" or spec.scheme.activation is None or spec.scheme.weight.cols:
-            reasons.append(f"{self.name} takes int8 per channel with per-token int8 activations")
         if spec.n % 8 or spec.k % 8:
             reasons.append(f"{self.name} needs N and K to be multiples of 8, not {spec.n} x {spec.k}")
         return reasons
@@ -147,4 +179,4 @@ def kernels() -> tuple[Kernel, ...]:
 
 def portable() -> tuple[Kernel, ...]:
     """The kernels that need nothing but elementwise operators and a matmul."""
-    return (Dequantize(), Reference())
+    return (Dense(), Dequantize(), Reference())

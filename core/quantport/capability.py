@@ -70,10 +70,11 @@ class Accepted:
 
 @dataclass(frozen=True)
 class Rejected:
-    """A kernel refuses the request, for these reasons (never empty)."""
+    """A kernel refuses the request, for these reasons (never empty); ``about_scheme`` when it is for other schemes."""
 
     kernel: str
     reasons: tuple[str, ...]
+    about_scheme: bool = False
 
 
 Verdict = Accepted | Rejected

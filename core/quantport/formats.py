@@ -39,5 +39,6 @@ class Format:
 E4M3FN = Format("e4m3fn", 8, torch.float8_e4m3fn, -448.0, 448.0)
 INT8 = Format("int8", 8, torch.int8, -128, 127)
 INT4 = Format("int4", 4, torch.int32, -8, 7)
+BF16 = Format("bf16", 16, torch.bfloat16, -3.3895313892515355e38, 3.3895313892515355e38)
 
-FORMATS = {f.name: f for f in (E4M3FN, INT8, INT4)}
+FORMATS = {f.name: f for f in (E4M3FN, INT8, INT4, BF16)}

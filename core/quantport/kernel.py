@@ -55,7 +55,6 @@ class Kernel(ABC):
             ``max|y - y_ref| / max|y_ref|`` over a whole output.
         deviation: Named difference from the scheme's numerics; empty when there is none.
         quantizes_activations: False for weight-only kernels.
-        slow: Why it can never beat BF16, for kernels of which that is known without measuring; else empty.
     """
 
     name: str
@@ -63,7 +62,10 @@ class Kernel(ABC):
     tolerance: float = 2.0**-6
     deviation: str = ""
     quantizes_activations: bool = False
-    slow: str = ""
+
+    def serves(self, scheme: Scheme) -> bool:
+        """Whether the kernel is for this scheme at all; what it needs of hardware and shape is in ``reasons_against``."""
+        return True
 
     @abstractmethod
     def reasons_against(self, request: Request) -> Sequence[str]:
@@ -76,6 +78,10 @@ class Kernel(ABC):
     def speed(self, request: Request) -> float | None:
         """Returns the speed relative to the best BF16 path at ``request.rows``, or None when nobody measured it."""
         return None
+
+    def slow(self, request: Request) -> str:
+        """Returns why the request is known to be slower than BF16 without measuring it, or an empty string."""
+        return ""
 
     def pack(self, canonical: Canonical, spec: WeightSpec) -> Packed:
         """Turns the stored tensors (``Scheme.layout``) into what ``run`` reads.
@@ -107,6 +113,8 @@ class Kernel(ABC):
     def verdict(self, request: Request) -> Verdict:
         """Folds the methods above into a verdict; a kernel that raises here is a refusal that says so."""
         try:
+            if not self.serves(request.weight.scheme):
+                return Rejected(self.name, (f"it does not run {request.weight.scheme.name}",), about_scheme=True)
             reasons = tuple(self.reasons_against(request))
             if reasons:
                 return Rejected(self.name, reasons)
@@ -116,6 +124,6 @@ class Kernel(ABC):
             if scheme.activation and not self.quantizes_activations:
                 status = Status.WEIGHT_ONLY
             claim, speed = self.claim(request), self.speed(request)
-            return Accepted(self.name, status, effective.precision, claim, speed, self.slow, self.deviation)
+            return Accepted(self.name, status, effective.precision, claim, speed, self.slow(request), self.deviation)
         except Exception as error:  # a stranger's code: its failure is a reason, never a crash of the plan
             return Rejected(self.name, (f"the kernel raised {type(error).__name__}: {error}",))

@@ -52,7 +52,7 @@ def matrix(
         One cell for each scheme, architecture and layer kind, for a weight of 4096 x 4096 and one row.
     """
     asked = hosted or host()
-    schemes = [asked.schemes[scheme]] if scheme else list(asked.schemes.values())
+    schemes = [asked.schemes[scheme]] if scheme else [s for s in asked.schemes.values() if s.weight.format != "bf16"]
     cells = []
     for target in _targets(asked, device):
         kernels = asked.kernels(target.kind)

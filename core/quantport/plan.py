@@ -34,6 +34,7 @@ class Choice:
         kernel: Chosen kernel, empty when unsupported.
         claim: Evidence and its source.
         reasons: Why it is not what was asked, or why not a better kernel; empty when native.
+        activations: How activations are quantized in effect, for example ``e4m3fn per token``.
         speed: Relative to the best BF16 path at the expected rows; None when nobody measured it.
         slow: Why it is slower than BF16 (measured, or known without measuring); empty when it is not.
         deviation: Named difference from the scheme's numerics, or empty.
@@ -45,6 +46,7 @@ class Choice:
     kernel: str
     claim: Claim | None
     reasons: tuple[str, ...]
+    activations: str = "16-bit"
     speed: float | None = None
     slow: str = ""
     deviation: str = ""
@@ -58,7 +60,7 @@ class Step:
     Attributes:
         layer: The layer.
         asked: Scheme asked for, or None for a layer that stays in 16 bits.
-        choice: What it gets; None for a layer that stays.
+        choice: What it gets; None for a layer that stays as it is.
         note: Why it stays, or why it is slower than BF16 and what would be faster.
         before: Bytes of its weights in the checkpoint.
         after: Bytes once loaded.
@@ -73,8 +75,8 @@ class Step:
 
     @property
     def scheme(self) -> str:
-        """Scheme of the module that runs it."""
-        return self.asked or ""
+        """Scheme of the module that runs it: ``bf16`` for a layer that stays, but prepacked."""
+        return self.asked or "bf16"
 
     @property
     def slow(self) -> bool:
@@ -199,7 +201,10 @@ def choose(request: Request, kernels: Sequence[Kernel], fallback: str = "weight_
     best = min(pool, key=lambda v: (_RANK[v.status], -(v.speed or 0)))
     reasons = () if best.status is Status.NATIVE else reasons
     slow = f"measured at {best.speed:.2f}x BF16 at {request.rows} rows" if best.speed is not None and best.speed < 1 else best.slow
-    return Choice(best.status, best.precision, best.kernel, best.claim, reasons, best.speed, slow, best.deviation, verdicts)
+    activations = (scheme if best.precision == scheme.precision else scheme.weight_only).activations
+    return Choice(
+        best.status, best.precision, best.kernel, best.claim, reasons, activations, best.speed, slow, best.deviation, verdicts
+    )  # fmt: skip
 
 
 def _reasons(request: Request, verdicts: Sequence[Verdict]) -> tuple[str, ...]:
@@ -215,7 +220,7 @@ def _reasons(request: Request, verdicts: Sequence[Verdict]) -> tuple[str, ...]:
     else:
         out.append(f"this version has no fused {scheme.precision} kernel for {arch.name}")
     for verdict in verdicts:
-        if isinstance(verdict, Rejected):
+        if isinstance(verdict, Rejected) and not verdict.about_scheme:
             out += [f"{verdict.kernel}: {r}" for r in verdict.reasons if "no " + scheme.weight.format not in r]
     return tuple(dict.fromkeys(out))
 
@@ -301,7 +306,7 @@ class _Planner:
 
     def step(self, layer: Layer, asked: str | None, why: str) -> Step:
         if asked is None:
-            return Step(layer, None, None, why, layer.bytes, layer.bytes)
+            return Step(layer, None, self._kept(layer), why, layer.bytes, layer.bytes)
         if layer.kind == "other" or (layer.keep and "output head" not in layer.keep):
             raise ConfigError(f"scheme {asked!r} for {layer.name}", layer.keep, "name linear layers, experts or an untied lm_head")
         scheme = self.schemes[asked]
@@ -317,6 +322,14 @@ class _Planner:
             )
         after = sum(scheme.bytes(n, k) for _, n, k in layer.weights) * max(1, layer.experts)
         return Step(layer, asked, choice, note, layer.bytes, after)
+
+    def _kept(self, layer: Layer) -> Choice | None:
+        """The prepacked BF16 kernel for a linear layer that stays, where the device has one that was measured faster."""
+        multiplied = layer.kind == "linear" and (not layer.keep or "output head" in layer.keep)
+        if not multiplied or layer.dtype is not torch.bfloat16 or self.dtype not in (None, torch.bfloat16):
+            return None
+        choice = choose(self._request(layer, self.schemes["bf16"], *layer.weights[0][1:]), self.kernels)
+        return choice if choice.speed is not None and choice.speed >= 1 else None
 
     def _choose(self, layer: Layer, scheme: Scheme) -> tuple[Choice, str]:
         """The choice for all weights of a layer: the first that is not native decides, so that a layer has one kernel."""

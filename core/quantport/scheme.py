@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from quantport.errors import ConfigError, did_you_mean
-from quantport.formats import E4M3FN, FORMATS, INT4, INT8, Format
+from quantport.formats import BF16, E4M3FN, FORMATS, INT4, INT8, Format
 
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
@@ -22,11 +22,13 @@ class Quant:
         format: Name of the element format.
         rows: Rows (output channels, or tokens) that share a scale; 0 means all of them.
         cols: Columns (along K) that share a scale; 0 means all of them. A last, shorter block has its own scale.
+        scale: Dtype of the stored scales. A 16-bit scale is rounded (to nearest even) before the codes are computed.
     """
 
     format: str
     rows: int
     cols: int
+    scale: torch.dtype = torch.float32
 
     @property
     def element(self) -> Format:
@@ -48,7 +50,8 @@ class Scheme:
 
     Numerics (``quantport.numerics`` is the judge): all arithmetic in fp32; ``scale = amax / half_range`` (448, 127.5,
     7.5), an all-zero block gets ``2**-23``; ``code = clamp(round_half_even(x / scale))``; value = ``code * scale``.
-    This is the arithmetic of compressed-tensors (``calculate_qparams``, symmetric) on fp32 input.
+    This is the arithmetic of compressed-tensors (``calculate_qparams``, symmetric); int4 scales are rounded to bf16, as
+    it does for bf16 weights.
 
     Attributes:
         name: Canonical name.
@@ -70,6 +73,13 @@ class Scheme:
         return f"W{self.weight.element.bits}A{self.activation.element.bits if self.activation else 16}"
 
     @property
+    def activations(self) -> str:
+        """How activations are quantized, for people: ``e4m3fn per token``, or ``16-bit``."""
+        if self.activation is None:
+            return "16-bit"
+        return f"{self.activation.format} per " + (f"1x{self.activation.cols}" if self.activation.cols else "token")
+
+    @property
     def weight_only(self) -> Scheme:
         """The same weights with 16-bit activations."""
         return replace(self, activation=None)
@@ -78,9 +88,11 @@ class Scheme:
         """Stored tensors of one weight ``[n, k]``: name -> (shape, dtype). This is the layout of compressed-tensors.
 
         8-bit formats: ``weight`` [n, k] and ``weight_scale`` fp32. int4: ``weight_packed`` int32 [n, ceil(k/8)], eight
-        codes + 8 to a word, low nibble first, and ``weight_scale`` fp32.
+        codes + 8 to a word, low nibble first, and ``weight_scale`` bf16. bf16: ``weight`` alone.
         """
-        scale = (self.weight.scale_shape(n, k), torch.float32)
+        if self.weight.element is BF16:
+            return {"weight": ((n, k), torch.bfloat16)}
+        scale = (self.weight.scale_shape(n, k), self.weight.scale)
         if self.weight.element.bits == 4:
             return {"weight_packed": ((n, math.ceil(k / 8)), torch.int32), "weight_scale": scale}
         return {"weight": ((n, k), self.weight.element.storage), "weight_scale": scale}
@@ -91,6 +103,7 @@ class Scheme:
 
 
 def _builtin() -> tuple[Scheme, ...]:
+    dense = Quant(BF16.name, 0, 0)
     e4m3, i8, i4 = E4M3FN.name, INT8.name, INT4.name
     token = Quant(e4m3, 1, 0)
     return (
@@ -115,13 +128,14 @@ def _builtin() -> tuple[Scheme, ...]:
             ("int8_wo", "int8_per_channel_weight_only", "w8a16"),
         ),
         Scheme(
-            "int4_weight_only", Quant(i4, 1, 128), None, "INT4 weights in groups of 128; 16-bit activations",
+            "int4_weight_only", Quant(i4, 1, 128, torch.bfloat16), None, "INT4 weights in groups of 128; 16-bit activations",
             ("int4", "int4_wo", "w4a16", "int4_per_group_128"),
         ),
         Scheme(
-            "int4_weight_only_g32", Quant(i4, 1, 32), None, "INT4 weights in groups of 32; 16-bit activations",
+            "int4_weight_only_g32", Quant(i4, 1, 32, torch.bfloat16), None, "INT4 weights in groups of 32; 16-bit activations",
             ("int4_g32", "int4_per_group_32"),
         ),
+        Scheme("bf16", dense, None, "not quantized: BF16 as stored, prepacked where that is faster", ("bfloat16",)),
     )  # fmt: skip
 
 

@@ -1,7 +1,6 @@
 """The CPU room: the embedded default."""
 
 from quantport.backend import Backend, hookimpl
-
 from quantport_cpu.detect import CpuBackend
 
 

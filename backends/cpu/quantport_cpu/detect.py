@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quantport.backend import Arch, Backend, Device, Kernel
 
+from quantport.backend import Arch, Backend, Device, Kernel
 from quantport_cpu.capabilities import ARCHS
 
 Features = frozenset[str]

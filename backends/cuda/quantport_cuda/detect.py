@@ -41,7 +41,7 @@ def advice(lib: Any, driver: Path = DRIVER, which: Callable[[str], str | None] =
         return ()
     if lib.version.cuda is None:
         return (
-            f"an NVIDIA driver is here, but torch {lib.__version__} is built without CUDA: {_INSTALL}\n"
+            f"an NVIDIA driver is here, but torch {lib.__version__} is built without CUDA; this replaces it: {_INSTALL}\n"
             f"(for drivers older than 580, and for Volta: {_OLD})",
         )
     if not lib.cuda.is_available():

@@ -41,7 +41,10 @@ def advice(lib: Any, driver: Path = DRIVER) -> tuple[str, ...]:
     if not driver.exists():
         return ()
     if lib.version.hip is None:
-        return (f"an AMD GPU driver is here ({driver}), but torch {lib.__version__} is built without ROCm: {_INSTALL}",)
+        return (
+            f"an AMD GPU driver is here ({driver}), but torch {lib.__version__} is built without ROCm; "
+            f"this replaces it: {_INSTALL}",
+        )
     if not lib.cuda.is_available():
         return (
             f"an AMD GPU driver is here ({driver}), but torch {lib.__version__} (HIP {lib.version.hip}) sees no GPU: "

@@ -43,7 +43,7 @@ def advice(lib: Any, drm: Path = DRM) -> tuple[str, ...]:
     if getattr(lib.version, "xpu", None) is None:
         return (
             f"{seen}, but torch {lib.__version__} is built without XPU; "
-            f"if it is an Arc, a Data Center GPU, or in a Core Ultra: {_INSTALL}",
+            f"if it is an Arc, a Data Center GPU, or in a Core Ultra, this replaces it: {_INSTALL}",
         )
     if not lib.xpu.is_available():
         return (

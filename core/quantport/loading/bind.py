@@ -26,8 +26,15 @@ def check(layers: Iterable[Layer], model: nn.Module, place: Place) -> list[Layer
         if layer.kind == "moe" and isinstance(_module(model, place(layer)), nn.ModuleList):
             out += check(_separate(layer), model, place)
         else:
-            out.append(replace(layer, keep=layer.keep or _why_not(layer, _module(model, place(layer)))))
+            keep = layer.keep or _why_not(layer, _module(model, place(layer)))
+            if "output head" in keep and _tied(model):
+                keep = "tied to the embedding: left in 16 bits"
+            out.append(replace(layer, keep=keep))
     return out
+
+
+def _tied(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
 
 
 def _separate(layer: Layer) -> Iterable[Layer]:

@@ -198,6 +198,6 @@ def _fits(decided: Plan, target: Device) -> None:
         gib = 1 << 30
         raise BudgetError(
             f"load {decided.source} on {target}",
-            f"{decided.after / gib:.1f} GiB of weights + {BUDGET / gib:.1f} GiB to stream, but {target.memory / gib:.1f} GiB are free",
+            f"it needs {decided.peak / gib:.1f} GiB, {BUDGET / gib:.1f} of them to stream; {target.memory / gib:.1f} GiB are free",
             "a scheme with fewer bits (int4_weight_only), or a device with more memory",
         )

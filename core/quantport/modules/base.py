@@ -146,7 +146,7 @@ class QuantModule(nn.Module):
             self.set_weight(name, {k: _bytes(t, layout[k][1]) for k, t in canonical.items()})
 
 
-_INTEGERS = {1: torch.uint8, 4: torch.int32}
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
 def _bytes(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -17,9 +17,9 @@ CHUNK = 1 << 18  # elements of fp32 scratch: 1 MiB, which fits the L2 cache of o
 EPS = 2.0**-23
 
 
-def scale_of(amax: Tensor, element: Format) -> Tensor:
-    """Scale of each block from its largest magnitude; fp32 in, fp32 out, NaN and Inf kept."""
-    scale = amax / element.half_range
+def scale_of(amax: Tensor, quant: Quant) -> Tensor:
+    """Scale of each block from its largest magnitude; fp32 in, fp32 values of ``quant.scale`` out, NaN and Inf kept."""
+    scale = (amax / quant.element.half_range).to(quant.scale).float()
     return torch.where(scale == 0, EPS, scale)
 
 
@@ -58,28 +58,29 @@ def quantize(x: Tensor, quant: Quant, scale: Tensor | None = None) -> tuple[Tens
     Args:
         x: ``[n, k]``, any floating dtype. NaN and Inf are not looked for: they show up in the scales.
         quant: Element format and block shape.
-        scale: fp32 ``quant.scale_shape(n, k)`` to use instead of the one from amax (for example reduced over ranks).
+        scale: fp32 values of ``quant.scale``, of ``quant.scale_shape(n, k)``, to use instead of the one from amax (for example reduced over ranks).
 
     Returns:
-        ``(codes, scale)``: codes ``[n, k]`` as float8_e4m3fn or int8, scale fp32 ``quant.scale_shape(n, k)``.
+        ``(codes, scale)``: codes ``[n, k]`` as float8_e4m3fn or int8, scale of dtype
+        ``quant.scale`` and shape ``quant.scale_shape(n, k)``.
     """
     n, k = x.shape
     element = quant.element
     dtype = torch.float8_e4m3fn if element is E4M3FN else torch.int8
     codes = torch.empty((n, k), dtype=dtype, device=x.device)
     if scale is None and not quant.rows:
-        scale = scale_of(_amax(x, quant), element)
+        scale = scale_of(_amax(x, quant), quant)
     scales = torch.empty(quant.scale_shape(n, k), device=x.device) if scale is None else scale
     step = _chunk_rows(x.shape, quant, x.device)
     for i in range(0, n, step):
         blocks = _blocks(x[i : i + step].to(torch.float32, copy=True), quant)
         r = slice(i // quant.rows, i // quant.rows + blocks.shape[0]) if quant.rows else slice(0, 1)
         if scale is None:
-            scales[r] = scale_of(blocks.abs().amax((1, 3)), element)
+            scales[r] = scale_of(blocks.abs().amax((1, 3)), quant)
         divided = blocks.div_(scales[r, None, :, None])
         rows = codes[i : i + step]
         rows.copy_(encode(divided, element).view(-1, divided.shape[2] * divided.shape[3])[: rows.shape[0], :k])
-    return codes, scales
+    return codes, scales.to(quant.scale)
 
 
 def _amax(x: Tensor, quant: Quant) -> Tensor:
@@ -94,7 +95,7 @@ def _amax(x: Tensor, quant: Quant) -> Tensor:
 def dequantize(codes: Tensor, scale: Tensor, quant: Quant, dtype: torch.dtype = torch.float32) -> Tensor:
     """Returns ``codes * scale`` as ``[n, k]``; the product is made in fp32 and rounded once to ``dtype``."""
     n, k = codes.shape
-    wide = scale.repeat_interleave(quant.cols or max(k, 1), 1)[:, :k]
+    wide = scale.float().repeat_interleave(quant.cols or max(k, 1), 1)[:, :k]
     if quant.rows != 1:
         wide = wide.repeat_interleave(quant.rows or max(n, 1), 0)[:n]
     return (codes.float() * wide).to(dtype)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from quantport.errors import WeightError
+from quantport.formats import BF16
 from quantport.numerics.blocks import check_finite, dequantize, quantize
 from quantport.numerics.nibbles import pack_int4, unpack_int4
 from quantport.scheme import Scheme
@@ -34,6 +35,8 @@ def quantize_weight(weight: Tensor, scheme: Scheme, name: str = "weight", nonfin
             f"shape {list(weight.shape)}, dtype {weight.dtype}",
             "a matrix [out, in] in bfloat16, float16 or float32",
         )
+    if scheme.weight.element is BF16:
+        return {"weight": weight.to(torch.bfloat16, copy=True)}
     codes, scale = quantize(weight, scheme.weight)
     if nonfinite == "zero" and not torch.isfinite(scale).all():
         codes, scale = quantize(torch.nan_to_num(weight, nan=0.0, posinf=0.0, neginf=0.0), scheme.weight)
@@ -45,6 +48,8 @@ def quantize_weight(weight: Tensor, scheme: Scheme, name: str = "weight", nonfin
 
 def dequantize_weight(stored: dict[str, Tensor], scheme: Scheme, k: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Turns stored tensors back into values ``[n, k]``, rounded once to ``dtype``."""
+    if scheme.weight.element is BF16:
+        return stored["weight"].to(dtype)
     codes = unpack_int4(stored["weight_packed"], k) if "weight_packed" in stored else stored["weight"]
     return dequantize(codes, stored["weight_scale"], scheme.weight, dtype)
 

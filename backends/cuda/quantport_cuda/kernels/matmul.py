@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
-from quantport.backend import Accepted, Claim, Evidence, Request, Verdict, aten
+from quantport.backend import Claim, Evidence, Request, aten
 
 _SCALED = (
     "PyTorch aten/src/ATen/native/cuda/ScaledBlas.cpp at 0174dfabc023 (compute capability 8.9, or 9.0 and later) and "
@@ -47,9 +46,6 @@ class CudaIntMM(aten.IntMM):
         """PyTorch's own limits, and the instruction."""
         return Claim(Evidence.DECLARED, f"{_INT}; {request.device.arch.source}")
 
-    def verdict(self, request: Request) -> Verdict:
-        """Adds, on sm_103, why int8 is slower than bf16 there."""
-        verdict = super().verdict(request)
-        if isinstance(verdict, Accepted) and request.device.arch.name == "sm_103":
-            return replace(verdict, slow=_SLOW)
-        return verdict
+    def slow(self, request: Request) -> str:
+        """On sm_103, why int8 is slower than bf16 there."""
+        return _SLOW if request.device.arch.name == "sm_103" else ""

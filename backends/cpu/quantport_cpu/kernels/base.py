@@ -1,0 +1,48 @@
+"""What the kernels of the room share: measured speeds and errors as data, and the claim that follows from them."""
+
+from __future__ import annotations
+
+import json
+import math
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import torch
+
+from quantport.backend import Claim, Evidence, Kernel, Request
+
+TINY = torch.finfo(torch.float32).tiny
+
+
+@cache
+def measured(arch: str) -> dict[str, Any]:
+    """The measurements of one architecture (``tuned/<arch>.json``, written by ``benchmarks/linear.py``), or nothing."""
+    path = files("quantport_cpu") / "tuned" / f"{arch}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+class CpuKernel(Kernel):
+    """A kernel whose speed and evidence come from the measurements of the architecture."""
+
+    def _row(self, request: Request) -> dict[str, Any]:
+        schemes = measured(request.device.arch.name).get("schemes", {})
+        row: dict[str, Any] = schemes.get(request.weight.scheme.name, {})
+        return row if row.get("kernel") == self.name else {}
+
+    def speed(self, request: Request) -> float | None:
+        """The measured ratio at the nearest number of rows (on a log scale), against prepacked BF16."""
+        speeds = self._row(request).get("speed", {})
+        if not speeds:
+            return None
+        nearest = min(speeds, key=lambda m: abs(math.log(int(m) / request.rows)))
+        return float(speeds[nearest])
+
+    def claim(self, request: Request) -> Claim:
+        """``measured`` where this architecture was measured, with device, date and error; else ``declared``."""
+        row = self._row(request)
+        if not row:
+            return Claim(Evidence.DECLARED, "torch's CPU operators; not yet measured on this architecture")
+        run = measured(request.device.arch.name)["run"]
+        where = f"{run['device']}, {run['date']}, commit {run['commit']}, relative error {row['error']:.1e}"
+        return Claim(Evidence.MEASURED, f"benchmarks/results/linear-{request.device.arch.name}.md ({where})")

@@ -1,0 +1,41 @@
+"""BF16 layers that stay BF16, with the weight reordered once for oneDNN: the honest baseline of every other kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from quantport.backend import Canonical, Packed, Request, Scheme, WeightSpec
+from quantport_cpu.kernels.base import CpuKernel
+
+
+class CpuBf16(CpuKernel):
+    """``F.linear`` over a prepacked weight."""
+
+    name = "cpu.bf16"
+    tolerance = 2.0**-6
+
+    def serves(self, scheme: Scheme) -> bool:
+        return scheme.weight.format == "bf16"
+
+    def reasons_against(self, request: Request) -> Sequence[str]:
+        reasons = []
+        if not hasattr(torch.ops.mkldnn, "_linear_pointwise") or not torch.backends.mkldnn.is_available():
+            reasons.append("this torch has no mkldnn._linear_pointwise")
+        elif not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            reasons.append("oneDNN has no bf16 matmul on this processor")
+        if request.dtype is not torch.bfloat16:
+            reasons.append(f"it takes bfloat16 activations, not {request.dtype}")
+        return reasons
+
+    def pack(self, canonical: Canonical, spec: WeightSpec) -> Packed:
+        return (torch.ops.mkldnn._reorder_linear_weight(canonical["weight"].to_mkldnn(), 16),)
+
+    def unpack(self, packed: Packed, spec: WeightSpec) -> Canonical:
+        return {"weight": packed[0].to_dense()}
+
+    def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed[0], bias, "none", [], "")
+        return y

@@ -1,0 +1,103 @@
+"""int4 groups with 16-bit activations through ATen's packed CPU kernel; another route where there are many rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from quantport.backend import Canonical, Packed, Request, Scheme, WeightSpec
+from quantport_cpu.kernels.base import CpuKernel
+
+
+def block_rows() -> int:
+    """Output channels that ATen interleaves in one block: 64 with AVX-512, 32 with AVX2, 0 where the layout is unknown.
+
+    Source: pytorch ``aten/src/ATen/native/cpu/int4mm_kernel.cpp``, ``weight_to_int4pack_kernel``.
+    """
+    return {"AVX512": 64, "AVX2": 32}.get(torch.backends.cpu.get_cpu_capability(), 0)
+
+
+def _padded(spec: WeightSpec) -> tuple[int, int]:
+    block, group = block_rows(), spec.scheme.weight.cols
+    return math.ceil(spec.n / block) * block, math.ceil(spec.k / group) * group
+
+
+def pack_nibbles(nibbles: Tensor, block: int) -> Tensor:
+    """Rearranges codes into the layout of ``_convert_weight_to_int4pack_for_cpu``, byte for byte, without its int32 input.
+
+    Args:
+        nibbles: uint8 ``[n, k/2]``, code + 8, low nibble first; n a multiple of ``block``.
+        block: From ``block_rows``.
+
+    Returns:
+        uint8 ``[n, k/2]``: for each block and column, byte j holds channel j and, high, channel ``j + block/2``.
+    """
+    n, half_k = nibbles.shape
+    half = block // 2
+    out = torch.empty(n // block, half_k, 2, half // 4, dtype=torch.int32)
+    wide = torch.empty(block, half_k, dtype=torch.int16)
+    for b in range(n // block):
+        wide.copy_(nibbles[b * block : (b + 1) * block])
+        for parity, code in enumerate((wide & 15, wide >> 4)):
+            pair = torch.add(code[:half], code[half:], alpha=16)  # one byte: channels j and j + half
+            two = torch.add(pair[0::2], pair[1::2], alpha=256)  # two bytes; int16 wraps, as wanted
+            low = two.to(torch.int32).bitwise_and_(0xFFFF)
+            out[b, :, parity].copy_(torch.add(low[0::2], low[1::2], alpha=65536).t())
+    return out.view(torch.uint8).view(n, half_k)
+
+
+def unpack_nibbles(packed: Tensor, block: int) -> Tensor:
+    """The inverse of ``pack_nibbles``."""
+    n, half_k = packed.shape
+    u = packed.view(n // block, 2 * half_k, block // 2)
+    q = torch.cat((u & 15, u >> 4), -1).transpose(1, 2).reshape(n, 2 * half_k)
+    return q[:, 0::2] | (q[:, 1::2] << 4)
+
+
+class CpuInt4(CpuKernel):
+    """W4A16. N and K are padded with zero weights to what the kernel takes."""
+
+    name = "cpu.int4"
+    tolerance = 2.0**-6
+
+    def serves(self, scheme: Scheme) -> bool:
+        return scheme.weight.format == "int4" and scheme.activation is None
+
+    def reasons_against(self, request: Request) -> Sequence[str]:
+        reasons = []
+        if not hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
+            reasons.append("this torch has no _weight_int4pack_mm_for_cpu")
+        if not request.device.arch.name.startswith("x86") or not block_rows():
+            reasons.append("the packed int4 layout is known for AVX2 and AVX-512 only")
+        if request.dtype is not torch.bfloat16:
+            reasons.append(f"the packed int4 kernel is scalar for {request.dtype} activations; it takes bfloat16")
+        return reasons
+
+    def pack(self, canonical: Canonical, spec: WeightSpec) -> Packed:
+        n, k = _padded(spec)
+        nibbles = canonical["weight_packed"].view(torch.uint8)[:, : math.ceil(spec.k / 2)]
+        missing = (0, k // 2 - nibbles.shape[1], 0, n - spec.n)
+        if any(missing):
+            nibbles = torch.nn.functional.pad(nibbles, missing)
+        pairs = torch.zeros(k // spec.scheme.weight.cols, n, 2, dtype=torch.bfloat16)
+        pairs[:, : spec.n, 0] = canonical["weight_scale"].t()
+        return pack_nibbles(nibbles, block_rows()), pairs
+
+    def unpack(self, packed: Packed, spec: WeightSpec) -> Canonical:
+        width = math.ceil(spec.k / 8) * 4  # bytes of whole int32 words
+        nibbles = unpack_nibbles(packed[0], block_rows())[: spec.n]
+        nibbles = torch.nn.functional.pad(nibbles, (0, max(0, width - nibbles.shape[1])))[:, :width]
+        scale = packed[1][:, : spec.n, 0].t().contiguous()
+        return {"weight_packed": nibbles.contiguous().view(torch.int32), "weight_scale": scale}
+
+    def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
+        n, k = _padded(spec)
+        if k != spec.k:
+            x = torch.nn.functional.pad(x, (0, k - spec.k))
+        y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed[0], spec.scheme.weight.cols, packed[1])
+        if n != spec.n:
+            y = y[:, : spec.n].contiguous()
+        return y if bias is None else y.add_(bias)

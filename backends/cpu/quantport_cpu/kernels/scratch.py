@@ -1,0 +1,19 @@
+"""Reused buffers: the page faults of a fresh large buffer cost more than the arithmetic on it."""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+from torch import Tensor
+
+_local = threading.local()
+
+
+def scratch(dtype: torch.dtype, rows: int, cols: int) -> Tensor:
+    """An uninitialized ``[rows, cols]`` buffer of this thread, valid until the next call with the same dtype."""
+    buffers: dict[torch.dtype, Tensor] = _local.__dict__
+    size = rows * cols
+    if dtype not in buffers or buffers[dtype].numel() < size:
+        buffers[dtype] = torch.empty(size, dtype=dtype)
+    return buffers[dtype][:size].view(rows, cols)

@@ -1,0 +1,97 @@
+"""Makes the modules that the checks look at, and the plain fp32 arithmetic that they must agree with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from quantport import numerics
+from quantport.capability import Accepted
+from quantport.device import Device
+from quantport.kernel import Kernel, Request, WeightSpec
+from quantport.modules import QuantExperts, QuantLinear
+from quantport.scheme import Scheme
+from quantport.testing import cases
+from quantport.testing.check_runs import NotHere, stored
+from quantport.testing.subject import Subject
+
+HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 128, 64, 4, 2
+
+
+def device_here(subject: Subject) -> Device:
+    """The first device that is here.
+
+    Raises:
+        NotHere: there is none.
+    """
+    if not subject.here:
+        raise NotHere(f"no device of kind {subject.kind} here")
+    return subject.here[0]
+
+
+def _need(kernel: Kernel, request: Request) -> None:
+    if not isinstance(kernel.verdict(request), Accepted):
+        spec = request.weight
+        raise NotHere(f"{kernel.name} refuses {spec.scheme.name} [{spec.n}, {spec.k}] for {request.layer} here")
+
+
+def linear(subject: Subject, kernel: Kernel, scheme: Scheme) -> tuple[QuantLinear, Callable[[Tensor], Tensor]]:
+    """A linear layer with bias on the device here, and its reference on the CPU.
+
+    Raises:
+        NotHere: there is no device, or the kernel refuses.
+    """
+    device = device_here(subject)
+    dtype, where = device.arch.compute, device.torch_device
+    spec = WeightSpec(scheme, INTERMEDIATE, HIDDEN)
+    _need(kernel, Request(spec, "linear", device, dtype))
+    bias = cases.random(spec.n, seed=2).to(dtype)
+    module = QuantLinear(kernel, spec, nn.Parameter(bias.to(where), requires_grad=False))
+    module.set_weight("", stored(cases.plain(spec.n, spec.k), spec, where))
+    canonical = numerics.quantize_weight(cases.plain(spec.n, spec.k), scheme)
+    return module.eval(), lambda x: numerics.linear(x, canonical, scheme, bias)
+
+
+def experts(subject: Subject, kernel: Kernel, scheme: Scheme) -> tuple[QuantExperts, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+    """The experts of a MoE layer on the device here, and their reference on the CPU: one token at a time.
+
+    Raises:
+        NotHere: there is no device, or the kernel refuses.
+    """
+    device = device_here(subject)
+    up, down = WeightSpec(scheme, INTERMEDIATE, HIDDEN), WeightSpec(scheme, HIDDEN, INTERMEDIATE)
+    for spec in (up, down):
+        _need(kernel, Request(spec, "moe", device, device.arch.compute))
+    module = QuantExperts(kernel, up, down, EXPERTS, "silu")
+    weights = {}
+    for i, (name, spec) in enumerate(module.specs.items()):
+        weight = (cases.random(spec.n, spec.k, seed=i) * 0.05).to(torch.bfloat16)
+        weights[name] = numerics.quantize_weight(weight, scheme)
+        module.set_weight(name, stored(weight, spec, device.torch_device))
+
+    def reference(x: Tensor, index: Tensor, routing: Tensor) -> Tensor:
+        out = torch.zeros(x.shape, dtype=torch.float32)
+        for t, j in ((t, j) for t in range(x.shape[0]) for j in range(TOP_K)):
+            gate, up_, down_ = (weights[f"{int(index[t, j])}.{p}"] for p in ("gate_proj", "up_proj", "down_proj"))
+            row = x[t : t + 1]
+            hidden = nn.functional.silu(numerics.linear(row, gate, scheme)) * numerics.linear(row, up_, scheme)
+            out[t] += (numerics.linear(hidden, down_, scheme) * routing[t, j])[0].float()
+        return out.to(x.dtype)
+
+    return module.eval(), reference
+
+
+def routed(rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Activations ``[rows, HIDDEN]``, the experts of each token, and their weights; one expert gets no token."""
+    index = torch.stack([torch.arange(rows) % (EXPERTS - 1), (torch.arange(rows) + 1) % (EXPERTS - 1)], dim=1)
+    weights = torch.softmax(cases.random(rows, TOP_K, seed=3), dim=1).to(dtype)
+    return cases.random(rows, HIDDEN, seed=4).to(dtype), index, weights
+
+
+def inputs(layer: str, rows: int, device: Device) -> tuple[Tensor, ...]:
+    """What a module of this kind is called with, on the device."""
+    dtype = device.arch.compute
+    given = (cases.random(rows, HIDDEN, seed=4).to(dtype),) if layer == "linear" else routed(rows, dtype)
+    return tuple(t.to(device.torch_device) for t in given)

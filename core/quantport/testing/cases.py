@@ -1,0 +1,111 @@
+"""What the checks feed to kernels: shapes, rows, dtypes and weights that break careless ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from quantport.formats import FORMATS
+
+# (n, k): round; no multiple of 16; one output; one input; half a group of 128; several blocks of 128x128.
+SHAPES = ((64, 256), (48, 200), (1, 704), (48, 1), (33, 96), (256, 384))
+PLANNED = (*SHAPES, (1, 1), (4096, 4096), (151936, 1024))  # for verdicts, which touch no memory
+ROWS = (1, 2, 5, 16, 17, 64, 130)  # both sides of the usual tile sizes
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LAYERS = ("linear", "moe")
+EXPECTED = (1, 130)  # ``Request.rows`` of a decode step and of a prompt
+
+# What an architecture may list as native: our formats, the wider ones, and those of the vendors' tables.
+KNOWN_FORMATS = {
+    *FORMATS,
+    "fp32", "tf32", "fp16", "bf16", "e5m2", "e4m3fnuz", "e5m2fnuz", "mxfp8", "mxfp6", "mxfp4", "nvfp4", "hif8",
+}  # fmt: skip
+FORMAT_OF = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+# A kernel that needs more than this is another scheme: bf16 rounds at 2**-9, an int8 activation at 2**-8 of the largest.
+MAX_TOLERANCE = 2.0**-5
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    """Normal fp32 numbers, the same on every machine."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def activations(rows: int, k: int, dtype: torch.dtype, seed: int = 1) -> Tensor:
+    """Activations ``[rows, k]``; from three rows on one token is all zero and one is a thousand times larger."""
+    x = random(rows, k, seed=seed)
+    if rows > 2:
+        x[1] = 0
+        x[2] *= 1000
+    return x.to(dtype)
+
+
+def plain(n: int, k: int) -> Tensor:
+    """A weight as models have them: small, normal, bf16."""
+    return (random(n, k) * 0.02).to(torch.bfloat16)
+
+
+def _zero_rows(n: int, k: int) -> Tensor:
+    weight = plain(n, k)
+    weight[::3] = 0
+    return weight
+
+
+def _outlier(n: int, k: int) -> Tensor:
+    weight = plain(n, k)
+    weight[n // 2, k // 2] = 300.0
+    return weight
+
+
+def _one_sided(n: int, k: int) -> Tensor:
+    return -plain(n, k).abs()  # reaches the code -128, which has no positive twin
+
+
+def _only_last_column(n: int, k: int) -> Tensor:
+    weight = torch.zeros(n, k, dtype=torch.bfloat16)
+    weight[:, -1] = plain(n, 1)[:, 0]
+    return weight
+
+
+SPECIAL: dict[str, Callable[[int, int], Tensor]] = {
+    "all zero": lambda n, k: torch.zeros(n, k, dtype=torch.bfloat16),
+    "zero rows": _zero_rows,
+    "one outlier": _outlier,
+    "negative only": _one_sided,
+    "last column only": _only_last_column,
+    "huge (1e30)": lambda n, k: random(n, k) * 1e30,
+    "tiny (1e-30)": lambda n, k: random(n, k) * 1e-30,
+    "equal values": lambda n, k: torch.full((n, k), 0.5, dtype=torch.float16),
+}
+
+
+def relative_error(y: Tensor, expected: Tensor) -> float:
+    """``max|y - expected| / max|expected|``, infinite when something is not finite or only one of them is zero."""
+    if expected.numel() == 0:
+        return 0.0
+    y, expected = y.detach().double().cpu(), expected.detach().double().cpu()
+    if not torch.isfinite(y).all():
+        return float("inf")
+    worst, largest = (y - expected).abs().max().item(), expected.abs().max().item()
+    return worst / largest if largest else float("inf" if worst else 0)
+
+
+def same_bits(left: Tensor, right: Tensor) -> bool:
+    """Whether two tensors have the same shape, dtype and bits."""
+    if left.shape != right.shape or left.dtype != right.dtype:
+        return False
+    left, right = left.detach().cpu().contiguous(), right.detach().cpu().contiguous()
+    return torch.equal(left.reshape(-1).view(torch.uint8), right.reshape(-1).view(torch.uint8))
+
+
+def fail(title: str, findings: Sequence[str]) -> None:
+    """Raises for findings, if there are any.
+
+    Raises:
+        AssertionError: with the title, the first ten findings, and how many there are.
+    """
+    if findings:
+        lines = "\n".join(f"- {finding}" for finding in findings[:10])
+        raise AssertionError(f"{title}: {len(findings)} finding(s)\n{lines}")

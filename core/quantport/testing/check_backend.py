@@ -1,0 +1,132 @@
+"""Checks of a backend as a whole: its architectures, its detection, its kernels."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+
+from quantport.device import Arch, Device
+from quantport.hookspecs import Backend
+from quantport.host import Host
+from quantport.testing import cases
+from quantport.testing.subject import Subject
+
+_PROBE = """
+import importlib, json, sys, time
+start = time.perf_counter()
+import torch
+torch_s = time.perf_counter() - start
+import quantport.host
+before = set(sys.modules)
+module, name = sys.argv[1:]
+backend = getattr(importlib.import_module(module), name)()
+fresh = sorted(m for m in set(sys.modules) - before if "." not in m)
+awake = [t for t in ("cuda", "xpu") if hasattr(torch, t) and getattr(torch, t).is_initialized()]
+start = time.perf_counter()
+found = backend.detect()
+print(json.dumps([torch_s, time.perf_counter() - start, fresh, awake, len(found)]))
+"""
+# What takes long to import or wakes a driver: allowed in ``detect`` and ``kernels``, never when the room is imported.
+RUNTIMES = {"triton", "torch_npu", "intel_extension_for_pytorch", "torch_xla", "transformers", "vllm", "pandas", "scipy"}
+
+
+def check_archs(subject: Subject) -> None:
+    """The table of architectures is well formed.
+
+    Raises:
+        AssertionError: an entry is wrong.
+    """
+    backend = subject.hosted.backends[subject.kind]
+    findings = [] if backend.archs else ["archs is empty: nobody can plan for this backend"]
+    for key, arch in backend.archs.items():
+        findings += [f"archs[{key!r}]: {finding}" for finding in _arch(arch, subject.kind)]
+        if arch.name != key:
+            findings.append(f"archs[{key!r}] is called {arch.name!r}: the key must be the name")
+        if key.isdigit():
+            findings.append(f"archs[{key!r}]: a number reads as a device index in {subject.kind}:{key}")
+    cases.fail(f"architectures of {subject.kind}", findings)
+
+
+def _arch(arch: Arch, kind: str) -> list[str]:
+    findings = [f"{name} is empty" for name in ("name", "title", "source") if not getattr(arch, name).strip()]
+    if arch.kind != kind:
+        findings.append(f"kind is {arch.kind!r}, not {kind!r}")
+    findings += [f"native format {f!r} is not known" for f in sorted(arch.native - cases.KNOWN_FORMATS)]
+    return findings
+
+
+def check_detection(subject: Subject) -> None:
+    """Detection works on this machine, twice alike, and gives devices of its own kind.
+
+    Raises:
+        AssertionError: it raised, or a device is wrong.
+    """
+    backend = subject.hosted.backends[subject.kind]
+    alone = Host(points=(), only=())  # so that devices found earlier, or by others, do not hide a failure
+    alone.backends[subject.kind] = backend
+    with warnings.catch_warnings(record=True):
+        warnings.simplefilter("always")
+        found = alone.devices
+    findings = [f"it raised at {p.stage}: {p.error}" for p in alone.problems]
+    if not findings and tuple(backend.detect()) != found and [d.arch for d in backend.detect()] != [d.arch for d in found]:
+        findings.append("it found other devices the second time")
+    if len({d.index for d in found}) != len(found):
+        findings.append("two devices have one index")
+    for device in found:
+        findings += [f"{device}: {finding}" for finding in _device(device, backend)]
+    cases.fail(f"detection of {subject.kind}", findings)
+
+
+def _device(device: Device, backend: Backend) -> list[str]:
+    findings = _arch(device.arch, backend.kind)
+    known = backend.archs.get(device.arch.name)
+    if known is not None and known != device.arch:
+        findings.append("its architecture has a name of the table and other facts")
+    if device.simulated:
+        findings.append("a found device must not say that it is simulated")
+    if device.torch_type != backend.torch_type:
+        findings.append(f"torch_type is {device.torch_type!r}, that of its backend {backend.torch_type!r}")
+    if device.memory is not None and device.memory <= 0:
+        findings.append(f"memory is {device.memory} bytes")
+    return findings
+
+
+def check_import(subject: Subject) -> None:
+    """Importing the room is light: no vendor runtime, no driver awake; and detection costs less than importing torch.
+
+    Raises:
+        AssertionError: the import loads a runtime or wakes a driver, or detection is slow or raises.
+    """
+    cls = type(subject.hosted.backends[subject.kind])
+    call = [sys.executable, "-c", _PROBE, cls.__module__, cls.__qualname__]
+    done = subprocess.run(call, capture_output=True, text=True, check=False, env=dict(os.environ))
+    if done.returncode:
+        raise AssertionError(f"{cls.__module__}.{cls.__qualname__}() and detect() fail in a fresh process:\n{done.stderr[-2000:]}")
+    torch_s, detect_s, fresh, awake, _ = json.loads(done.stdout.splitlines()[-1])
+    findings = [f"it imports {name}" for name in sorted(RUNTIMES & set(fresh))]
+    findings += [f"it wakes the {name} driver" for name in awake]
+    if detect_s > torch_s:
+        findings.append(f"detect() took {detect_s:.2f} s, more than importing torch ({torch_s:.2f} s)")
+    cases.fail(f"import of {cls.__module__}", findings)
+
+
+def check_kernels(subject: Subject) -> None:
+    """Kernels are listed without raising, have names of their own, and tolerances that mean something.
+
+    Raises:
+        AssertionError: one of these is not so.
+    """
+    kernels = tuple(subject.hosted.backends[subject.kind].kernels())
+    findings = [] if kernels else ["it has no kernel: quantport.backend.aten.portable() gives two that run anywhere"]
+    names = [k.name for k in kernels]
+    findings += [f"two kernels are named {name!r}" for name in sorted({n for n in names if names.count(n) > 1})]
+    for kernel in kernels:
+        if not 0 < kernel.tolerance <= cases.MAX_TOLERANCE:
+            findings.append(f"{kernel.name}: tolerance {kernel.tolerance} is not in (0, {cases.MAX_TOLERANCE}]")
+        others = {k: b.kernels() for k, b in subject.hosted.backends.items() if k != subject.kind}
+        taken = [k for k, theirs in others.items() if any(t.name == kernel.name and type(t) is not type(kernel) for t in theirs)]
+        findings += [f"{kernel.name}: a kernel of {k} has this name" for k in taken]
+    cases.fail(f"kernels of {subject.kind}", findings)

@@ -1,0 +1,57 @@
+"""Checks of shapes and dtypes on fake tensors, for every architecture, whether its device is here or not."""
+
+from __future__ import annotations
+
+import torch
+
+from quantport.capability import Accepted
+from quantport.device import Device
+from quantport.kernel import Kernel, Request, WeightSpec
+from quantport.scheme import Scheme
+from quantport.testing import cases
+from quantport.testing.check_runs import NotHere
+from quantport.testing.fakes import allowed, fake_tensors
+from quantport.testing.subject import Subject
+
+SHAPE = (64, 256)
+
+
+def check_fakes(subject: Subject, device: Device) -> None:
+    """Every kernel that accepts a scheme on an architecture computes the right shape and dtype on fake tensors of it.
+
+    Raises:
+        AssertionError: it raised, or a shape, dtype or device is wrong.
+        NotHere: this torch knows no tensors of the device's type, not even fake ones.
+    """
+    if not allowed(device.torch_type):
+        raise NotHere(f"this torch makes no fake tensors of type {device.torch_type!r}")
+    findings = []
+    for scheme in subject.schemes:
+        spec = WeightSpec(scheme, *SHAPE)
+        for dtype in {device.arch.compute, torch.float32}:
+            for kernel in subject.kernels:
+                if isinstance(kernel.verdict(Request(spec, "linear", device, dtype)), Accepted):
+                    findings += [
+                        f"{kernel.name}, {scheme.name}, {dtype}: {f}" for f in _run(kernel, scheme, device.torch_type, dtype)
+                    ]
+    cases.fail(f"fake tensors of {device.arch}", findings)
+
+
+def _run(kernel: Kernel, scheme: Scheme, where: str, dtype: torch.dtype) -> list[str]:
+    n, k = SHAPE
+    spec = WeightSpec(scheme, n, k)
+    layout = scheme.layout(n, k)
+    findings = []
+    with fake_tensors():
+        try:
+            packed = kernel.pack({name: torch.empty(shape, dtype=t, device=where) for name, (shape, t) in layout.items()}, spec)
+            for rows in (1, 17):
+                x, bias = torch.empty(rows, k, dtype=dtype, device=where), torch.empty(n, dtype=dtype, device=where)
+                y = kernel.run(x, packed, bias if rows > 1 else None, spec)
+                found = (tuple(y.shape), y.dtype, y.device.type)
+                if found != ((rows, n), dtype, where):
+                    findings.append(f"run gives {found}, not {((rows, n), dtype, where)}")
+            back = {name: (tuple(t.shape), t.dtype) for name, t in kernel.unpack(packed, spec).items()}
+        except Exception as error:
+            return [f"raised {type(error).__name__}: {error}"]
+    return findings if back == layout else [*findings, f"unpack gives {back}, not {layout}"]

@@ -1,0 +1,61 @@
+"""Checks of tracing: ``torch.compile`` without graph breaks, and ``opcheck`` of the operators."""
+
+from __future__ import annotations
+
+import torch
+
+from quantport.kernel import Kernel
+from quantport.modules import QuantModule
+from quantport.modules.experts import QuantExperts
+from quantport.scheme import Scheme
+from quantport.testing import builders, cases
+from quantport.testing.check_modules import build
+from quantport.testing.subject import Subject
+
+
+def check_compile(subject: Subject, kernel: Kernel, scheme: Scheme, layer: str, backend: str = "aot_eager") -> None:
+    """``torch.compile(fullgraph=True)`` gives the result of eager mode, also when the number of rows changes.
+
+    Raises:
+        AssertionError: it gives another.
+        NotHere: there is no device, or the kernel refuses.
+    """
+    module, _ = build(subject, kernel, scheme, layer)
+    device = builders.device_here(subject)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend=backend)
+    findings = []
+    try:
+        for rows in (5, 7, 1):
+            given = builders.inputs(layer, rows, device)
+            with torch.no_grad():
+                same = cases.same_bits(compiled(*given), module(*given))
+            findings += [] if same else [f"{rows} rows give another result than eager mode"]
+    finally:
+        torch._dynamo.reset()
+    cases.fail(f"torch.compile({backend}) of {kernel.name} with {scheme.name} as {layer}", findings)
+
+
+def check_op(subject: Subject, kernel: Kernel, scheme: Scheme, layer: str) -> None:
+    """``torch.library.opcheck`` finds nothing on ``quantport::linear`` and ``quantport::experts`` with this kernel.
+
+    Raises:
+        AssertionError: it does.
+        NotHere: there is no device, or the kernel refuses.
+    """
+    module, _ = build(subject, kernel, scheme, layer)
+    args = op_arguments(module, builders.inputs(layer, 5, builders.device_here(subject)))
+    op = getattr(torch.ops.quantport, layer if layer == "linear" else "experts").default
+    results = torch.library.opcheck(op, args, raise_exception=False)
+    findings = [f"{name}: {result}" for name, result in results.items() if result != "SUCCESS"]
+    cases.fail(f"opcheck of {op} with {kernel.name} and {scheme.name}", findings)
+
+
+def op_arguments(module: QuantModule, given: tuple[torch.Tensor, ...]) -> tuple[object, ...]:
+    """The arguments with which a module calls its operator."""
+    packed = [tensor for name in module.specs for tensor in module._packed[name]]
+    if isinstance(module, QuantExperts):
+        shape = (module.num_experts, module.gate_up.k, module.gate_up.n, module.activation)
+        return (*given, packed, module.kernel.name, module.scheme, *shape)
+    spec = module.specs[""]
+    return (*given, packed, module._parameters["bias"], module.kernel.name, module.scheme, spec.n, spec.k)

@@ -1,0 +1,5 @@
+from quantport.testing import BackendConformance
+
+
+class TestCpu(BackendConformance):
+    kind = "cpu"

@@ -1,0 +1,5 @@
+from quantport.testing import BackendConformance
+
+
+class TestCuda(BackendConformance):
+    kind = "cuda"

@@ -1,0 +1,449 @@
+"""Saving: complete under its name or not at all, through full disks, bad streams and kills."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint_blobs import raises, weights
+from quantport.checkpoint import Checkpoint, save_tensors, writer
+from quantport.checkpoint.partial import _host, appearing
+from quantport.errors import QuantportError, SaveError, WeightError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+SIZE = 64 * 64 * 2  # of one tensor of weights()
+
+
+def stream(*names: str) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from weights(*names).items()
+
+
+def only(directory: Path) -> list[str]:
+    return sorted(os.listdir(directory))
+
+
+# --- what is written ---------------------------------------------------------------------------------------------------
+
+
+def test_one_shard_and_extra_files(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    target = tmp_path / "new" / "model"
+    files = {"config.json": b'{"a": 1}', "sub/notes.txt": b"x"}
+    made = save_tensors(target, stream("a", "b"), metadata={"k": "v"}, files=files, copy=[tmp_path / "tokenizer.json"])
+    assert made == target
+    assert only(target) == ["config.json", "model.safetensors", "sub", "tokenizer.json"]
+    assert (target / "config.json").read_bytes() == b'{"a": 1}'
+    assert (target / "sub" / "notes.txt").read_bytes() == b"x"
+    with safe_open(target / "model.safetensors", "pt") as opened:
+        assert opened.metadata() == {"format": "pt", "k": "v"}
+    loaded = load_file(target / "model.safetensors")
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in weights("a", "b").items())
+    assert only(tmp_path / "new") == ["model"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no modes there")
+def test_files_have_the_mode_that_the_umask_gives(tmp_path: Path) -> None:
+    """Safetensors 0.8 makes files that only their owner can read: on a server, that is not whom they are for."""
+    (tmp_path / "plain").touch()
+    save_tensors(tmp_path / "m", stream("a", "b"), max_shard_bytes=1, files={"config.json": b""})
+    modes = {path.stat().st_mode for path in (tmp_path / "m").iterdir()}
+    assert modes == {(tmp_path / "plain").stat().st_mode}
+
+
+def test_shards_and_index(tmp_path: Path) -> None:
+    names = ["e", "d", "c", "b", "a"]
+    save_tensors(tmp_path / "m", stream(*names), max_shard_bytes=2 * SIZE)
+    shards = [f"model-{i:05d}-of-00003.safetensors" for i in (1, 2, 3)]
+    assert only(tmp_path / "m") == [*shards, "model.safetensors.index.json"]
+    index = json.loads((tmp_path / "m" / "model.safetensors.index.json").read_text())
+    assert index["metadata"] == {"total_size": 5 * SIZE}
+    assert index["weight_map"] == {"a": shards[2], "b": shards[1], "c": shards[1], "d": shards[0], "e": shards[0]}
+    with Checkpoint.open(tmp_path / "m") as checkpoint:
+        assert all(torch.equal(checkpoint.read(name), tensor) for name, tensor in weights(*names).items())
+
+
+def test_a_tensor_larger_than_a_shard_gets_its_own(tmp_path: Path) -> None:
+    save_tensors(tmp_path / "m", stream("a", "b"), max_shard_bytes=1)
+    assert len(Checkpoint.open(tmp_path / "m").files) == 2
+
+
+def test_dtypes_and_memory_layouts(tmp_path: Path) -> None:
+    base = torch.arange(64, dtype=torch.uint8).view(8, 8)
+    made = {f"d{i}": base.view(dtype) for i, dtype in enumerate(
+        (torch.float8_e4m3fn, torch.int8, torch.int32, torch.bfloat16, torch.float16, torch.float32, torch.uint8)
+    )}  # fmt: skip
+    made = {name: tensor.clone() for name, tensor in made.items()}
+    made |= {"turned": base.t(), "part": base[2:4], "scalar": torch.tensor(1.5), "empty": torch.empty(0, 4), "also": torch.empty(0)}
+    made["parameter"] = torch.nn.Parameter(torch.ones(3))
+    made["imaginary"] = torch.tensor([1 + 2j]).conj().imag
+    save_tensors(tmp_path / "m", made.items())
+    checkpoint = Checkpoint.open(tmp_path / "m")
+    for name, tensor in made.items():
+        found = checkpoint.read(name)
+        assert (found.dtype, found.shape) == (tensor.dtype, tensor.shape)
+        expected = tensor.detach().resolve_neg().clone(memory_format=torch.contiguous_format)
+        assert torch.equal(found.reshape(-1).view(torch.uint8), expected.reshape(-1).view(torch.uint8))
+
+
+def test_tied_weights_are_written_under_both_names(tmp_path: Path) -> None:
+    tied = torch.randn(4, 4)
+    save_tensors(tmp_path / "m", [("embed", tied), ("head", tied), ("rows", tied[1:])])
+    loaded = load_file(tmp_path / "m" / "model.safetensors")
+    assert torch.equal(loaded["head"], tied)
+    assert torch.equal(loaded["rows"], tied[1:])
+
+
+def test_from_checkpoint_to_checkpoint(tmp_path: Path) -> None:
+    save_tensors(tmp_path / "one", stream("a", "b", "c"))
+    with Checkpoint.open(tmp_path / "one") as source:
+        save_tensors(tmp_path / "two", ((name, source.read(name)) for name in source.tensors), max_shard_bytes=SIZE)
+    with Checkpoint.open(tmp_path / "two") as copy:
+        assert all(torch.equal(copy.read(name), tensor) for name, tensor in weights("a", "b", "c").items())
+
+
+def test_holds_one_shard_and_the_next_tensor(tmp_path: Path) -> None:
+    alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+    most = 0
+
+    def counted() -> Iterator[tuple[str, torch.Tensor]]:
+        nonlocal most
+        for i in range(12):
+            tensor = torch.full((64, 64), float(i), dtype=torch.bfloat16)
+            alive.add(tensor.untyped_storage())
+            most = max(most, len(alive))
+            yield f"w{i}", tensor
+
+    save_tensors(tmp_path / "m", counted(), max_shard_bytes=3 * SIZE)
+    assert most <= 5
+
+
+# --- names that are taken ----------------------------------------------------------------------------------------------
+
+
+def test_target_may_be_an_empty_directory(tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    save_tensors(tmp_path / "m", stream("a"))
+    assert only(tmp_path / "m") == ["model.safetensors"]
+
+
+def test_target_may_be_a_link_to_an_empty_directory(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "m").symlink_to("real")
+    save_tensors(tmp_path / "m", stream("a"))
+    assert (tmp_path / "m").is_symlink()
+    assert only(tmp_path / "real") == ["model.safetensors"]
+
+
+def test_target_is_taken(tmp_path: Path) -> None:
+    pulled = []
+    save_tensors(tmp_path / "m", stream("a"))
+    (tmp_path / "file").write_text("x")
+    for target, found in (("m", "a directory that holds 1 entries"), ("file", "a file of this name")):
+        with raises(SaveError, str(tmp_path / target), found=found):
+            save_tensors(tmp_path / target, (pulled.append(name) or (name, t) for name, t in stream("b")))
+    assert pulled == []
+    assert only(tmp_path) == ["file", "m"]
+
+
+def test_target_that_fills_up_during_the_save_is_kept(tmp_path: Path) -> None:
+    def rival() -> Iterator[tuple[str, torch.Tensor]]:
+        yield from stream("a")
+        (tmp_path / "m").mkdir()
+        (tmp_path / "m" / "theirs").write_text("x")
+
+    with raises(SaveError, str(tmp_path / "m"), found="a directory that holds 1 entries"):
+        save_tensors(tmp_path / "m", rival())
+    assert only(tmp_path) == ["m"]
+    assert only(tmp_path / "m") == ["theirs"]
+
+
+def test_overwrite_replaces_a_checkpoint(tmp_path: Path) -> None:
+    save_tensors(tmp_path / "m", stream("old"), files={"config.json": b"{}"})
+    save_tensors(tmp_path / "m", stream("new"), overwrite=True)
+    assert only(tmp_path) == ["m"]
+    assert only(tmp_path / "m") == ["model.safetensors"]
+    assert set(Checkpoint.open(tmp_path / "m").tensors) == {"new"}
+
+
+def test_overwrite_from_the_checkpoint_itself(tmp_path: Path) -> None:
+    save_tensors(tmp_path / "m", stream("a", "b"))
+    with Checkpoint.open(tmp_path / "m") as source:
+        save_tensors(tmp_path / "m", ((name, source.read(name)) for name in source.tensors), overwrite=True)
+        assert torch.equal(source.read("a"), weights("a", "b")["a"])
+    assert torch.equal(Checkpoint.open(tmp_path / "m").read("a"), weights("a", "b")["a"])
+
+
+def test_overwrite_deletes_no_directory_without_weights(tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").write_text("x")
+    with raises(SaveError, str(tmp_path / "home"), found="holds files but no weights"):
+        save_tensors(tmp_path / "home", stream("a"), overwrite=True)
+    assert only(tmp_path / "home") == ["thesis.tex"]
+
+
+def test_overwrite_that_fails_keeps_the_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_tensors(tmp_path / "m", stream("old"))
+
+    def broken() -> Iterator[tuple[str, torch.Tensor]]:
+        yield from stream("new")
+        raise RuntimeError("boom")
+
+    with raises(SaveError, found="boom"):
+        save_tensors(tmp_path / "m", broken(), overwrite=True)
+    real = os.rename
+
+    def rename(source: Path, to: Path) -> None:
+        if ".partial-" in str(source) and Path(to).name == "m":
+            raise OSError(errno.EIO, "Input/output error")
+        real(source, to)
+
+    monkeypatch.setattr(os, "rename", rename)
+    with raises(SaveError, found="Input/output error"):
+        save_tensors(tmp_path / "m", stream("new"), overwrite=True)
+    assert only(tmp_path) == ["m"]
+    assert set(Checkpoint.open(tmp_path / "m").tensors) == {"old"}
+
+
+# --- what can go wrong -------------------------------------------------------------------------------------------------
+
+
+def nothing_left(directory: Path) -> bool:
+    return only(directory) == []
+
+
+BAD_TENSORS = {
+    "twice": ([("a", torch.ones(1)), ("a", torch.ones(1))], "'a'", "this name twice"),
+    "metadata": ([("__metadata__", torch.ones(1))], "__metadata__", "a name that safetensors cannot hold"),
+    "number": ([(3, torch.ones(1))], "3", "a name that safetensors cannot hold"),
+    "list": ([("a", [1.0])], "'a'", "a list"),
+    "meta": ([("a", torch.ones(1, device="meta"))], "'a'", "a tensor without data"),
+    "sparse": ([("a", torch.eye(2).to_sparse())], "'a'", "layout torch.sparse_coo"),
+    "complex": ([("a", torch.ones(1, dtype=torch.complex128))], "'a'", "dtype torch.complex128"),
+    "not a pair": ([torch.ones(3)], "save a checkpoint", "ValueError"),
+    "empty": ([], "save a checkpoint", "a stream without a tensor"),
+}
+
+
+@pytest.mark.parametrize(("tensors", "named", "found"), BAD_TENSORS.values(), ids=BAD_TENSORS)
+def test_bad_tensor(tmp_path: Path, tensors: list, named: str, found: str) -> None:
+    with raises(SaveError, named, str(tmp_path / "m"), found=found):
+        save_tensors(tmp_path / "m", tensors)
+    assert nothing_left(tmp_path)
+
+
+def test_duplicate_in_another_shard(tmp_path: Path) -> None:
+    twice = [("a", torch.ones(64)), ("b", torch.ones(64)), ("a", torch.ones(64))]
+    with raises(SaveError, "'a'", found="this name twice"):
+        save_tensors(tmp_path / "m", twice, max_shard_bytes=1)
+    assert nothing_left(tmp_path)
+
+
+BAD_OPTIONS = {
+    "shard size": ({"max_shard_bytes": 0}, "max_shard_bytes=0"),
+    "metadata": ({"metadata": {"k": 1}}, "metadata 'k': 1"),
+    "weights": ({"files": {"model.safetensors": b""}}, "a name that the weights need"),
+    "index": ({"copy": ["model.safetensors.index.json"]}, "a name that the weights need"),
+    "absent": ({"copy": ["absent.json"]}, "no file at this path"),
+    "outside": ({"files": {"../config.json": b""}}, "leads out of the directory"),
+    "absolute": ({"files": {"/config.json": b""}}, "leads out of the directory"),
+    "twice": ({"files": {"pyproject.toml": b""}, "copy": ["pyproject.toml"]}, "twice in files and copy"),
+}
+
+
+@pytest.mark.parametrize(("options", "found"), BAD_OPTIONS.values(), ids=BAD_OPTIONS)
+def test_bad_option(tmp_path: Path, options: dict, found: str) -> None:
+    with raises(SaveError, str(tmp_path / "m"), found=found):
+        save_tensors(tmp_path / "m", stream("a"), **options)
+    assert nothing_left(tmp_path)
+
+
+def test_stream_raises(tmp_path: Path) -> None:
+    def broken(error: BaseException) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from stream("a", "b")
+        raise error
+
+    own = WeightError("quantize 'c'", "NaN", "finite weights")
+    with pytest.raises(WeightError) as caught:
+        save_tensors(tmp_path / "m", broken(own), max_shard_bytes=1)
+    assert caught.value is own
+    with raises(SaveError, str(tmp_path / "m"), found="the stream of tensors raised ZeroDivisionError: by zero"):
+        save_tensors(tmp_path / "m", broken(ZeroDivisionError("by zero")), max_shard_bytes=1)
+    with pytest.raises(KeyboardInterrupt):
+        save_tensors(tmp_path / "m", broken(KeyboardInterrupt()), max_shard_bytes=1)
+    assert nothing_left(tmp_path)
+
+
+FULL = [
+    OSError(errno.ENOSPC, "No space left on device"),
+    SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+]
+
+
+@pytest.mark.parametrize("error", FULL, ids=["OSError", "SafetensorError"])
+def test_disk_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    real, calls = writer.save_file, []
+
+    def save_file(tensors: dict, path: Path, metadata: dict) -> None:
+        calls.append(path)
+        if len(calls) == 2:
+            path.write_bytes(b"half of it")
+            raise error
+        real(tensors, path, metadata)
+
+    monkeypatch.setattr(writer, "save_file", save_file)
+    with raises(SaveError, str(tmp_path / "m"), "free space", found="the disk is full"):
+        save_tensors(tmp_path / "m", stream("a", "b", "c"), max_shard_bytes=1)
+    assert len(calls) == 2
+    assert nothing_left(tmp_path)
+
+
+LIMITED = """
+    import resource, sys, torch
+    from quantport.checkpoint import save_tensors
+    from quantport.errors import SaveError
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    try:
+        save_tensors(sys.argv[1], ((f"w{i}", torch.ones(2_000 * (i + 1))) for i in range(4)), max_shard_bytes=1)
+    except SaveError as error:
+        print(error)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limits of the size of a file there")
+def test_the_system_stops_a_write_for_real(tmp_path: Path) -> None:
+    """The system lets safetensors write no more than 20,000 bytes of the third shard."""
+    code = textwrap.dedent(LIMITED)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "m")], check=True, timeout=120, capture_output=True, text=True
+    )
+    assert "File too large" in done.stdout
+    assert nothing_left(tmp_path)
+
+
+DENIED = {
+    "denied": (PermissionError(errno.EACCES, "Permission denied"), "permission denied"),
+    "read-only": (OSError(errno.EROFS, "Read-only file system"), "permission denied"),
+    "mount point": (OSError(errno.EBUSY, "Device or resource busy"), "cannot be renamed to"),
+}
+
+
+@pytest.mark.parametrize(("error", "found"), DENIED.values(), ids=DENIED)
+def test_refused_simulated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError, found: str) -> None:
+    def refuse(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("quantport.checkpoint.partial._publish", refuse)
+    with raises(SaveError, str(tmp_path / "m"), found=found):
+        save_tensors(tmp_path / "m", stream("a"))
+    assert nothing_left(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
+def test_read_only_parent(tmp_path: Path) -> None:
+    parent = tmp_path / "parent"
+    parent.mkdir()
+    parent.chmod(0o555)
+    with raises(SaveError, str(parent / "m"), found="permission denied"):
+        save_tensors(parent / "m", stream("a"))
+    assert nothing_left(parent)
+
+
+def test_parent_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with raises(SaveError, str(tmp_path / "file" / "m"), found="Error"):
+        save_tensors(tmp_path / "file" / "m", stream("a"))
+
+
+# --- kills -------------------------------------------------------------------------------------------------------------
+
+KILLED = """
+    import os, signal, sys, torch
+    from quantport.checkpoint import save_tensors
+    def stream():
+        for i in range(3):
+            yield f"w{i}", torch.ones(64, 64)
+        os.kill(os.getpid(), signal.SIGKILL)
+    save_tensors(sys.argv[1], stream(), max_shard_bytes=1, overwrite="overwrite" in sys.argv)
+"""
+
+
+def killed(target: Path, *options: str) -> None:
+    """Saves in another process that kills itself when two shards are on the disk."""
+    code = textwrap.dedent(KILLED)
+    done = subprocess.run([sys.executable, "-c", code, str(target), *options], check=False, timeout=120, capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
+def test_kill_leaves_nothing_under_the_name_and_the_next_save_cleans_up(tmp_path: Path) -> None:
+    killed(tmp_path / "m")
+    (left,) = only(tmp_path)
+    assert left.startswith(".m.partial-")
+    assert len(only(tmp_path / left)) == 2
+    save_tensors(tmp_path / "m", stream("a"))
+    assert only(tmp_path) == ["m"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
+def test_kill_during_overwrite_keeps_the_old(tmp_path: Path) -> None:
+    save_tensors(tmp_path / "m", stream("old"))
+    killed(tmp_path / "m", "overwrite")
+    assert set(Checkpoint.open(tmp_path / "m").tensors) == {"old"}
+    save_tensors(tmp_path / "m", stream("new"), overwrite=True)
+    assert only(tmp_path) == ["m"]
+
+
+def dead_pid() -> int:
+    done = subprocess.Popen([sys.executable, "-c", ""])
+    done.wait()
+    return done.pid
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="one cannot ask for a pid there")
+def test_only_what_the_dead_left_for_this_name_is_removed(tmp_path: Path) -> None:
+    dead = dead_pid()
+    kept = [
+        f".m.partial-{_host()}-{os.getpid()}-00000000",  # another thread of this process may be at it
+        f".m.partial-{_host()}-1-00000000",  # pid 1 runs
+        f".m.partial-0000host-{dead}-00000000",  # another machine, for all we know it runs there
+        f".other.partial-{_host()}-{dead}-00000000",
+        f".m.partial-{dead}",
+        "m.partial",
+    ]
+    stale = [f".m.partial-{_host()}-{dead}-0000000{i}" for i in range(2)]
+    for name in kept + stale:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "shard-00001.tmp").write_text("x")
+    save_tensors(tmp_path / "m", stream("a"))
+    assert only(tmp_path) == sorted([*kept, "m"])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="one cannot ask for a pid there")
+def test_kill_between_the_two_renames_of_an_overwrite_is_undone(tmp_path: Path) -> None:
+    save_tensors(tmp_path / "m", stream("old"))
+    mark = f"{_host()}-{dead_pid()}-00000000"
+    os.rename(tmp_path / "m", tmp_path / f".m.replaced-{mark}")
+    (tmp_path / f".m.partial-{mark}").mkdir()
+    with raises(SaveError, found="a directory that holds 1 entries"):
+        save_tensors(tmp_path / "m", stream("new"))
+    assert only(tmp_path) == ["m"]
+    assert set(Checkpoint.open(tmp_path / "m").tensors) == {"old"}
+
+
+def test_two_saves_at_once_to_one_name(tmp_path: Path) -> None:
+    with pytest.raises(QuantportError), appearing(tmp_path / "m", overwrite=False) as first:  # noqa: PT012
+        (first / "x").write_text("1")
+        save_tensors(tmp_path / "m", stream("a"))
+    assert only(tmp_path) == ["m"]
+    assert set(Checkpoint.open(tmp_path / "m").tensors) == {"a"}
