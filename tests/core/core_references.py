@@ -7,9 +7,10 @@ import math
 import ml_dtypes
 import numpy as np
 import torch
+from torch import Tensor
+
 from quantport.errors import QuantportError
 from quantport.scheme import Quant
-from torch import Tensor
 
 HALF = {"e4m3fn": 448.0, "int8": 127.5, "int4": 7.5}
 RANGE = {"int8": (-128, 127), "int4": (-8, 7)}

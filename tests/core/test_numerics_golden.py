@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from core_references import DTYPES, dequantize_np, quantize_np, randn, same
+
 from quantport import numerics
 from quantport.errors import WeightError
 from quantport.numerics import blocks
@@ -218,7 +219,9 @@ def test_non_finite_weights(name, bad, dtype):
     assert all(torch.equal(found[key].view(torch.uint8), expected[key].view(torch.uint8)) for key in expected)
 
 
-@pytest.mark.parametrize("weight", [torch.zeros(3), torch.zeros(2, 3, 4), torch.zeros(2, 3, dtype=torch.int8), torch.zeros(2, 2).double()])
+@pytest.mark.parametrize(
+    "weight", [torch.zeros(3), torch.zeros(2, 3, 4), torch.zeros(2, 3, dtype=torch.int8), torch.zeros(2, 2).double()]
+)
 def test_wrong_rank_or_dtype_is_refused(weight):
     with pytest.raises(WeightError, match="float16"):
         numerics.quantize_weight(weight, BUILTIN["int8"])

@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from core_references import randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from quantport import numerics
-from quantport.scheme import BUILTIN, Quant
 from torch import Tensor
 
-from core_references import randn
+from quantport import numerics
+from quantport.scheme import BUILTIN, Quant
 
 SOME = settings(max_examples=60, deadline=None)
 quants = st.builds(

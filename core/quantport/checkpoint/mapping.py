@@ -17,10 +17,6 @@ import torch
 
 from quantport.errors import CheckpointError
 
-_GIVES_BACK = sys.platform == "linux" and hasattr(mmap.mmap, "madvise")
-"""On Linux ``MADV_DONTNEED`` drops the pages at once and the next read takes them from the file again. Elsewhere it is a
-hint with another meaning (macOS) or missing (Windows)."""
-
 
 class MappedFile:
     """A private (copy-on-write) mapping of a whole file, which lives as long as a view of it does.
@@ -57,10 +53,13 @@ class MappedFile:
         return torch.frombuffer(self._map, dtype=dtype, count=count, offset=start).view(shape)
 
     def give_back(self, start: int, end: int) -> None:
-        """Drops the pages that lie wholly in ``[start, end)`` from memory; the next access reads the file again."""
+        """Drops the pages that lie wholly in ``[start, end)`` from memory; the next access reads the file again.
+
+        Only on Linux: elsewhere ``MADV_DONTNEED`` is a hint with another meaning (macOS) or missing (Windows).
+        """
         page = mmap.PAGESIZE
         first, last = -(-start // page) * page, end // page * page
-        if _GIVES_BACK and first < last:
+        if sys.platform == "linux" and first < last:
             self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
 
 

@@ -32,10 +32,9 @@ def save_tensors(
     copy: Iterable[str | os.PathLike[str]] = (),
     overwrite: bool = False,
 ) -> Path:
-    """Writes a checkpoint that appears under its name complete, or not at all.
+    """Writes a checkpoint that appears under its name complete, or not at all; returns its directory.
 
     Holds one shard of tensors and the next tensor, never more: the stream must not write to a tensor that it has yielded.
-    One shard is ``model.safetensors``; more are ``model-00001-of-000NN.safetensors`` and an index.
 
     Args:
         directory: The final directory: absent, or empty.
@@ -46,9 +45,6 @@ def save_tensors(
         files: More files, name to content, such as ``config.json``.
         copy: Paths of files to copy in, such as the tokenizer.
         overwrite: Replace the checkpoint that is there.
-
-    Returns:
-        The directory.
 
     Raises:
         SaveError: The name is taken, the disk is full or refuses, a tensor cannot be written, or the stream raised.

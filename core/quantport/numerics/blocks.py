@@ -58,7 +58,8 @@ def quantize(x: Tensor, quant: Quant, scale: Tensor | None = None) -> tuple[Tens
     Args:
         x: ``[n, k]``, any floating dtype. NaN and Inf are not looked for: they show up in the scales.
         quant: Element format and block shape.
-        scale: fp32 values of ``quant.scale``, of ``quant.scale_shape(n, k)``, to use instead of the one from amax (for example reduced over ranks).
+        scale: Scales to use instead of those from amax (for example reduced over ranks): fp32 values of ``quant.scale``,
+            of shape ``quant.scale_shape(n, k)``.
 
     Returns:
         ``(codes, scale)``: codes ``[n, k]`` as float8_e4m3fn or int8, scale of dtype

@@ -14,7 +14,7 @@ from quantport.kernel import Kernel, Request, WeightSpec
 from quantport.modules import QuantExperts, QuantLinear
 from quantport.scheme import Scheme
 from quantport.testing import cases
-from quantport.testing.check_runs import NotHere, stored
+from quantport.testing.check_runs import NotHere
 from quantport.testing.subject import Subject
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 128, 64, 4, 2
@@ -47,11 +47,12 @@ def linear(subject: Subject, kernel: Kernel, scheme: Scheme) -> tuple[QuantLinea
     dtype, where = device.arch.compute, device.torch_device
     spec = WeightSpec(scheme, INTERMEDIATE, HIDDEN)
     _need(kernel, Request(spec, "linear", device, dtype))
-    bias = cases.random(spec.n, seed=2).to(dtype)
+    bias = cases.bias(spec.n, dtype)
     module = QuantLinear(kernel, spec, nn.Parameter(bias.to(where), requires_grad=False))
-    module.set_weight("", stored(cases.plain(spec.n, spec.k), spec, where))
     canonical = numerics.quantize_weight(cases.plain(spec.n, spec.k), scheme)
-    return module.eval(), lambda x: numerics.linear(x, canonical, scheme, bias)
+    module.set_weight("", {name: t.to(where, copy=True) for name, t in canonical.items()})
+    effective = scheme if kernel.quantizes_activations else scheme.weight_only
+    return module.eval(), lambda x: numerics.linear(x, canonical, effective, bias)
 
 
 def experts(subject: Subject, kernel: Kernel, scheme: Scheme) -> tuple[QuantExperts, Callable[[Tensor, Tensor, Tensor], Tensor]]:
@@ -69,15 +70,16 @@ def experts(subject: Subject, kernel: Kernel, scheme: Scheme) -> tuple[QuantExpe
     for i, (name, spec) in enumerate(module.specs.items()):
         weight = (cases.random(spec.n, spec.k, seed=i) * 0.05).to(torch.bfloat16)
         weights[name] = numerics.quantize_weight(weight, scheme)
-        module.set_weight(name, stored(weight, spec, device.torch_device))
+        module.set_weight(name, {key: t.to(device.torch_device, copy=True) for key, t in weights[name].items()})
+    effective = scheme if kernel.quantizes_activations else scheme.weight_only
 
     def reference(x: Tensor, index: Tensor, routing: Tensor) -> Tensor:
         out = torch.zeros(x.shape, dtype=torch.float32)
         for t, j in ((t, j) for t in range(x.shape[0]) for j in range(TOP_K)):
             gate, up_, down_ = (weights[f"{int(index[t, j])}.{p}"] for p in ("gate_proj", "up_proj", "down_proj"))
             row = x[t : t + 1]
-            hidden = nn.functional.silu(numerics.linear(row, gate, scheme)) * numerics.linear(row, up_, scheme)
-            out[t] += (numerics.linear(hidden, down_, scheme) * routing[t, j])[0].float()
+            hidden = nn.functional.silu(numerics.linear(row, gate, effective)) * numerics.linear(row, up_, effective)
+            out[t] += (numerics.linear(hidden, down_, effective) * routing[t, j])[0].float()
         return out.to(x.dtype)
 
     return module.eval(), reference
@@ -93,5 +95,5 @@ def routed(rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 def inputs(layer: str, rows: int, device: Device) -> tuple[Tensor, ...]:
     """What a module of this kind is called with, on the device."""
     dtype = device.arch.compute
-    given = (cases.random(rows, HIDDEN, seed=4).to(dtype),) if layer == "linear" else routed(rows, dtype)
+    given = (cases.activations(rows, HIDDEN, dtype),) if layer == "linear" else routed(rows, dtype)
     return tuple(t.to(device.torch_device) for t in given)

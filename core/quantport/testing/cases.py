@@ -34,8 +34,12 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def activations(rows: int, k: int, dtype: torch.dtype, seed: int = 1) -> Tensor:
-    """Activations ``[rows, k]``; from three rows on one token is all zero and one is a thousand times larger."""
-    x = random(rows, k, seed=seed)
+    """Activations ``[rows, k]``; from three rows on one token is all zero and one is a thousand times larger.
+
+    Their mean is 1, like that of the weights, so that no sum cancels to nearly nothing: an error relative to the largest
+    output of one token would then say more about the sum than about the kernel.
+    """
+    x = random(rows, k, seed=seed) + 1
     if rows > 2:
         x[1] = 0
         x[2] *= 1000
@@ -43,8 +47,13 @@ def activations(rows: int, k: int, dtype: torch.dtype, seed: int = 1) -> Tensor:
 
 
 def plain(n: int, k: int) -> Tensor:
-    """A weight as models have them: small, normal, bf16."""
-    return (random(n, k) * 0.02).to(torch.bfloat16)
+    """A weight as models have them: small, normal, bf16. Its mean is 0.02, see ``activations``."""
+    return (random(n, k) * 0.02 + 0.02).to(torch.bfloat16)
+
+
+def bias(n: int, dtype: torch.dtype) -> Tensor:
+    """A bias ``[n]`` of about the size of the outputs, positive as they are."""
+    return (random(n, seed=2).abs() + 0.5).to(dtype)
 
 
 def _zero_rows(n: int, k: int) -> Tensor:
@@ -82,14 +91,15 @@ SPECIAL: dict[str, Callable[[int, int], Tensor]] = {
 
 
 def relative_error(y: Tensor, expected: Tensor) -> float:
-    """``max|y - expected| / max|expected|``, infinite when something is not finite or only one of them is zero."""
-    if expected.numel() == 0:
-        return 0.0
+    """The largest ``max|y - expected| / max|expected|`` of a token, since each token could have come alone.
+
+    Infinite when something is not finite, and when only the expected values are all zero.
+    """
     y, expected = y.detach().double().cpu(), expected.detach().double().cpu()
     if not torch.isfinite(y).all():
         return float("inf")
-    worst, largest = (y - expected).abs().max().item(), expected.abs().max().item()
-    return worst / largest if largest else float("inf" if worst else 0)
+    worst, largest = (y - expected).abs().amax(-1), expected.abs().amax(-1)
+    return torch.where(worst == 0, 0.0, worst / largest).max().item()
 
 
 def same_bits(left: Tensor, right: Tensor) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,26 +22,50 @@ class NotHere(Exception):  # noqa: N818  # not an error: the suite skips
     """Nothing to check here: the kernel takes no such request, or its device is absent and the stand-in cannot run it."""
 
 
-def stored(weight: Tensor, spec: WeightSpec, where: torch.device) -> Canonical:
-    """The stored tensors of a weight by the reference, on the CPU, then moved."""
-    return {name: t.to(where) for name, t in numerics.quantize_weight(weight, spec.scheme).items()}
+class Job(NamedTuple):
+    """One weight with activations for it, and what the reference makes of them, all on the CPU."""
+
+    spec: WeightSpec
+    canonical: Canonical
+    x: Tensor
+    bias: Tensor | None
+    expected: Tensor
 
 
-def compare(kernel: Kernel, spec: WeightSpec, weight: Tensor, x: Tensor, bias: Tensor | None, where: torch.device) -> str:
+def make_job(spec: WeightSpec, weight: Tensor, x: Tensor, bias: Tensor | None, quantizes: bool) -> Job:
+    """Asks the reference. A kernel that leaves activations in 16 bits is judged by the weight-only numerics."""
+    canonical = numerics.quantize_weight(weight, spec.scheme)
+    scheme = spec.scheme if quantizes else spec.scheme.weight_only
+    return Job(spec, canonical, x, bias, numerics.linear(x, canonical, scheme, bias))
+
+
+@lru_cache(maxsize=256)
+def _plain(spec: WeightSpec, dtype: torch.dtype, biased: bool, rows: int, quantizes: bool) -> Job:
+    bias = cases.bias(spec.n, dtype) if biased else None
+    return make_job(spec, cases.plain(spec.n, spec.k), cases.activations(rows, spec.k, dtype), bias, quantizes)
+
+
+def plain_job(request: Request, biased: bool, rows: int, quantizes: bool) -> Job:
+    """An ordinary weight. Tokens are independent in most schemes: then fewer rows are a part of the most rows."""
+    activation = request.weight.scheme.activation
+    whole = activation is not None and activation.rows != 1
+    job = _plain(request.weight, request.dtype, biased, rows if whole else max(cases.ROWS), quantizes)
+    return job._replace(x=job.x[:rows], expected=job.expected[:rows])
+
+
+def compare(kernel: Kernel, job: Job, where: torch.device) -> str:
     """Runs a kernel and compares it with the reference.
 
     Returns:
         What is wrong, or an empty string. What the reference itself cannot say (its result is not finite) is not wrong.
     """
-    canonical = numerics.quantize_weight(weight, spec.scheme)
-    expected = numerics.linear(x, canonical, spec.scheme, bias)
-    packed = kernel.pack({name: t.to(where) for name, t in canonical.items()}, spec)
+    packed = kernel.pack({name: t.to(where, copy=True) for name, t in job.canonical.items()}, job.spec)
     before = [t.clone() for t in packed]
-    moved = x.to(where, copy=True)
-    y = kernel.run(moved, packed, None if bias is None else bias.to(where), spec)
+    x, bias = job.x.to(where, copy=True), None if job.bias is None else job.bias.to(where, copy=True)
+    y, expected = kernel.run(x, packed, bias, job.spec), job.expected
     if tuple(y.shape) != tuple(expected.shape) or y.dtype != expected.dtype or y.device.type != where.type:
         return f"returned {list(y.shape)} {y.dtype} on {y.device}, not {list(expected.shape)} {expected.dtype} on {where}"
-    if not cases.same_bits(moved, x) or not all(map(cases.same_bits, packed, before)):
+    if not cases.same_bits(x, job.x) or not all(map(cases.same_bits, packed, before)):
         return "run changed its activations or its packed weight"
     if not torch.isfinite(expected).all():
         return ""
@@ -47,18 +73,18 @@ def compare(kernel: Kernel, spec: WeightSpec, weight: Tensor, x: Tensor, bias: T
     return "" if error <= kernel.tolerance else f"relative error {error:.2e} is over the tolerance {kernel.tolerance:.2e}"
 
 
-def _judge(subject: Subject, kernel: Kernel, request: Request, weight: Tensor, rows: int, biased: bool) -> str:
-    spec, where = request.weight, subject.place(request.device)
+def _judge(subject: Subject, kernel: Kernel, request: Request, job: Job) -> str:
+    where = subject.place(request.device)
     if where is None:
         raise NotHere(f"no device of kind {subject.kind} here, and no stand-in")
-    bias = cases.random(spec.n, seed=2).to(request.dtype) if biased else None
     try:
-        wrong = compare(kernel, spec, weight, cases.activations(rows, spec.k, request.dtype), bias, where)
+        wrong = compare(kernel, job, where)
     except Exception as error:
         if request.device.simulated:  # not its device: only a wrong result says something
             raise NotHere(f"{kernel.name} does not run on {where}: {type(error).__name__}: {error}") from None
         wrong = f"raised {type(error).__name__}: {error}"
-    return wrong and f"[{spec.n}, {spec.k}] x {rows} rows, bias={biased}: {wrong}"
+    title = f"[{job.spec.n}, {job.spec.k}] {job.x.dtype} x {job.x.shape[0]} rows, {'no ' if job.bias is None else ''}bias"
+    return wrong and f"{title}: {wrong}"
 
 
 def check_accepted(subject: Subject, kernel: Kernel, scheme: Scheme, dtype: torch.dtype) -> None:
@@ -73,10 +99,10 @@ def check_accepted(subject: Subject, kernel: Kernel, scheme: Scheme, dtype: torc
         raise NotHere(f"{kernel.name} takes no {scheme.name} in {dtype} here")
     findings = [
         wrong
-        for spec, request in takes.items()
+        for request in takes.values()
         for rows in cases.ROWS
         for biased in (False, True)
-        if (wrong := _judge(subject, kernel, request, cases.plain(spec.n, spec.k), rows, biased))
+        if (wrong := _judge(subject, kernel, request, plain_job(request, biased, rows, kernel.quantizes_activations)))
     ]
     cases.fail(f"{kernel.name} accepts {scheme.name} in {dtype}", findings)
 
@@ -94,7 +120,8 @@ def check_special(subject: Subject, kernel: Kernel, scheme: Scheme, dtype: torch
     spec, request = max(takes.items(), key=lambda item: item[0].n * item[0].k)
     findings = []
     for name, make in cases.SPECIAL.items():
-        wrong = _judge(subject, kernel, request, make(spec.n, spec.k), 5, False)
+        job = make_job(spec, make(spec.n, spec.k), cases.activations(5, spec.k, dtype), None, kernel.quantizes_activations)
+        wrong = _judge(subject, kernel, request, job)
         findings += [f"{name}: {wrong}"] if wrong else []
     cases.fail(f"{kernel.name} on special weights of {scheme.name} in {dtype}", findings)
 
@@ -122,7 +149,8 @@ def check_refused(subject: Subject, kernel: Kernel, scheme: Scheme) -> None:
     for request, reasons in _refused(subject, kernel, scheme):
         if any(phrase in reason for reason in reasons for phrase in subject.policy):
             continue
-        if not any(_judge(subject, kernel, request, cases.plain(request.weight.n, request.weight.k), m, True) for m in cases.ROWS):
+        jobs = (plain_job(request, True, rows, kernel.quantizes_activations) for rows in cases.ROWS)
+        if not any(_judge(subject, kernel, request, job) for job in jobs):
             spec = request.weight
             findings.append(f"[{spec.n}, {spec.k}] {request.dtype} for {request.layer} runs and is right, against {list(reasons)}")
     cases.fail(f"{kernel.name} refuses {scheme.name}, yet it works (if that is policy, say so in `policy`)", findings)
@@ -144,7 +172,7 @@ def check_packing(subject: Subject, kernel: Kernel, scheme: Scheme) -> None:
         if where is None:
             raise NotHere(f"no device of kind {subject.kind} here, and no stand-in")
         for name, make in cases.SPECIAL.items():
-            canonical = stored(make(spec.n, spec.k), spec, where)
+            canonical = {key: t.to(where) for key, t in numerics.quantize_weight(make(spec.n, spec.k), scheme).items()}
             findings += [f"[{spec.n}, {spec.k}] {name}: {wrong}" for wrong in _round_trip(kernel, spec, canonical, request)]
     cases.fail(f"packing of {scheme.name} by {kernel.name}", list(dict.fromkeys(findings)))
 

@@ -154,6 +154,7 @@ class BackendConformance:
         with _skipping():
             check_ops.check_compile(subject, kernel, scheme, layer)
 
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's own
     def test_inductor(self, subject: Subject) -> None:
         """Inductor, for one kernel and scheme."""
         with _skipping():

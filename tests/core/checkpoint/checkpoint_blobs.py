@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from quantport.errors import QuantportError
 from safetensors.torch import save_file
+
+from quantport.errors import QuantportError
 
 WHERE = "dir/model.safetensors"
 
@@ -45,6 +47,13 @@ def raises(kind: type[QuantportError], *named: str, found: str) -> Iterator[None
     check_parts(caught.value, *named, found=found)
 
 
+def equal(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Same dtype, shape and bits."""
+    if (found.dtype, found.shape) != (expected.dtype, expected.shape):
+        return False
+    return torch.equal(found.reshape(-1).view(torch.uint8), expected.reshape(-1).view(torch.uint8))
+
+
 def weights(*names: str, rows: int = 64, columns: int = 64, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
     """A tensor for each name, all different."""
     generator = torch.Generator().manual_seed(len(names))
@@ -63,3 +72,12 @@ def sharded(directory: Path, shards: dict[str, dict[str, torch.Tensor]], stem: s
 
 def write_index(directory: Path, weight_map: object, stem: str = "model") -> None:
     (directory / f"{stem}.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def stream(*names: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of `weights`, as a stream."""
+    yield from weights(*names).items()
+
+
+def only(directory: Path) -> list[str]:
+    return sorted(os.listdir(directory))

@@ -10,10 +10,11 @@ import pytest
 import torch
 from checkpoint_blobs import WHERE, blob, entry, raises
 from hypothesis import given, settings
-from quantport.checkpoint.header import DTYPES, MAX_HEADER_BYTES, parse_header
-from quantport.errors import CheckpointError
 from safetensors import SafetensorError, deserialize
 from safetensors.torch import save
+
+from quantport.checkpoint.header import DTYPES, MAX_HEADER_BYTES, parse_header
+from quantport.errors import CheckpointError
 
 GOOD = {"a": entry("U8", [4], 0, 4), "w": entry("BF16", [2, 3], 4, 16)}
 

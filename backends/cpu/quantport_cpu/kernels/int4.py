@@ -91,7 +91,7 @@ class CpuInt4(CpuKernel):
         nibbles = unpack_nibbles(packed[0], block_rows())[: spec.n]
         nibbles = torch.nn.functional.pad(nibbles, (0, max(0, width - nibbles.shape[1])))[:, :width]
         scale = packed[1][:, : spec.n, 0].t().contiguous()
-        return {"weight_packed": nibbles.contiguous().view(torch.int32), "weight_scale": scale}
+        return {"weight_packed": nibbles.clone(memory_format=torch.contiguous_format).view(torch.int32), "weight_scale": scale}
 
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
         n, k = _padded(spec)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ _local = threading.local()
 
 def scratch(dtype: torch.dtype, rows: int, cols: int) -> Tensor:
     """An uninitialized ``[rows, cols]`` buffer of this thread, valid until the next call with the same dtype."""
-    buffers: dict[torch.dtype, Tensor] = _local.__dict__
+    buffers: dict[Any, Tensor] = _local.__dict__
     size = rows * cols
     if dtype not in buffers or buffers[dtype].numel() < size:
         buffers[dtype] = torch.empty(size, dtype=dtype)

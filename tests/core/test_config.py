@@ -1,0 +1,226 @@
+"""QuantConfig: every key, every spelling, every conflict; a clear error for everything else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from core_references import check_parts
+
+from quantport.config import QuantConfig, compile_pattern
+from quantport.errors import ConfigError
+from quantport.layers import Layer
+from quantport.scheme import BUILTIN, Quant, Scheme, Schemes
+
+BAD = ["re:(", "re:[", "re:*a", "re:(?P<x>a)(?P<x>b)", "re:a{99999999999999999999}", f"re:{'(' * 9999}"]
+
+
+def parse(value):
+    return QuantConfig.parse(value, BUILTIN)
+
+
+def refused(value, *named):
+    with pytest.raises(ConfigError) as caught:
+        parse(value)
+    check_parts(caught.value, *named)
+    return caught.value
+
+
+def test_defaults():
+    config = parse(None)
+    assert (config.scheme, config.ignore, config.targets, config.components) == (None, (), {}, {})
+    assert (config.fallback, config.on_unmatched, config.nonfinite, config.activation_scheme) == (
+        "weight_only",
+        "error",
+        "error",
+        "dynamic",
+    )
+    assert parse({}) == parse(QuantConfig()) == config
+
+
+def test_every_key_of_ours():
+    config = parse(
+        {
+            "scheme": "int8",
+            "linear": "fp8",
+            "moe": "int4",
+            "ignore": ["lm_head", "*.mlp.*", "re:.*q_proj"],
+            "targets": {"a.b": "int4_g32", "c": None},
+            "fallback": "error",
+            "on_unmatched": "warn",
+            "nonfinite": "zero",
+            "activation_scheme": "dynamic",
+            "weight_block_size": None,
+            "group_size": None,
+        }
+    )
+    assert (config.scheme, config.linear, config.moe) == ("int8", "fp8_per_tensor", "int4_weight_only")
+    assert config.targets == {"a.b": "int4_weight_only_g32", "c": None}
+    assert config.patterns() == ("lm_head", "*.mlp.*", "re:.*q_proj", "a.b", "c")
+
+
+@pytest.mark.parametrize("key", ["scheme", "method", "quant_method", "quantization", "global_scheme"])
+@pytest.mark.parametrize("alias", [a for s in BUILTIN.values() for a in (s.name, *s.aliases)])
+def test_spellings_of_the_scheme(key, alias):
+    assert parse({key: alias}).scheme == parse(alias).scheme == BUILTIN[alias].name
+
+
+@pytest.mark.parametrize("value", [None, "none"])
+def test_no_scheme(value):
+    assert parse(value).scheme is None
+    assert parse({"method": value}).scheme is None
+
+
+@pytest.mark.parametrize(("old", "new"), [("linear_scheme_override", "linear"), ("moe_scheme_override", "moe")])
+def test_old_overrides(old, new):
+    assert parse({old: "int8"}) == parse({new: "int8"})
+
+
+@pytest.mark.parametrize("old", ["ignored_layers", "modules_to_not_convert"])
+def test_old_ignore(old):
+    assert parse({old: ["lm_head"]}) == parse({"ignore": ["lm_head"]})
+
+
+@pytest.mark.parametrize(
+    ("vllm", "scheme"),
+    [
+        ("fp8_per_tensor_static", "fp8_per_tensor"),
+        ("fp8_per_channel_static", "fp8_per_channel"),
+        ("fp8_per_block_static", "fp8_per_block"),
+        ("int8_per_channel_static", "int8_weight_only"),
+        ("int4", "int4_weight_only"),
+    ],
+)
+def test_vllm_weight_spelling(vllm, scheme):
+    config = parse({"linear": {"weight": vllm}, "moe": {"weight": vllm, "activation": "fp8_per_token_dynamic"}})
+    assert (config.linear, config.moe) == (scheme, scheme)
+
+
+@pytest.mark.parametrize("value", [{}, {"activation": "fp8"}])
+def test_vllm_spelling_without_a_weight_is_no_silent_null(value):
+    refused({"linear": value}, "linear")
+
+
+@pytest.mark.parametrize(
+    ("value", "named"),
+    [
+        ("int9", ["int8", "known"]),
+        ("FP8", ["fp8"]),
+        ({"schema": "int8"}, ["'schema'", "did you mean 'scheme'"]),
+        ({"ignored": []}, ["did you mean 'ignore"]),
+        ({"targts": {"a": "int8"}}, ["did you mean 'targets'"]),
+        ({"scheme": "fp8_per_chanel"}, ["did you mean 'fp8_per_channel'"]),
+        ({"targets": {"a": "int44"}}, ["int44", "did you mean 'int4'"]),
+        ({"components": {"vae": {"skeme": "int8"}}}, ["components.vae.skeme", "did you mean 'scheme'"]),
+        ({"fallback": "none"}, ["fallback", "weight_only"]),
+        ({"on_unmatched": "ignore"}, ["on_unmatched", "warn"]),
+        ({"nonfinite": "nan"}, ["nonfinite", "zero"]),
+        ({"activation_scheme": "static"}, ["activation_scheme", "static", "dynamic"]),
+        ({"scheme": 8}, ["scheme", "8"]),
+        ({"ignore": "lm_head"}, ["ignore", "lm_head"]),
+        ({"ignore": [1]}, ["ignore.0"]),
+        ({"targets": ["a"]}, ["targets"]),
+        ({"components": 3}, ["components"]),
+        (7, ["configuration"]),
+        (["int8"], ["configuration"]),
+    ],
+)
+def test_errors_name_the_key_and_what_would_work(value, named):
+    refused(value, *named)
+
+
+@pytest.mark.parametrize(
+    ("value", "named"),
+    [
+        ({"scheme": "int8", "method": "int8"}, ["scheme"]),
+        ({"linear": "int8", "linear_scheme_override": "int8"}, ["linear"]),
+        ({"ignore": ["a"], "ignored_layers": ["b"]}, ["ignore"]),
+        ({"ignore": ["a", "b"], "targets": {"b": "int8"}}, ["'b'", "ignore", "targets"]),
+    ],
+)
+def test_conflicts(value, named):
+    refused(value, *named)
+
+
+@pytest.mark.parametrize("key", ["ignore", "targets"])
+@pytest.mark.parametrize(
+    "pattern", ["re:(", "re:[", "re:*a", "re:(?P<x>a)(?P<x>b)", "re:a{99999999999999999999}", f"re:{'(' * 9999}"]
+)
+def test_bad_regular_expressions(key, pattern):
+    refused({key: [pattern] if key == "ignore" else {pattern: "int8"}}, pattern[:20])
+
+
+def test_good_regular_expressions_are_matched_from_the_start():
+    assert compile_pattern("re:model.layers.1").match("model.layers.11.q")
+    assert not compile_pattern("re:layers").match("model.layers.1")
+    assert not compile_pattern("model.layers.1").match("model.layers.11")
+    assert compile_pattern("*.1?.q_proj").match("model.layers.11.q_proj")
+
+
+def test_block_size():
+    assert parse({"scheme": "fp8_per_block", "weight_block_size": [128, 128]}).weight_block_size == (128, 128)
+    refused({"scheme": "fp8_per_block", "weight_block_size": [64, 64]}, "weight_block_size", "128")
+    refused({"scheme": "fp8_per_block", "weight_block_size": [128]}, "weight_block_size")
+    refused({"scheme": "int8", "weight_block_size": [128, 128]}, "weight_block_size", "int8")
+
+
+def test_block_size_alone_is_not_dropped():
+    """With no scheme the device would choose one without blocks: blocks mean fp8_per_block, or are refused."""
+    try:
+        assert parse({"weight_block_size": [128, 128]}).scheme == "fp8_per_block"
+    except ConfigError as error:
+        check_parts(error, "weight_block_size")
+
+
+def test_group_size():
+    for scheme in ("int4", "int4_weight_only", "w4a16"):
+        assert parse({"scheme": scheme, "group_size": 32}).scheme == "int4_weight_only_g32"
+        assert parse({"scheme": scheme, "group_size": 128}).scheme == "int4_weight_only"
+    assert parse({"targets": {"a": "int4"}, "group_size": 32}).targets == {"a": "int4_weight_only_g32"}
+    refused({"scheme": "int4", "group_size": 64}, "group_size")
+    refused({"scheme": "int8", "group_size": 32}, "group_size", "int8")
+
+
+def test_group_size_against_the_name_of_the_scheme():
+    """int4_weight_only_g32 says 32: a group_size of 128 contradicts it."""
+    refused({"scheme": "int4_weight_only_g32", "group_size": 128}, "group_size")
+
+
+def test_group_size_alone_is_not_dropped():
+    try:
+        assert parse({"group_size": 32}).scheme == "int4_weight_only_g32"
+    except ConfigError as error:
+        check_parts(error, "group_size")
+
+
+def test_a_parsed_config_parses_to_itself():
+    config = parse({"scheme": "int4", "group_size": 32, "linear": None, "components": {"a": {"moe": None}, "b": None}})
+    assert parse(config) == config
+    assert parse(config.model_dump(exclude_unset=True)) == config
+
+
+def test_schemes_refuse_a_taken_name():
+    extra = Scheme("mine", Quant("int8", 1, 0), None, "", aliases=("fp8",))
+    with pytest.raises(ConfigError) as caught:
+        Schemes((*BUILTIN.values(), extra))
+    check_parts(caught.value, "'mine'", "'fp8'", "fp8_per_tensor")
+
+
+def test_schemes_table():
+    assert "w8a8" in BUILTIN
+    assert 3 not in BUILTIN
+    assert set(BUILTIN) == {s.name for s in BUILTIN.values()}
+    assert len(BUILTIN) == len(list(BUILTIN))
+    with pytest.raises(ConfigError, match="did you mean 'int8'"):
+        BUILTIN["int_8"]
+
+
+def test_choice_for_a_layer_is_a_name_and_a_reason():
+    layer = Layer("a.b", "linear", (("weight", 8, 8),), torch.bfloat16)
+    assert parse("int8").for_layer(layer, None) == ("int8", "")
+    assert parse(None).for_layer(layer, "int8") == ("int8", "")
+    assert parse({"scheme": "int8", "linear": None}).for_layer(layer, None) == (None, "left alone by linear=null")
+    assert parse({"scheme": "int8", "linear": "none"}).for_layer(layer, None) == (None, "left alone by linear=null")
+    assert parse({"scheme": "int8", "moe": None}).for_layer(layer, None) == ("int8", "")
+    assert parse({"scheme": "int8", "ignore": ["a.*"]}).for_layer(layer, None) == (None, "left alone by pattern 'a.*'")
+    assert parse({"scheme": "int8", "targets": {"a.*": "fp8"}}).for_layer(layer, None) == ("fp8_per_tensor", "")
+    assert parse({"scheme": "int8", "linear": "int4", "targets": {"a.*": None}}).for_layer(layer, None)[0] is None

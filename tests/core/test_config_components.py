@@ -1,0 +1,116 @@
+"""Configurations per component, and a fuzzer of the whole schema."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from core_references import check_parts
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quantport.config import _OLD_KEYS, QuantConfig
+from quantport.errors import ConfigError
+from quantport.layers import Layer
+from quantport.scheme import BUILTIN
+
+
+def parse(value):
+    return QuantConfig.parse(value, BUILTIN)
+
+
+def linear(name):
+    return Layer(name, "linear", (("weight", 64, 64),), torch.bfloat16)
+
+
+def test_component_map_of_vllm_omni():
+    config = parse({"transformer": {"method": "fp8"}, "vae": None, "transformer_2": {"scheme": "int8", "ignore": ["*.skip"]}})
+    assert config.for_layer(linear("transformer.a"), None) == ("fp8_per_tensor", "")
+    assert config.for_layer(linear("transformer_2.a"), None) == ("int8", "")
+    assert config.for_layer(linear("transformer_2.skip"), None)[0] is None
+    assert config.for_layer(linear("vae.conv"), None) == (None, "component 'vae' is mapped to null")
+    assert config.patterns() == ("*.skip",)
+
+
+def test_dot_boundary():
+    """transformer must not catch transformer_2, as plain startswith does in vLLM-Omni."""
+    config = parse({"transformer": {"method": "fp8"}})
+    with pytest.raises(ConfigError) as caught:
+        config.for_layer(linear("transformer_2.a"), None)
+    check_parts(caught.value, "transformer_2.a", "'transformer_2'", "null")
+
+
+def test_longest_prefix_wins():
+    config = parse({"components": {"a": "int8", "a.b": "fp8", "a.b.c": None}})
+    assert config.for_layer(linear("a.x"), None)[0] == "int8"
+    assert config.for_layer(linear("a.b.x"), None)[0] == "fp8_per_tensor"
+    assert config.for_layer(linear("a.b.c.x"), None)[0] is None
+    assert config.for_layer(linear("a.bc"), None)[0] == "int8"
+
+
+def test_a_component_without_a_scheme_takes_the_default():
+    """The one of the whole configuration, else the one that the device chooses: never a silent no-op."""
+    config = parse({"scheme": "int8", "components": {"a": {"ignore": ["a.skip"]}, "b": "fp8"}})
+    assert config.for_layer(linear("a.x"), None) == ("int8", "")
+    assert config.for_layer(linear("b.x"), None)[0] == "fp8_per_tensor"
+    assert parse({"components": {"a": {"ignore": ["a.skip"]}}}).for_layer(linear("a.x"), "int8") == ("int8", "")
+
+
+@pytest.mark.parametrize("key", ["ignore", "targets", "linear"])
+def test_keys_beside_components_act_or_are_refused(key):
+    """What stands beside components must not be dropped silently."""
+    value = {"ignore": ["a.x"], "targets": {"a.x": None}, "linear": None}[key]
+    try:
+        config = parse({key: value, "components": {"a": "int8"}})
+    except ConfigError as error:
+        check_parts(error, key)
+        return
+    assert config.for_layer(linear("a.x"), None)[0] is None
+
+
+def test_a_component_that_says_nothing_is_named():
+    with pytest.raises(ConfigError, match="unknown_key"):
+        parse({"transformer": {"unknown_key": 1}})
+
+
+def test_nested_components_are_checked_too():
+    with pytest.raises(ConfigError, match="int99"):
+        parse({"components": {"a": {"components": {"a.b": {"scheme": "int99"}}}}})
+
+
+KEYS = [*QuantConfig.model_fields, *_OLD_KEYS, "transformer", "x"]
+TEXTS = ["int8", "fp8", "none", "re:(", "re:a.*", "*", "a.b", "128", "error", "dynamic"]
+words = st.one_of(st.text(max_size=8), st.sampled_from([*TEXTS, *KEYS]))
+atoms = st.one_of(st.none(), st.booleans(), st.integers(), st.sampled_from([32, 128]), st.floats(), words)
+values = st.recursive(
+    atoms,
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(words, inner, max_size=4)),
+    max_leaves=12,
+)
+plausible = st.fixed_dictionaries(
+    {},
+    optional={
+        "scheme": words, "linear": values, "moe": values, "ignore": st.lists(words, max_size=3),
+        "targets": st.dictionaries(words, st.one_of(st.none(), words), max_size=3),
+        "components": st.dictionaries(words, values, max_size=3), "group_size": st.sampled_from([32, 64, 128, None]),
+        "weight_block_size": st.sampled_from([None, [128, 128], [1, 2], "ab"]), "fallback": words,
+    },
+)  # fmt: skip
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.one_of(values, plausible, st.dictionaries(st.one_of(atoms, words), values, max_size=4)))
+def test_fuzz(value):
+    """Whatever comes in: a configuration, or an error in three parts. What was read reads back as itself."""
+    try:
+        config = parse(value)
+    except ConfigError as error:
+        check_parts(error)
+        return
+    assert isinstance(config, QuantConfig)
+    assert parse(config.model_dump(exclude_unset=True)) == config
+    try:
+        scheme, why = config.for_layer(linear("a.b"), "int8")
+    except ConfigError as error:
+        check_parts(error)
+    else:
+        assert (scheme in BUILTIN) or (scheme is None and why)
