@@ -98,6 +98,14 @@ class QuantConfig(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> QuantConfig:
+        beside = sorted(self.model_fields_set & {"linear", "moe", "ignore", "targets", "scheme"} - {"components"})
+        if self.components and beside:
+            raise ValueError(f"{', '.join(beside)} beside components: put it into each component")
+        inner = {k for c in self.components.values() if c for k in c.model_fields_set & {"fallback", "on_unmatched", "nonfinite"}}
+        if inner:
+            raise ValueError(
+                f"{', '.join(sorted(inner))} inside a component: it holds for the whole model, put it beside components"
+            )
         both = set(self.ignore) & set(self.targets)
         if both:
             raise ValueError(f"{sorted(both)[0]!r} is in ignore and in targets: keep one")
@@ -133,20 +141,21 @@ class QuantConfig(BaseModel):
             if value in (None, "none"):
                 return None
             found = schemes[str(value)].name
-            if self.group_size and found.startswith("int4_weight_only"):
-                found = "int4_weight_only" if self.group_size == 128 else "int4_weight_only_g32"
+            if found == "int4_weight_only" and self.group_size == 32:
+                return "int4_weight_only_g32"
+            if found == "int4_weight_only_g32" and self.group_size == 128:
+                raise ConfigError(f"{value!r} with group_size=128", "this scheme has groups of 32", "scheme='int4_weight_only'")
             return found
 
         updates: dict[str, Any] = {f: name(getattr(self, f)) for f in ("scheme", "linear", "moe") if f in self.model_fields_set}
         updates["targets"] = {p: name(s) for p, s in self.targets.items()}
         updates["components"] = {c: None if v is None else v._checked(schemes) for c, v in self.components.items()}
         used = {s for s in (updates.get("scheme"), updates.get("linear"), updates.get("moe"), *updates["targets"].values()) if s}
-        if self.weight_block_size and used and "fp8_per_block" not in used:
-            raise ConfigError(
-                f"weight_block_size with {', '.join(sorted(used))}", "only fp8_per_block has blocks", "scheme='fp8_per_block'"
-            )
-        if self.group_size and used and not any(s.startswith("int4") for s in used):
-            raise ConfigError(f"group_size with {', '.join(sorted(used))}", "only int4 has groups", "scheme='int4_weight_only'")
+        named = ", ".join(sorted(used)) or "no scheme"
+        if self.weight_block_size and "fp8_per_block" not in used:
+            raise ConfigError(f"weight_block_size with {named}", "only fp8_per_block has blocks", "scheme='fp8_per_block'")
+        if self.group_size and not any(s.startswith("int4") for s in used):
+            raise ConfigError(f"group_size with {named}", "only int4 has groups", "scheme='int4_weight_only'")
         return self.model_copy(update=updates)
 
     def for_layer(self, layer: Layer, default: str | None) -> tuple[str | None, str]:
@@ -236,21 +245,24 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
         return re.compile(fnmatch.translate(pattern))
     try:
         return re.compile(pattern[3:])
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise ConfigError(f"pattern {pattern!r}", f"not a regular expression: {error}", "see Python's re, or use a glob") from None
 
 
 def _weight_of(value: Any) -> Any:
     """Reads vLLM's ``{"weight": ..., "activation": ...}``: the weight names the scheme."""
-    if isinstance(value, Mapping) and set(value) <= {"weight", "activation"}:
-        weight = value.get("weight")
+    if isinstance(value, Mapping) and "weight" in value and set(value) <= {"weight", "activation"}:
+        weight = value["weight"]
         return _VLLM_WEIGHTS.get(weight, weight) if isinstance(weight, str) else weight
     return value
 
 
 def _is_component_map(value: Mapping[str, Any]) -> bool:
     known = set(QuantConfig.model_fields) | set(_OLD_KEYS)
-    return bool(value) and not set(value) & known and all(v is None or isinstance(v, Mapping) for v in value.values())
+    configs = [v for v in value.values() if isinstance(v, Mapping)]
+    plain = all(v is None or isinstance(v, Mapping) for v in value.values())
+    meant = len(configs) < len(value) or any(set(v) & known for v in configs)  # a null, or a value that is a configuration
+    return bool(value) and not set(value) & known and plain and meant
 
 
 def _explain(error: ValidationError, model: type[BaseModel]) -> ConfigError:

@@ -43,6 +43,7 @@ class Host:
     def __init__(self, points: Iterable[EntryPoint] | None = None, only: Iterable[str] | None = None) -> None:
         self.problems: list[Problem] = []
         self.backends: dict[str, Backend] = {}
+        self._names: dict[str, str] = {}
         self.schemes = BUILTIN
         self._manager = pluggy.PluginManager("quantport")
         self._manager.add_hookspecs(hookspecs)
@@ -56,9 +57,12 @@ class Host:
         try:
             return call(*args)
         except Exception as error:  # a stranger's code: set aside, named, never fatal
-            self.problems.append(Problem(plugin, stage, f"{type(error).__name__}: {error}"))
-            warnings.warn(f"quantport set plugin {plugin!r} aside at {stage}: {error}", RuntimeWarning, stacklevel=2)
+            self._set_aside(plugin, stage, f"{type(error).__name__}: {error}")
             return None
+
+    def _set_aside(self, plugin: str, stage: str, error: str) -> None:
+        self.problems.append(Problem(plugin, stage, error))
+        warnings.warn(f"quantport set plugin {plugin!r} aside at {stage}: {error}", RuntimeWarning, stacklevel=3)
 
     def _load(self, point: EntryPoint) -> None:
         if self._manager.has_plugin(point.name):
@@ -83,6 +87,7 @@ class Host:
         for backend in backends:
             self._check(point, backend)
             self.backends[backend.kind] = backend
+            self._names[backend.kind] = point.name
         self.schemes = merged
 
     def _call(self, hook: str, plugin: str) -> list[Any]:
@@ -92,6 +97,9 @@ class Host:
     def _check(self, point: EntryPoint, backend: object) -> None:
         if not isinstance(backend, Backend):
             raise BackendError(f"load backend {point.name!r}", f"its hook returned {backend!r}", "a quantport.backend.Backend")
+        lacking = [a for a in ("kind", "torch_type", "archs") if not hasattr(backend, a)]
+        if lacking:
+            raise BackendError(f"load backend {point.name!r}", f"it lacks {', '.join(lacking)}", "see quantport.hookspecs.Backend")
         if backend.kind in self.backends:
             raise BackendError(
                 f"load backend {point.name!r} for devices of kind {backend.kind!r}",
@@ -102,12 +110,37 @@ class Host:
     @cached_property
     def devices(self) -> tuple[Device, ...]:
         """Every device found, best rank first. A detection that raises is a problem, not an error."""
-        ordered = sorted(self.backends.items(), key=lambda item: -item[1].rank)
-        return tuple(d for kind, b in ordered for d in self._try(kind, "detection", b.detect) or ())
+        ordered = sorted(self.backends.values(), key=lambda backend: -backend.rank)
+        return tuple(d for backend in ordered for d in self._ask(backend, "detection", backend.detect, Device))
 
     @cached_property
     def _kernels(self) -> dict[str, tuple[Kernel, ...]]:
-        return {kind: tuple(self._try(kind, "kernels", b.kernels) or ()) for kind, b in self.backends.items()}
+        out: dict[str, tuple[Kernel, ...]] = {}
+        owners: dict[str, Kernel] = {}
+        for kind, backend in self.backends.items():
+            kernels = self._ask(backend, "kernels", backend.kernels, Kernel)
+            for kernel in kernels:
+                owner = owners.setdefault(kernel.name, kernel)
+                if type(owner) is not type(kernel):  # one shared class may serve many rooms; a name must not
+                    self._set_aside(self._plugin(backend), "kernels", f"kernel name {kernel.name!r} is taken by {type(owner)!r}")
+                    kernels = tuple(k for k in kernels if k is not kernel)
+            out[kind] = kernels
+        return out
+
+    def _plugin(self, backend: Backend) -> str:
+        return self._names[backend.kind]
+
+    def _ask(self, backend: Backend, stage: str, call: Any, kind: type[Any]) -> tuple[Any, ...]:
+        """Calls a backend's method and checks what it gives; anything wrong is a problem and an empty answer."""
+
+        def checked() -> tuple[Any, ...]:
+            found = tuple(call())
+            for item in found:
+                if not isinstance(item, kind):
+                    raise BackendError(f"{stage} of {backend.kind!r}", f"it gave {item!r}", f"a sequence of {kind.__name__}")
+            return found
+
+        return self._try(self._plugin(backend), stage, checked) or ()
 
     def kernels(self, kind: str) -> tuple[Kernel, ...]:
         """The kernels of one kind of device."""
@@ -125,16 +158,16 @@ class Host:
         return table[name]
 
     def device(self, asked: str | torch.device | Device = "auto") -> Device:
-        """Resolves a device: ``auto``, ``kind``, ``kind:index``, or ``kind:arch`` (simulated, for planning).
+        """Resolves a device: ``auto``, ``kind``, ``kind:index``, ``kind:arch`` (simulated, for planning), or torch's.
 
         Raises:
             DeviceError: the kind or architecture is unknown, or no such device was found.
         """
         if isinstance(asked, Device):
             return asked
-        text = str(asked)
-        if text == "auto":
-            text = os.environ.get("QUANTPORT_DEVICE", "auto")
+        if isinstance(asked, torch.device):
+            return self._of_torch(asked)
+        text = os.environ.get("QUANTPORT_DEVICE", "auto") if asked == "auto" else asked
         if text == "auto":
             if not self.devices:
                 raise DeviceError("device 'auto'", "no backend found a device", "run `quantport doctor`")
@@ -144,18 +177,26 @@ class Host:
             aside = [p for p in self.problems if p.plugin == kind]
             found = f"its backend was set aside: {aside[0].error}" if aside else "no backend has this kind"
             raise DeviceError(f"device {text!r}", found, one_of(kind, self.backends))
-        if rest and not rest.isdigit():
+        if rest and not (rest.isascii() and rest.isdigit()):
             return self._simulated(text, kind, rest)
         here = [d for d in self.devices if d.kind == kind]
         matching = [d for d in here if not rest or d.index == int(rest)]
         if not matching:
-            archs = ", ".join(f"{kind}:{a}" for a in self.backends[kind].archs)
-            raise DeviceError(
-                f"device {text!r}",
-                f"{len(here)} such devices on this machine",
-                f"to plan for hardware that is not here: {archs}",
-            )
+            raise self._absent(text, kind, len(here))
         return matching[0]
+
+    def _of_torch(self, asked: torch.device) -> Device:
+        """The found device that holds the tensors of a torch device; two kinds may share one torch type."""
+        for device in self.devices:
+            if device.torch_type == asked.type and device.index == (asked.index or 0):
+                return device
+        raise self._absent(str(asked), asked.type, 0)
+
+    def _absent(self, text: str, kind: str, count: int) -> DeviceError:
+        failed = [p.error for p in self.problems if p.plugin == self._names.get(kind) and p.stage == "detection"]
+        found = f"detection failed: {failed[0]}" if failed else f"{count} such devices on this machine"
+        archs = [f"{kind}:{a}" for a in self.backends[kind].archs] if kind in self.backends else list(self.backends)
+        return DeviceError(f"device {text!r}", found, f"to plan for hardware that is not here: {', '.join(archs)}")
 
     def _simulated(self, text: str, kind: str, arch: str) -> Device:
         backend = self.backends[kind]

@@ -276,7 +276,9 @@ def make_plan(
     """
     layers = list(layers)
     _check_patterns(config, layers)
-    default, why = (None, "") if config.scheme or config.components else best_scheme(device, kernels, schemes, rows)
+    parts = [c for c in config.components.values() if c] or [config]
+    named = all(c.scheme for c in parts)
+    default, why = (None, "") if named else best_scheme(device, kernels, schemes, rows)
     planner = _Planner(config, device, kernels, schemes, rows, dtype)
     steps = tuple(planner.step(layer, *config.for_layer(layer, default)) for layer in layers)
     return Plan(source, device, config, steps, rows, why)

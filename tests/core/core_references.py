@@ -43,6 +43,8 @@ def quantize_np(x: np.ndarray, quant: Quant) -> tuple[np.ndarray, np.ndarray]:
     for i, j, rows, cols in blocks_of(n, k, quant):
         amax = np.max(np.abs(x[rows, cols]))
         scale = np.float32(amax) / np.float32(HALF[quant.format])
+        if quant.scale is torch.bfloat16:
+            scale = scale.astype(ml_dtypes.bfloat16).astype(np.float32)
         scales[i, j] = scale if scale != 0 else np.float32(2.0**-23)
         codes[rows, cols] = encode_np(x[rows, cols] / scales[i, j], quant.format)
     return codes, scales

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from core_references import DTYPES, dequantize_np, quantize_np, randn, same
@@ -12,7 +11,7 @@ from quantport.errors import WeightError
 from quantport.numerics import blocks
 from quantport.scheme import BUILTIN, Quant
 
-WEIGHTS = {name: scheme.weight for name, scheme in BUILTIN.items()}
+WEIGHTS = {name: scheme.weight for name, scheme in BUILTIN.items() if scheme.weight.format != "bf16"}
 QUANTS = {
     **{name: WEIGHTS[name] for name in WEIGHTS if not name.endswith(("weight_only",))},
     "int4_g128": WEIGHTS["int4_weight_only"],
@@ -27,7 +26,7 @@ def check(x: torch.Tensor, quant: Quant) -> None:
     codes, scale = numerics.quantize(x, quant)
     expected, scales = quantize_np(x.float().contiguous().numpy(), quant)
     assert codes.dtype == (torch.float8_e4m3fn if quant.format == "e4m3fn" else torch.int8)
-    assert scale.dtype == torch.float32
+    assert scale.dtype == quant.scale
     same(scale, scales)
     same(codes, expected)
     same(numerics.dequantize(codes, scale, quant), dequantize_np(expected, scales, quant))
@@ -78,20 +77,31 @@ def test_int8_by_hand():
 
 
 def test_int4_by_hand():
-    """Two groups of 32. First: amax 7.5, scale 1: 7.5 -> 8 -> 7; -7.5 -> -8; 6.5 -> 6; 0.5 -> 0; 3.5 -> 4.
+    """Scales are bf16. Two groups of 32. First: amax 7.5, scale 1: 7.5 -> 8 -> 7; -7.5 -> -8; 6.5 -> 6; 0.5 -> 0; 3.5 -> 4.
 
     Second: amax 15, scale 2: 15 -> 7.5 -> 8 -> 7; 1 -> 0.5 -> 0; 3 -> 1.5 -> 2; -5 -> -2.5 -> -2. A third group of a
-    single column: amax 0.75, scale 0.1 (0.75 / 7.5 in fp32), -0.75 / 0.1 = -7.5 -> -8.
+    single column: amax 0.75, scale 0.75 / 7.5 = 0.1, in bf16 205 * 2**-11 = 0.10009765625, -0.75 / that = -7.4927 -> -7.
     """
     x = torch.zeros(1, 65)
     x[0, :5] = torch.tensor([7.5, -7.5, 6.5, 0.5, 3.5])
     x[0, 32:36] = torch.tensor([15.0, 1.0, 3.0, -5.0])
     x[0, 64] = -0.75
     codes, scale = numerics.quantize(x, WEIGHTS["int4_weight_only_g32"])
-    assert scale.tolist() == [[1.0, 2.0, float(np.float32(0.1))]]
+    assert scale.tolist() == [[1.0, 2.0, 205 * 2.0**-11]]
     assert codes[0, :5].tolist() == [7, -8, 6, 0, 4]
     assert codes[0, 32:36].tolist() == [7, 0, 2, -2]
-    assert codes[0, 64].item() == -8
+    assert codes[0, 64].item() == -7
+
+
+def test_bf16_is_kept_as_it_is():
+    """The scheme of layers that stay: bf16 values unchanged, others rounded once."""
+    for dtype in DTYPES:
+        x = randn(3, 5, dtype=dtype)
+        stored = numerics.quantize_weight(x, BUILTIN["bf16"])
+        assert list(stored) == ["weight"]
+        assert torch.equal(stored["weight"], x.bfloat16())
+        assert stored["weight"].data_ptr() != x.data_ptr()
+        assert torch.equal(numerics.dequantize_weight(stored, BUILTIN["bf16"], 5), x.bfloat16().float())
 
 
 def test_fp8_by_hand():
@@ -175,7 +185,7 @@ def test_input_is_left_alone(name):
 def test_given_scale_is_used_and_saturates(name):
     x = randn(130, 129)
     codes, own = numerics.quantize(x, QUANTS[name])
-    again, scale = numerics.quantize(x, QUANTS[name], own.clone())
+    again, scale = numerics.quantize(x, QUANTS[name], own.float())
     assert torch.equal(again.float(), codes.float())
     assert torch.equal(scale, own)
     tight = numerics.quantize(x * 4, QUANTS[name], own)[0].float()

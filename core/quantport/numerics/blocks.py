@@ -69,9 +69,11 @@ def quantize(x: Tensor, quant: Quant, scale: Tensor | None = None) -> tuple[Tens
     element = quant.element
     dtype = torch.float8_e4m3fn if element is E4M3FN else torch.int8
     codes = torch.empty((n, k), dtype=dtype, device=x.device)
-    if scale is None and not quant.rows:
+    if scale is None and not quant.rows and x.numel():
         scale = scale_of(_amax(x, quant), quant)
-    scales = torch.empty(quant.scale_shape(n, k), device=x.device) if scale is None else scale
+    scales = torch.full(quant.scale_shape(n, k), EPS, device=x.device) if scale is None else scale
+    if not codes.numel():
+        return codes, scales.to(quant.scale)
     step = _chunk_rows(x.shape, quant, x.device)
     for i in range(0, n, step):
         blocks = _blocks(x[i : i + step].to(torch.float32, copy=True), quant)
@@ -86,8 +88,6 @@ def quantize(x: Tensor, quant: Quant, scale: Tensor | None = None) -> tuple[Tens
 
 def _amax(x: Tensor, quant: Quant) -> Tensor:
     """Largest magnitude over all rows, per column block: fp32 ``[1, C]``."""
-    if x.numel() == 0:
-        return torch.zeros(quant.scale_shape(*x.shape), device=x.device)
     low, high = torch.aminmax(x, dim=0)
     amax = torch.maximum(-low, high).float()[None]
     return _blocks(amax, quant).amax((1, 3))

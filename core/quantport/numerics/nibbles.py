@@ -16,7 +16,9 @@ def pack_int4(codes: Tensor) -> Tensor:
         int32 ``[n, ceil(k/8)]``; nibble i of word j holds ``code[8j+i] + 8``. Nibbles past k are zero.
     """
     k = codes.shape[1]
-    nibbles = codes.add(8).view(torch.uint8)
+    nibbles = codes.contiguous().add(8).view(torch.uint8)
+    if not codes.numel():
+        return torch.empty(codes.shape[0], 0, dtype=torch.int32, device=codes.device)
     if k % 8:
         nibbles = torch.nn.functional.pad(nibbles, (0, -k % 8))
     pairs = nibbles.view(torch.int16)  # little-endian: first code in the low byte
@@ -25,6 +27,6 @@ def pack_int4(codes: Tensor) -> Tensor:
 
 def unpack_int4(packed: Tensor, k: int) -> Tensor:
     """The inverse of ``pack_int4``: int32 ``[n, ceil(k/8)]`` to int8 codes ``[n, k]``."""
-    nibbles = packed.view(torch.uint8)
+    nibbles = packed.contiguous().view(torch.uint8)
     codes = torch.stack((nibbles & 15, nibbles >> 4), dim=-1).flatten(-2)
     return codes[..., :k].view(torch.int8).sub(8).contiguous()

@@ -31,7 +31,7 @@ class CpuBf16(CpuKernel):
         return reasons
 
     def pack(self, canonical: Canonical, spec: WeightSpec) -> Packed:
-        return (torch.ops.mkldnn._reorder_linear_weight(canonical["weight"].to_mkldnn(), 16),)
+        return (torch.ops.mkldnn._reorder_linear_weight(canonical["weight"], 16),)
 
     def unpack(self, packed: Packed, spec: WeightSpec) -> Canonical:
         return {"weight": packed[0].to_dense()}

@@ -1,0 +1,298 @@
+"""The plan: pattern rules, fallback policies, guards and the text of every decision, on fake and on real rooms."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from core_fakes import FakeKernel, Shape, device
+from core_references import check_parts
+
+from quantport.capability import Status
+from quantport.config import QuantConfig
+from quantport.errors import ConfigError, UnsupportedError
+from quantport.host import host
+from quantport.layers import find_layers
+from quantport.plan import best_scheme, choose, make_plan
+from quantport.scheme import BUILTIN
+
+NATIVE = FakeKernel("acme.native", quantizes=True)
+DEQUANTIZE = FakeKernel("acme.dequantize", Status.DEQUANTIZE)
+REFERENCE = FakeKernel("acme.reference", Status.REFERENCE, quantizes=True)
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+def linears(*names, shape=(64, 64), dtype=torch.bfloat16):
+    return find_layers({f"{name}.weight": Shape(shape, dtype) for name in names})
+
+
+def planned(layers, config="int8", kernels=(NATIVE, DEQUANTIZE), on=None, **options):
+    return make_plan(layers, QuantConfig.parse(config, BUILTIN), on or device(), kernels, BUILTIN, **options)
+
+
+def schemes(plan):
+    return {s.layer.name: s.asked for s in plan.steps}
+
+
+def test_bytes_and_steps():
+    plan = planned(find_layers({"a.weight": Shape((64, 64)), "norm.weight": Shape((64,)), "lm_head.weight": Shape((10, 64))}))
+    a, norm, head = plan.steps
+    assert (a.asked, a.before, a.after, a.note) == ("int8", 8192, 4096 + 64 * 4, "")
+    assert (norm.asked, norm.before, norm.after) == (None, 128, 128)
+    assert (head.asked, head.before, head.after) == (None, 1280, 1280)
+    assert "output head" in head.note
+    assert (plan.before, plan.after) == (8192 + 128 + 1280, 4352 + 128 + 1280)
+    assert plan.peak > plan.after
+    assert plan.quantized == (a,)
+    assert plan.by_layer["a"] is a
+
+
+def test_patterns():
+    layers = linears("m.0.q_proj", "m.0.mlp.up_proj", "m.1.q_proj", "lm_head")
+    asked = planned(layers, {"scheme": "int8", "ignore": ["m.0.q_proj"], "targets": {"*.mlp.*": "fp8", "re:m.1": "int4"}})
+    assert schemes(asked) == {
+        "m.0.q_proj": None,
+        "m.0.mlp.up_proj": "fp8_per_tensor",
+        "m.1.q_proj": "int4_weight_only",
+        "lm_head": None,
+    }
+    assert "m.0.q_proj" in asked.by_layer["m.0.q_proj"].note
+    assert schemes(planned(layers, {"scheme": "int8", "targets": {"lm_head": "int4"}}))["lm_head"] == "int4_weight_only"
+    assert schemes(planned(layers, {"scheme": "int8", "targets": {"*": "fp8"}}))["lm_head"] is None, "a glob is no order"
+
+
+@pytest.mark.parametrize(
+    "config", [{"ignore": ["*.q_proj"], "targets": {"m.*": "int8"}}, {"targets": {"*.q_proj": "int8", "m.*": "int4"}}]
+)
+def test_patterns_that_conflict(config):
+    with pytest.raises(ConfigError) as caught:
+        planned(linears("m.q_proj"), config)
+    check_parts(caught.value, "m.q_proj", "'*.q_proj'", "'m.*'")
+
+
+def test_patterns_that_agree():
+    assert schemes(planned(linears("m.q_proj"), {"targets": {"*.q_proj": "int8", "m.*": "w8a8"}})) == {"m.q_proj": "int8"}
+
+
+@pytest.mark.parametrize("key", ["ignore", "targets"])
+def test_unmatched_pattern(key):
+    def config(**more):
+        return {"scheme": "int8", key: ["q_poj"] if key == "ignore" else {"q_poj": "int8"}, **more}
+
+    layers = linears("m.q_proj", "m.k_proj")
+    with pytest.raises(ConfigError) as caught:
+        planned(layers, config())
+    check_parts(caught.value, "'q_poj'", "none of 2 layers", "m.q_proj", "on_unmatched")
+    with pytest.warns(UserWarning, match="q_poj"):
+        plan = planned(layers, config(on_unmatched="warn"))
+    assert schemes(plan) == {"m.q_proj": "int8", "m.k_proj": "int8"}
+    with pytest.raises(ConfigError, match=r"did you mean '\*q_proj\*'"):
+        planned(layers, {"scheme": "int8", "ignore": ["q_proj"]})
+
+
+def test_unmatched_pattern_of_a_component():
+    with pytest.raises(ConfigError, match="'x.nothing'"):
+        planned(linears("x.a"), {"components": {"x": {"scheme": "int8", "ignore": ["x.nothing"]}}})
+
+
+@pytest.mark.parametrize("fused", ["qkv_proj", "gate_up_proj"])
+def test_fused_layers_take_the_names_of_their_shards(fused):
+    shards = {"qkv_proj": "[qkv]_proj", "gate_up_proj": "*_proj"}[fused]
+    layers = linears(f"m.{fused}")
+    assert schemes(planned(layers, {"scheme": "int8", "ignore": [f"m.{shards}"]})) == {f"m.{fused}": None}
+    assert schemes(planned(layers, {"scheme": "int8", "targets": {f"re:m.{fused}": "fp8"}})) == {f"m.{fused}": "fp8_per_tensor"}
+
+
+@pytest.mark.parametrize(
+    ("fused", "config", "named"),
+    [
+        ("qkv_proj", {"ignore": ["m.q_proj"]}, ["m.q_proj -> ignored", "m.k_proj -> no pattern"]),
+        (
+            "qkv_proj",
+            {"targets": {"m.q_proj": "int8", "m.[kv]_proj": "int4"}},
+            ["m.q_proj -> int8", "m.k_proj -> int4_weight_only"],
+        ),
+        (
+            "gate_up_proj",
+            {"ignore": ["*.gate_proj"], "targets": {"*.up_proj": "int8"}},
+            ["m.gate_proj -> ignored", "m.up_proj -> int8"],
+        ),
+    ],
+)
+def test_shards_that_disagree(fused, config, named):
+    with pytest.raises(ConfigError) as caught:
+        planned(linears(f"m.{fused}"), {"scheme": "int8", **config})
+    check_parts(caught.value, f"m.{fused}", *named)
+
+
+def experts(n=4, inner=6, hidden=8):
+    shapes = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
+    return find_layers({f"m.experts.{e}.{p}.weight": Shape(shapes[p]) for e in range(n) for p in PROJECTIONS})
+
+
+def test_experts_follow_moe_and_patterns():
+    assert schemes(planned(experts(), {"scheme": "int8", "moe": "int4"})) == {"m.experts": "int4_weight_only"}
+    assert planned(experts(), {"scheme": "int8", "moe": None}).steps[0].note == "left alone by moe=null"
+    assert schemes(planned(experts(), {"scheme": "int8", "linear": None})) == {"m.experts": "int8"}
+    for pattern in ("m.experts", "m.experts.*", "re:.*experts.[0-9]+.(gate|up|down)_proj"):
+        assert schemes(planned(experts(), {"scheme": "int8", "ignore": [pattern]})) == {"m.experts": None}, pattern
+    with pytest.raises(ConfigError, match=r"m\.experts\.0\.gate_proj -> ignored"):
+        planned(experts(), {"scheme": "int8", "ignore": ["m.experts.0.*"]})
+
+
+def test_expert_bytes():
+    step = planned(experts(), "int8").steps[0]
+    assert step.before == 2 * 4 * 3 * 48
+    assert step.after == 4 * (3 * 48 + 4 * (6 + 6 + 8))
+
+
+def test_layers_that_cannot_be_targets():
+    layers = find_layers({"norm.weight": Shape((8,)), "m.gate.weight": Shape((8, 8)), "e.embed.weight": Shape((8, 8))})
+    for name in ("norm.weight", "m.gate", "e.embed"):
+        with pytest.raises(ConfigError) as caught:
+            planned(layers, {"targets": {name: "int8"}})
+        check_parts(caught.value, name, "lm_head")
+
+
+@pytest.mark.parametrize(
+    ("fallback", "kernels", "expected"),
+    [
+        ("weight_only", (NATIVE, DEQUANTIZE, REFERENCE), ("native", "W8A8", "acme.native")),
+        ("error", (NATIVE, DEQUANTIZE, REFERENCE), ("native", "W8A8", "acme.native")),
+        ("weight_only", (DEQUANTIZE, REFERENCE), ("weight_only", "W8A16", "acme.dequantize")),
+        ("reference", (DEQUANTIZE, REFERENCE), ("reference", "W8A8", "acme.reference")),
+        ("weight_only", (REFERENCE,), ("reference", "W8A8", "acme.reference")),
+        ("error", (DEQUANTIZE, REFERENCE), None),
+        ("reference", (DEQUANTIZE,), None),
+        ("weight_only", (), None),
+    ],
+)
+def test_fallback_policies(fallback, kernels, expected):
+    config = {"scheme": "int8", "fallback": fallback}
+    if expected is None:
+        with pytest.raises(UnsupportedError) as caught:
+            planned(linears("a"), config, kernels)
+        check_parts(caught.value, "int8 for a", f"fallback={fallback!r}", "acme", "weight_only")
+        return
+    choice = planned(linears("a"), config, kernels).steps[0].choice
+    assert (str(choice.status), choice.precision, choice.kernel) == expected
+    assert bool(choice.reasons) == (expected[0] != "native")
+    assert choice.activations == ("16-bit" if expected[1] == "W8A16" else "int8 per token")
+
+
+def test_fallback_of_a_component_is_followed():
+    config = {"components": {"a": {"scheme": "int8", "fallback": "error"}}}
+    with pytest.raises(UnsupportedError):
+        planned(linears("a.x"), config, (DEQUANTIZE,))
+
+
+def test_the_fastest_of_equals_wins_and_slow_is_said():
+    slow, fast = FakeKernel("k.slow", quantizes=True, speed=0.5), FakeKernel("k.fast", quantizes=True, speed=2.0)
+    assert planned(linears("a"), "int8", (slow, fast)).steps[0].choice.kernel == "k.fast"
+    step = planned(linears("a"), "int8", (slow,), rows=16).steps[0]
+    assert step.slow
+    assert "0.50x BF16 at 16 rows" in step.note
+    assert "no scheme is faster here" in step.note
+    int4 = FakeKernel("k.int4", accepts=lambda r: r.weight.scheme.name == "int4_weight_only", speed=4.0)
+    assert "faster here: int4_weight_only (4.0x)" in planned(linears("a"), "int8", (slow, int4)).steps[0].note
+    known = FakeKernel("k.known", quantizes=True, slow="it copies")
+    assert "slower than BF16: it copies" in planned(linears("a"), "int8", (known,)).steps[0].note
+
+
+@pytest.mark.parametrize("status", [Status.NATIVE, Status.DEQUANTIZE])
+def test_the_kernel_of_experts_takes_every_projection(status):
+    """gate and up are 6 x 8, down is 8 x 6: a kernel that refuses one of them must not be bound to all."""
+    wide = FakeKernel("k.wide", status, accepts=lambda r: r.weight.k == 8, quantizes=True)
+    tall = FakeKernel("k.tall", status, accepts=lambda r: r.weight.k == 6, quantizes=True)
+    both = FakeKernel("k.both", Status.REFERENCE, quantizes=True)
+    for kernels in ((wide, tall, both), (tall, wide, both), (wide, both), (tall, both)):
+        assert planned(experts(), "int8", kernels).steps[0].choice.kernel == "k.both"
+
+
+def test_rejected_kernels_are_in_the_reasons():
+    picky = FakeKernel("k.picky", accepts=lambda r: False, quantizes=True)
+    reasons = planned(linears("a"), "int8", (picky, DEQUANTIZE)).steps[0].choice.reasons
+    assert any("k.picky refuses 64 x 64" in r for r in reasons)
+
+
+def test_json_is_stable_and_plain():
+    layers, config = linears("a", "lm_head"), {"scheme": "int8", "linear": None, "targets": {"a": "int8"}}
+    first, second = planned(layers, config, source="m"), planned(layers, config, source="m")
+    assert first == second
+    assert first.to_json() == second.to_json()
+    data = json.loads(first.to_json())
+    assert list(data) == ["source", "device", "rows", "why", "config", "bytes_before", "bytes_after", "bytes_peak", "layers"]
+    assert data["device"] == "acme:0 (a1)"
+    a, head = data["layers"]
+    assert (a["name"], a["asked"], a["kernel"], a["status"], a["precision"]) == ("a", "int8", "acme.native", "native", "W8A8")
+    assert (a["evidence"], a["source"]) == ("declared", "acme.example/kernels")
+    assert head["asked"] is None
+    assert "output head" in head["note"]
+
+
+def test_json_keeps_the_configuration():
+    """An explicit null is a decision, not a default."""
+    plan = planned(linears("a"), {"scheme": "int8", "linear": None, "fallback": "error"})
+    again = QuantConfig.parse(json.loads(plan.to_json())["config"], BUILTIN)
+    assert schemes(planned(linears("a"), again)) == schemes(plan) == {"a": None}
+    assert again.fallback == "error"
+
+
+def test_best_scheme_says_why():
+    fp8 = FakeKernel("k.fp8", accepts=lambda r: r.weight.scheme.weight.format == "e4m3fn", quantizes=True, speed=1.7)
+    int8 = FakeKernel("k.int8", accepts=lambda r: r.weight.scheme.name == "int8", quantizes=True, speed=2.5)
+    name, why = best_scheme(device(), (fp8, int8, DEQUANTIZE), BUILTIN)
+    assert name == "fp8_per_channel"
+    assert all(word in why for word in ("W8A8", "k.fp8", "1.7x BF16", "declared"))
+    name, why = best_scheme(device(), (int8, DEQUANTIZE), BUILTIN)
+    assert name == "int8"
+    assert "passed over: fp8_per_channel is weight_only" in why
+    slow = FakeKernel("k.slow", accepts=lambda r: r.weight.scheme.name == "int8", quantizes=True, speed=0.4)
+    name, why = best_scheme(device(), (slow, DEQUANTIZE), BUILTIN)
+    assert name == "int8_weight_only"
+    assert "int8 is native, slower than BF16" in why
+    plan = planned(linears("a"), None, (int8, DEQUANTIZE))
+    assert (schemes(plan), plan.why.startswith("int8:")) == ({"a": "int8"}, True)
+    assert planned(linears("a"), "int8").why == ""
+
+
+@pytest.mark.parametrize("arch", ["cuda:sm_80", "cuda:sm_90"])
+@pytest.mark.parametrize("scheme", ["fp8_per_tensor", "fp8_per_channel"])
+def test_real_rooms(arch, scheme):
+    """fp8 on Ampere keeps its weights and says why; on Hopper activations are quantized per token."""
+    target = host().device(arch)
+    kernels = host().kernels("cuda")
+    step = planned(linears("a", shape=(4096, 4096)), scheme, kernels, target).steps[0]
+    if arch == "cuda:sm_80":
+        assert (step.choice.status, step.choice.precision) == (Status.WEIGHT_ONLY, "W8A16")
+        assert any("sm_80" in r and "no e4m3fn matrix instruction" in r for r in step.choice.reasons)
+        with pytest.raises(UnsupportedError) as caught:
+            planned(linears("a"), {"scheme": scheme, "fallback": "error"}, kernels, target)
+        check_parts(caught.value, scheme, "cuda:sm_80", "no e4m3fn")
+    else:
+        assert (step.choice.status, step.choice.precision) == (Status.NATIVE, "W8A8")
+        assert step.choice.activations == "e4m3fn per token"
+        assert step.choice.reasons == ()
+    emulated = planned(linears("a"), {"scheme": scheme, "fallback": "reference"}, kernels, target).steps[0].choice
+    assert emulated.precision == "W8A8"
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda", "rocm", "xpu", "npu"])
+def test_every_scheme_plans_on_every_architecture(kind):
+    """No kernel raises, and the default policy always finds a way, which is explained unless it is native."""
+    for name in host().backends[kind].archs:
+        target = host().device(f"{kind}:{name}")
+        for scheme in BUILTIN:
+            choice = planned(linears("a", shape=(256, 256)), scheme, host().kernels(kind), target).steps[0].choice
+            assert not any("the kernel raised" in r for v in choice.verdicts for r in getattr(v, "reasons", ())), choice
+            assert choice.claim is not None
+            assert choice.reasons or choice.status is Status.NATIVE
+
+
+def test_choose_is_pure():
+    kernels = host().kernels("cpu")
+    target = host().device("cpu:x86_vnni")
+    plan = planned(linears("a", shape=(256, 256)), "int8", kernels, target)
+    assert plan == planned(linears("a", shape=(256, 256)), "int8", kernels, target)
+    assert choose.__module__ == "quantport.plan"
