@@ -98,7 +98,9 @@ class QuantConfig(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> QuantConfig:
-        beside = sorted(self.model_fields_set & {"linear", "moe", "ignore", "targets", "scheme"} - {"components"})
+        beside = [k for k in ("linear", "moe") if k in self.model_fields_set] + [
+            k for k in ("ignore", "targets") if getattr(self, k)
+        ]
         if self.components and beside:
             raise ValueError(f"{', '.join(beside)} beside components: put it into each component")
         inner = {k for c in self.components.values() if c for k in c.model_fields_set & {"fallback", "on_unmatched", "nonfinite"}}
@@ -176,6 +178,8 @@ class QuantConfig(BaseModel):
         if layer.keep and layer.name not in self.targets:
             return None, layer.keep
         decision = self._decide(layer.name)
+        if decision is None and layer.group:
+            decision = self._decide(layer.group)
         if decision is None and layer.shards:
             decision = self._agree(layer)
         if decision is not None:
@@ -196,7 +200,7 @@ class QuantConfig(BaseModel):
                 f"add {layer.name.partition('.')[0]!r}: a configuration, or null to leave it alone",
             )
         name = max(inside, key=len)
-        config = self.components[name]
+        config, default = self.components[name], self.scheme or default
         return (None, f"component {name!r} is mapped to null") if config is None else config.for_layer(layer, default)
 
     def _decide(self, name: str) -> tuple[str | None, str] | None:
@@ -270,7 +274,8 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> ConfigError:
     key = ".".join(str(p) for p in first["loc"]) or "configuration"
     known = [*model.model_fields, *_OLD_KEYS]
     if first["type"] == "extra_forbidden":
-        return ConfigError(f"configuration key {key!r}", "no such key", one_of(str(first["loc"][-1]), known))
+        found = f"no such key (its value is {first.get('input')!r})"
+        return ConfigError(f"configuration key {key!r}", found, one_of(str(first["loc"][-1]), known))
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, ConfigError):
         return cause

@@ -13,7 +13,7 @@ from typing import Any
 import pluggy
 import torch
 
-from quantport import hookspecs
+from quantport import aten, hookspecs
 from quantport.device import Device
 from quantport.errors import BackendError, ConfigError, DeviceError, did_you_mean, one_of
 from quantport.hookspecs import Backend
@@ -121,7 +121,8 @@ class Host:
             kernels = self._ask(backend, "kernels", backend.kernels, Kernel)
             for kernel in kernels:
                 owner = owners.setdefault(kernel.name, kernel)
-                if type(owner) is not type(kernel):  # one shared class may serve many rooms; a name must not
+                shared = type(kernel) is type(owner) and type(kernel).__module__ == aten.__name__
+                if owner is not kernel and not shared:
                     self._set_aside(self._plugin(backend), "kernels", f"kernel name {kernel.name!r} is taken by {type(owner)!r}")
                     kernels = tuple(k for k in kernels if k is not kernel)
             out[kind] = kernels

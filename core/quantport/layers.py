@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -13,8 +13,8 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _PROJECTION = {**{p: p for p in PROJECTIONS}, "w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
-_EXPERT = re.compile(r"^(.+\.experts)\.(\d+)\.(\w+)\.weight$")
-_FUSED_EXPERTS = re.compile(r"^(.+\.experts)\.(gate_up_proj|down_proj)$")
+_EXPERT = re.compile(r"^((?:.+\.)?experts)\.(\d+)\.(\w+)\.weight$")
+_FUSED_EXPERTS = re.compile(r"^((?:.+\.)?experts)\.(gate_up_proj|down_proj)$")
 _HEADS = {"lm_head", "embed_out", "output_projection"}
 _ROUTERS = {"gate", "router", "shared_expert_gate", "gate_network"}
 _EMBEDDINGS = {
@@ -61,6 +61,7 @@ class Layer:
         dtype: Stored dtype of the weights.
         parts: Where each weight comes from: ``parts[weight name]`` is one Part, or one for each expert.
         keep: Why it is left alone by default; empty when it is not.
+        group: Name of the MoE layer that it is a part of, which patterns may use too; empty for most.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Layer:
     experts: int = 0
     parts: Mapping[str, tuple[Part, ...]] = field(default_factory=dict, compare=False, repr=False)
     keep: str = ""
+    group: str = ""
 
     @property
     def elements(self) -> int:
@@ -156,18 +158,39 @@ def _single(name: str, tensor: TensorLike) -> Layer:
 
 
 def _experts(base: str, projections: dict[str, dict[int, Part]], tensors: Mapping[str, TensorLike]) -> Iterable[Layer]:
-    """One MoE layer, or separate linear layers when the experts are not uniform gate, up and down projections."""
-    shapes = {p: {_shape(part, tensors) for part in parts.values()} for p, parts in projections.items()}
-    indices = [sorted(parts) for parts in projections.values()]
-    complete = set(projections) == set(PROJECTIONS) and all(i == list(range(len(indices[0]))) for i in indices)
-    if complete and all(len(s) == 1 for s in shapes.values()):
-        weights = tuple((p, *next(iter(shapes[p]))) for p in PROJECTIONS)
-        parts = {p: tuple(projections[p][e] for e in indices[0]) for p in PROJECTIONS}
-        dtype = tensors[parts["gate_proj"][0].tensor].dtype
-        yield Layer(base, "moe", weights, dtype, len(indices[0]), parts, "" if dtype in FLOATS else f"stored as {dtype}")
+    """One MoE layer, or single layers when the experts are not uniform gate, up and down projections."""
+    used = {p.tensor: p for parts in projections.values() for p in parts.values()}
+    dtypes = {tensors[name].dtype for name in used}
+    weights = _uniform(projections, tensors)
+    if weights and len(dtypes) == 1:
+        count = len(projections["gate_proj"])
+        parts = {p: tuple(projections[p][e] for e in range(count)) for p in PROJECTIONS}
+        dtype = dtypes.pop()
+        yield Layer(base, "moe", weights, dtype, count, parts, "" if dtype in FLOATS else f"stored as {dtype}")
         return
-    for part in {p.tensor: p for parts in projections.values() for p in parts.values()}.values():
-        yield _single(part.tensor, tensors[part.tensor])
+    for name, part in used.items():
+        single = _single(name, tensors[name])
+        yield (
+            single
+            if part.expert is None
+            else replace(single, keep="experts that are not stored as gate, up [I, H] and down [H, I]")
+        )
+
+
+def _uniform(projections: dict[str, dict[int, Part]], tensors: Mapping[str, TensorLike]) -> tuple[tuple[str, int, int], ...] | None:
+    """The weights of every expert, when all experts have gate and up [I, H] and down [H, I]; else None."""
+    if set(projections) != set(PROJECTIONS):
+        return None
+    indices = {tuple(sorted(parts)) for parts in projections.values()}
+    shapes = [{_shape(part, tensors) for part in projections[p].values()} for p in PROJECTIONS]
+    if len(indices) != 1 or any(len(s) != 1 for s in shapes) or indices != {tuple(range(len(next(iter(indices)))))}:
+        return None
+    gate, up, down = (s.pop() for s in shapes)
+    fused = next(iter(projections["gate_proj"].values()))
+    whole = fused.expert is None or tensors[fused.tensor].shape[1] == 2 * gate[0]
+    if gate != up or down != gate[::-1] or not whole:
+        return None
+    return tuple((p, *shape) for p, shape in zip(PROJECTIONS, (gate, up, down), strict=True))
 
 
 def _shape(part: Part, tensors: Mapping[str, TensorLike]) -> tuple[int, int]:

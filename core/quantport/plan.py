@@ -136,7 +136,7 @@ class Plan:
             "device": str(self.device),
             "rows": self.rows,
             "why": self.why,
-            "config": self.config.model_dump(mode="json", exclude_defaults=True),
+            "config": self.config.model_dump(mode="json", exclude_unset=True),
             "bytes_before": self.before,
             "bytes_after": self.after,
             "bytes_peak": self.peak,
@@ -174,21 +174,23 @@ def choice_dict(choice: Choice) -> dict[str, Any]:
     return out
 
 
-def choose(request: Request, kernels: Sequence[Kernel], fallback: str = "weight_only") -> Choice:
-    """Chooses the kernel for one request.
+def choose(request: Request | Sequence[Request], kernels: Sequence[Kernel], fallback: str = "weight_only") -> Choice:
+    """Chooses the kernel for one request, or one kernel for all weights of a layer.
 
     The asked precision on native units comes first; then, by policy, the same weights with 16-bit activations, or the
     exact emulation. Among equals the fastest wins.
 
     Args:
-        request: What the layer needs.
+        request: What the layer needs; several for the weights of one layer, which then share a scheme and a kernel.
         kernels: Every kernel of the device.
         fallback: ``weight_only``, ``reference`` or ``error``.
 
     Returns:
         The choice; its status is ``unsupported`` when the policy leaves nothing.
     """
-    verdicts = tuple(k.verdict(request) for k in kernels)
+    requests = [request] if isinstance(request, Request) else list(request)
+    request = requests[0]
+    verdicts = tuple(_worst([k.verdict(r) for r in requests]) for k in kernels)
     accepted = [v for v in verdicts if isinstance(v, Accepted)]
     scheme = request.weight.scheme
     asked = [v for v in accepted if v.precision == scheme.precision and v.status is not Status.REFERENCE]
@@ -205,6 +207,11 @@ def choose(request: Request, kernels: Sequence[Kernel], fallback: str = "weight_
     return Choice(
         best.status, best.precision, best.kernel, best.claim, reasons, activations, best.speed, slow, best.deviation, verdicts
     )  # fmt: skip
+
+
+def _worst(verdicts: Sequence[Verdict]) -> Verdict:
+    """The refusal among a kernel's verdicts on the weights of one layer, else the first."""
+    return next((v for v in verdicts if isinstance(v, Rejected)), verdicts[0])
 
 
 def _reasons(request: Request, verdicts: Sequence[Verdict]) -> tuple[str, ...]:
@@ -277,7 +284,7 @@ def make_plan(
     layers = list(layers)
     _check_patterns(config, layers)
     parts = [c for c in config.components.values() if c] or [config]
-    named = all(c.scheme for c in parts)
+    named = bool(config.scheme) or all(c.scheme or {"linear", "moe"} <= c.model_fields_set for c in parts)
     default, why = (None, "") if named else best_scheme(device, kernels, schemes, rows)
     planner = _Planner(config, device, kernels, schemes, rows, dtype)
     steps = tuple(planner.step(layer, *config.for_layer(layer, default)) for layer in layers)
@@ -334,10 +341,8 @@ class _Planner:
         return choice if choice.speed is not None and choice.speed >= 1 else None
 
     def _choose(self, layer: Layer, scheme: Scheme) -> tuple[Choice, str]:
-        """The choice for all weights of a layer: the first that is not native decides, so that a layer has one kernel."""
         requests = [self._request(layer, scheme, n, k) for _, n, k in layer.weights]
-        choices = [choose(r, self.kernels, self.config.fallback) for r in requests]
-        choice = max(choices, key=lambda c: len(_RANK) if c.status is Status.UNSUPPORTED else _RANK[c.status])
+        choice = choose(requests, self.kernels, self.config.fallback)
         note = ""
         if choice.slow:
             note = f"slower than BF16: {choice.slow}"
@@ -362,7 +367,7 @@ class _Planner:
 
 def _check_patterns(config: QuantConfig, layers: Sequence[Layer]) -> None:
     """Every pattern must match something: a silent no-op is the most reported failure of this field."""
-    names = [layer.name for layer in layers]
+    names = [layer.name for layer in layers] + list(dict.fromkeys(x.group for x in layers if x.group))
     for pattern in config.patterns():
         compiled = compile_pattern(pattern)
         if any(compiled.match(n) for n in names) or any(compiled.match(s) for x in layers for s in x.shards):

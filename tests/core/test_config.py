@@ -193,7 +193,7 @@ def test_group_size_alone_is_not_dropped():
 
 
 def test_a_parsed_config_parses_to_itself():
-    config = parse({"scheme": "int4", "group_size": 32, "linear": None, "components": {"a": {"moe": None}, "b": None}})
+    config = parse({"scheme": "int4", "group_size": 32, "components": {"a": {"moe": None}, "b": None}})
     assert parse(config) == config
     assert parse(config.model_dump(exclude_unset=True)) == config
 

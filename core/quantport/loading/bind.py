@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
+import torch
 from torch import nn
 
+from quantport.errors import CheckpointError
 from quantport.host import host
 from quantport.kernel import WeightSpec
 from quantport.layers import Layer
@@ -21,16 +23,37 @@ def check(layers: Iterable[Layer], model: nn.Module, place: Place) -> list[Layer
 
     Experts that are separate modules become separate layers.
     """
-    out: list[Layer] = []
-    for layer in layers:
-        if layer.kind == "moe" and isinstance(_module(model, place(layer)), nn.ModuleList):
-            out += check(_separate(layer), model, place)
-        else:
-            keep = layer.keep or _why_not(layer, _module(model, place(layer)))
-            if "output head" in keep and _tied(model):
-                keep = "tied to the embedding: left in 16 bits"
-            out.append(replace(layer, keep=keep))
-    return out
+    shared = _shared(model)
+    return [checked for layer in layers for checked in _check(layer, model, place, shared)]
+
+
+def _check(layer: Layer, model: nn.Module, place: Place, shared: set[int]) -> Iterable[Layer]:
+    path = place(layer)
+    module = _module(model, path)
+    if layer.kind == "moe" and isinstance(module, nn.ModuleList):
+        for single in _separate(layer):
+            yield from _check(single, model, place, shared)
+        return
+    keep = layer.keep or _why_not(layer, module, path)
+    tied = id(getattr(module, "weight", None)) in shared or (_tied(model) and "output head" in keep)
+    if layer.kind != "other" and tied and "embedding" not in keep:
+        keep = "its weight is tied to another module's: left in 16 bits"
+    if not keep and module is not None:
+        _fits(layer, module)
+    parent = _module(model, path.rpartition(".")[0])
+    if not keep and type(parent) is nn.TransformerEncoderLayer:
+        keep = "torch's fused encoder layer reads its 16-bit weight"
+    yield replace(layer, keep=keep)
+
+
+def _shared(model: nn.Module) -> set[int]:
+    """Ids of the parameters that more than one module holds."""
+    owners: dict[int, set[int]] = {}
+    for module in model.modules():
+        for p in module._parameters.values():
+            if p is not None:
+                owners.setdefault(id(p), set()).add(id(module))
+    return {p for p, modules in owners.items() if len(modules) > 1}
 
 
 def _tied(model: nn.Module) -> bool:
@@ -42,7 +65,8 @@ def _separate(layer: Layer) -> Iterable[Layer]:
         for projection, n, k in layer.weights:
             part = layer.parts[projection][e]
             name = part.tensor.removesuffix(".weight")
-            yield Layer(name, "moe", (("weight", n, k),), layer.dtype, parts={"weight": (part,)}, keep=layer.keep)
+            weights = (("weight", n, k),)
+            yield Layer(name, "moe", weights, layer.dtype, parts={"weight": (part,)}, keep=layer.keep, group=layer.name)
 
 
 def _module(model: nn.Module, path: str) -> nn.Module | None:
@@ -52,9 +76,11 @@ def _module(model: nn.Module, path: str) -> nn.Module | None:
         return None
 
 
-def _why_not(layer: Layer, module: nn.Module | None) -> str:
+def _why_not(layer: Layer, module: nn.Module | None, path: str) -> str:
     if layer.kind == "other":
         return ""
+    if not path:
+        return "it is the whole model: put it into a module to replace it there"
     if module is None:
         return "the model has no module of this name"
     if isinstance(module, QuantModule):
@@ -66,7 +92,28 @@ def _why_not(layer: Layer, module: nn.Module | None) -> str:
     return "" if type(module) is nn.Linear else f"its module is a {type(module).__name__}, not a plain torch.nn.Linear"
 
 
-def make_module(step: Step, old: nn.Module) -> QuantModule:
+def _fits(layer: Layer, module: nn.Module) -> None:
+    """Refuses a weight of another shape than the module that takes it.
+
+    Raises:
+        CheckpointError: names the layer.
+    """
+    shapes = {name: (n, k) for name, n, k in layer.weights}
+    if layer.experts:
+        (i, h), e = shapes["gate_proj"], layer.experts
+        found = {"gate_up_proj": (e, 2 * i, h), "down_proj": (e, *shapes["down_proj"])}
+    else:
+        found = {"weight": next(iter(shapes.values()))}
+    for name, shape in found.items():
+        expected = tuple(getattr(module, name).shape)
+        if shape != expected:
+            raise CheckpointError(
+                f"load {layer.name}.{name} into {type(module).__name__}", f"shape {list(shape)} in the checkpoint",
+                f"shape {list(expected)}: a checkpoint and a model of the same sizes",
+            )  # fmt: skip
+
+
+def make_module(step: Step, old: nn.Module, dtype: torch.dtype) -> QuantModule:
     """Makes the empty quantized module for a step, with the bias of the module that it stands for."""
     assert step.choice is not None  # only steps with a kernel come here
     kernel, scheme = host().kernel(step.choice.kernel), host().schemes[step.scheme]
@@ -74,11 +121,14 @@ def make_module(step: Step, old: nn.Module) -> QuantModule:
     if step.layer.experts:
         activation = activation_name(old)
         assert activation is not None  # why_not_experts refused it otherwise
-        return QuantExperts(kernel, specs["gate_proj"], specs["down_proj"], step.layer.experts, activation)
-    return QuantLinear(kernel, next(iter(specs.values())), old._parameters.get("bias"))
+        return QuantExperts(kernel, specs["gate_proj"], specs["down_proj"], step.layer.experts, activation, dtype)
+    return QuantLinear(kernel, next(iter(specs.values())), old._parameters.get("bias"), dtype)
 
 
-def put(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Puts a module where another stood."""
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module.train(model.training))
+def put(model: nn.Module, new: Mapping[str, nn.Module]) -> None:
+    """Puts modules where others stood, under every name that those have."""
+    by_id = {id(model.get_submodule(path)): module for path, module in new.items()}
+    for path, module in list(model.named_modules(remove_duplicate=False)):
+        if id(module) in by_id:
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, by_id[id(module)].train(model.training))

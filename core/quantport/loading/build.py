@@ -53,8 +53,12 @@ def build(
     """
     if factory is not None:
         with parameters_on_meta():
-            model = factory()
-        return model.eval(), {name: name for name in names}
+            made = factory()
+        if not isinstance(made, nn.Module):
+            raise CheckpointError(
+                "build the model with model=", f"it returned {made!r}", "a function that returns a torch.nn.Module"
+            )
+        return made.eval(), {name: name for name in names}
     if not (directory / "config.json").exists():
         raise CheckpointError(f"build the model of {directory}", "no config.json", "pass model=, a function that makes the module")
     return _transformers(directory, dtype, names)
@@ -84,18 +88,17 @@ def _transformers(directory: Path, dtype: torch.dtype, names: Mapping[str, Any])
         raise CheckpointError(
             f"build the model of {directory}", "Transformers is not installed", "pip install 'quantport[transformers]'"
         ) from None
-    config = transformers.AutoConfig.from_pretrained(directory)
-    for part in (config, *(v for v in vars(config).values() if hasattr(v, "quantization_config"))):
-        vars(part).pop("quantization_config", None)  # ours: the modules are placed by quantport
-    architecture = next(iter(config.architectures or ()), None)
-    cls = getattr(transformers, architecture or "", None)
-    if cls is None:
-        raise CheckpointError(
-            f"build the model of {directory}", f"architecture {architecture!r}, which this Transformers does not have",
-            "another version of Transformers, or model=, a function that makes the module",
-        )  # fmt: skip
-    with parameters_on_meta():
-        model = cls._from_config(config, dtype=dtype)
+    works = "another version of Transformers, or model=, a function that makes the module"
+    try:
+        config = transformers.AutoConfig.from_pretrained(directory)
+        for part in (config, *(v for v in vars(config).values() if hasattr(v, "quantization_config"))):
+            vars(part).pop("quantization_config", None)  # ours: the modules are placed by quantport
+        cls = getattr(transformers, next(iter(config.architectures or ()), "<no architecture in config.json>"))
+        with parameters_on_meta():
+            model = cls._from_config(config, dtype=dtype)
+    except Exception as error:  # Transformers raises a zoo of types on a config that it cannot build
+        found = f"Transformers says {type(error).__name__}: {error}"
+        raise CheckpointError(f"build the model of {directory}", found, works) from error
     if (directory / "generation_config.json").exists() and model.can_generate():
         model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
     model.name_or_path = str(directory)

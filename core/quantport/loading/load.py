@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
@@ -11,9 +12,9 @@ from torch import Tensor, nn
 
 from quantport.checkpoint import Checkpoint
 from quantport.device import Device
-from quantport.errors import BudgetError, CheckpointError, ConfigError
+from quantport.errors import BudgetError, CheckpointError, ConfigError, DeviceError
 from quantport.host import host
-from quantport.layers import Layer, Part, find_layers
+from quantport.layers import FLOATS, Layer, Part, find_layers
 from quantport.loading import saved
 from quantport.loading.bind import check, make_module, put
 from quantport.loading.build import Factory, build
@@ -23,6 +24,8 @@ from quantport.loading.stream import Progress, Task, run_tasks
 from quantport.loading.tasks import quantize_tasks
 from quantport.modules import QuantModule
 from quantport.plan import BUDGET, Plan, Step, make_plan
+
+HALVES = (torch.bfloat16, torch.float16)
 
 
 def load(
@@ -58,7 +61,7 @@ def load(
     Raises:
         QuantportError: with what was asked, what was found, and what would work. No model is left half loaded.
     """
-    target = host().device(device)
+    target = _usable(device, dtype)
     directory = locate(path_or_id)
     parsed = merge(scheme, config, {"fallback": fallback})
     with Checkpoint.open(directory) as checkpoint:
@@ -75,16 +78,18 @@ def load(
         else:
             layers = saved.layers(record, checkpoint)
             parsed = saved.config(record, fallback or "weight_only")
-        dtype = dtype or _dtype(layers, target)
-        built, names = build(checkpoint.directory, model, dtype, checkpoint.tensors)
+        compute = dtype or _dtype(layers, target)
+        built, names = build(checkpoint.directory, model, compute, checkpoint.tensors)
         place = partial(_place, names)
-        if record is None:
-            layers = check(layers, built, place)
+        layers = check(layers, built, place)
+        _homeless(built, names, checkpoint)
+        if record is not None:
+            _placed(layers, record)
         decided = make_plan(
-            layers, parsed, target, host().kernels(target.kind), host().schemes, source=str(path_or_id), rows=rows, dtype=dtype
+            layers, parsed, target, host().kernels(target.kind), host().schemes, source=str(path_or_id), rows=rows, dtype=compute
         )
         _fits(decided, target)
-        tasks = _Loader(checkpoint, built, decided, names, place, dtype, record is not None).tasks()
+        tasks = _Loader(checkpoint, built, decided, names, place, compute, dtype is not None, record is not None).tasks()
         run_tasks(tasks, progress, workers)
     _finish(built, decided, target)
     return built
@@ -95,27 +100,57 @@ class _Loader:
 
     def __init__(
         self, checkpoint: Checkpoint, model: nn.Module, decided: Plan, names: Mapping[str, str],
-        place: Callable[[Layer], str], dtype: torch.dtype, stored: bool,
+        place: Callable[[Layer], str], dtype: torch.dtype, explicit: bool, stored: bool,
     ) -> None:  # fmt: skip
         self.checkpoint, self.model, self.plan, self.names = checkpoint, model, decided, names
-        self.place, self.dtype, self.stored = place, dtype, stored
+        self.place, self.dtype, self.explicit, self.stored = place, dtype, explicit, stored
         self.device = decided.device.torch_device
 
     def tasks(self) -> list[Task]:
         """One task for each weight and for each other tensor, in the order of the files."""
         out: list[Task] = []
+        new: dict[str, nn.Module] = {}
+        taken: set[str] = set()
         for step in self.plan.steps:
+            parts = [p for ps in step.layer.parts.values() for p in ps]
             if step.choice:
                 path = self.place(step.layer)
-                module = make_module(step, self.model.get_submodule(path))
-                put(self.model, path, module)
+                module = new[path] = make_module(step, self.model.get_submodule(path), self.dtype)
                 out += self._stored_tasks(step, module) if self.stored else self._fresh_tasks(step, module)
-        taken = {part.tensor for s in self.plan.steps if s.choice for parts in s.layer.parts.values() for part in parts}
+                taken |= {p.tensor for p in parts}
+            elif step.layer.experts and parts[0].expert is None:
+                out += self._fuse_tasks(step.layer)
+                taken |= {p.tensor for p in parts}
+        put(self.model, new)
         for name, info in self.checkpoint.tensors.items():
             if name not in taken:
+                _check_shape(self.model, self.names[name], info.shape)
                 out.append(Task(name, info.nbytes, partial(self._copy, name)))
         order = {name: i for i, name in enumerate(self.checkpoint.tensors)}
         return sorted(out, key=lambda t: order[t.name])
+
+    def _fuse_tasks(self, layer: Layer) -> Iterable[Task]:
+        """Fills the fused 3-D weights of experts that stay in 16 bits from the tensors of each expert."""
+        module = self.model.get_submodule(self.place(layer))
+        rows = {"gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", layer.weights[0][1]), "down_proj": ("down_proj", 0)}
+        for name in ("gate_up_proj", "down_proj"):
+            empty = torch.empty(module._parameters[name].shape, dtype=self._cast(layer.dtype), device=self.device)  # type: ignore[union-attr]  # checked by why_not_experts
+            module._parameters[name] = nn.Parameter(empty, requires_grad=False)
+        for projection, n, k in layer.weights:
+            target, start = rows[projection]
+            fused = module._parameters[target]
+            assert fused is not None  # set above
+            for e, part in enumerate(layer.parts[projection]):
+                size = n * k * layer.dtype.itemsize
+                yield Task(part.tensor, size, partial(self._copy_into, fused.data[e, start : start + n], part.tensor))
+
+    def _copy_into(self, target: Tensor, name: str) -> None:
+        target.copy_(self.checkpoint.read(name))
+        self.checkpoint.release(name)
+
+    def _cast(self, stored: torch.dtype) -> torch.dtype:
+        """The dtype of a tensor that stays: 16-bit floats follow the model, all floats follow a dtype that was asked for."""
+        return self.dtype if stored in HALVES or (self.explicit and stored is torch.float32) else stored
 
     def _fresh_tasks(self, step: Step, module: QuantModule) -> Iterable[Task]:
         return quantize_tasks(step, module, self._read, self.plan.config.nonfinite, self.device)
@@ -137,9 +172,57 @@ class _Loader:
 
     def _copy(self, name: str) -> None:
         tensor = self.checkpoint.read(name)
-        dtype = self.dtype if tensor.dtype in (torch.bfloat16, torch.float16) else tensor.dtype
-        _assign(self.model, self.names[name], tensor.to(self.device, dtype, copy=True))
+        _assign(self.model, self.names[name], tensor.to(self.device, self._cast(tensor.dtype), copy=True))
         self.checkpoint.release(name)
+
+
+def _usable(device: str | torch.device | Device, dtype: torch.dtype | None) -> Device:
+    """Resolves the device and checks that one can load to it, in this dtype."""
+    target = host().device(device)
+    if target.simulated:
+        works = "a device that `quantport devices` lists; quantport.plan works for devices that are not here"
+        raise DeviceError(f"load to {target}", "it is simulated: nothing runs on it", works)
+    if dtype is not None and dtype not in FLOATS:
+        raise ConfigError(f"dtype={dtype!r}", "not a floating dtype that models compute in", "bfloat16, float16 or float32")
+    return target
+
+
+def _homeless(model: nn.Module, names: Mapping[str, str], checkpoint: Checkpoint) -> None:
+    """Warns of tensors that the model has no module for; refuses a model that has none for any of them."""
+    modules = dict(model.named_modules())
+    lost = [n for n in checkpoint.tensors if names[n].rpartition(".")[0] not in modules and ".experts." not in names[n]]
+    if lost and len(lost) == len(checkpoint.tensors):
+        raise CheckpointError(
+            f"load {checkpoint.directory} into {type(model).__name__}",
+            f"none of its tensors ({lost[0]}, ...) has a module; the modules are: {', '.join(list(modules)[1:6])}",
+            "the model that the checkpoint was made from",
+        )
+    if lost:
+        warnings.warn(f"{len(lost)} tensors of the checkpoint have no place in the model: {', '.join(lost[:5])}", stacklevel=3)
+
+
+def _placed(layers: Iterable[Layer], record: saved.Record) -> None:
+    """Refuses a saved checkpoint whose quantized layers the model does not have."""
+    for layer in layers:
+        if layer.name in record.layers and layer.keep and "output head" not in layer.keep:
+            raise CheckpointError(
+                f"load the quantized layer {layer.name}", layer.keep, "the model that the checkpoint was saved from"
+            )
+
+
+def _check_shape(model: nn.Module, name: str, shape: tuple[int, ...]) -> None:
+    path, _, leaf = name.rpartition(".")
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        return
+    old = module._parameters.get(leaf)
+    old = module._buffers.get(leaf) if old is None else old
+    if old is not None and tuple(old.shape) != tuple(shape):
+        raise CheckpointError(
+            f"load {name} into {type(module).__name__}", f"shape {list(shape)} in the checkpoint",
+            f"shape {list(old.shape)}: a checkpoint and a model of the same sizes",
+        )  # fmt: skip
 
 
 def _place(names: Mapping[str, str], layer: Layer) -> str:
@@ -147,7 +230,7 @@ def _place(names: Mapping[str, str], layer: Layer) -> str:
     part = next(p for parts in layer.parts.values() for p in parts)
     renamed = names.get(part.tensor, part.tensor)
     if layer.experts:
-        return renamed[: renamed.rindex(".experts.")] + ".experts"
+        return renamed[: f".{renamed}".rindex(".experts.") + len("experts")]
     return renamed.rpartition(".")[0]
 
 

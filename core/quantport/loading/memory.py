@@ -46,13 +46,12 @@ def quantize_(
     tasks: list[Task] = []
     for step in decided.steps:
         if step.choice:
-            module = new[step.layer.name] = make_module(step, model.get_submodule(step.layer.name))
+            module = new[step.layer.name] = make_module(step, model.get_submodule(step.layer.name), step.layer.dtype)
             tasks += quantize_tasks(
                 step, module, lambda part: (select(params[part.tensor], part), _nothing), decided.config.nonfinite
             )
     run_tasks(tasks, progress)
-    for name, module in new.items():
-        put(model, name, module)
+    put(model, new)
     model.quantport_plan = decided  # type: ignore[assignment]  # a note on the model, not a submodule
     return decided
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from quantport.checkpoint import save_tensors
 from quantport.errors import SaveError
-from quantport.loading.build import read_json
 from quantport.loading.saved import FILE, Record, SavedLayer
 from quantport.modules import QuantExperts, QuantModule
 
@@ -49,15 +48,14 @@ def save(
     if not layers:
         raise SaveError(f"save {type(model).__name__}", "it has no quantized layer", "quantport.load or quantport.quantize_ first")
     files = {FILE: Record(layers=layers).model_dump_json(indent=1).encode()}
-    source = Path(getattr(model, "name_or_path", "") or "")
+    source = getattr(model, "name_or_path", "")
+    directory_of = Path(source) if source else None
     config: Any = getattr(model, "config", None)
     if hasattr(config, "to_dict"):
         data = {**config.to_dict(), "quantization_config": {"quant_method": "quantport"}}
         data.setdefault("architectures", [type(model).__name__])
         files["config.json"] = json.dumps(data, indent=2, default=str).encode()
-    elif known := read_json(source / "config.json"):
-        files["config.json"] = json.dumps({**known, "quantization_config": {"quant_method": "quantport"}}, indent=2).encode()
-    companions = sorted({p for g in _COMPANIONS for p in source.glob(g) if p.is_file()}) if str(source) != "." else []
+    companions = sorted({p for g in _COMPANIONS for p in directory_of.glob(g) if p.is_file()}) if directory_of else []
     return save_tensors(
         directory, _tensors(model), max_shard_bytes=max_shard_bytes, files=files, copy=companions, overwrite=overwrite
     )
@@ -68,7 +66,8 @@ def _entry(module: QuantModule) -> SavedLayer:
     names = list(module.specs)[:3] if experts else ["weight"]
     specs = list(module.specs.values())[: len(names)]
     weights = [(name.rpartition(".")[2], s.n, s.k) for name, s in zip(names, specs, strict=True)]
-    return SavedLayer(scheme=module.scheme, kind="moe" if experts else "linear", weights=weights, experts=experts)
+    dtype: Any = str(module.dtype).removeprefix("torch.")
+    return SavedLayer(scheme=module.scheme, kind="moe" if experts else "linear", weights=weights, experts=experts, dtype=dtype)
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from quantport.checkpoint import Checkpoint
 from quantport.config import QuantConfig
@@ -24,9 +24,9 @@ class SavedLayer(BaseModel):
     model_config = ConfigDict(extra="forbid")
     scheme: str
     kind: Literal["linear", "moe"]
-    weights: list[tuple[str, int, int]]
-    experts: int = 0
-    dtype: str = "bfloat16"
+    weights: list[tuple[str, int, int]] = Field(min_length=1, max_length=3)
+    experts: int = Field(0, ge=0)
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
 
 
 class Record(BaseModel):
@@ -49,9 +49,9 @@ def read(directory: Path) -> Record | None:
     try:
         return Record.model_validate(data)
     except ValidationError as error:
-        raise CheckpointError(
-            f"read {directory / FILE}", error.errors()[0]["msg"], "the file that quantport wrote, in format 1"
-        ) from None
+        first = error.errors()[0]
+        found = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise CheckpointError(f"read {directory / FILE}", found, "the file that quantport wrote, in format 1") from None
 
 
 def layers(record: Record, checkpoint: Checkpoint) -> list[Layer]:

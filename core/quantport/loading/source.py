@@ -26,7 +26,8 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
     Raises:
         CheckpointError: names the method that was found.
     """
-    method = read_json(checkpoint.directory / "config.json").get("quantization_config", {}).get("quant_method")
+    entry = read_json(checkpoint.directory / "config.json").get("quantization_config")
+    method = entry.get("quant_method") if isinstance(entry, dict) else entry
     found = f"config.json says quant_method {method!r}" if method else ""
     for name, info in checkpoint.tensors.items():
         mark = next((m for m in _MARKS if name.endswith(m)), None)

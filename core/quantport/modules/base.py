@@ -26,11 +26,12 @@ class QuantModule(nn.Module):
         kernel: The kernel that runs every weight of the module.
         specs: Weight name -> scheme and shape.
         layer: ``linear`` or ``moe``, for choosing a kernel again when the module moves to another device.
+        dtype: Activation dtype that the kernel was chosen for.
     """
 
-    def __init__(self, kernel: Kernel, specs: dict[str, WeightSpec], layer: str) -> None:
+    def __init__(self, kernel: Kernel, specs: dict[str, WeightSpec], layer: str, dtype: torch.dtype = torch.bfloat16) -> None:
         super().__init__()
-        self.kernel, self.specs, self.layer = kernel, specs, layer
+        self.kernel, self.specs, self.layer, self.dtype = kernel, specs, layer, dtype
         self._packed: dict[str, Packed] = {}
 
     @property
@@ -91,43 +92,40 @@ class QuantModule(nn.Module):
                 device = self.device if self.device.type != "meta" else None
                 self.set_weight(name, {key: rest.pop(full).detach().to(device, copy=True) for key, full in keys.items()})
             except WeightError as error:
-                error_msgs.append(str(error))
+                error_msgs.append(f"{prefix.rstrip('.')}: {error}")
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantModule:
         """Moves between devices; never casts codes or scales, whatever ``.half()`` or ``.to(dtype)`` ask."""
-        here = self.device
-        target = fn(torch.empty(0, dtype=torch.int8, device=here)).device  # integers are never cast: only the device shows
-        weights = {} if target == here else {name: self.canonical(name) for name in self._packed}
-        packed, self._packed = self._packed, {}
+        device = fn(torch.empty(0, dtype=torch.int8, device=self.device)).device  # nothing casts integers: only the device shows
+        dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
+        kernel, packed = self.kernel, self._packed
+        if (device, dtype) != (self.device, self.dtype):
+            kernel = self._kernel_for(device, dtype)
+            packed = {name: kernel.pack(self._moved(name, fn), self.specs[name]) for name in packed}
+        self._packed = {}  # from here on nothing fails
         for key in [k for k in self._buffers if k.startswith("packed_")]:
             del self._buffers[key]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch has no types here
-        if target != here:
-            self._rebind(target)
-            packed = {
-                name: self.kernel.pack({k: _bytes(fn(_bytes(t)), t.dtype) for k, t in stored.items()}, self.specs[name])
-                for name, stored in weights.items()
-            }
+        self.kernel, self.dtype = kernel, dtype
         for name, tensors in packed.items():
             self._install(name, tensors)
         return self
 
-    def _rebind(self, target: torch.device) -> None:
-        """Chooses the kernel again, for the device that the module moves to."""
-        if target.type == "meta":
-            self.kernel = aten.Dequantize()
-            return
-        found = next((d for d in host().devices if d.torch_type == target.type and d.index == (target.index or 0)), None)
-        kernels = host().kernels(found.kind) if found else ()
-        for spec in set(self.specs.values()):
-            choice = choose(Request(spec, self.layer, found), kernels) if found else None
-            if choice is None or not choice.kernel:
-                raise UnsupportedError(
-                    f"move {spec.scheme.name} to {target}", "no kernel" if found else "no backend found this device",
-                    "run `quantport devices`",
-                )  # fmt: skip
-            self.kernel = host().kernel(choice.kernel)
+    def _moved(self, name: str, fn: Callable[[Tensor], Tensor]) -> Canonical:
+        return {k: _bytes(fn(_bytes(t)), t.dtype) for k, t in self.canonical(name).items()}
+
+    def _kernel_for(self, device: torch.device, dtype: torch.dtype) -> Kernel:
+        """Chooses the kernel again, for the device or the dtype that the module goes to."""
+        if device.type == "meta":
+            return self.kernel if self.device.type == "meta" else aten.Dense() if self.scheme == "bf16" else aten.Dequantize()
+        target = host().device(device)
+        requests = [Request(spec, self.layer, target, dtype) for spec in dict.fromkeys(self.specs.values())]
+        choice = choose(requests, host().kernels(target.kind))
+        if not choice.kernel:
+            works = "another device: see `quantport matrix`"
+            raise UnsupportedError(f"move {self.scheme} to {device}, {dtype}", "; ".join(choice.reasons), works)
+        return host().kernel(choice.kernel)
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()

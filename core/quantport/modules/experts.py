@@ -27,11 +27,15 @@ class QuantExperts(QuantModule):
         down: Scheme and shape [hidden, intermediate] of down.
         experts: Number of experts.
         activation: Name of the activation function.
+        dtype: Activation dtype that the kernel was chosen for.
     """
 
-    def __init__(self, kernel: Kernel, gate_up: WeightSpec, down: WeightSpec, experts: int, activation: str) -> None:
+    def __init__(
+        self, kernel: Kernel, gate_up: WeightSpec, down: WeightSpec, experts: int, activation: str,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:  # fmt: skip
         specs = {f"{e}.{p}": down if p == "down_proj" else gate_up for e in range(experts) for p in PROJECTIONS}
-        super().__init__(kernel, specs, "moe")
+        super().__init__(kernel, specs, "moe", dtype)
         self.num_experts, self.gate_up, self.down, self.activation = experts, gate_up, down, activation
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

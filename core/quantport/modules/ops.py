@@ -24,14 +24,14 @@ _LIB.define(
 def run_linear(kernel: Kernel, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
     """Runs a kernel on activations of any rank: ``[..., k]`` to ``[..., n]``."""
     if x.dim() == 2:
-        return kernel.run(x, packed, bias, spec)
-    return kernel.run(x.reshape(-1, spec.k), packed, bias, spec).view(*x.shape[:-1], spec.n)
+        return kernel.run(x.contiguous(), packed, bias, spec)
+    return kernel.run(x.reshape(-1, spec.k).contiguous(), packed, bias, spec).view(*x.shape[:-1], spec.n)
 
 
 @torch.library.impl(_LIB, "linear", "CompositeExplicitAutograd")
 def _linear(x: Tensor, packed: list[Tensor], bias: Tensor | None, kernel: str, scheme: str, n: int, k: int) -> Tensor:
     spec = WeightSpec(host().schemes[scheme], n, k)
-    return run_linear(host().kernel(kernel), x.contiguous(), tuple(packed), bias, spec)
+    return run_linear(host().kernel(kernel), x, tuple(packed), bias, spec)
 
 
 @torch.library.register_fake("quantport::linear", lib=_LIB)  # type: ignore[untyped-decorator]  # torch has no types here

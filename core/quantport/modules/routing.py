@@ -43,10 +43,11 @@ def run_experts(
     """
     out = torch.zeros_like(x)
     act = ACTIVATIONS[activation]
-    flat = index.reshape(-1)
-    order = torch.argsort(flat, stable=True)
     experts = len(tables) // 3
-    counts = torch.bincount(flat.clamp(0, experts), minlength=experts + 1).tolist()
+    flat = index.reshape(-1)
+    flat = torch.where((flat < 0) | (flat > experts), experts, flat)
+    order = torch.argsort(flat, stable=True)
+    counts = torch.bincount(flat, minlength=experts + 1).tolist()
     start = 0
     for e, count in enumerate(counts[:experts]):
         if count:

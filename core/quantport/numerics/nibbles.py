@@ -18,7 +18,7 @@ def pack_int4(codes: Tensor) -> Tensor:
     k = codes.shape[1]
     nibbles = codes.contiguous().add(8).view(torch.uint8)
     if not codes.numel():
-        return torch.empty(codes.shape[0], 0, dtype=torch.int32, device=codes.device)
+        return torch.empty(codes.shape[0], -(-k // 8), dtype=torch.int32, device=codes.device)
     if k % 8:
         nibbles = torch.nn.functional.pad(nibbles, (0, -k % 8))
     pairs = nibbles.view(torch.int16)  # little-endian: first code in the low byte

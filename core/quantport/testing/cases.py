@@ -106,8 +106,14 @@ def same_bits(left: Tensor, right: Tensor) -> bool:
     """Whether two tensors have the same shape, dtype and bits."""
     if left.shape != right.shape or left.dtype != right.dtype:
         return False
-    left, right = left.detach().cpu().contiguous(), right.detach().cpu().contiguous()
-    return torch.equal(left.reshape(-1).view(torch.uint8), right.reshape(-1).view(torch.uint8))
+    return torch.equal(_flat(left), _flat(right))
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    if tensor.layout is not torch.strided:  # an opaque layout of oneDNN
+        tensor = tensor.to_dense()
+    return tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
 
 
 def fail(title: str, findings: Sequence[str]) -> None:

@@ -10,9 +10,8 @@ import warnings
 
 from quantport.device import Arch, Device
 from quantport.hookspecs import Backend
-from quantport.host import Host
 from quantport.testing import cases
-from quantport.testing.subject import Subject
+from quantport.testing.subject import Subject, alone
 
 _PROBE = """
 import importlib, json, sys, time
@@ -65,13 +64,12 @@ def check_detection(subject: Subject) -> None:
         AssertionError: it raised, or a device is wrong.
     """
     backend = subject.hosted.backends[subject.kind]
-    alone = Host(points=(), only=())  # so that devices found earlier, or by others, do not hide a failure
-    alone.backends[subject.kind] = backend
     with warnings.catch_warnings(record=True):
         warnings.simplefilter("always")
-        found = alone.devices
-    findings = [f"it raised at {p.stage}: {p.error}" for p in alone.problems]
-    if not findings and tuple(backend.detect()) != found and [d.arch for d in backend.detect()] != [d.arch for d in found]:
+        hosted = alone(backend)  # anew, so that devices found earlier, or by others, hide nothing
+        found = hosted.devices
+    findings = [f"it raised at {p.stage}: {p.error}" for p in hosted.problems]
+    if not findings and [(d.arch, d.index) for d in backend.detect()] != [(d.arch, d.index) for d in found]:
         findings.append("it found other devices the second time")
     if len({d.index for d in found}) != len(found):
         findings.append("two devices have one index")

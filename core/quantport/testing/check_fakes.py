@@ -1,4 +1,4 @@
-"""Checks of shapes and dtypes on fake tensors, for every architecture, whether its device is here or not."""
+"""Checks of shapes and dtypes on fake tensors, for every architecture of a backend whose device is not here."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ def check_fakes(subject: Subject, device: Device) -> None:
 
     Raises:
         AssertionError: it raised, or a shape, dtype or device is wrong.
-        NotHere: this torch knows no tensors of the device's type, not even fake ones.
+        NotHere: a device of this kind is here, or this torch knows no tensors of its type, not even fake ones.
     """
+    if subject.here:
+        raise NotHere(f"{subject.here[0]} is here: kernels are run on it")
     if not allowed(device.torch_type):
         raise NotHere(f"this torch makes no fake tensors of type {device.torch_type!r}")
     findings = []

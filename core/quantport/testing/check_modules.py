@@ -40,7 +40,7 @@ def check_forward(subject: Subject, kernel: Kernel, scheme: Scheme, layer: str) 
     # Experts multiply three times in a row, and round to 16 bits in between.
     tolerance = kernel.tolerance if layer == "linear" else 4 * kernel.tolerance
     findings = []
-    for rows in (1, 7, 40):
+    for rows in (1, 7) if layer == "moe" else (1, 7, 40):
         given = builders.inputs(layer, rows, device)
         y = module(*given)
         error = cases.relative_error(y, reference(*(t.cpu() for t in given)))
@@ -85,10 +85,14 @@ def check_copies(subject: Subject, kernel: Kernel, scheme: Scheme, layer: str) -
     twin = copy.deepcopy(module)
     made = {"state dict": other, "deepcopy": twin, "pickle": pickle.loads(pickle.dumps(module))}
     findings = [f"{how}: {f}" for how, back in made.items() for f in _differs(module, back, given)]
-    shared = {t.data_ptr() for t in module.buffers()} & {t.data_ptr() for t in twin.buffers()} - {0}
+    shared = _addresses(module) & _addresses(twin)
     findings += ["deepcopy: it shares memory with the original"] if shared else []
     findings += _layout(module, scheme)
     cases.fail(f"copies of a {layer} module of {kernel.name} with {scheme.name}", findings)
+
+
+def _addresses(module: QuantModule) -> set[int]:
+    return {t.data_ptr() for t in module.buffers() if t.layout is torch.strided and t.numel()}
 
 
 def _layout(module: QuantModule, scheme: Scheme) -> list[str]:

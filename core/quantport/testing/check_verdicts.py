@@ -48,9 +48,13 @@ def check_verdicts(subject: Subject, device: Device) -> None:
 def _verdict(kernel: Kernel, request: Request) -> list[str]:
     shape = f"[{request.weight.n}, {request.weight.k}] {request.dtype}"
     try:
-        reasons, verdict = tuple(kernel.reasons_against(request)), kernel.verdict(request)
+        serves = kernel.serves(request.weight.scheme)
+        reasons, verdict = tuple(kernel.reasons_against(request)) if serves else (), kernel.verdict(request)
     except Exception as error:
-        return [f"reasons_against raised {type(error).__name__}: {error} ({shape})"]
+        return [f"its verdict raised {type(error).__name__}: {error} ({shape})"]
+    if not serves:
+        refused = isinstance(verdict, Rejected) and verdict.about_scheme
+        return [] if refused else ["it accepts a scheme that it does not serve"]
     if isinstance(verdict, Accepted):
         if reasons:
             return [f"it accepts, against its own reasons {reasons} ({shape})"]
@@ -91,10 +95,10 @@ def _status(kernel: Kernel, request: Request, verdict: Accepted) -> list[str]:
         return [f"status weight_only with precision {verdict.precision}"]
     if verdict.status is not Status.NATIVE:
         return []
-    # A weight-only kernel multiplies the activations as they are; fp32 every processor multiplies.
-    needed = scheme.activation.format if kernel.quantizes_activations and scheme.activation else cases.FORMAT_OF[request.dtype]
-    known = arch.native | {"fp32"}
-    return [] if needed in known else [f"status native, but {arch} does not list {needed}"]
+    if not (kernel.quantizes_activations and scheme.activation):  # it multiplies 16-bit activations, as any device can
+        return []
+    needed = scheme.activation.format
+    return [] if needed in arch.native else [f"status native, but {arch} does not list {needed}"]
 
 
 def check_policy(subject: Subject) -> None:

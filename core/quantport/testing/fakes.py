@@ -15,8 +15,14 @@ _PAST_BINDINGS = (Tensor.contiguous, Tensor.copy_)
 
 
 def _view(x: Tensor, index: Any) -> Tensor:
-    for dim, item in enumerate(index if isinstance(index, tuple) else (index,)):
-        x = x.unsqueeze(dim) if item is None else torch.ops.aten.slice(x, dim, item.start, item.stop)
+    items = index if isinstance(index, tuple) else (index,)
+    dim = 0
+    for item in items:
+        if item is Ellipsis:
+            dim = x.dim() - sum(isinstance(i, slice) for i in items)  # it stands for the dimensions that no slice names
+        else:
+            x = x.unsqueeze(dim) if item is None else torch.ops.aten.slice(x, dim, item.start, item.stop, item.step or 1)
+            dim += 1
     return x
 
 
@@ -37,7 +43,8 @@ class _AtenOnly(TorchFunctionMode):
 
 def _plain(index: Any) -> bool:
     items = index if isinstance(index, tuple) else (index,)
-    return all(item is None or isinstance(item, slice) for item in items)
+    first = items and items[0] is Ellipsis and None not in items
+    return all(item is None or isinstance(item, slice) for item in (items[1:] if first else items))
 
 
 def allowed(torch_type: str) -> bool:

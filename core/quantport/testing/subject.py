@@ -5,15 +5,40 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import EntryPoint
+from types import ModuleType
+from typing import cast
 
 import torch
 
 from quantport.capability import Accepted
 from quantport.device import Device
-from quantport.host import Host, host
+from quantport.hookspecs import Backend, hookimpl
+from quantport.host import GROUPS, Host, host
 from quantport.kernel import Kernel, Request, WeightSpec
 from quantport.scheme import BUILTIN, Scheme
 from quantport.testing import cases
+
+
+@dataclass(frozen=True)
+class _Point:
+    """An entry point of the group of backends that was never installed."""
+
+    name: str
+    backend: Backend
+    group: str = GROUPS[0]
+    value: str = "alone"
+
+    def load(self) -> ModuleType:
+        """The plugin: a module with the one hook."""
+        plugin = ModuleType(f"alone_{self.name}")
+        vars(plugin)["quantport_backend"] = hookimpl(lambda: self.backend)
+        return plugin
+
+
+def alone(backend: Backend) -> Host:
+    """A host that holds one backend, installed or not, and nothing that earlier questions have left."""
+    return Host(points=(cast(EntryPoint, _Point(backend.kind, backend)),), only=())
 
 
 @dataclass(frozen=True)

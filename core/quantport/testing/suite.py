@@ -25,15 +25,18 @@ from quantport.testing import (
 )
 from quantport.testing.subject import Subject
 
-_TRACED = ("int8", "fp8_per_channel", "int4_weight_only")  # the graph holds one opaque operator: one scheme of each layout will do
-
 
 @contextmanager
-def _skipping() -> Iterator[None]:
+def _checking(threads: int | None = 1) -> Iterator[None]:
+    """Skips what does not apply; one thread, since the tensors are small and two cost more than they bring."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
     try:
         yield
     except check_runs.NotHere as reason:
         pytest.skip(str(reason))
+    finally:
+        torch.set_num_threads(before)
 
 
 class BackendConformance:
@@ -58,26 +61,31 @@ class BackendConformance:
         return Subject.installed(self.kind, self.policy, self.stand_in)
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        """Gives each check its kernels, schemes, devices and dtypes."""
-        names = [n for n in ("kernel", "scheme", "dtype", "planned", "arch", "layer") if n in metafunc.fixturenames]
-        if not names:
+        """Gives each check its kernels with the schemes that they serve, and its devices, dtypes and layers."""
+        wanted = set(metafunc.fixturenames)
+        if not wanted & {"kernel", "scheme", "dtype", "planned", "arch", "layer"}:
             return
         subject = Subject.installed(self.kind, self.policy, self.stand_in)
-        traced = tuple(s for s in subject.schemes if s.name in _TRACED)
+        schemes = subject.schemes
+        if "kernel" in wanted:
+            pairs = [(k, s) for k in subject.kernels for s in schemes if k.serves(s)]
+            if "traced" in wanted:  # the graph holds one opaque operator: the first scheme of a kernel will do
+                pairs = list({k.name: (k, s) for k, s in reversed(pairs)}.values())[::-1]
+            metafunc.parametrize(("kernel", "scheme"), pairs, ids=[f"{k.name}-{s.name}" for k, s in pairs])
+            wanted -= {"kernel", "scheme"}
         values: dict[str, dict[str, Any]] = {
-            "kernel": {k.name: k for k in subject.kernels},
-            "scheme": {s.name: s for s in (traced if "traced" in metafunc.fixturenames else subject.schemes)},
+            "scheme": {s.name: s for s in schemes},
             "dtype": {cases.FORMAT_OF[d]: d for d in cases.DTYPES},
             "planned": check_verdicts.devices(subject),
             "arch": {d.arch.name: d for d in subject.simulated},
             "layer": {layer: layer for layer in cases.LAYERS},
         }
-        for name in names:
+        for name in sorted(wanted & set(values)):
             metafunc.parametrize(name, list(values[name].values()), ids=list(values[name]))
 
     @pytest.fixture
     def traced(self) -> None:
-        """Marks the checks that take only a few schemes."""
+        """Marks the checks that take one scheme of each kernel."""
 
     def test_architectures(self, subject: Subject) -> None:
         """The table of architectures is well formed."""
@@ -109,63 +117,63 @@ class BackendConformance:
 
     def test_accepted_runs(self, subject: Subject, kernel: Kernel, scheme: Scheme, dtype: torch.dtype) -> None:
         """What is accepted runs, and meets the reference."""
-        with _skipping():
+        with _checking():
             check_runs.check_accepted(subject, kernel, scheme, dtype)
 
     def test_special_weights(self, subject: Subject, kernel: Kernel, scheme: Scheme, dtype: torch.dtype) -> None:
         """Zeros, outliers, tiny and huge values."""
-        with _skipping():
+        with _checking(threads=None):
             check_runs.check_special(subject, kernel, scheme, dtype)
 
     def test_refused_fails(self, subject: Subject, kernel: Kernel, scheme: Scheme) -> None:
         """What is refused does not work."""
-        with _skipping():
+        with _checking():
             check_runs.check_refused(subject, kernel, scheme)
 
     def test_packing(self, subject: Subject, kernel: Kernel, scheme: Scheme) -> None:
         """Packing loses nothing."""
-        with _skipping():
+        with _checking():
             check_runs.check_packing(subject, kernel, scheme)
 
     def test_fakes(self, subject: Subject, arch: Device) -> None:
         """Shapes and dtypes on fake tensors of every architecture."""
         if not self.fakes:
             pytest.skip("the kernels of this backend launch code of their own")
-        with _skipping():
+        with _checking():
             check_fakes.check_fakes(subject, arch)
 
     def test_forward(self, subject: Subject, kernel: Kernel, scheme: Scheme, layer: str) -> None:
         """The modules meet the reference."""
-        with _skipping():
+        with _checking(threads=None):
             check_modules.check_forward(subject, kernel, scheme, layer)
 
     def test_copies(self, subject: Subject, kernel: Kernel, scheme: Scheme, layer: str) -> None:
         """State dict, deepcopy, pickle."""
-        with _skipping():
+        with _checking():
             check_modules.check_copies(subject, kernel, scheme, layer)
 
     def test_moves(self, subject: Subject, kernel: Kernel, scheme: Scheme, layer: str) -> None:
         """To meta and back."""
-        with _skipping():
+        with _checking():
             check_modules.check_moves(subject, kernel, scheme, layer)
 
     def test_compile(self, subject: Subject, kernel: Kernel, scheme: Scheme, layer: str, traced: None) -> None:
         """``torch.compile`` without graph breaks."""
-        with _skipping():
+        with _checking():
             check_ops.check_compile(subject, kernel, scheme, layer)
 
     @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's own
     def test_inductor(self, subject: Subject) -> None:
         """Inductor, for one kernel and scheme."""
-        with _skipping():
+        with _checking():
             check_ops.check_compile(subject, subject.kernels[-1], subject.schemes[0], "linear", "inductor")
 
     def test_opcheck(self, subject: Subject, kernel: Kernel, scheme: Scheme, layer: str, traced: None) -> None:
         """``torch.library.opcheck``."""
-        with _skipping():
+        with _checking():
             check_ops.check_op(subject, kernel, scheme, layer)
 
     def test_checkpoint(self, subject: Subject, scheme: Scheme, tmp_path: Path) -> None:
         """Load, save and load again."""
-        with _skipping():
+        with _checking():
             check_checkpoint.check_checkpoint(subject, scheme, tmp_path)

@@ -1,0 +1,221 @@
+"""Bad input to load: an error in three parts that names what is wrong, before or instead of a half loaded model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from core_models import DENSE, MOE, Moe, Tiny, made, write
+from core_references import check_parts
+from torch import nn
+
+import quantport
+from quantport.errors import BudgetError, CheckpointError, ConfigError, DeviceError, QuantportError, UnsupportedError, WeightError
+from quantport.host import host
+from quantport.plan import BUDGET
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("tiny") / "c", made())
+
+
+def refused(kind, source, scheme="int8", named=(), **options):
+    threads, register = torch.get_num_threads(), nn.Module.register_parameter
+    with pytest.raises(kind) as caught:
+        quantport.load(source, scheme, **options)
+    assert isinstance(caught.value, QuantportError)
+    check_parts(caught.value, *named)
+    assert torch.get_num_threads() == threads
+    assert nn.Module.register_parameter is register
+
+
+def state(**changes):
+    out = made().state_dict()
+    for name, tensor in changes.items():
+        out[name.replace("__", ".")] = tensor
+    return out
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_non_finite_weight_is_refused_by_name(tmp_path, value):
+    tensors = state()
+    tensors["moe.experts.1.up_proj.weight"][3, 4] = value
+    folder = write(tmp_path / "c", tensors)
+    refused(WeightError, folder, model=Tiny, named=["moe.experts.1.up_proj", "nonfinite='zero'"])
+    model = quantport.load(folder, config={"scheme": "int8", "nonfinite": "zero"}, model=Tiny)
+    assert model.moe.experts[1].up_proj.canonical()["weight"][3, 4] == 0
+
+
+@pytest.mark.parametrize("name", ["embed_tokens.weight", "up.bias", "norm.bias", "down.weight", "moe.experts.0.up_proj.weight"])
+def test_missing_tensor_is_named(tmp_path, name):
+    refused(
+        CheckpointError,
+        write(tmp_path / "c", {n: t for n, t in state().items() if n != name}),
+        model=Tiny,
+        named=[name.rpartition(".")[0]],
+    )
+
+
+@pytest.mark.parametrize("name", ["embed_tokens.weight", "up.weight", "up.bias", "norm.weight", "offset"])
+def test_tensor_of_another_shape_is_named(tmp_path, name):
+    """Not found out later by an error of torch, or never."""
+    tensors = state()
+    tensors[name] = torch.cat([tensors[name], tensors[name]])
+    refused(CheckpointError, write(tmp_path / "c", tensors), model=Tiny, named=[name.rpartition(".")[0] or name])
+
+
+def test_a_model_with_other_sizes_than_the_checkpoint(tmp_path):
+    config = {**json.loads((DENSE / "config.json").read_text()), "intermediate_size": 352}
+    tensors = {n: t for n, t in quantport.load(DENSE, config={"linear": None}).state_dict().items() if n != "lm_head.weight"}
+    refused(CheckpointError, write(tmp_path / "c", tensors, config__json=json.dumps(config)), named=["mlp"])
+
+
+MARKS = {
+    "gptq": ({"a.qweight": torch.zeros(4, 4, dtype=torch.int32)}, {}, "GPTQ"),
+    "float8": ({"a.weight": torch.zeros(4, 4, dtype=torch.float8_e4m3fn)}, {}, "FP8"),
+    "block fp8": ({"a.weight": torch.zeros(4, 4), "a.weight_scale_inv": torch.ones(1, 1)}, {}, "block-wise FP8"),
+    "compressed": ({"a.weight_packed": torch.zeros(4, 1, dtype=torch.int32)}, {}, "compressed-tensors"),
+    "bitsandbytes": ({"a.weight": torch.zeros(8, 1, dtype=torch.uint8), "a.weight.absmax": torch.ones(1)}, {}, "bitsandbytes"),
+    "mxfp4": ({"a.gate_up_proj_blocks": torch.zeros(4, 4, dtype=torch.uint8)}, {}, "MXFP4"),
+    "config": ({"a.weight": torch.zeros(4, 4)}, {"config__json": '{"quantization_config": {"quant_method": "gptq"}}'}, "gptq"),
+}
+
+
+@pytest.mark.parametrize("mark", MARKS)
+def test_quantized_already(tmp_path, mark):
+    tensors, files, method = MARKS[mark]
+    folder = write(tmp_path / "c", tensors, **files)
+    refused(
+        CheckpointError, folder, model=lambda: nn.ModuleDict({"a": nn.Linear(4, 4)}), named=[method, "quantized already", "16-bit"]
+    )
+    with pytest.raises(CheckpointError, match=method):
+        quantport.plan(folder, "int8")
+
+
+def test_not_enough_memory_is_predicted(tiny):
+    plan = quantport.plan(tiny, "int8")
+    small = dataclasses.replace(host().device("cpu"), memory=plan.after + BUDGET - 1)
+    refused(BudgetError, tiny, device=small, model=Tiny, named=["GiB", "int4"])
+    enough = dataclasses.replace(small, memory=plan.after + BUDGET + 1)
+    assert quantport.load(tiny, "int8", device=enough, model=Tiny)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "options", "kind", "named"),
+    [
+        ("int9", {}, ConfigError, ["'int9'", "did you mean 'int8'", "fp8_per_tensor"]),
+        ("int8", {"device": "cpuu"}, DeviceError, ["'cpuu'", "did you mean 'cpu'"]),
+        ("int8", {"device": "cpu:x86_vni"}, DeviceError, ["did you mean 'x86_vnni'"]),
+        ("int8", {"device": "cpu:7"}, DeviceError, ["cpu:7"]),
+        ("int8", {"device": "cuda:sm_80"}, DeviceError, ["cuda:sm_80", "plan"]),
+        ("int8", {"config": {"scheme": "fp8"}}, ConfigError, ["int8", "fp8_per_tensor", "one"]),
+        ("int8", {"config": {"linaer": None}}, ConfigError, ["linaer"]),
+        ("int8", {"config": {"ignore": ["q_proj"]}}, ConfigError, ["'q_proj'"]),
+        ("int8", {"config": {"transformer": {"method": "int8"}}}, ConfigError, ["transformer"]),
+        ("int8", {"fallback": "no"}, ConfigError, ["fallback", "reference"]),
+        ("int8", {"dtype": torch.int8}, QuantportError, ["int8", "bfloat16"]),
+        ("int8", {"dtype": torch.float64}, QuantportError, ["float64", "bfloat16"]),
+        ("int8", {"dtype": "bfloat17"}, QuantportError, ["bfloat17", "bfloat16"]),
+    ],
+)
+def test_wrong_arguments(tiny, scheme, options, kind, named):
+    refused(kind, tiny, scheme, model=Tiny, named=named, **options)
+
+
+def test_two_spellings_of_one_scheme_are_no_conflict(tiny):
+    for config in ("w8a8", {"method": "int8_w8a8"}):
+        assert quantport.load(tiny, "int8", config=config, model=Tiny).up.scheme == "int8"
+    model = quantport.load(tiny, "int4", config={"scheme": "int4_wo", "group_size": 32}, model=Tiny)
+    assert model.up.scheme == "int4_weight_only_g32"
+
+
+def test_strict_fallback(tiny):
+    """fp8 activations on a host processor: nothing multiplies them natively."""
+    refused(
+        UnsupportedError, tiny, "fp8_per_block", fallback="error", model=Tiny, named=["fp8_per_block", "fallback='error'", "e4m3fn"]
+    )
+
+
+@pytest.mark.parametrize("source", ["nothing/here/at/all", "tiny", "file.bin"])
+def test_nothing_to_load(tmp_path, source):
+    (tmp_path / "file.bin").write_bytes(b"x")
+    (tmp_path / "tiny").mkdir()
+    refused(CheckpointError, tmp_path / source, model=Tiny, named=[source.split("/")[0]])
+
+
+def test_no_config_json(tiny):
+    refused(CheckpointError, tiny, named=["config.json", "model="])
+
+
+CONFIG = json.loads((DENSE / "config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("{", ["config.json", "JSON"]),
+        ("[]", ["config.json"]),
+        ("{}", ["model="]),
+        (json.dumps({**CONFIG, "architectures": ["NoSuchModelForCausalLM"]}), ["NoSuchModelForCausalLM", "model="]),
+        (json.dumps({**CONFIG, "architectures": []}), ["architecture", "model="]),
+        (json.dumps({**CONFIG, "architectures": ["AutoTokenizer"]}), ["AutoTokenizer", "model="]),
+        (json.dumps({**CONFIG, "model_type": "no_such_type"}), ["no_such_type", "model="]),
+        (json.dumps({**CONFIG, "hidden_size": -4}), ["model="]),
+        (json.dumps({**CONFIG, "quantization_config": [1]}), ["config.json"]),
+    ],
+    ids=str.split("no-json list empty unknown-architecture no-architecture no-model unknown-type negative-size odd-quantization"),
+)
+def test_config_json_that_nobody_can_build(tmp_path, text, named):
+    refused(CheckpointError, write(tmp_path / "c", made(), config__json=text), named=named)
+
+
+def test_a_factory_that_makes_something_else(tiny):
+    refused(QuantportError, tiny, model=lambda: nn.ModuleDict({"other": nn.Linear(3, 3)}), named=["other"])
+    refused(QuantportError, tiny, model=lambda: 3, named=["int"])
+
+
+def test_a_factory_that_raises_leaves_torch_as_it_was(tiny):
+    register = nn.Module.register_parameter
+    with pytest.raises((QuantportError, ZeroDivisionError)):
+        quantport.load(tiny, "int8", model=lambda: 1 // 0)
+    assert nn.Module.register_parameter is register
+
+
+def test_tensors_that_the_model_does_not_have_are_said(tmp_path):
+    """Transformers warns of unexpected keys; a plan that names them does too."""
+    folder = write(tmp_path / "c", {**state(), "extra.weight": torch.ones(4, 4), "more": torch.ones(3)})
+    model = quantport.load(folder, "int8", model=Tiny)
+    notes = {s.layer.name: s.note for s in model.quantport_plan.steps}
+    assert "no module" in notes["extra"]
+    assert "more" in notes
+    assert "extra" not in dict(model.named_modules())
+
+
+def test_truncated_file(tmp_path):
+    folder = write(tmp_path / "c", made())
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    refused(CheckpointError, folder, model=Tiny, named=["truncated"])
+
+
+def test_missing_shard(tmp_path):
+    for file in MOE.iterdir():
+        if not file.name.startswith("model-00002"):
+            (tmp_path / file.name).symlink_to(file)
+    refused(CheckpointError, tmp_path, named=["model-00002-of-00005.safetensors"])
+
+
+def test_a_module_of_another_kind_is_left_alone(tmp_path):
+    class Mine(nn.Linear):
+        pass
+
+    def factory():
+        return nn.ModuleDict({"a": Mine(8, 8), "b": nn.Linear(8, 8), "moe": Moe()})
+
+    model = quantport.load(write(tmp_path / "c", made(factory)), "int8", model=factory)
+    assert "Mine" in model.quantport_plan.by_layer["a"].note
+    assert type(model["a"]) is Mine
+    assert torch.equal(model["a"].weight, made(factory)["a"].weight)

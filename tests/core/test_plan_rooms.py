@@ -1,0 +1,181 @@
+"""The plan on the real rooms, on every architecture, and for a model of 671B parameters; the choice of a scheme."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+
+import pytest
+import torch
+from core_fakes import FakeKernel, Shape, device
+from core_references import check_parts
+
+import quantport
+from quantport.capability import Status
+from quantport.config import QuantConfig
+from quantport.errors import CheckpointError, UnsupportedError
+from quantport.host import host
+from quantport.layers import find_layers
+from quantport.plan import best_scheme, make_plan
+from quantport.scheme import BUILTIN
+
+DEQUANTIZE = FakeKernel("acme.dequantize", Status.DEQUANTIZE)
+
+
+def linears(*names, shape=(64, 64)):
+    return find_layers({f"{name}.weight": Shape(shape) for name in names})
+
+
+def planned(layers, config="int8", kernels=(DEQUANTIZE,), on=None, **options):
+    return make_plan(layers, QuantConfig.parse(config, BUILTIN), on or device(), kernels, BUILTIN, **options)
+
+
+def test_best_scheme_says_why():
+    fp8 = FakeKernel("k.fp8", accepts=lambda r: r.weight.scheme.weight.format == "e4m3fn", quantizes=True, speed=1.7)
+    int8 = FakeKernel("k.int8", accepts=lambda r: r.weight.scheme.name == "int8", quantizes=True, speed=2.5)
+    name, why = best_scheme(device(), (fp8, int8, DEQUANTIZE), BUILTIN)
+    assert name == "fp8_per_channel"
+    assert all(word in why for word in ("W8A8", "k.fp8", "1.7x BF16", "declared"))
+    name, why = best_scheme(device(), (int8, DEQUANTIZE), BUILTIN)
+    assert name == "int8"
+    assert "passed over: fp8_per_channel is weight_only" in why
+    slow = FakeKernel("k.slow", accepts=lambda r: r.weight.scheme.name == "int8", quantizes=True, speed=0.4)
+    name, why = best_scheme(device(), (slow, DEQUANTIZE), BUILTIN)
+    assert name == "int8_weight_only"
+    assert "int8 is native, slower than BF16" in why
+    plan = planned(linears("a"), None, (int8, DEQUANTIZE))
+    assert ({s.layer.name: s.asked for s in plan.steps}, plan.why.startswith("int8:")) == ({"a": "int8"}, True)
+    assert planned(linears("a"), "int8").why == ""
+
+
+@pytest.mark.parametrize("arch", ["cuda:sm_80", "cuda:sm_90"])
+@pytest.mark.parametrize("scheme", ["fp8_per_tensor", "fp8_per_channel"])
+def test_real_rooms(arch, scheme):
+    """fp8 on Ampere keeps its weights and says why; on Hopper activations are quantized per token."""
+    target = host().device(arch)
+    kernels = host().kernels("cuda")
+    step = planned(linears("a", shape=(4096, 4096)), scheme, kernels, target).steps[0]
+    if arch == "cuda:sm_80":
+        assert (step.choice.status, step.choice.precision) == (Status.WEIGHT_ONLY, "W8A16")
+        assert any("sm_80" in r and "no e4m3fn matrix instruction" in r for r in step.choice.reasons)
+        with pytest.raises(UnsupportedError) as caught:
+            planned(linears("a"), {"scheme": scheme, "fallback": "error"}, kernels, target)
+        check_parts(caught.value, scheme, "cuda:sm_80", "no e4m3fn")
+    else:
+        assert (step.choice.status, step.choice.precision) == (Status.NATIVE, "W8A8")
+        assert step.choice.activations == "e4m3fn per token"
+        assert step.choice.reasons == ()
+    emulated = planned(linears("a"), {"scheme": scheme, "fallback": "reference"}, kernels, target).steps[0].choice
+    assert emulated.precision == "W8A8"
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda", "rocm", "xpu", "npu"])
+def test_every_scheme_plans_on_every_architecture(kind):
+    """No kernel raises, and the default policy always finds a way, which is explained unless it is native."""
+    for name in host().backends[kind].archs:
+        target = host().device(f"{kind}:{name}")
+        for scheme in BUILTIN:
+            choice = planned(linears("a", shape=(256, 256)), scheme, host().kernels(kind), target).steps[0].choice
+            assert not any("the kernel raised" in r for v in choice.verdicts for r in getattr(v, "reasons", ())), choice
+            assert choice.claim is not None
+            assert choice.reasons or choice.status is Status.NATIVE
+
+
+def test_a_plan_is_a_value():
+    kernels = host().kernels("cpu")
+    target = host().device("cpu:x86_vnni")
+    plan = planned(linears("a", shape=(256, 256)), "int8", kernels, target)
+    assert plan == planned(linears("a", shape=(256, 256)), "int8", kernels, target)
+
+
+def deepseek_v3():
+    """Names and shapes of DeepSeek-V3 in BF16: 61 layers, the first 3 dense, 256 experts; 671B parameters."""
+    hidden, inner, expert = 7168, 18432, 2048
+    yield "model.embed_tokens.weight", (129280, hidden)
+    for i in range(61):
+        at = f"model.layers.{i}"
+        yield f"{at}.self_attn.q_a_proj.weight", (1536, hidden)
+        yield f"{at}.self_attn.q_a_layernorm.weight", (1536,)
+        yield f"{at}.self_attn.q_b_proj.weight", (24576, 1536)
+        yield f"{at}.self_attn.kv_a_proj_with_mqa.weight", (576, hidden)
+        yield f"{at}.self_attn.kv_a_layernorm.weight", (512,)
+        yield f"{at}.self_attn.kv_b_proj.weight", (32768, 512)
+        yield f"{at}.self_attn.o_proj.weight", (hidden, 16384)
+        yield f"{at}.input_layernorm.weight", (hidden,)
+        yield f"{at}.post_attention_layernorm.weight", (hidden,)
+        if i < 3:
+            yield from _mlp(f"{at}.mlp", inner, hidden)
+            continue
+        yield f"{at}.mlp.gate.weight", (256, hidden)
+        yield f"{at}.mlp.gate.e_score_correction_bias", (256,)
+        yield from _mlp(f"{at}.mlp.shared_experts", expert, hidden)
+        for e in range(256):
+            yield from _mlp(f"{at}.mlp.experts.{e}", expert, hidden)
+    yield "model.norm.weight", (hidden,)
+    yield "lm_head.weight", (129280, hidden)
+
+
+def _mlp(at, inner, hidden):
+    yield f"{at}.gate_proj.weight", (inner, hidden)
+    yield f"{at}.up_proj.weight", (inner, hidden)
+    yield f"{at}.down_proj.weight", (hidden, inner)
+
+
+@pytest.fixture(scope="module")
+def header_only(tmp_path_factory):
+    """Shards that end right after their header, with an index: no data at all."""
+    folder = tmp_path_factory.mktemp("deepseek")
+    every = list(deepseek_v3())
+    count, weight_map = 163, {}
+    size = math.ceil(len(every) / count)
+    for i in range(count):
+        file, header, at = f"model-{i + 1:05d}-of-{count:05d}.safetensors", {}, 0
+        for name, shape in every[i * size : (i + 1) * size]:
+            weight_map[name] = file
+            header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [at, at := at + 2 * math.prod(shape)]}
+        text = json.dumps(header).encode()
+        (folder / file).write_bytes(len(text).to_bytes(8, "little") + text)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+def test_671b_from_headers_alone(header_only, record_property):
+    every = list(deepseek_v3())
+    elements = sum(math.prod(shape) for _, shape in every)
+    assert len(every) > 45_000
+    assert 670e9 < elements < 672e9
+    start = time.perf_counter()
+    plan = quantport.plan(header_only, "fp8_per_block", device="cuda:sm_80")
+    seconds = time.perf_counter() - start
+    record_property("seconds", seconds)
+    print(f"{len(every)} tensors planned in {seconds:.2f} s")  # noqa: T201
+    assert plan.before == 2 * elements
+    kinds = [s.layer.kind for s in plan.quantized]
+    assert (kinds.count("moe"), kinds.count("linear")) == (58, 61 * 5 + 3 * 3 + 58 * 3)
+    assert [s.layer.experts for s in plan.quantized if s.layer.kind == "moe"] == [256] * 58
+    scales = 4 * sum(
+        math.ceil(n / 128) * math.ceil(k / 128) * max(1, s.layer.experts) for s in plan.quantized for _, n, k in s.layer.weights
+    )
+    quantized = sum(s.layer.elements for s in plan.quantized)
+    assert plan.after == quantized + scales + 2 * (elements - quantized)
+    assert {str(s.choice.status) for s in plan.quantized} == {"weight_only"}
+    kept = {s.layer.name: s.note for s in plan.steps if not s.asked and s.layer.kind == "linear"}
+    assert len(kept) == 58 + 2
+    assert kept["lm_head"].startswith("output head")
+    assert kept["model.layers.3.mlp.gate"].startswith("router")
+    assert len(json.loads(plan.to_json())["layers"]) == len(kinds) + len(kept)
+
+
+def test_671b_with_patterns(header_only):
+    config = {"scheme": "fp8_per_block", "moe": "int4", "ignore": ["re:.*kv_b_proj"], "targets": {"*.shared_experts.*": "int8"}}
+    plan = quantport.plan(header_only, config=config, device="cuda:sm_90")
+    asked = [s.asked for s in plan.quantized]
+    assert {name: asked.count(name) for name in set(asked)} == {
+        "int4_weight_only": 58, "int8": 58 * 3, "fp8_per_block": 61 * 4 + 3 * 3,
+    }  # fmt: skip
+
+
+def test_headers_are_enough_to_plan_but_not_to_load(header_only):
+    with pytest.raises(CheckpointError):
+        quantport.load(header_only, "int8", model=lambda: torch.nn.Linear(1, 1))
