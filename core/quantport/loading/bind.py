@@ -16,6 +16,7 @@ from quantport.modules import QuantExperts, QuantLinear, QuantModule, activation
 from quantport.plan import Step
 
 Place = Callable[[Layer], str]
+NO_MODULE = "the model has no module of this name"
 
 
 def check(layers: Iterable[Layer], model: nn.Module, place: Place) -> list[Layer]:
@@ -82,7 +83,7 @@ def _why_not(layer: Layer, module: nn.Module | None, path: str) -> str:
     if not path:
         return "it is the whole model: put it into a module to replace it there"
     if module is None:
-        return "the model has no module of this name"
+        return NO_MODULE
     if isinstance(module, QuantModule):
         return "it is quantized already"
     if layer.kind == "moe" and layer.experts:
@@ -101,7 +102,7 @@ def _fits(layer: Layer, module: nn.Module) -> None:
     shapes = {name: (n, k) for name, n, k in layer.weights}
     if layer.experts:
         (i, h), e = shapes["gate_proj"], layer.experts
-        found = {"gate_up_proj": (e, 2 * i, h), "down_proj": (e, *shapes["down_proj"])}
+        found: dict[str, tuple[int, ...]] = {"gate_up_proj": (e, 2 * i, h), "down_proj": (e, *shapes["down_proj"])}
     else:
         found = {"weight": next(iter(shapes.values()))}
     for name, shape in found.items():

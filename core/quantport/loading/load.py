@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,7 +15,7 @@ from quantport.errors import BudgetError, CheckpointError, ConfigError, DeviceEr
 from quantport.host import host
 from quantport.layers import FLOATS, Layer, Part, find_layers
 from quantport.loading import saved
-from quantport.loading.bind import check, make_module, put
+from quantport.loading.bind import NO_MODULE, check, make_module, put
 from quantport.loading.build import Factory, build
 from quantport.loading.planning import Source, merge
 from quantport.loading.source import locate, refuse_quantized
@@ -82,7 +81,7 @@ def load(
         built, names = build(checkpoint.directory, model, compute, checkpoint.tensors)
         place = partial(_place, names)
         layers = check(layers, built, place)
-        _homeless(built, names, checkpoint)
+        _homeless(built, layers, directory)
         if record is not None:
             _placed(layers, record)
         decided = make_plan(
@@ -118,7 +117,7 @@ class _Loader:
                 module = new[path] = make_module(step, self.model.get_submodule(path), self.dtype)
                 out += self._stored_tasks(step, module) if self.stored else self._fresh_tasks(step, module)
                 taken |= {p.tensor for p in parts}
-            elif step.layer.experts and parts[0].expert is None:
+            elif step.layer.experts and parts[0].expert is None and step.note != NO_MODULE:
                 out += self._fuse_tasks(step.layer)
                 taken |= {p.tensor for p in parts}
         put(self.model, new)
@@ -187,18 +186,13 @@ def _usable(device: str | torch.device | Device, dtype: torch.dtype | None) -> D
     return target
 
 
-def _homeless(model: nn.Module, names: Mapping[str, str], checkpoint: Checkpoint) -> None:
-    """Warns of tensors that the model has no module for; refuses a model that has none for any of them."""
-    modules = dict(model.named_modules())
-    lost = [n for n in checkpoint.tensors if names[n].rpartition(".")[0] not in modules and ".experts." not in names[n]]
-    if lost and len(lost) == len(checkpoint.tensors):
-        raise CheckpointError(
-            f"load {checkpoint.directory} into {type(model).__name__}",
-            f"none of its tensors ({lost[0]}, ...) has a module; the modules are: {', '.join(list(modules)[1:6])}",
-            "the model that the checkpoint was made from",
-        )
-    if lost:
-        warnings.warn(f"{len(lost)} tensors of the checkpoint have no place in the model: {', '.join(lost[:5])}", stacklevel=3)
+def _homeless(model: nn.Module, layers: Sequence[Layer], source: object) -> None:
+    """Refuses a model that has a module for none of the layers; single layers without one are named in the plan."""
+    multiplied = [layer for layer in layers if layer.kind != "other"]
+    lost = [layer.name for layer in multiplied if layer.keep == NO_MODULE]
+    if lost and len(lost) == len(multiplied):
+        found = f"no module for any layer ({lost[0]}, ...); it has: {', '.join(n for n, _ in list(model.named_modules())[1:6])}"
+        raise CheckpointError(f"load {source} into {type(model).__name__}", found, "the model that the checkpoint was made from")
 
 
 def _placed(layers: Iterable[Layer], record: saved.Record) -> None:
@@ -216,8 +210,8 @@ def _check_shape(model: nn.Module, name: str, shape: tuple[int, ...]) -> None:
         module = model.get_submodule(path)
     except AttributeError:
         return
-    old = module._parameters.get(leaf)
-    old = module._buffers.get(leaf) if old is None else old
+    parameter, buffer = module._parameters.get(leaf), module._buffers.get(leaf)
+    old = buffer if parameter is None else parameter
     if old is not None and tuple(old.shape) != tuple(shape):
         raise CheckpointError(
             f"load {name} into {type(module).__name__}", f"shape {list(shape)} in the checkpoint",
