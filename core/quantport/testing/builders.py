@@ -48,7 +48,7 @@ def linear(subject: Subject, kernel: Kernel, scheme: Scheme) -> tuple[QuantLinea
     spec = WeightSpec(scheme, INTERMEDIATE, HIDDEN)
     _need(kernel, Request(spec, "linear", device, dtype))
     bias = cases.bias(spec.n, dtype)
-    module = QuantLinear(kernel, spec, nn.Parameter(bias.to(where), requires_grad=False))
+    module = QuantLinear(kernel, spec, nn.Parameter(bias.to(where), requires_grad=False), dtype)
     canonical = numerics.quantize_weight(cases.plain(spec.n, spec.k), scheme)
     module.set_weight("", {name: t.to(where, copy=True) for name, t in canonical.items()})
     effective = scheme if kernel.quantizes_activations else scheme.weight_only
@@ -65,7 +65,7 @@ def experts(subject: Subject, kernel: Kernel, scheme: Scheme) -> tuple[QuantExpe
     up, down = WeightSpec(scheme, INTERMEDIATE, HIDDEN), WeightSpec(scheme, HIDDEN, INTERMEDIATE)
     for spec in (up, down):
         _need(kernel, Request(spec, "moe", device, device.arch.compute))
-    module = QuantExperts(kernel, up, down, EXPERTS, "silu")
+    module = QuantExperts(kernel, up, down, EXPERTS, "silu", device.arch.compute)
     weights = {}
     for i, (name, spec) in enumerate(module.specs.items()):
         weight = (cases.random(spec.n, spec.k, seed=i) * 0.05).to(torch.bfloat16)
