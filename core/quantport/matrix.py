@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from quantport.choice import Choice, choice_dict, choose
 from quantport.device import Arch, Device
 from quantport.host import Host, host
 from quantport.kernel import Request, WeightSpec
-from quantport.plan import Choice, choice_dict, choose
 
 LAYERS = ("linear", "moe")
 _SHAPE = (4096, 4096)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from quantport import numerics
+from quantport.choice import choose
 from quantport.host import host
 from quantport.kernel import Request, WeightSpec
 from quantport.modules import QuantLinear
-from quantport.plan import choose
 
 COLD = 320 << 20  # bytes of copies that one rotates through, so that no cache keeps a weight
 Call = Callable[[int, Tensor], object]

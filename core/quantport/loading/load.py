@@ -25,6 +25,7 @@ from quantport.modules import QuantModule
 from quantport.plan import BUDGET, Plan, Step, make_plan
 
 HALVES = (torch.bfloat16, torch.float16)
+SLAB = 16 << 20  # bytes of source pages that copying one tensor holds
 
 
 def load(
@@ -144,8 +145,13 @@ class _Loader:
                 yield Task(part.tensor, size, partial(self._copy_into, fused.data[e, start : start + n], part.tensor))
 
     def _copy_into(self, target: Tensor, name: str) -> None:
-        target.copy_(self.checkpoint.read(name))
-        self.checkpoint.release(name)
+        """Copies a tensor by slabs of rows, giving the pages of each back before the next is read."""
+        info = self.checkpoint.tensors[name]
+        step = max(1, SLAB * info.shape[0] // max(1, info.nbytes)) if info.shape else 1
+        for i in range(0, info.shape[0] if info.shape else 1, step):
+            rows = slice(i, min(i + step, info.shape[0])) if info.shape else None
+            target[rows if rows else ...].copy_(self.checkpoint.read(name, rows))
+            self.checkpoint.release(name, rows)
 
     def _cast(self, stored: torch.dtype) -> torch.dtype:
         """The dtype of a tensor that stays: 16-bit floats follow the model, all floats follow a dtype that was asked for."""
@@ -170,9 +176,10 @@ class _Loader:
         module.set_weight(weight, {k: self.checkpoint.read(name).to(self.device, copy=True) for k, name in keys.items()})
 
     def _copy(self, name: str) -> None:
-        tensor = self.checkpoint.read(name)
-        _assign(self.model, self.names[name], tensor.to(self.device, self._cast(tensor.dtype), copy=True))
-        self.checkpoint.release(name)
+        info = self.checkpoint.tensors[name]
+        target = torch.empty(info.shape, dtype=self._cast(info.dtype), device=self.device)
+        self._copy_into(target, name)
+        _assign(self.model, self.names[name], target)
 
 
 def _usable(device: str | torch.device | Device, dtype: torch.dtype | None) -> Device:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from quantport import aten
+from quantport.choice import choose
 from quantport.errors import UnsupportedError, WeightError
 from quantport.host import host
 from quantport.kernel import Canonical, Kernel, Packed, Request, WeightSpec
-from quantport.plan import choose
 
 
 class QuantModule(nn.Module):
@@ -90,6 +90,8 @@ class QuantModule(nn.Module):
                 continue
             try:
                 device = self.device if self.device.type != "meta" else None
+                if device is None:  # the kernel was chosen for no device, or not at all
+                    self.kernel = self._kernel_for(rest[next(iter(keys.values()))].device, self.dtype)
                 self.set_weight(name, {key: rest.pop(full).detach().to(device, copy=True) for key, full in keys.items()})
             except WeightError as error:
                 error_msgs.append(f"{prefix.rstrip('.')}: {error}")

@@ -1,0 +1,81 @@
+"""What the benchmarks share: interleaved medians, the run's description, and tables."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import date
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def cpu_name() -> str:
+    """Model name of the processor, as the system says it."""
+    info = Path("/proc/cpuinfo")
+    names = (
+        [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        if info.exists()
+        else []
+    )
+    return names[0] if names else platform.processor()
+
+
+def describe() -> dict[str, str]:
+    """Device, date, commit and versions of this run."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return {
+        "device": cpu_name(),
+        "date": date.today().isoformat(),
+        "commit": commit.stdout.strip(),
+        "torch": torch.__version__,
+        "threads": str(torch.get_num_threads()),
+        "python": platform.python_version(),
+    }
+
+
+def interleaved(calls: Mapping[str, Callable[[int], object]], rounds: int = 9, seconds: float = 0.08) -> dict[str, float]:
+    """Median seconds of one call of each, all measured in turn in every round.
+
+    Args:
+        calls: Name -> function of a running number, so that it can rotate through copies.
+        rounds: Rounds.
+        seconds: About how long each takes in a round.
+    """
+    counts: dict[str, int] = {}
+    for name, call in calls.items():
+        call(0)
+        start = time.perf_counter()
+        call(1)
+        counts[name] = max(2, min(200, int(seconds / (time.perf_counter() - start + 1e-9))))
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    turn = 2
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            for i in range(counts[name]):
+                call(turn + i)
+            times[name].append((time.perf_counter() - start) / counts[name])
+            turn += counts[name]
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def markdown(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], notes: Sequence[str] = ()) -> str:
+    """A page with the run's description, one table and notes."""
+    run = ", ".join(f"{k} {v}" for k, v in describe().items())
+    lines = [f"# {title}", "", run, "", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(str(c) for c in row) + " |" for row in rows]
+    return "\n".join([*lines, "", *notes, ""])
+
+
+def write(name: str, text: str) -> None:
+    """Writes a results page and prints it."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / name).write_text(text, encoding="utf-8")
+    print(text)

@@ -1,0 +1,202 @@
+"""Load: peak memory and wall time of quantizing a 4 GB sharded BF16 checkpoint, beside merely reading and copying it, and the peers.
+
+Each case runs in a process of its own, cases in turn, medians over rounds. Peak is the largest resident set (VmHWM) over the
+resident set after imports. Writes ``benchmarks/results/load.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from common import markdown, write
+
+HIDDEN, MIDDLE, VOCAB = 4096, 11008, 32000
+GIB = 1 << 30
+CASES = ("read+copy", "int8", "int4_weight_only", "fp8_per_tensor", "fp8_per_channel", "fp8_per_block")
+PEERS = ("transformers BF16", "torchao int8", "torchao fp8", "quanto int8", "bitsandbytes 8-bit", "bitsandbytes NF4")
+
+
+def shapes(layers: int) -> dict[str, tuple[int, ...]]:
+    """Tensor names and shapes of a Llama-shaped model."""
+    out: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCAB, HIDDEN)}
+    for i in range(layers):
+        p = f"model.layers.{i}."
+        out |= {f"{p}self_attn.{q}_proj.weight": (HIDDEN, HIDDEN) for q in "qkvo"}
+        out |= {f"{p}mlp.{m}_proj.weight": (MIDDLE, HIDDEN) for m in ("gate", "up")}
+        out |= {f"{p}mlp.down_proj.weight": (HIDDEN, MIDDLE)}
+        out |= {f"{p}{n}_layernorm.weight": (HIDDEN,) for n in ("input", "post_attention")}
+    return out | {"model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCAB, HIDDEN)}
+
+
+def make(directory: Path, layers: int) -> None:
+    """Writes the checkpoint: random BF16 weights, shards of about 1 GB, an index and a config."""
+    from quantport.checkpoint import save_tensors
+
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN, "intermediate_size": MIDDLE,
+        "num_hidden_layers": layers, "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": VOCAB,
+        "tie_word_embeddings": False, "dtype": "bfloat16", "max_position_embeddings": 2048,
+    }  # fmt: skip
+    block = torch.randn(1 << 24).mul_(0.02).bfloat16()
+
+    def tensor(shape: tuple[int, ...]) -> torch.Tensor:
+        count = 1
+        for d in shape:
+            count *= d
+        return block.repeat(-(-count // block.numel()))[:count].view(shape)
+
+    stream = ((name, tensor(shape)) for name, shape in shapes(layers).items())
+    save_tensors(directory, stream, max_shard_bytes=10**9, files={"config.json": json.dumps(config).encode()})
+
+
+def status(key: str) -> int:
+    """Bytes of one line of /proc/self/status."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(key)
+
+
+def read_and_copy(directory: Path) -> None:
+    """The floor: every tensor of the checkpoint is read and copied once, on all cores, pages released after."""
+    from quantport.checkpoint import Checkpoint
+    from quantport.loading.stream import Task, run_tasks
+
+    kept = []
+    with Checkpoint.open(directory) as checkpoint:
+
+        def copy(name: str) -> None:
+            kept.append(checkpoint.read(name).clone())
+            checkpoint.release(name)
+
+        run_tasks([Task(n, t.nbytes, lambda n=n: copy(n)) for n, t in checkpoint.tensors.items()])  # type: ignore[misc]  # a default
+
+
+def run_case(case: str, directory: Path) -> dict[str, float]:
+    """Runs one case in this process."""
+    import transformers
+
+    import quantport
+    from quantport.host import host
+
+    host()
+    warm(case, directory)
+    base, start = status("VmRSS"), time.perf_counter()
+    final = 0.0
+    if case == "read+copy":
+        read_and_copy(directory)
+    elif case in host().schemes:
+        final = quantport.load(directory, case).quantport_plan.after
+    else:
+        peer(case, directory, transformers)
+    return {"seconds": time.perf_counter() - start, "peak": status("VmHWM") - base, "final": final or status("VmRSS") - base}
+
+
+def warm(case: str, directory: Path) -> None:
+    """One small load first, so that lazy imports and compilation are not in the figure."""
+    import quantport
+    from quantport.host import host
+
+    if case in host().schemes:
+        with tempfile.TemporaryDirectory() as tmp:
+            from quantport.checkpoint import save_tensors
+
+            small = torch.nn.Linear(256, 256, bias=False)
+            save_tensors(Path(tmp) / "m", [("a.weight", torch.randn(256, 256).bfloat16())])
+            quantport.load(Path(tmp) / "m", case, model=lambda: torch.nn.ModuleDict({"a": small}))
+
+
+def peer(case: str, directory: Path, transformers: object) -> None:
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, QuantoConfig, TorchAoConfig
+
+    if case == "transformers BF16":
+        AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+        return
+    if case.startswith("torchao"):
+        from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
+
+        config = TorchAoConfig(Int8WeightOnlyConfig() if "int8" in case else Float8WeightOnlyConfig())
+    elif case.startswith("quanto"):
+        config = QuantoConfig(weights="int8")
+    else:
+        config = (
+            BitsAndBytesConfig(load_in_8bit=True)
+            if "8-bit" in case
+            else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+        )
+    AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16, quantization_config=config)
+
+
+def child(case: str, directory: Path) -> dict[str, float] | str:
+    code = subprocess.run(
+        [sys.executable, __file__, "--case", case, "--dir", str(directory)], capture_output=True, text=True, check=False
+    )
+    lines = [line for line in code.stdout.splitlines() if line.startswith("{")]
+    error = code.stderr.strip().splitlines()
+    return json.loads(lines[-1]) if lines else (error[-1][:100] if error else f"exit {code.returncode}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--case")
+    parser.add_argument("--dir", type=Path)
+    parser.add_argument("--layers", type=int, default=9, help="9 layers are 4.1 GB")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--no-peers", action="store_true")
+    args = parser.parse_args()
+    if args.case:
+        print(json.dumps(run_case(args.case, args.dir)))
+        return
+    with tempfile.TemporaryDirectory() as tmp:
+        directory = args.dir or Path(tmp) / "model"
+        if not directory.exists():
+            make(directory, args.layers)
+        size = sum(f.stat().st_size for f in directory.glob("*.safetensors"))
+        cases = CASES if args.no_peers else CASES + PEERS
+        found: dict[str, list[dict[str, float]]] = {c: [] for c in cases}
+        failed: dict[str, str] = {}
+        for r in range(args.rounds):
+            for case in cases:
+                if case not in failed and (r == 0 or case in CASES):
+                    result = child(case, directory)
+                    if isinstance(result, str):
+                        failed[case] = result
+                    else:
+                        found[case].append(result)
+    report(found, failed, size)
+
+
+def report(found: dict[str, list[dict[str, float]]], failed: dict[str, str], size: int) -> None:
+    floor = statistics.median(r["seconds"] for r in found["read+copy"])
+    rows = []
+    for case, results in found.items():
+        if not results:
+            continue
+        seconds, peak = (statistics.median(r[k] for r in results) for k in ("seconds", "peak"))
+        final = results[0]["final"]
+        ours = case in CASES and case != "read+copy"
+        bound = max(1.25 * final, final + 512 * (1 << 20))
+        marks = (("✅" if seconds <= 1.5 * floor else "❌"), ("✅" if peak <= bound else "❌")) if ours else ("", "")
+        rows.append([
+            case, f"{seconds / (size / 1e9):.2f}", f"{seconds / floor:.2f} {marks[0]}", f"{final / GIB:.2f}",
+            f"{peak / GIB:.2f} {marks[1]}", f"{peak / final:.2f}",
+        ])  # fmt: skip
+    columns = ["", "s per GB of BF16", "x read+copy", "final GiB", "peak GiB", "peak / final"]
+    notes = [
+        f"Checkpoint of {size / 1e9:.2f} GB, page cache warm. Must reach: at most 1.5x of read+copy; peak at most quantized + 25% or + 512 MiB.",
+        "Peers ran once each; they load through Transformers, which keeps file pages mapped (they count as resident here, as for ours).",
+        *(f"- {case}: did not run here ({why})" for case, why in failed.items()),
+    ]
+    write("load.md", markdown("Loading a 4 GB BF16 checkpoint on the CPU", columns, rows, notes))
+
+
+if __name__ == "__main__":
+    main()
