@@ -11,9 +11,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
 import pluggy
+from torch import Tensor
 
 from quantport.device import Arch, Device
-from quantport.kernel import Kernel
+from quantport.kernel import Canonical, Kernel
 from quantport.scheme import Scheme
 
 hookspec = pluggy.HookspecMarker("quantport")
@@ -46,6 +47,18 @@ class Backend(ABC):
     def kernels(self) -> Sequence[Kernel]:
         """Returns every kernel; which of them takes a request is theirs to say. Names are unique over all backends,
         except for the shared instances of ``quantport.backend.aten``."""
+
+    def quantize_weight(self, weight: Tensor, scheme: Scheme) -> Canonical | None:
+        """Quantizes one weight faster than ``numerics.quantize_weight``, and equal to it byte for byte; None to decline.
+
+        Args:
+            weight: ``[n, k]`` on the device.
+            scheme: The scheme.
+
+        Returns:
+            The tensors of ``scheme.layout(n, k)``. Scales must be NaN or Inf where the weight holds NaN or Inf.
+        """
+        return None
 
     def advice(self) -> Sequence[str]:
         """Returns what is missing for hardware that can be seen but not used, with the command that mends it."""

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from quantport.backend import Arch, Backend, Device, Kernel
+from quantport.backend import Arch, Backend, Canonical, Device, Kernel, Scheme
 from quantport_cpu.capabilities import ARCHS
+from quantport_cpu.jit import available
 
 Features = frozenset[str]
 
@@ -70,6 +72,19 @@ class CpuBackend(Backend):
         found = features()
         name = platform.processor() or platform.machine()
         return (Device(arch_of(found, platform.machine()), name=name, memory=memory(), features=found),)
+
+    def quantize_weight(self, weight: Tensor, scheme: Scheme) -> Canonical | None:
+        """One compiled pass over BF16 weights, where numba is installed."""
+        if available():
+            return None
+        from quantport_cpu.jit.quantize import quantize_weight
+
+        return quantize_weight(weight, scheme)
+
+    def advice(self) -> Sequence[str]:
+        """Names the reason when the compiled kernels are missing."""
+        why = available()
+        return (f"{why}: FP8 and INT4 decode slower and loading takes longer; pip install 'quantport[jit]'",) if why else ()
 
     def kernels(self) -> Sequence[Kernel]:
         """Fast kernels first; the portable ones run everything else."""

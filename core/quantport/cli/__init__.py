@@ -1,5 +1,6 @@
 """The command line: one command for each question that people ask."""
 
-from quantport.cli.app import main
+from quantport.cli import asking, doing
+from quantport.cli.app import app, main
 
-__all__ = ["main"]
+__all__ = ["app", "asking", "doing", "main"]

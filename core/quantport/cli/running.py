@@ -1,9 +1,10 @@
-"""``quantport run``: load, generate, and compare with BF16 on the same text."""
+"""``quantport run`` and ``quantport quantize``: load, then generate and compare, or write."""
 
 from __future__ import annotations
 
-import importlib
+import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,136 +12,159 @@ import torch
 from torch import Tensor
 
 import quantport
-from quantport.cli import show
-from quantport.errors import CheckpointError, ConfigError
+from quantport.checkpoint.partial import check_free
+from quantport.cli import comparing, original
+from quantport.cli.page import Column, Grid, emit, progress, size, write
+from quantport.cli.plans import plan_page
+from quantport.errors import ConfigError, SaveError
 from quantport.loading.source import locate
 
-WINDOW = 256  # tokens: the context that perplexity is measured in
+
+@dataclass(frozen=True)
+class Request:
+    """What to load, and how: the arguments of ``quantport.load``."""
+
+    model: str
+    scheme: str | None
+    device: str
+    config: dict[str, Any] | None
+    rows: int
+    fallback: str | None
+
+    def load(self) -> Any:
+        """Loads the model behind a progress bar."""
+        with progress("loading and quantizing") as report:
+            return quantport.load(
+                self.model, self.scheme, config=self.config, device=self.device, rows=self.rows, fallback=self.fallback,
+                progress=report,
+            )  # fmt: skip
 
 
-def run(
-    path: str, scheme: str | None, device: str, config: dict[str, Any] | None, rows: int, fallback: str | None,
-    prompt: str, tokens: int, seed: int, text: Path | None, compare: bool, quiet: bool = False,
-) -> dict[str, Any]:  # fmt: skip
-    """Runs the command; prints unless ``quiet``, and returns what it found as plain data."""
-    directory = locate(path)
-    tokenizer = _tokenizer(directory)
-    sample = _text(directory, text) if compare else ""
-    torch.manual_seed(seed)
-    with show.progress("loading and quantizing") as report:
+@dataclass(frozen=True)
+class Text:
+    """What to generate."""
+
+    prompt: str
+    tokens: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What to compare on: a text file, at most so many windows of it, and the checkpoint of the original."""
+
+    text: Path | None
+    windows: int
+    baseline: str | None
+
+
+def run(request: Request, text: Text, comparison: Comparison | None, form: str) -> None:
+    """Loads, generates and compares. In a terminal the text is shown before the rest is measured."""
+    directory = locate(request.model)
+    with original.hushed():
+        tokenizer = original.tokenizer(directory)
+        ids = _prompt(tokenizer, text.prompt)
+        base = original.find(directory, comparison.baseline) if comparison else directory
+        sample = original.sample(directory, base, comparison.text) if comparison else ""
+        torch.manual_seed(text.seed)
         start = time.perf_counter()
-        model = quantport.load(path, scheme, config=config, device=device, rows=rows, fallback=fallback, progress=report)
+        model = request.load()
         seconds = time.perf_counter() - start
-    written, rate = _generate(model, tokenizer, prompt, tokens)
+        ids = ids.to(model.device)
+        _fits(model, ids, text.tokens)
+        comparing.warm_up(model, ids, text.tokens)
+        out, rate = comparing.timed(model, ids, text.tokens)
+        written = str(tokenizer.decode(out[0], skip_special_tokens=True))
+        if form == "table":
+            write(f"{written}\n")
+        page = plan_page(model.quantport_plan)
+        page.data = {"text": written, "load_seconds": seconds, "tokens_per_second": rate, "plan": page.data}
+        page.say(f"loaded in {seconds:.1f} s; {rate:.1f} tokens/s after a warm-up")
+        if comparison:
+            page.data["compare"] = _compare(model, base, tokenizer, sample, ids, text.tokens, comparison.windows)
+            page.blocks.append(_grid(page.data["compare"]))
+    if form != "table":
+        page.blocks.insert(0, Grid((Column("text"),), [(written,)]))
+    emit(page, form)
+
+
+def _compare(model: Any, base_at: Path, tokenizer: Any, sample: str, ids: Tensor, tokens: int, count: int) -> dict[str, Any]:
+    """Quality on the same windows, speed in turns, of both models side by side in memory."""
     made = model.quantport_plan
-    out: dict[str, Any] = {"load_seconds": seconds, "text": written, "tokens_per_second": rate, "plan": made.to_dict()}
-    if not quiet:
-        show.console().print(f"{written}\n", markup=False, highlight=False)
-    if compare:
-        out["compare"] = _compare(model, directory, tokenizer, sample, prompt, tokens, made)
-    if not quiet:
-        show.print_plan(made)
-        if compare:
-            show.console().print(_table(out["compare"]))
-    return out
-
-
-def _compare(model: Any, directory: Path, tokenizer: Any, text: str, prompt: str, tokens: int, made: Any) -> dict[str, Any]:
-    """Measures both models on the same windows of the same text, one after the other."""
-    device = made.device.torch_device
-    windows = _windows(tokenizer, text).to(device)
-    logits = score(model, windows)
-    _, rate = _generate(model, tokenizer, prompt, tokens)
-    transformers = importlib.import_module("transformers")
-    cls = getattr(transformers, model.config.architectures[0])
-    base = cls.from_pretrained(directory, dtype=model.dtype).to(device).eval()
-    expected = score(base, windows)
-    base_text, base_rate = _generate(base, tokenizer, prompt, tokens)
-    quality = compare_logits(logits, expected, windows)
+    windows = comparing.cut(tokenizer(sample, verbose=False).input_ids, count, original.positions(model))
+    base = original.load(model, base_at)
+    with progress("comparing with BF16", "windows") as report:
+        quality = comparing.quality(model, base, windows.to(model.device), report)
+    rates = comparing.rates({"quantized": model, "bf16": base}, ids, tokens)
+    weights = {p.data_ptr(): p.nbytes for p in base.parameters()}
     return {
         **quality,
         "bytes": made.after,
-        "bytes_bf16": made.before,
-        "tokens_per_second": rate,
-        "tokens_per_second_bf16": base_rate,
-        "text_bf16": base_text,
+        "bytes_bf16": sum(weights.values()),
+        "tokens_per_second": rates["quantized"],
+        "tokens_per_second_bf16": rates["bf16"],
+        "text_bf16": str(tokenizer.decode(comparing.generate(base, ids, tokens)[0], skip_special_tokens=True)),
     }
 
 
-@torch.no_grad()
-def score(model: Any, windows: Tensor) -> Tensor:
-    """Log-probabilities ``[windows, WINDOW - 1, vocabulary]`` of each next token, fp32 on the CPU."""
-    rows = [model(w[None]).logits[0, :-1].float().log_softmax(-1).cpu() for w in windows]
-    return torch.stack(rows)
-
-
-def compare_logits(found: Tensor, expected: Tensor, windows: Tensor) -> dict[str, float]:
-    """Perplexity of both, mean KL(expected || found) in nats per token, and the share of equal top-1 tokens.
-
-    Args:
-        found: Log-probabilities of the quantized model, from ``score``.
-        expected: Those of the baseline.
-        windows: The tokens ``[windows, WINDOW]``.
-    """
-    target = windows[:, 1:, None].cpu()
-    return {
-        "perplexity": found.gather(-1, target).mean().neg().exp().item(),
-        "perplexity_bf16": expected.gather(-1, target).mean().neg().exp().item(),
-        "kl": (expected.exp() * (expected - found)).sum(-1).mean().item(),
-        "top1": (found.argmax(-1) == expected.argmax(-1)).float().mean().item(),
-    }
-
-
-@torch.no_grad()
-def _generate(model: Any, tokenizer: Any, prompt: str, tokens: int) -> tuple[str, float]:
-    """Greedy text and tokens per second."""
-    ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
-    start = time.perf_counter()
-    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False)
-    seconds = time.perf_counter() - start
-    return str(tokenizer.decode(out[0], skip_special_tokens=True)), (out.shape[1] - ids.shape[1]) / seconds
-
-
-def _windows(tokenizer: Any, text: str) -> Tensor:
-    """Cuts a text into as many full windows as it has (at most 64)."""
-    ids = torch.tensor(tokenizer(text, verbose=False).input_ids)
-    count = min(len(ids) // WINDOW, 64)
-    if not count:
-        raise ConfigError("--compare", f"a text of {len(ids)} tokens", f"a text of at least {WINDOW} tokens: --text FILE")
-    return ids[: count * WINDOW].view(count, WINDOW)
-
-
-def _tokenizer(directory: Path) -> Any:
-    if not (directory / "config.json").exists():
-        raise CheckpointError(f"run {directory}", "no config.json there", "a Transformers checkpoint directory with a tokenizer")
-    try:
-        return importlib.import_module("transformers").AutoTokenizer.from_pretrained(directory)
-    except ImportError:
-        raise CheckpointError(
-            f"run {directory}", "Transformers is not installed", "pip install 'quantport[transformers]'"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"read the tokenizer of {directory}", str(error).splitlines()[0], "tokenizer.json beside config.json"
-        ) from error
-
-
-def _text(directory: Path, text: Path | None) -> str:
-    for path in [text] if text else [directory / "eval.txt", directory.parent / "eval.txt"]:
-        if path.is_file():
-            return path.read_text(encoding="utf-8")
-    raise ConfigError(
-        "--compare", f"no evaluation text {text or 'eval.txt beside the model'}", "--text FILE, some pages of plain text"
-    )
-
-
-def _table(c: dict[str, Any]) -> Any:
-    out = show.table("", "BF16", "quantized", "change")
+def _grid(c: dict[str, Any]) -> Grid:
     change = c["perplexity"] / c["perplexity_bf16"] - 1
-    out.add_row("perplexity", f"{c['perplexity_bf16']:.3f}", f"{c['perplexity']:.3f}", f"{change:+.2%}")
-    out.add_row("KL divergence (nats/token)", "0", f"{c['kl']:.5f}", "")
-    out.add_row("top-1 agreement", "100%", f"{c['top1']:.1%}", "")
-    out.add_row("bytes of weights", show.size(c["bytes_bf16"]), show.size(c["bytes"]), f"{c['bytes'] / c['bytes_bf16'] - 1:+.0%}")
     speed = c["tokens_per_second"] / c["tokens_per_second_bf16"]
-    out.add_row("tokens/s", f"{c['tokens_per_second_bf16']:.1f}", f"{c['tokens_per_second']:.1f}", f"{speed:.2f}x")
-    return out
+    rows = (
+        ("perplexity", f"{c['perplexity_bf16']:.3f}", f"{c['perplexity']:.3f}", f"{change:+.2%}"),
+        ("KL divergence (nats/token)", "0", f"{c['kl']:.5f}", ""),
+        ("top-1 agreement", "100%", f"{c['top1']:.1%}", ""),
+        ("bytes of weights", size(c["bytes_bf16"]), size(c["bytes"]), f"{c['bytes'] / c['bytes_bf16'] - 1:+.0%}"),
+        ("tokens/s", f"{c['tokens_per_second_bf16']:.1f}", f"{c['tokens_per_second']:.1f}", f"{speed:.2f}x"),
+    )
+    columns = (Column(""), Column("BF16", right=True), Column("quantized", right=True), Column("change", right=True))
+    return Grid(columns, rows, f"against BF16, {c['tokens_scored']} tokens in windows of {c['window']}")
+
+
+def _prompt(tokenizer: Any, prompt: str) -> Tensor:
+    """Tokens ``[1, prompt]``; an empty prompt is the beginning of a text, where the tokenizer has one."""
+    ids = list(tokenizer(prompt, verbose=False).input_ids)
+    if not ids and tokenizer.bos_token_id is not None:
+        ids = [tokenizer.bos_token_id]
+    if not ids:
+        raise ConfigError(f"--prompt {prompt!r}", "it has no tokens", "some text to continue")
+    return torch.tensor([ids])
+
+
+def _fits(model: Any, ids: Tensor, tokens: int) -> None:
+    """Refuses a model that writes no text, and a text longer than its positions."""
+    if not (hasattr(model, "can_generate") and model.can_generate()):
+        works = "a causal language model; quantport.load in Python for any other"
+        raise ConfigError(f"run {type(model).__name__}", "it does not generate text", works)
+    most = original.positions(model)
+    if most is not None and ids.shape[1] + tokens > most:
+        found = f"the model has {most} positions, and the prompt has {ids.shape[1]} tokens"
+        works = f"--tokens {most - ids.shape[1]}" if most > ids.shape[1] else "a shorter --prompt"
+        raise ConfigError(f"--tokens {tokens}", found, works)
+
+
+def quantize(request: Request, out: Path, overwrite: bool, form: str) -> None:
+    """Loads and saves; what would refuse the directory in the end does so before the work."""
+    _writable(out, overwrite, locate(request.model))
+    model = request.load()
+    with progress(f"writing {out}"):
+        quantport.save(model, out, overwrite=overwrite)
+    page = plan_page(model.quantport_plan)
+    written = sum(f.stat().st_size for f in out.iterdir())
+    page.data = {"directory": str(out), "bytes_written": written, "plan": page.data}
+    page.say(f"wrote {out}: {size(written)}; try `quantport run {out}`", "good")
+    emit(page, form)
+
+
+def _writable(out: Path, overwrite: bool, source: Path) -> None:
+    asked = f"write {out}"
+    if out.resolve() in (source.resolve(), *source.resolve().parents):
+        raise SaveError(asked, f"the checkpoint that is read is there: {source}", "another directory")
+    try:
+        check_free(out, overwrite)
+    except SaveError as error:
+        raise SaveError(asked, error.found, error.works.replace("overwrite=True", "--overwrite")) from None
+    parent = next(p for p in out.absolute().parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        found = f"no permission to write in {parent}" if parent.is_dir() else f"{parent} is a file"
+        raise SaveError(asked, found, "a directory that you may write")

@@ -1,54 +1,23 @@
-"""Turns values into tables, markdown and JSON. Decides nothing."""
+"""Pages of the devices and of the matrix."""
 
 from __future__ import annotations
 
-import html
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import re
+from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from rich.table import Table
-
+from quantport.cli.page import Column, Grid, Page, size
 from quantport.device import Device
-from quantport.host import Host
 from quantport.matrix import Cell
-from quantport.plan import Plan, Step
 
 _MARK = {"native": "✅", "weight_only": "🟡", "dequantize": "🟠", "reference": "🔵", "unsupported": "❌"}
-
-
-def console() -> Console:
-    """A console on stdout; wide when it is no terminal, so that piped tables keep their columns."""
-    return Console() if sys.stdout.isatty() else Console(width=180)
-
-
-@contextmanager
-def progress(title: str) -> Iterator[Callable[[int, int, str], None]]:
-    """A progress bar on stderr with bytes, rate and time left; silent when stderr is no terminal."""
-    columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total, _name: bar.update(task, completed=done, total=total)
-
-
-def size(count: float) -> str:
-    """Bytes for people, in decimal units."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
-def table(*columns: str, title: str | None = None) -> Table:
-    """An empty table."""
-    out = Table(title=title, title_justify="left")
-    for column in columns:
-        out.add_column(column, overflow="fold")
-    return out
+_LEGEND = {
+    "native": "as asked",
+    "weight_only": "the weights as asked, 16-bit activations",
+    "dequantize": "as asked, through a 16-bit copy",
+    "reference": "exact emulation, slow",
+    "unsupported": "nothing runs it",
+}
 
 
 def device_dict(device: Device) -> dict[str, Any]:
@@ -60,38 +29,67 @@ def device_dict(device: Device) -> dict[str, Any]:
         "name": device.name,
         "memory": device.memory,
         "native": sorted(device.arch.native),
+        "features": sorted(device.features),
     }
 
 
-def device_table(devices: Sequence[Device]) -> Table:
+def devices_page(devices: Sequence[Device]) -> Page:
     """Devices, best first."""
-    out = table("device", "architecture", "name", "memory", "multiplies natively")
+    names = (Column("device"), Column("architecture"), Column("title", 2), Column("name", 1), Column("memory", right=True))
+    rows = []
     for d in devices:
         memory = size(d.memory) if d.memory else "unknown"
-        out.add_row(
-            f"{d.kind}:{d.index}", f"{d.arch.name} ({d.arch.title})", d.name, memory, ", ".join(sorted(d.arch.native)) or "-"
-        )
-    return out
+        native = ", ".join(sorted(d.arch.native)) or "-"
+        rows.append((f"{d.kind}:{d.index}", d.arch.name, d.arch.title, d.name, memory, native))
+    page = Page([device_dict(d) for d in devices], [Grid((*names, Column("multiplies natively", prose=True)), rows)])
+    if not devices:
+        page.say("no device was found: run `quantport doctor`", "warn")
+    return page
 
 
-def _cell_row(cell: Cell) -> tuple[str, ...]:
+_DETAILS = (
+    Column("device"), Column("scheme"), Column("layer"), Column("asked", 4), Column("status", 1), Column("effective"),
+    Column("activations", 5), Column("kernel", 2), Column("evidence", 3), Column("reason", prose=True),
+)  # fmt: skip
+
+
+def matrix_page(cells: Sequence[Cell], detailed: bool) -> Page:
+    """The matrix: one row for each cell with its reasons, or one mark for each cell."""
+    page = Page([c.to_dict() for c in cells], title="quantport matrix")
+    if detailed:
+        page.blocks.append(Grid(_DETAILS, [_details(c) for c in cells]))
+        return page
+    for layer in dict.fromkeys(c.layer for c in cells):
+        schemes, rows = _overview([c for c in cells if c.layer == layer])
+        title = "MoE experts" if layer == "moe" else f"{layer.capitalize()} layers"
+        columns = [Column("device"), *(Column(s) for s in schemes)]
+        page.blocks.append(Grid(columns, [(device, *marks) for device, _, marks in rows], title, split=True))
+    page.say("\n" + "\n".join(f"{_MARK[status]} {status}: {text}" for status, text in _LEGEND.items()))
+    page.say("Kernels and reasons of some cells: --device KIND:ARCH or --scheme SCHEME. Of all of them: --format markdown.", "dim")
+    return page
+
+
+def _details(cell: Cell) -> tuple[str, ...]:
     choice = cell.choice
-    evidence = str(choice.claim.evidence) if choice.claim else ""
+    evidence = str(choice.claim.evidence) if choice.claim else "-"
     speed = "" if choice.speed is None else f" ({choice.speed:.1f}x BF16)"
-    reasons = "; ".join(([choice.deviation] if choice.deviation else []) + list(choice.reasons[:1]))
+    shown = [re.sub(r" \[[^\[\]]*\]$", "", reason) for reason in choice.reasons[:1]]  # the source is in the other formats
+    reasons = "; ".join([choice.deviation] * bool(choice.deviation) + shown)
     mark = f"{_MARK[str(choice.status)]} {choice.status}"
-    return str(cell.arch), cell.scheme, cell.layer, cell.asked, mark, choice.precision, choice.kernel + speed, evidence, reasons
+    kernel = choice.kernel + speed or "-"
+    effective, activations = choice.precision or "-", choice.activations if choice.kernel else "-"
+    return str(cell.arch), cell.scheme, cell.layer, cell.asked, mark, effective, activations, kernel, evidence, reasons
 
 
-_MATRIX = ("device", "scheme", "layer", "asked", "status", "effective", "kernel", "evidence", "reason")
-
-
-def matrix_table(cells: Sequence[Cell]) -> Table:
-    """The matrix for a terminal."""
-    out = table(*_MATRIX)
-    for cell in cells:
-        out.add_row(*_cell_row(cell))
-    return out
+def _overview(cells: Sequence[Cell]) -> tuple[list[str], list[tuple[str, str, list[str]]]]:
+    """Schemes, and for each architecture its name, title and one mark for each scheme."""
+    schemes = list(dict.fromkeys(c.scheme for c in cells))
+    rows: dict[str, tuple[str, str, list[str]]] = {}
+    for c in cells:
+        rows.setdefault(str(c.arch), (str(c.arch), c.arch.title, []))[2].append(
+            f"{_MARK[str(c.choice.status)]} {c.choice.precision}".strip()
+        )
+    return schemes, list(rows.values())
 
 
 def matrix_markdown(cells: Sequence[Cell]) -> str:
@@ -100,103 +98,16 @@ def matrix_markdown(cells: Sequence[Cell]) -> str:
     Machine-dependent numbers (measured speeds) are left out, so that the text is the same everywhere.
     """
     out = []
-    schemes = list(dict.fromkeys(c.scheme for c in cells))
     for layer in dict.fromkeys(c.layer for c in cells):
-        here = [c for c in cells if c.layer == layer]
-        out += [f"## {layer.capitalize() if layer != 'moe' else 'MoE experts'}", ""]
+        schemes, rows = _overview([c for c in cells if c.layer == layer])
+        out += ["## MoE experts" if layer == "moe" else f"## {layer.capitalize()}", ""]
         out += ["| device | " + " | ".join(f"`{s}`" for s in schemes) + " |", "|---" * (len(schemes) + 1) + "|"]
-        for arch in dict.fromkeys(c.arch for c in here):
-            row = {c.scheme: c for c in here if c.arch == arch}
-            marks = [f"{_MARK[str(row[s].choice.status)]} {row[s].choice.precision}" for s in schemes]
-            out.append(f"| `{arch}` {arch.title} | " + " | ".join(marks) + " |")
+        out += [f"| `{device}` {title} | " + " | ".join(marks) + " |" for device, title, marks in rows]
         out.append("")
     out += ["## Kernel, evidence and reason of each cell", ""]
     out += ["| device | scheme | layer | asked | effective | kernel | evidence | reason |", "|---|---|---|---|---|---|---|---|"]
     for c in cells:
         evidence = f"{c.choice.claim.evidence}: {c.choice.claim.source}" if c.choice.claim else ""
         fields = (f"`{c.arch}`", f"`{c.scheme}`", c.layer, c.asked, c.choice.precision, f"`{c.choice.kernel}`", evidence)
-        out.append("| " + " | ".join((*fields, "; ".join(c.choice.reasons[:1]))) + " |")
+        out.append("| " + " | ".join((*fields, "; ".join(c.choice.reasons[:1]).replace("|", "\\|"))) + " |")
     return "\n".join(out)
-
-
-def matrix_html(cells: Sequence[Cell]) -> str:
-    """The matrix as one HTML table."""
-    head = "".join(f"<th>{h}</th>" for h in _MATRIX)
-    rows = "\n".join("<tr>" + "".join(f"<td>{html.escape(f)}</td>" for f in _cell_row(c)) + "</tr>" for c in cells)
-    return f"<!doctype html>\n<meta charset=utf-8>\n<title>quantport matrix</title>\n<table>\n<tr>{head}</tr>\n{rows}\n</table>"
-
-
-def print_plan(plan: Plan) -> None:
-    """The plan: one row for each group of like layers, then totals and the reasons."""
-    columns = ("layers", "asked", "effective", "activations", "kernel", "before", "after", "evidence", "note")
-    out = table(*columns, title=f"{plan.source} on {plan.device}")
-    notes: dict[str, None] = {}
-    for steps in _groups(plan.steps):
-        first = steps[0]
-        names = first.layer.name if len(steps) == 1 else f"{first.layer.name} ... ({len(steps)} layers)"
-        before, after = sum(s.before for s in steps), sum(s.after for s in steps)
-        choice = first.choice
-        effective = f"{choice.precision} {choice.status}" if choice else "as stored"
-        activations, kernel = (choice.activations, choice.kernel) if choice else ("-", "-")
-        evidence = str(choice.claim.evidence) if choice and choice.claim else ""
-        sizes = (size(before), size(after))
-        out.add_row(names, first.asked or "-", effective, activations, kernel, *sizes, evidence, first.note)
-        if choice:
-            notes.update(dict.fromkeys(f"{first.asked}: {r}" for r in choice.reasons))
-            if choice.deviation:
-                notes[f"{first.asked}: deviates from the scheme: {choice.deviation}"] = None
-    view = console()
-    view.print(out)
-    if plan.why:
-        view.print(f"chosen by the device: {plan.why}")
-    for note in notes:
-        view.print(f"reason: {note}", markup=False, highlight=False)
-    slow = sum(s.slow for s in plan.steps)
-    if slow:
-        view.print(f"warning: {slow} layers are slower than BF16 on this path", style="yellow")
-    saved = 1 - plan.after / plan.before if plan.before else 0
-    view.print(f"total: {size(plan.before)} -> {size(plan.after)} ({saved:.0%} less), peak while loading at most {size(plan.peak)}")
-
-
-def _groups(steps: Sequence[Step]) -> list[list[Step]]:
-    """Steps that share everything but their place in the model."""
-    out: dict[object, list[Step]] = {}
-    for step in steps:
-        leaf = step.layer.name.rpartition(".")[2] if step.layer.kind != "other" else "other"
-        key = (leaf, step.layer.kind, step.layer.weights if step.layer.kind != "other" else (), step.asked, step.choice, step.note)
-        out.setdefault(key, []).append(step)
-    return list(out.values())
-
-
-def bench_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Ratios against BF16, one row for each scheme and number of rows."""
-    out = table("scheme", "kernel", "rows", "x BF16", "x BF16 prepacked", "x limit")
-    for r in rows:
-        numbers = (f"{r[k]:.2f}" if r[k] is not None else "-" for k in ("vs_bf16", "vs_prepacked", "vs_limit"))
-        out.add_row(r["scheme"], r["kernel"], str(r["rows"]), *numbers)
-    return out
-
-
-def doctor_dict(host: Host, advice: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """Plain data of the doctor's findings."""
-    return {
-        "backends": sorted(host.backends),
-        "schemes": list(host.schemes),
-        "devices": [device_dict(d) for d in host.devices],
-        "problems": [vars(p) for p in host.problems],
-        "advice": {kind: list(lines) for kind, lines in advice.items() if lines},
-    }
-
-
-def print_doctor(host: Host, advice: Mapping[str, Sequence[str]]) -> None:
-    """Backends, what they found, what is missing, and what broke."""
-    view = console()
-    out = table("backend", "devices", "kernels", "advice")
-    for kind in sorted(host.backends):
-        found = [str(d) for d in host.devices if d.kind == kind]
-        out.add_row(kind, ", ".join(found) or "none found", str(len(host.kernels(kind))), "\n".join(advice[kind]) or "-")
-    view.print(out)
-    if not host.problems:
-        view.print("no plugin was set aside", style="green")
-    for p in host.problems:
-        view.print(f"plugin {p.plugin!r} was set aside at {p.stage}: {p.error}", style="red", markup=False)

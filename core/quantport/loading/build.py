@@ -55,9 +55,8 @@ def build(
         with parameters_on_meta():
             made = factory()
         if not isinstance(made, nn.Module):
-            raise CheckpointError(
-                "build the model with model=", f"it returned {made!r}", "a function that returns a torch.nn.Module"
-            )
+            found = f"it returned a {type(made).__name__}: {made!r}"
+            raise CheckpointError("build the model with model=", found, "a function that returns a torch.nn.Module")
         return made.eval(), {name: name for name in names}
     if not (directory / "config.json").exists():
         raise CheckpointError(f"build the model of {directory}", "no config.json", "pass model=, a function that makes the module")

@@ -158,7 +158,7 @@ class _Loader:
         return self.dtype if stored in HALVES or (self.explicit and stored is torch.float32) else stored
 
     def _fresh_tasks(self, step: Step, module: QuantModule) -> Iterable[Task]:
-        return quantize_tasks(step, module, self._read, self.plan.config.nonfinite, self.device)
+        return quantize_tasks(step, module, self._read, self.plan.config.nonfinite, self.plan.device.kind, self.device)
 
     def _read(self, part: Part) -> tuple[Tensor, Callable[[], None]]:
         rows = None if part.expert is None else slice(part.expert, part.expert + 1)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from quantport.host import host
+from quantport.layers import Part
 from quantport.loading.bind import make_module, put
 from quantport.loading.planning import plan
 from quantport.loading.stream import Progress, Task, run_tasks
@@ -42,19 +44,17 @@ def quantize_(
     target = next((d for d in host().devices if d.torch_type == here.type and d.index == (here.index or 0)), None)
     decided = plan(model, scheme, config=config, device=target or str(here), rows=rows, fallback=fallback)
     params = dict(model.named_parameters())
+
+    def read(part: Part) -> tuple[Tensor, Callable[[], None]]:
+        return select(params[part.tensor], part), lambda: None  # nothing to release: the caller owns the tensor
+
     new: dict[str, QuantModule] = {}
     tasks: list[Task] = []
     for step in decided.steps:
         if step.choice:
             module = new[step.layer.name] = make_module(step, model.get_submodule(step.layer.name), step.layer.dtype)
-            tasks += quantize_tasks(
-                step, module, lambda part: (select(params[part.tensor], part), _nothing), decided.config.nonfinite
-            )
+            tasks += quantize_tasks(step, module, read, decided.config.nonfinite, decided.device.kind)
     run_tasks(tasks, progress)
     put(model, new)
     model.quantport_plan = decided  # type: ignore[assignment]  # a note on the model, not a submodule
     return decided
-
-
-def _nothing() -> None:
-    """Releases a tensor that its owner keeps."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from quantport import numerics
+from quantport.host import host
 from quantport.layers import Part
 from quantport.loading.stream import Task
 from quantport.modules import QuantModule
@@ -18,16 +19,18 @@ Reader = Callable[[Part], tuple[Tensor, Callable[[], None]]]
 
 
 def quantize_tasks(
-    step: Step, module: QuantModule, read: Reader, nonfinite: str, device: torch.device | None = None
+    step: Step, module: QuantModule, read: Reader, nonfinite: str, kind: str, device: torch.device | None = None
 ) -> Iterable[Task]:
-    """The tasks that fill one module from 16-bit weights."""
+    """The tasks that fill one module from 16-bit weights, quantized by the backend of a kind of device."""
+    fast = host().backends[kind].quantize_weight
 
     def run(part: Part, weight: str) -> None:
         tensor, release = read(part)
         on_device = tensor.detach().to(device) if device else tensor.detach()
-        scheme = module.specs[weight].scheme
-        module.set_weight(weight, numerics.quantize_weight(on_device, scheme, f"{step.layer.name}.{weight}".rstrip("."), nonfinite))
+        name = f"{step.layer.name}.{weight}".rstrip(".")
+        stored = numerics.quantize_weight(on_device, module.specs[weight].scheme, name, nonfinite, fast)
         release()
+        module.set_weight(weight, stored)
 
     for name, n, k in step.layer.weights:
         for e, part in enumerate(step.layer.parts[name]):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -12,9 +14,12 @@ from quantport.numerics.nibbles import pack_int4, unpack_int4
 from quantport.scheme import Scheme
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+Fast = Callable[[Tensor, Scheme], dict[str, Tensor] | None]
 
 
-def quantize_weight(weight: Tensor, scheme: Scheme, name: str = "weight", nonfinite: str = "error") -> dict[str, Tensor]:
+def quantize_weight(
+    weight: Tensor, scheme: Scheme, name: str = "weight", nonfinite: str = "error", fast: Fast | None = None
+) -> dict[str, Tensor]:
     """Quantizes one weight to the stored layout of its scheme.
 
     Args:
@@ -22,6 +27,7 @@ def quantize_weight(weight: Tensor, scheme: Scheme, name: str = "weight", nonfin
         scheme: The scheme.
         name: For the error text.
         nonfinite: ``error`` refuses NaN and Inf; ``zero`` reads each of them as 0.
+        fast: A backend's ``quantize_weight``: equal to this, and may decline with None.
 
     Returns:
         The tensors of ``scheme.layout(n, k)``.
@@ -37,10 +43,15 @@ def quantize_weight(weight: Tensor, scheme: Scheme, name: str = "weight", nonfin
         )
     if scheme.weight.element is BF16:
         return {"weight": weight.to(torch.bfloat16, copy=True)}
+    stored = (fast and fast(weight, scheme)) or _stored(weight, scheme)
+    if nonfinite == "zero" and not torch.isfinite(stored["weight_scale"]).all():
+        stored = _stored(torch.nan_to_num(weight, nan=0.0, posinf=0.0, neginf=0.0), scheme)
+    check_finite(stored["weight_scale"], name)
+    return stored
+
+
+def _stored(weight: Tensor, scheme: Scheme) -> dict[str, Tensor]:
     codes, scale = quantize(weight, scheme.weight)
-    if nonfinite == "zero" and not torch.isfinite(scale).all():
-        codes, scale = quantize(torch.nan_to_num(weight, nan=0.0, posinf=0.0, neginf=0.0), scheme.weight)
-    check_finite(scale, name)
     if scheme.weight.element.bits == 4:
         return {"weight_packed": pack_int4(codes), "weight_scale": scale}
     return {"weight": codes, "weight_scale": scale}

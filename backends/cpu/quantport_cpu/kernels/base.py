@@ -11,8 +11,19 @@ from typing import Any
 import torch
 
 from quantport.backend import Claim, Evidence, Kernel, Request
+from quantport_cpu.jit import available
 
 TINY = torch.finfo(torch.float32).tiny
+
+
+@cache
+def compiled() -> bool:
+    """Whether the compiled integer kernels run here: numba, and AVX512-VNNI."""
+    if available():
+        return False
+    from quantport_cpu.jit.gemv import vnni_reason
+
+    return not vnni_reason()
 
 
 @cache

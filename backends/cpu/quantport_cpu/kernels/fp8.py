@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from quantport.backend import Packed, Request, Scheme, WeightSpec
+from quantport_cpu.jit import available
 from quantport_cpu.kernels.base import TINY, CpuKernel
 from quantport_cpu.kernels.scratch import scratch
 
 _ROWS = 256
-_FEW = 4  # up to this many rows, fp16 matrix-vector products beat an fp32 matmul
+_COMPILED = 8  # up to this many rows the compiled kernel is fastest
+_FEW = 4  # up to this many rows, and without it, fp16 matrix-vector products beat an fp32 matmul
 
 
 def _halves(codes: Tensor) -> Tensor:
@@ -38,10 +40,16 @@ class CpuFp8WeightOnly(CpuKernel):
         return ()
 
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
-        codes, scale = packed[0].view(torch.int8), packed[1]
-        blocks = spec.scheme.weight.cols
-        few = not blocks and x.shape[0] <= _FEW
-        y = self._few(x.float(), codes) if few else self._many(x.float(), codes, scale, blocks)
+        codes, scale = packed
+        blocks, rows = spec.scheme.weight.cols, x.shape[0]
+        if 0 < rows <= _COMPILED and not available():
+            from quantport_cpu.jit import gemv
+
+            y = gemv.fp8(x, codes, scale if blocks else None)
+        elif not blocks and rows <= _FEW:
+            y = self._few(x.float(), codes.view(torch.int8))
+        else:
+            y = self._many(x.float(), codes.view(torch.int8), scale, blocks)
         if not blocks:
             y.mul_(scale.view(-1))
         return (y if bias is None else y.add_(bias)).to(x.dtype)

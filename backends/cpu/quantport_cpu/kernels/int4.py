@@ -8,8 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quantport.backend import Canonical, Packed, Request, Scheme, WeightSpec
-from quantport_cpu.kernels.base import CpuKernel
+from quantport.backend import Canonical, Device, Packed, Request, Scheme, WeightSpec
+from quantport_cpu.jit import available
+from quantport_cpu.kernels.base import CpuKernel, compiled
+
+_COMPILED = 8  # up to this many rows, and in groups of 64 or more, the compiled kernel beats ATen's
 
 
 def block_rows() -> int:
@@ -18,6 +21,14 @@ def block_rows() -> int:
     Source: pytorch ``aten/src/ATen/native/cpu/int4mm_kernel.cpp``, ``weight_to_int4pack_kernel``.
     """
     return {"AVX512": 64, "AVX2": 32}.get(torch.backends.cpu.get_cpu_capability(), 0)
+
+
+def _block_of(device: Device) -> int:
+    """``block_rows`` of this machine, or of an architecture that is only asked about."""
+    if not device.simulated:
+        return block_rows()
+    name = device.arch.name
+    return 0 if not name.startswith("x86") else 32 if name == "x86_avx2" else 64
 
 
 def _padded(spec: WeightSpec) -> tuple[int, int]:
@@ -70,7 +81,7 @@ class CpuInt4(CpuKernel):
         reasons = []
         if not hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
             reasons.append("this torch has no _weight_int4pack_mm_for_cpu")
-        if not request.device.arch.name.startswith("x86") or not block_rows():
+        if not _block_of(request.device):
             reasons.append("the packed int4 layout is known for AVX2 and AVX-512 only")
         if request.dtype is not torch.bfloat16:
             reasons.append(f"the packed int4 kernel is scalar for {request.dtype} activations; it takes bfloat16")
@@ -78,12 +89,16 @@ class CpuInt4(CpuKernel):
 
     def pack(self, canonical: Canonical, spec: WeightSpec) -> Packed:
         n, k = _padded(spec)
+        pairs = torch.zeros(k // spec.scheme.weight.cols, n, 2, dtype=torch.bfloat16)
+        pairs[:, : spec.n, 0] = canonical["weight_scale"].t()
+        if not available():
+            from quantport_cpu.jit.quantize import pack_int4
+
+            return pack_int4(canonical["weight_packed"], block_rows(), n, k), pairs
         nibbles = canonical["weight_packed"].view(torch.uint8)[:, : math.ceil(spec.k / 2)]
         missing = (0, k // 2 - nibbles.shape[1], 0, n - spec.n)
         if any(missing):
             nibbles = torch.nn.functional.pad(nibbles, missing)
-        pairs = torch.zeros(k // spec.scheme.weight.cols, n, 2, dtype=torch.bfloat16)
-        pairs[:, : spec.n, 0] = canonical["weight_scale"].t()
         return pack_nibbles(nibbles, block_rows()), pairs
 
     def unpack(self, packed: Packed, spec: WeightSpec) -> Canonical:
@@ -97,7 +112,13 @@ class CpuInt4(CpuKernel):
         n, k = _padded(spec)
         if k != spec.k:
             x = torch.nn.functional.pad(x, (0, k - spec.k))
-        y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed[0], spec.scheme.weight.cols, packed[1])
+        group = spec.scheme.weight.cols
+        if 0 < x.shape[0] <= _COMPILED and group % 64 == 0 and block_rows() == 64 and compiled():
+            from quantport_cpu.jit import gemv
+
+            y = gemv.int4(x, packed[0], packed[1], group).to(x.dtype)
+        else:
+            y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed[0], group, packed[1])
         if n != spec.n:
             y = y[:, : spec.n].contiguous()
         return y if bias is None else y.add_(bias)

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from quantport.backend import Packed, Request, Scheme, WeightSpec, aten
-from quantport_cpu.kernels.base import TINY, CpuKernel
+from quantport_cpu.jit import available
+from quantport_cpu.kernels.base import TINY, CpuKernel, compiled
 
 _SINGLE = 3  # up to this many rows, one matrix-vector call for each beats one matmul
+_COMPILED = 8  # up to this many rows the compiled W8A16 kernel is fastest
 _FEW = 16  # up to this many rows, ATen's W8A16 kernel beats three int8 matmuls
 _DIGIT = 0x808080  # 128 in each of three base-256 digits
 _FULL = 2.0**22 * 0.98  # largest magnitude of a row as a 23-bit integer; the margin keeps rounding inside three digits
@@ -25,6 +27,17 @@ def matmul(q: Tensor, weight: Tensor) -> Tensor:
     if 1 < q.shape[0] <= _SINGLE:
         return torch.cat([torch._int_mm(row, weight.t()) for row in q.split(1)])
     return torch._int_mm(q, weight.t())
+
+
+def _rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Activations per token: int8 ``[M, K]`` and fp32 ``[M, 1]``."""
+    if not available():
+        from quantport_cpu.jit.quantize import rows_int8
+
+        return rows_int8(x)
+    values = x.float()
+    token = values.abs().amax(-1, keepdim=True).div_(127.5).clamp_min_(TINY)
+    return (values / token).round_().clamp_max_(127).to(torch.int8), token
 
 
 class _Int8(CpuKernel):
@@ -47,9 +60,7 @@ class CpuInt8(_Int8):
 
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
         weight, channel = packed
-        values = x.float()
-        token = values.abs().amax(-1, keepdim=True).div_(127.5).clamp_min_(TINY)
-        q = (values / token).round_().clamp_max_(127).to(torch.int8)
+        q, token = _rows(x)
         y = matmul(q, weight).mul(token).mul_(channel.view(-1))
         return (y if bias is None else y.add_(bias)).to(x.dtype)
 
@@ -57,9 +68,8 @@ class CpuInt8(_Int8):
 class CpuInt8WeightOnly(_Int8):
     """W8A16. Few rows go through ATen's kernel; many through three exact int8 matmuls.
 
-    For the latter each row becomes 23-bit integers, that is three balanced base-256 digits. Adding 0x808080 to a value
-    below 2**22 lands in [2**23, 2**24), where fp32 holds integers only, so the addition itself rounds to nearest; its
-    low three bytes are the digits + 128.
+    For the latter each row becomes 23-bit integers, that is three balanced base-256 digits: the low three bytes of the
+    integer + 0x808080, each less 128.
     """
 
     name = "cpu.int8_weight_only"
@@ -71,7 +81,12 @@ class CpuInt8WeightOnly(_Int8):
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
         weight, channel = packed
         few = x.shape[0] <= _FEW and x.dtype is torch.bfloat16 and spec.k % 16 == 0  # ATen reads past the end otherwise
-        y = self._few(x, weight) if few else self._many(x.float(), weight)
+        if 0 < x.shape[0] <= _COMPILED and compiled():
+            from quantport_cpu.jit import gemv
+
+            y = gemv.int8(x, weight)
+        else:
+            y = self._few(x, weight) if few else self._many(x.float(), weight)
         y = y.mul_(channel.view(-1))
         return (y if bias is None else y.add_(bias)).to(x.dtype)
 
@@ -83,7 +98,7 @@ class CpuInt8WeightOnly(_Int8):
     def _many(self, x: Tensor, weight: Tensor) -> Tensor:
         m, k = x.shape
         scale = x.abs().amax(-1, keepdim=True).div_(_FULL).clamp_min_(TINY)
-        digits = (x / scale).add_(_DIGIT).to(torch.int32).view(torch.uint8).view(m, k, 4)
+        digits = (x / scale).round_().add_(_DIGIT).to(torch.int32).view(torch.uint8).view(m, k, 4)
         rows = digits.permute(2, 0, 1)[:3].reshape(3 * m, k).bitwise_xor_(128).view(torch.int8)
         y = torch._int_mm(rows, weight.t()).float()
         return y[2 * m :].mul_(256).add_(y[m : 2 * m]).mul_(256).add_(y[:m]).mul_(scale)

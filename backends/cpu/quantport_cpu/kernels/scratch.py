@@ -16,5 +16,8 @@ def scratch(dtype: torch.dtype, rows: int, cols: int) -> Tensor:
     buffers: dict[Any, Tensor] = _local.__dict__
     size = rows * cols
     if dtype not in buffers or buffers[dtype].numel() < size:
-        buffers[dtype] = torch.empty(size, dtype=dtype)
+        fresh = torch.empty(size, dtype=dtype)
+        if type(fresh) is not Tensor:  # a fake tensor of a trace must not outlive it
+            return fresh.view(rows, cols)
+        buffers[dtype] = fresh
     return buffers[dtype][:size].view(rows, cols)

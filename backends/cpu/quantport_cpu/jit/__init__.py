@@ -1,0 +1,22 @@
+"""Fused kernels compiled on the machine by numba, where numba is installed: the room works without.
+
+Importing this package imports no numba; import ``jit.quantize`` and ``jit.gemv`` only where ``available()`` is ''.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+
+
+@cache
+def available() -> str:
+    """Why the compiled kernels cannot be used: '' where they can, else the reason. Imports numba on the first call."""
+    if find_spec("numba") is None:
+        return "numba is not installed"
+    try:
+        import numba.core.config as config
+        import numba.extending  # noqa: F401
+    except Exception as error:  # numba refuses a numpy it does not know with ImportError, a broken llvmlite with OSError
+        return f"numba cannot be imported: {error}"
+    return "NUMBA_DISABLE_JIT is set" if getattr(config, "DISABLE_JIT", 0) else ""

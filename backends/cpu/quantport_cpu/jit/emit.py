@@ -1,0 +1,173 @@
+"""A few words of LLVM vector code, so that kernels say which lanes they compute instead of hoping for a vectorizer.
+
+Vectors have any power-of-two length; LLVM splits them into the registers of the machine it compiles for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import reduce
+from inspect import signature
+from typing import Any
+
+import numba.core.cgutils
+from llvmlite import ir  # llvmlite has no types
+from numba.core import types
+from numba.extending import intrinsic
+
+cgutils: Any = numba.core.cgutils
+Value = Any  # an llvmlite value
+
+I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+F16, F32 = ir.HalfType(), ir.FloatType()
+_NAMES = {"i8": "i8", "i16": "i16", "i32": "i32", "i64": "i64", "half": "f16", "float": "f32"}
+
+
+def inline(returns: Any, *literal: int) -> Callable[[Callable[..., Value]], Any]:
+    """Makes a function that writes code, ``emit(simd, *values)``, callable from compiled code.
+
+    Args:
+        returns: numba type of what it returns; ``types.void`` for nothing.
+        literal: Positions of the arguments that are compile-time constants: they arrive as Python values.
+    """
+
+    def wrap(emit: Callable[..., Value]) -> Any:
+        def typing(context: Any, *args: Any) -> Any:
+            wanted = [a if i in literal else types.float32 if isinstance(a, types.Float) else types.int64
+                      for i, a in enumerate(args)]  # fmt: skip
+
+            def generate(context: Any, builder: Any, typed: Any, values: Sequence[Value]) -> Value:
+                given = [args[i].literal_value if i in literal else v for i, v in enumerate(values)]
+                out = emit(Simd(builder), *given)
+                return context.get_dummy_value() if returns is types.void else out
+
+            return returns(*wanted), generate
+
+        typing.__name__ = emit.__name__
+        typing.__signature__ = signature(emit)  # type: ignore[attr-defined]  # numba asks inspect for the parameters
+        return intrinsic(prefer_literal=True)(typing)
+
+    return wrap
+
+
+class Simd:
+    """Writes vector instructions where the builder stands. Addresses are int64 values; loads and stores need no alignment."""
+
+    def __init__(self, builder: Any) -> None:
+        self.b = builder
+
+    def call(self, name: str, returns: Any, *args: Value) -> Value:
+        """Calls the LLVM function ``name``."""
+        kind = ir.FunctionType(returns, [a.type for a in args])
+        return self.b.call(cgutils.get_or_insert_function(self.b.module, kind, name), args)
+
+    def splat(self, lane: Value, lanes: int, kind: Any = None) -> Value:
+        """``lane`` in every lane; a Python number becomes a constant of type ``kind``."""
+        if kind is not None:
+            return ir.Constant(ir.VectorType(kind, lanes), [lane] * lanes)
+        vector = ir.VectorType(lane.type, lanes)
+        first = self.b.insert_element(ir.Constant(vector, ir.Undefined), lane, ir.Constant(I32, 0))
+        return self.shuffle(first, first, [0] * lanes)
+
+    def shuffle(self, a: Value, b: Value, order: Sequence[int]) -> Value:
+        """Lanes of ``a`` followed by ``b``, in this order."""
+        return self.b.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(order)), list(order)))
+
+    def at(self, address: Value, offset: Value = 0) -> Value:
+        """``address + offset`` in bytes."""
+        return self.b.add(address, offset if hasattr(offset, "type") else ir.Constant(I64, offset))
+
+    def load(self, kind: Any, lanes: int, address: Value) -> Value:
+        """A vector, or a single value where ``lanes`` is 0."""
+        kind = ir.VectorType(kind, lanes) if lanes else kind
+        return self.b.load(self.b.inttoptr(address, ir.PointerType(kind)), align=1)
+
+    def store(self, value: Value, address: Value) -> None:
+        """Stores a vector or a single value."""
+        self.b.store(value, self.b.inttoptr(address, ir.PointerType(value.type)), align=1)
+
+    def widen(self, value: Value, kind: Any, signed: bool = False) -> Value:
+        """Integers to wider integers."""
+        return (self.b.sext if signed else self.b.zext)(value, ir.VectorType(kind, value.type.count))
+
+    def narrow(self, value: Value, kind: Any) -> Value:
+        """Integers to their low bits."""
+        return self.b.trunc(value, ir.VectorType(kind, value.type.count))
+
+    def bits(self, value: Value, kind: Any, lanes: int = 0) -> Value:
+        """The same bits as ``lanes`` lanes of another type."""
+        return self.b.bitcast(value, ir.VectorType(kind, lanes or value.type.count))
+
+    def number(self, value: Value) -> Value:
+        """Signed integers to fp32, rounded to nearest even."""
+        return self.b.sitofp(value, ir.VectorType(F32, value.type.count))
+
+    def real(self, value: Value) -> Value:
+        """fp16 to fp32, exactly."""
+        return self.b.fpext(value, ir.VectorType(F32, value.type.count))
+
+    def add(self, values: Sequence[Value]) -> Value:
+        """The sum of fp32 vectors."""
+        return reduce(self.b.fadd, values)
+
+    def integer(self, op: str, value: Value, constant: int) -> Value:
+        """``value op constant`` in every lane: ``and_``, ``or_``, ``xor``, ``shl``, ``lshr``, ``add``, ``sub``."""
+        return getattr(self.b, op)(value, self.splat(constant, value.type.count, value.type.element))
+
+    def same(self, name: str, *args: Value) -> Value:
+        """An intrinsic over vectors of one type: ``fma``, ``umax``, ``smax``, ``maxnum``, ``minnum``, ``fabs``."""
+        kind = args[0].type
+        return self.call(f"llvm.{name}.v{kind.count}{_NAMES[str(kind.element)]}", kind, *args)
+
+    def total(self, value: Value, op: str = "add") -> Value:
+        """All lanes reduced to one by ``add`` or ``umax``; fp32 by pairs."""
+        kind = value.type
+        while kind.element == F32 and value.type.count > 1:
+            half = value.type.count // 2
+            value = self.b.fadd(*(self.shuffle(value, value, range(i, i + half)) for i in (0, half)))
+        if kind.element == F32:
+            return self.b.extract_element(value, ir.Constant(I32, 0))
+        return self.call(f"llvm.vector.reduce.{op}.v{kind.count}{_NAMES[str(kind.element)]}", kind.element, value)
+
+    def dot4(self, total: Value, unsigned: Value, signed: Value) -> Value:
+        """VNNI: adds to each of 16 int32 lanes four products u8 x s8. Vectors of 64 bytes, given as 16 x i32."""
+        return self.call("llvm.x86.avx512.vpdpbusd.512", total.type, total, unsigned, signed)
+
+    def variables(self, first: Value, count: int) -> list[Value]:
+        """``count`` variables that start as ``first``; LLVM keeps them in registers."""
+        out = [cgutils.alloca_once(self.b, first.type) for _ in range(count)]
+        for variable in out:
+            self.b.store(first, variable)
+        return out
+
+    def buffer(self, size: int) -> Value:
+        """The address of ``size`` zero bytes on the stack."""
+        kind = ir.ArrayType(I8, size)
+        slot = cgutils.alloca_once(self.b, kind)
+        self.b.store(ir.Constant(kind, None), slot)
+        return self.b.ptrtoint(slot, I64)
+
+    def copy(self, to: Value, source: Value, size: Value) -> None:
+        """Copies ``size`` bytes."""
+        pointer = ir.PointerType(I8)
+        cgutils.raw_memcpy(self.b, self.b.inttoptr(to, pointer), self.b.inttoptr(source, pointer), size, 1)
+
+    def prefetch(self, address: Value) -> None:
+        """Asks for a line of memory."""
+        pointer = self.b.inttoptr(address, ir.PointerType(I8))
+        self.call("llvm.prefetch.p0", ir.VoidType(), pointer, *(ir.Constant(I32, c) for c in (0, 3, 1)))
+
+    @contextmanager
+    def steps(self, stop: Value, step: int) -> Iterator[Value]:
+        """Loops over ``0, step, ...`` while a whole step fits below ``stop``; gives the index."""
+        whole = self.b.and_(stop, ir.Constant(I64, -step))
+        with cgutils.for_range_slice(self.b, ir.Constant(I64, 0), whole, ir.Constant(I64, step), I64) as (index, _):
+            yield index
+
+    @contextmanager
+    def rest(self, stop: Value, step: int) -> Iterator[tuple[Value, Value]]:
+        """Runs once if ``stop`` is no multiple of ``step``; gives where the rest begins and its length."""
+        length = self.b.and_(stop, ir.Constant(I64, step - 1))
+        with self.b.if_then(self.b.icmp_signed("!=", length, ir.Constant(I64, 0)), likely=False):
+            yield self.b.sub(stop, length), length

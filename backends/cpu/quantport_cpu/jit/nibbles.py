@@ -1,0 +1,151 @@
+"""int4 in ATen's packed layout: few rows of activations times blocks of 64 channels with VNNI, and the packing itself."""
+
+from __future__ import annotations
+
+from numba.core import types
+
+from quantport_cpu.jit.emit import F32, I8, I16, I32, I64, Simd, Value, cgutils, inline
+from quantport_cpu.jit.frame import Kernel, take, word
+
+BLOCK = 64  # channels of one block; for each column 32 bytes, byte j holds channels j (low) and j + 32
+AHEAD = 8192  # bytes that are asked for ahead: past the page, where the processor's own prefetch ends
+
+
+def _unpack(lanes: int, high: int) -> list[int]:
+    """x86's byte and word unpacking: the low or the high half of each 128 bits of two vectors, interleaved."""
+    per = lanes // 4
+    return [i + side for lane in range(4) for i in range(per * lane + per // 2 * high, per * lane + per // 2 * (high + 1))
+            for side in (0, lanes)]  # fmt: skip
+
+
+def _columns(simd: Simd, w: Value, high: int) -> list[Value]:
+    """Eight columns of a block as two vectors, for 8 + 8 of its 32 bytes (``high`` or not).
+
+    Each 32-bit lane holds four columns of one byte: columns 0, 2, 4, 6 in the low half of the vector, 1, 3, 5, 7 in
+    the high half. The first vector is of bytes 0-3 and 16-19 (+ 8 * high), the second of 4-7 and 20-23.
+    """
+    a, b, c, d = (simd.load(I8, 64, simd.at(w, 64 * i)) for i in range(4))
+    low, top = (simd.bits(simd.shuffle(pair[0], pair[1], _unpack(64, high)), I16, 32) for pair in ((a, b), (c, d)))
+    return [simd.bits(simd.shuffle(low, top, _unpack(32, h)), I32, 16) for h in (0, 1)]
+
+
+def _even_odd(simd: Simd, even: Value, odd: Value) -> Value:
+    """``even`` in the low half of 16 lanes, ``odd`` in the high half."""
+    return simd.shuffle(simd.splat(even, 16), simd.splat(odd, 16), [*range(8), *range(24, 32)])
+
+
+def _fold(simd: Simd, p: Value, q: Value) -> Value:
+    """Adds even to odd columns of the two vectors of ``_columns``: 16 bytes in order."""
+    return simd.b.add(*(simd.shuffle(p, q, [*range(i, i + 4), *range(i + 16, i + 20), *range(i + 4, i + 8),
+                                            *range(i + 20, i + 24)]) for i in (0, 8)))  # fmt: skip
+
+
+class _Sums:
+    """The integer sums of one group and one half of the bytes, for ``n_m`` rows: [m][digit][vector][whole byte or low]."""
+
+    def __init__(self, simd: Simd, n_m: int) -> None:
+        self.simd, self.n_m = simd, n_m
+        self.variables = simd.variables(simd.splat(0, 16, I32), n_m * 12)
+
+    def start(self, sums: Value, stride: Value) -> None:
+        """Starts with -8 (low nibble) and -136 (byte) times the sum of x, so that codes are signed."""
+        s = self.simd
+        for m in range(self.n_m):
+            for d in range(3):
+                at = s.at(s.at(sums, s.b.mul(stride, I64(m))), 16 * d)
+                words = [s.load(I32, 0, s.at(at, 4 * i)) for i in range(4)]
+                low, whole = (_even_odd(s, words[i], words[i + 1]) for i in (0, 2))
+                for v in (0, 1):
+                    s.b.store(whole, self.variables[m * 12 + d * 4 + v * 2])
+                    s.b.store(low, self.variables[m * 12 + d * 4 + v * 2 + 1])
+
+    def step(self, vectors: list[Value], x: Value, stride: Value) -> None:
+        """Adds eight columns."""
+        s = self.simd
+        lows = [s.integer("and_", v, 0x0F0F0F0F) for v in vectors]
+        plane = s.b.udiv(stride, I64(3))
+        for md in range(3 * self.n_m):
+            at = s.at(x, s.b.mul(plane, I64(md)))
+            digit = _even_odd(s, s.load(I32, 0, at), s.load(I32, 0, s.at(at, 4)))
+            for v in (0, 1):
+                for i, bytes_ in enumerate((vectors[v], lows[v])):
+                    variable = self.variables[md * 4 + v * 2 + i]
+                    s.b.store(s.dot4(s.b.load(variable), bytes_, digit), variable)
+
+    def finish(self, m: int) -> tuple[Value, Value]:
+        """fp32 sums of 16 low nibbles and of 16 high nibbles."""
+        s = self.simd
+        whole: list[list[Value]] = [[], []]
+        for v in (0, 1):
+            bytes_, low = ([s.b.load(self.variables[m * 12 + d * 4 + v * 2 + i]) for d in range(3)] for i in (0, 1))
+            high = [s.b.sub(b, a) for b, a in zip(bytes_, low, strict=True)]
+            for i, digits in enumerate((low, high)):
+                whole[i].append((s.b.add(digits[0], s.integer("shl", digits[1], 8)), digits[2]))
+        out = []
+        for (p, q), unit in zip(whole, (1.0, 1 / 16), strict=True):
+            small, large = (s.b.fmul(s.number(_fold(s, p[i], q[i])), s.splat(f * unit, 16, F32))
+                            for i, f in enumerate((1.0, 65536.0)))  # fmt: skip
+            out.append(s.b.fadd(small, large))
+        return out[0], out[1]
+
+
+def _scale(simd: Simd, pairs: Value, channel: int) -> Value:
+    """fp32 scales of channels ``channel`` to + 7 and + 16 to + 23, from (scale, zero) pairs of bf16."""
+    parts = [simd.load(I32, 8, simd.at(pairs, 4 * (channel + i))) for i in (0, 16)]
+    return simd.bits(simd.integer("shl", simd.shuffle(parts[0], parts[1], range(16)), 16), F32)
+
+
+@inline(types.void, 12)
+def int4_tile(
+    simd: Simd, x: Value, x_stride: Value, sums: Value, sums_stride: Value, x_scale: Value, w: Value, k: Value,
+    group: Value, pairs: Value, pairs_stride: Value, out: Value, out_stride: Value, n_m: int,
+) -> None:  # fmt: skip
+    """64 channels times ``n_m`` rows of x, given as s8 digits with their sums per group."""
+    totals = [[simd.variables(simd.splat(0.0, 16, F32), 2) for _ in range(n_m)] for _ in (0, 1)]
+    with cgutils.for_range_slice(simd.b, I64(0), k, group, I64) as (begin, count):
+        here = simd.at(w, simd.b.mul(begin, I64(BLOCK // 2)))
+        scales = simd.at(pairs, simd.b.mul(count, pairs_stride))
+        for high in (0, 1):
+            acc = _Sums(simd, n_m)
+            acc.start(simd.at(sums, simd.b.mul(count, I64(48))), sums_stride)
+            with simd.steps(group, 8) as i:
+                address = simd.at(here, simd.b.mul(i, I64(BLOCK // 2)))
+                for line in range(0 if high else 4):
+                    simd.prefetch(simd.at(address, AHEAD + 64 * line))
+                acc.step(_columns(simd, address, high), simd.at(x, simd.b.add(begin, i)), x_stride)
+            for m in range(n_m):
+                for nibble, value in enumerate(acc.finish(m)):
+                    total = totals[high][m][nibble]
+                    scale = _scale(simd, scales, 32 * nibble + 8 * high)
+                    simd.b.store(simd.same("fma", value, scale, simd.b.load(total)), total)
+    for high in (0, 1):
+        for m in range(n_m):
+            factor = simd.splat(simd.load(F32, 0, simd.at(x_scale, 4 * m)), 16)
+            for nibble in (0, 1):
+                value = simd.b.fmul(simd.b.load(totals[high][m][nibble]), factor)
+                row = simd.at(simd.at(out, simd.b.mul(out_stride, I64(m))), 4 * (32 * nibble + 8 * high))
+                for part in (0, 8):
+                    simd.store(simd.shuffle(value, value, range(part, part + 8)), simd.at(row, 8 * part))
+
+
+def _int4(frame):  # type: ignore[no-untyped-def]
+    """A block is 64 channels."""
+    x, sums, x_scale, w, n = word(frame, 2), word(frame, 3), word(frame, 4), word(frame, 5), word(frame, 6)
+    k, group, pairs, pairs_stride = word(frame, 7), word(frame, 8), word(frame, 9), word(frame, 10)
+    out, m = word(frame, 11), word(frame, 12)
+    x_stride, sums_stride, out_stride = 3 * k, k // group * 48, 4 * n
+    while True:
+        block = take(frame)
+        if block >= word(frame, 1):
+            break
+        here, scales, to = w + block * 32 * k, pairs + 256 * block, out + 256 * block
+        if m == 1:
+            int4_tile(x, x_stride, sums, sums_stride, x_scale, here, k, group, scales, pairs_stride, to, out_stride, 1)
+        for i in range(0, m - 1, 2):
+            int4_tile(
+                x + i * x_stride, x_stride, sums + i * sums_stride, sums_stride, x_scale + 4 * i, here, k, group,
+                scales, pairs_stride, to + i * out_stride, out_stride, 2,
+            )  # fmt: skip
+
+
+int4_kernel = Kernel(_int4)

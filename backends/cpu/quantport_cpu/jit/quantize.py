@@ -1,0 +1,96 @@
+"""Quantizes BF16 weights and activations, and repacks int4, equal byte for byte to ``quantport.numerics``."""
+
+from __future__ import annotations
+
+import math
+import struct
+
+import torch
+from torch import Tensor
+
+from quantport.backend import Quant, Scheme, numerics
+from quantport_cpu.jit import encode, repack
+from quantport_cpu.jit.frame import threads_for
+
+_KINDS = {"e4m3fn": encode.FP8, "int8": encode.INT8, "int4": encode.INT4}
+
+
+def quantize_weight(weight: Tensor, scheme: Scheme) -> dict[str, Tensor] | None:
+    """Quantizes one weight on the calling thread.
+
+    Args:
+        weight: bf16 ``[n, k]`` with contiguous rows, on the CPU.
+        scheme: The scheme.
+
+    Returns:
+        The tensors of ``scheme.layout(n, k)``, or None for what it does not serve (another dtype, an empty weight, a
+        scheme without codes). Scales are NaN or Inf exactly where the weight holds a NaN or an Inf; the codes there
+        mean nothing.
+    """
+    quant = scheme.weight
+    if quant.format not in _KINDS or not _served(weight) or quant.cols % 8:
+        return None
+    n, k = weight.shape
+    layout = scheme.layout(n, k)
+    stored = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in layout.items()}
+    codes, scale = stored.values()
+    _run(weight, quant, codes, scale, 1)
+    return stored
+
+
+def pack_int4(words: Tensor, block: int, n_pad: int, k_pad: int, threads: int = 1) -> Tensor:
+    """Rearranges int4 words into the layout of ``_convert_weight_to_int4pack_for_cpu``.
+
+    Args:
+        words: int32 ``[n, ceil(k/8)]`` with contiguous rows: the ``weight_packed`` of a checkpoint.
+        block: Channels of one block: 64, or 32.
+        n_pad: Channels of the result, a multiple of ``block``; those from n on are zero nibbles, as are columns from k on.
+        k_pad: Columns of the result, even.
+        threads: Threads to use.
+
+    Returns:
+        uint8 ``[n_pad, k_pad/2]``: for each block and column, byte j holds channel j and, high, channel ``j + block/2``.
+    """
+    out = torch.empty(n_pad, k_pad // 2, dtype=torch.uint8)
+    blocks, width = n_pad // block, min(4 * words.shape[1], k_pad // 2)
+    buffers = torch.empty(1024 * blocks, dtype=torch.uint8)
+    repack.kernel(
+        blocks, words.data_ptr(), 4 * words.stride(0), words.shape[0], width, out.data_ptr(), k_pad, block // 2,
+        buffers.data_ptr(), threads=threads,
+    )  # fmt: skip
+    return out
+
+
+def rows_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantizes activations per token, as ``numerics.quantize(x, Quant("int8", 1, 0))`` does.
+
+    Args:
+        x: ``[M, K]``, any floating dtype; bf16 is fast.
+
+    Returns:
+        ``(codes int8 [M, K], scale fp32 [M, 1])``.
+    """
+    quant = Quant("int8", 1, 0)
+    if not _served(x):
+        return numerics.quantize(x, quant)
+    codes, scale = torch.empty(x.shape, dtype=torch.int8), torch.empty(x.shape[0], 1)
+    _run(x, quant, codes, scale, threads_for(x.numel()))
+    return codes, scale
+
+
+def _served(x: Tensor) -> bool:
+    return x.dtype is torch.bfloat16 and x.dim() == 2 and x.numel() > 0 and x.stride(1) == 1 and x.device.type == "cpu"
+
+
+def _run(x: Tensor, quant: Quant, codes: Tensor, scale: Tensor, threads: int) -> None:
+    n, k = x.shape
+    rows, cols = quant.rows or n, quant.cols or k
+    panels, blocks = math.ceil(n / rows), math.ceil(k / cols)
+    scratch = torch.empty((panels if threads > 1 else 1) * 3 * blocks, dtype=torch.int32)
+    half_range = int.from_bytes(struct.pack("<f", quant.element.half_range), "little")
+    encode.kernel(
+        panels, x.data_ptr(), 2 * x.stride(0), n, k, rows, cols,
+        codes.data_ptr(), codes.stride(0) * codes.element_size(), scale.data_ptr(),
+        scratch.data_ptr(), 12 * blocks if threads > 1 else 0, _KINDS[quant.format], half_range,
+        threads=threads,
+    )  # fmt: skip

@@ -1,0 +1,93 @@
+"""``quantport doctor``: what is installed, what was found, what was set aside and why, and what is missing."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from quantport.cli.page import Column, Grid, Page
+from quantport.cli.show import device_dict
+from quantport.errors import QuantportError
+from quantport.host import Host, Problem, host
+
+# What a bug report needs to name; read from the installed metadata, so that nothing is imported.
+PACKAGES = (
+    "quantport", "torch", "transformers", "accelerate", "safetensors", "tokenizers", "triton", "torch-npu", "numba", "pydantic",
+    "pluggy", "typer", "rich",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What the doctor found; ``problems`` make the exit code 1, ``advice`` does not."""
+
+    host: Host
+    versions: dict[str, str | None]
+    advice: dict[str, list[str]]
+    auto: str
+    problems: list[Problem]
+
+
+def examine() -> Findings:
+    """Asks every backend for its devices, kernels and advice, and the installation for its versions."""
+    found = host()
+    _ = found.devices, [found.kernels(kind) for kind in found.backends]  # both record their problems
+    problems: list[Problem] = []
+    advice: dict[str, list[str]] = {}
+    for kind, backend in found.backends.items():
+        try:
+            advice[kind] = [str(line) for line in backend.advice()]
+        except Exception as error:  # noqa: PERF203  # a stranger's code: named, never fatal
+            problems.append(Problem(kind, "advice", f"{type(error).__name__}: {error}"))
+    try:
+        auto = str(found.device("auto"))
+    except QuantportError as error:
+        auto = ""
+        problems.append(Problem("device auto", "QUANTPORT_DEVICE", f"{error.asked}: {error.found}; {error.works}"))
+    versions = {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+    if not versions["transformers"]:
+        advice["transformers"] = ["not installed: load and run need it for checkpoints: pip install 'quantport[transformers]'"]
+    return Findings(found, versions, advice, auto, [*found.problems, *problems])
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def doctor_page(found: Findings) -> Page:
+    """The findings."""
+    asked = found.host
+    data: dict[str, Any] = {
+        "ok": not found.problems,
+        "platform": platform.platform(),
+        "versions": found.versions,
+        "auto": found.auto,
+        "backends": sorted(asked.backends),
+        "schemes": list(asked.schemes),
+        "devices": [device_dict(d) for d in asked.devices],
+        "problems": [vars(p) for p in found.problems],
+        "advice": {kind: lines for kind, lines in found.advice.items() if lines},
+    }
+    page = Page(data, title="quantport doctor")
+    installed = [f"{name} {number or '(not installed)'}" for name, number in found.versions.items()]
+    page.say(f"{', '.join(installed)}; {data['platform']}")
+    rows = []
+    for kind in sorted(asked.backends):
+        here = ", ".join(str(d) for d in asked.devices if d.kind == kind)
+        rows.append((kind, here or "none found", str(len(asked.kernels(kind)))))
+    page.blocks.append(Grid((Column("backend"), Column("devices", prose=True), Column("kernels", right=True)), rows))
+    page.say("")
+    page.say(f"--device auto is {found.auto}" if found.auto else "--device auto finds nothing")
+    for kind, lines in data["advice"].items():
+        for line in lines:
+            page.say(f"advice: {kind}: {line}", "warn")
+    for p in found.problems:
+        page.say(f"problem: {p.plugin} at {p.stage}: {p.error}", "bad")
+    if not found.problems:
+        page.say("no problem found", "good")
+    return page

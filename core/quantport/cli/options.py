@@ -1,0 +1,90 @@
+"""Arguments and options that commands share, and what they turn into."""
+
+from __future__ import annotations
+
+import json
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from quantport.errors import ConfigError
+
+
+class Fallback(str, Enum):
+    """Fallback policies."""
+
+    weight_only = "weight_only"
+    error = "error"
+    reference = "reference"
+
+
+class Format(str, Enum):
+    """Output formats."""
+
+    table = "table"
+    markdown = "markdown"
+    json = "json"
+    html = "html"
+
+
+class LayerKind(str, Enum):
+    """Kinds of layers."""
+
+    linear = "linear"
+    moe = "moe"
+
+
+Model = Annotated[str, typer.Argument(help="Checkpoint directory, safetensors file, or hub id.", show_default=False)]
+SchemeOption = Annotated[
+    str | None,
+    typer.Option("--scheme", "-s", help="Scheme, for example int8 or fp8_per_block; the device chooses when left out."),
+]
+DeviceOption = Annotated[
+    str,
+    typer.Option("--device", "-d", help="auto, a kind (cpu), kind:index (cpu:0), or kind:arch (cpu:x86_amx) for what is not here."),
+]
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", "-c", help='JSON file with a QuantConfig, for example {"scheme": "int8"}.')
+]
+IgnoreOption = Annotated[
+    list[str] | None,
+    typer.Option("--ignore", help="Layers to leave alone: a name, a glob ('*.down_proj') or 're:...'; repeatable."),
+]
+RowsOption = Annotated[int, typer.Option("--rows", min=1, help="Rows of activations to choose kernels for: 1 is decoding.")]
+FallbackOption = Annotated[Fallback | None, typer.Option("--fallback", help="Where the device cannot run the scheme itself.")]
+FormatOption = Annotated[Format | None, typer.Option("--format", "-f", help="Output format; table by default.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Short for --format json.")]
+
+
+def form(asked: Format | None, as_json: bool) -> str:
+    """The output format; ``--json`` beside another ``--format`` is a conflict."""
+    if as_json and asked not in (None, Format.json):
+        raise ConfigError(f"--json and --format {asked.value}", "two formats", "one of them")
+    return "json" if as_json else (asked or Format.table).value
+
+
+def read_config(path: Path | None, ignore: list[str] | None) -> dict[str, Any] | None:
+    """Reads ``--config`` and adds ``--ignore`` to it.
+
+    Raises:
+        ConfigError: no such file, not JSON, or not an object.
+    """
+    data: dict[str, Any] = {}
+    if path is not None:
+        works = 'a JSON file, for example {"scheme": "int8"}'
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"--config {path}", error.strerror or str(error), works) from None
+        except ValueError as error:
+            raise ConfigError(f"--config {path}", f"not JSON: {error}", works) from None
+        if not isinstance(data, dict):
+            raise ConfigError(f"--config {path}", f"a JSON {type(data).__name__}", works)
+    if ignore:
+        given = data.get("ignore", [])
+        if not isinstance(given, list):
+            raise ConfigError(f"--ignore beside --config {path}", f"its ignore is {given!r}", "a list of patterns in the file")
+        data = {**data, "ignore": [*given, *ignore]}
+    return data or None

@@ -1,0 +1,150 @@
+"""The page of a plan: one row for each group of like layers, then totals, reasons and warnings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from quantport.choice import Choice
+from quantport.cli.page import Column, Grid, Page, size
+from quantport.config import compile_pattern
+from quantport.plan import Plan, Step
+
+OTHERS = "other tensors (norms, biases)"
+_COLUMNS = (
+    Column("layers"), Column("count", right=True), Column("asked", 2), Column("effective"), Column("activations", 4),
+    Column("kernel", 1), Column("evidence", 6), Column("n x k", 7), Column("before", 5, right=True), Column("after", 3, right=True),
+)  # fmt: skip
+
+
+def plan_page(plan: Plan) -> Page:
+    """Everything that a plan says; the data are those of the plan, with groups, reasons and warnings."""
+    groups = group(plan.steps)
+    names = [step.layer.name for step in plan.steps]
+    named = [(_pattern(steps, names), steps) for steps in groups]
+    page = Page({**plan.to_dict(), **_summary(plan, named)}, title=f"quantport plan {plan.source}")
+    page.blocks.append(Grid(_COLUMNS, [_row(name, steps) for name, steps in named], f"{plan.source} on {plan.device}"))
+    page.say("")
+    saved = 1 - plan.after / plan.before if plan.before else 0
+    totals = f"total: {size(plan.before)} -> {size(plan.after)} ({saved:.0%} less)"
+    page.say(f"{totals}, peak while loading at most {size(plan.peak)}, {len(plan.quantized)} layers quantized")
+    if plan.why:
+        page.say(f"scheme chosen for this device: {plan.why}")
+    for text in page.data["kept"]:
+        page.say(f"kept in 16 bits: {text}")
+    for text in page.data["reasons"]:
+        page.say(f"reason: {text}")
+    for text in page.data["warnings"]:
+        page.say(f"warning: {text}", "warn")
+    return page
+
+
+def group(steps: Sequence[Step]) -> list[list[Step]]:
+    """Steps that share everything but their place in the model: name, shape, scheme and what they get."""
+    out: dict[object, list[Step]] = {}
+    for step in steps:
+        layer = step.layer
+        other = layer.kind == "other"
+        leaf = "" if other else layer.name.rpartition(".")[2]
+        shape = () if other else (layer.weights, layer.experts, layer.dtype, layer.name.count("."))
+        out.setdefault((layer.kind, leaf, shape, step.asked, step.choice, step.note), []).append(step)
+    return list(out.values())
+
+
+def _pattern(steps: Sequence[Step], names: Sequence[str]) -> str:
+    """The layers of a group as the glob that ``--ignore`` takes, where one names exactly them; else with what differs in braces."""
+    own = [step.layer.name for step in steps]
+    if steps[0].layer.kind == "other":
+        return OTHERS
+    if len(own) == 1:
+        return own[0]
+    columns = [set(parts) for parts in zip(*(name.split(".") for name in own), strict=True)]
+    pattern = ".".join(next(iter(parts)) if len(parts) == 1 else "*" for parts in columns)
+    matches = compile_pattern(pattern).match
+    if {name for name in names if matches(name)} == set(own):
+        return pattern
+    return ".".join(next(iter(parts)) if len(parts) == 1 else _braced(parts) for parts in columns)
+
+
+def _braced(parts: set[str]) -> str:
+    """``{0-3}``, or ``{1,3,...,9}``."""
+    if not all(part.isdecimal() for part in parts):
+        return "{" + ",".join(sorted(parts)[:3]) + (",...}" if len(parts) > 3 else "}")
+    numbers = sorted(map(int, parts))
+    if numbers[-1] - numbers[0] == len(numbers) - 1:
+        return f"{{{numbers[0]}-{numbers[-1]}}}"
+    return "{" + (",".join(map(str, numbers)) if len(numbers) < 5 else f"{numbers[0]},{numbers[1]},...,{numbers[-1]}") + "}"
+
+
+def _row(name: str, steps: Sequence[Step]) -> tuple[str, ...]:
+    first = steps[0]
+    choice, layer = first.choice, first.layer
+    shapes = "-" if layer.kind == "other" else ", ".join(dict.fromkeys(f"{n}x{k}" for _, n, k in layer.weights))
+    shapes = f"{layer.experts} experts of {shapes}" if layer.experts else shapes
+    sizes = (size(sum(s.before for s in steps)), size(sum(s.after for s in steps)))
+    known = (_effective(choice), choice.activations, choice.kernel, _evidence(choice)) if choice else ("as stored", "-", "-", "-")
+    return name, str(len(steps)), first.asked or "-", *known, shapes, *sizes
+
+
+def _effective(choice: Choice) -> str:
+    return f"{choice.precision} {str(choice.status).replace('_', '-')}"
+
+
+def _evidence(choice: Choice) -> str:
+    return str(choice.claim.evidence) if choice.claim else "-"
+
+
+def _summary(plan: Plan, named: Sequence[tuple[str, Sequence[Step]]]) -> dict[str, Any]:
+    """What the groups share, for people and machines."""
+    kept = [(name, steps) for name, steps in named if not steps[0].asked and steps[0].layer.kind != "other"]
+    return {
+        "fallback": plan.config.fallback,
+        "groups": [_group_dict(name, steps) for name, steps in named],
+        "kept": _told(kept, lambda step: [step.note]),
+        "reasons": _reasons(plan),
+        "warnings": _told([(name, steps) for name, steps in named if steps[0].slow], lambda step: [step.note]),
+    }
+
+
+def _reasons(plan: Plan) -> list[str]:
+    """Why layers do not get what was asked, each once."""
+    out: dict[str, None] = {}
+    for step in plan.quantized:
+        if step.choice is None:
+            continue
+        out.update(dict.fromkeys(f"{step.asked}: {reason}" for reason in step.choice.reasons))
+        if step.choice.deviation:
+            out[f"{step.asked} deviates from the scheme: {step.choice.deviation}"] = None
+    return list(out)
+
+
+def _told(named: Sequence[tuple[str, Sequence[Step]]], texts: Callable[[Step], Sequence[str]]) -> list[str]:
+    """Each text once, after the groups that it is about."""
+    about: dict[str, list[str]] = {}
+    for name, steps in named:
+        for text in texts(steps[0]):
+            about.setdefault(text, []).append(name)
+    return [f"{', '.join(names[:3])}{f' and {len(names) - 3} more groups' if names[3:] else ''}: {t}" for t, names in about.items()]
+
+
+def _group_dict(name: str, steps: Sequence[Step]) -> dict[str, Any]:
+    first = steps[0]
+    choice, layer = first.choice, first.layer
+    return {
+        "layers": name,
+        "count": len(steps),
+        "kind": layer.kind,
+        "shapes": [] if layer.kind == "other" else [{"weight": w, "n": n, "k": k} for w, n, k in layer.weights],
+        "experts": layer.experts,
+        "dtype": str(layer.dtype).removeprefix("torch."),
+        "asked": first.asked,
+        "status": str(choice.status) if choice else "kept",
+        "precision": choice.precision if choice else None,
+        "activations": choice.activations if choice else None,
+        "kernel": choice.kernel if choice else None,
+        "evidence": _evidence(choice) if choice else None,
+        "slow": first.slow,
+        "note": first.note,
+        "bytes_before": sum(s.before for s in steps),
+        "bytes_after": sum(s.after for s in steps),
+    }

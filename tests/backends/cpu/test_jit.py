@@ -1,0 +1,216 @@
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from quantport import numerics
+from quantport.scheme import BUILTIN, Quant, Scheme
+from quantport_cpu import jit
+from quantport_cpu.kernels.int4 import pack_nibbles
+
+pytestmark = pytest.mark.skipif(bool(jit.available()), reason=jit.available() or "numba is installed")
+
+if not jit.available():
+    from quantport_cpu.jit import encode, gemv, quantize
+    from quantport_cpu.jit.frame import Kernel
+
+CODED = [scheme for scheme in BUILTIN.values() if scheme.name != "bf16"]
+SHAPES = [(1, 1), (1, 7), (3, 129), (129, 704)]
+
+
+def raw(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(torch.uint8)
+
+
+def assert_same(weight: Tensor, scheme: Scheme) -> None:
+    want, got = numerics.quantize_weight(weight, scheme), quantize.quantize_weight(weight, scheme)
+    assert got is not None
+    assert got.keys() == want.keys()
+    for name, tensor in want.items():
+        assert got[name].dtype is tensor.dtype
+        assert got[name].shape == tensor.shape
+        assert torch.equal(raw(got[name]), raw(tensor)), (scheme.name, name, (raw(got[name]) != raw(tensor)).sum())
+
+
+def weights(n: int, k: int) -> dict[str, Tensor]:
+    torch.manual_seed(n * k)
+    normal = torch.randn(n, k)
+    special = torch.tensor([0.0, -0.0, 2.0**-133, -(2.0**-126), 2.0**-9, 2.0**-10, -(2.0**-11), 0.5, 1.5, 2.5, 7.5, 127.5, 448.0])
+    mixed = special.repeat(math.ceil(n * k / len(special)))[: n * k].view(n, k)
+    holes = normal.clone()
+    holes[::2] = 0
+    return {
+        "normal": normal, "zero": torch.zeros(n, k), "huge": normal * 2.0**124, "tiny": normal * 2.0**-122,
+        "subnormal": normal * 2.0**-130, "spread": normal * 2.0 ** torch.randint(-40, 40, (n, k)), "special": mixed, "holes": holes,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("scheme", CODED, ids=lambda s: s.name)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_quantizers_equal_the_reference(scheme: Scheme, shape: tuple[int, int]) -> None:
+    for weight in weights(*shape).values():
+        assert_same(weight.bfloat16(), scheme)
+
+
+@pytest.mark.parametrize("name", ["fp8_per_channel", "int8", "int4_weight_only"])
+@pytest.mark.parametrize("amax", [448.0, 1.0, 127.5, 7.5, 0.0123, 2.0**-90, 3.1e38, 1e-38])
+def test_every_bf16_equals_the_reference(name: str, amax: float) -> None:
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    top = torch.tensor(amax).bfloat16()
+    few = every[every.abs() <= top]  # NaN is not
+    scheme = BUILTIN[name]
+    if scheme.weight.cols:  # the amax in every group, and all other values around it
+        side = scheme.weight.cols - 1
+        few = torch.nn.functional.pad(few, (0, -len(few) % side)).view(-1, side)
+        assert_same(torch.cat((top.expand(len(few), 1), few), 1), scheme)
+    else:
+        assert_same(few[None], scheme)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, -math.nan])
+@pytest.mark.parametrize("scheme", CODED, ids=lambda s: s.name)
+def test_a_nonfinite_weight_gives_a_nonfinite_scale(scheme: Scheme, bad: float) -> None:
+    weight = torch.randn(130, 200).bfloat16()
+    weight[129, 199] = bad
+    got = quantize.quantize_weight(weight, scheme)
+    assert got is not None
+    _, want = numerics.quantize(weight, scheme.weight)
+    assert torch.equal(torch.isfinite(got["weight_scale"]), torch.isfinite(want))
+    assert not torch.isfinite(got["weight_scale"]).all()
+
+
+def test_rows_need_not_be_adjacent() -> None:
+    whole = torch.randn(40, 300).bfloat16()
+    assert_same(whole[3:30:2, 5:205], BUILTIN["int8"])
+    assert_same(whole[3:30:2, 5:205], BUILTIN["int4"])
+
+
+def test_what_it_does_not_serve() -> None:
+    scheme = BUILTIN["int8"]
+    assert quantize.quantize_weight(torch.ones(4, 4), scheme) is None
+    assert quantize.quantize_weight(torch.ones(4, 0, dtype=torch.bfloat16), scheme) is None
+    assert quantize.quantize_weight(torch.ones(4, 6, dtype=torch.bfloat16).t(), scheme) is None
+    assert quantize.quantize_weight(torch.ones(4, 4, dtype=torch.bfloat16), BUILTIN["bf16"]) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(1, 5), (3, 704), (300, 1024)], ids=str)
+def test_activations_per_token(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    x = torch.randn(shape).to(dtype)
+    for got, want in zip(quantize.rows_int8(x), numerics.quantize(x, Quant("int8", 1, 0)), strict=True):
+        assert torch.equal(raw(got), raw(want))
+
+
+@pytest.mark.parametrize("block", [64, 32])
+@pytest.mark.parametrize("shape", [(1, 1, 32), (129, 704, 128), (70, 33, 32), (256, 1024, 128), (130, 72, 8)], ids=str)
+def test_pack_int4(shape: tuple[int, int, int], block: int) -> None:
+    n, k, group = shape
+    words = numerics.pack_int4(torch.randint(-8, 8, (n, k), dtype=torch.int8))
+    n_pad, k_pad = math.ceil(n / block) * block, math.ceil(k / group) * group
+    nibbles = torch.zeros(n_pad, k_pad // 2, dtype=torch.uint8)
+    have = words.view(torch.uint8)[:, : k_pad // 2]
+    nibbles[:n, : have.shape[1]] = have
+    for threads in (1, 2):
+        assert torch.equal(quantize.pack_int4(words, block, n_pad, k_pad, threads), pack_nibbles(nibbles, block))
+
+
+def close(got: Tensor, x: Tensor, weight: Tensor) -> None:
+    want = x.double() @ weight.double().t()
+    assert got.dtype is torch.float32
+    assert got.shape == want.shape
+    assert (got - want).norm() <= 1e-5 * want.norm()
+
+
+def test_every_fp8_code() -> None:
+    codes = torch.arange(256, dtype=torch.int32).to(torch.uint8)
+    values = codes.view(torch.float8_e4m3fn).float()
+    got = gemv.fp8(torch.ones(1, 1), codes[:, None].contiguous())[0]
+    assert torch.equal(got, torch.where(values.isnan(), torch.sign(127.5 - codes) * 480, values))
+
+
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 8])
+@pytest.mark.parametrize("shape", [(1, 7), (129, 704), (520, 1056)], ids=str)
+def test_fp8(shape: tuple[int, int], m: int) -> None:
+    weight, x = torch.randn(shape).bfloat16(), torch.randn(m, shape[1]).bfloat16()
+    for name in ("fp8_per_channel", "fp8_per_block"):
+        scheme = BUILTIN[name]
+        stored = numerics.quantize_weight(weight, scheme)
+        scale = stored["weight_scale"] if scheme.weight.cols else None
+        values = numerics.dequantize_weight(stored, scheme, shape[1]) if scheme.weight.cols else stored["weight"].float()
+        close(gemv.fp8(x, stored["weight"], scale), x, values)
+
+
+vnni = pytest.mark.skipif(not jit.available() and bool(gemv.vnni_reason()), reason="the processor has no AVX-512 VNNI")
+
+
+@vnni
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("shape", [(1, 7), (129, 704), (520, 1056)], ids=str)
+def test_int8(shape: tuple[int, int], m: int) -> None:
+    codes = torch.randint(-128, 128, shape, dtype=torch.int8)
+    x = torch.randn(m, shape[1]).bfloat16()
+    close(gemv.int8(x, codes), x, codes)
+    close(gemv.int8(x * 1e-30, codes), x * 1e-30, codes)
+
+
+@vnni
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("name", ["int4_weight_only", "int4_weight_only_g32"])
+@pytest.mark.parametrize("shape", [(64, 128), (192, 704), (576, 1000)], ids=str)
+def test_int4(shape: tuple[int, int], name: str, m: int) -> None:
+    (n, k), scheme = shape, BUILTIN[name]
+    group = scheme.weight.cols
+    stored = numerics.quantize_weight(torch.randn(n, k).bfloat16(), scheme)
+    k_pad = math.ceil(k / max(group, 64)) * max(group, 64)
+    pairs = torch.zeros(k_pad // group, n, 2, dtype=torch.bfloat16)
+    pairs[: math.ceil(k / group), :, 0] = stored["weight_scale"].t()
+    x = torch.randn(m, k).bfloat16() + 3  # a mean: the nibbles' offset must not cost digits
+    packed = quantize.pack_int4(stored["weight_packed"], 64, n, k_pad)
+    close(gemv.int4(x, packed, pairs, group), x, numerics.dequantize_weight(stored, scheme, k))
+
+
+@vnni
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_nonfinite_activations_stay_nonfinite(bad: float) -> None:
+    x = torch.ones(2, 64)
+    x[1, 3] = bad
+    for got in (
+        gemv.int8(x, torch.ones(5, 64, dtype=torch.int8)),
+        gemv.fp8(x, torch.full((5, 64), 0x38, dtype=torch.uint8)),
+        gemv.int4(x, torch.full((64, 32), 0x99, dtype=torch.uint8), torch.ones(2, 64, 2, dtype=torch.bfloat16), 32),
+    ):
+        assert torch.equal(got[0], torch.full_like(got[0], 64.0))
+        assert not torch.isfinite(got[1]).any()
+
+
+def test_without_a_cache_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    import numba
+
+    asked = []
+
+    def refuse(*args: object, cache: bool = False, **options: object) -> object:
+        asked.append(cache)
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return lambda body: body
+
+    monkeypatch.setattr(numba, "cfunc", refuse)
+    assert Kernel(encode._quantize).compile() is encode._quantize
+    assert asked == [True, False]
+
+
+def test_the_room_imports_no_numba() -> None:
+    code = "import sys, quantport_cpu, quantport_cpu.jit; raise SystemExit('numba' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_threads_of_a_pool_and_of_openmp_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    from quantport_cpu.jit import frame
+
+    x, codes = torch.randn(1, 512), torch.randint(0, 120, (1024, 512), dtype=torch.uint8)
+    want = gemv.fp8(x, codes)
+    monkeypatch.setattr(frame, "_team", lambda: None)
+    assert torch.equal(gemv.fp8(x, codes), want)

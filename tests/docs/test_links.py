@@ -1,0 +1,104 @@
+"""Links lead somewhere, and everything that has a public name is in the documentation."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import typer
+from docs_pages import PAGES, ROOT, blocks, name, prose
+
+import quantport
+import quantport.backend
+from quantport import errors, hookspecs
+from quantport.capability import Evidence, Status
+from quantport.cli import main
+from quantport.config import _OLD_KEYS, QuantConfig
+from quantport.host import host
+
+RESULTS = ROOT / "benchmarks" / "results"  # written by `make bench`: links into it may lead nowhere until it has run once
+_LINK = re.compile(r"\[[^\]]+\]\(([^)\s]+)\)")
+ALL = "\n".join(page.read_text(encoding="utf-8") for page in PAGES if page.name != "matrix.md")
+
+
+def anchors(page) -> set[str]:
+    """The anchors of the headings of a page, as GitHub makes them."""
+    heads = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links(page):
+    broken = []
+    for link in _LINK.findall(prose(page)):
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        if path.startswith(("http:", "https:")) or (RESULTS in (target, *target.parents) and not any(RESULTS.glob("*.md"))):
+            continue
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+    assert not broken
+
+
+def test_every_page_is_in_the_index():
+    links = set(_LINK.findall(prose(ROOT / "docs" / "index.md")))
+    assert {p.name for p in (ROOT / "docs").glob("*.md")} - {"index.md"} <= links
+
+
+def commands() -> set[str]:
+    from quantport.cli.app import app
+
+    assert main
+    return set(typer.main.get_command(app).commands)
+
+
+FIELDS = [f for f in QuantConfig.model_fields]
+ERRORS = [n for n, v in vars(errors).items() if isinstance(v, type) and issubclass(v, errors.QuantportError)]
+PUBLIC = {
+    "public name": (quantport.__all__, ALL),
+    "name for authors": (quantport.backend.__all__, (ROOT / "docs" / "backends.md").read_text(encoding="utf-8")),
+    "command": ([f"## {c}" for c in commands()], (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")),
+    "config key": ([f"| `{f}` |" for f in FIELDS], (ROOT / "docs" / "loading.md").read_text(encoding="utf-8")),
+    "other config key": ([f"`{k}`" for k in _OLD_KEYS], (ROOT / "docs" / "loading.md").read_text(encoding="utf-8")),
+    "hook": ([n for n in vars(hookspecs) if n.startswith("quantport_")], (ROOT / "docs" / "backends.md").read_text(encoding="utf-8")),
+    "error": (ERRORS, (ROOT / "docs" / "loading.md").read_text(encoding="utf-8")),
+    "scheme": ([f"`{n}`" for s in host().schemes.values() for n in (s.name, *s.aliases)], ALL),
+    "evidence": ([f"`{e}`" for e in Evidence], (ROOT / "docs" / "backends.md").read_text(encoding="utf-8")),
+    "status": ([f"`{s}`" for s in Status], (ROOT / "docs" / "matrix.md").read_text(encoding="utf-8")),
+    "backend": ([f"backends/{k}" for k in host().backends], ALL),
+    "variable": (["QUANTPORT_BACKENDS", "QUANTPORT_DEVICE"], (ROOT / "docs" / "loading.md").read_text(encoding="utf-8")),
+}
+
+
+@pytest.mark.parametrize("what", PUBLIC)
+def test_everything_is_documented(what):
+    names, text = PUBLIC[what]
+    assert names
+    absent = [n for n in names if (n not in text if not n.isidentifier() else not re.search(rf"\b{n}\b", text))]
+    assert not absent
+
+
+def test_every_option_is_documented():
+    from quantport.cli.app import app
+
+    text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    command = typer.main.get_command(app)
+    options = {o for c in (command, *command.commands.values()) for p in c.params for o in p.opts if o.startswith("--")}
+    assert not sorted(o for o in options - {"--help"} if f"`{o}" not in text)
+
+
+def test_readme_is_short_and_its_example_too():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 120
+    (example, *_) = blocks(ROOT / "README.md", "python")
+    assert len([line for line in example.text.splitlines() if line]) <= 8
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_tone(page):
+    """Plain words, and no mark but those of the matrix."""
+    text = page.read_text(encoding="utf-8")
+    shouting = re.findall(r"(?i)\b(blazing\w*|seamless\w*|cutting-edge|revolutionary|effortless\w*|state-of-the-art)\b", text)
+    symbols = set(re.findall(r"[\u2600-\u27bf\U0001f300-\U0001faff]", text)) - set("✅🟡🟠🔵❌")
+    assert not shouting
+    assert not symbols

@@ -1,0 +1,54 @@
+"""Importing quantport is light: no vendor runtime, and little time beside that of torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from statistics import median
+
+import house_source as house
+import pytest
+
+RUNTIMES = {
+    "triton", "torch_npu", "intel_extension_for_pytorch", "torch_xla", "transformers", "accelerate", "diffusers", "vllm",
+    "pandas", "scipy", "sklearn", "pytest", "hypothesis", "rich", "typer", "tokenizers", "huggingface_hub", "torchao",
+}  # fmt: skip
+PROBE = "import json, sys; import {}; print(json.dumps(sorted({{m.split('.')[0] for m in sys.modules}})))"
+
+
+def python(*args):
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("COV_", "PYTEST_"))}
+    return subprocess.run([sys.executable, *args], capture_output=True, text=True, check=True, env=env)
+
+
+def imported(what):
+    return set(json.loads(python("-c", PROBE.format(what)).stdout))
+
+
+def test_import_loads_no_runtime():
+    fresh = imported("quantport") - imported("torch")
+    assert not fresh & RUNTIMES
+    assert not {name for name in fresh if name.startswith("quantport_")}, "rooms are found when somebody asks for devices"
+
+
+def test_finding_the_rooms_loads_no_runtime():
+    fresh = imported("quantport; quantport.host().backends") - imported("torch")
+    assert set(house.entry_points("quantport.backends").values()) <= fresh
+    assert not fresh & (RUNTIMES - {"pytest"})
+
+
+def times():
+    """Cumulative import microseconds of quantport and of torch, in one fresh process that imports quantport."""
+    log = python("-X", "importtime", "-c", "import quantport").stderr
+    rows = re.findall(r"import time:\s*\d+ \|\s*(\d+) \|\s*(\S+)", log)
+    return {name: int(total) for total, name in rows if name in ("quantport", "torch")}
+
+
+@pytest.mark.slow
+def test_import_costs_little_beside_torch():
+    """A ratio from one process at a time, since absolute times say more about the machine than about quantport."""
+    runs = [times() for _ in range(5)]
+    assert median((run["quantport"] - run["torch"]) / run["torch"] for run in runs) < 0.25

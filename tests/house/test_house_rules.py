@@ -1,0 +1,61 @@
+"""The rules of the house that neither ruff nor import-linter knows."""
+
+from __future__ import annotations
+
+import house_source as house
+import pytest
+
+VENDORS = {"cuda", "rocm", "hip", "xpu", "npu", "ascend", "triton", "nvidia", "amd", "gaudi", "musa", "cann", "mps"}
+# The conformance suite asks that the import of a room wakes no runtime, so that it has to name the runtimes.
+NAMED = {
+    "core/quantport/testing/check_backend.py": "the runtimes that importing a room must not load or wake",
+    "core/quantport/cli/doctor.py": "the packages whose versions a bug report needs",
+}
+SHIPPED = house.files(*house.SHIPPED)
+
+
+def ids(path):
+    return str(path.relative_to(house.ROOT))
+
+
+@pytest.mark.parametrize("path", house.files("core"), ids=ids)
+def test_core_names_no_vendor(path):
+    found = [f"{house.where(path, line)} {word}" for line, word in house.words(path) if word in VENDORS]
+    if ids(path) not in NAMED:
+        assert not found
+
+
+def test_exceptions_are_still_needed():
+    for name in NAMED:
+        path = house.ROOT / name
+        assert not path.exists() or any(word in VENDORS for _, word in house.words(path)), name
+
+
+@pytest.mark.parametrize("path", house.files("backends"), ids=ids)
+def test_rooms_import_the_house_through_one_door(path):
+    own = path.relative_to(house.ROOT / "backends").parts[1]
+    allowed = ("quantport.backend", own, *(f"quantport_{name}" for name in house.NO_DEVICE))
+    found = [
+        f"{house.where(path, line)} {module}"
+        for line, module in house.imports(path)
+        if module.split(".")[0].startswith("quantport") and not any(module == a or module.startswith(f"{a}.") for a in allowed)
+    ]
+    assert not found
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=ids)
+def test_imports_are_absolute_and_named(path):
+    assert not [f"{house.where(path, n)} {m}" for n, m in house.imports(path) if m.startswith(".") or m.endswith("*")]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=ids)
+def test_files_and_functions_are_small(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 300
+    assert not [f"{house.where(path, n)} {name}: {size} lines" for n, name, size in house.functions(path) if size > 40]
+
+
+def test_the_rules_can_fail(tmp_path):
+    bad = tmp_path / "bad.py"
+    bad.write_text('"""cuda may be named here."""\nfrom . import x\nfrom os import *\nNAME = "npu:0"  # xpu\n', encoding="utf-8")
+    assert [word for _, word in house.words(bad) if word in VENDORS] == ["npu"]
+    assert {module for _, module in house.imports(bad)} == {".", "os.*"}
