@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from functools import cache
 from importlib.resources import files
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from quantport.backend import Claim, Evidence, Kernel, Request
 from quantport_cpu.jit import available
 
 TINY = torch.finfo(torch.float32).tiny
+
+
+COMPILED = 64  # up to this many rows, compiled kernels that take a few rows at a time beat decoding a whole block
+_AT_ONCE = 8  # rows that they take at a time
+
+
+def by_few(x: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
+    """Runs a kernel for few rows over more rows: fp32 ``[M, N]``."""
+    if x.shape[0] <= _AT_ONCE:
+        return run(x)
+    return torch.cat([run(part) for part in x.split(_AT_ONCE)])
 
 
 @cache

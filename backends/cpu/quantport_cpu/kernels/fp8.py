@@ -13,11 +13,10 @@ from torch import Tensor
 
 from quantport.backend import Packed, Request, Scheme, WeightSpec
 from quantport_cpu.jit import available
-from quantport_cpu.kernels.base import TINY, CpuKernel
+from quantport_cpu.kernels.base import COMPILED, TINY, CpuKernel, by_few
 from quantport_cpu.kernels.scratch import scratch
 
 _ROWS = 256
-_COMPILED = 8  # up to this many rows the compiled kernel is fastest
 _FEW = 4  # up to this many rows, and without it, fp16 matrix-vector products beat an fp32 matmul
 
 
@@ -42,10 +41,10 @@ class CpuFp8WeightOnly(CpuKernel):
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
         codes, scale = packed
         blocks, rows = spec.scheme.weight.cols, x.shape[0]
-        if 0 < rows <= _COMPILED and not available():
+        if 0 < rows <= COMPILED and not available():
             from quantport_cpu.jit import gemv
 
-            y = gemv.fp8(x, codes, scale if blocks else None)
+            y = by_few(x, lambda part: gemv.fp8(part, codes, scale if blocks else None))
         elif not blocks and rows <= _FEW:
             y = self._few(x.float(), codes.view(torch.int8))
         else:

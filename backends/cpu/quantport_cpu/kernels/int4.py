@@ -10,9 +10,7 @@ from torch import Tensor
 
 from quantport.backend import Canonical, Device, Packed, Request, Scheme, WeightSpec
 from quantport_cpu.jit import available
-from quantport_cpu.kernels.base import CpuKernel, compiled
-
-_COMPILED = 8  # up to this many rows, and in groups of 64 or more, the compiled kernel beats ATen's
+from quantport_cpu.kernels.base import COMPILED, CpuKernel, by_few, compiled
 
 
 def block_rows() -> int:
@@ -113,10 +111,10 @@ class CpuInt4(CpuKernel):
         if k != spec.k:
             x = torch.nn.functional.pad(x, (0, k - spec.k))
         group = spec.scheme.weight.cols
-        if 0 < x.shape[0] <= _COMPILED and group % 64 == 0 and block_rows() == 64 and compiled():
+        if 0 < x.shape[0] <= COMPILED and group % 64 == 0 and block_rows() == 64 and compiled():
             from quantport_cpu.jit import gemv
 
-            y = gemv.int4(x, packed[0], packed[1], group).to(x.dtype)
+            y = by_few(x, lambda part: gemv.int4(part, packed[0], packed[1], group)).to(x.dtype)
         else:
             y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed[0], group, packed[1])
         if n != spec.n:
