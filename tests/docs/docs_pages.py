@@ -11,7 +11,7 @@ ROOMS = sorted((ROOT / "backends").glob("*/README.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md")), *ROOMS]
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-_COMMENT = re.compile(r"<!-- (\w+): (.+?) -->\s*\Z", re.DOTALL)
+_COMMENT = re.compile(r"<!-- (\w+): ([^\n]+?) -->\s*\Z")
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,11 @@ def name(page: Path) -> str:
 def blocks(page: Path, *kinds: str) -> list[Block]:
     """The fenced blocks of a page, those of some kinds only if any are given."""
     text = page.read_text(encoding="utf-8")
-    out = []
-    for match in _FENCE.finditer(text):
-        if not kinds or match[1] in kinds:
-            out.append(Block(page, text.count("\n", 0, match.start(2)) + 1, match[1], match[2], _notes(text[: match.start()])))
-    return out
+    return [
+        Block(page, text.count("\n", 0, match.start(2)) + 1, match[1], match[2], _notes(text[: match.start()]))
+        for match in _FENCE.finditer(text)
+        if not kinds or match[1] in kinds
+    ]
 
 
 def _notes(before: str) -> dict[str, str]:

@@ -29,6 +29,7 @@ def folder(tmp_path, monkeypatch):
     """An empty folder with the models of the examples, which is also where modules are found."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "110")  # the width of the outputs that are shown
     monkeypatch.syspath_prepend(str(tmp_path))
     modules = set(sys.modules)
     yield tmp_path

@@ -1,0 +1,62 @@
+"""Detection of the host processor: every architecture class, old and new torch, and the memory reader."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from quantport_cpu import detect
+from quantport_cpu.capabilities import ARCHS
+
+VNNI = {"avx2", "avx512_f", "avx512_vnni"}
+
+
+@pytest.mark.parametrize(
+    ("found", "machine", "name"),
+    [
+        (set(), "x86_64", "generic"),
+        ({"avx2"}, "x86_64", "x86_avx2"),
+        ({"avx2", "avx512_f"}, "x86_64", "x86_avx512"),
+        (VNNI, "AMD64", "x86_vnni"),
+        ({"avx2", "avx_vnni"}, "x86_64", "x86_vnni"),
+        (VNNI | {"avx512_bf16"}, "x86_64", "x86_bf16"),
+        (VNNI | {"avx512_bf16", "amx_int8", "amx_bf16"}, "x86_64", "x86_amx"),
+        ({"neon"}, "aarch64", "arm"),
+        ({"neon", "i8mm", "bf16"}, "arm64", "arm_i8mm"),
+    ],
+)
+def test_every_architecture(found, machine, name):
+    assert detect.arch_of(frozenset(found), machine) is ARCHS[name]
+
+
+def test_every_architecture_is_reachable():
+    assert set(ARCHS) == {"generic", "x86_avx2", "x86_avx512", "x86_vnni", "x86_bf16", "x86_amx", "arm", "arm_i8mm"}
+
+
+def test_features_of_a_new_torch():
+    cpu = SimpleNamespace(get_capabilities=lambda: {"avx2": True, "amx_tile": False, "cpu_name": "x"})
+    assert detect.features(cpu) == {"avx2"}
+
+
+def test_features_of_an_old_torch():
+    cpu = SimpleNamespace(_is_avx2_supported=lambda: True, _is_vnni_supported=lambda: False, _is_amx_tile_supported=lambda: True)
+    assert detect.features(cpu) == {"avx2", "amx_tile", "amx_int8", "amx_bf16"}
+
+
+def test_features_of_a_torch_without_any_probe():
+    assert detect.features(SimpleNamespace()) == frozenset()
+
+
+def test_memory(tmp_path):
+    info = tmp_path / "meminfo"
+    info.write_text("MemTotal: 100 kB\nMemAvailable: 42 kB\n")
+    assert detect.memory(info) == 42 * 1024
+    assert detect.memory(tmp_path / "absent") != 0
+
+
+def test_advice_names_what_is_missing(monkeypatch):
+    monkeypatch.setattr(detect, "available", lambda: "numba is not installed")
+    backend = detect.CpuBackend()
+    assert "pip install 'quantport[jit]'" in backend.advice()[0]
+    assert backend.quantize_weight(None, None) is None
+    monkeypatch.setattr(detect, "available", lambda: "")
+    assert backend.advice() == ()

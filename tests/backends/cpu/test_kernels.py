@@ -1,0 +1,88 @@
+"""The kernels with and without compiled code, above and below each row threshold; and the speeds that the plan reads."""
+
+import pytest
+import torch
+
+from quantport import numerics
+from quantport.capability import Evidence
+from quantport.host import host
+from quantport.kernel import Request, WeightSpec
+from quantport_cpu.kernels import base, fp8, int4, int8, kernels
+
+SCHEMES = [s for s in host().schemes if s != "bf16"]
+
+
+@pytest.fixture(params=["compiled", "torch only"])
+def routes(request, monkeypatch):
+    if request.param == "torch only":
+        for module in (fp8, int4, int8):
+            monkeypatch.setattr(module, "available", lambda: "off")
+        for module in (int4, int8):
+            monkeypatch.setattr(module, "compiled", lambda: False)
+    return request.param
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("rows", [1, 3, 9, 17, 70])
+def test_every_route_meets_the_reference(routes, name, rows):
+    scheme = host().schemes[name]
+    spec = WeightSpec(scheme, 192, 320)
+    stored = numerics.quantize_weight(torch.randn(192, 320).bfloat16(), scheme)
+    x, bias = torch.randn(rows, 320).bfloat16(), torch.randn(192).bfloat16()
+    for kernel in kernels():
+        if not kernel.name.startswith("cpu.") or kernel.verdict(Request(spec, "linear", host().device("cpu"))).kernel == "":
+            continue
+        if not kernel.serves(scheme) or kernel.reasons_against(Request(spec, "linear", host().device("cpu"))):
+            continue
+        packed = kernel.pack(stored, spec)
+        assert all(torch.equal(bits(stored[k]), bits(v)) for k, v in kernel.unpack(packed, spec).items())
+        expected = numerics.linear(x, stored, scheme if kernel.quantizes_activations else scheme.weight_only, bias).float()
+        error = (kernel.run(x, packed, bias, spec).float() - expected).abs().max() / expected.abs().max()
+        assert error <= kernel.tolerance, kernel.name
+
+
+def bits(tensor):
+    return tensor.view(torch.uint8)
+
+
+def test_packing_is_the_same_with_and_without_compiled_code(monkeypatch):
+    scheme = host().schemes["int4_weight_only_g32"]
+    spec, kernel = WeightSpec(scheme, 100, 200), int4.CpuInt4()
+    if kernel.reasons_against(Request(spec, "linear", host().device("cpu"))):
+        pytest.skip("needs a processor with AVX2 or AVX-512")
+    stored = numerics.quantize_weight(torch.randn(100, 200).bfloat16(), scheme)
+    first = kernel.pack(stored, spec)
+    monkeypatch.setattr(int4, "available", lambda: "off")
+    assert all(torch.equal(a, b) for a, b in zip(first, kernel.pack(stored, spec), strict=True))
+
+
+def test_packing_is_that_of_aten():
+    block = int4.block_rows()
+    if not block:
+        pytest.skip("needs a processor with AVX2 or AVX-512")
+    codes = torch.randint(0, 16, (2 * block, 64), dtype=torch.int32)
+    nibbles = (codes[:, 0::2] | codes[:, 1::2] << 4).to(torch.uint8)
+    expected = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    assert torch.equal(int4.pack_nibbles(nibbles, block), expected)
+    assert torch.equal(int4.unpack_nibbles(expected, block), nibbles)
+
+
+def test_speed_and_claim_come_from_the_measurements(monkeypatch):
+    table = {
+        "run": {"device": "d", "date": "2026-01-01", "commit": "c"},
+        "schemes": {"int8": {"kernel": "cpu.int8", "error": 1e-3, "speed": {"1": 2.0, "128": 9.0}}},
+    }
+    monkeypatch.setattr(base, "measured", lambda arch: table if arch == "x86_vnni" else {})
+    kernel, scheme = int8.CpuInt8(), host().schemes["int8"]
+    device = host().device("cpu:x86_vnni")
+    requests = [Request(WeightSpec(scheme, 64, 64), "linear", device, rows=rows) for rows in (1, 4, 64)]
+    assert [kernel.speed(r) for r in requests] == [2.0, 2.0, 9.0]
+    assert kernel.claim(requests[0]).evidence is Evidence.MEASURED
+    other = Request(WeightSpec(scheme, 64, 64), "linear", host().device("cpu:x86_amx"))
+    assert kernel.speed(other) is None
+    assert kernel.claim(other).evidence is Evidence.DECLARED
+
+
+def test_one_column_is_refused():
+    request = Request(WeightSpec(host().schemes["int8"], 8, 1), "linear", host().device("cpu:x86_vnni"))
+    assert any("one column" in r for r in int8.CpuInt8().reasons_against(request))
