@@ -57,15 +57,20 @@ def peers(dense: list[torch.Tensor]) -> dict[str, tuple[list[Any], str]]:
                         ("quanto qint8", lambda w: quanto(w, "qint8")), ("quanto qint4", lambda w: quanto(w, "qint4")),
                         ("quanto qfloat8", lambda w: quanto(w, "qfloat8")), ("bnb int8", bnb_int8), ("bnb NF4", lambda w: bnb4(w, "nf4")),
                         ("OpenVINO int8", lambda w: openvino(w, 8)), ("OpenVINO int4 g128", lambda w: openvino(w, 4))):  # fmt: skip
-        try:
-            first = make(dense[0])
-            first(torch.randn(1, K).bfloat16())
-            count = max(2, COLD // (N * K // (2 if "4" in label else 1)))
-            count = min(count, 8) if "compiled" in label or "OpenVINO" in label else count
-            out[label] = ([first] + [make(dense[i % len(dense)]) for i in range(1, count)], "")
-        except Exception as error:  # a peer that does not run here is a row that says so
-            out[label] = ([], f"{type(error).__name__}: {str(error).splitlines()[0][:80] if str(error) else ''}")
+        out[label] = copies(label, make, dense)
     return out
+
+
+def copies(label: str, make: Callable[[torch.Tensor], Any], dense: list[torch.Tensor]) -> tuple[list[Any], str]:
+    """Cold copies of one peer's layer, or none and the reason."""
+    try:
+        first = make(dense[0])
+        first(torch.randn(1, K).bfloat16())
+        count = max(2, COLD // (N * K // (2 if "4" in label else 1)))
+        count = min(count, 8) if "compiled" in label or "OpenVINO" in label else count
+        return [first] + [make(dense[i % len(dense)]) for i in range(1, count)], ""
+    except Exception as error:  # a peer that does not run here is a row that says so
+        return [], f"{type(error).__name__}: {str(error).splitlines()[0][:80] if str(error) else ''}"
 
 
 def linear_of(weight: torch.Tensor) -> torch.nn.Linear:
@@ -154,7 +159,7 @@ def main() -> None:
     tested = {name: ours(name, dense) for name in [*schemes, "bf16"]}
     others = {} if args.no_peers else peers(dense)
     buffer = torch.ones(COLD // 4, dtype=torch.int32)
-    read = COLD / interleaved({"read": lambda i: buffer.sum()})["read"]
+    read = COLD / interleaved({"read": lambda _: buffer.sum()})["read"]
     table: dict[str, dict[int, dict[str, float]]] = {}
     for m in args.rows:
         seconds = interleaved(calls_at(m, dense, tested, others))

@@ -157,6 +157,25 @@ def test_run_without_config_or_tokenizer(small, tmp_path):
     assert "tokenizer.json" in parts(ask("run", tmp_path, code=2))["works"]
 
 
+def test_a_config_that_is_no_json(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    assert "not JSON" in parts(ask("run", tmp_path, code=2))["found"]
+
+
+def test_quantize_of_what_is_quantized(small, tmp_path):
+    ask("quantize", small, tmp_path / "once", "--scheme", "int8", "--json")
+    assert "already" in parts(ask("quantize", tmp_path / "once", tmp_path / "twice", code=2))["found"]
+    assert not (tmp_path / "twice").exists()
+
+
+def test_an_empty_prompt_begins_a_text(small):
+    assert json.loads(ask("run", small, "--prompt", "", "--tokens", "2", "--json").stdout)["tokens_per_second"] > 0
+
+
+def test_bf16_is_not_called_quantized(small):
+    assert ", 0 layers quantized" in ask("plan", small, "--scheme", "bf16").stdout
+
+
 def test_no_room_for_the_original(small, monkeypatch):
     real = quantport.load
 

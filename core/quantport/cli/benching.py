@@ -17,7 +17,7 @@ from quantport import numerics
 from quantport.choice import Choice, choose
 from quantport.cli.page import Column, Grid, Page, progress
 from quantport.device import Device
-from quantport.errors import BudgetError, DeviceError
+from quantport.errors import BudgetError, ConfigError, DeviceError
 from quantport.host import host
 from quantport.kernel import Request, WeightSpec
 from quantport.modules import QuantLinear
@@ -104,6 +104,8 @@ def bench(
     target, effort = host().device(device), QUICK if quick else Effort()
     if target.simulated:
         raise DeviceError(f"bench {target}", "it is simulated: nothing runs on it", "a device that `quantport devices` lists")
+    if min(size) < 1:
+        raise ConfigError(f"--size {size[0]} {size[1]}", "a layer of no rows or no columns", "two positive numbers")
     chosen = [host().schemes[name] for name in schemes or [s for s in host().schemes if s != "bf16"]]
     chosen = list({scheme.name: scheme for scheme in chosen}.values())
     bench_of = _Bench(target, size, effort)

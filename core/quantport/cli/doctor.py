@@ -39,7 +39,7 @@ def examine() -> Findings:
     for kind, backend in found.backends.items():
         try:
             advice[kind] = [str(line) for line in backend.advice()]
-        except Exception as error:  # noqa: PERF203  # a stranger's code: named, never fatal
+        except Exception as error:  # a stranger's code: named, never fatal
             problems.append(Problem(kind, "advice", f"{type(error).__name__}: {error}"))
     try:
         auto = str(found.device("auto"))

@@ -10,6 +10,7 @@ from typing import Any
 
 from quantport.errors import BudgetError, CheckpointError, ConfigError, QuantportError
 from quantport.loading import saved
+from quantport.loading.build import read_json
 from quantport.loading.source import locate
 
 
@@ -47,6 +48,7 @@ def tokenizer(directory: Path) -> Any:
             "no config.json there" if directory.is_dir() else "a file, not a directory" if directory.exists() else "no such path"
         )
         raise CheckpointError(f"run {directory}", found, "a Transformers checkpoint directory with a tokenizer")
+    read_json(directory / "config.json")  # its own error: Transformers blames the tokenizer
     try:
         return _transformers(f"run {directory}").AutoTokenizer.from_pretrained(directory)
     except QuantportError:

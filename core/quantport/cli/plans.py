@@ -27,7 +27,8 @@ def plan_page(plan: Plan) -> Page:
     page.say("")
     saved = 1 - plan.after / plan.before if plan.before else 0
     totals = f"total: {size(plan.before)} -> {size(plan.after)} ({saved:.0%} less)"
-    page.say(f"{totals}, peak while loading at most {size(plan.peak)}, {len(plan.quantized)} layers quantized")
+    quantized = sum(step.asked != "bf16" for step in plan.quantized)
+    page.say(f"{totals}, peak while loading at most {size(plan.peak)}, {quantized} layers quantized")
     if plan.why:
         page.say(f"scheme chosen for this device: {plan.why}")
     for text in page.data["kept"]:

@@ -16,7 +16,8 @@ from quantport.checkpoint.partial import check_free
 from quantport.cli import comparing, original
 from quantport.cli.page import Column, Grid, emit, progress, size, write
 from quantport.cli.plans import plan_page
-from quantport.errors import ConfigError, SaveError
+from quantport.errors import CheckpointError, ConfigError, SaveError
+from quantport.loading import saved
 from quantport.loading.source import locate
 
 
@@ -145,7 +146,12 @@ def _fits(model: Any, ids: Tensor, tokens: int) -> None:
 
 def quantize(request: Request, out: Path, overwrite: bool, form: str) -> None:
     """Loads and saves; what would refuse the directory in the end does so before the work."""
-    _writable(out, overwrite, locate(request.model))
+    source = locate(request.model)
+    _writable(out, overwrite, source)
+    if saved.read(source if source.is_dir() else source.parent) is not None:
+        raise CheckpointError(
+            f"quantize {source}", "quantport wrote it: it is quantized already", "its 16-bit original, or copy it"
+        )
     model = request.load()
     with progress(f"writing {out}"):
         quantport.save(model, out, overwrite=overwrite)

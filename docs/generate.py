@@ -1,0 +1,207 @@
+"""Writes the generated parts of the documentation: ``python docs/generate.py [--check]``.
+
+Generated: ``docs/matrix.md``, the matrix in ``README.md`` and the kernels in ``backends/cpu/README.md``. The devices are
+simulated, and the text holds no time and nothing of this machine, so that it is the same wherever it is made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from unittest import mock
+
+from quantport.cli import main as command_line
+from quantport.device import Arch
+from quantport.host import host
+from quantport.matrix import Cell, matrix
+
+ROOT = Path(__file__).resolve().parents[1]
+MARKS = {"native": "✅", "weight_only": "🟡", "dequantize": "🟠", "reference": "🔵", "unsupported": "❌"}
+LEGEND = """\
+| mark | status | what you get |
+|---|---|---|
+| ✅ | `native` | what was asked, by a kernel made for it |
+| 🟡 | `weight_only` | the weights as asked, the activations in 16 bits |
+| 🟠 | `dequantize` | what was asked, through a 16-bit copy of the weight at every call: saves memory, not time |
+| 🔵 | `reference` | exact emulation: right and slow |
+| ❌ | `unsupported` | nothing runs it |
+
+Several marks in one cell: it depends on the architecture. `W8A16` means 8-bit weights and 16-bit activations."""
+INTRO = f"""\
+# The capability matrix
+
+What each scheme gets on each architecture. This page is written by `docs/generate.py` from the same verdicts that decide
+while a model loads; a test fails when it is stale. Ask for any part of it with `quantport matrix` or `quantport.matrix()`.
+Every cell is for a 4096 x 4096 weight and one row of activations; a layer of another shape may get another answer, which
+`quantport plan` gives.
+
+{LEGEND}
+
+A mark says what the code does, not that somebody saw it run. How we know is the *evidence* in the tables at the end:
+`measured` (ran there, with a results file), `compiled` (machine code with the native instruction was made), `simulated`
+(ran against the vendor's package over a simulated driver), `interpreted` (ran in Triton's interpreter), `declared` (a
+vendor's document says so). Read `declared` as: it should work, and nobody has tried. [backends.md](backends.md) says
+what each level asks for."""
+
+Group = tuple[str, Callable[[Arch], bool]]
+
+
+def _of(kind: str, *families: str) -> Callable[[Arch], bool]:
+    return lambda arch: arch.kind == kind and (not families or arch.family in families)
+
+
+def _cpu(*prefixes: str) -> Callable[[Arch], bool]:
+    return lambda arch: arch.kind == "cpu" and arch.name.startswith(prefixes)
+
+
+README_ROWS: tuple[Group, ...] = (
+    ("x86 CPU with VNNI or AMX", _cpu("x86_vnni", "x86_bf16", "x86_amx")),
+    ("x86 CPU with AVX2 or AVX-512", _cpu("x86_avx")),
+    ("Arm CPU", _cpu("arm")),
+    ("NVIDIA Volta", _of("cuda", "Volta")),
+    ("NVIDIA Turing, Ampere", _of("cuda", "Turing", "Ampere")),
+    ("NVIDIA Ada, Hopper, Blackwell", _of("cuda", "Ada", "Hopper", "Blackwell")),
+    ("AMD CDNA 1-3, RDNA 3", _of("rocm", "CDNA", "CDNA2", "CDNA3", "RDNA3", "RDNA3.5")),
+    ("AMD CDNA 4, RDNA 4", _of("rocm", "CDNA4", "RDNA4")),
+    ("Intel GPU up to Xe3", _of("xpu", "Xe-HPC", "Xe-HPG", "Xe2", "Xe3")),
+    ("Intel GPU Xe3p", _of("xpu", "Xe3p")),
+    ("Ascend NPU", _of("npu")),
+)
+OMNI_ROWS: tuple[Group, ...] = (
+    ("NVIDIA Blackwell (SM100+)", _of("cuda", "Blackwell")),
+    ("NVIDIA Ada/Hopper (SM89+)", _of("cuda", "Ada", "Hopper")),
+    ("NVIDIA Ampere (SM80+)", _of("cuda", "Ampere")),
+    ("AMD ROCm", _of("rocm")),
+    ("Intel XPU", _of("xpu")),
+    ("Ascend NPU", _of("npu")),
+)
+VLLM_COLUMNS: tuple[Group, ...] = (
+    *((name, _of("cuda", name)) for name in ("Volta", "Turing", "Ampere", "Ada", "Hopper")),
+    ("AMD GPU", _of("rocm")),
+    ("Intel GPU", _of("xpu")),
+    ("x86 CPU", _cpu("x86")),
+    ("Arm CPU", _cpu("arm")),
+)
+
+
+def fold(cells: Iterable[Cell]) -> str:
+    """One text for the cells of several architectures and layer kinds: every outcome that occurs, best first."""
+    found = {(str(c.choice.status), c.choice.precision) for c in cells}
+    return " ".join(f"{MARKS[status]} {precision}".strip() for status, precision in sorted(found, key=_best_first))
+
+
+def _best_first(outcome: tuple[str, str]) -> int:
+    return list(MARKS).index(outcome[0])
+
+
+def _evidence(cells: Iterable[Cell]) -> str:
+    return ", ".join(sorted({str(c.choice.claim.evidence) for c in cells if c.choice.claim}, reverse=True))
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A markdown table."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
+
+
+def by_family(cells: Sequence[Cell], groups: Sequence[Group], evidence: bool = False) -> str:
+    """Groups down, schemes across."""
+    schemes = list(dict.fromkeys(c.scheme for c in cells))
+    rows = []
+    for label, belongs in groups:
+        here = [c for c in cells if belongs(c.arch)]
+        tail = [_evidence(here)] if evidence else []
+        rows.append([label, *(fold(c for c in here if c.scheme == s) for s in schemes), *tail])
+    return table(["device", *(f"`{s}`" for s in schemes), *(["evidence"] if evidence else [])], rows)
+
+
+def by_scheme(cells: Sequence[Cell], groups: Sequence[Group]) -> str:
+    """Schemes down, groups across."""
+    schemes = list(dict.fromkeys(c.scheme for c in cells))
+    rows = [[f"`{s}`", *(fold(c for c in cells if c.scheme == s and belongs(c.arch)) for _, belongs in groups)] for s in schemes]
+    return table(["scheme", *(label for label, _ in groups)], rows)
+
+
+def matrix_command() -> str:
+    """What ``quantport matrix --format markdown`` prints."""
+    out = io.StringIO()
+    with mock.patch.object(sys, "argv", ["quantport", "matrix", "--format", "markdown"]), contextlib.redirect_stdout(out):
+        try:
+            command_line()
+        except SystemExit as done:
+            if done.code:
+                raise
+    return out.getvalue().strip()
+
+
+def matrix_page() -> str:
+    """``docs/matrix.md``."""
+    cells = matrix()
+    lower = matrix_command().replace("\n## ", "\n### ").removeprefix("## ")
+    return (
+        "\n\n".join(
+            (
+                INTRO,
+                "## The rows of vLLM-Omni's page on online quantization\n\nLinear layers and MoE experts together.",
+                by_family(cells, OMNI_ROWS),
+                "## The columns of vLLM's table of supported hardware",
+                by_scheme(cells, VLLM_COLUMNS),
+                "## Every architecture\n\n### " + lower,
+            )
+        )
+        + "\n"
+    )
+
+
+def readme_block() -> str:
+    """The matrix of ``README.md``."""
+    return by_family(matrix(), README_ROWS, evidence=True)
+
+
+def cpu_kernels() -> str:
+    """The kernels of the CPU room, from their own words."""
+    rows = []
+    for kernel in host().kernels("cpu"):
+        serves = [f"`{s.name}`" for s in host().schemes.values() if kernel.serves(s)]
+        said = (inspect.getdoc(type(kernel)) or "").partition("\n\n")[0].replace("\n", " ")
+        every = len(serves) == len(host().schemes) - 1
+        rows.append([f"`{kernel.name}`", "every quantized one" if every else ", ".join(serves), f"{kernel.tolerance:.1e}", said])
+    return table(["kernel", "schemes", "tolerance", "what it does"], rows)
+
+
+def put(path: Path, name: str, block: str) -> str:
+    """The text of a file with its block between ``<!-- NAME: begin -->`` and ``<!-- NAME: end -->`` replaced."""
+    text = path.read_text(encoding="utf-8")
+    begin, end = f"<!-- {name}: begin, written by docs/generate.py -->\n", f"<!-- {name}: end -->"
+    before, found, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise SystemExit(f"{path}: no lines {begin!r} and {end!r}")
+    return f"{before}{begin}{block}\n{end}{after}"
+
+
+def generated() -> dict[Path, str]:
+    """Every file with generated parts, as it should be."""
+    readme, room = ROOT / "README.md", ROOT / "backends" / "cpu" / "README.md"
+    return {
+        ROOT / "docs" / "matrix.md": matrix_page(),
+        readme: put(readme, "matrix", readme_block()),
+        room: put(room, "kernels", cpu_kernels()),
+    }
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Writes what is stale, or with ``--check`` names it and returns 1."""
+    stale = {p: t for p, t in generated().items() if not p.exists() or p.read_text(encoding="utf-8") != t}
+    for path, text in stale.items():
+        sys.stdout.write(f"{'stale' if '--check' in arguments else 'wrote'}: {path.relative_to(ROOT)}\n")
+        if "--check" not in arguments:
+            path.write_text(text, encoding="utf-8")
+    return int(bool(stale) and "--check" in arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
