@@ -158,7 +158,7 @@ def main() -> None:
     schemes = [s for s in host().schemes if s != "bf16"]
     tested = {name: ours(name, dense) for name in [*schemes, "bf16"]}
     others = {} if args.no_peers else peers(dense)
-    buffer = torch.ones(COLD // 4, dtype=torch.int32)
+    buffer = torch.ones(COLD // 4)
     read = COLD / interleaved({"read": lambda _: buffer.sum()})["read"]
     table: dict[str, dict[int, dict[str, float]]] = {}
     for m in args.rows:

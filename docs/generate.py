@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from unittest import mock
 
+from quantport.cells import Cell, matrix
 from quantport.cli import main as command_line
 from quantport.device import Arch
 from quantport.host import host
-from quantport.matrix import Cell, matrix
 
 ROOT = Path(__file__).resolve().parents[1]
 MARKS = {"native": "✅", "weight_only": "🟡", "dequantize": "🟠", "reference": "🔵", "unsupported": "❌"}

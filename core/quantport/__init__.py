@@ -8,26 +8,49 @@ Example:
 
 from __future__ import annotations
 
-from quantport.config import QuantConfig
-from quantport.device import Device
-from quantport.errors import QuantportError
-from quantport.host import host
-from quantport.loading import load, plan, quantize_, save
-from quantport.matrix import matrix
-from quantport.scheme import Scheme, Schemes
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from quantport.cells import matrix
+    from quantport.config import QuantConfig
+    from quantport.device import Device
+    from quantport.errors import QuantportError
+    from quantport.host import devices
+    from quantport.loading import load, plan, quantize_, save
+    from quantport.scheme import Scheme, Schemes
+
+    schemes: Schemes
 
 __version__ = "0.1.0"
 
+_HOMES = {
+    "Device": "quantport.device",
+    "QuantConfig": "quantport.config",
+    "QuantportError": "quantport.errors",
+    "Scheme": "quantport.scheme",
+    "devices": "quantport.host",
+    "load": "quantport.loading",
+    "matrix": "quantport.cells",
+    "plan": "quantport.loading",
+    "quantize_": "quantport.loading",
+    "save": "quantport.loading",
+}
 
-def devices() -> tuple[Device, ...]:
-    """Returns every device found, the one that ``device="auto"`` takes first."""
-    return host().devices
+
+def __getattr__(name: str) -> Any:
+    """Imports what is asked for on first use (PEP 562): ``import quantport`` by itself costs nothing, not even torch."""
+    if name == "schemes":  # what plugins add included
+        return import_module("quantport.host").host().schemes
+    if name not in _HOMES:
+        raise AttributeError(f"module 'quantport' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
 
 
-def __getattr__(name: str) -> Schemes:
-    if name == "schemes":  # lazily, since plugins may add schemes
-        return host().schemes
-    raise AttributeError(f"module 'quantport' has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 __all__ = [

@@ -57,8 +57,9 @@ class BudgetError(QuantportError, MemoryError):
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Returns ``"did you mean 'x'? "`` for the closest known name, or an empty string."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}? " if close else ""
+    lower = {k.lower(): k for k in known}
+    close = difflib.get_close_matches(name.lower(), list(lower), n=1, cutoff=0.5)
+    return f"did you mean {lower[close[0]]!r}? " if close else ""
 
 
 def one_of(name: str, known: Iterable[str]) -> str:

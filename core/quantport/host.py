@@ -168,6 +168,8 @@ class Host:
             return asked
         if isinstance(asked, torch.device):
             return self._of_torch(asked)
+        if not isinstance(asked, str):
+            raise DeviceError(f"device {asked!r}", f"a {type(asked).__name__}", "a name such as 'auto', 'cpu' or 'cpu:0'")
         text = os.environ.get("QUANTPORT_DEVICE", "auto") if asked == "auto" else asked
         if text == "auto":
             if not self.devices:
@@ -222,3 +224,8 @@ def _allowed(only: Iterable[str] | None, known: set[str]) -> set[str] | None:
 def host() -> Host:
     """The host of this process, made at first use."""
     return Host()
+
+
+def devices() -> tuple[Device, ...]:
+    """Returns every device found, the one that ``device="auto"`` takes first."""
+    return host().devices

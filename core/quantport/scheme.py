@@ -160,7 +160,8 @@ class Schemes(Mapping[str, Scheme]):
                 self._alias[name] = scheme.name
             self._schemes[scheme.name] = scheme
 
-    def __getitem__(self, name: str) -> Scheme:
+    def __getitem__(self, name: str | Scheme) -> Scheme:
+        name = name.name if isinstance(name, Scheme) else name
         try:
             return self._schemes[self._alias[name]]
         except (KeyError, TypeError):

@@ -14,7 +14,7 @@ from torch import nn
 import quantport
 from quantport.errors import BudgetError, CheckpointError, ConfigError, DeviceError, QuantportError, UnsupportedError, WeightError
 from quantport.host import host
-from quantport.plan import BUDGET
+from quantport.planner import BUDGET
 
 
 @pytest.fixture(scope="module")

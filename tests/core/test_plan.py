@@ -13,7 +13,7 @@ from quantport.capability import Status
 from quantport.config import QuantConfig
 from quantport.errors import ConfigError, UnsupportedError
 from quantport.layers import find_layers
-from quantport.plan import make_plan
+from quantport.planner import make_plan
 from quantport.scheme import BUILTIN
 
 NATIVE = FakeKernel("acme.native", quantizes=True)

@@ -17,7 +17,7 @@ from quantport.config import QuantConfig
 from quantport.errors import CheckpointError, UnsupportedError
 from quantport.host import host
 from quantport.layers import find_layers
-from quantport.plan import best_scheme, make_plan
+from quantport.planner import best_scheme, make_plan
 from quantport.scheme import BUILTIN
 
 DEQUANTIZE = FakeKernel("acme.dequantize", Status.DEQUANTIZE)

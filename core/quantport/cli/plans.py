@@ -8,7 +8,7 @@ from typing import Any
 from quantport.choice import Choice
 from quantport.cli.page import Column, Grid, Page, size
 from quantport.config import compile_pattern
-from quantport.plan import Plan, Step
+from quantport.planner import Plan, Step
 
 OTHERS = "other tensors (norms, biases)"
 _COLUMNS = (

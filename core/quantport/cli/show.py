@@ -6,9 +6,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from quantport.cells import Cell
 from quantport.cli.page import Column, Grid, Page, size
 from quantport.device import Device
-from quantport.matrix import Cell
 
 _MARK = {"native": "✅", "weight_only": "🟡", "dequantize": "🟠", "reference": "🔵", "unsupported": "❌"}
 _LEGEND = {

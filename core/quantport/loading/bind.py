@@ -13,7 +13,7 @@ from quantport.host import host
 from quantport.kernel import WeightSpec
 from quantport.layers import Layer
 from quantport.modules import QuantExperts, QuantLinear, QuantModule, activation_name, why_not_experts
-from quantport.plan import Step
+from quantport.planner import Step
 
 Place = Callable[[Layer], str]
 NO_MODULE = "the model has no module of this name"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,15 +16,22 @@ from torch import nn
 from quantport.errors import CheckpointError, QuantportError
 
 Factory = Callable[[], nn.Module]
+_BUILDING = threading.Lock()
 
 
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
     """Inside, parameters of new modules are on the meta device. Buffers stay real: they are not all in checkpoints."""
-    original = nn.Module.register_parameter
+    with _BUILDING:
+        yield from _patched()
+
+
+def _patched() -> Iterator[None]:
+    original, builder = nn.Module.register_parameter, threading.get_ident()
 
     def register(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None and param.device.type != "meta":
+        mine = threading.get_ident() == builder  # other threads go on making real modules
+        if mine and param is not None and param.device.type != "meta":
             param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
         original(module, name, param)
 

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from quantport.host import host
 from quantport.layers import Part
 from quantport.loading.bind import make_module, put
-from quantport.loading.planning import plan
+from quantport.loading.planning import plan, refuse_nothing
 from quantport.loading.stream import Progress, Task, run_tasks
 from quantport.loading.tasks import quantize_tasks, select
 from quantport.modules import QuantModule
-from quantport.plan import Plan
+from quantport.planner import Plan
 
 
 def quantize_(
@@ -43,6 +43,7 @@ def quantize_(
     here = next((p.device for p in model.parameters()), torch.device("cpu"))
     target = next((d for d in host().devices if d.torch_type == here.type and d.index == (here.index or 0)), None)
     decided = plan(model, scheme, config=config, device=target or str(here), rows=rows, fallback=fallback)
+    refuse_nothing(decided)
     params = dict(model.named_parameters())
 
     def read(part: Part) -> tuple[Tensor, Callable[[], None]]:

@@ -17,7 +17,7 @@ from quantport.host import host
 from quantport.layers import find_layers
 from quantport.loading.bind import check
 from quantport.loading.source import locate, refuse_quantized
-from quantport.plan import Plan, make_plan
+from quantport.planner import Plan, make_plan
 
 Source = str | os.PathLike[str]
 
@@ -68,3 +68,17 @@ def plan(
             refuse_quantized(checkpoint)
             layers, source = find_layers(checkpoint.tensors), str(model)
     return make_plan(layers, parsed, target, host().kernels(target.kind), host().schemes, source=source, rows=rows, dtype=dtype)
+
+
+def refuse_nothing(decided: Plan) -> None:
+    """Refuses to carry out a plan that quantizes nothing, unless the configuration says so.
+
+    Raises:
+        ConfigError: names why the layers stay.
+    """
+    chosen = any("left alone by" in s.note or "mapped to null" in s.note for s in decided.steps)
+    if decided.quantized or chosen:
+        return
+    notes = dict.fromkeys(s.note for s in decided.steps if s.layer.kind != "other")
+    found = "no layer can be quantized" + (f": {'; '.join(notes)}" if notes else ": it has no linear layers and no experts")
+    raise ConfigError(f"quantize {decided.source}", found, "a 16-bit model with torch.nn.Linear layers or experts")

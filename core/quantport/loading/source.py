@@ -26,6 +26,9 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
     Raises:
         CheckpointError: names the method that was found.
     """
+    if (checkpoint.directory / "quantport.json").is_file():
+        works = "quantport.load or `quantport run`, without a scheme"
+        raise CheckpointError(f"quantize {checkpoint.directory}", "quantport quantized it already", works)
     entry = read_json(checkpoint.directory / "config.json").get("quantization_config")
     method = entry.get("quant_method") if isinstance(entry, dict) else entry
     found = f"config.json says quant_method {method!r}" if method else ""
@@ -43,6 +46,8 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
 
 def locate(source: str | os.PathLike[str]) -> Path:
     """A local path, or a snapshot of a model of the hub."""
+    if not isinstance(source, str | os.PathLike):
+        raise CheckpointError(f"open the checkpoint {source!r}", f"a {type(source).__name__}", "a path, or a model id of the hub")
     path = Path(source)
     text = str(source)
     if path.exists() or text.count("/") != 1 or text.startswith((".", "/", "~")):

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import torch
 
+from quantport.errors import ConfigError
+
 Progress = Callable[[int, int, str], None]
 
 
@@ -34,6 +36,8 @@ def run_tasks(tasks: Sequence[Task], progress: Progress | None = None, workers: 
         progress: Called with (bytes done, bytes in total, name) after each task, from this thread.
         workers: Threads; the number of usable cores by default.
     """
+    if workers is not None and workers < 1:
+        raise ConfigError(f"workers={workers}", "not a number of threads", "1 or more; by default the number of cores")
     total, done = sum(t.size for t in tasks), 0
     count = workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     before = torch.get_num_threads()

@@ -13,7 +13,7 @@ from quantport.host import host
 from quantport.layers import Part
 from quantport.loading.stream import Task
 from quantport.modules import QuantModule
-from quantport.plan import Step
+from quantport.planner import Step
 
 Reader = Callable[[Part], tuple[Tensor, Callable[[], None]]]
 

@@ -25,7 +25,6 @@ from quantport.testing import (
 )
 from quantport.testing.subject import Subject
 
-
 _MISSING = ("no device of kind", "makes no fake tensors", "does not run on")
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from quantport.backend import Accepted, Evidence, Rejected, Request, Status, WeightSpec
 from quantport.host import Host
 from quantport_cuda.capabilities import ARCHS

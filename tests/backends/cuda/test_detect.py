@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from quantport_cuda.capabilities import ARCHS
 from quantport_cuda.detect import CudaBackend, advice, devices, runs
 

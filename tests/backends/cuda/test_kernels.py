@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from quantport.backend import WeightSpec
-from quantport.scheme import BUILTIN
-from quantport_cuda.kernels.matmul import CudaIntMM, CudaScaledMM
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
+
+from quantport.backend import WeightSpec
+from quantport.scheme import BUILTIN
+from quantport_cuda.kernels.matmul import CudaIntMM, CudaScaledMM
 
 
 def _view(x, index):

@@ -6,6 +6,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+
 from quantport_npu import detect
 from quantport_npu.capabilities import ARCHS
 from quantport_npu.detect import NpuBackend, advice, devices, installed

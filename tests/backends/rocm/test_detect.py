@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from quantport_rocm.capabilities import ARCHS
 from quantport_rocm.detect import RocmBackend, advice, devices
 

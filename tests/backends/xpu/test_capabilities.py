@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.torch_version import TorchVersion
+
 from quantport.backend import Accepted, Evidence, Rejected, Request, Status, WeightSpec
 from quantport.host import Host
 from quantport_xpu.capabilities import ARCHS
-from torch.torch_version import TorchVersion
 
 HOST = Host(only=["xpu"])
 W8A8 = ("fp8_per_tensor", "fp8_per_channel", "fp8_per_block", "int8")

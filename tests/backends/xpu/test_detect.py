@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from quantport_xpu.capabilities import ARCHS
 from quantport_xpu.detect import XpuBackend, advice, devices
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from quantport.backend import WeightSpec
-from quantport.scheme import BUILTIN
-from quantport_xpu.kernels.matmul import XpuIntMM, XpuScaledMM
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
+
+from quantport.backend import WeightSpec
+from quantport.scheme import BUILTIN
+from quantport_xpu.kernels.matmul import XpuIntMM, XpuScaledMM
 
 
 def _view(x, index):

@@ -16,7 +16,7 @@ from quantport_cpu.jit import available
 from quantport_cpu.kernels.base import TINY, CpuKernel, compiled
 
 _SINGLE = 3  # up to this many rows, one matrix-vector call for each beats one matmul
-_COMPILED = 8  # up to this many rows the compiled W8A16 kernel is fastest
+_COMPILED = 8  # up to this many rows the compiled kernel is fastest
 _FEW = 16  # up to this many rows, ATen's W8A16 kernel beats three int8 matmuls
 _DIGIT = 0x808080  # 128 in each of three base-256 digits
 _FULL = 2.0**22 * 0.98  # largest magnitude of a row as a 23-bit integer; the margin keeps rounding inside three digits
@@ -61,7 +61,13 @@ class CpuInt8(_Int8):
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
         weight, channel = packed
         q, token = _rows(x)
-        y = matmul(q, weight).mul(token).mul_(channel.view(-1))
+        if 0 < x.shape[0] <= _COMPILED and compiled():
+            from quantport_cpu.jit import gemv
+
+            y = gemv.int8(q.float(), weight)  # the same sums, read at the speed of memory
+        else:
+            y = matmul(q, weight).float()
+        y = y.mul_(token).mul_(channel.view(-1))
         return (y if bias is None else y.add_(bias)).to(x.dtype)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from quantport.choice import Choice, choice_dict, choose
 from quantport.device import Arch, Device
+from quantport.errors import ConfigError, one_of
 from quantport.host import Host, host
 from quantport.kernel import Request, WeightSpec
 
@@ -52,6 +53,8 @@ def matrix(
         One cell for each scheme, architecture and layer kind, for a weight of 4096 x 4096 and one row.
     """
     asked = hosted or host()
+    if layer is not None and layer not in LAYERS:
+        raise ConfigError(f"layer={layer!r}", "no such kind of layer", one_of(layer, LAYERS))
     schemes = [asked.schemes[scheme]] if scheme else [s for s in asked.schemes.values() if s.weight.format != "bf16"]
     cells = []
     for target in _targets(asked, device):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,7 +19,7 @@ from quantport.config import QuantConfig, compile_pattern
 from quantport.device import Device
 from quantport.errors import ConfigError, UnsupportedError
 from quantport.kernel import Kernel, Request, WeightSpec
-from quantport.layers import Layer
+from quantport.layers import FLOATS, Layer
 from quantport.scheme import Scheme, Schemes
 
 BUDGET = 512 << 20  # bytes of scratch and source pages that loading may hold beside the quantized model
@@ -100,6 +101,13 @@ class Plan:
         """Layer name -> step."""
         return {s.layer.name: s for s in self.steps}
 
+    def __str__(self) -> str:
+        groups = Counter((s.asked, s.choice.precision, str(s.choice.status), s.choice.kernel) for s in self.quantized if s.choice)
+        lines = [f"  {n} layers: {a} -> {p} {status} by {kernel}" for (a, p, status, kernel), n in groups.items()]
+        kept = len(self.steps) - len(self.quantized)
+        total = f"  {kept} stay as stored; {self.before / 1e6:.1f} MB -> {self.after / 1e6:.1f} MB"
+        return "\n".join([f"{self.source} on {self.device}", *lines, total])
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: stable keys, no objects."""
         return {
@@ -161,6 +169,11 @@ def make_plan(
         ConfigError: patterns that match nothing or disagree.
         UnsupportedError: the fallback policy leaves a layer without a kernel.
     """
+    if not isinstance(rows, int) or rows < 1:
+        raise ConfigError(f"rows={rows!r}", "not a number of rows", "1 for decoding one sequence, more for batches and prompts")
+    if dtype is not None and dtype not in FLOATS:
+        found = "not a floating dtype that models compute in"
+        raise ConfigError(f"dtype={dtype!r}", found, "torch.bfloat16, torch.float16 or torch.float32")
     layers = list(layers)
     _check_patterns(config, layers)
     parts = [c for c in config.components.values() if c] or [config]
@@ -253,11 +266,12 @@ def _check_patterns(config: QuantConfig, layers: Sequence[Layer]) -> None:
         if any(compiled.match(n) for n in names) or any(compiled.match(s) for x in layers for s in x.shards):
             continue
         inside = f"*{pattern}*"
+        tied = " (an output head tied to the embedding is no layer of its own)" if pattern.rpartition(".")[2] == "lm_head" else ""
         hint = f"did you mean {inside!r}? " if any(compile_pattern(inside).match(n) for n in names) else ""
         close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
         error = ConfigError(
             f"pattern {pattern!r}",
-            f"it matches none of {len(names)} layers",
+            f"it matches none of {len(names)} layers{tied}",
             f"{hint}close names: {', '.join(close) or 'none'}; on_unmatched='warn' to go on",
         )
         if config.on_unmatched == "error":

@@ -13,16 +13,16 @@ from quantport.checkpoint import Checkpoint
 from quantport.device import Device
 from quantport.errors import BudgetError, CheckpointError, ConfigError, DeviceError
 from quantport.host import host
-from quantport.layers import FLOATS, Layer, Part, find_layers
+from quantport.layers import Layer, Part, find_layers
 from quantport.loading import saved
 from quantport.loading.bind import NO_MODULE, check, make_module, put
 from quantport.loading.build import Factory, build
-from quantport.loading.planning import Source, merge
+from quantport.loading.planning import Source, merge, refuse_nothing
 from quantport.loading.source import locate, refuse_quantized
 from quantport.loading.stream import Progress, Task, run_tasks
 from quantport.loading.tasks import quantize_tasks
 from quantport.modules import QuantModule
-from quantport.plan import BUDGET, Plan, Step, make_plan
+from quantport.planner import BUDGET, Plan, Step, make_plan
 
 HALVES = (torch.bfloat16, torch.float16)
 SLAB = 16 << 20  # bytes of source pages that copying one tensor holds
@@ -61,7 +61,7 @@ def load(
     Raises:
         QuantportError: with what was asked, what was found, and what would work. No model is left half loaded.
     """
-    target = _usable(device, dtype)
+    target = _usable(device)
     directory = locate(path_or_id)
     parsed = merge(scheme, config, {"fallback": fallback})
     with Checkpoint.open(directory) as checkpoint:
@@ -88,6 +88,7 @@ def load(
         decided = make_plan(
             layers, parsed, target, host().kernels(target.kind), host().schemes, source=str(path_or_id), rows=rows, dtype=compute
         )
+        refuse_nothing(decided)
         _fits(decided, target)
         tasks = _Loader(checkpoint, built, decided, names, place, compute, dtype is not None, record is not None).tasks()
         run_tasks(tasks, progress, workers)
@@ -182,14 +183,12 @@ class _Loader:
         _assign(self.model, self.names[name], target)
 
 
-def _usable(device: str | torch.device | Device, dtype: torch.dtype | None) -> Device:
-    """Resolves the device and checks that one can load to it, in this dtype."""
+def _usable(device: str | torch.device | Device) -> Device:
+    """Resolves the device and checks that one can load to it."""
     target = host().device(device)
     if target.simulated:
         works = "a device that `quantport devices` lists; quantport.plan works for devices that are not here"
         raise DeviceError(f"load to {target}", "it is simulated: nothing runs on it", works)
-    if dtype is not None and dtype not in FLOATS:
-        raise ConfigError(f"dtype={dtype!r}", "not a floating dtype that models compute in", "bfloat16, float16 or float32")
     return target
 
 
