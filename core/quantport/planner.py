@@ -94,7 +94,7 @@ class Plan:
     @property
     def quantized(self) -> tuple[Step, ...]:
         """The steps that quantize."""
-        return tuple(s for s in self.steps if s.asked)
+        return tuple(s for s in self.steps if s.asked not in (None, "bf16"))
 
     @cached_property
     def by_layer(self) -> dict[str, Step]:

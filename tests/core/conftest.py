@@ -14,3 +14,9 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _no_width(monkeypatch):
+    """Tables are as wide as they like, whatever terminal or earlier test set ``COLUMNS``."""
+    monkeypatch.delenv("COLUMNS", raising=False)

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import quantport
 from quantport.cli import app
-from quantport.host import Host
+from quantport.host import Host, host
 
 ASKING = (
     ("devices",),
@@ -249,7 +249,7 @@ def test_doctor_survives_advice_that_raises(monkeypatch, hosted):
 
 
 def test_doctor_shows_advice_without_failing(monkeypatch):
-    room = quantport.host().backends["cpu"]
+    room = host().backends["cpu"]
     monkeypatch.setattr(type(room), "advice", lambda self: ("install the thing",))
     assert "advice: cpu: install the thing" in ask("doctor").stdout
 

@@ -194,9 +194,9 @@ def _usable(device: str | torch.device | Device) -> Device:
 
 def _homeless(model: nn.Module, layers: Sequence[Layer], source: object) -> None:
     """Refuses a model that has a module for none of the layers; single layers without one are named in the plan."""
-    multiplied = [layer for layer in layers if layer.kind != "other"]
-    lost = [layer.name for layer in multiplied if layer.keep == NO_MODULE]
-    if lost and len(lost) == len(multiplied):
+    usable = any(layer.kind != "other" and not layer.keep for layer in layers)
+    lost = [layer.name for layer in layers if layer.keep == NO_MODULE]
+    if lost and not usable:
         found = f"no module for any layer ({lost[0]}, ...); it has: {', '.join(n for n, _ in list(model.named_modules())[1:6])}"
         raise CheckpointError(f"load {source} into {type(model).__name__}", found, "the model that the checkpoint was made from")
 

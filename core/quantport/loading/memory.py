@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantport.errors import ConfigError
 from quantport.host import host
 from quantport.layers import Part
 from quantport.loading.bind import make_module, put
@@ -40,6 +41,9 @@ def quantize_(
     Returns:
         The plan that was carried out; also ``model.quantport_plan``.
     """
+    if any(isinstance(m, QuantModule) for m in model.modules()):
+        works = "the 16-bit model; what it is now is in model.quantport_plan"
+        raise ConfigError(f"quantize {type(model).__name__}", "it is quantized already", works)
     here = next((p.device for p in model.parameters()), torch.device("cpu"))
     target = next((d for d in host().devices if d.torch_type == here.type and d.index == (here.index or 0)), None)
     decided = plan(model, scheme, config=config, device=target or str(here), rows=rows, fallback=fallback)

@@ -90,9 +90,9 @@ def test_weight_only_runs_everywhere(name, scheme):
     [
         ("sm_80", "fp8_per_channel", "cuda._scaled_mm", "sm_80 (NVIDIA A100, A30) has no e4m3fn matrix instruction"),
         ("sm_70", "int8", "cuda._int_mm", "sm_70 (NVIDIA V100) has no int8 matrix instruction"),
-        ("sm_90", "fp8_per_block", "cuda._scaled_mm", "per tensor or per channel"),
-        ("sm_90", "int8", "cuda._scaled_mm", "takes e4m3fn"),
-        ("sm_90", "fp8_per_channel", "cuda._int_mm", "takes int8"),
+        ("sm_90", "fp8_per_block", "cuda._scaled_mm", "does not run fp8_per_block"),
+        ("sm_90", "int8", "cuda._scaled_mm", "does not run int8"),
+        ("sm_90", "fp8_per_channel", "cuda._int_mm", "does not run fp8_per_channel"),
     ],
 )
 def test_refusals_say_why(name, scheme, kernel, reason):
