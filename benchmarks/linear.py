@@ -20,6 +20,7 @@ from quantport.choice import choose
 from quantport.host import host
 from quantport.kernel import Request, WeightSpec
 from quantport.modules import QuantLinear
+from quantport_cpu.jit import available
 
 N = K = 4096
 COLD = 320 << 20
@@ -170,6 +171,16 @@ def main() -> None:
     report(table, tested, {name: why for name, (_, why) in others.items() if why}, args.rows, read)
 
 
+def caveats() -> list[str]:
+    """What flatters or handicaps a row on this processor."""
+    if "bf16" in host().device("cpu").arch.native:
+        return []
+    return [
+        "This processor has no BF16 dot product: BF16 is emulated from a few rows on, which flatters every ratio at M >= 4, and",
+        "bitsandbytes' fast 4-bit path, which needs AVX512-BF16, does not run. On processors with it the ratios are smaller.",
+    ]
+
+
 def report(
     table: dict[str, dict[int, dict[str, float]]], tested: dict[str, Any], absent: dict[str, str], rows: list[int], read: float
 ) -> None:
@@ -188,6 +199,7 @@ def report(
         "Each cell: speed-up over BF16 `F.linear` / over prepacked BF16 (the honest baseline); medians of interleaved rounds of one run,",
         f"activation quantization included. Limit: share of the time that reading the weight once takes at {rows[0]} row(s),",
         f"at the measured {read / 1e9:.1f} GB/s. Error: against the reference, max|y - y_ref| / max|y_ref|.",
+        *caveats(),
         *(f"- {name}: did not run here ({why})" for name, why in absent.items()),
     ]
     title = f"Linear {N}x{K}, {torch.get_num_threads()} threads, weights cold in cache ({arch})"
@@ -196,13 +208,16 @@ def report(
         name: {
             "kernel": tested[name][0],
             "error": tested[name][2],
-            "speed": {str(m): round(c["prepacked"], 3) for m, c in table[name].items()},
+            "speed": {str(m): round(c["bf16" if name == "bf16" else "prepacked"], 3) for m, c in table[name].items()},
         }
         for name in tested
     }
     path = ROOT / "backends" / "cpu" / "quantport_cpu" / "tuned" / f"{arch}.json"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"run": describe(), "shape": [N, K], "schemes": schemes}, indent=1) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps({"run": describe(), "compiled": not available(), "shape": [N, K], "schemes": schemes}, indent=1) + "\n",
+        encoding="utf-8",
+    )
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def refuse_nothing(decided: Plan) -> None:
         ConfigError: names why the layers stay.
     """
     chosen = any("left alone by" in s.note or "mapped to null" in s.note for s in decided.steps)
-    if decided.quantized or chosen:
+    if chosen or any(s.asked for s in decided.steps):
         return
     notes = dict.fromkeys(s.note for s in decided.steps if s.layer.kind != "other")
     found = "no layer can be quantized" + (f": {'; '.join(notes)}" if notes else ": it has no linear layers and no experts")

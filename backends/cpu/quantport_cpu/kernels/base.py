@@ -18,6 +18,7 @@ from quantport_cpu.jit import available
 TINY = torch.finfo(torch.float32).tiny
 
 
+SMALLEST = 16  # a layer with fewer elements than the measured one by this factor has no known speed
 COMPILED = 64  # up to this many rows, compiled kernels that take a few rows at a time beat decoding a whole block
 _AT_ONCE = 8  # rows that they take at a time
 
@@ -50,15 +51,19 @@ class CpuKernel(Kernel):
     """A kernel whose speed and evidence come from the measurements of the architecture."""
 
     def _row(self, request: Request) -> dict[str, Any]:
-        schemes = measured(request.device.arch.name).get("schemes", {})
+        table = measured(request.device.arch.name)
+        if table.get("compiled") and not request.device.simulated and available():
+            return {}  # measured with compiled kernels, which this machine lacks
+        schemes = table.get("schemes", {})
         row: dict[str, Any] = schemes.get(request.weight.scheme.name, {})
         return row if row.get("kernel") == self.name else {}
 
     def speed(self, request: Request) -> float | None:
         """The measured ratio at the nearest number of rows (on a log scale), against prepacked BF16."""
         speeds = self._row(request).get("speed", {})
-        if not speeds:
-            return None
+        n, k = measured(request.device.arch.name).get("shape", (0, 0))
+        if not speeds or SMALLEST * request.weight.n * request.weight.k < n * k:
+            return None  # in a small layer the overhead of the call decides, which the table does not know
         nearest = min(speeds, key=lambda m: abs(math.log(int(m) / request.rows)))
         return float(speeds[nearest])
 
@@ -68,5 +73,6 @@ class CpuKernel(Kernel):
         if not row:
             return Claim(Evidence.DECLARED, "torch's CPU operators; not yet measured on this architecture")
         run = measured(request.device.arch.name)["run"]
-        where = f"{run['device']}, {run['date']}, commit {run['commit']}, relative error {row['error']:.1e}"
+        how = ", with numba" if measured(request.device.arch.name).get("compiled") else ""
+        where = f"{run['device']}, {run['date']}, commit {run['commit']}{how}, relative error {row['error']:.1e}"
         return Claim(Evidence.MEASURED, f"benchmarks/results/linear-{request.device.arch.name}.md ({where})")
