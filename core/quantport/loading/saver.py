@@ -44,7 +44,9 @@ def save(
     Raises:
         SaveError: nothing to save, the directory is taken, the disk is full, or permission is missing.
     """
-    layers = {name: _entry(m) for name, m in model.named_modules() if isinstance(m, QuantModule) and m.scheme != "bf16"}
+    layers = {name: _entry(m) for name, m in model.named_modules() if isinstance(m, QuantModule)}
+    # where others are quantized, a prepacked bf16 layer is saved as the plain layer that it was: prepacking is this machine's
+    layers = {name: entry for name, entry in layers.items() if entry.scheme != "bf16"} or layers
     if not layers:
         raise SaveError(f"save {type(model).__name__}", "it has no quantized layer", "quantport.load or quantport.quantize_ first")
     files = {FILE: Record(layers=layers).model_dump_json(indent=1).encode()}
