@@ -50,9 +50,11 @@ def main() -> None:
     for name in host().schemes:
         kernel, module, raw = dispatch(name)
         rows.append([name, kernel, f"{module:.1f}", f"{raw:.1f}", f"{module - raw:.1f}", "✅" if module - raw <= 10 else "❌"])
-    pairs = [(imports("import torch"), imports("import torch, quantport")) for _ in range(9)]
-    extra = statistics.median(b - a for a, b in pairs) * 1e3
-    rows.append(["import quantport", "", "", "", f"{extra:.0f} ms over torch", "✅" if extra <= 100 else "❌"])
+    codes = ("import torch", "import torch, quantport", "import torch, quantport; quantport.load")
+    runs = [[imports(code) for code in codes] for _ in range(5)]
+    extra, first = (statistics.median(run[i] - run[0] for run in runs) * 1e3 for i in (1, 2))
+    rows.append(["import quantport", "", "", "", f"{extra:.0f} ms over torch", "✅" if extra <= 100 else "❌ (need 100 ms)"])
+    rows.append(["the same, and first use", "", "", "", f"{first:.0f} ms over torch", ""])
     columns = ["scheme", "kernel", "module, us", "raw, us", "difference", "<= 10 us"]
     write("overhead.md", markdown("Overhead of the module call, one row, 64x128", columns, rows))
 

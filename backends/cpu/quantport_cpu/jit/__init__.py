@@ -16,7 +16,7 @@ def available() -> str:
         return "numba is not installed"
     try:
         import numba.core.config as config
-        import numba.extending  # noqa: F401
+        import numba.extending  # noqa: F401 - imported to see whether it can be
     except Exception as error:  # numba refuses a numpy it does not know with ImportError, a broken llvmlite with OSError
         return f"numba cannot be imported: {error}"
     return "NUMBA_DISABLE_JIT is set" if getattr(config, "DISABLE_JIT", 0) else ""
