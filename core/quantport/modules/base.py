@@ -30,7 +30,7 @@ class QuantModule(nn.Module):
     """
 
     def __init__(self, kernel: Kernel, specs: dict[str, WeightSpec], layer: str, dtype: torch.dtype = torch.bfloat16) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # not super(): a QuantLinear is an nn.Linear too, which would make a 16-bit weight
         self.kernel, self.specs, self.layer, self.dtype = kernel, specs, layer, dtype
         self._packed: dict[str, Packed] = {}
 

@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from quantport.errors import NoTensorError
 from quantport.kernel import Kernel, WeightSpec
 from quantport.modules import ops
 from quantport.modules.base import QuantModule
 
 
 class WeightView(NamedTuple):
-    """What code may ask of the weight of a linear layer that holds no 16-bit weight; ``dtype`` is that of activations."""
+    """What code may ask of the weight of a layer that holds no 16-bit weight; ``dtype`` is that of activations.
+
+    Raises:
+        NoTensorError: anything else of a tensor is asked for, as when an adapter shall be merged into the weight.
+    """
 
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
 
+    def __getattr__(self, name: str) -> Any:
+        works = "keep adapters beside the layer, or merge them into the 16-bit model and quantize that"
+        raise NoTensorError(f"weight.{name} of a quantized layer", "its weight is stored as codes and scales", works)
 
-class QuantLinear(QuantModule):
-    """``y = x W^T + b`` with W quantized; stands where ``torch.nn.Linear`` stood.
+
+class QuantLinear(QuantModule, nn.Linear):
+    """``y = x W^T + b`` with W quantized; stands where ``torch.nn.Linear`` stood, and is one: PEFT and others ask for that.
+
+    A gradient goes to the activations (through the dequantized weight) and the bias, never to the weight.
 
     Args:
         kernel: The kernel that runs it.
@@ -48,7 +59,7 @@ class QuantLinear(QuantModule):
         return ops.run_linear(self.kernel, x, packed, bias, self.spec)
 
     @property
-    def weight(self) -> WeightView:
+    def weight(self) -> WeightView:  # type: ignore[override]  # of nn.Linear it is a Parameter
         """Shape, dtype and device of the weight, for code that asks a linear layer for them. It is no tensor."""
         return WeightView(torch.Size((self.out_features, self.in_features)), self.dtype, self.device)
 
