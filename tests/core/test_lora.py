@@ -17,7 +17,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # PEFT imports whatever quantization library is installed, and those warn
     import peft
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 
 
 def adapted(path=DENSE, scheme="int8", targets=("q_proj", "v_proj", "down_proj"), **options):
