@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
 from quantport.errors import ConfigError, one_of
-from quantport.layers import Layer
+from quantport.layers import Layer, tied_scheme
 from quantport.scheme import Schemes
 
 _OLD_KEYS = {
@@ -175,6 +175,8 @@ class QuantConfig(BaseModel):
         """
         if self.components:
             return self._component(layer, default)
+        if layer.tied:
+            return tied_scheme(layer, self.targets)
         if layer.keep and layer.name not in self.targets:
             return None, layer.keep
         decision = self._decide(layer.name)

@@ -20,6 +20,7 @@ from quantport.device import Device
 from quantport.errors import ConfigError, UnsupportedError
 from quantport.kernel import Kernel, Request, WeightSpec
 from quantport.layers import FLOATS, Layer
+from quantport.lookup import choose_lookup
 from quantport.scheme import Scheme, Schemes
 
 BUDGET = 512 << 20  # bytes of scratch and source pages that loading may hold beside the quantized model
@@ -209,10 +210,12 @@ class _Planner:
     def step(self, layer: Layer, asked: str | None, why: str) -> Step:
         if asked is None:
             return Step(layer, None, self._kept(layer), why, layer.bytes, layer.bytes)
-        if layer.kind == "other" or (layer.keep and "output head" not in layer.keep):
-            raise ConfigError(f"scheme {asked!r} for {layer.name}", layer.keep, "name linear layers, experts or an untied lm_head")
+        if layer.kind == "other" or (layer.keep and not layer.opt_in):
+            raise ConfigError(
+                f"scheme {asked!r} for {layer.name}", layer.keep, "name linear layers, experts, an lm_head or an embedding"
+            )
         scheme = self.schemes[asked]
-        key = (asked, layer.kind, layer.weights, layer.dtype)
+        key = (asked, layer.kind, layer.weights, layer.dtype, layer.name if layer.lookup else "")
         if key not in self.cache:
             self.cache[key] = self._choose(layer, scheme)
         choice, note = self.cache[key]
@@ -227,7 +230,7 @@ class _Planner:
 
     def _kept(self, layer: Layer) -> Choice | None:
         """The prepacked BF16 kernel for a linear layer that stays, where the device has one that was measured faster."""
-        multiplied = layer.kind == "linear" and (not layer.keep or "output head" in layer.keep)
+        multiplied = layer.kind == "linear" and (not layer.keep or (layer.opt_in and not layer.lookup))
         if not multiplied or layer.dtype is not torch.bfloat16 or self.dtype not in (None, torch.bfloat16):
             return None
         choice = choose(self._request(layer, self.schemes["bf16"], *layer.weights[0][1:]), self.kernels)
@@ -235,6 +238,8 @@ class _Planner:
 
     def _choose(self, layer: Layer, scheme: Scheme) -> tuple[Choice, str]:
         requests = [self._request(layer, scheme, n, k) for _, n, k in layer.weights]
+        if layer.lookup:
+            return choose_lookup(requests[0], self.kernels, self.config.fallback, layer.name, layer.tied)
         choice = choose(requests, self.kernels, self.config.fallback)
         note = ""
         if choice.slow:
@@ -261,6 +266,7 @@ class _Planner:
 def _check_patterns(config: QuantConfig, layers: Sequence[Layer]) -> None:
     """Every pattern must match something: a silent no-op is the most reported failure of this field."""
     names = [layer.name for layer in layers] + list(dict.fromkeys(x.group for x in layers if x.group))
+    names += [name for x in layers for name in x.tied]
     for pattern in config.patterns():
         compiled = compile_pattern(pattern)
         if any(compiled.match(n) for n in names) or any(compiled.match(s) for x in layers for s in x.shards):

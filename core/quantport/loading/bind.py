@@ -12,7 +12,8 @@ from quantport.errors import CheckpointError
 from quantport.host import host
 from quantport.kernel import WeightSpec
 from quantport.layers import Layer
-from quantport.modules import QuantExperts, QuantLinear, QuantModule, activation_name, why_not_experts
+from quantport.loading.tied import add_heads, one_layer, partners, why_not_embedding
+from quantport.modules import QuantEmbedding, QuantExperts, QuantLinear, QuantModule, activation_name, why_not_experts
 from quantport.planner import Step
 
 Place = Callable[[Layer], str]
@@ -24,41 +25,29 @@ def check(layers: Iterable[Layer], model: nn.Module, place: Place) -> list[Layer
 
     Experts that are separate modules become separate layers.
     """
-    shared = _shared(model)
-    return [checked for layer in layers for checked in _check(layer, model, place, shared)]
+    ties = partners(model)
+    return one_layer([checked for layer in layers for checked in _check(layer, model, place, ties)])
 
 
-def _check(layer: Layer, model: nn.Module, place: Place, shared: set[int]) -> Iterable[Layer]:
+def _check(layer: Layer, model: nn.Module, place: Place, ties: Mapping[str, tuple[str, ...]]) -> Iterable[Layer]:
     path = place(layer)
     module = _module(model, path)
     if layer.kind == "moe" and isinstance(module, nn.ModuleList):
         for single in _separate(layer):
-            yield from _check(single, model, place, shared)
+            yield from _check(single, model, place, ties)
         return
     keep = layer.keep or _why_not(layer, module, path)
-    tied = id(getattr(module, "weight", None)) in shared or (_tied(model) and "output head" in keep)
-    if layer.kind != "other" and tied and "embedding" not in keep:
+    tied = ties.get(path, ()) if layer.lookup else ()
+    if layer.lookup and module is not None:
+        keep = why_not_embedding(module, (model.get_submodule(p) for p in tied)) or keep
+    elif layer.kind != "other" and path in ties:
         keep = "its weight is tied to another module's: left in 16 bits"
-    if not keep and module is not None:
+    if (not keep or (layer.opt_in and layer.keep == keep)) and module is not None:
         _fits(layer, module)
     parent = _module(model, path.rpartition(".")[0])
     if not keep and type(parent) is nn.TransformerEncoderLayer:
         keep = "torch's fused encoder layer reads its 16-bit weight"
-    yield replace(layer, keep=keep)
-
-
-def _shared(model: nn.Module) -> set[int]:
-    """Ids of the parameters that more than one module holds."""
-    owners: dict[int, set[int]] = {}
-    for module in model.modules():
-        for p in module._parameters.values():
-            if p is not None:
-                owners.setdefault(id(p), set()).add(id(module))
-    return {p for p, modules in owners.items() if len(modules) > 1}
-
-
-def _tied(model: nn.Module) -> bool:
-    return bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
+    yield replace(layer, keep=keep, tied=tied)
 
 
 def _separate(layer: Layer) -> Iterable[Layer]:
@@ -123,11 +112,15 @@ def make_module(step: Step, old: nn.Module, dtype: torch.dtype) -> QuantModule:
         activation = activation_name(old)
         assert activation is not None  # why_not_experts refused it otherwise
         return QuantExperts(kernel, specs["gate_proj"], specs["down_proj"], step.layer.experts, activation, dtype)
+    if step.layer.lookup:
+        return QuantEmbedding(kernel, next(iter(specs.values())), dtype, step.layer.tied, getattr(old, "padding_idx", None))
     return QuantLinear(kernel, next(iter(specs.values())), old._parameters.get("bias"), dtype)
 
 
 def put(model: nn.Module, new: Mapping[str, nn.Module]) -> None:
-    """Puts modules where others stood, under every name that those have."""
+    """Puts modules where others stood, under every name that those have; output heads that are tied to them follow."""
+    new = dict(new)
+    add_heads(model, new)
     by_id = {id(model.get_submodule(path)): module for path, module in new.items()}
     for path, module in list(model.named_modules(remove_duplicate=False)):
         if id(module) in by_id:

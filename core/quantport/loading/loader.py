@@ -204,7 +204,7 @@ def _homeless(model: nn.Module, layers: Sequence[Layer], source: object) -> None
 def _placed(layers: Iterable[Layer], record: saved.Record) -> None:
     """Refuses a saved checkpoint whose quantized layers the model does not have."""
     for layer in layers:
-        if layer.name in record.layers and layer.keep and "output head" not in layer.keep:
+        if layer.name in record.layers and layer.keep and not layer.opt_in:
             raise CheckpointError(
                 f"load the quantized layer {layer.name}", layer.keep, "the model that the checkpoint was saved from"
             )

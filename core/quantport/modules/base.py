@@ -6,7 +6,7 @@ scheme (``Scheme.layout``), so a state dict does not depend on the kernel.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -123,11 +123,15 @@ class QuantModule(nn.Module):
             return self.kernel if self.device.type == "meta" else aten.Dense() if self.scheme == "bf16" else aten.Dequantize()
         target = host().device(device)
         requests = [Request(spec, self.layer, target, dtype) for spec in dict.fromkeys(self.specs.values())]
-        choice = choose(requests, host().kernels(target.kind))
+        choice = choose(requests, self._usable(host().kernels(target.kind)))
         if not choice.kernel:
             works = "another device: see `quantport matrix`"
             raise UnsupportedError(f"move {self.scheme} to {device}, {dtype}", "; ".join(choice.reasons), works)
         return host().kernel(choice.kernel)
+
+    def _usable(self, kernels: Sequence[Kernel]) -> Sequence[Kernel]:
+        """The kernels that the module may have."""
+        return kernels
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()

@@ -21,11 +21,13 @@ from quantport.capability import Claim
 from quantport.errors import UnsupportedError
 from quantport.host import host
 from quantport.kernel import Kernel, Packed, Request, WeightSpec
+from quantport.lookup import look_up
 from quantport.modules.routing import run_experts
 
 _LIB = torch.library.Library("quantport", "DEF")
 _LIB.define("linear(Tensor x, Tensor[] packed, Tensor? bias, str kernel, str scheme, int n, int k) -> Tensor")
 _LIB.define("linear_backward(Tensor grad, Tensor[] packed, str kernel, str scheme, int n, int k) -> Tensor")
+_LIB.define("embedding(Tensor ids, Tensor[] packed, str kernel, str scheme, int n, int k, ScalarType dtype) -> Tensor")
 _LIB.define(
     "experts(Tensor x, Tensor index, Tensor weights, Tensor[] packed, str kernel, str scheme, int experts, int hidden, "
     "int intermediate, str activation) -> Tensor"
@@ -101,6 +103,16 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 torch.library.register_autograd("quantport::linear", _backward, setup_context=_keep, lib=_LIB)
+
+
+@torch.library.impl(_LIB, "embedding", "CompositeExplicitAutograd")
+def _embedding(ids: Tensor, packed: list[Tensor], kernel: str, scheme: str, n: int, k: int, dtype: torch.dtype) -> Tensor:
+    return look_up(host().kernel(kernel), ids, tuple(packed), WeightSpec(host().schemes[scheme], n, k), dtype)
+
+
+@torch.library.register_fake("quantport::embedding", lib=_LIB)  # type: ignore[untyped-decorator]  # torch has no types here
+def _embedding_fake(ids: Tensor, packed: list[Tensor], kernel: str, scheme: str, n: int, k: int, dtype: torch.dtype) -> Tensor:
+    return ids.new_empty((*ids.shape, k), dtype=dtype)
 
 
 @torch.library.impl(_LIB, "experts", "CompositeExplicitAutograd")
