@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
+from quantport.catalog import Schemes
 from quantport.errors import ConfigError, one_of
 from quantport.layers import Layer, tied_scheme
-from quantport.scheme import Schemes
 
 _OLD_KEYS = {
     "method": "scheme",

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from quantport.capability import Status
+from quantport.catalog import Schemes
 from quantport.choice import Choice, best_scheme, choice_dict, choose
 from quantport.config import QuantConfig, compile_pattern
 from quantport.device import Device
@@ -21,7 +22,7 @@ from quantport.errors import ConfigError, UnsupportedError
 from quantport.kernel import Kernel, Request, WeightSpec
 from quantport.layers import FLOATS, Layer
 from quantport.lookup import choose_lookup
-from quantport.scheme import Scheme, Schemes
+from quantport.scheme import Scheme
 
 BUDGET = 512 << 20  # bytes of scratch and source pages that loading may hold beside the quantized model
 
