@@ -14,11 +14,12 @@ from torch import nn
 
 import quantport
 from quantport import numerics
+from quantport.catalog import BUILTIN
 from quantport.checkpoint import Checkpoint
 from quantport.errors import ConfigError, QuantportError, WeightError
 from quantport.lookup import rows_of
 from quantport.modules import QuantEmbedding, QuantLinear, TiedLinear
-from quantport.scheme import BUILTIN, Quant, Scheme
+from quantport.scheme import Quant, Scheme
 
 BY_ROW = [s for s in SCHEMES if s != "fp8_per_block"]
 

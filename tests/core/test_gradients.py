@@ -12,9 +12,9 @@ from torch import nn
 
 import quantport
 from quantport import numerics
+from quantport.catalog import BUILTIN
 from quantport.errors import NoTensorError
 from quantport.modules import QuantExperts, QuantLinear, ops
-from quantport.scheme import BUILTIN
 
 
 def layer(scheme="int8", dtype=torch.float32, n=48, k=96):
