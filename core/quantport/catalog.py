@@ -94,7 +94,7 @@ def _int() -> tuple[Scheme, ...]:
         ),
         Scheme("int4_w4a8", group, token, "INT4 weights in groups of 128; INT8 per-token activations", ("w4a8", "w4a8_int8")),
         Scheme(
-            "int4_mse", offset, None, "INT4 weights with offsets in groups of 64, searched for least squared error; 16-bit activations"
+            "int4_mse", offset, None, "INT4 weights with offsets in groups of 64, least squared error; 16-bit activations"
         ),
         Scheme(
             "int4_hqq", Quant("int4", 1, 64, "bf16", "hqq", zero=True), None,

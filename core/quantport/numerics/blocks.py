@@ -54,8 +54,9 @@ def quantize(x: Tensor, quant: Quant, scale: Tensor | None = None) -> tuple[Tens
         ``(codes, scale)``: codes ``[n, k]`` of the element's storage dtype, scale of ``quant.scale_dtype`` and shape
         ``quant.scale_shape(n, k)``.
     """
-    assert not quant.zero and not quant.outer  # quantize_blocks returns these too
-    return quantize_blocks(x, quant, scale)[:2]
+    codes, scales, zero, outer = quantize_blocks(x, quant, scale)
+    assert zero is None is outer  # use quantize_blocks, which returns these too
+    return codes, scales
 
 
 def quantize_blocks(x: Tensor, quant: Quant, scale: Tensor | None = None, reduce: Reduce | None = None) -> Blocks:
@@ -69,10 +70,10 @@ def quantize_blocks(x: Tensor, quant: Quant, scale: Tensor | None = None, reduce
     """
     n, k = x.shape
     outer = _outer(x, quant, reduce) if quant.outer and x.numel() else None
-    if scale is None and x.numel() and not quant.searched and not quant.outer and not (quant.rows and quant.cols):
-        if not quant.rows or reduce:
-            amax = block_amax(x, quant.rows, quant.cols)
-            scale = scale_of(reduce(amax, quant.rows, quant.cols) if reduce else amax, quant)
+    spans = not quant.rows or (reduce is not None and not quant.cols)  # a scale sees more than one chunk of rows
+    if scale is None and spans and x.numel():
+        amax = block_amax(x, quant.rows, quant.cols)
+        scale = scale_of(reduce(amax, quant.rows, quant.cols) if reduce else amax, quant)
     out = _empty(x, quant, outer)
     if scale is not None:
         out.scale.copy_(scale)
@@ -193,15 +194,19 @@ def _spread(factor: Tensor, n: int, k: int, rows: int, cols: int) -> Tensor:
     return wide if rows == 1 else wide.repeat_interleave(rows or max(n, 1), 0)[:n]
 
 
-def check_finite(scale: Tensor, name: str) -> None:
-    """Refuses a weight whose scales are not finite, which happens exactly when the weight holds a NaN or an Inf.
+def check_finite(scale: Tensor, name: str, weight: Tensor) -> None:
+    """Refuses a weight whose scales are not finite: it holds a NaN or an Inf, or its scale format is too small.
 
     Raises:
         WeightError: names the weight.
     """
-    if not torch.isfinite(scale).all():
-        raise WeightError(
-            f"quantize {name}",
-            "the weight holds NaN or Inf",
-            "mend the checkpoint, add the layer to ignore=, or pass nonfinite='zero' to read them as 0",
-        )
+    if torch.isfinite(scale).all():
+        return
+    if torch.isfinite(weight).all():
+        found = f"values up to {weight.abs().max():.3g}, whose scale overflows the fp16 scales of this format"
+        raise WeightError(f"quantize {name}", found, "a scheme with fp32 scales, for example int8_weight_only")
+    raise WeightError(
+        f"quantize {name}",
+        "the weight holds NaN or Inf",
+        "mend the checkpoint, add the layer to ignore=, or pass nonfinite='zero' to read them as 0",
+    )

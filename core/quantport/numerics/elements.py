@@ -41,14 +41,24 @@ def _encode_small(x: Tensor, element: Format) -> Tensor:
 
     ``e`` is the exponent of ``a``, or that of the smallest normal number for subnormals.
     """
-    shift, bias = 23 - element.mantissa, 2 ** (element.exponent - 1) - 1
-    smallest = 128 - bias  # biased fp32 exponent of the smallest normal number
+    shift = 23 - element.mantissa
+    smallest = 129 - 2 ** (element.exponent - 1)  # biased fp32 exponent of the smallest normal number
     sign = (x.view(torch.int32) >> 31) & (1 << element.bits - 1)
     a = x.abs_()
     e = (a.view(torch.int32) >> 23).clamp_min_(smallest)
     magic = (e + shift) << 23
     steps = (a + magic.view(torch.float32)).view(torch.int32) - magic
     return steps.add_((e - smallest) << element.mantissa).bitwise_or_(sign).to(torch.uint8)
+
+
+def rounded(x: Tensor, element: Format) -> Tensor:
+    """``decode(encode(x))`` without the codes: fp32 values. Leaves x alone."""
+    if not element.exponent:
+        return decode(encode(x.clone(), element), element)
+    shift, smallest = 23 - element.mantissa, 129 - 2 ** (element.exponent - 1)
+    a = x.abs().clamp_max_(element.high)
+    magic = ((a.view(torch.int32) >> 23).clamp_min_(smallest).add_(shift) << 23).view(torch.float32)
+    return a.add_(magic).sub_(magic).copysign_(x)
 
 
 def decode(codes: Tensor, element: Format) -> Tensor:

@@ -30,7 +30,7 @@ def _divide(x: Tensor, by: Tensor) -> Tensor:
 
 
 def _sub_blocks(x: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Codes 0..top of ``[r, 256]`` in 8 sub-blocks of 32, their 6-bit scales and offsets ``[r, 8]``, and fp16 d, dmin ``[r, 2]``."""
+    """Codes 0..top of ``[r, 256]`` in 8 sub-blocks of 32; 6-bit scales and offsets ``[r, 8]``; fp16 d, dmin ``[r, 2]``."""
     parts = x.view(-1, 8, 32)
     scale, zero = least_squares_grid(parts, parts.amin(-1).clamp_max(0), parts.amax(-1), top)
     least = (-zero).clamp_min(0)

@@ -55,7 +55,7 @@ def quantize_weight(
     if nonfinite == "zero" and not _finite(stored, scheme).isfinite().all():
         finite = torch.nan_to_num(weight, nan=0.0, posinf=0.0, neginf=0.0)
         return quantize_weight(finite, scheme, name, "error", fast, reduce)
-    check_finite(_finite(stored, scheme), name)
+    check_finite(_finite(stored, scheme), name, weight)
     return stored
 
 

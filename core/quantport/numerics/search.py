@@ -13,7 +13,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from quantport.numerics.elements import decode, encode
+from quantport.numerics.elements import encode, rounded
 from quantport.numerics.scales import EPS, e8m0_of, scale_values, stored
 from quantport.scheme import Quant
 
@@ -127,7 +127,7 @@ def outer(x: Tensor, first: Tensor, quant: Quant) -> Tensor:
         candidate = first * 2.0 ** (-i / 8)
         inner = (x / candidate[..., None]).view(*x.shape[:-1], -1, quant.cols)
         step = scale_values(e8m0_of(inner.abs().amax(-1), quant.element, "even"), quant.scale)[..., None]
-        value = (decode(encode(inner / step, quant.element), quant.element) * step).view(x.shape)
+        value = (rounded(inner / step, quant.element) * step).view(x.shape)
         total = fold((x - value * candidate[..., None]).square_())
         kept, best = torch.where(total < best, candidate, kept), torch.minimum(total, best)
     return kept
@@ -154,7 +154,7 @@ def scale(x: Tensor, first: Tensor, quant: Quant, factor: Tensor | None = None) 
         candidate = code.to(torch.uint8).view(first.dtype)
         divisor = scale_values(candidate, quant.scale)
         divisor = (divisor if factor is None else divisor / factor.view(-1, 1))[..., None]
-        value = decode(encode(x / divisor, quant.element), quant.element) * divisor
+        value = rounded(x / divisor, quant.element) * divisor
         total = fold((x - value).square_())
         better = total < best
         kept, best = torch.where(better, code, kept), torch.where(better, total, best)
