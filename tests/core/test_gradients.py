@@ -27,7 +27,7 @@ def dense(module: QuantLinear, dtype=torch.float32) -> torch.Tensor:
     return numerics.dequantize_weight(module.canonical(), BUILTIN[module.scheme], module.in_features, dtype)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", [*SCHEMES, "mxfp4", "nvfp4", "nf4:double", "int4_mse", "q6_k", "mxfp4:hadamard"])
 @pytest.mark.parametrize("shape", [(5, 96), (2, 3, 96)], ids=str)
 def test_the_gradient_is_that_of_the_dequantized_weight(scheme, shape):
     """Whatever the kernel computes forward, quantized activations included: they are passed straight through."""
@@ -83,9 +83,9 @@ def test_without_a_gradient_the_kernel_is_called_as_it_is(monkeypatch):
     assert called == ["kernel", "kernel"]
 
 
-@pytest.fixture(scope="module")
-def experts():
-    model = quantport.load(MOE, "int8_weight_only")
+@pytest.fixture(scope="module", params=["int8_weight_only", "int4_weight_only:hadamard"])
+def experts(request):
+    model = quantport.load(MOE, request.param)
     return next(m for m in model.modules() if isinstance(m, QuantExperts))
 
 

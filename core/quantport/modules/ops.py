@@ -57,8 +57,12 @@ class Differentiable(Kernel):
         return self.kernel.claim(request)
 
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
-        """The kernel forward, the dequantized weight backward."""
+        """The kernel forward, the dequantized weight backward; x as the layer gets it, not rotated yet."""
         return run_linear(self.kernel, x, packed, bias, spec)
+
+    def apply(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
+        """The same: ``run_linear`` rotates."""
+        return self.run(x, packed, bias, spec)
 
 
 def _run(kernel: Kernel, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
