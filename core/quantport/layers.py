@@ -67,6 +67,7 @@ class Layer:
         keep: Why it is left alone by default; empty when it is not.
         group: Name of the MoE layer that it is a part of, which patterns may use too; empty for most.
         tied: Names of other layers that share its weight: the output heads of an embedding.
+        cuts: Name and rows of each projection of a fused linear layer, where the model says them.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Layer:
     keep: str = ""
     group: str = ""
     tied: tuple[str, ...] = ()
+    cuts: tuple[tuple[str, int], ...] = ()
 
     @property
     def lookup(self) -> bool:

@@ -19,6 +19,7 @@ from quantport.choice import Choice, best_scheme, choice_dict, choose
 from quantport.config import QuantConfig, compile_pattern
 from quantport.device import Device
 from quantport.errors import ConfigError, UnsupportedError
+from quantport.fused import split
 from quantport.kernel import Kernel, Request, WeightSpec
 from quantport.layers import FLOATS, Layer
 from quantport.lookup import choose_lookup
@@ -216,6 +217,7 @@ class _Planner:
                 f"scheme {asked!r} for {layer.name}", layer.keep, "name linear layers, experts, an lm_head or an embedding"
             )
         scheme = self.schemes[asked]
+        layer, fused = split(layer, scheme)
         key = (asked, layer.kind, layer.weights, layer.dtype, layer.name if layer.lookup else "")
         if key not in self.cache:
             self.cache[key] = self._choose(layer, scheme)
@@ -227,7 +229,7 @@ class _Planner:
                 "fallback='weight_only' or 'reference', a *_weight_only scheme, or another device (see `quantport matrix`)",
             )
         after = sum(scheme.bytes(n, k) for _, n, k in layer.weights) * max(1, layer.experts)
-        return Step(layer, asked, choice, note, layer.bytes, after)
+        return Step(layer, asked, choice, "; ".join(filter(None, (fused, note))), layer.bytes, after)
 
     def _kept(self, layer: Layer) -> Choice | None:
         """The prepacked BF16 kernel for a linear layer that stays, where the device has one that was measured faster."""

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 
 from quantport.errors import CheckpointError
+from quantport.fused import with_cuts
 from quantport.host import host
 from quantport.kernel import WeightSpec
 from quantport.layers import Layer
 from quantport.loading.tied import add_heads, one_layer, partners, why_not_embedding
-from quantport.modules import QuantEmbedding, QuantExperts, QuantLinear, QuantModule, activation_name, why_not_experts
+from quantport.modules import QuantEmbedding, QuantExperts, QuantFused, QuantLinear, QuantModule, activation_name, why_not_experts
 from quantport.planner import Step
 
 Place = Callable[[Layer], str]
@@ -26,7 +28,10 @@ def check(layers: Iterable[Layer], model: nn.Module, place: Place) -> list[Layer
     Experts that are separate modules become separate layers.
     """
     ties = partners(model)
-    return one_layer([checked for layer in layers for checked in _check(layer, model, place, ties)])
+    config: Any = getattr(model, "config", None)
+    told = config.to_dict() if hasattr(config, "to_dict") else {}
+    checked = one_layer([x for layer in layers for x in _check(layer, model, place, ties)])
+    return [with_cuts(layer, told) for layer in checked]
 
 
 def _check(layer: Layer, model: nn.Module, place: Place, ties: Mapping[str, tuple[str, ...]]) -> Iterable[Layer]:
@@ -93,7 +98,8 @@ def _fits(layer: Layer, module: nn.Module) -> None:
         (i, h), e = shapes["gate_proj"], layer.experts
         found: dict[str, tuple[int, ...]] = {"gate_up_proj": (e, 2 * i, h), "down_proj": (e, *shapes["down_proj"])}
     else:
-        found = {"weight": next(iter(shapes.values()))}
+        rows, (_, k) = sum(n for n, _ in shapes.values()), next(iter(shapes.values()))
+        found = {"weight": (rows, k)}  # of all projections of a fused layer
     for name, shape in found.items():
         expected = tuple(getattr(module, name).shape)
         if shape != expected:
@@ -114,6 +120,8 @@ def make_module(step: Step, old: nn.Module, dtype: torch.dtype) -> QuantModule:
         return QuantExperts(kernel, specs["gate_proj"], specs["down_proj"], step.layer.experts, activation, dtype)
     if step.layer.lookup:
         return QuantEmbedding(kernel, next(iter(specs.values())), dtype, step.layer.tied, getattr(old, "padding_idx", None))
+    if len(specs) > 1:
+        return QuantFused(kernel, specs, old._parameters.get("bias"), dtype)
     return QuantLinear(kernel, next(iter(specs.values())), old._parameters.get("bias"), dtype)
 
 

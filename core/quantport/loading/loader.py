@@ -231,7 +231,8 @@ def _place(names: Mapping[str, str], layer: Layer) -> str:
     renamed = names.get(part.tensor, part.tensor)
     if layer.experts:
         return renamed[: f".{renamed}".rindex(".experts.") + len("experts")]
-    return renamed.rpartition(".")[0]
+    inside = part.tensor.removeprefix(f"{layer.name}.")  # ``weight``; in a saved fused layer, ``q_proj.weight``
+    return renamed.removesuffix(f".{inside}") if inside != part.tensor else renamed.rpartition(".")[0]
 
 
 def _assign(model: nn.Module, name: str, value: Tensor) -> None:

@@ -66,8 +66,9 @@ def layers(record: Record, checkpoint: Checkpoint) -> list[Layer]:
     for name, entry in record.layers.items():
         parts: dict[str, tuple[Part, ...]] = {}
         for weight, n, k in entry.weights:
+            fused = not entry.experts and len(entry.weights) > 1
             layout = host().schemes[entry.scheme].layout(n, k)
-            bases = [f"{name}.{e}.{weight}" for e in range(entry.experts)] if entry.experts else [name]
+            bases = [f"{name}.{e}.{weight}" for e in range(entry.experts)] or [f"{name}.{weight}" if fused else name]
             for full, expected in ((f"{b}.{key}", want) for b in bases for key, want in layout.items()):
                 info = checkpoint.tensors.get(full)
                 if info is None or (tuple(info.shape), info.dtype) != expected:

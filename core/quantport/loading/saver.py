@@ -65,7 +65,7 @@ def save(
 
 def _entry(module: QuantModule) -> SavedLayer:
     experts = module.num_experts if isinstance(module, QuantExperts) else 0
-    names = list(module.specs)[:3] if experts else ["weight"]
+    names = list(module.specs)[:3] if experts or len(module.specs) > 1 else ["weight"]
     specs = list(module.specs.values())[: len(names)]
     weights = [(name.rpartition(".")[2], s.n, s.k) for name, s in zip(names, specs, strict=True)]
     dtype: Any = str(module.dtype).removeprefix("torch.")

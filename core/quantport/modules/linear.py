@@ -67,3 +67,44 @@ class QuantLinear(QuantModule, nn.Linear):
         """Shape, scheme and kernel."""
         bias = self.bias is not None
         return f"{self.in_features}, {self.out_features}, bias={bias}, scheme={self.scheme}, kernel={self.kernel.name}"
+
+
+class QuantFused(QuantModule, nn.Linear):
+    """A linear layer of several projections stored as one, each quantized by itself; their outputs stand side by side.
+
+    Args:
+        kernel: The kernel that runs every projection.
+        specs: Name of each projection -> scheme and shape, in the order of the outputs.
+        bias: ``[n]`` of all projections, or None; kept as given.
+        dtype: Activation dtype that the kernel was chosen for.
+    """
+
+    def __init__(
+        self, kernel: Kernel, specs: dict[str, WeightSpec], bias: nn.Parameter | None = None, dtype: torch.dtype = torch.bfloat16
+    ) -> None:
+        super().__init__(kernel, specs, "linear", dtype)
+        self.in_features, self.out_features = next(iter(specs.values())).k, sum(s.n for s in specs.values())
+        self.register_parameter("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in_features]`` to ``[..., out_features]``, in the dtype of ``x``."""
+        bias = self._parameters["bias"]
+        each = [None] * len(self.specs) if bias is None else bias.split([s.n for s in self.specs.values()])
+        out = []
+        for (name, spec), b in zip(self.specs.items(), each, strict=True):
+            packed = self._packed[name]
+            if torch.compiler.is_compiling():
+                out.append(torch.ops.quantport.linear(x, packed, b, self.kernel.name, spec.scheme.name, spec.n, spec.k))
+            else:
+                out.append(ops.run_linear(self.kernel, x, packed, b, spec))
+        return torch.cat(out, -1)
+
+    @property
+    def weight(self) -> WeightView:  # type: ignore[override]  # of nn.Linear it is a Parameter
+        """Shape, dtype and device of the weight of all projections. It is no tensor."""
+        return WeightView(torch.Size((self.out_features, self.in_features)), self.dtype, self.device)
+
+    def extra_repr(self) -> str:
+        """Shapes, scheme and kernel."""
+        parts = ", ".join(f"{name} {spec.n}" for name, spec in self.specs.items())
+        return f"{self.in_features}, {self.out_features} ({parts}), scheme={self.scheme}, kernel={self.kernel.name}"
