@@ -33,6 +33,14 @@ class QuantModule(nn.Module):
         nn.Module.__init__(self)  # not super(): a QuantLinear is an nn.Linear too, which would make a 16-bit weight
         self.kernel, self.specs, self.layer, self.dtype = kernel, specs, layer, dtype
         self._packed: dict[str, Packed] = {}
+        self._keys: dict[str, tuple[str, ...]] = {}
+
+    def packed(self, name: str = "") -> Packed:
+        """The packed tensors of one weight, as the buffers hold them now: accelerate moves a module by exchanging those."""
+        packed, keys = self._packed[name], self._keys[name]
+        if packed[0] is not self._buffers[keys[0]]:
+            packed = self._packed[name] = tuple(self.get_buffer(key) for key in keys)
+        return packed
 
     @property
     def scheme(self) -> str:
@@ -42,7 +50,7 @@ class QuantModule(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return next((p[0].device for p in self._packed.values()), torch.device("meta"))
+        return next((self.packed(name)[0].device for name in self._packed), torch.device("meta"))
 
     def set_weight(self, name: str, canonical: Canonical) -> None:
         """Packs the stored tensors of one weight and takes them.
@@ -59,12 +67,13 @@ class QuantModule(nn.Module):
 
     def _install(self, name: str, packed: Packed) -> None:
         self._packed[name] = packed
-        for i, tensor in enumerate(packed):  # as buffers, so that memory counts are right; state_dict writes the stored layout
-            self.register_buffer(f"packed_{name.replace('.', '_')}_{i}", tensor, persistent=False)
+        self._keys[name] = tuple(f"packed_{name.replace('.', '_')}_{i}" for i in range(len(packed)))
+        for key, tensor in zip(self._keys[name], packed, strict=True):  # as buffers, so that memory counts are right
+            self.register_buffer(key, tensor, persistent=False)  # not persistent: state_dict writes the stored layout
 
     def canonical(self, name: str = "") -> Canonical:
         """The stored tensors of one weight, exactly as they were before packing."""
-        return self.kernel.unpack(self._packed[name], self.specs[name])
+        return self.kernel.unpack(self.packed(name), self.specs[name])
 
     def canonical_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every stored tensor under its name in the state dict, one weight at a time."""

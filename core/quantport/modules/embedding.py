@@ -36,7 +36,7 @@ class QuantEmbedding(QuantModule):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Integer ``[...]`` to ``[..., embedding_dim]`` in ``dtype``."""
-        packed, spec = self._packed[""], self.spec
+        packed, spec = self.packed(), self.spec
         if torch.compiler.is_compiling():
             names = self.kernel.name, spec.scheme.name, spec.n, spec.k
             y: Tensor = torch.ops.quantport.embedding(ids, packed, *names, self.dtype)
@@ -78,7 +78,7 @@ class TiedLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``, in the dtype of ``x``."""
         source, bias = self._embedding[0], self._parameters["bias"]
-        packed, spec = source._packed[""], source.spec
+        packed, spec = source.packed(), source.spec
         if torch.compiler.is_compiling():
             names = source.kernel.name, spec.scheme.name, spec.n, spec.k
             y: Tensor = torch.ops.quantport.linear(x, packed, bias, *names)

@@ -51,7 +51,7 @@ class QuantLinear(QuantModule, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``, in the dtype of ``x``."""
-        packed, bias = self._packed[""], self._parameters["bias"]
+        packed, bias = self.packed(), self._parameters["bias"]
         if torch.compiler.is_compiling():
             spec = self.spec
             y: Tensor = torch.ops.quantport.linear(x, packed, bias, self.kernel.name, spec.scheme.name, spec.n, spec.k)
@@ -92,7 +92,7 @@ class QuantFused(QuantModule, nn.Linear):
         each = [None] * len(self.specs) if bias is None else bias.split([s.n for s in self.specs.values()])
         out = []
         for (name, spec), b in zip(self.specs.items(), each, strict=True):
-            packed = self._packed[name]
+            packed = self.packed(name)
             if torch.compiler.is_compiling():
                 out.append(torch.ops.quantport.linear(x, packed, b, self.kernel.name, spec.scheme.name, spec.n, spec.k))
             else:
