@@ -16,13 +16,14 @@ import torch
 from quantport.capability import Status
 from quantport.catalog import Schemes
 from quantport.choice import Choice, best_scheme, choice_dict, choose
-from quantport.config import QuantConfig, compile_pattern
+from quantport.config import QuantConfig
 from quantport.device import Device
 from quantport.errors import ConfigError, UnsupportedError
 from quantport.fused import split
 from quantport.kernel import Kernel, Request, WeightSpec
 from quantport.layers import FLOATS, Layer
 from quantport.lookup import choose_lookup
+from quantport.patterns import compile_pattern
 from quantport.scheme import Scheme
 
 BUDGET = 512 << 20  # bytes of scratch and source pages that loading may hold beside the quantized model
