@@ -21,7 +21,7 @@ from quantport.lookup import rows_of
 from quantport.modules import QuantEmbedding, QuantLinear, TiedLinear
 from quantport.scheme import Quant, Scheme
 
-BY_ROW = [s for s in SCHEMES if s != "fp8_per_block"]
+BY_ROW = [s for s in SCHEMES if s != "fp8_per_block"] + ["mxfp4", "nvfp4", "nf4:double", "int4_mse", "q6_k", "fp6"]
 
 
 class Untied(nn.Module):
