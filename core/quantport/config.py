@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from quantport.catalog import Schemes
 from quantport.errors import ConfigError, one_of
-from quantport.layers import Layer
+from quantport.layers import Layer, tied_scheme
 from quantport.patterns import compile_pattern
 
 _OLD_KEYS = {
@@ -181,6 +181,8 @@ class QuantConfig(BaseModel):
         """
         if self.components:
             return self._component(layer, default)
+        if layer.tied:
+            return tied_scheme(layer, self.targets)
         if layer.keep and layer.name not in self.targets:
             return None, layer.keep
         decision = self._decide(layer.name)

@@ -43,6 +43,10 @@ class UnsupportedError(QuantportError):
     """No kernel of the device can run what was asked, under the fallback policy that was asked."""
 
 
+class NoTensorError(UnsupportedError, AttributeError):
+    """Code wants the 16-bit weight of a quantized layer as a tensor, and there is none."""
+
+
 class BackendError(QuantportError):
     """A backend or a plugin broke the contract, or raised where it must not."""
 

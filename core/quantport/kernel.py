@@ -92,6 +92,11 @@ class Kernel(ABC):
         stored = (canonical[name] for name in spec.scheme.layout(spec.n, spec.k))
         return tuple(t.view(torch.uint8) if t.dtype.itemsize == 1 and t.is_floating_point() else t for t in stored)
 
+    @property
+    def keeps_layout(self) -> bool:
+        """Whether packed weights are the stored tensors as they are, so that single rows can be read out of them."""
+        return type(self).pack is Kernel.pack
+
     def unpack(self, packed: Packed, spec: WeightSpec) -> Canonical:
         """The exact inverse of ``pack``."""
         layout = spec.scheme.layout(spec.n, spec.k)

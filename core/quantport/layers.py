@@ -9,12 +9,16 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from quantport.errors import ConfigError
+
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _PROJECTION = {**{p: p for p in PROJECTIONS}, "w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 _EXPERT = re.compile(r"^((?:.+\.)?experts)\.(\d+)\.(\w+)\.weight$")
 _FUSED_EXPERTS = re.compile(r"^((?:.+\.)?experts)\.(gate_up_proj|down_proj)$")
+HEAD = "output head: left in 16 bits by default"
+EMBEDDING = "embedding: looked up, not multiplied"
 _HEADS = {"lm_head", "embed_out", "output_projection"}
 _ROUTERS = {"gate", "router", "shared_expert_gate", "gate_network"}
 _EMBEDDINGS = {
@@ -62,6 +66,8 @@ class Layer:
         parts: Where each weight comes from: ``parts[weight name]`` is one Part, or one for each expert.
         keep: Why it is left alone by default; empty when it is not.
         group: Name of the MoE layer that it is a part of, which patterns may use too; empty for most.
+        tied: Names of other layers that share its weight: the output heads of an embedding.
+        cuts: Name and rows of each projection of a fused linear layer, where the model says them.
     """
 
     name: str
@@ -72,6 +78,18 @@ class Layer:
     parts: Mapping[str, tuple[Part, ...]] = field(default_factory=dict, compare=False, repr=False)
     keep: str = ""
     group: str = ""
+    tied: tuple[str, ...] = ()
+    cuts: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def lookup(self) -> bool:
+        """Whether it is an embedding, whose rows are looked up."""
+        return self.keep.startswith(EMBEDDING)
+
+    @property
+    def opt_in(self) -> bool:
+        """Whether it is left alone by default, but quantized where ``targets`` names it exactly."""
+        return self.lookup or self.keep.startswith(HEAD)
 
     @property
     def elements(self) -> int:
@@ -96,12 +114,30 @@ def why_kept(name: str) -> str:
     """Why a matrix of this module name is left alone by default, or an empty string."""
     last = name.rpartition(".")[2]
     if last in _HEADS:
-        return "output head: left in 16 bits by default"
+        return HEAD
     if last in _ROUTERS or ".router." in f".{name}.":
         return "router: left in 16 bits, it decides which experts run"
     if last in _EMBEDDINGS or "embed" in last:
-        return "embedding: looked up, not multiplied"
+        return EMBEDDING
     return ""
+
+
+def tied_scheme(layer: Layer, targets: Mapping[str, str | None]) -> tuple[str | None, str]:
+    """The scheme of one weight under several names, and why there is none: ``targets`` names all of them alike, or none.
+
+    Raises:
+        ConfigError: only some are named, or they are to have different schemes.
+    """
+    names = (layer.name, *layer.tied)
+    asked = {name: targets[name] for name in names if name in targets}
+    if not asked:
+        return None, layer.keep
+    scheme = next(iter(asked.values()))
+    if len(asked) < len(names) or set(asked.values()) != {scheme}:
+        said = ", ".join(f"{name} -> {asked.get(name, 'nothing')}" for name in names)
+        works = f"name each of {', '.join(names)} in targets, with one scheme; it is quantized and kept once"
+        raise ConfigError(f"the scheme of {next(iter(asked))}", f"one tied weight under {len(names)} names: {said}", works)
+    return scheme, "" if scheme else f"left alone by pattern {layer.name!r}"
 
 
 def find_layers(tensors: Mapping[str, TensorLike]) -> list[Layer]:

@@ -19,8 +19,10 @@ from quantport.choice import Choice, best_scheme, choice_dict, choose
 from quantport.config import QuantConfig
 from quantport.device import Device
 from quantport.errors import ConfigError, UnsupportedError
+from quantport.fused import split
 from quantport.kernel import Kernel, Request, WeightSpec
 from quantport.layers import FLOATS, Layer
+from quantport.lookup import choose_lookup
 from quantport.patterns import compile_pattern
 from quantport.scheme import Scheme
 
@@ -211,10 +213,13 @@ class _Planner:
     def step(self, layer: Layer, asked: str | None, why: str) -> Step:
         if asked is None:
             return Step(layer, None, self._kept(layer), why, layer.bytes, layer.bytes)
-        if layer.kind == "other" or (layer.keep and "output head" not in layer.keep):
-            raise ConfigError(f"scheme {asked!r} for {layer.name}", layer.keep, "name linear layers, experts or an untied lm_head")
+        if layer.kind == "other" or (layer.keep and not layer.opt_in):
+            raise ConfigError(
+                f"scheme {asked!r} for {layer.name}", layer.keep, "name linear layers, experts, an lm_head or an embedding"
+            )
         scheme = self.schemes[asked]
-        key = (asked, layer.kind, layer.weights, layer.dtype)
+        layer, fused = split(layer, scheme)
+        key = (asked, layer.kind, layer.weights, layer.dtype, layer.name if layer.lookup else "")
         if key not in self.cache:
             self.cache[key] = self._choose(layer, scheme)
         choice, note = self.cache[key]
@@ -225,11 +230,11 @@ class _Planner:
                 "fallback='weight_only' or 'reference', a *_weight_only scheme, or another device (see `quantport matrix`)",
             )
         after = sum(scheme.bytes(n, k) for _, n, k in layer.weights) * max(1, layer.experts)
-        return Step(layer, asked, choice, note, layer.bytes, after)
+        return Step(layer, asked, choice, "; ".join(filter(None, (fused, note))), layer.bytes, after)
 
     def _kept(self, layer: Layer) -> Choice | None:
         """The prepacked BF16 kernel for a linear layer that stays, where the device has one that was measured faster."""
-        multiplied = layer.kind == "linear" and (not layer.keep or "output head" in layer.keep)
+        multiplied = layer.kind == "linear" and (not layer.keep or (layer.opt_in and not layer.lookup))
         if not multiplied or layer.dtype is not torch.bfloat16 or self.dtype not in (None, torch.bfloat16):
             return None
         choice = choose(self._request(layer, self.schemes["bf16"], *layer.weights[0][1:]), self.kernels)
@@ -237,6 +242,8 @@ class _Planner:
 
     def _choose(self, layer: Layer, scheme: Scheme) -> tuple[Choice, str]:
         requests = [self._request(layer, scheme, n, k) for _, n, k in layer.weights]
+        if layer.lookup:
+            return choose_lookup(requests[0], self.kernels, self.config.fallback, layer.name, layer.tied)
         choice = choose(requests, self.kernels, self.config.fallback)
         note = ""
         if choice.slow:
@@ -263,6 +270,7 @@ class _Planner:
 def _check_patterns(config: QuantConfig, layers: Sequence[Layer]) -> None:
     """Every pattern must match something: a silent no-op is the most reported failure of this field."""
     names = [layer.name for layer in layers] + list(dict.fromkeys(x.group for x in layers if x.group))
+    names += [name for x in layers for name in x.tied]
     for pattern in config.patterns():
         compiled = compile_pattern(pattern)
         if any(compiled.match(n) for n in names) or any(compiled.match(s) for x in layers for s in x.shards):

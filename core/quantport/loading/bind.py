@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 
 from quantport.errors import CheckpointError
+from quantport.fused import with_cuts
 from quantport.host import host
 from quantport.kernel import WeightSpec
 from quantport.layers import Layer
-from quantport.modules import QuantExperts, QuantLinear, QuantModule, activation_name, why_not_experts
+from quantport.loading.tied import add_heads, one_layer, partners, why_not_embedding
+from quantport.modules import QuantEmbedding, QuantExperts, QuantFused, QuantLinear, QuantModule, activation_name, why_not_experts
 from quantport.planner import Step
 
 Place = Callable[[Layer], str]
@@ -24,41 +27,32 @@ def check(layers: Iterable[Layer], model: nn.Module, place: Place) -> list[Layer
 
     Experts that are separate modules become separate layers.
     """
-    shared = _shared(model)
-    return [checked for layer in layers for checked in _check(layer, model, place, shared)]
+    ties = partners(model)
+    config: Any = getattr(model, "config", None)
+    told = config.to_dict() if hasattr(config, "to_dict") else {}
+    checked = one_layer([x for layer in layers for x in _check(layer, model, place, ties)])
+    return [with_cuts(layer, told) for layer in checked]
 
 
-def _check(layer: Layer, model: nn.Module, place: Place, shared: set[int]) -> Iterable[Layer]:
+def _check(layer: Layer, model: nn.Module, place: Place, ties: Mapping[str, tuple[str, ...]]) -> Iterable[Layer]:
     path = place(layer)
     module = _module(model, path)
     if layer.kind == "moe" and isinstance(module, nn.ModuleList):
         for single in _separate(layer):
-            yield from _check(single, model, place, shared)
+            yield from _check(single, model, place, ties)
         return
     keep = layer.keep or _why_not(layer, module, path)
-    tied = id(getattr(module, "weight", None)) in shared or (_tied(model) and "output head" in keep)
-    if layer.kind != "other" and tied and "embedding" not in keep:
+    tied = ties.get(path, ()) if layer.lookup else ()
+    if layer.lookup and module is not None:
+        keep = why_not_embedding(module, (model.get_submodule(p) for p in tied)) or keep
+    elif layer.kind != "other" and path in ties:
         keep = "its weight is tied to another module's: left in 16 bits"
-    if not keep and module is not None:
+    if (not keep or (layer.opt_in and layer.keep == keep)) and module is not None:
         _fits(layer, module)
     parent = _module(model, path.rpartition(".")[0])
     if not keep and type(parent) is nn.TransformerEncoderLayer:
         keep = "torch's fused encoder layer reads its 16-bit weight"
-    yield replace(layer, keep=keep)
-
-
-def _shared(model: nn.Module) -> set[int]:
-    """Ids of the parameters that more than one module holds."""
-    owners: dict[int, set[int]] = {}
-    for module in model.modules():
-        for p in module._parameters.values():
-            if p is not None:
-                owners.setdefault(id(p), set()).add(id(module))
-    return {p for p, modules in owners.items() if len(modules) > 1}
-
-
-def _tied(model: nn.Module) -> bool:
-    return bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
+    yield replace(layer, keep=keep, tied=tied)
 
 
 def _separate(layer: Layer) -> Iterable[Layer]:
@@ -104,7 +98,8 @@ def _fits(layer: Layer, module: nn.Module) -> None:
         (i, h), e = shapes["gate_proj"], layer.experts
         found: dict[str, tuple[int, ...]] = {"gate_up_proj": (e, 2 * i, h), "down_proj": (e, *shapes["down_proj"])}
     else:
-        found = {"weight": next(iter(shapes.values()))}
+        rows, (_, k) = sum(n for n, _ in shapes.values()), next(iter(shapes.values()))
+        found = {"weight": (rows, k)}  # of all projections of a fused layer
     for name, shape in found.items():
         expected = tuple(getattr(module, name).shape)
         if shape != expected:
@@ -123,11 +118,17 @@ def make_module(step: Step, old: nn.Module, dtype: torch.dtype) -> QuantModule:
         activation = activation_name(old)
         assert activation is not None  # why_not_experts refused it otherwise
         return QuantExperts(kernel, specs["gate_proj"], specs["down_proj"], step.layer.experts, activation, dtype)
+    if step.layer.lookup:
+        return QuantEmbedding(kernel, next(iter(specs.values())), dtype, step.layer.tied, getattr(old, "padding_idx", None))
+    if len(specs) > 1:
+        return QuantFused(kernel, specs, old._parameters.get("bias"), dtype)
     return QuantLinear(kernel, next(iter(specs.values())), old._parameters.get("bias"), dtype)
 
 
 def put(model: nn.Module, new: Mapping[str, nn.Module]) -> None:
-    """Puts modules where others stood, under every name that those have."""
+    """Puts modules where others stood, under every name that those have; output heads that are tied to them follow."""
+    new = dict(new)
+    add_heads(model, new)
     by_id = {id(model.get_submodule(path)): module for path, module in new.items()}
     for path, module in list(model.named_modules(remove_duplicate=False)):
         if id(module) in by_id:

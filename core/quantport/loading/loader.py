@@ -204,7 +204,7 @@ def _homeless(model: nn.Module, layers: Sequence[Layer], source: object) -> None
 def _placed(layers: Iterable[Layer], record: saved.Record) -> None:
     """Refuses a saved checkpoint whose quantized layers the model does not have."""
     for layer in layers:
-        if layer.name in record.layers and layer.keep and "output head" not in layer.keep:
+        if layer.name in record.layers and layer.keep and not layer.opt_in:
             raise CheckpointError(
                 f"load the quantized layer {layer.name}", layer.keep, "the model that the checkpoint was saved from"
             )
@@ -231,7 +231,8 @@ def _place(names: Mapping[str, str], layer: Layer) -> str:
     renamed = names.get(part.tensor, part.tensor)
     if layer.experts:
         return renamed[: f".{renamed}".rindex(".experts.") + len("experts")]
-    return renamed.rpartition(".")[0]
+    inside = part.tensor.removeprefix(f"{layer.name}.")  # ``weight``; in a saved fused layer, ``q_proj.weight``
+    return renamed.removesuffix(f".{inside}") if inside != part.tensor else renamed.rpartition(".")[0]
 
 
 def _assign(model: nn.Module, name: str, value: Tensor) -> None:

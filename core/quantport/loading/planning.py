@@ -13,10 +13,13 @@ from quantport.checkpoint import Checkpoint
 from quantport.config import QuantConfig
 from quantport.device import Device
 from quantport.errors import ConfigError
+from quantport.fused import with_cuts
 from quantport.host import host
 from quantport.layers import find_layers
 from quantport.loading.bind import check
+from quantport.loading.build import read_json
 from quantport.loading.source import locate, refuse_quantized
+from quantport.loading.tied import from_config
 from quantport.planner import Plan, make_plan
 
 Source = str | os.PathLike[str]
@@ -66,7 +69,8 @@ def plan(
     else:
         with Checkpoint.open(locate(model), headers_only=True) as checkpoint:
             refuse_quantized(checkpoint)
-            layers, source = find_layers(checkpoint.tensors), str(model)
+            told, source = read_json(checkpoint.directory / "config.json"), str(model)
+            layers = [with_cuts(layer, told) for layer in from_config(find_layers(checkpoint.tensors), told)]
     return make_plan(layers, parsed, target, host().kernels(target.kind), host().schemes, source=source, rows=rows, dtype=dtype)
 
 

@@ -12,7 +12,7 @@ from quantport.checkpoint import Checkpoint
 from quantport.config import QuantConfig
 from quantport.errors import CheckpointError
 from quantport.host import host
-from quantport.layers import Layer, Part, find_layers
+from quantport.layers import EMBEDDING, Layer, Part, find_layers
 from quantport.loading.build import read_json
 
 FILE = "quantport.json"
@@ -23,9 +23,10 @@ class SavedLayer(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     scheme: str
-    kind: Literal["linear", "moe"]
+    kind: Literal["linear", "moe", "embedding"]
     weights: list[tuple[str, int, int]] = Field(min_length=1, max_length=3)
     experts: int = Field(0, ge=0)
+    tied: list[str] = []
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
 
 
@@ -65,8 +66,9 @@ def layers(record: Record, checkpoint: Checkpoint) -> list[Layer]:
     for name, entry in record.layers.items():
         parts: dict[str, tuple[Part, ...]] = {}
         for weight, n, k in entry.weights:
+            fused = not entry.experts and len(entry.weights) > 1
             layout = host().schemes[entry.scheme].layout(n, k)
-            bases = [f"{name}.{e}.{weight}" for e in range(entry.experts)] if entry.experts else [name]
+            bases = [f"{name}.{e}.{weight}" for e in range(entry.experts)] or [f"{name}.{weight}" if fused else name]
             for full, expected in ((f"{b}.{key}", want) for b in bases for key, want in layout.items()):
                 info = checkpoint.tensors.get(full)
                 if info is None or (tuple(info.shape), info.dtype) != expected:
@@ -75,13 +77,14 @@ def layers(record: Record, checkpoint: Checkpoint) -> list[Layer]:
                 taken.add(full)
             parts[weight] = tuple(Part(f"{b}.{key}") for b in bases for key in layout)
         dtype = getattr(torch, entry.dtype)
-        out.append(Layer(name, entry.kind, tuple(entry.weights), dtype, entry.experts, parts))
+        kind, keep = ("linear", EMBEDDING) if entry.kind == "embedding" else (entry.kind, "")
+        out.append(Layer(name, kind, tuple(entry.weights), dtype, entry.experts, parts, keep, tied=tuple(entry.tied)))
     return out + find_layers({n: t for n, t in checkpoint.tensors.items() if n not in taken})
 
 
 def config(record: Record, fallback: str) -> QuantConfig:
     """The configuration that asks for exactly what was saved: every recorded layer by name, everything else kept."""
-    targets = {name: entry.scheme for name, entry in record.layers.items()}
+    targets = {n: entry.scheme for name, entry in record.layers.items() for n in (name, *entry.tied)}
     return QuantConfig.parse(
         {"targets": targets, "linear": None, "moe": None, "scheme": None, "fallback": fallback}, host().schemes
     )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from quantport.checkpoint import save_tensors
 from quantport.errors import SaveError
 from quantport.loading.saved import FILE, Record, SavedLayer
-from quantport.modules import QuantExperts, QuantModule
+from quantport.modules import QuantEmbedding, QuantExperts, QuantModule
 
 _COMPANIONS = (
     "tokenizer*",
@@ -65,11 +65,14 @@ def save(
 
 def _entry(module: QuantModule) -> SavedLayer:
     experts = module.num_experts if isinstance(module, QuantExperts) else 0
-    names = list(module.specs)[:3] if experts else ["weight"]
+    names = list(module.specs)[:3] if experts or len(module.specs) > 1 else ["weight"]
     specs = list(module.specs.values())[: len(names)]
     weights = [(name.rpartition(".")[2], s.n, s.k) for name, s in zip(names, specs, strict=True)]
     dtype: Any = str(module.dtype).removeprefix("torch.")
-    return SavedLayer(scheme=module.scheme, kind="moe" if experts else "linear", weights=weights, experts=experts, dtype=dtype)
+    table = isinstance(module, QuantEmbedding)
+    kind: Any = "moe" if experts else "embedding" if table else "linear"
+    tied = list(module.tied) if isinstance(module, QuantEmbedding) else []
+    return SavedLayer(scheme=module.scheme, kind=kind, weights=weights, experts=experts, dtype=dtype, tied=tied)
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

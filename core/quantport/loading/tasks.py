@@ -34,7 +34,7 @@ def quantize_tasks(
 
     for name, n, k in step.layer.weights:
         for e, part in enumerate(step.layer.parts[name]):
-            weight = f"{e}.{name}" if step.layer.experts else ""
+            weight = f"{e}.{name}" if step.layer.experts else name if len(step.layer.weights) > 1 else ""
             yield Task(part.tensor, n * k * step.layer.dtype.itemsize, partial(run, part, weight))
 
 

@@ -6,7 +6,7 @@ scheme (``Scheme.layout``), so a state dict does not depend on the kernel.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -30,9 +30,17 @@ class QuantModule(nn.Module):
     """
 
     def __init__(self, kernel: Kernel, specs: dict[str, WeightSpec], layer: str, dtype: torch.dtype = torch.bfloat16) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # not super(): a QuantLinear is an nn.Linear too, which would make a 16-bit weight
         self.kernel, self.specs, self.layer, self.dtype = kernel, specs, layer, dtype
         self._packed: dict[str, Packed] = {}
+        self._keys: dict[str, tuple[str, ...]] = {}
+
+    def packed(self, name: str = "") -> Packed:
+        """The packed tensors of one weight, as the buffers hold them now: accelerate moves a module by exchanging those."""
+        packed, keys = self._packed[name], self._keys[name]
+        if packed[0] is not self._buffers[keys[0]]:
+            packed = self._packed[name] = tuple(self.get_buffer(key) for key in keys)
+        return packed
 
     @property
     def scheme(self) -> str:
@@ -42,7 +50,7 @@ class QuantModule(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return next((p[0].device for p in self._packed.values()), torch.device("meta"))
+        return next((self.packed(name)[0].device for name in self._packed), torch.device("meta"))
 
     def set_weight(self, name: str, canonical: Canonical) -> None:
         """Packs the stored tensors of one weight and takes them.
@@ -59,12 +67,13 @@ class QuantModule(nn.Module):
 
     def _install(self, name: str, packed: Packed) -> None:
         self._packed[name] = packed
-        for i, tensor in enumerate(packed):  # as buffers, so that memory counts are right; state_dict writes the stored layout
-            self.register_buffer(f"packed_{name.replace('.', '_')}_{i}", tensor, persistent=False)
+        self._keys[name] = tuple(f"packed_{name.replace('.', '_')}_{i}" for i in range(len(packed)))
+        for key, tensor in zip(self._keys[name], packed, strict=True):  # as buffers, so that memory counts are right
+            self.register_buffer(key, tensor, persistent=False)  # not persistent: state_dict writes the stored layout
 
     def canonical(self, name: str = "") -> Canonical:
         """The stored tensors of one weight, exactly as they were before packing."""
-        return self.kernel.unpack(self._packed[name], self.specs[name])
+        return self.kernel.unpack(self.packed(name), self.specs[name])
 
     def canonical_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every stored tensor under its name in the state dict, one weight at a time."""
@@ -123,11 +132,15 @@ class QuantModule(nn.Module):
             return self.kernel if self.device.type == "meta" else aten.Dense() if self.scheme == "bf16" else aten.Dequantize()
         target = host().device(device)
         requests = [Request(spec, self.layer, target, dtype) for spec in dict.fromkeys(self.specs.values())]
-        choice = choose(requests, host().kernels(target.kind))
+        choice = choose(requests, self._usable(host().kernels(target.kind)))
         if not choice.kernel:
             works = "another device: see `quantport matrix`"
             raise UnsupportedError(f"move {self.scheme} to {device}, {dtype}", "; ".join(choice.reasons), works)
         return host().kernel(choice.kernel)
+
+    def _usable(self, kernels: Sequence[Kernel]) -> Sequence[Kernel]:
+        """The kernels that the module may have."""
+        return kernels
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()

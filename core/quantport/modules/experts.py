@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from quantport.kernel import Kernel, WeightSpec
 from quantport.layers import PROJECTIONS
 from quantport.modules.base import QuantModule
+from quantport.modules.ops import Differentiable
 from quantport.modules.routing import run_experts
 
 _NAMES = {
@@ -49,7 +50,9 @@ class QuantExperts(QuantModule):
             )  # fmt: skip
             return y
         specs = (self.gate_up, self.down)
-        return run_experts(self.kernel, hidden_states, top_k_index, top_k_weights, tables, specs, self.activation)
+        wants = torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad)
+        kernel = Differentiable(self.kernel) if wants else self.kernel
+        return run_experts(kernel, hidden_states, top_k_index, top_k_weights, tables, specs, self.activation)
 
     def extra_repr(self) -> str:
         """Shape, scheme and kernel."""

@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from quantport.errors import NoTensorError
 from quantport.kernel import Kernel, WeightSpec
 from quantport.modules import ops
 from quantport.modules.base import QuantModule
 
 
 class WeightView(NamedTuple):
-    """What code may ask of the weight of a linear layer that holds no 16-bit weight; ``dtype`` is that of activations."""
+    """What code may ask of the weight of a layer that holds no 16-bit weight; ``dtype`` is that of activations.
+
+    Raises:
+        NoTensorError: anything else of a tensor is asked for, as when an adapter shall be merged into the weight.
+    """
 
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
 
+    def __getattr__(self, name: str) -> Any:
+        works = "keep adapters beside the layer, or merge them into the 16-bit model and quantize that"
+        raise NoTensorError(f"weight.{name} of a quantized layer", "its weight is stored as codes and scales", works)
 
-class QuantLinear(QuantModule):
-    """``y = x W^T + b`` with W quantized; stands where ``torch.nn.Linear`` stood.
+
+class QuantLinear(QuantModule, nn.Linear):
+    """``y = x W^T + b`` with W quantized; stands where ``torch.nn.Linear`` stood, and is one: PEFT and others ask for that.
+
+    A gradient goes to the activations (through the dequantized weight) and the bias, never to the weight.
 
     Args:
         kernel: The kernel that runs it.
@@ -40,7 +51,7 @@ class QuantLinear(QuantModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``, in the dtype of ``x``."""
-        packed, bias = self._packed[""], self._parameters["bias"]
+        packed, bias = self.packed(), self._parameters["bias"]
         if torch.compiler.is_compiling():
             spec = self.spec
             y: Tensor = torch.ops.quantport.linear(x, packed, bias, self.kernel.name, spec.scheme.name, spec.n, spec.k)
@@ -48,7 +59,7 @@ class QuantLinear(QuantModule):
         return ops.run_linear(self.kernel, x, packed, bias, self.spec)
 
     @property
-    def weight(self) -> WeightView:
+    def weight(self) -> WeightView:  # type: ignore[override]  # of nn.Linear it is a Parameter
         """Shape, dtype and device of the weight, for code that asks a linear layer for them. It is no tensor."""
         return WeightView(torch.Size((self.out_features, self.in_features)), self.dtype, self.device)
 
@@ -56,3 +67,44 @@ class QuantLinear(QuantModule):
         """Shape, scheme and kernel."""
         bias = self.bias is not None
         return f"{self.in_features}, {self.out_features}, bias={bias}, scheme={self.scheme}, kernel={self.kernel.name}"
+
+
+class QuantFused(QuantModule, nn.Linear):
+    """A linear layer of several projections stored as one, each quantized by itself; their outputs stand side by side.
+
+    Args:
+        kernel: The kernel that runs every projection.
+        specs: Name of each projection -> scheme and shape, in the order of the outputs.
+        bias: ``[n]`` of all projections, or None; kept as given.
+        dtype: Activation dtype that the kernel was chosen for.
+    """
+
+    def __init__(
+        self, kernel: Kernel, specs: dict[str, WeightSpec], bias: nn.Parameter | None = None, dtype: torch.dtype = torch.bfloat16
+    ) -> None:
+        super().__init__(kernel, specs, "linear", dtype)
+        self.in_features, self.out_features = next(iter(specs.values())).k, sum(s.n for s in specs.values())
+        self.register_parameter("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in_features]`` to ``[..., out_features]``, in the dtype of ``x``."""
+        bias = self._parameters["bias"]
+        each = [None] * len(self.specs) if bias is None else bias.split([s.n for s in self.specs.values()])
+        out = []
+        for (name, spec), b in zip(self.specs.items(), each, strict=True):
+            packed = self.packed(name)
+            if torch.compiler.is_compiling():
+                out.append(torch.ops.quantport.linear(x, packed, b, self.kernel.name, spec.scheme.name, spec.n, spec.k))
+            else:
+                out.append(ops.run_linear(self.kernel, x, packed, b, spec))
+        return torch.cat(out, -1)
+
+    @property
+    def weight(self) -> WeightView:  # type: ignore[override]  # of nn.Linear it is a Parameter
+        """Shape, dtype and device of the weight of all projections. It is no tensor."""
+        return WeightView(torch.Size((self.out_features, self.in_features)), self.dtype, self.device)
+
+    def extra_repr(self) -> str:
+        """Shapes, scheme and kernel."""
+        parts = ", ".join(f"{name} {spec.n}" for name, spec in self.specs.items())
+        return f"{self.in_features}, {self.out_features} ({parts}), scheme={self.scheme}, kernel={self.kernel.name}"

@@ -2,11 +2,12 @@
 
 from quantport.numerics.blocks import Blocks, Reduce, check_finite, dequantize, quantize, quantize_blocks
 from quantport.numerics.elements import decode, encode, values_of
-from quantport.numerics.linear import dequantize_weight, linear, quantize_weight, quantized_values
+from quantport.numerics.linear import FLOATS, dequantize_weight, linear, quantize_weight, quantized_values
 from quantport.numerics.packing import pack_bits, pack_int4, unpack_bits, unpack_int4
 from quantport.numerics.rotation import rotate
 
 __all__ = [
+    "FLOATS",
     "Blocks",
     "Reduce",
     "check_finite",

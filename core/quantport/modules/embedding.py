@@ -1,0 +1,109 @@
+"""An embedding with a quantized weight, and the output head that may share it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantport.kernel import Kernel, WeightSpec
+from quantport.lookup import look_up, lookup_kernels
+from quantport.modules import ops
+from quantport.modules.base import QuantModule
+from quantport.modules.linear import WeightView
+
+
+class QuantEmbedding(QuantModule):
+    """Looks up rows of a quantized weight and dequantizes those; stands where ``torch.nn.Embedding`` stood.
+
+    Args:
+        kernel: One that keeps the stored layout; a tied output head multiplies by it.
+        spec: Scheme and shape [num_embeddings, embedding_dim].
+        dtype: Of the rows that it returns.
+        tied: Names of the output heads that share the weight.
+        padding_idx: As ``nn.Embedding`` has it, for code that asks; it matters to gradients only.
+    """
+
+    def __init__(
+        self, kernel: Kernel, spec: WeightSpec, dtype: torch.dtype = torch.bfloat16, tied: Sequence[str] = (),
+        padding_idx: int | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(kernel, {"": spec}, "linear", dtype)
+        self.num_embeddings, self.embedding_dim, self.padding_idx = spec.n, spec.k, padding_idx
+        self.spec, self.tied = spec, tuple(tied)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Integer ``[...]`` to ``[..., embedding_dim]`` in ``dtype``."""
+        packed, spec = self.packed(), self.spec
+        if torch.compiler.is_compiling():
+            names = self.kernel.name, spec.scheme.name, spec.n, spec.k
+            y: Tensor = torch.ops.quantport.embedding(ids, packed, *names, self.dtype)
+            return y
+        return look_up(self.kernel, ids, packed, spec, self.dtype)
+
+    @property
+    def weight(self) -> WeightView:
+        """Shape, dtype and device of the weight. It is no tensor."""
+        return WeightView(torch.Size((self.num_embeddings, self.embedding_dim)), self.dtype, self.device)
+
+    def _usable(self, kernels: Sequence[Kernel]) -> Sequence[Kernel]:
+        return lookup_kernels(kernels, bool(self.tied))
+
+    def extra_repr(self) -> str:
+        """Shape, scheme and kernel."""
+        return f"{self.num_embeddings}, {self.embedding_dim}, scheme={self.scheme}, kernel={self.kernel.name}"
+
+
+class TiedLinear(nn.Linear):
+    """An output head that multiplies by the weight of a quantized embedding. It holds none of its own.
+
+    Args:
+        embedding: Holds the weight, and the kernel.
+        bias: ``[n]`` or None.
+    """
+
+    def __init__(self, embedding: QuantEmbedding, bias: nn.Parameter | None = None) -> None:
+        nn.Module.__init__(self)
+        self._embedding = (embedding,)  # in a tuple, so that it is a reference and no submodule: moved and counted once
+        self.in_features, self.out_features = embedding.embedding_dim, embedding.num_embeddings
+        self.register_parameter("bias", bias)
+
+    @property
+    def embedding(self) -> QuantEmbedding:
+        """The module that holds the weight."""
+        return self._embedding[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in_features]`` to ``[..., out_features]``, in the dtype of ``x``."""
+        source, bias = self._embedding[0], self._parameters["bias"]
+        packed, spec = source.packed(), source.spec
+        if torch.compiler.is_compiling():
+            names = source.kernel.name, spec.scheme.name, spec.n, spec.k
+            y: Tensor = torch.ops.quantport.linear(x, packed, bias, *names)
+            return y
+        return ops.run_linear(source.kernel, x, packed, bias, spec)
+
+    @property
+    def weight(self) -> WeightView:  # type: ignore[override]  # of nn.Linear it is a Parameter
+        """Shape, dtype and device of the weight. It is no tensor."""
+        return self.embedding.weight
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update((prefix + key, tensor) for key, tensor in self.embedding.canonical_tensors())
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        spec = self.embedding.spec
+        keys = {prefix + key for key in spec.scheme.layout(spec.n, spec.k)}  # the embedding loads them under its own name
+        rest = {key: value for key, value in state_dict.items() if key not in keys}
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+
+    def extra_repr(self) -> str:
+        """Shape, scheme and kernel."""
+        source = self.embedding
+        return f"{self.in_features}, {self.out_features}, tied, scheme={source.scheme}, kernel={source.kernel.name}"
