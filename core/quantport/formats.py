@@ -1,6 +1,6 @@
 """Number formats: names, bits and limits.
 
-Sources: OCP Microscaling Formats (MX) v1.0 and OCP 8-bit Floating Point Specification for e4m3fn;
+Sources: OCP Microscaling Formats (MX) v1.0 and OCP 8-bit Floating Point Specification for e4m3fn and e5m2;
 two's complement for the integers.
 """
 
@@ -32,13 +32,14 @@ class Format:
 
     @property
     def half_range(self) -> float:
-        """Half the span of the codes: 127.5 for int8, 7.5 for int4, 448 for e4m3fn."""
+        """Half the span of the codes: 127.5 for int8, 7.5 for int4, 448 for e4m3fn, 57344 for e5m2."""
         return (self.high - self.low) / 2
 
 
 E4M3FN = Format("e4m3fn", 8, torch.float8_e4m3fn, -448.0, 448.0)
+E5M2 = Format("e5m2", 8, torch.float8_e5m2, -57344.0, 57344.0)
 INT8 = Format("int8", 8, torch.int8, -128, 127)
 INT4 = Format("int4", 4, torch.int32, -8, 7)
 BF16 = Format("bf16", 16, torch.bfloat16, -3.3895313892515355e38, 3.3895313892515355e38)
 
-FORMATS = {f.name: f for f in (E4M3FN, INT8, INT4, BF16)}
+FORMATS = {f.name: f for f in (E4M3FN, E5M2, INT8, INT4, BF16)}

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from quantport.cache import kv_shape
 from quantport.checkpoint import Checkpoint
 from quantport.config import QuantConfig
 from quantport.device import Device
@@ -16,6 +17,7 @@ from quantport.errors import ConfigError
 from quantport.host import host
 from quantport.layers import find_layers
 from quantport.loading.bind import check
+from quantport.loading.build import read_json
 from quantport.loading.source import locate, refuse_quantized
 from quantport.planner import Plan, make_plan
 
@@ -63,11 +65,15 @@ def plan(
     parsed = merge(scheme, config, {"fallback": fallback})
     if isinstance(model, nn.Module):
         layers, source = check(find_layers(dict(model.named_parameters())), model, lambda x: x.name), type(model).__name__
+        described: Any = getattr(model, "config", None)
+        kv = kv_shape(described.to_dict()) if hasattr(described, "to_dict") else None
     else:
         with Checkpoint.open(locate(model), headers_only=True) as checkpoint:
             refuse_quantized(checkpoint)
             layers, source = find_layers(checkpoint.tensors), str(model)
-    return make_plan(layers, parsed, target, host().kernels(target.kind), host().schemes, source=source, rows=rows, dtype=dtype)
+            kv = kv_shape(read_json(checkpoint.directory / "config.json"))
+    kernels, schemes = host().kernels(target.kind), host().schemes
+    return make_plan(layers, parsed, target, kernels, schemes, source=source, rows=rows, dtype=dtype, kv=kv)
 
 
 def refuse_nothing(decided: Plan) -> None:

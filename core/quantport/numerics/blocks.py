@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from quantport.errors import WeightError
-from quantport.formats import E4M3FN, Format
+from quantport.formats import Format
 from quantport.scheme import Quant
 
 CHUNK = 1 << 18  # elements of fp32 scratch: 1 MiB, which fits the L2 cache of one core
@@ -26,13 +26,13 @@ def scale_of(amax: Tensor, quant: Quant) -> Tensor:
 def encode(x: Tensor, element: Format) -> Tensor:
     """Rounds scaled fp32 values to codes. Overwrites ``x``.
 
-    Round to nearest even, saturating; subnormals of e4m3fn are kept.
+    Round to nearest even, saturating; subnormals of e4m3fn and e5m2 are kept.
 
     Returns:
-        The shape of ``x``: float8_e4m3fn for e4m3fn, int8 codes for the integers.
+        The shape of ``x``: the storage dtype of a float format, int8 codes for the integers.
     """
-    if element is E4M3FN:
-        return x.clamp_(element.low, element.high).to(torch.float8_e4m3fn)
+    if element.storage.is_floating_point:
+        return x.clamp_(element.low, element.high).to(element.storage)
     return x.round_().clamp_(element.low, element.high).to(torch.int8)
 
 
@@ -62,12 +62,12 @@ def quantize(x: Tensor, quant: Quant, scale: Tensor | None = None) -> tuple[Tens
             of shape ``quant.scale_shape(n, k)``.
 
     Returns:
-        ``(codes, scale)``: codes ``[n, k]`` as float8_e4m3fn or int8, scale of dtype
+        ``(codes, scale)``: codes ``[n, k]`` as float8 or int8, scale of dtype
         ``quant.scale`` and shape ``quant.scale_shape(n, k)``.
     """
     n, k = x.shape
     element = quant.element
-    dtype = torch.float8_e4m3fn if element is E4M3FN else torch.int8
+    dtype = element.storage if element.storage.is_floating_point else torch.int8
     codes = torch.empty((n, k), dtype=dtype, device=x.device)
     if scale is None and not quant.rows and x.numel():
         scale = scale_of(_amax(x, quant), quant)
