@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from quantport.cache import kv_cache
+    from quantport.catalog import Schemes
     from quantport.cells import matrix
     from quantport.config import QuantConfig
     from quantport.device import Device
     from quantport.errors import QuantportError
     from quantport.host import devices
     from quantport.loading import load, plan, quantize_, save
-    from quantport.scheme import Scheme, Schemes
+    from quantport.scheme import Scheme
 
     schemes: Schemes
 

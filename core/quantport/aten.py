@@ -6,6 +6,7 @@ The operators and their limits: PyTorch ``native_functions.yaml`` and ``torch/_m
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -47,7 +48,7 @@ class Reference(Kernel):
         return "it writes and reads an fp32 copy of the weight at every call"
 
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
-        return numerics.linear(x, self.unpack(packed, spec), spec.scheme, bias)
+        return numerics.linear(x, self.unpack(packed, spec), replace(spec.scheme, rotation=0), bias)
 
 
 class Dequantize(Kernel):
@@ -70,7 +71,8 @@ class Dequantize(Kernel):
         return "it writes and reads a 16-bit copy of the weight at every call"
 
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
-        weight = numerics.dequantize_weight(self.unpack(packed, spec), spec.scheme, spec.k, x.dtype)
+        scheme = replace(spec.scheme, rotation=0)  # x is rotated already
+        weight = numerics.dequantize_weight(self.unpack(packed, spec), scheme, spec.k, x.dtype)
         return torch.nn.functional.linear(x, weight, bias)
 
 

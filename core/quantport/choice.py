@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from quantport.capability import Accepted, Claim, Evidence, Rejected, Status, Verdict
+from quantport.catalog import Schemes
 from quantport.device import Device
 from quantport.kernel import Kernel, Request, WeightSpec
-from quantport.scheme import Schemes
 
 _RANK = {Status.NATIVE: 0, Status.WEIGHT_ONLY: 1, Status.DEQUANTIZE: 2, Status.REFERENCE: 3}
 

@@ -11,9 +11,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
 from quantport.cache import cache_dtype
+from quantport.catalog import Schemes
 from quantport.errors import ConfigError, one_of
 from quantport.layers import Layer
-from quantport.scheme import Schemes
 
 _OLD_KEYS = {
     "method": "scheme",

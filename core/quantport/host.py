@@ -14,11 +14,11 @@ import pluggy
 import torch
 
 from quantport import aten, hookspecs
+from quantport.catalog import BUILTIN, Schemes
 from quantport.device import Device
 from quantport.errors import BackendError, ConfigError, DeviceError, did_you_mean, one_of
 from quantport.hookspecs import Backend
 from quantport.kernel import Kernel
-from quantport.scheme import BUILTIN, Schemes
 
 GROUPS = ("quantport.backends", "quantport.plugins")
 

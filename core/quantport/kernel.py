@@ -11,6 +11,7 @@ from torch import Tensor
 
 from quantport.capability import Accepted, Claim, Rejected, Status, Verdict
 from quantport.device import Device
+from quantport.numerics import rotate
 from quantport.scheme import Scheme
 
 Canonical = dict[str, Tensor]
@@ -101,7 +102,7 @@ class Kernel(ABC):
         """Computes ``x @ W.T + bias``.
 
         Args:
-            x: Activations ``[M, K]``, contiguous, in the dtype of the request.
+            x: Activations ``[M, K]``, contiguous, in the dtype of the request; rotated already, if the scheme is.
             packed: What ``pack`` returned.
             bias: ``[N]`` or None.
             spec: Scheme and shape.
@@ -109,6 +110,10 @@ class Kernel(ABC):
         Returns:
             ``[M, N]`` in the dtype of ``x``.
         """
+
+    def apply(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
+        """Runs on activations as the layer gets them: rotates them first where the scheme is rotated."""
+        return self.run(rotate(x, spec.scheme.rotation) if spec.scheme.rotation else x, packed, bias, spec)
 
     def verdict(self, request: Request) -> Verdict:
         """Folds the methods above into a verdict; a kernel that raises here is a refusal that says so."""

@@ -3,62 +3,92 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 
-from quantport.errors import ConfigError, did_you_mean
-from quantport.formats import BF16, E4M3FN, FORMATS, INT4, INT8, Format
+from quantport.errors import ConfigError, one_of
+from quantport.formats import BF16, E8M0, FORMATS, Format
 
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
+RULES = ("floor", "even", "even1", "ceil", "rceil")
+SEARCHES = ("mse", "hqq")
+GGUF_BYTES = {"q4_0": 18, "q8_0": 34, "q4_k": 144, "q5_k": 176, "q6_k": 210}
+ROTATION = 128
 
 
 @dataclass(frozen=True)
 class Quant:
-    """How one operand is quantized: a symmetric scale per block of ``rows`` x ``cols`` elements.
+    """How one operand is quantized: a scale per block of ``rows`` x ``cols`` elements.
 
     Attributes:
         format: Name of the element format.
         rows: Rows (output channels, or tokens) that share a scale; 0 means all of them.
         cols: Columns (along K) that share a scale; 0 means all of them. A last, shorter block has its own scale.
-        scale: Dtype of the stored scales. A 16-bit scale is rounded (to nearest even) before the codes are computed.
+        scale: Name of the format of the stored scales, which are rounded *before* the codes are computed.
+        rule: How a scale follows from its block: ``amax``; a rule of ``quantport.numerics.scales`` for e8m0; ``mse``
+            and ``hqq`` search (``quantport.numerics.search``).
+        outer: (rows, cols) of the larger blocks that share a second scale, in fp32; None for one level.
+        zero: Whether each block also has an offset: value = code * scale + zero.
+        double: Whether the scales are themselves quantized, to 8 bits.
     """
 
     format: str
     rows: int
     cols: int
-    scale: torch.dtype = torch.float32
+    scale: str = "fp32"
+    rule: str = "amax"
+    outer: tuple[int, int] | None = None
+    zero: bool = False
+    double: bool = False
 
     @property
     def element(self) -> Format:
         """The element format."""
         return FORMATS[self.format]
 
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """Dtype of the stored scales; those of e8m0 are the exponent bytes, uint8."""
+        return FORMATS[self.scale].storage
+
+    @property
+    def searched(self) -> bool:
+        """Whether scales are searched for, and do not follow from amax alone."""
+        return self.rule in SEARCHES
+
+    @property
+    def plain(self) -> bool:
+        """One level of scales from amax, without offsets: 8-bit and integer formats as compressed-tensors has them."""
+        return self == Quant(self.format, self.rows, self.cols, self.scale) and self.scale in ("fp32", "bf16")
+
     def scale_shape(self, n: int, k: int) -> tuple[int, int]:
         """Shape of the scales of an [n, k] operand: one per block."""
-        return (math.ceil(n / self.rows) if self.rows else 1, math.ceil(k / self.cols) if self.cols else 1)
+        return blocks_of(n, k, self.rows, self.cols)
 
     def __str__(self) -> str:
         names = {(0, 0): "per tensor", (1, 0): "per row"}
         return f"{self.format} {names.get((self.rows, self.cols), f'per {self.rows}x{self.cols} block')}"
 
 
+def blocks_of(n: int, k: int, rows: int, cols: int) -> tuple[int, int]:
+    """Number of blocks of ``rows`` x ``cols`` (0: all) that cover an [n, k] matrix, down and across."""
+    return math.ceil(n / rows) if rows else 1, math.ceil(k / cols) if cols else 1
+
+
 @dataclass(frozen=True)
 class Scheme:
     """One quantization scheme for the weight ``[N, K]`` and the activations ``[M, K]`` of a linear layer.
 
-    Numerics (``quantport.numerics`` is the judge): all arithmetic in fp32; ``scale = amax / half_range`` (448, 127.5,
-    7.5), an all-zero block gets ``2**-23``; ``code = clamp(round_half_even(x / scale))``; value = ``code * scale``.
-    This is the arithmetic of compressed-tensors (``calculate_qparams``, symmetric); int4 scales are rounded to bf16, as
-    it does for bf16 weights.
+    ``quantport.numerics`` is the judge of what the fields mean, and ``docs/numerics.md`` the contract.
 
     Attributes:
-        name: Canonical name.
+        name: Canonical name; options follow it after colons.
         weight: Weight quantization.
         activation: Dynamic activation quantization, or None (weight-only: activations stay 16-bit).
         summary: One line for people.
         aliases: Other spellings, as vLLM, vLLM-Omni and others write them.
+        rotation: Size of the Hadamard blocks along K that rotate weights and activations alike; 0 for none.
     """
 
     name: str
@@ -66,6 +96,7 @@ class Scheme:
     activation: Quant | None
     summary: str
     aliases: tuple[str, ...] = ()
+    rotation: int = 0
 
     @property
     def precision(self) -> str:
@@ -84,98 +115,74 @@ class Scheme:
         """The same weights with 16-bit activations."""
         return replace(self, activation=None)
 
-    def layout(self, n: int, k: int) -> Layout:
-        """Stored tensors of one weight ``[n, k]``: name -> (shape, dtype). This is the layout of compressed-tensors.
+    @property
+    def options(self) -> tuple[str, ...]:
+        """What may follow the name after a colon."""
+        weight = self.weight
+        rules = RULES if weight.scale == E8M0.name else ()
+        mse = ("mse",) if weight.scale in ("e8m0", "e4m3fn") and not weight.searched and weight.cols <= 32 else ()
+        double = ("double",) if weight.element.codebook and not weight.double else ()
+        hadamard = ("hadamard",) if weight.element.bits == 4 and not weight.element.block and not self.rotation else ()
+        return tuple(r for r in rules if r != weight.rule) + mse + double + hadamard
 
-        8-bit formats: ``weight`` [n, k] and ``weight_scale`` fp32. int4: ``weight_packed`` int32 [n, ceil(k/8)], eight
-        codes + 8 to a word, low nibble first, and ``weight_scale`` bf16. bf16: ``weight`` alone.
+    def option(self, name: str) -> Scheme:
+        """The scheme with one option: another scale rule, ``mse``, ``double`` or ``hadamard``.
+
+        Raises:
+            ConfigError: the scheme has no such option.
         """
-        if self.weight.element is BF16:
+        if name not in self.options:
+            works = one_of(name, self.options) if self.options else f"{self.name!r}: it has no options"
+            raise ConfigError(f"option {name!r} of scheme {self.name!r}", "no such option", works)
+        weight, activation, rotation = self.weight, self.activation, self.rotation
+        if name == "hadamard":
+            rotation = ROTATION
+        elif name == "double":
+            weight = replace(weight, double=True)
+        else:
+            weight = replace(weight, rule=name)
+            activation = (
+                replace(activation, rule=name) if activation and activation.scale == "e8m0" and name in RULES else activation
+            )
+        changed = replace(self, name=f"{self.name}:{name}", weight=weight, activation=activation, rotation=rotation)
+        return replace(changed, aliases=(), summary=f"{self.summary}; {name}")
+
+    def layout(self, n: int, k: int) -> Layout:
+        """Stored tensors of one weight ``[n, k]``: name -> (shape, dtype). Where compressed-tensors has the format, its layout.
+
+        ``weight`` [n, k] for 8-bit and bf16 elements, else ``weight_packed``: int4 eight to an int32 word, the others
+        as bytes, low bits first. ``weight_scale``, one for each block. Where the scheme has them: ``weight_zero``
+        (offsets), ``weight_global_scale`` [1] (what block scales were multiplied with, as in NVFP4),
+        ``weight_outer_scale`` (a factor for each outer block), ``weight_scale_scale`` [n, 1] and
+        ``weight_scale_offset`` [1] (of quantized scales). GGUF: ``weight_blocks`` uint8 [n, bytes].
+        """
+        quant, element = self.weight, self.weight.element
+        if element is BF16:
             return {"weight": ((n, k), torch.bfloat16)}
-        scale = (self.weight.scale_shape(n, k), self.weight.scale)
-        if self.weight.element.bits == 4:
-            return {"weight_packed": ((n, math.ceil(k / 8)), torch.int32), "weight_scale": scale}
-        return {"weight": ((n, k), self.weight.element.storage), "weight_scale": scale}
+        if element.block:
+            return {"weight_blocks": ((n, math.ceil(k / element.block) * GGUF_BYTES[element.name]), torch.uint8)}
+        scale = quant.scale_shape(n, k)
+        out: Layout = {"weight_packed": ((n, math.ceil(k / 8)), torch.int32)}
+        if element.bits == 8:
+            out = {"weight": ((n, k), element.storage)}
+        elif element.name != "int4":
+            out = {"weight_packed": ((n, packed_bytes(k, element.bits)), torch.uint8)}
+        out["weight_scale"] = (scale, torch.uint8 if quant.double else quant.scale_dtype)
+        if quant.double:
+            out |= {"weight_scale_scale": ((n, 1), torch.float32), "weight_scale_offset": ((1,), torch.float32)}
+        if quant.zero:
+            out["weight_zero"] = (scale, quant.scale_dtype)
+        if quant.outer == (0, 0):
+            out["weight_global_scale"] = ((1,), torch.float32)
+        elif quant.outer:
+            out["weight_outer_scale"] = (blocks_of(n, k, *quant.outer), torch.float32)
+        return out
 
     def bytes(self, n: int, k: int) -> int:
         """Bytes of one quantized weight ``[n, k]`` with its scales."""
         return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.layout(n, k).values())
 
 
-def _builtin() -> tuple[Scheme, ...]:
-    dense = Quant(BF16.name, 0, 0)
-    e4m3, i8, i4 = E4M3FN.name, INT8.name, INT4.name
-    token = Quant(e4m3, 1, 0)
-    return (
-        Scheme(
-            "fp8_per_tensor", Quant(e4m3, 0, 0), token, "FP8 weights, one scale; per-token activations", ("fp8", "fp8_dynamic")
-        ),
-        Scheme(
-            "fp8_per_channel", Quant(e4m3, 1, 0), token, "FP8 weights per output channel; per-token activations",
-            ("ptpc_fp8", "fp8_per_token"),
-        ),
-        Scheme(
-            "fp8_per_block", Quant(e4m3, 128, 128), Quant(e4m3, 1, 128), "FP8 weights per 128x128; activations per 1x128",
-            ("per_block_fp8", "fp8_block"),
-        ),
-        Scheme(
-            "int8", Quant(i8, 1, 0), Quant(i8, 1, 0), "INT8 weights per output channel; per-token activations",
-            ("int8_w8a8", "w8a8", "int8_dynamic"),
-        ),
-        Scheme("fp8_weight_only", Quant(e4m3, 1, 0), None, "FP8 weights per output channel; 16-bit activations", ("fp8_wo",)),
-        Scheme(
-            "int8_weight_only", Quant(i8, 1, 0), None, "INT8 weights per output channel; 16-bit activations",
-            ("int8_wo", "int8_per_channel_weight_only", "w8a16"),
-        ),
-        Scheme(
-            "int4_weight_only", Quant(i4, 1, 128, torch.bfloat16), None, "INT4 weights in groups of 128; 16-bit activations",
-            ("int4", "int4_wo", "w4a16", "int4_per_group_128"),
-        ),
-        Scheme(
-            "int4_weight_only_g32", Quant(i4, 1, 32, torch.bfloat16), None, "INT4 weights in groups of 32; 16-bit activations",
-            ("int4_g32", "int4_per_group_32"),
-        ),
-        Scheme("bf16", dense, None, "not quantized: BF16 as stored, prepacked where that is faster", ("bfloat16",)),
-    )  # fmt: skip
-
-
-class Schemes(Mapping[str, Scheme]):
-    """A read-only table of schemes. Look-up understands aliases; iteration gives canonical names only.
-
-    Raises:
-        ConfigError: on look-up of an unknown name, and on construction when two schemes claim one name.
-    """
-
-    def __init__(self, schemes: Iterable[Scheme]) -> None:
-        self._schemes: dict[str, Scheme] = {}
-        self._alias: dict[str, str] = {}
-        for scheme in schemes:
-            for name in (scheme.name, *scheme.aliases):
-                if name in self._alias:
-                    raise ConfigError(
-                        f"scheme {scheme.name!r} under the name {name!r}",
-                        f"the name is taken by scheme {self._alias[name]!r}",
-                        "give the new scheme a name and aliases of its own",
-                    )
-                self._alias[name] = scheme.name
-            self._schemes[scheme.name] = scheme
-
-    def __getitem__(self, name: str | Scheme) -> Scheme:
-        name = name.name if isinstance(name, Scheme) else name
-        try:
-            return self._schemes[self._alias[name]]
-        except (KeyError, TypeError):
-            works = f"{did_you_mean(str(name), self._alias)}known: {', '.join(self)}"
-            raise ConfigError(f"scheme {name!r}", "no scheme has this name", works) from None
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._alias
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._schemes)
-
-    def __len__(self) -> int:
-        return len(self._schemes)
-
-
-BUILTIN = Schemes(_builtin())
+def packed_bytes(k: int, bits: int) -> int:
+    """Bytes of ``k`` codes of 4 or 6 bits, in whole groups of two or four."""
+    return math.ceil(k / 2) if bits == 4 else 3 * math.ceil(k / 4)

@@ -6,10 +6,11 @@ import pytest
 import torch
 from core_references import check_parts
 
+from quantport.catalog import BUILTIN, Schemes
 from quantport.config import QuantConfig, compile_pattern
 from quantport.errors import ConfigError
 from quantport.layers import Layer
-from quantport.scheme import BUILTIN, Quant, Scheme, Schemes
+from quantport.scheme import Quant, Scheme
 
 BAD = ["re:(", "re:[", "re:*a", "re:(?P<x>a)(?P<x>b)", "re:a{99999999999999999999}", f"re:{'(' * 9999}"]
 

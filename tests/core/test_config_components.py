@@ -8,10 +8,10 @@ from core_references import check_parts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quantport.catalog import BUILTIN
 from quantport.config import _OLD_KEYS, QuantConfig
 from quantport.errors import ConfigError
 from quantport.layers import Layer
-from quantport.scheme import BUILTIN
 
 
 def parse(value):

@@ -13,11 +13,12 @@ from core_fakes import FakeBackend, FakeKernel, arch, backend_plugin, device, pl
 from core_references import check_parts
 
 from quantport.capability import Rejected
+from quantport.catalog import BUILTIN
 from quantport.device import Device
 from quantport.errors import BackendError, ConfigError, DeviceError
 from quantport.host import Host
 from quantport.kernel import Request, WeightSpec
-from quantport.scheme import BUILTIN, Quant, Scheme
+from quantport.scheme import Quant, Scheme
 
 INT8 = Quant("int8", 1, 0)
 

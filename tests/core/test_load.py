@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 import quantport
 from quantport import numerics
+from quantport.catalog import BUILTIN
 from quantport.modules import QuantExperts, QuantLinear, QuantModule
-from quantport.scheme import BUILTIN
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,10 @@ import torch
 from core_references import DTYPES, dequantize_np, quantize_np, randn, same
 
 from quantport import numerics
+from quantport.catalog import BUILTIN
 from quantport.errors import WeightError
 from quantport.numerics import blocks
-from quantport.scheme import BUILTIN, Quant
+from quantport.scheme import Quant
 
 WEIGHTS = {name: scheme.weight for name, scheme in BUILTIN.items() if scheme.weight.format != "bf16"}
 QUANTS = {

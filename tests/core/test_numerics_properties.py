@@ -12,7 +12,8 @@ from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
 from quantport import numerics
-from quantport.scheme import BUILTIN, Quant
+from quantport.catalog import BUILTIN
+from quantport.scheme import Quant
 
 SOME = settings(max_examples=60, deadline=None)
 quants = st.builds(

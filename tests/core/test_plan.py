@@ -10,11 +10,11 @@ from core_fakes import FakeKernel, Shape, device
 from core_references import check_parts
 
 from quantport.capability import Status
+from quantport.catalog import BUILTIN
 from quantport.config import QuantConfig
 from quantport.errors import ConfigError, UnsupportedError
 from quantport.layers import find_layers
 from quantport.planner import make_plan
-from quantport.scheme import BUILTIN
 
 NATIVE = FakeKernel("acme.native", quantizes=True)
 DEQUANTIZE = FakeKernel("acme.dequantize", Status.DEQUANTIZE)

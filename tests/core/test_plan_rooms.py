@@ -13,12 +13,12 @@ from core_references import check_parts
 
 import quantport
 from quantport.capability import Status
+from quantport.catalog import BUILTIN
 from quantport.config import QuantConfig
 from quantport.errors import CheckpointError, UnsupportedError
 from quantport.host import host
 from quantport.layers import find_layers
 from quantport.planner import best_scheme, make_plan
-from quantport.scheme import BUILTIN
 
 DEQUANTIZE = FakeKernel("acme.dequantize", Status.DEQUANTIZE)
 

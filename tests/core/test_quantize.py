@@ -14,11 +14,11 @@ from torch import nn
 
 import quantport
 from quantport import numerics
+from quantport.catalog import BUILTIN
 from quantport.errors import ConfigError, QuantportError, WeightError
 from quantport.host import Host, host
 from quantport.modules import QuantExperts, QuantLinear, base, routing
 from quantport.modules.ops import run_linear
-from quantport.scheme import BUILTIN
 
 
 def quantized(scheme="int8", factory=Tiny, dtype=torch.bfloat16):

@@ -7,8 +7,8 @@ import torch
 from docs_pages import ROOT, blocks
 
 from quantport import numerics
+from quantport.catalog import BUILTIN
 from quantport.host import host
-from quantport.scheme import BUILTIN
 
 PAGE = ROOT / "docs" / "schemes.md"
 GOLDEN = blocks(PAGE, "golden")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from quantport.backend import Arch, Backend, Claim, Device, Evidence, Kernel, Rejected, numerics
+from quantport.catalog import BUILTIN
 from quantport.host import Host
-from quantport.scheme import BUILTIN
 from quantport.testing import Subject
 from quantport.testing.subject import alone
 

@@ -24,8 +24,8 @@ _LIB.define(
 def run_linear(kernel: Kernel, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
     """Runs a kernel on activations of any rank: ``[..., k]`` to ``[..., n]``."""
     if x.dim() == 2:
-        return kernel.run(x.contiguous(), packed, bias, spec)
-    return kernel.run(x.reshape(-1, spec.k).contiguous(), packed, bias, spec).view(*x.shape[:-1], spec.n)
+        return kernel.apply(x.contiguous(), packed, bias, spec)
+    return kernel.apply(x.reshape(-1, spec.k).contiguous(), packed, bias, spec).view(*x.shape[:-1], spec.n)
 
 
 @torch.library.impl(_LIB, "linear", "CompositeExplicitAutograd")

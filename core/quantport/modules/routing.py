@@ -55,8 +55,8 @@ def run_experts(
             tokens = slots // index.shape[1]
             rows = x[tokens]
             gate, up, down = tables[3 * e : 3 * e + 3]
-            hidden = act(kernel.run(rows, gate, None, specs[0])) * kernel.run(rows, up, None, specs[0])
-            y = kernel.run(hidden, down, None, specs[1]) * weights.reshape(-1)[slots, None]
+            hidden = act(kernel.apply(rows, gate, None, specs[0])) * kernel.apply(rows, up, None, specs[0])
+            y = kernel.apply(hidden, down, None, specs[1]) * weights.reshape(-1)[slots, None]
             out.index_add_(0, tokens, y.to(out.dtype))
         start += count
     return out

@@ -1,17 +1,28 @@
 """The reference numerics: what every kernel of every room is judged against. Pure torch, on any device."""
 
-from quantport.numerics.blocks import check_finite, dequantize, encode, quantize
-from quantport.numerics.linear import dequantize_weight, linear, quantize_weight
-from quantport.numerics.nibbles import pack_int4, unpack_int4
+from quantport.numerics.blocks import Blocks, Reduce, check_finite, dequantize, quantize, quantize_blocks
+from quantport.numerics.elements import decode, encode, values_of
+from quantport.numerics.linear import dequantize_weight, linear, quantize_weight, quantized_values
+from quantport.numerics.packing import pack_bits, pack_int4, unpack_bits, unpack_int4
+from quantport.numerics.rotation import rotate
 
 __all__ = [
+    "Blocks",
+    "Reduce",
     "check_finite",
+    "decode",
     "dequantize",
     "dequantize_weight",
     "encode",
     "linear",
+    "pack_bits",
     "pack_int4",
     "quantize",
+    "quantize_blocks",
     "quantize_weight",
+    "quantized_values",
+    "rotate",
+    "unpack_bits",
     "unpack_int4",
+    "values_of",
 ]

@@ -1,47 +1,165 @@
-"""Symmetric block quantization of a matrix, in fp32 arithmetic, chunked by rows so that scratch stays in cache.
+"""Block quantization of a matrix, in fp32 arithmetic, chunked by rows so that scratch stays in cache.
 
-``scale = amax / half_range`` (an all-zero block gets 2**-23), ``code = clamp(round_half_even(x / scale))``, by true
-division. Source: compressed-tensors ``calculate_qparams`` (symmetric) on fp32 input.
+``code = encode(x / scale)`` by true division, with the scale already rounded to its stored format; ``value = code * scale``
+(``+ zero`` where blocks have offsets). ``scales`` says how a scale follows from its block, ``elements`` how codes are
+rounded, ``search`` which scales are searched for.
+
+Two levels. NVFP4 (e4m3fn scales): one factor ``g = 448 * 6 / amax`` for the outer block, ``scale = e4m3fn(g * amax_b / 6)``,
+and codes of ``x / (scale / g)``: the arithmetic of compressed-tensors (``generate_gparam``). Dual scale (e8m0 scales): one
+factor ``s = amax / 6`` for each outer block, then ``x / s`` rounded to the dtype of x is quantized in one level: the
+documentation of Ascend's ``npu_dynamic_dual_level_mx_quant``.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from quantport.errors import WeightError
-from quantport.formats import Format
-from quantport.scheme import Quant
+from quantport.formats import E4M3FN
+from quantport.numerics import search
+from quantport.numerics.elements import decode, encode
+from quantport.numerics.scales import scale_of, scale_values, stored
+from quantport.scheme import Quant, blocks_of
 
 CHUNK = 1 << 18  # elements of fp32 scratch: 1 MiB, which fits the L2 cache of one core
-EPS = 2.0**-23
+TINY = torch.finfo(torch.float32).tiny
+
+Reduce = Callable[[Tensor, int, int], Tensor]
+"""Largest magnitudes of this shard, and the (rows, cols) of their blocks (0: all) -> the maxima over every shard."""
 
 
-def scale_of(amax: Tensor, quant: Quant) -> Tensor:
-    """Scale of each block from its largest magnitude; fp32 in, fp32 values of ``quant.scale`` out, NaN and Inf kept."""
-    scale = (amax / quant.element.half_range).to(quant.scale).float()
-    return torch.where(scale == 0, EPS, scale)
+class Blocks(NamedTuple):
+    """A quantized matrix: codes ``[n, k]``, scales, and offsets and outer scales where the Quant has them."""
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None = None
+    outer: Tensor | None = None
 
 
-def encode(x: Tensor, element: Format) -> Tensor:
-    """Rounds scaled fp32 values to codes. Overwrites ``x``.
+def quantize(x: Tensor, quant: Quant, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Quantizes a matrix with one level of scales and no offsets.
 
-    Round to nearest even, saturating; subnormals of e4m3fn and e5m2 are kept.
+    Args:
+        x: ``[n, k]``, any floating dtype. NaN and Inf are not looked for: they show up in the scales.
+        quant: Element format, block shape and scale rule.
+        scale: Scales to use instead of those of the rule: of ``quant.scale_dtype`` (or fp32 values of it), of shape
+            ``quant.scale_shape(n, k)``.
 
     Returns:
-        The shape of ``x``: the storage dtype of a float format, int8 codes for the integers.
+        ``(codes, scale)``: codes ``[n, k]`` of the element's storage dtype, scale of ``quant.scale_dtype`` and shape
+        ``quant.scale_shape(n, k)``.
     """
-    if element.storage.is_floating_point:
-        return x.clamp_(element.low, element.high).to(element.storage)
-    return x.round_().clamp_(element.low, element.high).to(torch.int8)
+    codes, scales, zero, outer = quantize_blocks(x, quant, scale)
+    assert zero is None is outer  # use quantize_blocks, which returns these too
+    return codes, scales
 
 
-def _blocks(x: Tensor, quant: Quant) -> Tensor:
-    """Views a chunk ``[r, k]`` as ``[R, rows, C, cols]``, zero-padding where the last block is short."""
-    rows, cols = quant.rows or x.shape[0], quant.cols or x.shape[1]
-    pad = (0, -x.shape[1] % cols, 0, -x.shape[0] % rows)
-    if any(pad):
-        x = torch.nn.functional.pad(x, pad)
+def quantize_blocks(x: Tensor, quant: Quant, scale: Tensor | None = None, reduce: Reduce | None = None) -> Blocks:
+    """Quantizes a matrix with whatever its Quant asks for; arguments as for ``quantize``.
+
+    Args:
+        x: ``[n, k]``.
+        quant: Any Quant but GGUF's block types and bf16.
+        scale: As for ``quantize``.
+        reduce: For a shard of a larger matrix: takes maxima over the shards where a scale spans them.
+    """
+    n, k = x.shape
+    outer = _outer(x, quant, reduce) if quant.outer and x.numel() else None
+    spans = not quant.rows or (reduce is not None and not quant.cols)  # a scale sees more than one chunk of rows
+    if scale is None and spans and x.numel():
+        amax = block_amax(x, quant.rows, quant.cols)
+        scale = scale_of(reduce(amax, quant.rows, quant.cols) if reduce else amax, quant)
+    out = _empty(x, quant, outer)
+    if scale is not None:
+        out.scale.copy_(scale)
+    if not x.numel():
+        return out
+    step = _chunk_rows(x.shape, quant, x.device)
+    for i in range(0, n, step):
+        chunk = x[i : i + step]
+        r = slice(i // quant.rows, -(-(i + chunk.shape[0]) // quant.rows)) if quant.rows else slice(0, 1)
+        if outer is not None and quant.scale == "e8m0":
+            chunk = _divided(chunk, outer[i : i + step], quant)
+        factor = None if outer is None or quant.scale == "e8m0" else outer[i : i + step] if len(outer) > 1 else outer
+        blocks = _blocks(chunk.to(torch.float32, copy=True), quant.rows, quant.cols, edge=quant.zero)
+        codes = _chunk(blocks, quant, out, r, scale is not None, factor)
+        out.codes[i : i + step].copy_(codes.view(-1, codes.shape[2] * codes.shape[3])[: chunk.shape[0], :k])
+    return out
+
+
+def _chunk(blocks: Tensor, quant: Quant, out: Blocks, r: slice, given: bool, factor: Tensor | None) -> Tensor:
+    """Codes of one chunk of blocks ``[R, rows, C, cols]``; writes its scales and offsets unless they are given."""
+    if quant.zero:
+        assert out.zero is not None
+        codes, out.scale[r], out.zero[r] = search.with_offset(blocks[:, 0], quant)
+        return codes[:, None]
+    if not given:
+        amax = blocks.abs().amax((1, 3))
+        if factor is None:
+            out.scale[r] = scale_of(amax, quant)
+        else:
+            out.scale[r] = stored(factor.view(-1, 1) * (amax / quant.element.half_range), quant.scale)
+        if quant.searched:
+            out.scale[r] = search.scale(blocks[:, 0], out.scale[r], quant, factor)
+    divisor = scale_values(out.scale[r], quant.scale)
+    if factor is not None:
+        divisor = divisor / factor.view(-1, 1)
+    return encode(blocks.div_(divisor[:, None, :, None]), quant.element)
+
+
+def _empty(x: Tensor, quant: Quant, outer: Tensor | None) -> Blocks:
+    n, k = x.shape
+    codes = torch.empty((n, k), dtype=quant.element.storage, device=x.device)
+    shape = quant.scale_shape(n, k)
+    empty = stored(torch.zeros(shape, device=x.device), quant.scale) if quant.scale != "e8m0" else None
+    scale = torch.zeros(shape, dtype=torch.uint8, device=x.device) if empty is None else empty
+    if quant.outer and outer is None:
+        outer = torch.ones(blocks_of(n, k, *quant.outer), device=x.device)
+    return Blocks(codes, scale, torch.zeros_like(scale) if quant.zero else None, outer)
+
+
+def _outer(x: Tensor, quant: Quant, reduce: Reduce | None) -> Tensor:
+    """The outer factors of a matrix: fp32, one for each outer block."""
+    assert quant.outer
+    amax = block_amax(x, *quant.outer)
+    amax = reduce(amax, *quant.outer) if reduce else amax
+    if quant.scale == "e8m0":
+        first = stored(amax / quant.element.half_range, "fp32")
+        return search.outer(_blocks(x.float(), *quant.outer)[:, 0], first, quant) if quant.searched else first
+    factor = E4M3FN.high * quant.element.high / amax.clamp_min(TINY)
+    return torch.where(torch.isposinf(factor), 1.0, factor)
+
+
+def _divided(chunk: Tensor, outer: Tensor, quant: Quant) -> Tensor:
+    """Rows divided by their outer scales, rounded to their own dtype."""
+    assert quant.outer
+    blocks = _blocks(chunk.float(), 1, quant.outer[1])
+    return (blocks / outer[:, None, :, None]).to(chunk.dtype).view(chunk.shape[0], -1)[:, : chunk.shape[1]]
+
+
+def block_amax(x: Tensor, rows: int, cols: int) -> Tensor:
+    """Largest magnitude of each block of ``rows`` x ``cols`` (0: all): fp32, NaN kept."""
+    if not rows:
+        low, high = torch.aminmax(x, dim=0)
+        x, rows = torch.maximum(-low, high)[None], 1
+    n, k = x.shape
+    step = max(rows, CHUNK // max(1, k) // rows * rows)
+    return torch.cat([_blocks(x[i : i + step].float(), rows, cols).abs().amax((1, 3)) for i in range(0, n, step)])
+
+
+def _blocks(x: Tensor, rows: int, cols: int, edge: bool = False) -> Tensor:
+    """Views a chunk ``[r, k]`` as ``[R, rows, C, cols]``; a short last block is filled with zeros, or with its edge."""
+    rows, cols = rows or x.shape[0], cols or x.shape[1]
+    right, below = -x.shape[1] % cols, -x.shape[0] % rows
+    if edge and right:
+        x = torch.cat((x, x[:, -1:].expand(-1, right)), 1)
+    elif right or below:
+        x = torch.nn.functional.pad(x, (0, right, 0, below))
     return x.view(x.shape[0] // rows, rows, x.shape[1] // cols, cols)
 
 
@@ -52,65 +170,43 @@ def _chunk_rows(shape: torch.Size, quant: Quant, device: torch.device) -> int:
     return max(step, CHUNK // max(1, shape[1]) // step * step)
 
 
-def quantize(x: Tensor, quant: Quant, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Quantizes a matrix.
-
-    Args:
-        x: ``[n, k]``, any floating dtype. NaN and Inf are not looked for: they show up in the scales.
-        quant: Element format and block shape.
-        scale: Scales to use instead of those from amax (for example reduced over ranks): fp32 values of ``quant.scale``,
-            of shape ``quant.scale_shape(n, k)``.
-
-    Returns:
-        ``(codes, scale)``: codes ``[n, k]`` as float8 or int8, scale of dtype
-        ``quant.scale`` and shape ``quant.scale_shape(n, k)``.
-    """
-    n, k = x.shape
-    element = quant.element
-    dtype = element.storage if element.storage.is_floating_point else torch.int8
-    codes = torch.empty((n, k), dtype=dtype, device=x.device)
-    if scale is None and not quant.rows and x.numel():
-        scale = scale_of(_amax(x, quant), quant)
-    scales = torch.full(quant.scale_shape(n, k), EPS, device=x.device) if scale is None else scale
-    if not codes.numel():
-        return codes, scales.to(quant.scale)
-    step = _chunk_rows(x.shape, quant, x.device)
-    for i in range(0, n, step):
-        blocks = _blocks(x[i : i + step].to(torch.float32, copy=True), quant)
-        r = slice(i // quant.rows, i // quant.rows + blocks.shape[0]) if quant.rows else slice(0, 1)
-        if scale is None:
-            scales[r] = scale_of(blocks.abs().amax((1, 3)), quant)
-        divided = blocks.div_(scales[r, None, :, None])
-        rows = codes[i : i + step]
-        rows.copy_(encode(divided, element).view(-1, divided.shape[2] * divided.shape[3])[: rows.shape[0], :k])
-    return codes, scales.to(quant.scale)
-
-
-def _amax(x: Tensor, quant: Quant) -> Tensor:
-    """Largest magnitude over all rows, per column block: fp32 ``[1, C]``."""
-    low, high = torch.aminmax(x, dim=0)
-    amax = torch.maximum(-low, high).float()[None]
-    return _blocks(amax, quant).amax((1, 3))
-
-
-def dequantize(codes: Tensor, scale: Tensor, quant: Quant, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Returns ``codes * scale`` as ``[n, k]``; the product is made in fp32 and rounded once to ``dtype``."""
+def dequantize(
+    codes: Tensor, scale: Tensor, quant: Quant, dtype: torch.dtype = torch.float32,
+    zero: Tensor | None = None, outer: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Returns ``code * scale (+ zero)`` as ``[n, k]``; computed in fp32 and rounded once to ``dtype``."""
     n, k = codes.shape
-    wide = scale.float().repeat_interleave(quant.cols or max(k, 1), 1)[:, :k]
-    if quant.rows != 1:
-        wide = wide.repeat_interleave(quant.rows or max(n, 1), 0)[:n]
-    return (codes.float() * wide).to(dtype)
+    factor = scale_values(scale, quant.scale)
+    if outer is not None and quant.scale != "e8m0":
+        factor = factor / outer.view(-1, 1)
+    value = decode(codes, quant.element) * _spread(factor, n, k, quant.rows, quant.cols)
+    if zero is not None:
+        value += _spread(zero.float(), n, k, quant.rows, quant.cols)
+    if outer is not None and quant.scale == "e8m0":
+        assert quant.outer
+        value *= _spread(outer, n, k, *quant.outer)
+    return value.to(dtype)
 
 
-def check_finite(scale: Tensor, name: str) -> None:
-    """Refuses a weight whose scales are not finite, which happens exactly when the weight holds a NaN or an Inf.
+def _spread(factor: Tensor, n: int, k: int, rows: int, cols: int) -> Tensor:
+    """Repeats one value for each block over the elements of its block."""
+    wide = factor.repeat_interleave(cols or max(k, 1), 1)[:, :k]
+    return wide if rows == 1 else wide.repeat_interleave(rows or max(n, 1), 0)[:n]
+
+
+def check_finite(scale: Tensor, name: str, weight: Tensor) -> None:
+    """Refuses a weight whose scales are not finite: it holds a NaN or an Inf, or its scale format is too small.
 
     Raises:
         WeightError: names the weight.
     """
-    if not torch.isfinite(scale).all():
-        raise WeightError(
-            f"quantize {name}",
-            "the weight holds NaN or Inf",
-            "mend the checkpoint, add the layer to ignore=, or pass nonfinite='zero' to read them as 0",
-        )
+    if torch.isfinite(scale).all():
+        return
+    if torch.isfinite(weight).all():
+        found = f"values up to {weight.abs().max():.3g}, whose scale overflows the fp16 scales of this format"
+        raise WeightError(f"quantize {name}", found, "a scheme with fp32 scales, for example int8_weight_only")
+    raise WeightError(
+        f"quantize {name}",
+        "the weight holds NaN or Inf",
+        "mend the checkpoint, add the layer to ignore=, or pass nonfinite='zero' to read them as 0",
+    )

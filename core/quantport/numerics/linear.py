@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from quantport.errors import WeightError
 from quantport.formats import BF16
-from quantport.numerics.blocks import check_finite, dequantize, quantize
-from quantport.numerics.nibbles import pack_int4, unpack_int4
-from quantport.scheme import Scheme
+from quantport.numerics import gguf
+from quantport.numerics.blocks import Blocks, Reduce, check_finite, dequantize, quantize_blocks
+from quantport.numerics.double import dequantize_scales, quantize_double
+from quantport.numerics.packing import pack_bits, pack_int4, unpack_bits, unpack_int4
+from quantport.numerics.rotation import rotate
+from quantport.numerics.scales import scale_values
+from quantport.scheme import Quant, Scheme
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 Fast = Callable[[Tensor, Scheme], dict[str, Tensor] | None]
 
 
 def quantize_weight(
-    weight: Tensor, scheme: Scheme, name: str = "weight", nonfinite: str = "error", fast: Fast | None = None
-) -> dict[str, Tensor]:
+    weight: Tensor, scheme: Scheme, name: str = "weight", nonfinite: str = "error", fast: Fast | None = None,
+    reduce: Reduce | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
     """Quantizes one weight to the stored layout of its scheme.
 
     Args:
@@ -28,6 +34,7 @@ def quantize_weight(
         name: For the error text.
         nonfinite: ``error`` refuses NaN and Inf; ``zero`` reads each of them as 0.
         fast: A backend's ``quantize_weight``: equal to this, and may decline with None.
+        reduce: For a shard of a larger weight: takes maxima over all shards where a scale spans them.
 
     Returns:
         The tensors of ``scheme.layout(n, k)``.
@@ -43,26 +50,69 @@ def quantize_weight(
         )
     if scheme.weight.element is BF16:
         return {"weight": weight.to(torch.bfloat16, copy=True)}
-    stored = (fast and fast(weight, scheme)) or _stored(weight, scheme)
-    if nonfinite == "zero" and not torch.isfinite(stored["weight_scale"]).all():
-        stored = _stored(torch.nan_to_num(weight, nan=0.0, posinf=0.0, neginf=0.0), scheme)
-    check_finite(stored["weight_scale"], name)
+    rotated = rotate(weight.float(), scheme.rotation) if scheme.rotation else weight
+    stored = (None if reduce else fast and fast(rotated, scheme)) or _stored(rotated, scheme, reduce)
+    if nonfinite == "zero" and not _finite(stored, scheme).isfinite().all():
+        finite = torch.nan_to_num(weight, nan=0.0, posinf=0.0, neginf=0.0)
+        return quantize_weight(finite, scheme, name, "error", fast, reduce)
+    check_finite(_finite(stored, scheme), name, weight)
     return stored
 
 
-def _stored(weight: Tensor, scheme: Scheme) -> dict[str, Tensor]:
-    codes, scale = quantize(weight, scheme.weight)
-    if scheme.weight.element.bits == 4:
-        return {"weight_packed": pack_int4(codes), "weight_scale": scale}
-    return {"weight": codes, "weight_scale": scale}
+def _finite(stored: dict[str, Tensor], scheme: Scheme) -> Tensor:
+    """Values that are not finite exactly when the weight holds a NaN or an Inf."""
+    if "weight_blocks" in stored:
+        return gguf.scales(stored["weight_blocks"], scheme.weight.element)
+    if scheme.weight.double:
+        return torch.cat((stored["weight_scale_scale"].view(-1), stored["weight_scale_offset"]))
+    return scale_values(stored["weight_scale"], scheme.weight.scale)
+
+
+def _stored(weight: Tensor, scheme: Scheme, reduce: Reduce | None) -> dict[str, Tensor]:
+    quant = scheme.weight
+    if quant.element.block:
+        return {"weight_blocks": gguf.quantize(weight, quant.element)}
+    if quant.double:
+        codes, extra = quantize_double(weight, quant, reduce)
+    else:
+        blocks = quantize_blocks(weight, quant, reduce=reduce)
+        codes, extra = blocks.codes, _extra(blocks, quant)
+    if quant.element.bits == 8:
+        return {"weight": codes, **extra}
+    packed = pack_int4(codes) if quant.format == "int4" else pack_bits(codes, quant.element.bits)
+    return {"weight_packed": packed, **extra}
+
+
+def _extra(blocks: Blocks, quant: Quant) -> dict[str, Tensor]:
+    """Scales, offsets and outer scales under their stored names."""
+    out = {"weight_scale": blocks.scale}
+    if blocks.zero is not None:
+        out["weight_zero"] = blocks.zero
+    if blocks.outer is not None:
+        one = quant.outer == (0, 0)
+        out["weight_global_scale" if one else "weight_outer_scale"] = blocks.outer.view(-1) if one else blocks.outer
+    return out
 
 
 def dequantize_weight(stored: dict[str, Tensor], scheme: Scheme, k: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Turns stored tensors back into values ``[n, k]``, rounded once to ``dtype``."""
-    if scheme.weight.element is BF16:
+    """Turns stored tensors back into values ``[n, k]``, rounded once to ``dtype``; a rotation is undone."""
+    if scheme.rotation:
+        plain = dequantize_weight(stored, replace(scheme, rotation=0), k)
+        return rotate(plain, scheme.rotation).to(dtype)
+    quant = scheme.weight
+    if quant.element is BF16:
         return stored["weight"].to(dtype)
-    codes = unpack_int4(stored["weight_packed"], k) if "weight_packed" in stored else stored["weight"]
-    return dequantize(codes, stored["weight_scale"], scheme.weight, dtype)
+    if quant.element.block:
+        return gguf.dequantize(stored["weight_blocks"], quant.element, k).to(dtype)
+    if quant.format == "int4":
+        codes = unpack_int4(stored["weight_packed"], k)
+    elif quant.element.bits < 8:
+        codes = unpack_bits(stored["weight_packed"], k, quant.element.bits)
+    else:
+        codes = stored["weight"]
+    scale = dequantize_scales(stored) if quant.double else stored["weight_scale"]
+    outer = stored.get("weight_global_scale", stored.get("weight_outer_scale"))
+    return dequantize(codes, scale, quant, dtype, stored.get("weight_zero"), outer)
 
 
 def linear(x: Tensor, stored: dict[str, Tensor], scheme: Scheme, bias: Tensor | None = None) -> Tensor:
@@ -77,6 +127,15 @@ def linear(x: Tensor, stored: dict[str, Tensor], scheme: Scheme, bias: Tensor | 
     Returns:
         ``[M, N]`` in the dtype of ``x``.
     """
-    weight = dequantize_weight(stored, scheme, x.shape[1])
-    values = dequantize(*quantize(x, scheme.activation), scheme.activation) if scheme.activation else x.float()
+    plain = replace(scheme, rotation=0)
+    weight = dequantize_weight(stored, plain, x.shape[1])
+    values = quantized_values(rotate(x, scheme.rotation), scheme.activation).float()
     return torch.nn.functional.linear(values, weight, None if bias is None else bias.float()).to(x.dtype)
+
+
+def quantized_values(x: Tensor, quant: Quant | None) -> Tensor:
+    """What is left of activations ``[M, K]`` after quantization: fp32; x itself where there is none."""
+    if quant is None:
+        return x
+    blocks = quantize_blocks(x, quant)
+    return dequantize(blocks.codes, blocks.scale, quant, zero=blocks.zero, outer=blocks.outer)

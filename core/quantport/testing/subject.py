@@ -12,11 +12,12 @@ from typing import cast
 import torch
 
 from quantport.capability import Accepted
+from quantport.catalog import BUILTIN
 from quantport.device import Device
 from quantport.hookspecs import Backend, hookimpl
 from quantport.host import GROUPS, Host, host
 from quantport.kernel import Kernel, Request, WeightSpec
-from quantport.scheme import BUILTIN, Scheme
+from quantport.scheme import Scheme
 from quantport.testing import cases
 
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from quantport import numerics
-from quantport.scheme import BUILTIN, Quant, Scheme
+from quantport.catalog import BUILTIN
+from quantport.scheme import Quant, Scheme
 from quantport_cpu import jit
 from quantport_cpu.kernels.int4 import pack_nibbles
 

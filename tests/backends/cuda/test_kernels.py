@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from quantport.backend import WeightSpec
-from quantport.scheme import BUILTIN
+from quantport.catalog import BUILTIN
 from quantport_cuda.kernels.matmul import CudaIntMM, CudaScaledMM
 
 

@@ -28,7 +28,7 @@ def quantize_weight(weight: Tensor, scheme: Scheme) -> dict[str, Tensor] | None:
         mean nothing.
     """
     quant = scheme.weight
-    if quant.format not in _KINDS or not _served(weight) or quant.cols % 8:
+    if quant.format not in _KINDS or not quant.plain or not _served(weight) or quant.cols % 8:
         return None
     n, k = weight.shape
     layout = scheme.layout(n, k)

@@ -33,7 +33,7 @@ class CpuFp8WeightOnly(CpuKernel):
     tolerance = 2.0**-7
 
     def serves(self, scheme: Scheme) -> bool:
-        return scheme.weight.format == "e4m3fn"
+        return scheme.weight.format == "e4m3fn" and scheme.weight.plain
 
     def reasons_against(self, request: Request) -> Sequence[str]:
         return ()

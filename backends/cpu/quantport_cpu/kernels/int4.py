@@ -73,7 +73,7 @@ class CpuInt4(CpuKernel):
     tolerance = 2.0**-6
 
     def serves(self, scheme: Scheme) -> bool:
-        return scheme.weight.format == "int4" and scheme.activation is None
+        return scheme.weight.format == "int4"
 
     def reasons_against(self, request: Request) -> Sequence[str]:
         reasons = []

@@ -1,0 +1,88 @@
+"""Elements: fp32 values to codes and back, exactly. Every function is elementwise and vectorized.
+
+All formats round to the nearest code, ties to the even one (code books: ties to the lower value), and saturate: what is
+beyond the largest value, infinities included, becomes the largest value. Subnormals are kept, and so is the sign of zero
+where the format has one. NaN stays NaN in the 8-bit float formats; the others have no NaN, and its code means nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quantport.formats import E8M0, FORMATS, INT8, Format
+from quantport.numerics.codebooks import CODEBOOKS, nearest
+
+
+def encode(x: Tensor, element: Format) -> Tensor:
+    """Rounds values to codes.
+
+    Args:
+        x: fp32, any shape, already divided by the scale. May be overwritten.
+        element: The format. e8m0, which has neither sign nor zero, rounds to the nearest power of two in the exponent's
+            logarithm only in ``scales``; here it takes exact powers of two.
+
+    Returns:
+        Codes of ``element.storage``, in the shape of ``x``: float8 for the 8-bit floats, int8 for int8 and int4 (two's
+        complement), uint8 for uint4, the 4- and 6-bit floats (sign in the highest bit) and code books (indices).
+    """
+    if element.codebook:
+        return nearest(x, element.name)
+    if element is E8M0:
+        return (x.view(torch.int32) >> 23).to(torch.uint8)
+    x = x.clamp_(element.low, element.high)
+    if element.exponent:
+        return _encode_small(x, element)
+    return x.to(element.storage) if element.is_float8 else x.round_().to(element.storage)
+
+
+def _encode_small(x: Tensor, element: Format) -> Tensor:
+    """Codes of a small float. ``a + 2**(e + 23 - m)`` rounds ``a`` to steps of ``2**(e - m)``: the low bits are the code.
+
+    ``e`` is the exponent of ``a``, or that of the smallest normal number for subnormals.
+    """
+    shift = 23 - element.mantissa
+    smallest = 129 - 2 ** (element.exponent - 1)  # biased fp32 exponent of the smallest normal number
+    sign = (x.view(torch.int32) >> 31) & (1 << element.bits - 1)
+    a = x.abs_()
+    e = (a.view(torch.int32) >> 23).clamp_min_(smallest)
+    magic = (e + shift) << 23
+    steps = (a + magic.view(torch.float32)).view(torch.int32) - magic
+    return steps.add_((e - smallest) << element.mantissa).bitwise_or_(sign).to(torch.uint8)
+
+
+def rounded(x: Tensor, element: Format) -> Tensor:
+    """``decode(encode(x))`` without the codes: fp32 values. Leaves x alone."""
+    if not element.exponent:
+        return decode(encode(x.clone(), element), element)
+    shift, smallest = 23 - element.mantissa, 129 - 2 ** (element.exponent - 1)
+    a = x.abs().clamp_max_(element.high)
+    magic = ((a.view(torch.int32) >> 23).clamp_min_(smallest).add_(shift) << 23).view(torch.float32)
+    return a.add_(magic).sub_(magic).copysign_(x)
+
+
+def decode(codes: Tensor, element: Format) -> Tensor:
+    """The inverse of ``encode``: fp32 values, exactly."""
+    if element.exponent or element.codebook:
+        return values_of(element.name).to(codes.device)[codes.int()]
+    if element is E8M0:  # 2**-127 is subnormal in fp32, 255 is NaN
+        bits = codes.to(torch.int32) << 23
+        bits = torch.where(codes == 0, 1 << 22, bits)
+        return torch.where(codes == 255, torch.nan, bits.view(torch.float32))
+    return codes.float()
+
+
+def values_of(name: str) -> Tensor:
+    """Value of every code of a format with at most 8 bits, in the order of the codes: fp32 ``[2**bits]``, on the CPU."""
+    element = FORMATS[name]
+    if element.codebook:
+        return CODEBOOKS[name]
+    codes = torch.arange(2**element.bits, dtype=torch.int32)
+    if not element.exponent:
+        raw = codes.to(torch.uint8)
+        return raw.view(torch.int8).float() if element is INT8 else decode(raw.view(element.storage), element)
+    m, bias = element.mantissa, 2 ** (element.exponent - 1) - 1
+    magnitude = codes & (2 ** (element.bits - 1) - 1)
+    e, fraction = magnitude >> m, (magnitude & (2**m - 1)).float()
+    value = torch.ldexp(fraction + torch.where(e > 0, 2.0**m, 0.0), e.clamp_min(1) - bias - m)
+    return torch.where(codes >> (element.bits - 1) > 0, -value, value)

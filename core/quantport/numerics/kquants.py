@@ -1,0 +1,134 @@
+"""The K block types of GGUF: 256 elements in sub-blocks, whose scales are quantized once more.
+
+Layouts: ggml ``ggml-common.h`` (``block_q4_K``, ``block_q5_K``, ``block_q6_K``). Sub-block scales and offsets come from a
+search for least squared error; codes are computed last, with every scale as stored.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quantport.numerics.search import fold, least_squares_grid
+
+FACTORS = (1.0, 0.95, 0.9, 0.85, 0.8, 1.05)  # tried scales of q6_k, relative to the extreme of the sub-block
+
+
+def half_bytes(x: Tensor) -> Tensor:
+    """fp32 ``[r, 1]`` rounded to fp16, as bytes ``[r, 2]``."""
+    return x.half().view(torch.uint8)
+
+
+def halves(blocks: Tensor) -> Tensor:
+    """Bytes ``[r, 2]`` read as fp16: fp32 ``[r, 1]``."""
+    return blocks.contiguous().view(torch.float16).float()
+
+
+def _divide(x: Tensor, by: Tensor) -> Tensor:
+    """x / by, and 0 where by is 0."""
+    return torch.where(by == 0, 0.0, x / by)
+
+
+def _sub_blocks(x: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Codes 0..top of ``[r, 256]`` in 8 sub-blocks of 32; 6-bit scales and offsets ``[r, 8]``; fp16 d, dmin ``[r, 2]``."""
+    parts = x.view(-1, 8, 32)
+    scale, zero = least_squares_grid(parts, parts.amin(-1).clamp_max(0), parts.amax(-1), top)
+    least = (-zero).clamp_min(0)
+    scale = scale.clamp_min(0)
+    d = torch.cat((scale.amax(1, keepdim=True), least.amax(1, keepdim=True)), 1) / 63
+    d = torch.where(torch.isfinite(x).all(1, keepdim=True), d, torch.nan).half()
+    sc = _divide(scale, d[:, :1].float()).round_().clamp_(0, 63)
+    m = _divide(least, d[:, 1:].float()).round_().clamp_(0, 63)
+    step, low = (d[:, :1].float() * sc)[..., None], (d[:, 1:].float() * m)[..., None]
+    q = _divide(parts + low, step).round_().clamp_(0, top)
+    return q.to(torch.uint8), sc.to(torch.uint8), m.to(torch.uint8), d
+
+
+def _pack_scales(sc: Tensor, m: Tensor) -> Tensor:
+    """Eight 6-bit scales and offsets in 12 bytes: 0 to 3 whole, 4 to 7 split into four low and two high bits."""
+    low = sc[:, :4] | (sc[:, 4:] >> 4) << 6
+    middle = m[:, :4] | (m[:, 4:] >> 4) << 6
+    return torch.cat((low, middle, (sc[:, 4:] & 15) | (m[:, 4:] & 15) << 4), 1)
+
+
+def _unpack_scales(s: Tensor) -> tuple[Tensor, Tensor]:
+    a, b, c = s.split(4, 1)
+    return torch.cat((a & 63, (c & 15) | (a >> 6) << 4), 1), torch.cat((b & 63, c >> 4 | (b >> 6) << 4), 1)
+
+
+def _pack_nibbles(q: Tensor) -> Tensor:
+    """Low nibbles of codes ``[r, 8, 32]``: of each pair of sub-blocks the first low, the second high."""
+    q = (q & 15).view(-1, 4, 2, 32)
+    return (q[:, :, 0] | q[:, :, 1] << 4).view(-1, 128)
+
+
+def _unpack_nibbles(b: Tensor) -> Tensor:
+    b = b.view(-1, 4, 1, 32)
+    return torch.cat((b & 15, b >> 4), 2).view(-1, 8, 32)
+
+
+def _with_offsets(q: Tensor, blocks: Tensor) -> Tensor:
+    """Values of codes ``[r, 8, 32]`` whose block begins with d, dmin and packed scales."""
+    sc, m = _unpack_scales(blocks[:, 4:16])
+    d = blocks[:, :4].contiguous().view(torch.float16).float()
+    step, low = (d[:, :1] * sc)[..., None], (d[:, 1:] * m)[..., None]
+    return (q.float() * step - low).view(-1, 256)
+
+
+def quantize_q4_k(x: Tensor) -> Tensor:
+    """``[r, 256]`` to ``[r, 144]``: d, dmin, 12 bytes of scales, 128 bytes of nibbles."""
+    q, sc, m, d = _sub_blocks(x, 15)
+    return torch.cat((d.view(torch.uint8), _pack_scales(sc, m), _pack_nibbles(q)), 1)
+
+
+def dequantize_q4_k(blocks: Tensor) -> Tensor:
+    """The inverse: ``[r, 144]`` to fp32 ``[r, 256]``."""
+    return _with_offsets(_unpack_nibbles(blocks[:, 16:]), blocks)
+
+
+def quantize_q5_k(x: Tensor) -> Tensor:
+    """``[r, 256]`` to ``[r, 176]``: as q4_k, with 32 bytes of fifth bits before the nibbles; bit i of each: sub-block i."""
+    q, sc, m, d = _sub_blocks(x, 31)
+    weights = 1 << torch.arange(8, dtype=torch.uint8, device=x.device)
+    high = ((q >> 4) * weights[:, None]).sum(1, dtype=torch.uint8)
+    return torch.cat((d.view(torch.uint8), _pack_scales(sc, m), high, _pack_nibbles(q)), 1)
+
+
+def dequantize_q5_k(blocks: Tensor) -> Tensor:
+    """The inverse: ``[r, 176]`` to fp32 ``[r, 256]``."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=blocks.device)[:, None]
+    high = blocks[:, None, 16:48] >> shifts & 1
+    return _with_offsets(_unpack_nibbles(blocks[:, 48:]) | high << 4, blocks)
+
+
+def quantize_q6_k(x: Tensor) -> Tensor:
+    """``[r, 256]`` to ``[r, 210]``: low nibbles (128), high bits (64), int8 scales of 16 sub-blocks of 16, d."""
+    parts = x.view(-1, 16, 16)
+    extreme = parts.gather(2, parts.abs().argmax(2, keepdim=True))
+    best, scale = torch.zeros_like(extreme), torch.zeros_like(extreme)
+    for factor in FACTORS:
+        q = _divide(parts, extreme * factor / -32).round_().clamp_(-32, 31)
+        qx, qq = fold(q * parts)[..., None], fold(q * q)[..., None]
+        explained = _divide(qx * qx, qq)
+        scale = torch.where(explained > best, _divide(qx, qq), scale)
+        best = torch.maximum(explained, best)
+    flat = scale[..., 0]
+    d = flat.gather(1, flat.abs().argmax(1, keepdim=True)) / -128
+    d = torch.where(torch.isfinite(x).all(1, keepdim=True), d, torch.nan).half()
+    sc = _divide(flat, d.float()).round_().clamp_(-128, 127)
+    q = _divide(parts, (d.float() * sc)[..., None]).round_().clamp_(-32, 31)
+    q = (q + 32).to(torch.uint8).view(-1, 2, 4, 32)  # two halves of four runs of 32
+    low = torch.cat((q[:, :, 0] & 15 | (q[:, :, 2] & 15) << 4, q[:, :, 1] & 15 | (q[:, :, 3] & 15) << 4), 2)
+    high = q[:, :, 0] >> 4 | q[:, :, 1] >> 4 << 2 | q[:, :, 2] >> 4 << 4 | q[:, :, 3] >> 4 << 6
+    tail = (sc.to(torch.int8).view(torch.uint8), d.view(torch.uint8))
+    return torch.cat((low.view(-1, 128), high.view(-1, 64), *tail), 1)
+
+
+def dequantize_q6_k(blocks: Tensor) -> Tensor:
+    """The inverse: ``[r, 210]`` to fp32 ``[r, 256]``."""
+    low, high = blocks[:, :128].reshape(-1, 2, 64), blocks[:, 128:192].reshape(-1, 2, 32)
+    runs = (low[:, :, :32] & 15, low[:, :, 32:] & 15, low[:, :, :32] >> 4, low[:, :, 32:] >> 4)
+    q = torch.stack([run | (high >> 2 * i & 3) << 4 for i, run in enumerate(runs)], 2)
+    sc = blocks[:, 192:208].contiguous().view(torch.int8).float()
+    value = (q.float() - 32).view(-1, 16, 16) * (halves(blocks[:, 208:]) * sc)[..., None]
+    return value.view(-1, 256)

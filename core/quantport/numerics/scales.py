@@ -1,0 +1,84 @@
+"""Scales: from the largest magnitude of a block to the stored scale, by rule; and from the stored scale back to fp32.
+
+Rules of power-of-two (e8m0) scales, for an element whose largest value is ``max = 1.f * 2**emax``:
+
+* ``floor``: ``2**(floor(log2 amax) - emax)``, of the OCP MX specification v1.0. Values above ``max`` saturate.
+* ``even``: as ``floor``, after rounding amax half up to the mantissa bits of the element. torchao calls it EVEN.
+* ``even1``: as ``even``, with one mantissa bit whatever the element: what compressed-tensors does for mxfp8.
+* ``ceil``: ``2**(ceil(log2 amax) - emax)``: nothing saturates, up to one bit is wasted. torchao calls it CEIL.
+* ``rceil``: ``amax / max``, rounded up to a power of two: the smallest scale that saturates nothing; the conversion
+  instruction of Blackwell (``cvt.rp.satfinite.ue8m0x2``). torchao calls it RCEIL.
+
+Every result is clamped to [2**-127, 2**127]; a block of zeros gets 2**-127, a NaN or Inf gets 255 (NaN).
+Every other scale is ``amax / half_range``, rounded to the scale's format to nearest even; 0 becomes ``2**-23`` (e4m3fn:
+0.125), as in compressed-tensors ``calculate_qparams``.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from quantport.formats import E8M0, FORMATS, Format
+from quantport.numerics.elements import decode
+from quantport.scheme import Quant
+
+EPS = 2.0**-23
+EPS_E4M3FN = 0.125
+_MANTISSA = (1 << 23) - 1
+
+
+def scale_of(amax: Tensor, quant: Quant) -> Tensor:
+    """Stored scale of each block.
+
+    Args:
+        amax: Largest magnitudes, fp32, not negative.
+        quant: Element format, scale format and rule.
+
+    Returns:
+        Scales of ``quant.scale_dtype``, in the shape of ``amax``; NaN where amax is NaN or Inf.
+    """
+    if quant.scale == E8M0.name:
+        return e8m0_of(amax, quant.element, "floor" if quant.searched else quant.rule)
+    return stored(amax / quant.element.half_range, quant.scale)
+
+
+def stored(scale: Tensor, name: str) -> Tensor:
+    """Rounds fp32 scales to a format, saturating; 0 becomes the smallest usable scale of that format."""
+    element = FORMATS[name]
+    if element.is_float8:
+        scale = scale.clamp(element.low, element.high).to(element.storage).float()
+    elif element.storage is not torch.float32:
+        scale = scale.to(element.storage).float()
+    return torch.where(scale == 0, EPS_E4M3FN if element.is_float8 else EPS, scale).to(element.storage)
+
+
+def scale_values(scale: Tensor, name: str) -> Tensor:
+    """The inverse of storing: fp32 values of stored scales."""
+    return decode(scale, E8M0) if name == E8M0.name else scale.float()
+
+
+def e8m0_of(amax: Tensor, element: Format, rule: str) -> Tensor:
+    """Power-of-two scale of each block: biased exponents, uint8.
+
+    Args:
+        amax: fp32, not negative.
+        element: The element format.
+        rule: ``floor``, ``even``, ``even1``, ``ceil`` or ``rceil``.
+    """
+    bits = amax.view(torch.int32)
+    emax = math.frexp(element.high)[1] - 1
+    if rule == "rceil":
+        bits, emax = (amax / element.high).view(torch.int32) + _MANTISSA, 0
+    elif rule == "ceil":
+        bits = bits + _MANTISSA
+    elif rule in ("even", "even1"):
+        bits = bits + (1 << (22 - (1 if rule == "even1" else _mantissa(element))))
+    exponent = ((bits >> 23) - emax).clamp_(0, 254)
+    return torch.where(torch.isfinite(amax), exponent, 255).to(torch.uint8)
+
+
+def _mantissa(element: Format) -> int:
+    return element.mantissa or {"e4m3fn": 3, "e5m2": 2}.get(element.name, 0)
