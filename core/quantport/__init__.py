@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from quantport.cache import kv_cache
     from quantport.catalog import Schemes
     from quantport.cells import matrix
     from quantport.config import QuantConfig
@@ -31,6 +32,7 @@ _HOMES = {
     "QuantportError": "quantport.errors",
     "Scheme": "quantport.scheme",
     "devices": "quantport.host",
+    "kv_cache": "quantport.cache",
     "load": "quantport.loading",
     "matrix": "quantport.cells",
     "plan": "quantport.loading",
@@ -60,6 +62,7 @@ __all__ = [
     "QuantportError",
     "Scheme",
     "devices",
+    "kv_cache",
     "load",
     "matrix",
     "plan",

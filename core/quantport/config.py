@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from quantport.cache import cache_dtype
 from quantport.catalog import Schemes
 from quantport.errors import ConfigError, one_of
 from quantport.layers import Layer, tied_scheme
@@ -23,6 +24,7 @@ _OLD_KEYS = {
     "ignored_layers": "ignore",
     "modules_to_not_convert": "ignore",
 }
+_WHOLE = {"fallback", "on_unmatched", "nonfinite", "kv_cache_dtype", "kv_cache_skip_layers"}  # said once for all components
 _VLLM_WEIGHTS = {
     "fp8_per_tensor_static": "fp8_per_tensor",
     "fp8_per_channel_static": "fp8_per_channel",
@@ -59,6 +61,8 @@ class QuantConfig(BaseModel):
         num_bf16_fallback_layers: This many first blocks (``blocks.0``, ``layers.0`` and so on) stay in 16 bits. By default 5
             for ``mxfp4_dualscale`` in models whose blocks are called ``blocks`` (diffusion transformers), as in vLLM-Omni;
             else 0.
+        kv_cache_dtype: ``fp8`` (``fp8_e4m3``), ``fp8_e5m2``, ``int8`` or ``int4``; null or ``auto`` is 16 bits.
+        kv_cache_skip_layers: Layers whose KV cache stays in 16 bits; negative ones count from the last.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -76,6 +80,8 @@ class QuantConfig(BaseModel):
     weight_block_size: tuple[int, int] | None = None
     group_size: Literal[32, 128] | None = None
     num_bf16_fallback_layers: int | None = Field(None, ge=0)
+    kv_cache_dtype: str | None = None
+    kv_cache_skip_layers: tuple[int, ...] = ()
 
     @model_validator(mode="before")
     @classmethod
@@ -102,6 +108,11 @@ class QuantConfig(BaseModel):
             compile_pattern(pattern)
         return value
 
+    @field_validator("kv_cache_dtype")
+    @classmethod
+    def _kv_cache(cls, value: str | None) -> str | None:
+        return value and cache_dtype(value).name
+
     @model_validator(mode="after")
     def _consistent(self) -> QuantConfig:
         beside = [k for k in ("linear", "moe") if k in self.model_fields_set] + [
@@ -109,11 +120,13 @@ class QuantConfig(BaseModel):
         ]
         if self.components and beside:
             raise ValueError(f"{', '.join(beside)} beside components: put it into each component")
-        inner = {k for c in self.components.values() if c for k in c.model_fields_set & {"fallback", "on_unmatched", "nonfinite"}}
+        inner = {k for c in self.components.values() if c for k in c.model_fields_set & _WHOLE}
         if inner:
             raise ValueError(
                 f"{', '.join(sorted(inner))} inside a component: it holds for the whole model, put it beside components"
             )
+        if self.kv_cache_skip_layers and cache_dtype(self.kv_cache_dtype).quant is None:
+            raise ValueError("kv_cache_skip_layers without a kv_cache_dtype: every layer stays in 16 bits already")
         both = set(self.ignore) & set(self.targets)
         if both:
             raise ValueError(f"{sorted(both)[0]!r} is in ignore and in targets: keep one")

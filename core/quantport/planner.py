@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from quantport.cache import KVShape, kv_summary
 from quantport.capability import Status
 from quantport.catalog import Schemes
 from quantport.choice import Choice, best_scheme, choice_dict, choose
@@ -71,6 +72,7 @@ class Plan:
         steps: One for each layer, in checkpoint order.
         rows: Expected rows of the activations.
         why: Why this scheme, when the device chose it.
+        kv_shape: What the KV cache keeps for each token; None where that is not known.
     """
 
     source: str
@@ -79,6 +81,7 @@ class Plan:
     steps: tuple[Step, ...]
     rows: int = 1
     why: str = ""
+    kv_shape: KVShape | None = None
 
     @property
     def before(self) -> int:
@@ -99,6 +102,11 @@ class Plan:
     def quantized(self) -> tuple[Step, ...]:
         """The steps that quantize."""
         return tuple(s for s in self.steps if s.asked not in (None, "bf16"))
+
+    @property
+    def kv_cache(self) -> dict[str, Any]:
+        """Dtype of the KV cache, the layers it skips, and its bytes per token beside those of BF16."""
+        return kv_summary(self.kv_shape, self.config.kv_cache_dtype, self.config.kv_cache_skip_layers)
 
     @cached_property
     def by_layer(self) -> dict[str, Step]:
@@ -123,6 +131,7 @@ class Plan:
             "bytes_before": self.before,
             "bytes_after": self.after,
             "bytes_peak": self.peak,
+            "kv_cache": self.kv_cache,
             "layers": [_step_dict(s) for s in self.steps if s.layer.kind != "other"],
         }
 
@@ -156,6 +165,7 @@ def make_plan(
     source: str = "",
     rows: int = 1,
     dtype: torch.dtype | None = None,
+    kv: KVShape | None = None,
 ) -> Plan:
     """Plans every layer. Pure: no host, no hardware, no weights.
 
@@ -168,6 +178,7 @@ def make_plan(
         source: Name of the model, for people.
         rows: Expected rows of the activations.
         dtype: Activation dtype; by default that of the weights, or what the device computes in.
+        kv: What the model keeps for each token, where that is known.
 
     Raises:
         ConfigError: patterns that match nothing or disagree.
@@ -185,7 +196,8 @@ def make_plan(
     default, why = (None, "") if named else best_scheme(device, kernels, schemes, rows)
     planner = _Planner(config, device, kernels, schemes, rows, dtype)
     steps = tuple(planner.step(layer, *config.for_layer(layer, default)) for layer in layers)
-    return Plan(source, device, config, steps, rows, why)
+    kv_summary(kv, config.kv_cache_dtype, config.kv_cache_skip_layers)  # refuses a layer that the model does not have
+    return Plan(source, device, config, steps, rows, why, kv)
 
 
 class _Planner:

@@ -224,7 +224,8 @@ def test_json_is_stable_and_plain():
     assert first == second
     assert first.to_json() == second.to_json()
     data = json.loads(first.to_json())
-    assert list(data) == ["source", "device", "rows", "why", "config", "bytes_before", "bytes_after", "bytes_peak", "layers"]
+    keys = ["source", "device", "rows", "why", "config", "bytes_before", "bytes_after", "bytes_peak", "kv_cache", "layers"]
+    assert list(data) == keys
     assert data["device"] == "acme:0 (a1)"
     a, head = data["layers"]
     assert (a["name"], a["asked"], a["kernel"], a["status"], a["precision"]) == ("a", "int8", "acme.native", "native", "W8A8")

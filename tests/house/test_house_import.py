@@ -34,6 +34,11 @@ def test_import_loads_no_runtime():
     assert not {name for name in fresh if name.startswith("quantport_")}, "rooms are found when somebody asks for devices"
 
 
+def test_a_cache_is_counted_without_transformers():
+    """Only quantport.cache.layers is made of Transformers' classes, and only making a cache imports it."""
+    assert not (imported("quantport.cache, quantport.config, quantport.planner") - imported("torch")) & RUNTIMES
+
+
 def test_finding_the_rooms_loads_no_runtime():
     fresh = imported("quantport.host; quantport.host.host().backends") - imported("torch")
     assert set(house.entry_points("quantport.backends").values()) <= fresh

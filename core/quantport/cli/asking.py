@@ -14,6 +14,7 @@ from quantport.cli.options import (
     FormatOption,
     IgnoreOption,
     JsonOption,
+    KVCacheOption,
     LayerKind,
     Model,
     RowsOption,
@@ -70,21 +71,22 @@ def matrix(
 @command
 def plan(
     model: Model, scheme: SchemeOption = None, device: DeviceOption = "auto", config: ConfigOption = None,
-    ignore: IgnoreOption = None, rows: RowsOption = 1, fallback: FallbackOption = None, style: FormatOption = None,
-    as_json: JsonOption = False,
+    ignore: IgnoreOption = None, rows: RowsOption = 1, fallback: FallbackOption = None,
+    kv_cache: KVCacheOption = None, style: FormatOption = None, as_json: JsonOption = False,
 ) -> None:  # fmt: skip
     """Say what loading would do to every layer, and why. Reads headers only; the hardware need not be here.
 
     Examples:
         quantport plan examples/models/tiny-llama
         quantport plan MODEL --scheme fp8_per_block --device cuda:sm_80
+        quantport plan MODEL --scheme int8 --kv-cache fp8
         quantport plan MODEL --scheme int4 --ignore '*.down_proj' --ignore 're:.*layers.0..*'
         quantport plan MODEL --scheme fp8 --device cuda:sm_80 --fallback error   (exit code 2 where W8A8 cannot run)
     """
     import quantport
     from quantport.cli import page, plans
 
-    chosen, settings = form(style, as_json), read_config(config, ignore)
+    chosen, settings = form(style, as_json), read_config(config, ignore, kv_cache)
     made = quantport.plan(model, scheme, config=settings, device=device, rows=rows, fallback=fallback.value if fallback else None)
     page.emit(plans.plan_page(made), chosen)
 

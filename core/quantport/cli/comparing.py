@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantport.cache import default_of
 from quantport.errors import ConfigError
 
 WINDOW = 256  # tokens: the context that perplexity is measured in
@@ -32,7 +33,8 @@ def cut(ids: list[int], count: int, positions: int | None) -> Tensor:
 def quality(model: Any, base: Any, windows: Tensor, report: Callable[[int, int, str], None]) -> dict[str, float]:
     """Perplexity of both models, mean KL(base || model) in nats per token, and the share of equal top-1 tokens.
 
-    One window at a time, so that memory holds the logits of one window only.
+    One window at a time, so that memory holds the logits of one window only. A model with a quantized KV cache attends to
+    keys and values as they read back from it.
 
     Args:
         model: The quantized model.
@@ -42,7 +44,7 @@ def quality(model: Any, base: Any, windows: Tensor, report: Callable[[int, int, 
     """
     sums = torch.zeros(4, dtype=torch.float64)
     for i, window in enumerate(windows):
-        found, expected = (m(window[None]).logits[0, :-1].float().log_softmax(-1) for m in (model, base))
+        found, expected = (_log_probs(m, window) for m in (model, base))
         target = window[1:, None]
         divergence = torch.nn.functional.kl_div(found, expected, log_target=True, reduction="none").sum(-1)
         same = (found.argmax(-1) == expected.argmax(-1)).float()
@@ -55,6 +57,14 @@ def quality(model: Any, base: Any, windows: Tensor, report: Callable[[int, int, 
         "perplexity": _exp(nll), "perplexity_bf16": _exp(base_nll), "kl": kl, "top1": top1, "tokens_scored": tokens,
         "window": windows.shape[1],
     }  # fmt: skip
+
+
+def _log_probs(model: Any, window: Tensor) -> Tensor:
+    """Of every token but the first: fp32 ``[length - 1, vocabulary]``."""
+    default = default_of(model)
+    cache = {"past_key_values": default.fresh(), "use_cache": True} if default else {}
+    out: Tensor = model(window[None], **cache).logits[0, :-1].float().log_softmax(-1)
+    return out
 
 
 def _exp(value: float) -> float:

@@ -15,6 +15,7 @@ from quantport.cli.options import (
     FormatOption,
     IgnoreOption,
     JsonOption,
+    KVCacheOption,
     Model,
     RowsOption,
     SchemeOption,
@@ -26,7 +27,7 @@ from quantport.cli.options import (
 @command
 def run(
     model: Model, scheme: SchemeOption = None, device: DeviceOption = "auto", config: ConfigOption = None,
-    ignore: IgnoreOption = None, rows: RowsOption = 1, fallback: FallbackOption = None,
+    ignore: IgnoreOption = None, rows: RowsOption = 1, fallback: FallbackOption = None, kv_cache: KVCacheOption = None,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to continue.")] = "The following exceptions are",
     tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="Tokens to generate, greedily.")] = 48,
     seed: Annotated[int, typer.Option("--seed", help="Seed of torch; greedy text does not depend on it.")] = 0,
@@ -41,6 +42,7 @@ def run(
     Examples:
         quantport run examples/models/tiny-llama --scheme int8
         quantport run examples/models/tiny-llama --scheme int8 --compare
+        quantport run examples/models/tiny-llama --scheme int8 --kv-cache fp8 --compare
         quantport run MODEL --scheme int4 --prompt 'Once upon a time' --tokens 100
         quantport run OUT --compare --baseline MODEL --text pages.txt   (OUT written by quantize)
     """
@@ -48,7 +50,7 @@ def run(
 
     chosen = form(style, as_json)
     running.run(
-        running.Request(model, scheme, device, read_config(config, ignore), rows, fallback.value if fallback else None),
+        running.Request(model, scheme, device, read_config(config, ignore, kv_cache), rows, fallback.value if fallback else None),
         running.Text(prompt, tokens, seed), running.Comparison(text, windows, baseline) if compare else None, chosen,
     )  # fmt: skip
 

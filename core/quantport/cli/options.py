@@ -52,6 +52,9 @@ IgnoreOption = Annotated[
     list[str] | None,
     typer.Option("--ignore", help="Layers to leave alone: a name, a glob ('*.down_proj') or 're:...'; repeatable."),
 ]
+KVCacheOption = Annotated[
+    str | None, typer.Option("--kv-cache", help="KV cache: fp8, fp8_e5m2, int8, int4; 16 bits when left out.")
+]
 RowsOption = Annotated[int, typer.Option("--rows", min=1, help="Rows of activations to choose kernels for: 1 is decoding.")]
 FallbackOption = Annotated[Fallback | None, typer.Option("--fallback", help="Where the device cannot run the scheme itself.")]
 FormatOption = Annotated[Format | None, typer.Option("--format", "-f", help="Output format; table by default.")]
@@ -65,8 +68,8 @@ def form(asked: Format | None, as_json: bool) -> str:
     return "json" if as_json else (asked or Format.table).value
 
 
-def read_config(path: Path | None, ignore: list[str] | None) -> dict[str, Any] | None:
-    """Reads ``--config`` and adds ``--ignore`` to it.
+def read_config(path: Path | None, ignore: list[str] | None, kv_cache: str | None = None) -> dict[str, Any] | None:
+    """Reads ``--config`` and adds ``--ignore`` and ``--kv-cache`` to it.
 
     Raises:
         ConfigError: no such file, not JSON, or not an object.
@@ -87,4 +90,9 @@ def read_config(path: Path | None, ignore: list[str] | None) -> dict[str, Any] |
         if not isinstance(given, list):
             raise ConfigError(f"--ignore beside --config {path}", f"its ignore is {given!r}", "a list of patterns in the file")
         data = {**data, "ignore": [*given, *ignore]}
+    if kv_cache is not None:
+        if data.get("kv_cache_dtype") not in (None, kv_cache):
+            found = f"--config {path} says kv_cache_dtype {data['kv_cache_dtype']!r}"
+            raise ConfigError(f"--kv-cache {kv_cache}", found, "one of them")
+        data = {**data, "kv_cache_dtype": kv_cache}
     return data or None

@@ -29,6 +29,8 @@ def plan_page(plan: Plan) -> Page:
     totals = f"total: {size(plan.before)} -> {size(plan.after)} ({saved:.0%} less)"
     quantized = sum(step.asked != "bf16" for step in plan.quantized)
     page.say(f"{totals}, peak while loading at most {size(plan.peak)}, {quantized} layers quantized")
+    if text := _kv_line(plan):
+        page.say(text)
     if plan.why:
         page.say(f"scheme chosen for this device: {plan.why}")
     for text in page.data["kept"]:
@@ -38,6 +40,18 @@ def plan_page(plan: Plan) -> Page:
     for text in page.data["warnings"]:
         page.say(f"warning: {text}", "warn")
     return page
+
+
+def _kv_line(plan: Plan) -> str:
+    """What one token takes in the KV cache; empty where nothing was asked and nothing is known."""
+    kv = plan.kv_cache
+    taken, bf16, dtype = kv["bytes_per_token"], kv["bytes_per_token_bf16"], kv["dtype"]
+    if taken is None:
+        return "" if dtype == "auto" else f"KV cache: {dtype}; its size is not known from config.json"
+    if dtype == "auto":
+        return f"KV cache: {bf16} bytes per token, in 16 bits"
+    skips = f"; layers {', '.join(map(str, kv['skip_layers']))} in 16 bits" if kv["skip_layers"] else ""
+    return f"KV cache: {bf16} -> {taken} bytes per token ({1 - taken / bf16:.0%} less), {dtype}{skips}"
 
 
 def group(steps: Sequence[Step]) -> list[list[Step]]:

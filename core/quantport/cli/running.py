@@ -102,6 +102,7 @@ def _compare(model: Any, base_at: Path, tokenizer: Any, sample: str, ids: Tensor
         **quality,
         "bytes": made.after,
         "bytes_bf16": sum(weights.values()),
+        "kv_cache": made.kv_cache,
         "tokens_per_second": rates["quantized"],
         "tokens_per_second_bf16": rates["bf16"],
         "text_bf16": str(tokenizer.decode(comparing.generate(base, ids, tokens)[0], skip_special_tokens=True)),
@@ -116,10 +117,16 @@ def _grid(c: dict[str, Any]) -> Grid:
         ("KL divergence (nats/token)", "0", f"{c['kl']:.5f}", ""),
         ("top-1 agreement", "100%", f"{c['top1']:.1%}", ""),
         ("bytes of weights", size(c["bytes_bf16"]), size(c["bytes"]), f"{c['bytes'] / c['bytes_bf16'] - 1:+.0%}"),
+        *_kv_row(c["kv_cache"]),
         ("tokens/s", f"{c['tokens_per_second_bf16']:.1f}", f"{c['tokens_per_second']:.1f}", f"{speed:.2f}x"),
     )
     columns = (Column(""), Column("BF16", right=True), Column("quantized", right=True), Column("change", right=True))
     return Grid(columns, rows, f"against BF16, {c['tokens_scored']} tokens in windows of {c['window']}")
+
+
+def _kv_row(kv: dict[str, Any]) -> list[tuple[str, ...]]:
+    bf16, taken = kv["bytes_per_token_bf16"], kv["bytes_per_token"]
+    return [("KV bytes/token", str(bf16), str(taken), f"{taken / bf16 - 1:+.0%}")] if bf16 else []
 
 
 def _prompt(tokenizer: Any, prompt: str) -> Tensor:

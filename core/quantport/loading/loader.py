@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantport.cache import default_cache, kv_shape
 from quantport.checkpoint import Checkpoint
 from quantport.device import Device
 from quantport.errors import BudgetError, CheckpointError, ConfigError, DeviceError
@@ -16,7 +17,7 @@ from quantport.host import host
 from quantport.layers import Layer, Part, find_layers
 from quantport.loading import saved
 from quantport.loading.bind import NO_MODULE, check, make_module, put
-from quantport.loading.build import Factory, build
+from quantport.loading.build import Factory, build, read_json
 from quantport.loading.planning import Source, merge, refuse_nothing
 from quantport.loading.source import locate, refuse_quantized
 from quantport.loading.stream import Progress, Task, run_tasks
@@ -69,15 +70,15 @@ def load(
         if record is None:
             refuse_quantized(checkpoint)
             layers = find_layers(checkpoint.tensors)
-        elif config is not None or scheme is not None:
+        elif scheme is not None or saved.asks_weights(config):
             raise ConfigError(
                 f"quantize {directory} while loading",
                 "it is a quantport checkpoint: quantized already",
-                "load it without scheme=",
+                "load it without scheme=; of config= only kv_cache_dtype and kv_cache_skip_layers",
             )
         else:
             layers = saved.layers(record, checkpoint)
-            parsed = saved.config(record, fallback or "weight_only")
+            parsed = saved.config(record, fallback or "weight_only", parsed)
         compute = dtype or _dtype(layers, target)
         built, names = build(checkpoint.directory, model, compute, checkpoint.tensors)
         place = partial(_place, names)
@@ -85,14 +86,17 @@ def load(
         _homeless(built, layers, directory)
         if record is not None:
             _placed(layers, record)
-        decided = make_plan(
-            layers, parsed, target, host().kernels(target.kind), host().schemes, source=str(path_or_id), rows=rows, dtype=compute
-        )
+        cache = default_cache(built, parsed.kv_cache_dtype, parsed.kv_cache_skip_layers)
+        kernels, kv = host().kernels(target.kind), kv_shape(read_json(checkpoint.directory / "config.json"))
+        source = str(path_or_id)
+        decided = make_plan(layers, parsed, target, kernels, host().schemes, source=source, rows=rows, dtype=compute, kv=kv)
         refuse_nothing(decided)
         _fits(decided, target)
         tasks = _Loader(checkpoint, built, decided, names, place, compute, dtype is not None, record is not None).tasks()
         run_tasks(tasks, progress, workers)
     _finish(built, decided, target)
+    if cache:
+        cache.install()
     return built
 
 

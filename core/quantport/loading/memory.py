@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantport.cache import default_cache
 from quantport.errors import ConfigError
 from quantport.host import host
 from quantport.layers import Part
@@ -48,6 +49,7 @@ def quantize_(
     target = next((d for d in host().devices if d.torch_type == here.type and d.index == (here.index or 0)), None)
     decided = plan(model, scheme, config=config, device=target or str(here), rows=rows, fallback=fallback)
     refuse_nothing(decided)
+    cache = default_cache(model, decided.config.kv_cache_dtype, decided.config.kv_cache_skip_layers)
     params = dict(model.named_parameters())
 
     def read(part: Part) -> tuple[Tensor, Callable[[], None]]:
@@ -61,5 +63,7 @@ def quantize_(
             tasks += quantize_tasks(step, module, read, decided.config.nonfinite, decided.device.kind)
     run_tasks(tasks, progress)
     put(model, new)
+    if cache:
+        cache.install()
     model.quantport_plan = decided  # type: ignore[assignment]  # a note on the model, not a submodule
     return decided

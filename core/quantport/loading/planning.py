@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from quantport.cache import kv_shape
 from quantport.checkpoint import Checkpoint
 from quantport.config import QuantConfig
 from quantport.device import Device
@@ -66,12 +67,16 @@ def plan(
     parsed = merge(scheme, config, {"fallback": fallback})
     if isinstance(model, nn.Module):
         layers, source = check(find_layers(dict(model.named_parameters())), model, lambda x: x.name), type(model).__name__
+        described: Any = getattr(model, "config", None)
+        kv = kv_shape(described.to_dict()) if hasattr(described, "to_dict") else None
     else:
         with Checkpoint.open(locate(model), headers_only=True) as checkpoint:
             refuse_quantized(checkpoint)
             told, source = read_json(checkpoint.directory / "config.json"), str(model)
             layers = [with_cuts(layer, told) for layer in from_config(find_layers(checkpoint.tensors), told)]
-    return make_plan(layers, parsed, target, host().kernels(target.kind), host().schemes, source=source, rows=rows, dtype=dtype)
+            kv = kv_shape(told)
+    kernels, schemes = host().kernels(target.kind), host().schemes
+    return make_plan(layers, parsed, target, kernels, schemes, source=source, rows=rows, dtype=dtype, kv=kv)
 
 
 def refuse_nothing(decided: Plan) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from quantport.layers import EMBEDDING, Layer, Part, find_layers
 from quantport.loading.build import read_json
 
 FILE = "quantport.json"
+_RUNTIME = {"kv_cache_dtype", "kv_cache_skip_layers"}  # what may change from run to run: it is not in the weights
 
 
 class SavedLayer(BaseModel):
@@ -31,11 +33,13 @@ class SavedLayer(BaseModel):
 
 
 class Record(BaseModel):
-    """The file: format version and the quantized layers by module path."""
+    """The file: format version, the quantized layers by module path, and the KV cache that ``generate`` makes."""
 
     model_config = ConfigDict(extra="forbid")
     format: Literal[1] = 1
     layers: dict[str, SavedLayer]
+    kv_cache_dtype: str | None = None
+    kv_cache_skip_layers: tuple[int, ...] = ()
 
 
 def read(directory: Path) -> Record | None:
@@ -82,9 +86,19 @@ def layers(record: Record, checkpoint: Checkpoint) -> list[Layer]:
     return out + find_layers({n: t for n, t in checkpoint.tensors.items() if n not in taken})
 
 
-def config(record: Record, fallback: str) -> QuantConfig:
-    """The configuration that asks for exactly what was saved: every recorded layer by name, everything else kept."""
+def asks_weights(config: Any) -> bool:
+    """Whether a configuration says something of the weights, which are quantized already."""
+    given = config if isinstance(config, Mapping) else config.model_fields_set if isinstance(config, QuantConfig) else [config]
+    return config is not None and not set(given) <= _RUNTIME
+
+
+def config(record: Record, fallback: str, asked: QuantConfig) -> QuantConfig:
+    """The configuration that asks for exactly what was saved: every recorded layer by name, everything else kept.
+
+    The KV cache is what was saved too, unless ``asked`` says another.
+    """
     targets = {n: entry.scheme for name, entry in record.layers.items() for n in (name, *entry.tied)}
-    return QuantConfig.parse(
-        {"targets": targets, "linear": None, "moe": None, "scheme": None, "fallback": fallback}, host().schemes
-    )
+    source: Any = asked if asked.model_fields_set & _RUNTIME else record
+    cache = {key: getattr(source, key) for key in _RUNTIME}
+    weights = {"targets": targets, "linear": None, "moe": None, "scheme": None, "fallback": fallback}
+    return QuantConfig.parse({**weights, **cache}, host().schemes)

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from quantport.cache import default_of
 from quantport.checkpoint import save_tensors
 from quantport.errors import SaveError
 from quantport.loading.saved import FILE, Record, SavedLayer
@@ -49,7 +50,11 @@ def save(
     layers = {name: entry for name, entry in layers.items() if entry.scheme != "bf16"} or layers
     if not layers:
         raise SaveError(f"save {type(model).__name__}", "it has no quantized layer", "quantport.load or quantport.quantize_ first")
-    files = {FILE: Record(layers=layers).model_dump_json(indent=1).encode()}
+    cache = default_of(model)
+    record = Record(layers=layers)
+    if cache:
+        record = record.model_copy(update={"kv_cache_dtype": cache.dtype, "kv_cache_skip_layers": cache.skip_layers})
+    files = {FILE: record.model_dump_json(indent=1).encode()}
     source = getattr(model, "name_or_path", "")
     directory_of = Path(source) if source else None
     config: Any = getattr(model, "config", None)
