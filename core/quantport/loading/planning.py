@@ -44,6 +44,7 @@ def plan(
     rows: int = 1,
     dtype: torch.dtype | None = None,
     fallback: str | None = None,
+    budget: int | str | None = None,
 ) -> Plan:
     """Says what ``load`` or ``quantize_`` would do, and why, for a device that need not be here. Reads headers only.
 
@@ -55,6 +56,7 @@ def plan(
         rows: Expected rows of the activations.
         dtype: Activation dtype; by default that of the weights, or what the device computes in.
         fallback: Overrides ``config.fallback``.
+        budget: As for ``load``.
 
     Returns:
         The plan.
@@ -67,7 +69,9 @@ def plan(
         with Checkpoint.open(locate(model), headers_only=True) as checkpoint:
             refuse_quantized(checkpoint)
             layers, source = find_layers(checkpoint.tensors), str(model)
-    return make_plan(layers, parsed, target, host().kernels(target.kind), host().schemes, source=source, rows=rows, dtype=dtype)
+    return make_plan(
+        layers, parsed, target, host().kernels(target.kind), host().schemes, source=source, rows=rows, dtype=dtype, budget=budget
+    )
 
 
 def refuse_nothing(decided: Plan) -> None:

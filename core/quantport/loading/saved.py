@@ -19,7 +19,7 @@ FILE = "quantport.json"
 
 
 class SavedLayer(BaseModel):
-    """One quantized layer as saved."""
+    """One quantized layer as saved; ``others`` are the weights of single experts that have another scheme."""
 
     model_config = ConfigDict(extra="forbid")
     scheme: str
@@ -27,6 +27,7 @@ class SavedLayer(BaseModel):
     weights: list[tuple[str, int, int]] = Field(min_length=1, max_length=3)
     experts: int = Field(0, ge=0)
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    others: dict[str, str] = {}
 
 
 class Record(BaseModel):
@@ -65,23 +66,35 @@ def layers(record: Record, checkpoint: Checkpoint) -> list[Layer]:
     for name, entry in record.layers.items():
         parts: dict[str, tuple[Part, ...]] = {}
         for weight, n, k in entry.weights:
-            layout = host().schemes[entry.scheme].layout(n, k)
-            bases = [f"{name}.{e}.{weight}" for e in range(entry.experts)] if entry.experts else [name]
-            for full, expected in ((f"{b}.{key}", want) for b in bases for key, want in layout.items()):
-                info = checkpoint.tensors.get(full)
-                if info is None or (tuple(info.shape), info.dtype) != expected:
-                    found = f"{list(info.shape)} {info.dtype}" if info else "no such tensor"
-                    raise CheckpointError(f"load {full} of {checkpoint.directory}", found, f"{list(expected[0])} {expected[1]}")
-                taken.add(full)
-            parts[weight] = tuple(Part(f"{b}.{key}") for b in bases for key in layout)
+            parts[weight] = tuple(Part(full) for full in _expected(checkpoint, name, entry, weight, n, k))
+        taken |= {part.tensor for stored in parts.values() for part in stored}
         dtype = getattr(torch, entry.dtype)
         out.append(Layer(name, entry.kind, tuple(entry.weights), dtype, entry.experts, parts))
     return out + find_layers({n: t for n, t in checkpoint.tensors.items() if n not in taken})
 
 
+def _expected(checkpoint: Checkpoint, name: str, entry: SavedLayer, weight: str, n: int, k: int) -> list[str]:
+    """The names of the stored tensors of a weight, in every expert; each must be there as its scheme says."""
+    names = []
+    for inner in [f"{e}.{weight}" for e in range(entry.experts)] or [""]:
+        layout = host().schemes[entry.others.get(inner, entry.scheme)].layout(n, k)
+        for key, expected in layout.items():
+            full = ".".join(filter(None, (name, inner, key)))
+            info = checkpoint.tensors.get(full)
+            if info is None or (tuple(info.shape), info.dtype) != expected:
+                found = f"{list(info.shape)} {info.dtype}" if info else "no such tensor"
+                raise CheckpointError(f"load {full} of {checkpoint.directory}", found, f"{list(expected[0])} {expected[1]}")
+            names.append(full)
+    return names
+
+
 def config(record: Record, fallback: str) -> QuantConfig:
     """The configuration that asks for exactly what was saved: every recorded layer by name, everything else kept."""
-    targets = {name: entry.scheme for name, entry in record.layers.items()}
+    targets: dict[str, str | None] = {}
+    for name, entry in record.layers.items():
+        dense = {"bf16": None} if entry.others else {}  # beside quantized experts it is what was left alone
+        for inner, scheme in {"": entry.scheme, **entry.others}.items():
+            targets[f"{name}.{inner}".rstrip(".")] = dense.get(scheme, scheme)
     return QuantConfig.parse(
         {"targets": targets, "linear": None, "moe": None, "scheme": None, "fallback": fallback}, host().schemes
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def save(
     """
     layers = {name: _entry(m) for name, m in model.named_modules() if isinstance(m, QuantModule)}
     # where others are quantized, a prepacked bf16 layer is saved as the plain layer that it was: prepacking is this machine's
-    layers = {name: entry for name, entry in layers.items() if entry.scheme != "bf16"} or layers
+    layers = {name: entry for name, entry in layers.items() if entry.scheme != "bf16" or entry.others} or layers
     if not layers:
         raise SaveError(f"save {type(model).__name__}", "it has no quantized layer", "quantport.load or quantport.quantize_ first")
     files = {FILE: Record(layers=layers).model_dump_json(indent=1).encode()}
@@ -69,7 +70,12 @@ def _entry(module: QuantModule) -> SavedLayer:
     specs = list(module.specs.values())[: len(names)]
     weights = [(name.rpartition(".")[2], s.n, s.k) for name, s in zip(names, specs, strict=True)]
     dtype: Any = str(module.dtype).removeprefix("torch.")
-    return SavedLayer(scheme=module.scheme, kind="moe" if experts else "linear", weights=weights, experts=experts, dtype=dtype)
+    schemes = {name: spec.scheme.name for name, spec in module.specs.items()}
+    most = Counter(schemes.values()).most_common(1)[0][0]
+    others = {name: scheme for name, scheme in schemes.items() if scheme != most}
+    return SavedLayer(
+        scheme=most, kind="moe" if experts else "linear", weights=weights, experts=experts, dtype=dtype, others=others
+    )
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
