@@ -22,6 +22,7 @@ from quantport.layers import FLOATS, Layer
 from quantport.pieces import check_patterns, split
 from quantport.scheme import Scheme, Schemes
 
+
 @dataclass(frozen=True)
 class Step:
     """What happens to one layer.

@@ -139,7 +139,9 @@ class QuantModule(nn.Module):
     def _kernel_for(self, names: Sequence[str], device: torch.device, dtype: torch.dtype) -> Kernel:
         scheme = self.specs[names[0]].scheme.name
         if device.type == "meta":
-            return self.kernel_of(names[0]) if self.device.type == "meta" else aten.Dense() if scheme == "bf16" else aten.Dequantize()
+            return (
+                self.kernel_of(names[0]) if self.device.type == "meta" else aten.Dense() if scheme == "bf16" else aten.Dequantize()
+            )
         target = host().device(device)
         requests = [Request(spec, self.layer, target, dtype) for spec in dict.fromkeys(self.specs[name] for name in names)]
         choice = choose(requests, host().kernels(target.kind))
