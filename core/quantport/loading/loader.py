@@ -284,8 +284,9 @@ def _dtype(layers: Iterable[Layer], target: Device) -> torch.dtype:
 def _fits(decided: Plan, target: Device) -> None:
     if target.memory is not None and decided.peak > target.memory:
         gib = 1 << 30
+        peak, stream, free = decided.peak / gib, decided.budget / gib, target.memory / gib
         raise BudgetError(
             f"load {decided.source} on {target}",
-            f"it needs {decided.peak / gib:.1f} GiB, {decided.budget / gib:.1f} of them to stream; {target.memory / gib:.1f} GiB are free",
+            f"it needs {peak:.1f} GiB, {stream:.1f} of them to stream; {free:.1f} GiB are free",
             "a scheme with fewer bits (int4_weight_only), or a device with more memory",
         )
