@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -37,11 +39,12 @@ class Gate:
     """Counts bytes in flight, and lets a task in only when it fits beside those that run.
 
     Tasks enter in the order in which they come: a large one is never overtaken for ever. One that needs more than the
-    whole budget would wait for ever, so it is refused.
+    whole budget would wait for ever, so it is refused. What a task has freed still counts until the allocator has given it
+    back to the system: small tensors of many experts, freed between others that stay, leave holes that nothing else fits.
     """
 
     def __init__(self, budget: int) -> None:
-        self.budget, self.used = budget, 0
+        self.budget, self.used, self.loose = budget, 0, 0
         self._turn = threading.Lock()
         self._freed = threading.Condition()
 
@@ -57,13 +60,33 @@ class Gate:
             raise BudgetError(f"stream within {self.budget / 1e6:.1f} MB", found, f"budget={task.need} or more")
         with self._turn, self._freed:
             self._freed.wait_for(lambda: self.used + task.need <= self.budget)
+            if self.used + self.loose + task.need > self.budget:
+                give_back()
+                self.loose = 0
             self.used += task.need
         try:
             yield
         finally:
             with self._freed:
                 self.used -= task.need
+                self.loose += task.need
                 self._freed.notify_all()
+
+
+@cache
+def _trim() -> Callable[[int], int] | None:
+    """``malloc_trim`` of glibc; other allocators have none."""
+    try:
+        return ctypes.CDLL(None).malloc_trim  # type: ignore[no-any-return]  # an int(size_t)
+    except (OSError, AttributeError, TypeError):
+        return None
+
+
+def give_back() -> None:
+    """Gives freed memory back to the system, where the C library can."""
+    trim = _trim()
+    if trim:
+        trim(0)
 
 
 def run_tasks(
@@ -99,6 +122,7 @@ def run_tasks(
                     progress(done, total, futures[future].name)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+        give_back()
         torch.set_num_threads(before)
 
 
