@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -89,7 +89,6 @@ def peak_of(call: Callable[[], object]) -> tuple[object, int, float]:
 
 def run_case(case: str, directory: Path) -> dict[str, float]:
     """Loads in this process, after what a first load imports and compiles."""
-    import transformers  # its import is not a load
     from transformers import Qwen3MoeForCausalLM, core_model_loading  # noqa: F401
 
     import quantport
@@ -142,9 +141,10 @@ def loads(layers: int, rounds: int) -> tuple[list[list[object]], float]:
 
 def forward(rounds: int) -> list[list[object]]:
     """Rows of the table of one layer's forward."""
-    import quantport
     from transformers import Qwen3MoeConfig
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+    import quantport
 
     def made(implementation: str) -> nn.Module:
         settings = Qwen3MoeConfig(**{k: v for k, v in config(1).items() if k not in ("architectures", "dtype")})
@@ -169,19 +169,25 @@ def forward(rounds: int) -> list[list[object]]:
     for tokens in TOKENS:
         given = [_given(tokens, seed) for seed in range(7)]  # several, so that a token does not always find its experts in cache
         with torch.inference_mode():
-            times = medians({name: lambda i, m=m: m(*given[i % 7]) for name, m in layers.items()}, rounds)  # type: ignore[misc]  # a default
+            times = medians(layers, given, rounds)
         best = min(times["eager"], times["grouped_mm"])
-        rows.append([tokens, *(f"{1e3 * times[d]:.2f}" for d in dense), *(f"{1e3 * times[s]:.2f} ({best / times[s]:.2f}x)" for s in FORWARD)])
+        rows.append(
+            [
+                tokens,
+                *(f"{1e3 * times[d]:.2f}" for d in dense),
+                *(f"{1e3 * times[s]:.2f} ({best / times[s]:.2f}x)" for s in FORWARD),
+            ]
+        )
     return rows
 
 
-def medians(calls: dict[str, Callable[[int], object]], rounds: int) -> dict[str, float]:
+def medians(layers: Mapping[str, nn.Module], given: Sequence[tuple[Tensor, ...]], rounds: int) -> dict[str, float]:
     """Median seconds of a call of each, in turn in every round; the first round is not counted."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
+    times: dict[str, list[float]] = {name: [] for name in layers}
     for i in range(rounds + 1):
-        for name, call in calls.items():
+        for name, layer in layers.items():
             start = time.perf_counter()
-            call(i)
+            layer(*given[i % len(given)])
             times[name].append(time.perf_counter() - start)
     return {name: statistics.median(t[1:]) for name, t in times.items()}
 

@@ -178,7 +178,11 @@ def test_experts_kept_beside_others_must_be_bf16(tmp_path):
 
 @pytest.mark.parametrize(
     ("router", "expert"),
-    [("mlp.gate", "mlp.experts.{}.{}"), ("block_sparse_moe.gate", "block_sparse_moe.experts.{}.{}"), ("mlp.router", "mlp.experts.{}.{}")],
+    [
+        ("mlp.gate", "mlp.experts.{}.{}"),
+        ("block_sparse_moe.gate", "block_sparse_moe.experts.{}.{}"),
+        ("mlp.router", "mlp.experts.{}.{}"),
+    ],
 )
 @pytest.mark.parametrize("names", [("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")])
 def test_routers_and_shared_experts(router, expert, names):
@@ -269,14 +273,20 @@ def test_experts_that_are_absent_or_uneven(tmp_path, change, named):
     check_parts(caught.value, named)
 
 
-def test_no_experts_and_empty_experts():
-    for shapes in ({"m.experts.gate_up_proj": (0, 12, 8), "m.experts.down_proj": (0, 8, 6)},
-                   {"m.experts.gate_up_proj": (4, 0, 8), "m.experts.down_proj": (4, 8, 0)},
-                   {f"m.experts.{e}.{p}.weight": (8, 0) if p == "down_proj" else (0, 8) for e in range(2) for p in PROJECTIONS}):  # fmt: skip
-        layers = find_layers({name: Shape(shape) for name, shape in shapes.items()})
-        assert layers
-        assert all(layer.keep for layer in layers)
-        assert sum(layer.bytes for layer in layers) == 0
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        {"m.experts.gate_up_proj": (0, 12, 8), "m.experts.down_proj": (0, 8, 6)},
+        {"m.experts.gate_up_proj": (4, 0, 8), "m.experts.down_proj": (4, 8, 0)},
+        {f"m.experts.{e}.{p}.weight": (8, 0) if p == "down_proj" else (0, 8) for e in range(2) for p in PROJECTIONS},
+    ],
+    ids=["no experts", "no intermediate", "no intermediate, one by one"],
+)
+def test_no_experts_and_empty_experts(shapes):
+    layers = find_layers({name: Shape(shape) for name, shape in shapes.items()})
+    assert layers
+    assert all(layer.keep for layer in layers)
+    assert sum(layer.bytes for layer in layers) == 0
 
 
 class Look(Kernel):
