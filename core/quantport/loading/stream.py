@@ -77,7 +77,7 @@ class Gate:
 def _trim() -> Callable[[int], int] | None:
     """``malloc_trim`` of glibc; other allocators have none."""
     try:
-        return ctypes.CDLL(None).malloc_trim  # type: ignore[no-any-return]  # an int(size_t)
+        return ctypes.CDLL(None).malloc_trim
     except (OSError, AttributeError, TypeError):
         return None
 
