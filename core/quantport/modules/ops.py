@@ -53,14 +53,14 @@ def run_grouped(
     """Checks the groups, and multiplies the rows of each by its weights: see ``Kernel.run_grouped``.
 
     Raises:
-        RoutingError: offsets that do not ascend from 0 to at most the number of rows, or weights for other groups.
+        RoutingError: offsets that do not rise from 0 to at most the number of rows, or weights for other groups.
     """
     groups = offsets.numel() - 1
     bounds = offsets.tolist() if offsets.dim() == 1 else []
     rows = x.shape[0] if x.dim() == 2 and x.shape[1] == spec.k else -1
     if not bounds or bounds[0] != 0 or bounds[-1] > rows or any(b < a for a, b in pairwise(bounds)):
         found = f"offsets {bounds[:4]}...{bounds[-2:]} for activations {list(x.shape)}"
-        raise RoutingError("multiply rows by groups", found, f"offsets [groups + 1] that ascend from 0, and rows of {spec.k}")
+        raise RoutingError("multiply rows by groups", found, f"offsets [groups + 1] that rise from 0, and rows of {spec.k}")
     if len(packed) != groups * shared:
         raise RoutingError(f"multiply {groups} groups by {shared} weights each", f"{len(packed)} weights", f"{groups * shared}")
     return kernel.run_grouped(x.contiguous(), offsets.to(torch.int32), packed, bias, spec, shared)
