@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -41,8 +41,8 @@ class QuantConfig(BaseModel):
 
     Patterns (in ``ignore`` and ``targets``) are exact module names, globs (``*.mlp.*``), or ``re:`` and a regular
     expression that is matched from the start of the name, as in vLLM. For fused layers (``qkv_proj``,
-    ``gate_up_proj``, the experts of a MoE layer) a pattern may match the fused name or the unfused names; the unfused
-    names must then agree.
+    ``gate_up_proj``) a pattern may match the fused name or the unfused names; the unfused names must then agree. For
+    experts it may match the layer, one expert (``*.experts.3``) or one projection (``*.experts.3.down_proj``).
 
     Attributes:
         scheme: Scheme of every layer; None lets the device choose.
@@ -198,11 +198,7 @@ class QuantConfig(BaseModel):
             return tied_scheme(layer, self.targets)
         if layer.keep and layer.name not in self.targets:
             return None, layer.keep
-        decision = self._decide(layer.name)
-        if decision is None and layer.group:
-            decision = self._decide(layer.group)
-        if decision is None and layer.shards:
-            decision = self._agree(layer)
+        decision = self.decide(layer.path) or (None if layer.experts or not layer.shards else self._agree(layer))
         if decision is not None:
             scheme, pattern = decision
             return scheme, "" if scheme else f"left alone by pattern {pattern!r}"
@@ -224,6 +220,16 @@ class QuantConfig(BaseModel):
         return f"left alone by num_bf16_fallback_layers={count}: it is in block {found[2]}"
 
     def _component(self, layer: Layer, default: str | None) -> tuple[str | None, str]:
+        config = self.of_component(layer)
+        if config is None:
+            return None, f"component {self._name_of_component(layer)!r} is mapped to null"
+        return config.for_layer(layer, self.scheme or default)
+
+    def of_component(self, layer: Layer) -> QuantConfig | None:
+        """The configuration whose patterns hold for a layer: this one, or that of its component (null: none)."""
+        return self.components[self._name_of_component(layer)] if self.components else self
+
+    def _name_of_component(self, layer: Layer) -> str:
         inside = [c for c in self.components if layer.name == c or layer.name.startswith(c + ".")]
         if not inside:
             raise ConfigError(
@@ -231,13 +237,25 @@ class QuantConfig(BaseModel):
                 f"the configuration maps only: {', '.join(self.components)}",
                 f"add {layer.name.partition('.')[0]!r}: a configuration, or null to leave it alone",
             )
-        name = max(inside, key=len)
-        config, default = self.components[name], self.scheme or default
-        return (None, f"component {name!r} is mapped to null") if config is None else config.for_layer(layer, default)
+        return max(inside, key=len)
 
-    def _decide(self, name: str) -> tuple[str | None, str] | None:
-        ignored = [p for p in self.ignore if compile_pattern(p).match(name)]
-        targets = {p: s for p, s in self.targets.items() if compile_pattern(p).match(name)}
+    def decide(self, names: Sequence[str]) -> tuple[str | None, str] | None:
+        """What patterns say: ``(scheme or None, pattern)``, or None when they say nothing.
+
+        Args:
+            names: Of something and of what it is inside, outermost first: experts, one of them, its projection. A pattern
+                speaks for the outermost that it matches, and the innermost that is spoken for decides.
+        """
+        spoken, decision = set[str](), None
+        for name in names:
+            matching = {p for p in (*self.ignore, *self.targets) if compile_pattern(p).match(name)} - spoken
+            decision = self._one(name, matching) or decision
+            spoken |= matching
+        return decision
+
+    def _one(self, name: str, matching: set[str]) -> tuple[str | None, str] | None:
+        ignored = [p for p in self.ignore if p in matching]
+        targets = {p: s for p, s in self.targets.items() if p in matching}
         if (ignored and targets) or len(set(targets.values())) > 1:
             raise ConfigError(
                 f"the scheme of {name}",
@@ -249,7 +267,7 @@ class QuantConfig(BaseModel):
         return next(((s, p) for p, s in targets.items()), None)
 
     def _agree(self, layer: Layer) -> tuple[str | None, str] | None:
-        decisions = {shard: self._decide(shard) for shard in layer.shards}
+        decisions = {shard: self.decide((shard,)) for shard in layer.shards}
         by_choice: dict[str, str] = {}
         for shard, decision in decisions.items():
             by_choice.setdefault("no pattern" if decision is None else decision[0] or "ignored", shard)

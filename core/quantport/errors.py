@@ -35,6 +35,10 @@ class WeightError(QuantportError, ValueError):
     """A weight cannot be quantized: not finite, wrong dtype, wrong rank."""
 
 
+class RoutingError(QuantportError, IndexError):
+    """Tokens are routed to experts that a layer does not have, or to rows that are not there."""
+
+
 class DeviceError(QuantportError, ValueError):
     """A device or an architecture is unknown, or is not there."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -119,6 +120,43 @@ class Kernel(ABC):
     def apply(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
         """Runs on activations as the layer gets them: rotates them first where the scheme is rotated."""
         return self.run(rotate(x, spec.scheme.rotation) if spec.scheme.rotation else x, packed, bias, spec)
+
+    def apply_grouped(
+        self, x: Tensor, offsets: Tensor, packed: Sequence[Packed], bias: Tensor | None, spec: WeightSpec, shared: int = 1
+    ) -> Tensor:
+        """``run_grouped`` on activations as the layer gets them, as ``apply``."""
+        rotated = rotate(x, spec.scheme.rotation) if spec.scheme.rotation else x
+        return self.run_grouped(rotated, offsets, packed, bias, spec, shared)
+
+    def run_grouped(
+        self, x: Tensor, offsets: Tensor, packed: Sequence[Packed], bias: Tensor | None, spec: WeightSpec, shared: int = 1
+    ) -> Tensor:
+        """Multiplies each group of rows by weights of its own: the experts of a MoE layer. The default calls ``run`` for each.
+
+        Override it where one launch for all groups is faster; the result must be that of the default, within ``tolerance``.
+
+        Args:
+            x: Activations ``[T, K]``, contiguous, sorted by group.
+            offsets: int32 ``[G + 1]`` on the device of ``x``, ascending, from 0 to at most T: group g has the rows
+                ``offsets[g]`` to ``offsets[g + 1]``, perhaps none.
+            packed: ``shared`` weights for each group, group by group.
+            bias: ``[G, shared * N]`` or None.
+            spec: Scheme and shape of every weight.
+            shared: Weights of a group that read the same rows: 2 for gate and up.
+
+        Returns:
+            ``[T, shared * N]`` in the dtype of ``x``: the products of the weights of a group side by side; rows of no
+            group are zero.
+        """
+        bounds = offsets.tolist()
+        out = x.new_empty(x.shape[0], shared * spec.n)
+        out[bounds[-1] :] = 0
+        for g, (start, stop) in enumerate(pairwise(bounds)):
+            for j in range(shared if start < stop else 0):
+                columns = slice(j * spec.n, (j + 1) * spec.n)
+                part = None if bias is None else bias[g, columns].contiguous()
+                out[start:stop, columns] = self.run(x[start:stop], packed[shared * g + j], part, spec)
+        return out
 
     def verdict(self, request: Request) -> Verdict:
         """Folds the methods above into a verdict; a kernel that raises here is a refusal that says so."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
@@ -68,6 +69,8 @@ class Layer:
         group: Name of the MoE layer that it is a part of, which patterns may use too; empty for most.
         tied: Names of other layers that share its weight: the output heads of an embedding.
         cuts: Name and rows of each projection of a fused linear layer, where the model says them.
+        only: The weights of an experts layer that this piece of it holds (``3.down_proj``), where single experts or
+            projections got another scheme than the rest; empty for all.
     """
 
     name: str
@@ -80,6 +83,7 @@ class Layer:
     group: str = ""
     tied: tuple[str, ...] = ()
     cuts: tuple[tuple[str, int], ...] = ()
+    only: tuple[str, ...] = ()
 
     @property
     def lookup(self) -> bool:
@@ -92,8 +96,42 @@ class Layer:
         return self.lookup or self.keep.startswith(HEAD)
 
     @property
+    def each(self) -> tuple[tuple[str, int, int], ...]:
+        """Every weight as ``(name, n, k)``: ``("", n, k)`` of a linear layer, ``("3.down_proj", n, k)`` of experts.
+
+        A fused layer that is quantized in parts has their names.
+        """
+        if not self.experts:
+            return self.weights if len(self.weights) > 1 else tuple(("", n, k) for _, n, k in self.weights)
+        shapes = {name: (n, k) for name, n, k in self.weights}
+        names = self.only or (f"{e}.{name}" for e in range(self.experts) for name in shapes)
+        return tuple((name, *shapes[name.partition(".")[2]]) for name in names)
+
+    def part(self, weight: str) -> Part:
+        """Where a weight of ``each`` comes from."""
+        if not self.experts:
+            return self.parts[weight or next(iter(self.parts))][0]
+        expert, _, projection = weight.partition(".")
+        return self.parts[projection][int(expert)]
+
+    @property
+    def home(self) -> str:
+        """Name of the layer that holds its weights: its own, or that of the experts it is a piece of."""
+        return self.group if self.only else self.name
+
+    @property
+    def path(self) -> tuple[str, ...]:
+        """The names that patterns may use for it, outermost first: an expert that is a module of its own has three."""
+        if self.only or not self.group:
+            return (self.home,)
+        expert = self.name.removeprefix(f"{self.group}.").partition(".")[0]
+        return self.group, f"{self.group}.{expert}", self.name
+
+    @property
     def elements(self) -> int:
         """Number of weight elements."""
+        if self.only:
+            return sum(n * k for _, n, k in self.each)
         return sum(n * k for _, n, k in self.weights) * max(1, self.experts)
 
     @property
@@ -104,8 +142,9 @@ class Layer:
     @property
     def shards(self) -> tuple[str, ...]:
         """The unfused names that patterns may use for parts of this layer; empty when it is not fused."""
-        if self.kind == "moe":
-            return tuple(f"{self.name}.{e}.{w}" for e in range(self.experts) for w, _, _ in self.weights)
+        if self.experts:
+            experts = tuple(f"{self.name}.{e}" for e in range(self.experts))
+            return tuple(f"{self.name}.{weight}" for weight, _, _ in self.each) + experts
         parent, _, last = self.name.rpartition(".")
         return tuple(f"{parent}.{s}".lstrip(".") for s in FUSED.get(last, ()))
 
@@ -158,7 +197,7 @@ def find_layers(tensors: Mapping[str, TensorLike]) -> list[Layer]:
             if projection in _PROJECTION and len(tensor.shape) == 2:
                 experts.setdefault(base, {}).setdefault(_PROJECTION[projection], {})[int(index)] = Part(name)
                 continue
-        if (match := _FUSED_EXPERTS.match(name)) and len(tensor.shape) == 3:
+        if (match := _FUSED_EXPERTS.match(name)) and len(tensor.shape) == 3 and all(tensor.shape):
             for projection, part in _split(name, match[2], tensor):
                 experts.setdefault(match[1], {}).setdefault(projection, {})[part.expert or 0] = part
             continue
@@ -202,7 +241,8 @@ def _experts(base: str, projections: dict[str, dict[int, Part]], tensors: Mappin
         count = len(projections["gate_proj"])
         parts = {p: tuple(projections[p][e] for e in range(count)) for p in PROJECTIONS}
         dtype = dtypes.pop()
-        yield Layer(base, "moe", weights, dtype, count, parts, "" if dtype in FLOATS else f"stored as {dtype}")
+        empty = "" if all(n * k for _, n, k in weights) else "zero-size weight"
+        yield Layer(base, "moe", weights, dtype, count, parts, empty if dtype in FLOATS else f"stored as {dtype}")
         return
     for name, part in used.items():
         single = _single(name, tensors[name])
@@ -233,6 +273,25 @@ def _shape(part: Part, tensors: Mapping[str, TensorLike]) -> tuple[int, int]:
     shape = tensors[part.tensor].shape
     rows = shape[-2] if part.start is None or part.stop is None else part.stop - part.start
     return rows, shape[-1]
+
+
+def uneven(layers: Iterable[Layer]) -> dict[str, str]:
+    """Why experts that were found one by one are no MoE layer: what is absent or has another shape, by their common name."""
+    found: dict[str, dict[str, dict[int, tuple[int, int]]]] = {}
+    for layer in layers:
+        if layer.kind == "linear" and (match := _EXPERT.match(f"{layer.name}.weight")) and match[3] in _PROJECTION:
+            found.setdefault(match[1], {}).setdefault(match[3], {})[int(match[2])] = layer.weights[0][1:]
+    out = {}
+    for base, projections in found.items():
+        last = max(e for shapes in projections.values() for e in shapes)
+        for projection, shapes in projections.items():
+            usual = Counter(shapes.values()).most_common(1)[0][0]
+            wrong = [e for e in range(last + 1) if shapes.get(e) != usual]
+            if wrong and base not in out:
+                has = list(shapes[wrong[0]]) if wrong[0] in shapes else "absent"
+                out[base] = f"{base}.{wrong[0]}.{projection} is {has}, where most are {list(usual)}"
+        out.setdefault(base, f"{base} has only {', '.join(projections)}, or stores them in several dtypes")
+    return out
 
 
 def _numel(tensor: TensorLike) -> int:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
 import json
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +11,7 @@ from typing import Any
 
 import torch
 
+from quantport.budget import BUDGET, need, parse_budget, settle
 from quantport.cache import KVShape, kv_summary
 from quantport.capability import Status
 from quantport.catalog import Schemes
@@ -20,14 +19,12 @@ from quantport.choice import Choice, best_scheme, choice_dict, choose
 from quantport.config import QuantConfig
 from quantport.device import Device
 from quantport.errors import ConfigError, UnsupportedError
-from quantport.fused import split
+from quantport.fused import split as split_fused
 from quantport.kernel import Kernel, Request, WeightSpec
 from quantport.layers import FLOATS, Layer
 from quantport.lookup import choose_lookup
-from quantport.patterns import compile_pattern
+from quantport.pieces import check_patterns, split
 from quantport.scheme import Scheme
-
-BUDGET = 512 << 20  # bytes of scratch and source pages that loading may hold beside the quantized model
 
 
 @dataclass(frozen=True)
@@ -73,6 +70,7 @@ class Plan:
         rows: Expected rows of the activations.
         why: Why this scheme, when the device chose it.
         kv_shape: What the KV cache keeps for each token; None where that is not known.
+        budget: Bytes that the stream may hold beside the loaded model.
     """
 
     source: str
@@ -82,6 +80,7 @@ class Plan:
     rows: int = 1
     why: str = ""
     kv_shape: KVShape | None = None
+    budget: int = BUDGET
 
     @property
     def before(self) -> int:
@@ -96,7 +95,7 @@ class Plan:
     @property
     def peak(self) -> int:
         """Predicted peak bytes while loading: the loaded model and the budget for the stream."""
-        return self.after + BUDGET
+        return self.after + self.budget
 
     @property
     def quantized(self) -> tuple[Step, ...]:
@@ -166,6 +165,7 @@ def make_plan(
     rows: int = 1,
     dtype: torch.dtype | None = None,
     kv: KVShape | None = None,
+    budget: int | str | None = None,
 ) -> Plan:
     """Plans every layer. Pure: no host, no hardware, no weights.
 
@@ -179,8 +179,11 @@ def make_plan(
         rows: Expected rows of the activations.
         dtype: Activation dtype; by default that of the weights, or what the device computes in.
         kv: What the model keeps for each token, where that is known.
+        budget: Bytes (or ``"512MB"``) that the stream may hold beside the model; by default 512 MiB, or what the largest
+            weight needs.
 
     Raises:
+        BudgetError: a single weight needs more than ``budget``.
         ConfigError: patterns that match nothing or disagree.
         UnsupportedError: the fallback policy leaves a layer without a kernel.
     """
@@ -189,15 +192,25 @@ def make_plan(
     if dtype is not None and dtype not in FLOATS:
         found = "not a floating dtype that models compute in"
         raise ConfigError(f"dtype={dtype!r}", found, "torch.bfloat16, torch.float16 or torch.float32")
+    asked = parse_budget(budget)
     layers = list(layers)
-    _check_patterns(config, layers)
+    check_patterns(config, layers)
     parts = [c for c in config.components.values() if c] or [config]
     named = bool(config.scheme) or all(c.scheme or {"linear", "moe"} <= c.model_fields_set for c in parts)
     default, why = (None, "") if named else best_scheme(device, kernels, schemes, rows)
     planner = _Planner(config, device, kernels, schemes, rows, dtype)
-    steps = tuple(planner.step(layer, *config.for_layer(layer, default)) for layer in layers)
+    steps = tuple(planner.step(*piece) for layer in layers for piece in split(layer, config, default))
     kv_summary(kv, config.kv_cache_dtype, config.kv_cache_skip_layers)  # refuses a layer that the model does not have
-    return Plan(source, device, config, steps, rows, why, kv)
+    return Plan(source, device, config, steps, rows, why, kv, settle(asked, _needs(steps, schemes)))
+
+
+def _needs(steps: Iterable[Step], schemes: Schemes) -> dict[str, int]:
+    """What the largest weight of each layer needs while it is quantized."""
+    return {
+        s.layer.name: max(need(WeightSpec(schemes[s.scheme], n, k), s.layer.dtype) for _, n, k in s.layer.weights)
+        for s in steps
+        if s.choice
+    }
 
 
 class _Planner:
@@ -224,13 +237,13 @@ class _Planner:
 
     def step(self, layer: Layer, asked: str | None, why: str) -> Step:
         if asked is None:
-            return Step(layer, None, self._kept(layer), why, layer.bytes, layer.bytes)
+            return Step(layer, None, self._dense(layer) if layer.only else self._kept(layer), why, layer.bytes, layer.bytes)
         if layer.kind == "other" or (layer.keep and not layer.opt_in):
             raise ConfigError(
                 f"scheme {asked!r} for {layer.name}", layer.keep, "name linear layers, experts, an lm_head or an embedding"
             )
         scheme = self.schemes[asked]
-        layer, fused = split(layer, scheme)
+        layer, fused = split_fused(layer, scheme)
         key = (asked, layer.kind, layer.weights, layer.dtype, layer.name if layer.lookup else "")
         if key not in self.cache:
             self.cache[key] = self._choose(layer, scheme)
@@ -241,7 +254,7 @@ class _Planner:
                 "; ".join(choice.reasons),
                 "fallback='weight_only' or 'reference', a *_weight_only scheme, or another device (see `quantport matrix`)",
             )
-        after = sum(scheme.bytes(n, k) for _, n, k in layer.weights) * max(1, layer.experts)
+        after = sum(scheme.bytes(n, k) for _, n, k in layer.each)
         return Step(layer, asked, choice, "; ".join(filter(None, (fused, note))), layer.bytes, after)
 
     def _kept(self, layer: Layer) -> Choice | None:
@@ -251,6 +264,21 @@ class _Planner:
             return None
         choice = choose(self._request(layer, self.schemes["bf16"], *layer.weights[0][1:]), self.kernels)
         return choice if choice.speed is not None and choice.speed >= 1 else None
+
+    def _dense(self, layer: Layer) -> Choice:
+        """The 16-bit kernel for experts or projections that stay, inside a layer whose other weights are quantized.
+
+        Raises:
+            ConfigError: they are not stored in BF16, the one dtype that is kept there.
+            UnsupportedError: the device has no 16-bit kernel.
+        """
+        if layer.dtype is not torch.bfloat16:
+            works = "a scheme for them, or null for the whole layer"
+            raise ConfigError(f"{layer.name} in 16 bits beside quantized experts", f"it is stored as {layer.dtype}", works)
+        choice = choose([self._request(layer, self.schemes["bf16"], n, k) for _, n, k in layer.weights], self.kernels)
+        if choice.status is Status.UNSUPPORTED:
+            raise UnsupportedError(f"{layer.name} in 16 bits on {self.device}", "; ".join(choice.reasons), "a scheme for it")
+        return choice
 
     def _choose(self, layer: Layer, scheme: Scheme) -> tuple[Choice, str]:
         requests = [self._request(layer, scheme, n, k) for _, n, k in layer.weights]
@@ -277,25 +305,3 @@ class _Planner:
     def _request(self, layer: Layer, scheme: Scheme, n: int, k: int) -> Request:
         dtype = self.dtype or (self.device.arch.compute if layer.dtype is torch.bfloat16 else layer.dtype)
         return Request(WeightSpec(scheme, n, k), layer.kind, self.device, dtype, self.rows)
-
-
-def _check_patterns(config: QuantConfig, layers: Sequence[Layer]) -> None:
-    """Every pattern must match something: a silent no-op is the most reported failure of this field."""
-    names = [layer.name for layer in layers] + list(dict.fromkeys(x.group for x in layers if x.group))
-    names += [name for x in layers for name in x.tied]
-    for pattern in config.patterns():
-        compiled = compile_pattern(pattern)
-        if any(compiled.match(n) for n in names) or any(compiled.match(s) for x in layers for s in x.shards):
-            continue
-        inside = f"*{pattern}*"
-        tied = " (an output head tied to the embedding is no layer of its own)" if pattern.rpartition(".")[2] == "lm_head" else ""
-        hint = f"did you mean {inside!r}? " if any(compile_pattern(inside).match(n) for n in names) else ""
-        close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
-        error = ConfigError(
-            f"pattern {pattern!r}",
-            f"it matches none of {len(names)} layers{tied}",
-            f"{hint}close names: {', '.join(close) or 'none'}; on_unmatched='warn' to go on",
-        )
-        if config.on_unmatched == "error":
-            raise error
-        warnings.warn(str(error), UserWarning, stacklevel=3)

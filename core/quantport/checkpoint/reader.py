@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import NoReturn
@@ -16,6 +17,8 @@ from quantport.checkpoint.header import Header, TensorInfo, header_length, parse
 from quantport.checkpoint.layout import Layout, find_layout, some
 from quantport.checkpoint.mapping import MappedFile, file_stamp
 from quantport.errors import CheckpointError, did_you_mean
+
+Rows = slice | tuple[int, slice]
 
 
 class Checkpoint:
@@ -63,7 +66,7 @@ class Checkpoint:
             headers[file], stamps[file] = _read_header(file, headers_only)
         return cls(layout, headers, stamps)
 
-    def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
+    def read(self, name: str, rows: Rows | None = None) -> torch.Tensor:
         """Returns a tensor, or some of its rows, as a view of the mapped file: no copy, no read until it is touched.
 
         The view stays valid after `close`. It can be written to, but that stays private to this process and `release`
@@ -71,7 +74,7 @@ class Checkpoint:
 
         Args:
             name: The name of the tensor.
-            rows: The rows to read, a slice of step 1 over the first dimension.
+            rows: The rows to read, a slice of step 1 over the first dimension; or a matrix of a 3-D tensor and its rows.
 
         Returns:
             A contiguous CPU tensor of the dtype and shape in the file; with ``rows``, ``shape[0]`` is their number.
@@ -86,7 +89,7 @@ class Checkpoint:
         mapped = self._mapped(info)
         return mapped.view(info.dtype, shape, start, end)
 
-    def release(self, name: str, rows: slice | None = None) -> None:
+    def release(self, name: str, rows: Rows | None = None) -> None:
         """Gives the file pages of a tensor, or of some of its rows, back to the system once it has been used.
 
         Bounds the memory of a stream at one tensor. Views stay valid: a later access reads the file again. Only pages
@@ -146,10 +149,16 @@ def _read_header(file: str, headers_only: bool) -> tuple[Header, tuple[int, int]
     return parse_header(raw, stamp[0], file, headers_only=headers_only), stamp
 
 
-def _span(info: TensorInfo, rows: slice | None) -> tuple[int, int, tuple[int, ...]]:
+def _span(info: TensorInfo, rows: Rows | None) -> tuple[int, int, tuple[int, ...]]:
     """Returns the byte range in the file and the shape of some rows of a tensor, or of all of it."""
     if rows is None:
         return info.start, info.end, info.shape
+    if isinstance(rows, tuple):
+        start, end, (count, *shape) = _span(info, slice(rows[0], rows[0] + 1))
+        if not count or not shape:
+            asked = f"read rows {rows} of tensor {info.name!r} in {info.file}"
+            raise CheckpointError(asked, f"shape {list(info.shape)}", "a matrix that it has, and rows of it")
+        return _span(replace(info, shape=tuple(shape), start=start, end=end), rows[1])
     if not info.shape or rows.step not in (None, 1):
         found = "a scalar" if not info.shape else f"a slice of step {rows.step}"
         asked = f"read rows {rows} of tensor {info.name!r} in {info.file}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,8 +12,8 @@ from torch import nn
 from quantport.errors import CheckpointError
 from quantport.fused import with_cuts
 from quantport.host import host
-from quantport.kernel import WeightSpec
-from quantport.layers import Layer
+from quantport.kernel import Kernel, WeightSpec
+from quantport.layers import Layer, uneven
 from quantport.loading.tied import add_heads, one_layer, partners, why_not_embedding
 from quantport.modules import QuantEmbedding, QuantExperts, QuantFused, QuantLinear, QuantModule, activation_name, why_not_experts
 from quantport.planner import Step
@@ -27,6 +27,8 @@ def check(layers: Iterable[Layer], model: nn.Module, place: Place) -> list[Layer
 
     Experts that are separate modules become separate layers.
     """
+    layers = list(layers)
+    _even(layers, model, place)
     ties = partners(model)
     config: Any = getattr(model, "config", None)
     told = config.to_dict() if hasattr(config, "to_dict") else {}
@@ -53,6 +55,21 @@ def _check(layer: Layer, model: nn.Module, place: Place, ties: Mapping[str, tupl
     if not keep and type(parent) is nn.TransformerEncoderLayer:
         keep = "torch's fused encoder layer reads its 16-bit weight"
     yield replace(layer, keep=keep, tied=tied)
+
+
+def _even(layers: Sequence[Layer], model: nn.Module, place: Place) -> None:
+    """Refuses single experts that cannot be fused as the model wants them, since one is absent or of another shape.
+
+    Raises:
+        CheckpointError: names the first.
+    """
+    lost = [layer for layer in layers if layer.kind == "linear" and _module(model, place(layer)) is None]
+    for base, found in uneven(lost).items():
+        first = next(layer for layer in lost if layer.name.startswith(f"{base}."))
+        path = place(first).removesuffix(first.name.removeprefix(base))
+        if hasattr(_module(model, path), "gate_up_proj"):
+            works = "a checkpoint with gate, up and down of every expert, from 0 on, in equal shapes"
+            raise CheckpointError(f"load the experts {base}", found, works)
 
 
 def _separate(layer: Layer) -> Iterable[Layer]:
@@ -109,20 +126,35 @@ def _fits(layer: Layer, module: nn.Module) -> None:
             )  # fmt: skip
 
 
-def make_module(step: Step, old: nn.Module, dtype: torch.dtype) -> QuantModule:
-    """Makes the empty quantized module for a step, with the bias of the module that it stands for."""
+def by_module(steps: Iterable[Step], place: Place) -> dict[str, list[Step]]:
+    """The steps with a kernel by the path of the module that they fill: one step for most, the pieces of some experts."""
+    out: dict[str, list[Step]] = {}
+    for step in steps:
+        if step.choice:
+            out.setdefault(place(step.layer), []).append(step)
+    return out
+
+
+def make_module(steps: Sequence[Step], old: nn.Module, dtype: torch.dtype) -> QuantModule:
+    """Makes the empty quantized module for a layer, or for its pieces, with the bias of the module that it stands for."""
+    bound = {s.layer.name: (_kernel(s), host().schemes[s.scheme]) for s in steps}
+    most = max(steps, key=lambda s: s.layer.elements)
+    kernel, scheme = bound[most.layer.name]
+    specs = {name: WeightSpec(scheme, n, k) for s in steps for name, n, k in s.layer.weights}
+    if most.layer.lookup:
+        return QuantEmbedding(kernel, next(iter(specs.values())), dtype, most.layer.tied, getattr(old, "padding_idx", None))
+    if not most.layer.experts:
+        bias = old._parameters.get("bias")
+        return QuantFused(kernel, specs, bias, dtype) if len(specs) > 1 else QuantLinear(kernel, specs.popitem()[1], bias, dtype)
+    activation = activation_name(old)
+    assert activation is not None  # why_not_experts refused it otherwise
+    others = {w: bound[s.layer.name] for s in steps if s is not most for w, _, _ in s.layer.each}
+    return QuantExperts(kernel, specs["gate_proj"], specs["down_proj"], most.layer.experts, activation, dtype, others)
+
+
+def _kernel(step: Step) -> Kernel:
     assert step.choice is not None  # only steps with a kernel come here
-    kernel, scheme = host().kernel(step.choice.kernel), host().schemes[step.scheme]
-    specs = {name: WeightSpec(scheme, n, k) for name, n, k in step.layer.weights}
-    if step.layer.experts:
-        activation = activation_name(old)
-        assert activation is not None  # why_not_experts refused it otherwise
-        return QuantExperts(kernel, specs["gate_proj"], specs["down_proj"], step.layer.experts, activation, dtype)
-    if step.layer.lookup:
-        return QuantEmbedding(kernel, next(iter(specs.values())), dtype, step.layer.tied, getattr(old, "padding_idx", None))
-    if len(specs) > 1:
-        return QuantFused(kernel, specs, old._parameters.get("bias"), dtype)
-    return QuantLinear(kernel, next(iter(specs.values())), old._parameters.get("bias"), dtype)
+    return host().kernel(step.choice.kernel)
 
 
 def put(model: nn.Module, new: Mapping[str, nn.Module]) -> None:

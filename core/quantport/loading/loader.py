@@ -16,17 +16,17 @@ from quantport.errors import BudgetError, CheckpointError, ConfigError, DeviceEr
 from quantport.host import host
 from quantport.layers import Layer, Part, find_layers
 from quantport.loading import saved
-from quantport.loading.bind import NO_MODULE, check, make_module, put
+from quantport.loading.bind import NO_MODULE, by_module, check, make_module, put
 from quantport.loading.build import Factory, build, read_json
+from quantport.loading.copying import SLAB, copy_into
 from quantport.loading.planning import Source, merge, refuse_nothing
 from quantport.loading.source import locate, refuse_quantized
 from quantport.loading.stream import Progress, Task, run_tasks
 from quantport.loading.tasks import quantize_tasks
 from quantport.modules import QuantModule
-from quantport.planner import BUDGET, Plan, Step, make_plan
+from quantport.planner import Plan, Step, make_plan
 
 HALVES = (torch.bfloat16, torch.float16)
-SLAB = 16 << 20  # bytes of source pages that copying one tensor holds
 
 
 def load(
@@ -41,6 +41,7 @@ def load(
     fallback: str | None = None,
     progress: Progress | None = None,
     workers: int | None = None,
+    budget: int | str | None = None,
 ) -> Any:
     """Loads a checkpoint and quantizes it while it streams in: never is the 16-bit model in memory.
 
@@ -55,6 +56,8 @@ def load(
         fallback: Overrides ``config.fallback``.
         progress: Called with (bytes done, bytes in total, name).
         workers: Tensors that are quantized at a time; the number of cores by default.
+        budget: Memory that streaming may take beside the loaded model, in bytes or as ``"512MB"``; by default 512 MiB, or
+            what the largest weight needs.
 
     Returns:
         The model, in eval mode on the device, with the plan as ``model.quantport_plan``.
@@ -88,12 +91,13 @@ def load(
             _placed(layers, record)
         cache = default_cache(built, parsed.kv_cache_dtype, parsed.kv_cache_skip_layers)
         kernels, kv = host().kernels(target.kind), kv_shape(read_json(checkpoint.directory / "config.json"))
-        source = str(path_or_id)
-        decided = make_plan(layers, parsed, target, kernels, host().schemes, source=source, rows=rows, dtype=compute, kv=kv)
+        decided = make_plan(
+            layers, parsed, target, kernels, host().schemes, source=str(path_or_id), rows=rows, dtype=compute, kv=kv, budget=budget
+        )
         refuse_nothing(decided)
         _fits(decided, target)
         tasks = _Loader(checkpoint, built, decided, names, place, compute, dtype is not None, record is not None).tasks()
-        run_tasks(tasks, progress, workers)
+        run_tasks(tasks, progress, workers, decided.budget)
     _finish(built, decided, target)
     if cache:
         cache.install()
@@ -109,28 +113,30 @@ class _Loader:
     ) -> None:  # fmt: skip
         self.checkpoint, self.model, self.plan, self.names = checkpoint, model, decided, names
         self.place, self.dtype, self.explicit, self.stored = place, dtype, explicit, stored
-        self.device = decided.device.torch_device
+        self.device, self.slab = decided.device.torch_device, min(SLAB, decided.budget)
 
     def tasks(self) -> list[Task]:
         """One task for each weight and for each other tensor, in the order of the files."""
         out: list[Task] = []
         new: dict[str, nn.Module] = {}
         taken: set[str] = set()
+        for path, steps in by_module(self.plan.steps, self.place).items():
+            module = new[path] = make_module(steps, self.model.get_submodule(path), self.dtype)
+            if self.stored:
+                out += self._stored_tasks(steps[0].layer.home, module)
+            else:
+                out += [task for step in steps for task in self._fresh_tasks(step, module)]
+            taken |= _tensors(steps[0].layer)
         for step in self.plan.steps:
-            parts = [p for ps in step.layer.parts.values() for p in ps]
-            if step.choice:
-                path = self.place(step.layer)
-                module = new[path] = make_module(step, self.model.get_submodule(path), self.dtype)
-                out += self._stored_tasks(step, module) if self.stored else self._fresh_tasks(step, module)
-                taken |= {p.tensor for p in parts}
-            elif step.layer.experts and parts[0].expert is None and step.note != NO_MODULE:
+            fused = any(p.expert is not None for ps in step.layer.parts.values() for p in ps)
+            if not step.choice and step.layer.experts and not fused and step.note != NO_MODULE:
                 out += self._fuse_tasks(step.layer)
-                taken |= {p.tensor for p in parts}
+                taken |= _tensors(step.layer)
         put(self.model, new)
         for name, info in self.checkpoint.tensors.items():
             if name not in taken:
                 _check_shape(self.model, self.names[name], info.shape)
-                out.append(Task(name, info.nbytes, partial(self._copy, name)))
+                out.append(Task(name, info.nbytes, partial(self._copy, name), min(self.slab, info.nbytes)))
         order = {name: i for i, name in enumerate(self.checkpoint.tensors)}
         return sorted(out, key=lambda t: order[t.name])
 
@@ -147,16 +153,8 @@ class _Loader:
             assert fused is not None  # set above
             for e, part in enumerate(layer.parts[projection]):
                 size = n * k * layer.dtype.itemsize
-                yield Task(part.tensor, size, partial(self._copy_into, fused.data[e, start : start + n], part.tensor))
-
-    def _copy_into(self, target: Tensor, name: str) -> None:
-        """Copies a tensor by slabs of rows, giving the pages of each back before the next is read."""
-        info = self.checkpoint.tensors[name]
-        step = max(1, SLAB * info.shape[0] // max(1, info.nbytes)) if info.shape else 1
-        for i in range(0, info.shape[0] if info.shape else 1, step):
-            rows = slice(i, min(i + step, info.shape[0])) if info.shape else None
-            target[rows if rows else ...].copy_(self.checkpoint.read(name, rows))
-            self.checkpoint.release(name, rows)
+                run = partial(copy_into, self.checkpoint, fused.data[e, start : start + n], part.tensor, self.slab)
+                yield Task(part.tensor, size, run, min(self.slab, size))
 
     def _cast(self, stored: torch.dtype) -> torch.dtype:
         """The dtype of a tensor that stays: 16-bit floats follow the model, all floats follow a dtype that was asked for."""
@@ -166,25 +164,32 @@ class _Loader:
         return quantize_tasks(step, module, self._read, self.plan.config.nonfinite, self.plan.device.kind, self.device)
 
     def _read(self, part: Part) -> tuple[Tensor, Callable[[], None]]:
-        rows = None if part.expert is None else slice(part.expert, part.expert + 1)
+        within = None if part.expert is None else slice(part.expert, part.expert + 1)
+        rows = within if part.start is None or part.expert is None else (part.expert, slice(part.start, part.stop))
         tensor = self.checkpoint.read(part.tensor, rows)
-        tensor = tensor if part.expert is None else tensor[0]
-        return tensor[part.start : part.stop], partial(self.checkpoint.release, part.tensor, rows)
+        return tensor if rows is not within or within is None else tensor[0], partial(self.checkpoint.release, part.tensor, rows)
 
-    def _stored_tasks(self, step: Step, module: QuantModule) -> Iterable[Task]:
+    def _stored_tasks(self, name: str, module: QuantModule) -> Iterable[Task]:
         for weight, spec in module.specs.items():
-            keys = {k: f"{step.layer.name}.{weight}.{k}".replace("..", ".") for k in spec.scheme.layout(spec.n, spec.k)}
-            size = sum(self.checkpoint.tensors[name].nbytes for name in keys.values())
-            yield Task(next(iter(keys.values())), size, partial(self._install, module, weight, keys))
+            keys = {k: f"{name}.{weight}.{k}".replace("..", ".") for k in spec.scheme.layout(spec.n, spec.k)}
+            size = sum(self.checkpoint.tensors[full].nbytes for full in keys.values())
+            yield Task(next(iter(keys.values())), size, partial(self._install, module, weight, keys), 2 * size)
 
     def _install(self, module: QuantModule, weight: str, keys: Mapping[str, str]) -> None:
-        module.set_weight(weight, {k: self.checkpoint.read(name).to(self.device, copy=True) for k, name in keys.items()})
+        stored = {k: self.checkpoint.read(name).to(self.device, copy=True) for k, name in keys.items()}
+        for name in keys.values():
+            self.checkpoint.release(name)
+        module.set_weight(weight, stored)
 
     def _copy(self, name: str) -> None:
         info = self.checkpoint.tensors[name]
         target = torch.empty(info.shape, dtype=self._cast(info.dtype), device=self.device)
-        self._copy_into(target, name)
+        copy_into(self.checkpoint, target, name, self.slab)
         _assign(self.model, self.names[name], target)
+
+
+def _tensors(layer: Layer) -> set[str]:
+    return {p.tensor for parts in layer.parts.values() for p in parts}
 
 
 def _usable(device: str | torch.device | Device) -> Device:
@@ -284,8 +289,9 @@ def _dtype(layers: Iterable[Layer], target: Device) -> torch.dtype:
 def _fits(decided: Plan, target: Device) -> None:
     if target.memory is not None and decided.peak > target.memory:
         gib = 1 << 30
+        peak, stream, free = decided.peak / gib, decided.budget / gib, target.memory / gib
         raise BudgetError(
             f"load {decided.source} on {target}",
-            f"it needs {decided.peak / gib:.1f} GiB, {BUDGET / gib:.1f} of them to stream; {target.memory / gib:.1f} GiB are free",
+            f"it needs {peak:.1f} GiB, {stream:.1f} of them to stream; {free:.1f} GiB are free",
             "a scheme with fewer bits (int4_weight_only), or a device with more memory",
         )

@@ -12,7 +12,7 @@ from quantport.cache import default_cache
 from quantport.errors import ConfigError
 from quantport.host import host
 from quantport.layers import Part
-from quantport.loading.bind import make_module, put
+from quantport.loading.bind import by_module, make_module, put
 from quantport.loading.planning import plan, refuse_nothing
 from quantport.loading.stream import Progress, Task, run_tasks
 from quantport.loading.tasks import quantize_tasks, select
@@ -57,11 +57,11 @@ def quantize_(
 
     new: dict[str, QuantModule] = {}
     tasks: list[Task] = []
-    for step in decided.steps:
-        if step.choice:
-            module = new[step.layer.name] = make_module(step, model.get_submodule(step.layer.name), step.layer.dtype)
-            tasks += quantize_tasks(step, module, read, decided.config.nonfinite, decided.device.kind)
-    run_tasks(tasks, progress)
+    for name, steps in by_module(decided.steps, lambda layer: layer.home).items():
+        module = new[name] = make_module(steps, model.get_submodule(name), steps[0].layer.dtype)
+        for step in steps:
+            tasks += quantize_tasks(step, module, read, decided.config.nonfinite, decided.device.kind, owned=True)
+    run_tasks(tasks, progress, budget=decided.budget)
     put(model, new)
     if cache:
         cache.install()

@@ -48,6 +48,7 @@ def plan(
     rows: int = 1,
     dtype: torch.dtype | None = None,
     fallback: str | None = None,
+    budget: int | str | None = None,
 ) -> Plan:
     """Says what ``load`` or ``quantize_`` would do, and why, for a device that need not be here. Reads headers only.
 
@@ -59,6 +60,7 @@ def plan(
         rows: Expected rows of the activations.
         dtype: Activation dtype; by default that of the weights, or what the device computes in.
         fallback: Overrides ``config.fallback``.
+        budget: As for ``load``.
 
     Returns:
         The plan.
@@ -76,7 +78,7 @@ def plan(
             layers = [with_cuts(layer, told) for layer in from_config(find_layers(checkpoint.tensors), told)]
             kv = kv_shape(told)
     kernels, schemes = host().kernels(target.kind), host().schemes
-    return make_plan(layers, parsed, target, kernels, schemes, source=source, rows=rows, dtype=dtype, kv=kv)
+    return make_plan(layers, parsed, target, kernels, schemes, source=source, rows=rows, dtype=dtype, kv=kv, budget=budget)
 
 
 def refuse_nothing(decided: Plan) -> None:

@@ -21,7 +21,7 @@ _RUNTIME = {"kv_cache_dtype", "kv_cache_skip_layers"}  # what may change from ru
 
 
 class SavedLayer(BaseModel):
-    """One quantized layer as saved."""
+    """One quantized layer as saved; ``others`` are the weights of single experts that have another scheme."""
 
     model_config = ConfigDict(extra="forbid")
     scheme: str
@@ -30,6 +30,7 @@ class SavedLayer(BaseModel):
     experts: int = Field(0, ge=0)
     tied: list[str] = []
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    others: dict[str, str] = {}
 
 
 class Record(BaseModel):
@@ -70,20 +71,28 @@ def layers(record: Record, checkpoint: Checkpoint) -> list[Layer]:
     for name, entry in record.layers.items():
         parts: dict[str, tuple[Part, ...]] = {}
         for weight, n, k in entry.weights:
-            fused = not entry.experts and len(entry.weights) > 1
-            layout = host().schemes[entry.scheme].layout(n, k)
-            bases = [f"{name}.{e}.{weight}" for e in range(entry.experts)] or [f"{name}.{weight}" if fused else name]
-            for full, expected in ((f"{b}.{key}", want) for b in bases for key, want in layout.items()):
-                info = checkpoint.tensors.get(full)
-                if info is None or (tuple(info.shape), info.dtype) != expected:
-                    found = f"{list(info.shape)} {info.dtype}" if info else "no such tensor"
-                    raise CheckpointError(f"load {full} of {checkpoint.directory}", found, f"{list(expected[0])} {expected[1]}")
-                taken.add(full)
-            parts[weight] = tuple(Part(f"{b}.{key}") for b in bases for key in layout)
+            parts[weight] = tuple(Part(full) for full in _expected(checkpoint, name, entry, weight, n, k))
+        taken |= {part.tensor for stored in parts.values() for part in stored}
         dtype = getattr(torch, entry.dtype)
         kind, keep = ("linear", EMBEDDING) if entry.kind == "embedding" else (entry.kind, "")
         out.append(Layer(name, kind, tuple(entry.weights), dtype, entry.experts, parts, keep, tied=tuple(entry.tied)))
     return out + find_layers({n: t for n, t in checkpoint.tensors.items() if n not in taken})
+
+
+def _expected(checkpoint: Checkpoint, name: str, entry: SavedLayer, weight: str, n: int, k: int) -> list[str]:
+    """The names of the stored tensors of a weight, in every expert; each must be there as its scheme says."""
+    names = []
+    single = weight if len(entry.weights) > 1 else ""  # a fused layer in parts, or a plain one
+    for inner in [f"{e}.{weight}" for e in range(entry.experts)] or [single]:
+        layout = host().schemes[entry.others.get(inner, entry.scheme)].layout(n, k)
+        for key, expected in layout.items():
+            full = ".".join(filter(None, (name, inner, key)))
+            info = checkpoint.tensors.get(full)
+            if info is None or (tuple(info.shape), info.dtype) != expected:
+                found = f"{list(info.shape)} {info.dtype}" if info else "no such tensor"
+                raise CheckpointError(f"load {full} of {checkpoint.directory}", found, f"{list(expected[0])} {expected[1]}")
+            names.append(full)
+    return names
 
 
 def asks_weights(config: Any) -> bool:
@@ -97,7 +106,12 @@ def config(record: Record, fallback: str, asked: QuantConfig) -> QuantConfig:
 
     The KV cache is what was saved too, unless ``asked`` says another.
     """
-    targets = {n: entry.scheme for name, entry in record.layers.items() for n in (name, *entry.tied)}
+    targets: dict[str, str | None] = {}
+    for name, entry in record.layers.items():
+        dense = {"bf16": None} if entry.others else {}  # beside quantized experts it is what was left alone
+        for inner, scheme in {"": entry.scheme, **entry.others}.items():
+            targets[f"{name}.{inner}".rstrip(".")] = dense.get(scheme, scheme)
+        targets |= dict.fromkeys(entry.tied, entry.scheme)
     source: Any = asked if asked.model_fields_set & _RUNTIME else record
     cache = {key: getattr(source, key) for key in _RUNTIME}
     weights = {"targets": targets, "linear": None, "moe": None, "scheme": None, "fallback": fallback}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def save(
     """
     layers = {name: _entry(m) for name, m in model.named_modules() if isinstance(m, QuantModule)}
     # where others are quantized, a prepacked bf16 layer is saved as the plain layer that it was: prepacking is this machine's
-    layers = {name: entry for name, entry in layers.items() if entry.scheme != "bf16"} or layers
+    layers = {name: entry for name, entry in layers.items() if entry.scheme != "bf16" or entry.others} or layers
     if not layers:
         raise SaveError(f"save {type(model).__name__}", "it has no quantized layer", "quantport.load or quantport.quantize_ first")
     cache = default_of(model)
@@ -77,7 +78,10 @@ def _entry(module: QuantModule) -> SavedLayer:
     table = isinstance(module, QuantEmbedding)
     kind: Any = "moe" if experts else "embedding" if table else "linear"
     tied = list(module.tied) if isinstance(module, QuantEmbedding) else []
-    return SavedLayer(scheme=module.scheme, kind=kind, weights=weights, experts=experts, dtype=dtype, tied=tied)
+    schemes = {name: spec.scheme.name for name, spec in module.specs.items()}
+    most = Counter(schemes.values()).most_common(1)[0][0]
+    others = {name: scheme for name, scheme in schemes.items() if scheme != most}
+    return SavedLayer(scheme=most, kind=kind, weights=weights, experts=experts, dtype=dtype, tied=tied, others=others)
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -1,15 +1,20 @@
-"""Streams weights: read, quantize on the device, pack, drop. Bounded memory, several tensors at a time."""
+"""Streams weights: read, quantize on the device, pack, drop. Several tensors at a time, as many as fit the budget."""
 
 from __future__ import annotations
 
+import ctypes
 import os
-from collections.abc import Callable, Sequence
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from functools import cache
 from typing import NamedTuple
 
 import torch
 
-from quantport.errors import ConfigError
+from quantport.errors import BudgetError, ConfigError
 
 Progress = Callable[[int, int, str], None]
 
@@ -21,29 +26,92 @@ class Task(NamedTuple):
         name: For progress.
         size: Bytes that it reads.
         run: Does it. Runs in a worker thread with one native thread, since parallelism is over tensors.
+        need: Bytes that it holds meanwhile: what it reads, scratch, and what it stores before that is packed.
     """
 
     name: str
     size: int
     run: Callable[[], None]
+    need: int = 0
 
 
-def run_tasks(tasks: Sequence[Task], progress: Progress | None = None, workers: int | None = None) -> None:
+class Gate:
+    """Counts bytes in flight, and lets a task in only when it fits beside those that run.
+
+    Tasks enter in the order in which they come: a large one is never overtaken for ever. One that needs more than the
+    whole budget would wait for ever, so it is refused. What a task has freed still counts until the allocator has given it
+    back to the system: small tensors of many experts, freed between others that stay, leave holes that nothing else fits.
+    """
+
+    def __init__(self, budget: int) -> None:
+        self.budget, self.used, self.loose = budget, 0, 0
+        self._turn = threading.Lock()
+        self._freed = threading.Condition()
+
+    @contextmanager
+    def admit(self, task: Task) -> Iterator[None]:
+        """Inside, the bytes of a task count.
+
+        Raises:
+            BudgetError: it can never fit.
+        """
+        if task.need > self.budget:
+            found = f"{task.name} alone needs {task.need / 1e6:.1f} MB"
+            raise BudgetError(f"stream within {self.budget / 1e6:.1f} MB", found, f"budget={task.need} or more")
+        with self._turn, self._freed:
+            self._freed.wait_for(lambda: self.used + task.need <= self.budget)
+            if self.used + self.loose + task.need > self.budget:
+                give_back()
+                self.loose = 0
+            self.used += task.need
+        try:
+            yield
+        finally:
+            with self._freed:
+                self.used -= task.need
+                self.loose += task.need
+                self._freed.notify_all()
+
+
+@cache
+def _trim() -> Callable[[int], int] | None:
+    """``malloc_trim`` of glibc; other allocators have none."""
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError, TypeError):
+        return None
+
+
+def give_back() -> None:
+    """Gives freed memory back to the system, where the C library can."""
+    trim = _trim()
+    if trim:
+        trim(0)
+
+
+def run_tasks(
+    tasks: Sequence[Task], progress: Progress | None = None, workers: int | None = None, budget: int | None = None
+) -> None:
     """Runs every task; the first error stops the rest and is raised.
 
     Args:
         tasks: In the order in which they should read.
         progress: Called with (bytes done, bytes in total, name) after each task, from this thread.
         workers: Threads; the number of usable cores by default.
+        budget: The ``need`` of the tasks in flight is never more than this; None for no bound.
+
+    Raises:
+        BudgetError: one task alone needs more.
     """
     if workers is not None and workers < 1:
         raise ConfigError(f"workers={workers}", "not a number of threads", "1 or more; by default the number of cores")
     total, done = sum(t.size for t in tasks), 0
     count = workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    gate = Gate(sys.maxsize if budget is None else budget)
     before = torch.get_num_threads()
     pool = ThreadPoolExecutor(count, "quantport", initializer=torch.set_num_threads, initargs=(1,))
     try:
-        futures = {pool.submit(_quiet, task.run): task for task in tasks}
+        futures = {pool.submit(_quiet, task, gate): task for task in tasks}
         pending = set(futures)
         while pending:
             finished, pending = wait(pending, return_when=FIRST_EXCEPTION if progress is None else "FIRST_COMPLETED")
@@ -54,9 +122,10 @@ def run_tasks(tasks: Sequence[Task], progress: Progress | None = None, workers: 
                     progress(done, total, futures[future].name)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+        give_back()
         torch.set_num_threads(before)
 
 
-def _quiet(run: Callable[[], None]) -> None:
-    with torch.no_grad():
-        run()
+def _quiet(task: Task, gate: Gate) -> None:
+    with gate.admit(task), torch.no_grad():
+        task.run()

@@ -1,4 +1,4 @@
-"""The tasks that fill quantized modules from 16-bit weights."""
+"""The tasks that fill quantized modules from 16-bit weights: one for each projection of each expert."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from quantport import numerics
+from quantport.budget import need
 from quantport.host import host
 from quantport.layers import Part
 from quantport.loading.stream import Task
@@ -19,23 +20,36 @@ Reader = Callable[[Part], tuple[Tensor, Callable[[], None]]]
 
 
 def quantize_tasks(
-    step: Step, module: QuantModule, read: Reader, nonfinite: str, kind: str, device: torch.device | None = None
-) -> Iterable[Task]:
-    """The tasks that fill one module from 16-bit weights, quantized by the backend of a kind of device."""
+    step: Step, module: QuantModule, read: Reader, nonfinite: str, kind: str, device: torch.device | None = None,
+    owned: bool = False,
+) -> Iterable[Task]:  # fmt: skip
+    """The tasks that fill one module from 16-bit weights.
+
+    Args:
+        step: The layer, or the piece of a layer.
+        module: Takes the weights.
+        read: Gives the 16-bit tensor of a part, and what to call when it has been used.
+        nonfinite: ``error`` or ``zero``.
+        kind: Kind of device whose backend quantizes.
+        device: Where to; None to leave the weights where they are.
+        owned: The caller holds the 16-bit weights anyway: they are no part of the stream.
+    """
     fast = host().backends[kind].quantize_weight
+    layer = step.layer
 
     def run(part: Part, weight: str) -> None:
         tensor, release = read(part)
         on_device = tensor.detach().to(device) if device else tensor.detach()
-        name = f"{step.layer.name}.{weight}".rstrip(".")
+        name = f"{layer.home}.{weight}".rstrip(".")
         stored = numerics.quantize_weight(on_device, module.specs[weight].scheme, name, nonfinite, fast)
+        del tensor, on_device
         release()
         module.set_weight(weight, stored)
 
-    for name, n, k in step.layer.weights:
-        for e, part in enumerate(step.layer.parts[name]):
-            weight = f"{e}.{name}" if step.layer.experts else name if len(step.layer.weights) > 1 else ""
-            yield Task(part.tensor, n * k * step.layer.dtype.itemsize, partial(run, part, weight))
+    for weight, n, k in layer.each:
+        part = layer.part(weight)
+        held = need(module.specs[weight], None if owned else layer.dtype)
+        yield Task(part.tensor, n * k * layer.dtype.itemsize, partial(run, part, weight), held)
 
 
 def select(tensor: Tensor, part: Part) -> Tensor:

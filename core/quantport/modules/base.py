@@ -6,7 +6,7 @@ scheme (``Scheme.layout``), so a state dict does not depend on the kernel.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,17 +23,23 @@ class QuantModule(nn.Module):
     """Holds named weights: ``""`` for a linear layer, ``"3.gate_proj"`` for a projection of an expert.
 
     Args:
-        kernel: The kernel that runs every weight of the module.
+        kernel: The kernel that runs every weight of the module, but for ``others``.
         specs: Weight name -> scheme and shape.
         layer: ``linear`` or ``moe``, for choosing a kernel again when the module moves to another device.
         dtype: Activation dtype that the kernel was chosen for.
+        others: Weight name -> kernel, for the weights that another one runs.
     """
 
-    def __init__(self, kernel: Kernel, specs: dict[str, WeightSpec], layer: str, dtype: torch.dtype = torch.bfloat16) -> None:
+    def __init__(
+        self, kernel: Kernel, specs: dict[str, WeightSpec], layer: str, dtype: torch.dtype = torch.bfloat16,
+        others: Mapping[str, Kernel] | None = None,
+    ) -> None:  # fmt: skip
         nn.Module.__init__(self)  # not super(): a QuantLinear is an nn.Linear too, which would make a 16-bit weight
         self.kernel, self.specs, self.layer, self.dtype = kernel, specs, layer, dtype
+        self.others: dict[str, Kernel] = dict(others or {})
         self._packed: dict[str, Packed] = {}
         self._keys: dict[str, tuple[str, ...]] = {}
+        self._tables: Any = None  # what a forward makes of the packed weights, kept until they change
 
     def packed(self, name: str = "") -> Packed:
         """The packed tensors of one weight, as the buffers hold them now: accelerate moves a module by exchanging those."""
@@ -44,8 +50,12 @@ class QuantModule(nn.Module):
 
     @property
     def scheme(self) -> str:
-        """Name of the scheme."""
-        return next(iter(self.specs.values())).scheme.name
+        """Name of the scheme; several are joined by `` + ``."""
+        return " + ".join(dict.fromkeys(spec.scheme.name for spec in self.specs.values()))
+
+    def kernel_of(self, name: str) -> Kernel:
+        """The kernel that runs a weight."""
+        return self.others.get(name, self.kernel)
 
     @property
     def device(self) -> torch.device:
@@ -63,17 +73,17 @@ class QuantModule(nn.Module):
         found = {key: (tuple(t.shape), t.dtype) for key, t in canonical.items()}
         if found != layout:
             raise WeightError(f"weight {name or 'of a linear layer'} as {spec.scheme.name}", f"tensors {found}", f"{layout}")
-        self._install(name, self.kernel.pack(canonical, spec))
+        self._install(name, self.kernel_of(name).pack(canonical, spec))
 
     def _install(self, name: str, packed: Packed) -> None:
-        self._packed[name] = packed
+        self._packed[name], self._tables = packed, None
         self._keys[name] = tuple(f"packed_{name.replace('.', '_')}_{i}" for i in range(len(packed)))
         for key, tensor in zip(self._keys[name], packed, strict=True):  # as buffers, so that memory counts are right
             self.register_buffer(key, tensor, persistent=False)  # not persistent: state_dict writes the stored layout
 
     def canonical(self, name: str = "") -> Canonical:
         """The stored tensors of one weight, exactly as they were before packing."""
-        return self.kernel.unpack(self.packed(name), self.specs[name])
+        return self.kernel_of(name).unpack(self.packed(name), self.specs[name])
 
     def canonical_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every stored tensor under its name in the state dict, one weight at a time."""
@@ -100,7 +110,7 @@ class QuantModule(nn.Module):
             try:
                 device = self.device if self.device.type != "meta" else None
                 if device is None:  # the kernel was chosen for no device, or not at all
-                    self.kernel = self._kernel_for(rest[next(iter(keys.values()))].device, self.dtype)
+                    self.kernel, self.others = self._kernels_for(rest[next(iter(keys.values()))].device, self.dtype)
                 self.set_weight(name, {key: rest.pop(full).detach().to(device, copy=True) for key, full in keys.items()})
             except WeightError as error:
                 error_msgs.append(f"{prefix.rstrip('.')}: {error}")
@@ -110,15 +120,15 @@ class QuantModule(nn.Module):
         """Moves between devices; never casts codes or scales, whatever ``.half()`` or ``.to(dtype)`` ask."""
         device = fn(torch.empty(0, dtype=torch.int8, device=self.device)).device  # nothing casts integers: only the device shows
         dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
-        kernel, packed = self.kernel, self._packed
+        kernel, others, packed = self.kernel, self.others, self._packed
         if (device, dtype) != (self.device, self.dtype):
-            kernel = self._kernel_for(device, dtype)
-            packed = {name: kernel.pack(self._moved(name, fn), self.specs[name]) for name in packed}
+            kernel, others = self._kernels_for(device, dtype)
+            packed = {name: others.get(name, kernel).pack(self._moved(name, fn), self.specs[name]) for name in packed}
         self._packed = {}  # from here on nothing fails
         for key in [k for k in self._buffers if k.startswith("packed_")]:
             del self._buffers[key]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch has no types here
-        self.kernel, self.dtype = kernel, dtype
+        self.kernel, self.others, self.dtype = kernel, others, dtype
         for name, tensors in packed.items():
             self._install(name, tensors)
         return self
@@ -126,16 +136,27 @@ class QuantModule(nn.Module):
     def _moved(self, name: str, fn: Callable[[Tensor], Tensor]) -> Canonical:
         return {k: _bytes(fn(_bytes(t)), t.dtype) for k, t in self.canonical(name).items()}
 
-    def _kernel_for(self, device: torch.device, dtype: torch.dtype) -> Kernel:
-        """Chooses the kernel again, for the device or the dtype that the module goes to."""
+    def _kernels_for(self, device: torch.device, dtype: torch.dtype) -> tuple[Kernel, dict[str, Kernel]]:
+        """Chooses the kernels again, for the device or the dtype that the module goes to: one for each scheme."""
+        by_scheme: dict[str, list[str]] = {}
+        for name, spec in self.specs.items():
+            by_scheme.setdefault(spec.scheme.name, []).append(name)
+        chosen = {scheme: self._kernel_for(names, device, dtype) for scheme, names in by_scheme.items()}
+        first, *rest = by_scheme
+        return chosen[first], {name: chosen[scheme] for scheme in rest for name in by_scheme[scheme]}
+
+    def _kernel_for(self, names: Sequence[str], device: torch.device, dtype: torch.dtype) -> Kernel:
+        scheme = self.specs[names[0]].scheme.name
         if device.type == "meta":
-            return self.kernel if self.device.type == "meta" else aten.Dense() if self.scheme == "bf16" else aten.Dequantize()
+            return (
+                self.kernel_of(names[0]) if self.device.type == "meta" else aten.Dense() if scheme == "bf16" else aten.Dequantize()
+            )
         target = host().device(device)
-        requests = [Request(spec, self.layer, target, dtype) for spec in dict.fromkeys(self.specs.values())]
+        requests = [Request(spec, self.layer, target, dtype) for spec in dict.fromkeys(self.specs[name] for name in names)]
         choice = choose(requests, self._usable(host().kernels(target.kind)))
         if not choice.kernel:
             works = "another device: see `quantport matrix`"
-            raise UnsupportedError(f"move {self.scheme} to {device}, {dtype}", "; ".join(choice.reasons), works)
+            raise UnsupportedError(f"move {scheme} to {device}, {dtype}", "; ".join(choice.reasons), works)
         return host().kernel(choice.kernel)
 
     def _usable(self, kernels: Sequence[Kernel]) -> Sequence[Kernel]:
@@ -146,13 +167,15 @@ class QuantModule(nn.Module):
         state = self.__dict__.copy()
         state["_buffers"] = {k: v for k, v in self._buffers.items() if not k.startswith("packed_")}
         state["_packed"] = {name: {k: _bytes(t) for k, t in self.canonical(name).items()} for name in self._packed}
-        state["kernel"] = self.kernel.name
+        state["kernel"], state["_tables"] = self.kernel.name, None
+        state["others"] = {name: kernel.name for name, kernel in self.others.items()}
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         weights = state.pop("_packed")
         super().__setstate__({**state, "_packed": {}})  # type: ignore[no-untyped-call]  # torch has no types here
         self.kernel = host().kernel(state["kernel"])
+        self.others = {name: host().kernel(kernel) for name, kernel in state["others"].items()}
         for name, canonical in weights.items():
             spec = self.specs[name]
             layout = spec.scheme.layout(spec.n, spec.k)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from quantport.kernel import Kernel, WeightSpec
 from quantport.layers import PROJECTIONS
+from quantport.modules import routing
 from quantport.modules.base import QuantModule
 from quantport.modules.ops import Differentiable
-from quantport.modules.routing import run_experts
+from quantport.scheme import Scheme
 
 _NAMES = {
     "SiLU": "silu", "SiLUActivation": "silu", "GELU": "gelu", "GELUActivation": "gelu", "GELUTanh": "gelu_tanh",
@@ -23,41 +27,61 @@ class QuantExperts(QuantModule):
     Each projection of each expert is quantized by itself, as checkpoints store them, whether the model fuses them or not.
 
     Args:
-        kernel: The kernel that runs every projection.
+        kernel: The kernel that runs every projection, but for ``others``.
         gate_up: Scheme and shape [intermediate, hidden] of gate and up.
         down: Scheme and shape [hidden, intermediate] of down.
         experts: Number of experts.
         activation: Name of the activation function.
         dtype: Activation dtype that the kernel was chosen for.
+        others: Weight name (``3.down_proj``) -> kernel and scheme, for those that differ.
     """
 
     def __init__(
         self, kernel: Kernel, gate_up: WeightSpec, down: WeightSpec, experts: int, activation: str,
-        dtype: torch.dtype = torch.bfloat16,
+        dtype: torch.dtype = torch.bfloat16, others: Mapping[str, tuple[Kernel, Scheme]] | None = None,
     ) -> None:  # fmt: skip
         specs = {f"{e}.{p}": down if p == "down_proj" else gate_up for e in range(experts) for p in PROJECTIONS}
-        super().__init__(kernel, specs, "moe", dtype)
+        specs |= {name: replace(specs[name], scheme=scheme) for name, (_, scheme) in (others or {}).items()}
+        super().__init__(kernel, specs, "moe", dtype, {name: other for name, (other, _) in (others or {}).items()})
         self.num_experts, self.gate_up, self.down, self.activation = experts, gate_up, down, activation
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Routes ``[T, hidden]`` by ``top_k_index`` and ``top_k_weights`` ``[T, top_k]``; returns ``[T, hidden]``."""
-        tables = [self._packed[name] for name in self.specs]
         if torch.compiler.is_compiling():
-            flat = [t for packed in tables for t in packed]
-            y: Tensor = torch.ops.quantport.experts(
-                hidden_states, top_k_index, top_k_weights, flat, self.kernel.name, self.scheme,
-                self.num_experts, self.gate_up.k, self.gate_up.n, self.activation,
-            )  # fmt: skip
+            y: Tensor = torch.ops.quantport.experts(hidden_states, top_k_index, top_k_weights, *self.operands())
             return y
-        specs = (self.gate_up, self.down)
         wants = torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad)
-        kernel = Differentiable(self.kernel) if wants else self.kernel
-        return run_experts(kernel, hidden_states, top_k_index, top_k_weights, tables, specs, self.activation)
+        tables = self._grouped(Differentiable) if wants else self._kept()
+        return routing.run_experts(hidden_states, top_k_index, top_k_weights, tables, self.activation)
+
+    def _kept(self) -> routing.Tables:
+        """The groups of the packed weights, made anew when those have moved."""
+        first = self.packed(next(iter(self.specs)))[0]
+        if self._tables is None or self._tables[0] is not first:
+            self._tables = (first, self._grouped(lambda kernel: kernel))
+        tables: routing.Tables = self._tables[1]
+        return tables
+
+    def _grouped(self, wrap: Callable[[Kernel], Kernel]) -> routing.Tables:
+        weights = [routing.Weight(wrap(self.kernel_of(n)), spec, self.packed(n)) for n, spec in self.specs.items()]
+        return routing.tables(weights)
+
+    def operands(self) -> tuple[list[Tensor], list[int], list[str], list[str], int, int, int, str]:
+        """What ``quantport::experts`` is called with after the activations and the routing."""
+        packed = [self.packed(name) for name in self.specs]
+        sizes, kernels, schemes = [len(packed[0])], [self.kernel.name], [self.gate_up.scheme.name]
+        if self.others:
+            sizes = [len(p) for p in packed]
+            kernels = [self.kernel_of(name).name for name in self.specs]
+            schemes = [spec.scheme.name for spec in self.specs.values()]
+        flat = [t for p in packed for t in p]
+        return flat, sizes, kernels, schemes, self.num_experts, self.gate_up.k, self.gate_up.n, self.activation
 
     def extra_repr(self) -> str:
         """Shape, scheme and kernel."""
+        kernels = " + ".join(dict.fromkeys(self.kernel_of(name).name for name in self.specs))
         shape = f"{self.num_experts} experts, {self.gate_up.k}, {self.gate_up.n}"
-        return f"{shape}, scheme={self.scheme}, kernel={self.kernel.name}"
+        return f"{shape}, scheme={self.scheme}, kernel={kernels}"
 
 
 def why_not_experts(module: nn.Module) -> str:

@@ -1,7 +1,7 @@
 """The operators, defined once: schema and fake here, kernels in the rooms. ``torch.compile`` and export see these.
 
-``quantport::linear`` and ``quantport::experts`` name their kernel and scheme by string, so that a traced graph is
-plain data and finds its kernel again in another process.
+They name their kernel and scheme by string, so that a traced graph is plain data and finds its kernel again in another
+process.
 
 ``quantport::linear`` is differentiable in the activations and the bias: ``dX = dY W`` with the dequantized weight, and the
 quantization of activations is passed straight through (as if it rounded nothing; Bengio et al., arXiv:1308.3432). Weights get no
@@ -11,6 +11,7 @@ gradient: codes have none.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice, pairwise
 from typing import Any
 
 import torch
@@ -18,19 +19,23 @@ from torch import Tensor
 
 from quantport import numerics
 from quantport.capability import Claim
-from quantport.errors import UnsupportedError
+from quantport.errors import RoutingError, UnsupportedError
 from quantport.host import host
 from quantport.kernel import Kernel, Packed, Request, WeightSpec
 from quantport.lookup import look_up
-from quantport.modules.routing import run_experts
+from quantport.modules.routing import Weight, run_experts, tables
 
 _LIB = torch.library.Library("quantport", "DEF")
 _LIB.define("linear(Tensor x, Tensor[] packed, Tensor? bias, str kernel, str scheme, int n, int k) -> Tensor")
 _LIB.define("linear_backward(Tensor grad, Tensor[] packed, str kernel, str scheme, int n, int k) -> Tensor")
 _LIB.define("embedding(Tensor ids, Tensor[] packed, str kernel, str scheme, int n, int k, ScalarType dtype) -> Tensor")
 _LIB.define(
-    "experts(Tensor x, Tensor index, Tensor weights, Tensor[] packed, str kernel, str scheme, int experts, int hidden, "
-    "int intermediate, str activation) -> Tensor"
+    "grouped_linear(Tensor x, Tensor offsets, Tensor[] packed, Tensor? bias, str kernel, str scheme, int n, int k, "
+    "int shared=1) -> Tensor"
+)
+_LIB.define(
+    "experts(Tensor x, Tensor index, Tensor weights, Tensor[] packed, int[] sizes, str[] kernels, str[] schemes, "
+    "int experts, int hidden, int intermediate, str activation) -> Tensor"
 )
 
 
@@ -63,6 +68,12 @@ class Differentiable(Kernel):
     def apply(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
         """The same: ``run_linear`` rotates."""
         return self.run(x, packed, bias, spec)
+
+    def apply_grouped(
+        self, x: Tensor, offsets: Tensor, packed: Sequence[Packed], bias: Tensor | None, spec: WeightSpec, shared: int = 1
+    ) -> Tensor:
+        """The same, group by group."""
+        return self.run_grouped(x, offsets, packed, bias, spec, shared)
 
 
 def _run(kernel: Kernel, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
@@ -119,21 +130,68 @@ def _embedding_fake(ids: Tensor, packed: list[Tensor], kernel: str, scheme: str,
     return ids.new_empty((*ids.shape, k), dtype=dtype)
 
 
+def run_grouped(
+    kernel: Kernel, x: Tensor, offsets: Tensor, packed: Sequence[Packed], bias: Tensor | None, spec: WeightSpec, shared: int = 1
+) -> Tensor:
+    """Checks the groups, and multiplies the rows of each by its weights: see ``Kernel.run_grouped``.
+
+    Raises:
+        RoutingError: offsets that do not rise from 0 to at most the number of rows, or weights for other groups.
+    """
+    groups = offsets.numel() - 1
+    bounds = offsets.tolist() if offsets.dim() == 1 else []
+    rows = x.shape[0] if x.dim() == 2 and x.shape[1] == spec.k else -1
+    if not bounds or bounds[0] != 0 or bounds[-1] > rows or any(b < a for a, b in pairwise(bounds)):
+        found = f"offsets {bounds[:4]}...{bounds[-2:]} for activations {list(x.shape)}"
+        raise RoutingError("multiply rows by groups", found, f"offsets [groups + 1] that rise from 0, and rows of {spec.k}")
+    if len(packed) != groups * shared:
+        raise RoutingError(f"multiply {groups} groups by {shared} weights each", f"{len(packed)} weights", f"{groups * shared}")
+    return kernel.apply_grouped(x.contiguous(), offsets.to(torch.int32), packed, bias, spec, shared)
+
+
+@torch.library.impl(_LIB, "grouped_linear", "CompositeExplicitAutograd")
+def _grouped(
+    x: Tensor, offsets: Tensor, packed: list[Tensor], bias: Tensor | None, kernel: str, scheme: str, n: int, k: int, shared: int = 1
+) -> Tensor:
+    weights = max(1, (offsets.numel() - 1) * shared)
+    each = max(1, len(packed) // weights)
+    spec = WeightSpec(host().schemes[scheme], n, k)
+    return run_grouped(host().kernel(kernel), x, offsets, _by(packed, [each] * (len(packed) // each)), bias, spec, shared)
+
+
+@torch.library.register_fake("quantport::grouped_linear", lib=_LIB)  # type: ignore[untyped-decorator]  # torch has no types here
+def _grouped_fake(
+    x: Tensor, offsets: Tensor, packed: list[Tensor], bias: Tensor | None, kernel: str, scheme: str, n: int, k: int, shared: int = 1
+) -> Tensor:
+    return x.new_empty((x.shape[0], shared * n))
+
+
+def _by(packed: Sequence[Tensor], sizes: Sequence[int]) -> list[Packed]:
+    """Takes a flat list apart again: so many tensors for each weight."""
+    it = iter(packed)
+    return [tuple(islice(it, size)) for size in sizes]
+
+
 @torch.library.impl(_LIB, "experts", "CompositeExplicitAutograd")
 def _experts(
-    x: Tensor, index: Tensor, weights: Tensor, packed: list[Tensor], kernel: str, scheme: str,
+    x: Tensor, index: Tensor, weights: Tensor, packed: list[Tensor], sizes: list[int], kernels: list[str], schemes: list[str],
     experts: int, hidden: int, intermediate: int, activation: str,
 ) -> Tensor:  # fmt: skip
-    up = WeightSpec(host().schemes[scheme], intermediate, hidden)
-    down = WeightSpec(up.scheme, hidden, intermediate)
-    each = len(packed) // (3 * experts)
-    tables = [tuple(packed[i : i + each]) for i in range(0, len(packed), each)]
-    return run_experts(host().kernel(kernel), x, index, weights, tables, (up, down), activation)
+    count = 3 * experts
+    sizes, kernels, schemes = ([*v] * (count // len(v)) for v in (sizes, kernels, schemes))
+    shapes = [(intermediate, hidden), (intermediate, hidden), (hidden, intermediate)] * experts
+    bound = {name: host().kernel(name) for name in dict.fromkeys(kernels)}
+    known = {name: host().schemes[name] for name in dict.fromkeys(schemes)}
+    layer = tables([
+        Weight(bound[kernel], WeightSpec(known[scheme], n, k), own)
+        for kernel, scheme, (n, k), own in zip(kernels, schemes, shapes, _by(packed, sizes), strict=True)
+    ])  # fmt: skip
+    return run_experts(x, index, weights, layer, activation)
 
 
 @torch.library.register_fake("quantport::experts", lib=_LIB)  # type: ignore[untyped-decorator]  # torch has no types here
 def _experts_fake(
-    x: Tensor, index: Tensor, weights: Tensor, packed: list[Tensor], kernel: str, scheme: str,
+    x: Tensor, index: Tensor, weights: Tensor, packed: list[Tensor], sizes: list[int], kernels: list[str], schemes: list[str],
     experts: int, hidden: int, intermediate: int, activation: str,
 ) -> Tensor:  # fmt: skip
     return torch.empty_like(x)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from quantport.errors import RoutingError
 from quantport.kernel import Kernel, Packed, WeightSpec
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -18,45 +21,128 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def run_experts(
-    kernel: Kernel,
-    x: Tensor,
-    index: Tensor,
-    weights: Tensor,
-    tables: Sequence[Packed],
-    specs: tuple[WeightSpec, WeightSpec],
-    activation: str,
-) -> Tensor:
+class Weight(NamedTuple):
+    """One packed weight with its kernel."""
+
+    kernel: Kernel
+    spec: WeightSpec
+    packed: Packed
+
+
+class Group(NamedTuple):
+    """Weights of the experts ``first`` to ``last - 1`` that one call multiplies: ``shared`` for each expert."""
+
+    kernel: Kernel
+    spec: WeightSpec
+    first: int
+    last: int
+    packed: tuple[Packed, ...]
+    shared: int
+    column: int
+
+
+class Tables(NamedTuple):
+    """The weights of a layer as groups, ready to run: gate beside up, and down."""
+
+    gate_up: tuple[Group, ...]
+    down: tuple[Group, ...]
+    experts: int
+
+
+def tables(weights: Sequence[Weight]) -> Tables:
+    """Groups gate, up and down of expert 0, then of expert 1, and so on. Where all share a kernel there are two groups."""
+    experts = len(weights) // 3
+    gate, up, down = (weights[i::3] for i in range(3))
+    return Tables(tuple(_gate_up(gate, up)), tuple(_runs(down, 0)), experts)
+
+
+def _key(weight: Weight) -> tuple[str, WeightSpec]:
+    return weight.kernel.name, weight.spec
+
+
+def _gate_up(gate: Sequence[Weight], up: Sequence[Weight]) -> Iterator[Group]:
+    """One group for gate and up of experts where they share a kernel: their rows are then quantized once."""
+    pairs = list(enumerate(zip(gate, up, strict=True)))
+    for same, run in groupby(pairs, key=lambda item: _key(item[1][0]) == _key(item[1][1])):
+        members = list(run)
+        first = members[0][0]
+        gates, ups = [g for _, (g, _) in members], [u for _, (_, u) in members]
+        if same:
+            yield from _runs([w for pair in zip(gates, ups, strict=True) for w in pair], first, 2)
+        else:
+            yield from _runs(gates, first)
+            yield from _runs(ups, first, column=ups[0].spec.n)
+
+
+def _runs(weights: Sequence[Weight], first: int, shared: int = 1, column: int = 0) -> Iterator[Group]:
+    """Consecutive experts with one kernel and scheme."""
+    start = first
+    for _, run in groupby(weights, key=_key):
+        members = list(run)
+        last = start + len(members) // shared
+        packed = tuple(w.packed for w in members)
+        yield Group(members[0].kernel, members[0].spec, start, last, packed, shared, column)
+        start = last
+
+
+def apply(groups: Sequence[Group], x: Tensor, offsets: Tensor, bounds: Sequence[int], width: int) -> Tensor:
+    """Multiplies rows sorted by expert: ``[T, K]`` to ``[T, width]``."""
+    if len(groups) == 1:
+        only = groups[0]
+        return only.kernel.apply_grouped(x, offsets, only.packed, None, only.spec, only.shared)
+    out = x.new_empty(x.shape[0], width)
+    for group in groups:
+        start, stop = bounds[group.first], bounds[group.last]
+        if start < stop:
+            own = offsets[group.first : group.last + 1] - start
+            y = group.kernel.apply_grouped(x[start:stop], own, group.packed, None, group.spec, group.shared)
+            out[start:stop, group.column : group.column + y.shape[1]] = y
+    return out
+
+
+def run_experts(x: Tensor, index: Tensor, weights: Tensor, layer: Tables, activation: str) -> Tensor:
     """Computes ``sum_j weights[t, j] * down(act(gate(x[t])) * up(x[t]))`` over the experts ``index[t, j]``.
 
     Args:
-        kernel: Kernel of all weights.
         x: ``[T, hidden]``.
-        index: int ``[T, top_k]``; an entry outside ``[0, experts)`` is a token that goes nowhere.
+        index: int ``[T, top_k]``; an entry below 0, or equal to the number of experts, is a token that goes nowhere.
         weights: ``[T, top_k]``.
-        tables: Packed gate, up and down of expert 0, then of expert 1, and so on.
-        specs: Specs of (gate and up, down).
+        layer: Every weight, grouped.
         activation: A name in ``ACTIVATIONS``.
 
     Returns:
-        ``[T, hidden]`` in the dtype of ``x``.
+        ``[T, hidden]`` in the dtype of ``x``. The products of a token are added in fp32.
+
+    Raises:
+        RoutingError: an entry above the number of experts, or shapes that do not belong together.
     """
-    out = torch.zeros_like(x)
-    act = ACTIVATIONS[activation]
-    experts = len(tables) // 3
-    flat = index.reshape(-1)
-    flat = torch.where((flat < 0) | (flat > experts), experts, flat)
+    if index.shape != weights.shape or index.dim() != 2 or index.shape[0] != x.shape[0]:
+        found = f"index {list(index.shape)}, weights {list(weights.shape)}, activations {list(x.shape)}"
+        raise RoutingError("route tokens to experts", found, "index and weights [T, top_k] for activations [T, hidden]")
+    order, offsets, bounds = _sort(index.reshape(-1), layer.experts)
+    order = order[: bounds[-1]]
+    rows = x[order // index.shape[1]]
+    width = layer.gate_up[0].spec.n
+    gate_up = apply(layer.gate_up, rows, offsets, bounds, 2 * width)
+    hidden = ACTIVATIONS[activation](gate_up[:, :width]) * gate_up[:, width:]
+    y = apply(layer.down, hidden, offsets, bounds, x.shape[1]) * weights.reshape(-1)[order, None]
+    out = y.new_empty(index.numel(), x.shape[1]) if bounds[-1] == index.numel() else y.new_zeros(index.numel(), x.shape[1])
+    out[order] = y
+    return out.view(*index.shape, x.shape[1]).sum(1, dtype=torch.float32).to(x.dtype)
+
+
+def _sort(flat: Tensor, experts: int) -> tuple[Tensor, Tensor, list[int]]:
+    """Slots in the order of their experts, those that go nowhere last; where each expert starts, also on the host.
+
+    Raises:
+        RoutingError: an entry is above the number of experts.
+    """
+    flat = torch.where(flat < 0, experts, flat.clamp(max=experts + 1))
     order = torch.argsort(flat, stable=True)
-    counts = torch.bincount(flat, minlength=experts + 1).tolist()
-    start = 0
-    for e, count in enumerate(counts[:experts]):
-        if count:
-            slots = order[start : start + count]
-            tokens = slots // index.shape[1]
-            rows = x[tokens]
-            gate, up, down = tables[3 * e : 3 * e + 3]
-            hidden = act(kernel.apply(rows, gate, None, specs[0])) * kernel.apply(rows, up, None, specs[0])
-            y = kernel.apply(hidden, down, None, specs[1]) * weights.reshape(-1)[slots, None]
-            out.index_add_(0, tokens, y.to(out.dtype))
-        start += count
-    return out
+    counts = torch.bincount(flat, minlength=experts + 2)
+    offsets = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+    bounds = offsets.tolist()  # the one time that the host waits for the device
+    if bounds[-1] != bounds[-2]:
+        found = f"{bounds[-1] - bounds[-2]} entries above it"
+        raise RoutingError(f"route tokens to {experts} experts", found, f"0 to {experts - 1}; -1 or {experts} for nowhere")
+    return order, offsets[: experts + 1].to(torch.int32), bounds[: experts + 1]

@@ -56,9 +56,7 @@ def check_op(subject: Subject, kernel: Kernel, scheme: Scheme, layer: str) -> No
 
 def op_arguments(module: QuantModule, given: tuple[torch.Tensor, ...]) -> tuple[object, ...]:
     """The arguments with which a module calls its operator."""
-    packed = [tensor for name in module.specs for tensor in module._packed[name]]
     if isinstance(module, QuantExperts):
-        shape = (module.num_experts, module.gate_up.k, module.gate_up.n, module.activation)
-        return (*given, packed, module.kernel.name, module.scheme, *shape)
+        return (*given, *module.operands())
     spec = module.specs[""]
-    return (*given, packed, module._parameters["bias"], module.kernel.name, module.scheme, spec.n, spec.k)
+    return (*given, module._packed[""], module._parameters["bias"], module.kernel.name, module.scheme, spec.n, spec.k)

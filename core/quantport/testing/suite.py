@@ -19,6 +19,7 @@ from quantport.testing import (
     check_backend,
     check_checkpoint,
     check_fakes,
+    check_grouped,
     check_modules,
     check_ops,
     check_runs,
@@ -156,6 +157,11 @@ class BackendConformance:
         """The modules meet the reference."""
         with _checking(threads=None):
             check_modules.check_forward(subject, kernel, scheme, layer)
+
+    def test_grouped(self, subject: Subject, kernel: Kernel, scheme: Scheme) -> None:
+        """Groups of rows meet the reference of their own weights."""
+        with _checking(threads=None):
+            check_grouped.check_grouped(subject, kernel, scheme)
 
     def test_copies(self, subject: Subject, kernel: Kernel, scheme: Scheme, layer: str) -> None:
         """State dict, deepcopy, pickle."""

@@ -28,7 +28,7 @@ def vnni_reason() -> str:
     return f"the processor has no {', '.join(missing)}" if missing else ""
 
 
-def _padded(x: Tensor, rows: int, columns: int) -> Tensor:
+def padded(x: Tensor, rows: int, columns: int) -> Tensor:
     """x as contiguous fp32 with zeros up to ``rows`` and ``columns``."""
     if x.shape == (rows, columns):
         return x.float().contiguous()
@@ -50,7 +50,7 @@ def fp8(x: Tensor, codes: Tensor, scale: Tensor | None = None) -> Tensor:
     """
     (m, k), n = x.shape, codes.shape[0]
     rows = 1 << (m - 1).bit_length()
-    values = _padded(x, rows, -(-k // dots.STEP) * dots.STEP)
+    values = padded(x, rows, -(-k // dots.STEP) * dots.STEP)
     out = torch.empty(rows, n)
     step, stride, chunk = (0, 0, k) if scale is None else (4, 4 * scale.stride(0), 128)
     scales = _ONE if scale is None else scale
@@ -73,7 +73,7 @@ def int8(x: Tensor, codes: Tensor) -> Tensor:
     """
     (m, k), n = x.shape, codes.shape[0]
     rows, columns = m + (m > 1 and m % 2), -(-k // 64) * 64
-    _memory, planes, scale, _ = _digits(x, rows, columns, 0)
+    _memory, planes, scale, _ = digits_of(x, rows, columns, 0)
     out = torch.empty(rows, n)
     dots.int8_kernel(
         -(-n // _SPAN), planes, 3 * columns, scale, codes.data_ptr(), n, k, out.data_ptr(), 4 * n, rows,
@@ -96,7 +96,7 @@ def int4(x: Tensor, packed: Tensor, pairs: Tensor, group: int) -> Tensor:
     """
     m, n, k = x.shape[0], packed.shape[0], 2 * packed.shape[1]
     rows = m + (m > 1 and m % 2)
-    _memory, planes, scale, sums = _digits(x, rows, k, group)
+    _memory, planes, scale, sums = digits_of(x, rows, k, group)
     out = torch.empty(rows, n)
     nibbles.int4_kernel(
         n // nibbles.BLOCK, planes, sums, scale, packed.data_ptr(), n, k, group,
@@ -105,13 +105,13 @@ def int4(x: Tensor, packed: Tensor, pairs: Tensor, group: int) -> Tensor:
     return out if rows == m else out[:m]
 
 
-def _digits(x: Tensor, rows: int, columns: int, group: int) -> tuple[Tensor, int, int, int]:
+def digits_of(x: Tensor, rows: int, columns: int, group: int) -> tuple[Tensor, int, int, int]:
     """Digits of x, their scale for each row, and the sums of each group: the memory, and the three addresses in it."""
-    values = _padded(x, rows, columns)
+    values = padded(x, rows, columns)
     groups = columns // group if group else 0
     memory = torch.empty(rows * (3 * columns + 4 + 48 * groups), dtype=torch.uint8)
     planes = memory.data_ptr()
     scale = planes + rows * 3 * columns
     sums = scale + 4 * rows
-    digits.kernel(rows, values.data_ptr(), columns, planes, scale, group, sums)
+    digits.kernel(rows, values.data_ptr(), columns, planes, scale, group, sums, threads=threads_for(rows * columns))
     return memory, planes, scale, sums

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.resources import files
-from typing import Any
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from quantport.backend import Claim, Evidence, Kernel, Request
+from quantport.backend import Claim, Evidence, Kernel, Packed, Request, WeightSpec
 from quantport_cpu.jit import available
 
 TINY = torch.finfo(torch.float32).tiny
@@ -47,6 +49,14 @@ def measured(arch: str) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
+class Few(NamedTuple):
+    """Rows ``start`` to ``stop - 1``, few, that share the weights of one group."""
+
+    group: int
+    start: int
+    stop: int
+
+
 class CpuKernel(Kernel):
     """A kernel whose speed and evidence come from the measurements of the architecture."""
 
@@ -76,3 +86,59 @@ class CpuKernel(Kernel):
         how = ", with numba" if measured(request.device.arch.name).get("compiled") else ""
         where = f"{run['device']}, {run['date']}, commit {run['commit']}{how}, relative error {row['error']:.1e}"
         return Claim(Evidence.MEASURED, f"benchmarks/results/linear-{request.device.arch.name}.md ({where})")
+
+
+class CpuGrouped(CpuKernel):
+    """A kernel with compiled code for groups of few rows: all of them, gate and up together, in one launch."""
+
+    def limit(self, spec: WeightSpec) -> int:
+        """Rows of a group up to which the compiled code takes it; 0 where it cannot run."""
+        return 0
+
+    @abstractmethod
+    def few(self, x: Tensor, groups: Sequence[Few], packed: Sequence[Packed], spec: WeightSpec, shared: int) -> Tensor:
+        """``Kernel.run_grouped`` of these groups, whose rows are all of ``x``: fp32 ``[M, shared * N]``, no bias."""
+
+    def run_grouped(
+        self, x: Tensor, offsets: Tensor, packed: Sequence[Packed], bias: Tensor | None, spec: WeightSpec, shared: int = 1
+    ) -> Tensor:
+        bounds, limit = offsets.tolist(), self.limit(spec)
+        groups = [Few(g, a, b) for g, (a, b) in enumerate(pairwise(bounds)) if 0 < b - a <= limit]
+        if not groups or bias is not None:
+            return super().run_grouped(x, offsets, packed, bias, spec, shared)
+        count = sum(b - a for _, a, b in groups)
+        if count == x.shape[0]:
+            return self.few(x, groups, packed, spec, shared).to(x.dtype)
+        rest = [0 if b - a <= limit else b - a for a, b in pairwise(bounds)]
+        rows = torch.cat([torch.arange(a, b) for _, a, b in groups])
+        starts = accumulate((b - a for _, a, b in groups), initial=0)
+        moved = [Few(f.group, start, start + f.stop - f.start) for f, start in zip(groups, starts, strict=False)]
+        out = x.new_zeros(x.shape[0], shared * spec.n)
+        out[rows] = self.few(x[rows], moved, packed, spec, shared).to(x.dtype)
+        for g in (g for g, many in enumerate(rest) if many):
+            own = x[bounds[g] : bounds[g + 1]]
+            for j in range(shared):
+                out[bounds[g] : bounds[g + 1], j * spec.n : (j + 1) * spec.n] = self.run(own, packed[shared * g + j], None, spec)
+        return out
+
+
+def jobs_of(groups: Sequence[Few], shared: int, columns: int) -> tuple[list[tuple[int, int, int, int]], list[int]]:
+    """Jobs for the compiled code, which see the weights of these groups only, and which weights those are.
+
+    Args:
+        groups: The groups.
+        shared: Weights of each.
+        columns: Columns of the result of one weight.
+
+    Returns:
+        ``(start, stop, place of the weight in the list, column)`` of each, and the list: indices of weights.
+    """
+    used = [shared * f.group + j for f in groups for j in range(shared)]
+    return [(f.start, f.stop, shared * i + j, j * columns) for i, f in enumerate(groups) for j in range(shared)], used
+
+
+def by_group(values: Sequence[Tensor], groups: Sequence[Few]) -> Tensor:
+    """Scales of output channels, ``[N]`` for each weight used, as fp32 ``[M, shared * N]``: a line for each row."""
+    lines = torch.cat([v.view(-1) for v in values]).view(len(groups), -1)
+    counts = [f.stop - f.start for f in groups]
+    return lines if max(counts) == 1 else lines.repeat_interleave(torch.tensor(counts), 0)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from quantport.backend import Packed, Request, Scheme, WeightSpec
 from quantport_cpu.jit import available
-from quantport_cpu.kernels.base import COMPILED, TINY, CpuKernel, by_few
+from quantport_cpu.kernels.base import COMPILED, TINY, CpuGrouped, Few, by_few, by_group, jobs_of
 from quantport_cpu.kernels.scratch import scratch
 
 _ROWS = 256
@@ -26,7 +26,7 @@ def _halves(codes: Tensor) -> Tensor:
     return out.copy_(codes).mul_(128).bitwise_and_(~0x4000).view(torch.float16)
 
 
-class CpuFp8WeightOnly(CpuKernel):
+class CpuFp8WeightOnly(CpuGrouped):
     """W8A16 for every e4m3fn weight: per tensor, per channel, per 128x128 block."""
 
     name = "cpu.fp8_weight_only"
@@ -52,6 +52,18 @@ class CpuFp8WeightOnly(CpuKernel):
         if not blocks:
             y.mul_(scale.view(-1))
         return (y if bias is None else y.add_(bias)).to(x.dtype)
+
+    def limit(self, spec: WeightSpec) -> int:
+        return 0 if available() else COMPILED
+
+    def few(self, x: Tensor, groups: Sequence[Few], packed: Sequence[Packed], spec: WeightSpec, shared: int) -> Tensor:
+        from quantport_cpu.jit import grouped
+
+        jobs, used = jobs_of(groups, shared, spec.n)
+        codes, scales = [packed[i][0] for i in used], [packed[i][1] for i in used]
+        blocks = spec.scheme.weight.cols
+        y = grouped.fp8(x, [grouped.Job(*j) for j in jobs], codes, scales if blocks else None, shared * spec.n)
+        return y if blocks else y.mul_(by_group([s.view(-1).expand(spec.n) for s in scales], groups))
 
     def _few(self, x: Tensor, codes: Tensor) -> Tensor:
         """Rows scaled into fp16 by a power of two, which is exact for all but the tiniest elements of a row."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quantport.backend import Canonical, Device, Packed, Request, Scheme, WeightSpec
 from quantport_cpu.jit import available
-from quantport_cpu.kernels.base import COMPILED, CpuKernel, by_few, compiled
+from quantport_cpu.kernels.base import COMPILED, CpuGrouped, Few, by_few, compiled, jobs_of
 
 
 def block_rows() -> int:
@@ -66,7 +66,7 @@ def unpack_nibbles(packed: Tensor, block: int) -> Tensor:
     return q[:, 0::2] | (q[:, 1::2] << 4)
 
 
-class CpuInt4(CpuKernel):
+class CpuInt4(CpuGrouped):
     """W4A16. N and K are padded with zero weights to what the kernel takes."""
 
     name = "cpu.int4"
@@ -105,6 +105,19 @@ class CpuInt4(CpuKernel):
         nibbles = torch.nn.functional.pad(nibbles, (0, max(0, width - nibbles.shape[1])))[:, :width]
         scale = packed[1][:, : spec.n, 0].t().contiguous()
         return {"weight_packed": nibbles.clone(memory_format=torch.contiguous_format).view(torch.int32), "weight_scale": scale}
+
+    def limit(self, spec: WeightSpec) -> int:
+        return COMPILED if spec.scheme.weight.cols % 64 == 0 and block_rows() == 64 and compiled() else 0
+
+    def few(self, x: Tensor, groups: Sequence[Few], packed: Sequence[Packed], spec: WeightSpec, shared: int) -> Tensor:
+        from quantport_cpu.jit import grouped
+
+        n, k = _padded(spec)
+        x = x if k == spec.k else torch.nn.functional.pad(x, (0, k - spec.k))
+        jobs, used = jobs_of(groups, shared, n)
+        nibbles, pairs = [packed[i][0] for i in used], [packed[i][1] for i in used]
+        y = grouped.int4(x, [grouped.Job(*j) for j in jobs], nibbles, pairs, spec.scheme.weight.cols, shared * n)
+        return y if n == spec.n else y.view(-1, shared, n)[..., : spec.n].reshape(-1, shared * spec.n)
 
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
         n, k = _padded(spec)

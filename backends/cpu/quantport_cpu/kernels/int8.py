@@ -13,7 +13,7 @@ from torch import Tensor
 
 from quantport.backend import Packed, Request, Scheme, WeightSpec, aten
 from quantport_cpu.jit import available
-from quantport_cpu.kernels.base import TINY, CpuKernel, compiled
+from quantport_cpu.kernels.base import TINY, CpuGrouped, Few, by_group, compiled, jobs_of
 
 _SINGLE = 3  # up to this many rows, one matrix-vector call for each beats one matmul
 _COMPILED = 8  # up to this many rows the compiled kernel is fastest
@@ -40,7 +40,17 @@ def _rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return (values / token).round_().clamp_max_(127).to(torch.int8), token
 
 
-class _Int8(CpuKernel):
+class _Int8(CpuGrouped):
+    def limit(self, spec: WeightSpec) -> int:
+        return _COMPILED if compiled() else 0
+
+    def few(self, x: Tensor, groups: Sequence[Few], packed: Sequence[Packed], spec: WeightSpec, shared: int) -> Tensor:
+        from quantport_cpu.jit import grouped
+
+        jobs, used = jobs_of(groups, shared, spec.n)
+        y = grouped.int8(x, [grouped.Job(*j) for j in jobs], [packed[i][0] for i in used], shared * spec.n)
+        return y.mul_(by_group([packed[i][1] for i in used], groups))
+
     def reasons_against(self, request: Request) -> Sequence[str]:
         reasons = list(aten.native_reason(request, "int8"))
         if request.weight.k == 1:
@@ -57,6 +67,10 @@ class CpuInt8(_Int8):
 
     def serves(self, scheme: Scheme) -> bool:
         return scheme.weight.format == "int8" and scheme.activation is not None
+
+    def few(self, x: Tensor, groups: Sequence[Few], packed: Sequence[Packed], spec: WeightSpec, shared: int) -> Tensor:
+        q, token = _rows(x)  # once for all weights that share the rows
+        return super().few(q.float(), groups, packed, spec, shared).mul_(token)
 
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
         weight, channel = packed
