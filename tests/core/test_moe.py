@@ -17,12 +17,12 @@ from transformers import AutoModelForCausalLM
 
 import quantport
 from quantport import numerics
+from quantport.catalog import BUILTIN
 from quantport.errors import CheckpointError, ConfigError, RoutingError, WeightError
 from quantport.host import host
 from quantport.kernel import Kernel, WeightSpec
 from quantport.layers import PROJECTIONS, find_layers
 from quantport.modules import QuantExperts, ops
-from quantport.scheme import BUILTIN
 
 FIRST = "model.layers.0.mlp.experts"
 MIXED = {

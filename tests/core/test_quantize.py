@@ -214,7 +214,7 @@ def test_kernels_get_contiguous_matrices():
     seen = []
 
     class Look:
-        def run(self, x, packed, bias, spec):
+        def apply(self, x, packed, bias, spec):
             seen.append((x.dim(), x.is_contiguous(), x.shape[1]))
             return x.new_zeros(x.shape[0], spec.n)
 

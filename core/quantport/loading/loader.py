@@ -164,10 +164,12 @@ class _Loader:
         return quantize_tasks(step, module, self._read, self.plan.config.nonfinite, self.plan.device.kind, self.device)
 
     def _read(self, part: Part) -> tuple[Tensor, Callable[[], None]]:
-        within = None if part.expert is None else slice(part.expert, part.expert + 1)
-        rows = within if part.start is None or part.expert is None else (part.expert, slice(part.start, part.stop))
+        rows: Any = None if part.start is None else slice(part.start, part.stop)
+        if part.expert is not None:
+            rows = slice(part.expert, part.expert + 1) if rows is None else (part.expert, rows)
         tensor = self.checkpoint.read(part.tensor, rows)
-        return tensor if rows is not within or within is None else tensor[0], partial(self.checkpoint.release, part.tensor, rows)
+        whole = part.expert is not None and part.start is None
+        return tensor[0] if whole else tensor, partial(self.checkpoint.release, part.tensor, rows)
 
     def _stored_tasks(self, name: str, module: QuantModule) -> Iterable[Task]:
         for weight, spec in module.specs.items():
