@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 import quantport
 from quantport import numerics
 from quantport.catalog import BUILTIN
+from quantport.cli.plans import plan_page
 from quantport.errors import CheckpointError, ConfigError, RoutingError, WeightError
 from quantport.host import host
 from quantport.kernel import Kernel, WeightSpec
@@ -351,3 +352,15 @@ def test_grouped_linear_is_an_operator(shared):
                 assert (y[a:b, 32 * j : 32 * (j + 1)] - expected).abs().max() <= 2 * kernel.tolerance * expected.abs().max()
     torch._dynamo.reset()
     assert torch.equal(torch.compile(lambda x, o: op(x, o, *args[2:]), fullgraph=True, backend="aot_eager")(x, offsets), y)
+
+
+def test_the_page_of_a_plan_shows_the_pieces():
+    targets = {"*.experts.[35]": "fp8_weight_only", "*.experts.7.down_proj": None}
+    page = plan_page(quantport.plan(MOE, config={"scheme": "int8", "targets": targets}))
+    groups = {g["layers"]: (g["count"], g["asked"]) for g in page.data["groups"] if ".experts" in g["layers"]}
+    assert groups == {
+        "model.layers.*.mlp.experts": (4, "int8"),
+        "model.layers.{0-3}.mlp.experts.{3,5}": (8, "fp8_weight_only"),
+        "model.layers.*.mlp.experts.7.down_proj": (4, None),
+    }
+    assert any("experts.7.down_proj" in text for text in page.data["kept"])

@@ -61,7 +61,8 @@ def group(steps: Sequence[Step]) -> list[list[Step]]:
         layer = step.layer
         other = layer.kind == "other"
         leaf = "" if other else layer.name.rpartition(".")[2]
-        shape = () if other else (layer.weights, layer.experts, layer.dtype, layer.name.count("."))
+        leaf = "expert" if leaf.isdecimal() else leaf
+        shape = () if other else (layer.weights, layer.experts, len(layer.only), layer.dtype, layer.name.count("."))
         out.setdefault((layer.kind, leaf, shape, step.asked, step.choice, step.note), []).append(step)
     return list(out.values())
 
@@ -95,7 +96,8 @@ def _row(name: str, steps: Sequence[Step]) -> tuple[str, ...]:
     first = steps[0]
     choice, layer = first.choice, first.layer
     shapes = "-" if layer.kind == "other" else ", ".join(dict.fromkeys(f"{n}x{k}" for _, n, k in layer.weights))
-    shapes = f"{layer.experts} experts of {shapes}" if layer.experts else shapes
+    held = f"{len(layer.only)} weights" if layer.only else f"{layer.experts} experts"
+    shapes = f"{held} of {shapes}" if layer.experts else shapes
     sizes = (size(sum(s.before for s in steps)), size(sum(s.after for s in steps)))
     known = (_effective(choice), choice.activations, choice.kernel, _evidence(choice)) if choice else ("as stored", "-", "-", "-")
     return name, str(len(steps)), first.asked or "-", *known, shapes, *sizes

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from quantport.backend import Packed, Request, Scheme, WeightSpec, aten
 from quantport_cpu.jit import available
-from quantport_cpu.kernels.base import TINY, CpuGrouped, Few, by_group, compiled, jobs_of
+from quantport_cpu.kernels.base import COMPILED, TINY, CpuGrouped, Few, by_group, compiled, jobs_of
 
 _SINGLE = 3  # up to this many rows, one matrix-vector call for each beats one matmul
 _COMPILED = 8  # up to this many rows the compiled kernel is fastest
@@ -41,8 +41,10 @@ def _rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Int8(CpuGrouped):
+    grouped = COMPILED  # rows of a group up to which one launch for all groups beats a matmul for each
+
     def limit(self, spec: WeightSpec) -> int:
-        return _COMPILED if compiled() else 0
+        return self.grouped if compiled() else 0
 
     def few(self, x: Tensor, groups: Sequence[Few], packed: Sequence[Packed], spec: WeightSpec, shared: int) -> Tensor:
         from quantport_cpu.jit import grouped
@@ -62,6 +64,7 @@ class CpuInt8(_Int8):
     """W8A8: per-token dynamic activations, exact int32 sums, scales in fp32."""
 
     name = "cpu.int8"
+    grouped = 32
     tolerance = 2.0**-7
     quantizes_activations = True
 
