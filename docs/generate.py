@@ -6,16 +6,12 @@ simulated, and the text holds no time and nothing of this machine, so that it is
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-import io
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from unittest import mock
 
 from quantport.cells import Cell, matrix
-from quantport.cli import main as command_line
 from quantport.device import Arch
 from quantport.host import host
 
@@ -47,6 +43,11 @@ A mark says what the code does, not that somebody saw it run. How we know is the
 vendor's document says so). Read `declared` as: it should work, and nobody has tried. [backends.md](backends.md) says
 what each level asks for."""
 
+EVERY = """\
+## Every architecture
+
+Schemes with the same answer share a row, for linear layers and MoE experts alike unless it says which."""
+
 Group = tuple[str, Callable[[Arch], bool]]
 
 
@@ -71,6 +72,10 @@ README_ROWS: tuple[Group, ...] = (
     ("Intel GPU Xe3p", _of("xpu", "Xe3p")),
     ("Ascend NPU", _of("npu")),
 )
+README_SCHEMES = (
+    "fp8_per_channel", "fp8_per_block", "int8", "mxfp8", "mxfp4", "nvfp4",
+    "fp8_weight_only", "int8_weight_only", "int4_weight_only",
+)  # fmt: skip
 OMNI_ROWS: tuple[Group, ...] = (
     ("NVIDIA Blackwell (SM100+)", _of("cuda", "Blackwell")),
     ("NVIDIA Ada/Hopper (SM89+)", _of("cuda", "Ada", "Hopper")),
@@ -125,31 +130,36 @@ def by_scheme(cells: Sequence[Cell], groups: Sequence[Group]) -> str:
     return table(["scheme", *(label for label, _ in groups)], rows)
 
 
-def matrix_command() -> str:
-    """What ``quantport matrix --format markdown`` prints."""
-    out = io.StringIO()
-    with mock.patch.object(sys, "argv", ["quantport", "matrix", "--format", "markdown"]), contextlib.redirect_stdout(out):
-        try:
-            command_line()
-        except SystemExit as done:
-            if done.code:
-                raise
-    return out.getvalue().strip()
+def by_outcome(cells: Sequence[Cell]) -> str:
+    """One row for the cells of an architecture that share everything but the scheme and the kind of layer."""
+    groups: dict[tuple[str, ...], list[Cell]] = {}
+    for cell in cells:
+        choice = cell.choice
+        claim = f"{choice.claim.evidence}: {choice.claim.source}" if choice.claim else ""
+        why = "; ".join((*choice.reasons, *([f"deviates: {choice.deviation}"] if choice.deviation else [])))
+        mark = f"{MARKS[str(choice.status)]} {choice.precision}".strip()
+        groups.setdefault((f"`{cell.arch}` {cell.arch.title}", mark, f"`{choice.kernel}`", claim, why), []).append(cell)
+    rows = []
+    for (arch, *outcome), here in groups.items():
+        layers = {s: {c.layer for c in here if c.scheme == s} for s in dict.fromkeys(c.scheme for c in here)}
+        names = ", ".join(f"`{s}`" + ("" if len(kinds) > 1 else f" ({min(kinds)})") for s, kinds in layers.items())
+        rows.append([arch, names, *outcome])
+    return table(["device", "schemes", "effective", "kernel", "evidence", "reason"], rows)
 
 
 def matrix_page() -> str:
     """``docs/matrix.md``."""
     cells = matrix()
-    lower = matrix_command().replace("\n## ", "\n### ").removeprefix("## ")
     return (
         "\n\n".join(
             (
                 INTRO,
                 "## The rows of vLLM-Omni's page on online quantization\n\nLinear layers and MoE experts together.",
-                by_family(cells, OMNI_ROWS),
+                by_scheme(cells, OMNI_ROWS),
                 "## The columns of vLLM's table of supported hardware",
                 by_scheme(cells, VLLM_COLUMNS),
-                "## Every architecture\n\n### " + lower,
+                EVERY,
+                by_outcome(cells),
             )
         )
         + "\n"
@@ -157,8 +167,8 @@ def matrix_page() -> str:
 
 
 def readme_block() -> str:
-    """The matrix of ``README.md``."""
-    return by_family(matrix(), README_ROWS, evidence=True)
+    """The matrix of ``README.md``: the schemes that most people ask for."""
+    return by_family([c for c in matrix() if c.scheme in README_SCHEMES], README_ROWS, evidence=True)
 
 
 def cpu_kernels() -> str:

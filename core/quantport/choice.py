@@ -99,7 +99,7 @@ def _reasons(request: Request, verdicts: Sequence[Verdict]) -> tuple[str, ...]:
     scheme, arch = request.weight.scheme, request.device.arch
     out: list[str] = []
     if scheme.activation:
-        name = scheme.activation.format
+        name = scheme.activation.unit
         if name in arch.native:
             out.append(f"{arch.name} multiplies {name} natively, but this version has no kernel for {scheme.name} on it that fits")
         else:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import fnmatch
 import re
 from collections.abc import Mapping
-from functools import cache
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from quantport.catalog import Schemes
 from quantport.errors import ConfigError, one_of
 from quantport.layers import Layer
+from quantport.patterns import compile_pattern
 
 _OLD_KEYS = {
     "method": "scheme",
@@ -30,6 +29,9 @@ _VLLM_WEIGHTS = {
     "fp8_per_block_static": "fp8_per_block",
     "int8_per_channel_static": "int8_weight_only",
 }
+
+DUALSCALE_BLOCKS = 5
+_BLOCK = re.compile(r"(?:^|\.)(blocks|layers|h|transformer_blocks|single_transformer_blocks)\.(\d+)\.")
 
 
 class QuantConfig(BaseModel):
@@ -54,6 +56,9 @@ class QuantConfig(BaseModel):
         activation_scheme: ``dynamic``; there is no calibration, so ``static`` is refused.
         weight_block_size: [128, 128] with ``fp8_per_block``; anything else is refused.
         group_size: 128 or 32 with ``int4_weight_only``.
+        num_bf16_fallback_layers: This many first blocks (``blocks.0``, ``layers.0`` and so on) stay in 16 bits. By default 5
+            for ``mxfp4_dualscale`` in models whose blocks are called ``blocks`` (diffusion transformers), as in vLLM-Omni;
+            else 0.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -70,6 +75,7 @@ class QuantConfig(BaseModel):
     activation_scheme: Literal["dynamic"] = "dynamic"
     weight_block_size: tuple[int, int] | None = None
     group_size: Literal[32, 128] | None = None
+    num_bf16_fallback_layers: int | None = Field(None, ge=0)
 
     @model_validator(mode="before")
     @classmethod
@@ -185,11 +191,22 @@ class QuantConfig(BaseModel):
         if decision is not None:
             scheme, pattern = decision
             return scheme, "" if scheme else f"left alone by pattern {pattern!r}"
-        for kind in ("linear", "moe"):
-            if layer.kind == kind and kind in self.model_fields_set:
-                scheme = getattr(self, kind)
-                return scheme, "" if scheme else f"left alone by {kind}=null"
-        return self.scheme or default, ""
+        scheme, why = self.scheme or default, ""
+        if layer.kind in ("linear", "moe") and layer.kind in self.model_fields_set:
+            scheme = getattr(self, layer.kind)
+            why = "" if scheme else f"left alone by {layer.kind}=null"
+        first = self._first_blocks(layer.name, scheme)
+        return (None, first) if first else (scheme, why)
+
+    def _first_blocks(self, name: str, scheme: str | None) -> str:
+        """Why a layer stays because it is in one of the first blocks, or an empty string."""
+        found = _BLOCK.search(name)
+        count = self.num_bf16_fallback_layers
+        if count is None and found and found[1] == "blocks" and str(scheme).startswith("mxfp4_dualscale"):
+            count = DUALSCALE_BLOCKS
+        if not found or int(found[2]) >= (count or 0):
+            return ""
+        return f"left alone by num_bf16_fallback_layers={count}: it is in block {found[2]}"
 
     def _component(self, layer: Layer, default: str | None) -> tuple[str | None, str]:
         inside = [c for c in self.components if layer.name == c or layer.name.startswith(c + ".")]
@@ -236,21 +253,6 @@ class QuantConfig(BaseModel):
 
 
 QuantConfig.model_rebuild()
-
-
-@cache
-def compile_pattern(pattern: str) -> re.Pattern[str]:
-    """Compiles an exact name, a glob, or ``re:`` and a regular expression.
-
-    Raises:
-        ConfigError: the regular expression is wrong.
-    """
-    if not pattern.startswith("re:"):
-        return re.compile(fnmatch.translate(pattern))
-    try:
-        return re.compile(pattern[3:])
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ConfigError(f"pattern {pattern!r}", f"not a regular expression: {error}", "see Python's re, or use a glob") from None
 
 
 def _weight_of(value: Any) -> Any:

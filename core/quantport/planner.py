@@ -16,11 +16,12 @@ import torch
 from quantport.capability import Status
 from quantport.catalog import Schemes
 from quantport.choice import Choice, best_scheme, choice_dict, choose
-from quantport.config import QuantConfig, compile_pattern
+from quantport.config import QuantConfig
 from quantport.device import Device
 from quantport.errors import ConfigError, UnsupportedError
 from quantport.kernel import Kernel, Request, WeightSpec
 from quantport.layers import FLOATS, Layer
+from quantport.patterns import compile_pattern
 from quantport.scheme import Scheme
 
 BUDGET = 512 << 20  # bytes of scratch and source pages that loading may hold beside the quantized model

@@ -53,6 +53,12 @@ class Quant:
         return FORMATS[self.scale].storage
 
     @property
+    def unit(self) -> str:
+        """What a matrix unit must multiply to run it natively: the element format, or the block format (``mxfp4``, ``nvfp4``)."""
+        blocks = {E8M0.name: f"mxfp{self.element.bits}", "e4m3fn": "nvfp4"}
+        return blocks.get(self.scale, self.format)
+
+    @property
     def searched(self) -> bool:
         """Whether scales are searched for, and do not follow from amax alone."""
         return self.rule in SEARCHES

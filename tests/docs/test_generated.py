@@ -35,10 +35,21 @@ def test_every_architecture_is_in_the_matrix_and_in_a_group_of_each_summary():
 def test_marks_are_those_of_the_command_line():
     """Every status has a mark, and the two tables use the same."""
     from quantport.capability import Status
+    from quantport.cli.show import MARKS
 
     assert set(generate.MARKS) == {str(s) for s in Status}
-    text = generate.matrix_command()
-    assert {generate.MARKS[str(c.choice.status)] for c in generate.matrix()} == {m for m in generate.MARKS.values() if m in text}
+    assert generate.MARKS == MARKS
+
+
+def test_every_cell_is_in_the_table_of_outcomes():
+    cells = [c for c in generate.matrix() if c.arch.kind in ("cpu", "npu")]
+    rows = generate.by_outcome(cells).splitlines()[2:]
+    for cell in cells:
+        (row,) = [
+            r for r in rows if r.startswith(f"| `{cell.arch}` ") and f"`{cell.choice.kernel}`" in r and f"`{cell.scheme}`" in r
+        ]
+        assert cell.choice.precision in row
+        assert all(reason in row for reason in cell.choice.reasons)
 
 
 def test_a_fold_keeps_every_outcome():

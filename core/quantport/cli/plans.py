@@ -7,7 +7,7 @@ from typing import Any
 
 from quantport.choice import Choice
 from quantport.cli.page import Column, Grid, Page, size
-from quantport.config import compile_pattern
+from quantport.patterns import compile_pattern
 from quantport.planner import Plan, Step
 
 OTHERS = "other tensors (norms, biases)"

@@ -10,7 +10,7 @@ from quantport.cells import Cell
 from quantport.cli.page import Column, Grid, Page, size
 from quantport.device import Device
 
-_MARK = {"native": "✅", "weight_only": "🟡", "dequantize": "🟠", "reference": "🔵", "unsupported": "❌"}
+MARKS = {"native": "✅", "weight_only": "🟡", "dequantize": "🟠", "reference": "🔵", "unsupported": "❌"}
 _LEGEND = {
     "native": "as asked",
     "weight_only": "the weights as asked, 16-bit activations",
@@ -64,7 +64,7 @@ def matrix_page(cells: Sequence[Cell], detailed: bool) -> Page:
         title = "MoE experts" if layer == "moe" else f"{layer.capitalize()} layers"
         columns = [Column("device"), *(Column(s) for s in schemes)]
         page.blocks.append(Grid(columns, [(device, *marks) for device, _, marks in rows], title, split=True))
-    page.say("\n" + "\n".join(f"{_MARK[status]} {status}: {text}" for status, text in _LEGEND.items()))
+    page.say("\n" + "\n".join(f"{MARKS[status]} {status}: {text}" for status, text in _LEGEND.items()))
     page.say("Kernels and reasons of some cells: --device KIND:ARCH or --scheme SCHEME. Of all of them: --format markdown.", "dim")
     return page
 
@@ -75,7 +75,7 @@ def _details(cell: Cell) -> tuple[str, ...]:
     speed = "" if choice.speed is None else f" ({choice.speed:.1f}x BF16)"
     shown = [re.sub(r" \[[^\[\]]*\]$", "", reason) for reason in choice.reasons[:1]]  # the source is in the other formats
     reasons = "; ".join([choice.deviation] * bool(choice.deviation) + shown)
-    mark = f"{_MARK[str(choice.status)]} {choice.status}"
+    mark = f"{MARKS[str(choice.status)]} {choice.status}"
     kernel = choice.kernel + speed or "-"
     effective, activations = choice.precision or "-", choice.activations if choice.kernel else "-"
     return str(cell.arch), cell.scheme, cell.layer, cell.asked, mark, effective, activations, kernel, evidence, reasons
@@ -87,7 +87,7 @@ def _overview(cells: Sequence[Cell]) -> tuple[list[str], list[tuple[str, str, li
     rows: dict[str, tuple[str, str, list[str]]] = {}
     for c in cells:
         rows.setdefault(str(c.arch), (str(c.arch), c.arch.title, []))[2].append(
-            f"{_MARK[str(c.choice.status)]} {c.choice.precision}".strip()
+            f"{MARKS[str(c.choice.status)]} {c.choice.precision}".strip()
         )
     return schemes, list(rows.values())
 

@@ -6,8 +6,6 @@ Sources: QLoRA, arXiv 2305.14314 (NF4: quantiles of the normal distribution; dou
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
@@ -19,31 +17,31 @@ _NF4 = (
 _FP4 = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)  # twelfths; codes 8 to 15 are the negatives
 
 
-def _dynamic() -> Tensor:
+def _dynamic() -> tuple[float, ...]:
     """The signed dynamic 8-bit code: 7 decades, and in decade i the midpoints of 2**i equal parts of [0.1, 1]."""
     values = [0.0, 1.0]
     for i in range(7):
         edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
         means = ((edges[:-1] + edges[1:]) / 2.0) * 10 ** (i - 6)
         values += [*means.tolist(), *(-means).tolist()]
-    return torch.tensor(sorted(values), dtype=torch.float32)
+    return tuple(sorted(values))
 
 
-CODEBOOKS = {
-    "nf4": torch.tensor(_NF4),
-    "fp4": torch.tensor([sign * v / 12 for sign in (1, -1) for v in _FP4]),
+CODEBOOKS: dict[str, tuple[float, ...]] = {
+    "nf4": _NF4,
+    "fp4": tuple(sign * v / 12 for sign in (1, -1) for v in _FP4),
     "dynamic8": _dynamic(),
 }
 
 
-@cache
-def _table(name: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Midpoints between neighbouring values, and the code of each value, in ascending order of the values."""
-    values, codes = CODEBOOKS[name].sort(stable=True)
-    keep = torch.ones(len(values), dtype=torch.bool)
-    keep[1:] = values[1:] != values[:-1]  # FP4 has two zeros: the first is used
-    values, codes = values[keep], codes[keep]
-    return ((values[1:] + values[:-1]) / 2).to(device), codes.to(torch.uint8).to(device)
+def codebook(name: str, device: torch.device) -> Tensor:
+    """Value of every code: fp32. Made anew at each call, since a tensor that is kept may outlive the mode it was made in."""
+    return torch.tensor(CODEBOOKS[name], device=device)
+
+
+def lookup(table: Tensor, index: Tensor) -> Tensor:
+    """``table[index]`` for a table ``[size]`` and integers of any shape; fake tensors of absent devices can do this too."""
+    return table.index_select(0, index.reshape(-1).int()).view(index.shape)
 
 
 def nearest(x: Tensor, name: str) -> Tensor:
@@ -51,8 +49,9 @@ def nearest(x: Tensor, name: str) -> Tensor:
 
     Source: bitsandbytes compares with midpoints, ``x > midpoint`` meaning the upper value.
     """
-    midpoints, codes = _table(name, x.device)
-    rank = torch.bucketize(x, midpoints, out_int32=True)
-    if name == "fp4":
-        return codes[rank]
-    return rank.to(torch.uint8)
+    values, codes = codebook(name, x.device).sort(stable=True)
+    if name == "fp4":  # it has two zeros: the first is used
+        keep = [i for i in range(16) if i != 8]
+        values, codes = values[keep], codes[keep]
+    rank = torch.bucketize(x, (values[1:] + values[:-1]) / 2, out_int32=True)
+    return lookup(codes.to(torch.uint8), rank) if name == "fp4" else rank.to(torch.uint8)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from quantport.numerics.blocks import Reduce, block_amax, quantize_blocks
-from quantport.numerics.codebooks import CODEBOOKS, nearest
+from quantport.numerics.codebooks import codebook, lookup, nearest
 from quantport.numerics.scales import EPS, scale_of
 from quantport.scheme import Quant
 
@@ -46,6 +46,6 @@ def quantize_double(weight: Tensor, quant: Quant, reduce: Reduce | None = None) 
 
 def dequantize_scales(stored: dict[str, Tensor]) -> Tensor:
     """The fp32 scales ``[n, groups]`` that double quantization stands for; never 0."""
-    table = CODEBOOKS["dynamic8"].to(stored["weight_scale"].device)
-    scale = table[stored["weight_scale"].int()] * stored["weight_scale_scale"] + stored["weight_scale_offset"]
+    table = codebook("dynamic8", stored["weight_scale"].device)
+    scale = lookup(table, stored["weight_scale"]) * stored["weight_scale_scale"] + stored["weight_scale_offset"]
     return torch.where(scale == 0, EPS, scale)

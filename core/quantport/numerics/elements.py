@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from quantport.formats import E8M0, FORMATS, INT8, Format
-from quantport.numerics.codebooks import CODEBOOKS, nearest
+from quantport.numerics.codebooks import codebook, lookup, nearest
 
 
 def encode(x: Tensor, element: Format) -> Tensor:
@@ -64,7 +64,7 @@ def rounded(x: Tensor, element: Format) -> Tensor:
 def decode(codes: Tensor, element: Format) -> Tensor:
     """The inverse of ``encode``: fp32 values, exactly."""
     if element.exponent or element.codebook:
-        return values_of(element.name).to(codes.device)[codes.int()]
+        return lookup(values_of(element.name, codes.device), codes)
     if element is E8M0:  # 2**-127 is subnormal in fp32, 255 is NaN
         bits = codes.to(torch.int32) << 23
         bits = torch.where(codes == 0, 1 << 22, bits)
@@ -72,12 +72,12 @@ def decode(codes: Tensor, element: Format) -> Tensor:
     return codes.float()
 
 
-def values_of(name: str) -> Tensor:
-    """Value of every code of a format with at most 8 bits, in the order of the codes: fp32 ``[2**bits]``, on the CPU."""
+def values_of(name: str, device: torch.device | None = None) -> Tensor:
+    """Value of every code of a format with at most 8 bits, in the order of the codes: fp32 ``[2**bits]``."""
     element = FORMATS[name]
     if element.codebook:
-        return CODEBOOKS[name]
-    codes = torch.arange(2**element.bits, dtype=torch.int32)
+        return codebook(name, device or torch.device("cpu"))
+    codes = torch.arange(2**element.bits, dtype=torch.int32, device=device)
     if not element.exponent:
         raw = codes.to(torch.uint8)
         return raw.view(torch.int8).float() if element is INT8 else decode(raw.view(element.storage), element)

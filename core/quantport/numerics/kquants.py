@@ -39,7 +39,7 @@ def _sub_blocks(x: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     d = torch.where(torch.isfinite(x).all(1, keepdim=True), d, torch.nan).half()
     sc = _divide(scale, d[:, :1].float()).round_().clamp_(0, 63)
     m = _divide(least, d[:, 1:].float()).round_().clamp_(0, 63)
-    step, low = (d[:, :1].float() * sc)[..., None], (d[:, 1:].float() * m)[..., None]
+    step, low = (d[:, :1].float() * sc).unsqueeze(-1), (d[:, 1:].float() * m).unsqueeze(-1)
     q = _divide(parts + low, step).round_().clamp_(0, top)
     return q.to(torch.uint8), sc.to(torch.uint8), m.to(torch.uint8), d
 
@@ -71,7 +71,7 @@ def _with_offsets(q: Tensor, blocks: Tensor) -> Tensor:
     """Values of codes ``[r, 8, 32]`` whose block begins with d, dmin and packed scales."""
     sc, m = _unpack_scales(blocks[:, 4:16])
     d = blocks[:, :4].contiguous().view(torch.float16).float()
-    step, low = (d[:, :1] * sc)[..., None], (d[:, 1:] * m)[..., None]
+    step, low = (d[:, :1] * sc).unsqueeze(-1), (d[:, 1:] * m).unsqueeze(-1)
     return (q.float() * step - low).view(-1, 256)
 
 
@@ -90,14 +90,14 @@ def quantize_q5_k(x: Tensor) -> Tensor:
     """``[r, 256]`` to ``[r, 176]``: as q4_k, with 32 bytes of fifth bits before the nibbles; bit i of each: sub-block i."""
     q, sc, m, d = _sub_blocks(x, 31)
     weights = 1 << torch.arange(8, dtype=torch.uint8, device=x.device)
-    high = ((q >> 4) * weights[:, None]).sum(1, dtype=torch.uint8)
+    high = ((q >> 4) * weights.unsqueeze(1)).sum(1, dtype=torch.uint8)
     return torch.cat((d.view(torch.uint8), _pack_scales(sc, m), high, _pack_nibbles(q)), 1)
 
 
 def dequantize_q5_k(blocks: Tensor) -> Tensor:
     """The inverse: ``[r, 176]`` to fp32 ``[r, 256]``."""
-    shifts = torch.arange(8, dtype=torch.uint8, device=blocks.device)[:, None]
-    high = blocks[:, None, 16:48] >> shifts & 1
+    shifts = torch.arange(8, dtype=torch.uint8, device=blocks.device).unsqueeze(1)
+    high = blocks[:, 16:48].unsqueeze(1) >> shifts & 1
     return _with_offsets(_unpack_nibbles(blocks[:, 48:]) | high << 4, blocks)
 
 
@@ -108,7 +108,7 @@ def quantize_q6_k(x: Tensor) -> Tensor:
     best, scale = torch.zeros_like(extreme), torch.zeros_like(extreme)
     for factor in FACTORS:
         q = _divide(parts, extreme * factor / -32).round_().clamp_(-32, 31)
-        qx, qq = fold(q * parts)[..., None], fold(q * q)[..., None]
+        qx, qq = fold(q * parts).unsqueeze(-1), fold(q * q).unsqueeze(-1)
         explained = _divide(qx * qx, qq)
         scale = torch.where(explained > best, _divide(qx, qq), scale)
         best = torch.maximum(explained, best)
@@ -116,7 +116,7 @@ def quantize_q6_k(x: Tensor) -> Tensor:
     d = flat.gather(1, flat.abs().argmax(1, keepdim=True)) / -128
     d = torch.where(torch.isfinite(x).all(1, keepdim=True), d, torch.nan).half()
     sc = _divide(flat, d.float()).round_().clamp_(-128, 127)
-    q = _divide(parts, (d.float() * sc)[..., None]).round_().clamp_(-32, 31)
+    q = _divide(parts, (d.float() * sc).unsqueeze(-1)).round_().clamp_(-32, 31)
     q = (q + 32).to(torch.uint8).view(-1, 2, 4, 32)  # two halves of four runs of 32
     low = torch.cat((q[:, :, 0] & 15 | (q[:, :, 2] & 15) << 4, q[:, :, 1] & 15 | (q[:, :, 3] & 15) << 4), 2)
     high = q[:, :, 0] >> 4 | q[:, :, 1] >> 4 << 2 | q[:, :, 2] >> 4 << 4 | q[:, :, 3] >> 4 << 6
@@ -130,5 +130,5 @@ def dequantize_q6_k(blocks: Tensor) -> Tensor:
     runs = (low[:, :, :32] & 15, low[:, :, 32:] & 15, low[:, :, :32] >> 4, low[:, :, 32:] >> 4)
     q = torch.stack([run | (high >> 2 * i & 3) << 4 for i, run in enumerate(runs)], 2)
     sc = blocks[:, 192:208].contiguous().view(torch.int8).float()
-    value = (q.float() - 32).view(-1, 16, 16) * (halves(blocks[:, 208:]) * sc)[..., None]
+    value = (q.float() - 32).view(-1, 16, 16) * (halves(blocks[:, 208:]) * sc).unsqueeze(-1)
     return value.view(-1, 256)

@@ -7,18 +7,16 @@ the square root of its size: orthogonal and its own inverse, so that ``(x H)(W H
 from __future__ import annotations
 
 import math
-from functools import cache
 
 import torch
 from torch import Tensor
 
 
-@cache
-def _hadamard(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    h = torch.ones(1, 1)
+def _hadamard(size: int, device: torch.device) -> Tensor:
+    h = torch.full((1, 1), 1 / math.sqrt(size), device=device)
     while h.shape[0] < size:
         h = torch.cat((torch.cat((h, h), 1), torch.cat((h, -h), 1)))
-    return (h / math.sqrt(size)).to(device, dtype)
+    return h
 
 
 def rotate(x: Tensor, block: int) -> Tensor:
@@ -36,4 +34,4 @@ def rotate(x: Tensor, block: int) -> Tensor:
     if size <= 1 or not x.numel():
         return x
     blocks = x.reshape(-1, k // size, size).float()
-    return (blocks @ _hadamard(size, x.device, torch.float32)).to(x.dtype).view(x.shape)
+    return (blocks @ _hadamard(size, x.device)).to(x.dtype).view(x.shape)

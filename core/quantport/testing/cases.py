@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from quantport.formats import FORMATS
+from quantport.scheme import Scheme
 
 # (n, k): round; no multiple of 16; one output; one input; half a group of 128; several blocks of 128x128.
 SHAPES = ((64, 256), (48, 200), (1, 704), (48, 1), (33, 96), (256, 384))
@@ -88,6 +89,12 @@ SPECIAL: dict[str, Callable[[int, int], Tensor]] = {
     "tiny (1e-30)": lambda n, k: random(n, k) * 1e-30,
     "equal values": lambda n, k: torch.full((n, k), 0.5, dtype=torch.float16),
 }
+
+
+def specials(scheme: Scheme) -> list[tuple[str, Callable[[int, int], Tensor]]]:
+    """The special weights that a scheme can hold: the fp16 scales of block types cannot hold huge ones; they are refused."""
+    small = scheme.weight.element.block > 0
+    return [(name, make) for name, make in SPECIAL.items() if not (small and name.startswith("huge"))]
 
 
 def relative_error(y: Tensor, expected: Tensor) -> float:

@@ -128,7 +128,7 @@ def check_special(subject: Subject, kernel: Kernel, scheme: Scheme, dtype: torch
         raise NotHere(f"{kernel.name} takes no {scheme.name} in {dtype} here")
     spec, request = min(takes.items(), key=lambda item: abs(item[0].n * item[0].k - 9600))  # [48, 200] where it may
     findings = []
-    for name, make in cases.SPECIAL.items():
+    for name, make in cases.specials(scheme):
         job = make_job(spec, make(spec.n, spec.k), cases.activations(5, spec.k, dtype), None, kernel.quantizes_activations)
         wrong = _judge(subject, kernel, request, [job])
         findings += [f"{name}: {wrong}"] if wrong else []
@@ -182,7 +182,7 @@ def check_packing(subject: Subject, kernel: Kernel, scheme: Scheme) -> None:
         where = subject.place(request.device)
         if where is None:
             raise NotHere(f"no device of kind {subject.kind} here, and no stand-in")
-        for name in cases.SPECIAL:
+        for name, _ in cases.specials(scheme):
             canonical = {key: t.to(where, copy=True) for key, t in special(spec, name).items()}
             findings += [f"[{spec.n}, {spec.k}] {name}: {wrong}" for wrong in _round_trip(kernel, spec, canonical, request)]
     cases.fail(f"packing of {scheme.name} by {kernel.name}", list(dict.fromkeys(findings)))
@@ -212,7 +212,7 @@ def check_reference(subject: Subject, scheme: Scheme) -> None:
     """
     findings = []
     for device in subject.here:
-        for name, make in cases.SPECIAL.items():
+        for name, make in cases.specials(scheme):
             weight = make(48, 200)
             try:
                 there = numerics.quantize_weight(weight.to(device.torch_device), scheme)

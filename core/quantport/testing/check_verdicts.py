@@ -97,7 +97,7 @@ def _status(kernel: Kernel, request: Request, verdict: Accepted) -> list[str]:
         return []
     if not (kernel.quantizes_activations and scheme.activation):  # it multiplies 16-bit activations, as any device can
         return []
-    needed = scheme.activation.format
+    needed = scheme.activation.unit
     return [] if needed in arch.native else [f"status native, but {arch} does not list {needed}"]
 
 

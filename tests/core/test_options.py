@@ -1,0 +1,81 @@
+"""Options of schemes (``mxfp4:floor``), and first blocks that stay in 16 bits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import quantport
+from quantport import numerics
+from quantport.catalog import BUILTIN
+from quantport.errors import ConfigError
+
+
+def test_rules_change_weights_and_activations_alike():
+    scheme = BUILTIN["mxfp4:floor"]
+    assert (scheme.name, scheme.weight.rule, scheme.activation.rule) == ("mxfp4:floor", "floor", "floor")
+    assert scheme.aliases == ()
+    searched = BUILTIN["mxfp4:mse"]
+    assert (searched.weight.rule, searched.activation.rule) == ("mse", "even")  # activations are never searched for
+
+
+def test_an_alias_takes_options_and_they_add_up():
+    assert BUILTIN["bnb_nf4:double:hadamard"].name == "nf4:double:hadamard"
+    assert BUILTIN["nf4:double"].weight.double
+    assert BUILTIN["int4:hadamard"].rotation == 128
+    assert "mxfp4:floor" not in list(BUILTIN)
+
+
+@pytest.mark.parametrize(
+    ("asked", "works"),
+    [
+        ("mxfp4:flor", "floor"), ("int8:floor", "no options"), ("mxfp4:even", "floor"), ("nf4:double:double", "hadamard"),
+        ("mxfp9:floor", "mxfp"), ("q4_k:hadamard", "no options"), ("mxfp4:", "floor"),
+    ],
+)  # fmt: skip
+def test_a_wrong_option_is_told_what_works(asked, works):
+    with pytest.raises(ConfigError, match=works):
+        BUILTIN[asked]
+
+
+def test_a_rotated_layer_computes_what_its_weight_says():
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(96, 48)).bfloat16()
+    weight, x = layer[0].weight.detach().clone(), torch.randn(5, 96).bfloat16()
+    scheme = BUILTIN["int4_weight_only_g32:hadamard"]
+    bias = layer[0].bias.detach()
+    quantport.quantize_(layer, scheme.name)
+    stored = numerics.quantize_weight(weight, scheme)
+    expected = numerics.linear(x, stored, scheme, bias).float()
+    assert (layer(x).float() - expected).abs().max() <= 2**-6 * expected.abs().max()
+    unrotated = torch.nn.functional.linear(x.float(), numerics.dequantize_weight(stored, scheme, 96), bias.float())
+    assert (expected - unrotated).abs().max() <= 2**-6 * expected.abs().max()
+
+
+class Blocks(nn.Module):
+    """A model with numbered blocks under a name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        setattr(self, name, nn.ModuleList(nn.ModuleDict({"a": nn.Linear(64, 64, dtype=torch.bfloat16)}) for _ in range(7)))
+
+
+@pytest.mark.parametrize(("name", "count", "kept"), [("blocks", None, 5), ("layers", None, 0), ("layers", 2, 2), ("blocks", 0, 0)])
+def test_first_blocks_stay(name, count, kept):
+    config = {"scheme": "mxfp4_dualscale"} | ({} if count is None else {"num_bf16_fallback_layers": count})
+    plan = quantport.plan(Blocks(name), config=config, device="cpu:generic")
+    stayed = [s.layer.name for s in plan.steps if s.layer.kind == "linear" and s.asked is None]
+    assert stayed == [f"{name}.{i}.a" for i in range(kept)]
+    assert all("num_bf16_fallback_layers" in s.note for s in plan.steps if s.layer.name in stayed)
+
+
+def test_other_schemes_keep_no_blocks_and_a_target_wins():
+    assert len(quantport.plan(Blocks("blocks"), "mxfp4", device="cpu:generic").quantized) == 7
+    config = {"scheme": "mxfp4_dualscale", "targets": {"blocks.0.a": "int8"}}
+    assert quantport.plan(Blocks("blocks"), config=config, device="cpu:generic").by_layer["blocks.0.a"].asked == "int8"
+
+
+def test_a_negative_number_of_blocks_is_refused():
+    with pytest.raises(ConfigError, match="num_bf16_fallback_layers"):
+        quantport.QuantConfig.parse({"scheme": "int8", "num_bf16_fallback_layers": -1}, BUILTIN)
