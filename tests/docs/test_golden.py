@@ -18,7 +18,7 @@ from quantport.catalog import BUILTIN
 from quantport.formats import FORMATS
 from quantport.host import host
 from quantport.numerics.scales import scale_of, scale_values
-from quantport.scheme import RULES, Quant, Scheme
+from quantport.scheme import RULES, Layout, Quant, Scheme
 
 CHOICE = ROOT / "docs" / "schemes.md"
 CONTRACT = ROOT / "docs" / "numerics.md"
@@ -116,13 +116,30 @@ def section(scheme: Scheme) -> dict[str, str]:
     return dict(re.findall(r"^- ([A-Z][a-z ]+): (.*)$", lines, re.MULTILINE))
 
 
-@pytest.mark.parametrize("scheme", BUILTIN.values(), ids=lambda s: s.name)
-@pytest.mark.parametrize(("n", "k"), [(4096, 4096), (130, 1030), (1, 1)])
-def test_the_layout_of_every_section(scheme, n, k):
+SIZES = pytest.mark.parametrize(("n", "k"), [(4096, 4096), (130, 1030), (1, 1)])
+
+
+def layout_of(text: str, n: int, k: int) -> Layout:
+    """What ``name`` dtype [shape], in a text, says for a size."""
     sizes = {"N": n, "K": k, "ceil": math.ceil}
-    stated = re.findall(r"`(\w+)` (\w+) \[([^\]]+)\]", section(scheme)["Stored"])
-    layout = {tensor: (tuple(eval(f"({shape},)", sizes)), getattr(torch, dtype)) for tensor, dtype, shape in stated}
-    assert layout == scheme.layout(n, k)
+    stated = re.findall(r"`(\w+)` (\w+) \[([^\]]+)\]", text)
+    return {tensor: (tuple(eval(f"({shape},)", sizes)), getattr(torch, dtype)) for tensor, dtype, shape in stated}
+
+
+@pytest.mark.parametrize("scheme", BUILTIN.values(), ids=lambda s: s.name)
+@SIZES
+def test_the_layout_of_every_section(scheme, n, k):
+    assert layout_of(section(scheme)["Stored"], n, k) == scheme.layout(n, k)
+
+
+@pytest.mark.parametrize("name", ["nf4", "fp4"])
+@SIZES
+def test_what_double_stores(name, n, k):
+    scheme = BUILTIN[f"{name}:double"]
+    (text,) = re.findall(r"^Stored: (.*?)\n\n", TEXT, re.MULTILINE | re.DOTALL)
+    plain = section(BUILTIN[name])["Stored"].partition(";")[0]
+    assert layout_of(f"{plain} {text}", n, k) == scheme.layout(n, k)
+    assert f"{bits(scheme)} bits per weight" in " ".join(text.split())
 
 
 @pytest.mark.parametrize("scheme", BUILTIN.values(), ids=lambda s: s.name)
