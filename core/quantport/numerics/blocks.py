@@ -195,7 +195,7 @@ def _spread(factor: Tensor, n: int, k: int, rows: int, cols: int) -> Tensor:
 
 
 def check_finite(scale: Tensor, name: str, weight: Tensor) -> None:
-    """Refuses a weight whose scales are not finite: it holds a NaN or an Inf, or its scale format is too small.
+    """Refuses a weight whose scales are not finite: it holds a NaN or an Inf, or its scales overflow.
 
     Raises:
         WeightError: names the weight.
@@ -203,7 +203,7 @@ def check_finite(scale: Tensor, name: str, weight: Tensor) -> None:
     if torch.isfinite(scale).all():
         return
     if torch.isfinite(weight).all():
-        found = f"values up to {weight.abs().max():.3g}, whose scale overflows the fp16 scales of this format"
+        found = f"values up to {weight.abs().max():.3g}, whose scales overflow in this format"
         raise WeightError(f"quantize {name}", found, "a scheme with fp32 scales, for example int8_weight_only")
     raise WeightError(
         f"quantize {name}",

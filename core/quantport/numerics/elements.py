@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantport.formats import E8M0, FORMATS, INT8, Format
+from quantport.formats import E8M0, FORMATS, Format
 from quantport.numerics.codebooks import CODEBOOKS, nearest
 
 
@@ -79,8 +79,9 @@ def values_of(name: str) -> Tensor:
         return CODEBOOKS[name]
     codes = torch.arange(2**element.bits, dtype=torch.int32)
     if not element.exponent:
-        raw = codes.to(torch.uint8)
-        return raw.view(torch.int8).float() if element is INT8 else decode(raw.view(element.storage), element)
+        if element.storage is torch.int8:  # two's complement
+            return torch.where(codes > element.high, codes - 2**element.bits, codes).float()
+        return decode(codes.to(torch.uint8).view(element.storage), element)
     m, bias = element.mantissa, 2 ** (element.exponent - 1) - 1
     magnitude = codes & (2 ** (element.bits - 1) - 1)
     e, fraction = magnitude >> m, (magnitude & (2**m - 1)).float()
