@@ -2,7 +2,7 @@
 
 All formats round to the nearest code, ties to the even one (code books: ties to the lower value), and saturate: what is
 beyond the largest value, infinities included, becomes the largest value. Subnormals are kept, and so is the sign of zero
-where the format has one. NaN stays NaN in the 8-bit float formats; the others have no NaN, and its code means nothing.
+where the format has one. NaN stays NaN in the 8-bit float formats; the others have no NaN: it gets any of their codes.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def _encode_small(x: Tensor, element: Format) -> Tensor:
     e = (a.view(torch.int32) >> 23).clamp_min_(smallest)
     magic = (e + shift) << 23
     steps = (a + magic.view(torch.float32)).view(torch.int32) - magic
-    return steps.add_((e - smallest) << element.mantissa).bitwise_or_(sign).to(torch.uint8)
+    codes = steps.add_((e - smallest) << element.mantissa).bitwise_or_(sign).to(torch.uint8)
+    return codes.bitwise_and_((1 << element.bits) - 1)  # NaN gets some code, and not one that spills over its neighbours
 
 
 def rounded(x: Tensor, element: Format) -> Tensor:
