@@ -8,8 +8,8 @@ import torch
 from core_peers import peer
 
 from quantport import numerics
-from quantport.numerics import decode
 from quantport.formats import E2M1, E2M3
+from quantport.numerics import decode
 
 WIDTHS = [1, 2, 3, 4, 5, 7, 8, 9, 15, 31, 32, 33, 127, 1024]
 
