@@ -47,8 +47,8 @@ def quantize(x: Tensor, quant: Quant, scale: Tensor | None = None) -> tuple[Tens
     Args:
         x: ``[n, k]``, any floating dtype. NaN and Inf are not looked for: they show up in the scales.
         quant: Element format, block shape and scale rule.
-        scale: Scales to use instead of those of the rule: of ``quant.scale_dtype`` (or fp32 values of it), of shape
-            ``quant.scale_shape(n, k)``.
+        scale: Scales to use instead of those of the rule: of ``quant.scale_dtype`` (or fp32 values of it; of e8m0 the
+            bytes), of shape ``quant.scale_shape(n, k)``.
 
     Returns:
         ``(codes, scale)``: codes ``[n, k]`` of the element's storage dtype, scale of ``quant.scale_dtype`` and shape
@@ -65,7 +65,7 @@ def quantize_blocks(x: Tensor, quant: Quant, scale: Tensor | None = None, reduce
     Args:
         x: ``[n, k]``.
         quant: Any Quant but GGUF's block types and bf16.
-        scale: As for ``quantize``.
+        scale: As for ``quantize``; not for a Quant with offsets, which are searched for together with scales.
         reduce: For a shard of a larger matrix: takes maxima over the shards where a scale spans them.
     """
     n, k = x.shape
