@@ -45,7 +45,10 @@ class Schemes(Mapping[str, Scheme]):
         return scheme
 
     def __contains__(self, name: object) -> bool:
-        return name in self._alias
+        try:
+            return isinstance(name, str) and bool(self[name])
+        except ConfigError:
+            return False
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._schemes)

@@ -125,8 +125,9 @@ class Scheme:
     def options(self) -> tuple[str, ...]:
         """What may follow the name after a colon."""
         weight = self.weight
-        rules = RULES if weight.scale == E8M0.name else ()
-        mse = ("mse",) if weight.scale in ("e8m0", "e4m3fn") and not weight.searched and weight.cols <= 32 else ()
+        chosen = set(self.name.split(":")) & {*RULES, "mse"}  # one rule is enough
+        rules = RULES if weight.scale == E8M0.name and not chosen else ()
+        mse = ("mse",) if weight.scale in ("e8m0", "e4m3fn") and not weight.searched and not chosen else ()
         double = ("double",) if weight.element.codebook and not weight.double else ()
         hadamard = ("hadamard",) if weight.element.bits == 4 and not weight.element.block and not self.rotation else ()
         return tuple(r for r in rules if r != weight.rule) + mse + double + hadamard

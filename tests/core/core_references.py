@@ -1,4 +1,4 @@
-"""The numerics again, written independently of quantport: NumPy in float32, ml_dtypes for e4m3fn, one block at a time."""
+"""The numerics again, written independently of quantport: NumPy in float32, ml_dtypes for the floats, one block at a time."""
 
 from __future__ import annotations
 
@@ -10,9 +10,18 @@ import torch
 from torch import Tensor
 
 from quantport.errors import QuantportError
+from quantport.numerics.codebooks import CODEBOOKS
 from quantport.scheme import Quant
 
-HALF = {"e4m3fn": 448.0, "int8": 127.5, "int4": 7.5}
+SMALL = {
+    "e4m3fn": ml_dtypes.float8_e4m3fn,
+    "e3m2": ml_dtypes.float6_e3m2fn,
+    "e2m3": ml_dtypes.float6_e2m3fn,
+    "e2m1": ml_dtypes.float4_e2m1fn,
+}
+HALF = {"e4m3fn": 448.0, "e3m2": 28.0, "e2m3": 7.5, "e2m1": 6.0, "int8": 127.5, "int4": 7.5, "nf4": 1.0, "fp4": 1.0}
+EMAX = {"e4m3fn": 8, "e3m2": 4, "e2m3": 2, "e2m1": 2}
+MANTISSA = {"e4m3fn": 3, "e3m2": 2, "e2m3": 3, "e2m1": 1}
 RANGE = {"int8": (-128, 127), "int4": (-8, 7)}
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -28,24 +37,47 @@ def blocks_of(n: int, k: int, quant: Quant) -> list[tuple[int, int, slice, slice
 
 
 def encode_np(ratio: np.ndarray, form: str) -> np.ndarray:
-    """Codes as float32 values, from x / scale."""
-    if form == "e4m3fn":
-        return np.clip(ratio, np.float32(-448), np.float32(448)).astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
-    low, high = RANGE[form]
-    return np.clip(np.rint(ratio), low, high).astype(np.float32)
+    """Codes as the float32 values that they stand for, from x / scale."""
+    if form in SMALL:
+        top = np.float32(HALF[form])
+        return np.clip(ratio, -top, top).astype(SMALL[form]).astype(np.float32)
+    if form in RANGE:
+        low, high = RANGE[form]
+        return np.clip(np.rint(ratio), low, high).astype(np.float32)
+    table = np.unique(CODEBOOKS[form].numpy())  # ascending: argmin takes the lower of two that are as near
+    middles = (table[1:] + table[:-1]) / np.float32(2)
+    return table[(ratio[..., None] > middles).sum(-1)]
+
+
+def power_np(amax: float, form: str, rule: str) -> float:
+    """Power-of-two scale of a block, in the words of its rule."""
+    if amax == 0:
+        return 2.0**-127
+    mantissa, exponent = math.frexp(amax)  # amax = 2 mantissa * 2**(exponent - 1), 2 mantissa in [1, 2)
+    mantissa, exponent = 2 * mantissa, exponent - 1
+    if rule == "ceil":
+        exponent += mantissa > 1
+    elif rule in ("even", "even1"):
+        exponent += mantissa >= 2 - 2.0 ** -(1 + (1 if rule == "even1" else MANTISSA[form]))
+    return 2.0 ** min(max(exponent - EMAX[form], -127), 127)
+
+
+def scale_np(amax: np.floating, quant: Quant) -> np.float32:
+    if quant.scale == "e8m0":
+        return np.float32(power_np(float(amax), quant.format, quant.rule))
+    scale = np.float32(amax) / np.float32(HALF[quant.format])
+    if quant.scale == "bf16":
+        scale = scale.astype(ml_dtypes.bfloat16).astype(np.float32)
+    return scale if scale != 0 else np.float32(2.0**-23)
 
 
 def quantize_np(x: np.ndarray, quant: Quant) -> tuple[np.ndarray, np.ndarray]:
-    """(codes as float32 values, scales) of a float32 matrix."""
+    """(the values of the codes, those of the scales) of a float32 matrix: one level, no offsets."""
     n, k = x.shape
     codes = np.zeros((n, k), np.float32)
-    scales = np.full(quant.scale_shape(n, k), np.float32(2.0**-23), np.float32)
+    scales = np.zeros(quant.scale_shape(n, k), np.float32)
     for i, j, rows, cols in blocks_of(n, k, quant):
-        amax = np.max(np.abs(x[rows, cols]))
-        scale = np.float32(amax) / np.float32(HALF[quant.format])
-        if quant.scale is torch.bfloat16:
-            scale = scale.astype(ml_dtypes.bfloat16).astype(np.float32)
-        scales[i, j] = scale if scale != 0 else np.float32(2.0**-23)
+        scales[i, j] = scale_np(np.max(np.abs(x[rows, cols])), quant)
         codes[rows, cols] = encode_np(x[rows, cols] / scales[i, j], quant.format)
     return codes, scales
 
@@ -53,7 +85,8 @@ def quantize_np(x: np.ndarray, quant: Quant) -> tuple[np.ndarray, np.ndarray]:
 def dequantize_np(codes: np.ndarray, scales: np.ndarray, quant: Quant) -> np.ndarray:
     out = np.zeros(codes.shape, np.float32)
     for i, j, rows, cols in blocks_of(*codes.shape, quant):
-        out[rows, cols] = codes[rows, cols] * scales[i, j]
+        with np.errstate(over="ignore"):  # near the end of fp32 a value may round up to Inf
+            out[rows, cols] = codes[rows, cols] * scales[i, j]
     return out
 
 

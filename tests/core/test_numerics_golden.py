@@ -2,34 +2,47 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
-from core_references import DTYPES, dequantize_np, quantize_np, randn, same
+from core_references import DTYPES, HALF, RANGE, dequantize_np, quantize_np, randn, same
 
 from quantport import numerics
 from quantport.catalog import BUILTIN
 from quantport.errors import WeightError
 from quantport.numerics import blocks
+from quantport.numerics.scales import scale_values
 from quantport.scheme import Quant
 
 WEIGHTS = {name: scheme.weight for name, scheme in BUILTIN.items() if scheme.weight.format != "bf16"}
+LAYERS = {name: w for name, w in WEIGHTS.items() if not (w.zero or w.outer or w.element.block)}  # one level of scales
 QUANTS = {
-    **{name: WEIGHTS[name] for name in WEIGHTS if not name.endswith(("weight_only",))},
+    **{name: quant for name, quant in LAYERS.items() if not name.endswith(("weight_only", "w4a8"))},
     "int4_g128": WEIGHTS["int4_weight_only"],
     "fp8_1x128": Quant("e4m3fn", 1, 128),
     "int8_per_tensor": Quant("int8", 0, 0),
+    "mxfp4:floor": BUILTIN["mxfp4:floor"].weight,
+    "mxfp8:ceil": BUILTIN["mxfp8:ceil"].weight,
+    "mxfp6_e3m2:even1": BUILTIN["mxfp6_e3m2:even1"].weight,
 }
 SHAPES = [(1, 1), (1, 7), (129, 1), (129, 7), (1, 129), (129, 129), (3, 704), (256, 256), (5, 128), (130, 260)]
+
+
+def values(codes: torch.Tensor, scale: torch.Tensor, quant: Quant) -> tuple[torch.Tensor, torch.Tensor]:
+    """What codes and scales stand for."""
+    return numerics.decode(codes, quant.element), scale_values(scale, quant.scale)
 
 
 def check(x: torch.Tensor, quant: Quant) -> None:
     """Codes, scales and dequantized values equal the reference's, every element."""
     codes, scale = numerics.quantize(x, quant)
     expected, scales = quantize_np(x.float().contiguous().numpy(), quant)
-    assert codes.dtype == (torch.float8_e4m3fn if quant.format == "e4m3fn" else torch.int8)
-    assert scale.dtype == quant.scale
-    same(scale, scales)
-    same(codes, expected)
+    assert codes.dtype == quant.element.storage
+    assert scale.dtype == quant.scale_dtype
+    found = values(codes, scale, quant)
+    same(found[1], scales)
+    same(found[0], expected)
     same(numerics.dequantize(codes, scale, quant), dequantize_np(expected, scales, quant))
 
 
@@ -53,9 +66,9 @@ def test_equals_numpy_at_every_magnitude(name, amax):
 def test_zeros_get_the_smallest_scale_and_code_zero(name):
     x = torch.zeros(130, 129)
     x[1] = -0.0
-    codes, scale = numerics.quantize(x, QUANTS[name])
-    assert (scale == 2.0**-23).all()
-    assert (codes.float() == 0).all()
+    codes, scale = values(*numerics.quantize(x, QUANTS[name]), QUANTS[name])
+    assert (scale == (2.0**-127 if QUANTS[name].scale == "e8m0" else 2.0**-23)).all()
+    assert (codes == 0).all()
 
 
 @pytest.mark.parametrize("name", QUANTS)
@@ -144,15 +157,18 @@ def test_fp8_per_tensor_has_one_scale():
 def test_every_tie_rounds_to_even(name):
     """x / scale exactly halfway between two codes, for every pair of neighbours."""
     quant = QUANTS[name]
-    if quant.format == "e4m3fn":
-        codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-        codes = codes[codes.isfinite()].unique()
-        ties, amax = (codes[1:] + codes[:-1]) / 2, 448.0
-    else:
-        amax = {"int8": 127.5, "int4": 7.5}[quant.format]
+    if quant.format in RANGE:
+        amax = HALF[quant.format]
         ties = torch.arange(-amax, amax + 1)
-    x = torch.full((1, 32 * len(ties)), amax)  # every group holds amax, so that its scale is 1
-    x[0, 1::32] = ties
+    else:
+        codes = numerics.values_of(quant.format)
+        codes = codes[codes.isfinite()].unique()
+        ties, amax = (codes[1:] + codes[:-1]) / 2, HALF[quant.format]
+    x = torch.full((1, 64 * len(ties)), amax)  # every group holds amax, so that its scale is 1
+    if quant.rule == "even1" or quant.rule == "ceil":  # or where 448 would make it 2: 256
+        x = torch.full_like(x, 2.0 ** math.floor(math.log2(amax)))
+    x[0, 1::64] = ties
+    x[0, 33::64] = -ties
     check(x, quant)
 
 
@@ -161,7 +177,7 @@ def test_non_contiguous_input(name):
     x = randn(130, 260)
     for view in (x.t(), x[::2, ::3], x[:, 1:]):
         found, expected = numerics.quantize(view, QUANTS[name]), numerics.quantize(view.contiguous(), QUANTS[name])
-        assert torch.equal(found[0].float(), expected[0].float())
+        assert torch.equal(found[0].view(torch.uint8), expected[0].view(torch.uint8))
         assert torch.equal(found[1], expected[1])
         assert found[0].is_contiguous()
 
@@ -184,15 +200,14 @@ def test_input_is_left_alone(name):
 
 @pytest.mark.parametrize("name", QUANTS)
 def test_given_scale_is_used_and_saturates(name):
-    x = randn(130, 129)
-    codes, own = numerics.quantize(x, QUANTS[name])
-    again, scale = numerics.quantize(x, QUANTS[name], own.float())
-    assert torch.equal(again.float(), codes.float())
+    x, quant = randn(130, 129), QUANTS[name]
+    codes, own = numerics.quantize(x, quant)
+    again, scale = numerics.quantize(x, quant, own if quant.scale == "e8m0" else own.float())
+    assert torch.equal(again.view(torch.uint8), codes.view(torch.uint8))
     assert torch.equal(scale, own)
-    tight = numerics.quantize(x * 4, QUANTS[name], own)[0].float()
-    element = QUANTS[name].element
-    assert tight.min() == element.low
-    assert tight.max() == element.high
+    tight = numerics.decode(numerics.quantize(x * 4, quant, own)[0], quant.element)
+    assert tight.min() == quant.element.low
+    assert tight.max() == quant.element.high
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (0, 129), (8, 0), (0, 0)], ids=str)
@@ -219,8 +234,9 @@ def test_stored_layout(name, dtype):
 def test_non_finite_weights(name, bad, dtype):
     x = randn(130, 129, dtype=dtype)
     x[129, 128] = bad
-    scale = numerics.quantize(x, WEIGHTS[name])[1]
-    assert (~scale.isfinite()).sum() == 1
+    if name in LAYERS:
+        scale = scale_values(numerics.quantize(x, WEIGHTS[name])[1], WEIGHTS[name].scale)
+        assert (~scale.isfinite()).sum() == 1
     with pytest.raises(WeightError, match=r"layers\.3\.q_proj"):
         numerics.quantize_weight(x, BUILTIN[name], "layers.3.q_proj")
     zeroed = x.clone()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -18,23 +20,37 @@ from quantport.scheme import Quant
 SOME = settings(max_examples=60, deadline=None)
 quants = st.builds(
     Quant,
-    st.sampled_from(["e4m3fn", "int8", "int4"]),
+    st.sampled_from(["e4m3fn", "int8", "int4", "e3m2", "e2m1"]),
     st.sampled_from([0, 1, 2, 5, 128]),
     st.sampled_from([0, 1, 3, 32, 128]),
-    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.sampled_from(["fp32", "bf16"]),
 )
-QUANTIZED = [name for name, scheme in BUILTIN.items() if scheme.weight.format != "bf16"]
+QUANTIZED = [name for name, scheme in BUILTIN.items() if scheme.weight.format != "bf16"] + ["mxfp4:hadamard", "nf4:double"]
 floats = st.floats(-3.0000000054977558e38, 3.0000000054977558e38, width=32)
 matrices = hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=2, max_side=9), elements=floats).map(torch.from_numpy)
 
 
-def half_step(codes: Tensor, scale: Tensor, quant: Quant) -> Tensor:
-    """Half of the distance between neighbouring codes: 1/2 for integers, 2**-4 of the binade for e4m3fn (2**-10 below)."""
-    ones = numerics.dequantize(torch.ones_like(codes, dtype=torch.float32), scale, quant).double()
-    if quant.format != "e4m3fn":
-        return 0.5 * ones
-    exponent = torch.floor(torch.log2(codes.double().abs().clamp(min=2.0**-6)))
-    return torch.exp2(exponent - 4) * ones
+FLOATS = {"e4m3fn": (3, -6), "e3m2": (2, -2), "e2m1": (1, 0)}  # mantissa bits, exponent of the smallest normal
+
+
+def values(codes: Tensor, quant: Quant) -> Tensor:
+    """What codes stand for, fp64."""
+    return numerics.decode(codes, quant.element).double()
+
+
+def spread(scale: Tensor, shape: torch.Size, quant: Quant) -> Tensor:
+    """The scale of every element, fp64."""
+    wide = scale.double().repeat_interleave(quant.cols or max(shape[1], 1), 1)
+    return wide.repeat_interleave(quant.rows or max(shape[0], 1), 0)[: shape[0], : shape[1]]
+
+
+def half_step(value: Tensor, scale: Tensor, quant: Quant) -> Tensor:
+    """Half of the distance between neighbouring codes: 1/2 for integers, 2**-m / 2 of the binade for a float."""
+    if quant.format not in FLOATS:
+        return 0.5 * scale
+    mantissa, smallest = FLOATS[quant.format]
+    exponent = torch.floor(torch.log2(value.abs().clamp(min=2.0**smallest)))
+    return torch.exp2(exponent - mantissa - 1) * scale
 
 
 @SOME
@@ -42,22 +58,22 @@ def half_step(codes: Tensor, scale: Tensor, quant: Quant) -> Tensor:
 def test_error_is_at_most_half_a_step(x, quant):
     """amax / half_range reaches exactly half a step above the largest integer code, so saturation costs no more."""
     codes, scale = numerics.quantize(x, quant)
-    deq = codes.double() * numerics.dequantize(torch.ones_like(codes, dtype=torch.float32), scale, quant).double()
+    value, wide = values(codes, quant), spread(scale, x.shape, quant)
     # the scale is rounded (relative 2**-24 in fp32, 2**-9 in bf16; more among subnormals), x / scale by 2**-24
-    fine = quant.scale is torch.float32
+    fine = quant.scale == "fp32"
     slack = (2.0**-21 + 2.0**-149 / scale.double().min()) if fine else (2.0**-8 + 2.0**-133 / scale.double().min())
-    bound = half_step(codes, scale, quant) * (1 + slack) + quant.element.high * scale.double().max() * slack
-    assert ((x.double() - deq).abs() <= bound).all()
+    bound = half_step(value, wide, quant) * (1 + slack) + quant.element.high * scale.double().max() * slack
+    assert ((x.double() - value * wide).abs() <= bound).all()
 
 
 @SOME
 @given(matrices, quants)
 def test_quantizing_the_dequantized_value_gives_the_same_codes(x, quant):
     codes, scale = numerics.quantize(x, quant)
-    if scale.min() < 2.0**-126 or not (codes.float().abs().max() * scale.max()).isfinite():
+    if scale.min() < 2.0**-120 or not (values(codes, quant).abs().max() * scale.double().max() < 3.4e38):
         return  # code * scale is not exact enough among subnormals
     again, _ = numerics.quantize(numerics.dequantize(codes, scale, quant), quant, scale)
-    assert torch.equal(again.float(), codes.float())
+    assert torch.equal(values(again, quant), values(codes, quant))
 
 
 @SOME
@@ -67,7 +83,7 @@ def test_scales_are_positive_finite_and_codes_in_range(x, quant):
     assert scale.shape == quant.scale_shape(*x.shape)
     assert (scale > 0).all()
     assert scale.isfinite().all()
-    assert codes.float().abs().max() <= -quant.element.low
+    assert values(codes, quant).abs().max() <= -quant.element.low
 
 
 @SOME
@@ -126,19 +142,22 @@ def test_reference_linear_against_float64(name, shape, dtype):
     y = numerics.linear(x, stored, scheme, bias)
     assert y.dtype == dtype
     assert y.shape == (m, n)
-    values = x.double()
-    if scheme.activation:
-        values = numerics.dequantize(*numerics.quantize(x, scheme.activation), scheme.activation).double()
-    exact = values @ numerics.dequantize_weight(stored, scheme, k).double().t() + bias.double()
-    size = values.abs() @ numerics.dequantize_weight(stored, scheme, k).double().abs().t() + bias.double().abs()
+    given = numerics.quantized_values(numerics.rotate(x, scheme.rotation), scheme.activation).double()
+    stored_values = numerics.dequantize_weight(stored, replace(scheme, rotation=0), k).double()
+    exact = given @ stored_values.t() + bias.double()
+    size = given.abs() @ stored_values.abs().t() + bias.double().abs()
     rounding = torch.finfo(dtype).eps * exact.abs() + k * 2.0**-23 * size
     assert ((y.double() - exact).abs() <= rounding).all()
 
 
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_quantized_linear_is_near_the_full_one(name):
-    """int4 within 15 percent of the norm, 8 bits within 5: a wrong scale or a wrong nibble order is far off."""
+    """4 bits within 25 percent of the norm, 5 and 6 within 8, 8 within 5: a wrong scale or nibble order is far off."""
+    scheme = BUILTIN[name]
     x, weight = randn(16, 512), randn(256, 512, seed=1)
-    y = numerics.linear(x, numerics.quantize_weight(weight, BUILTIN[name]), BUILTIN[name])
+    y = numerics.linear(x, numerics.quantize_weight(weight, scheme), scheme)
     full = x @ weight.t()
-    assert (y - full).norm() / full.norm() < (0.15 if BUILTIN[name].weight.element.bits == 4 else 0.05)
+    bound = {4: 0.15, 5: 0.08, 6: 0.08, 8: 0.05}[scheme.weight.element.bits]
+    if scheme.weight.format in ("e2m1", "fp4"):
+        bound = 0.25
+    assert (y - full).norm() / full.norm() < bound

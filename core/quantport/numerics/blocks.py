@@ -47,8 +47,8 @@ def quantize(x: Tensor, quant: Quant, scale: Tensor | None = None) -> tuple[Tens
     Args:
         x: ``[n, k]``, any floating dtype. NaN and Inf are not looked for: they show up in the scales.
         quant: Element format, block shape and scale rule.
-        scale: Scales to use instead of those of the rule: of ``quant.scale_dtype`` (or fp32 values of it), of shape
-            ``quant.scale_shape(n, k)``.
+        scale: Scales to use instead of those of the rule: of ``quant.scale_dtype`` (or fp32 values of it; of e8m0 the
+            bytes), of shape ``quant.scale_shape(n, k)``.
 
     Returns:
         ``(codes, scale)``: codes ``[n, k]`` of the element's storage dtype, scale of ``quant.scale_dtype`` and shape
@@ -65,7 +65,7 @@ def quantize_blocks(x: Tensor, quant: Quant, scale: Tensor | None = None, reduce
     Args:
         x: ``[n, k]``.
         quant: Any Quant but GGUF's block types and bf16.
-        scale: As for ``quantize``.
+        scale: As for ``quantize``; not for a Quant with offsets, which are searched for together with scales.
         reduce: For a shard of a larger matrix: takes maxima over the shards where a scale spans them.
     """
     n, k = x.shape
@@ -195,7 +195,7 @@ def _spread(factor: Tensor, n: int, k: int, rows: int, cols: int) -> Tensor:
 
 
 def check_finite(scale: Tensor, name: str, weight: Tensor) -> None:
-    """Refuses a weight whose scales are not finite: it holds a NaN or an Inf, or its scale format is too small.
+    """Refuses a weight whose scales are not finite: it holds a NaN or an Inf, or its scales overflow.
 
     Raises:
         WeightError: names the weight.
@@ -203,7 +203,7 @@ def check_finite(scale: Tensor, name: str, weight: Tensor) -> None:
     if torch.isfinite(scale).all():
         return
     if torch.isfinite(weight).all():
-        found = f"values up to {weight.abs().max():.3g}, whose scale overflows the fp16 scales of this format"
+        found = f"values up to {weight.abs().max():.3g}, whose scales overflow in this format"
         raise WeightError(f"quantize {name}", found, "a scheme with fp32 scales, for example int8_weight_only")
     raise WeightError(
         f"quantize {name}",

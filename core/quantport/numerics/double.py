@@ -35,7 +35,7 @@ def quantize_double(weight: Tensor, quant: Quant, reduce: Reduce | None = None) 
     high, low = scale.amax().view(1, 1), -scale.amin().view(1, 1)
     if reduce:
         high, low = reduce(high, 0, 0), reduce(low, 0, 0)
-    offset = ((high - low) / 2).view(1)
+    offset = (high / 2 - low / 2).view(1)
     rest = scale - offset
     row = rest.abs().amax(1, keepdim=True)
     row = reduce(row, 1, 0) if reduce else row

@@ -2,7 +2,7 @@
 
 All formats round to the nearest code, ties to the even one (code books: ties to the lower value), and saturate: what is
 beyond the largest value, infinities included, becomes the largest value. Subnormals are kept, and so is the sign of zero
-where the format has one. NaN stays NaN in the 8-bit float formats; the others have no NaN, and its code means nothing.
+where the format has one. NaN stays NaN in the 8-bit float formats; the others have no NaN: it gets any of their codes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantport.formats import E8M0, FORMATS, INT8, Format
+from quantport.formats import E8M0, FORMATS, Format
 from quantport.numerics.codebooks import codebook, lookup, nearest
 
 
@@ -48,7 +48,8 @@ def _encode_small(x: Tensor, element: Format) -> Tensor:
     e = (a.view(torch.int32) >> 23).clamp_min_(smallest)
     magic = (e + shift) << 23
     steps = (a + magic.view(torch.float32)).view(torch.int32) - magic
-    return steps.add_((e - smallest) << element.mantissa).bitwise_or_(sign).to(torch.uint8)
+    codes = steps.add_((e - smallest) << element.mantissa).bitwise_or_(sign).to(torch.uint8)
+    return codes.bitwise_and_((1 << element.bits) - 1)  # NaN gets some code, and not one that spills over its neighbours
 
 
 def rounded(x: Tensor, element: Format) -> Tensor:
@@ -79,8 +80,9 @@ def values_of(name: str, device: torch.device | None = None) -> Tensor:
         return codebook(name, device or torch.device("cpu"))
     codes = torch.arange(2**element.bits, dtype=torch.int32, device=device)
     if not element.exponent:
-        raw = codes.to(torch.uint8)
-        return raw.view(torch.int8).float() if element is INT8 else decode(raw.view(element.storage), element)
+        if element.storage is torch.int8:  # two's complement
+            return torch.where(codes > element.high, codes - 2**element.bits, codes).float()
+        return decode(codes.to(torch.uint8).view(element.storage), element)
     m, bias = element.mantissa, 2 ** (element.exponent - 1) - 1
     magnitude = codes & (2 ** (element.bits - 1) - 1)
     e, fraction = magnitude >> m, (magnitude & (2**m - 1)).float()

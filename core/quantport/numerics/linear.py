@@ -65,7 +65,8 @@ def _finite(stored: dict[str, Tensor], scheme: Scheme) -> Tensor:
         return gguf.scales(stored["weight_blocks"], scheme.weight.element)
     if scheme.weight.double:
         return torch.cat((stored["weight_scale_scale"].view(-1), stored["weight_scale_offset"]))
-    return scale_values(stored["weight_scale"], scheme.weight.scale)
+    scale = scale_values(stored["weight_scale"], scheme.weight.scale)
+    return torch.cat((scale, stored["weight_zero"].float())) if scheme.weight.zero else scale
 
 
 def _stored(weight: Tensor, scheme: Scheme, reduce: Reduce | None) -> dict[str, Tensor]:

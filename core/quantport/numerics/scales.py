@@ -7,7 +7,7 @@ Rules of power-of-two (e8m0) scales, for an element whose largest value is ``max
 * ``even1``: as ``even``, with one mantissa bit whatever the element: what compressed-tensors does for mxfp8.
 * ``ceil``: ``2**(ceil(log2 amax) - emax)``: nothing saturates, up to one bit is wasted. torchao calls it CEIL.
 * ``rceil``: ``amax / max``, rounded up to a power of two: the smallest scale that saturates nothing; the conversion
-  instruction of Blackwell (``cvt.rp.satfinite.ue8m0x2``). torchao calls it RCEIL.
+  instruction of Blackwell (``cvt.rp.satfinite.ue8m0x2``). torchao calls it RCEIL. At least 2**-126, but for zeros.
 
 Every result is clamped to [2**-127, 2**127]; a block of zeros gets 2**-127, a NaN or Inf gets 255 (NaN).
 Every other scale is ``amax / half_range``, rounded to the scale's format to nearest even; 0 becomes ``2**-23`` (e4m3fn:
@@ -71,7 +71,8 @@ def e8m0_of(amax: Tensor, element: Format, rule: str) -> Tensor:
     bits = amax.view(torch.int32)
     emax = math.frexp(element.high)[1] - 1
     if rule == "rceil":
-        bits, emax = (amax / element.high).view(torch.int32) + _MANTISSA, 0
+        ratio = (amax / element.high).clamp_min(2.0**-126)  # below it all round to 2**-127, which has no carry to make
+        bits, emax = torch.where(amax <= element.high * 2.0**-127, 0, ratio.view(torch.int32) + _MANTISSA), 0
     elif rule == "ceil":
         bits = bits + _MANTISSA
     elif rule in ("even", "even1"):

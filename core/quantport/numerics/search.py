@@ -86,12 +86,12 @@ def least_squares_grid(x: Tensor, low: Tensor, high: Tensor, top: float) -> tupl
     for down, up in product(ends, ends):
         start, step = -reach * down, reach / top * (down + up)
         slope, intercept, explained = _fit(x, _codes(x, start, step, top), size)
-        better = explained > best
+        better = (explained > best) & (explained < torch.inf)  # squares beyond fp32: the grid of min and max stays
         best = torch.where(better, explained, best)
         scale, zero = torch.where(better, slope, scale), torch.where(better, intercept, zero)
     for _ in range(REFITS):
         slope, intercept, explained = _fit(x, _codes(x, zero, scale, top), size)
-        better = explained > best
+        better = (explained > best) & (explained < torch.inf)
         scale, zero = torch.where(better, slope, scale), torch.where(better, intercept, zero)
     return scale, zero + middle
 
@@ -111,7 +111,7 @@ def _hqq(x: Tensor, low: Tensor, high: Tensor, top: float) -> tuple[Tensor, Tens
         shrunk = error.sign() * (size - size.pow(HQQ_NORM - 1) / beta).clamp_min_(0)
         zero = fold(x - shrunk - line) / x.shape[-1]
         beta *= HQQ_GROWTH
-    return scale, torch.where(torch.isfinite(low + high), kept, torch.nan)
+    return scale, torch.where(torch.isfinite(low / 2 + high / 2), kept, torch.nan)
 
 
 def outer(x: Tensor, first: Tensor, quant: Quant) -> Tensor:
