@@ -1,7 +1,7 @@
 """Quality of every scheme, its options, and peers' implementations on the same weights.
 
 Writes ``benchmarks/results/quality.json``, and from it ``quality.md``, ``quality.svg`` and the table of ``docs/quality.md``.
-Peers come with ``pip install '.[bench]' compressed-tensors gguf hqq``; those that are missing are named and left out.
+Peers come with ``pip install '.[bench]'`` (and ``hqq``); those that are missing are named and left out.
 """
 
 from __future__ import annotations
