@@ -46,7 +46,7 @@ def _magic(simd: Simd, x: Value, element: Format) -> tuple[Value, Value, Value]:
 
 
 def _smallest(exponent: int) -> int:
-    return 129 - 2 ** (exponent - 1)
+    return 129 - (1 << exponent - 1)
 
 
 def small(simd: Simd, x: Value, element: Format) -> Value:

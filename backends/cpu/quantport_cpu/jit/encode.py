@@ -180,7 +180,7 @@ def _encode(source, to, count, scale, inverse, kind):  # type: ignore[no-untyped
 
 
 @njit(error_model="numpy")
-def _end_row(to, k, stride):  # type: ignore[no-untyped-def]  # numba infers the types
+def end_row(to, k, stride):  # type: ignore[no-untyped-def]  # numba infers the types
     """Zeroes the nibbles past k of an int4 row."""
     if k & 1:
         put8(to + (k >> 1), get8(to + (k >> 1)) & 15)
@@ -213,7 +213,7 @@ def _quantize(frame):  # type: ignore[no-untyped-def]  # numba infers the types
                 byte = start >> 1 if kind == INT4 else start
                 _encode(source + row * source_stride + 2 * start, base + byte, min(cols, k - start), scale, inverse, kind)
             if kind == INT4:
-                _end_row(base, k, to_stride)
+                end_row(base, k, to_stride)
 
 
 kernel = Kernel(_quantize)

@@ -4,28 +4,57 @@ from __future__ import annotations
 
 import math
 import struct
+from functools import cache
+from itertools import product
 
 import torch
 from torch import Tensor
 
 from quantport.backend import FORMATS, Quant, Scheme
-from quantport_cpu.jit import blocks
+from quantport_cpu.jit import blocks, grid
 
 _TINY = torch.finfo(torch.float32).tiny
 _KINDS = {"e8m0": blocks.E8M0, "e4m3fn": blocks.E4M3, "fp32": blocks.F32_SCALE}
+_INT4_MSE = Quant("int4", 1, grid.GROUP, "bf16", "mse", zero=True)
 _BLOCKS = ("e4m3fn", "e2m1", "e2m3", "e3m2", "nf4", "fp4")
 
 
 def quantize(weight: Tensor, scheme: Scheme) -> dict[str, Tensor] | None:
     """Quantizes a bf16 weight ``[n, k]`` with contiguous rows on the calling thread; None where no kernel serves it."""
     quant = scheme.weight
+    if quant == _INT4_MSE:
+        return _int4(weight, scheme)
     if quant.format not in _BLOCKS or quant.rows != 1 or quant.cols % 16 or not quant.cols:
         return None
     if quant.searched or quant.double or quant.scale not in _KINDS or quant.outer not in (None, (0, 0)):
         return None
-    stored = {name: torch.empty(s, dtype=d) for name, (s, d) in scheme.layout(*weight.shape).items()}
+    stored = empty(weight, scheme)
     _blocks(weight, quant, stored)
     return stored
+
+
+@cache
+def trials(top: int) -> Tensor:
+    """What ``search.least_squares_grid`` tries, as fractions of the reach: where a grid starts, and how long it is."""
+    ends = [1 - i * 0.8 / top for i in range(3)]
+    return torch.tensor([value for down, up in product(ends, ends) for value in (down, down + up)])
+
+
+def _int4(weight: Tensor, scheme: Scheme) -> dict[str, Tensor]:
+    n, k = weight.shape
+    stored = empty(weight, scheme)
+    codes, scale, zero = stored.values()
+    work = torch.empty(768, dtype=torch.uint8)
+    grid.kernel()(
+        n, weight.data_ptr(), 2 * weight.stride(0), k, codes.data_ptr(), 4 * codes.stride(0), scale.data_ptr(), zero.data_ptr(),
+        trials(15).data_ptr(), work.data_ptr(),
+    )  # fmt: skip
+    return stored
+
+
+def empty(weight: Tensor, scheme: Scheme) -> dict[str, Tensor]:
+    """Uninitialized tensors of the layout."""
+    return {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in scheme.layout(*weight.shape).items()}
 
 
 def bits(value: float) -> int:
