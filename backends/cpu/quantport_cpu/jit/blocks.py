@@ -190,6 +190,12 @@ def _body(n_format: int, group: int, lanes: int, scale_kind: int, size: int) -> 
             put32(out, index, bits32(scale))
             divided(source, to, scale)
 
+    return row_by_row(block, group, size)
+
+
+def row_by_row(block: Any, group: int, size: int) -> Any:
+    """The body of a kernel that calls ``block`` for every ``group`` columns, which become ``size`` bytes of codes."""
+
     def rows(frame):  # type: ignore[no-untyped-def]  # numba infers the types
         source, source_stride, k, to, to_stride = word(frame, 2), word(frame, 3), word(frame, 4), word(frame, 5), word(frame, 6)
         out, bounce, add, emax = word(frame, 7), word(frame, 8), word(frame, 9), word(frame, 10)

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from quantport.backend import FORMATS, Quant, Scheme
-from quantport_cpu.jit import blocks, grid
+from quantport_cpu.jit import blocks, grid, search
 
 _TINY = torch.finfo(torch.float32).tiny
 _KINDS = {"e8m0": blocks.E8M0, "e4m3fn": blocks.E4M3, "fp32": blocks.F32_SCALE}
 _INT4_MSE = Quant("int4", 1, grid.GROUP, "bf16", "mse", zero=True)
+_DUAL = Quant("e2m1", 1, search.INNER, "e8m0", "mse", outer=(1, search.OUTER))
 _BLOCKS = ("e4m3fn", "e2m1", "e2m3", "e3m2", "nf4", "fp4")
 
 
@@ -26,7 +27,9 @@ def quantize(weight: Tensor, scheme: Scheme) -> dict[str, Tensor] | None:
         return _int4(weight, scheme)
     if quant.format not in _BLOCKS or quant.rows != 1 or quant.cols % 16 or not quant.cols:
         return None
-    if quant.searched or quant.double or quant.scale not in _KINDS or quant.outer not in (None, (0, 0)):
+    if quant == _DUAL:
+        return _dual(weight, scheme)
+    if quant.double or quant.scale not in _KINDS or quant.outer not in (None, (0, 0)) or (quant.searched and quant.cols > 32):
         return None
     stored = empty(weight, scheme)
     _blocks(weight, quant, stored)
@@ -48,6 +51,18 @@ def _int4(weight: Tensor, scheme: Scheme) -> dict[str, Tensor]:
     grid.kernel()(
         n, weight.data_ptr(), 2 * weight.stride(0), k, codes.data_ptr(), 4 * codes.stride(0), scale.data_ptr(), zero.data_ptr(),
         trials(15).data_ptr(), work.data_ptr(),
+    )  # fmt: skip
+    return stored
+
+
+def _dual(weight: Tensor, scheme: Scheme) -> dict[str, Tensor]:
+    n, k = weight.shape
+    stored = empty(weight, scheme)
+    codes, scale, outer = stored.values()
+    work = torch.empty(4 * search.OUTER + 3 * search.OUTER, dtype=torch.uint8)
+    search.dual_kernel()(
+        n, weight.data_ptr(), 2 * weight.stride(0), k, codes.data_ptr(), codes.stride(0), scale.data_ptr(), outer.data_ptr(),
+        work.data_ptr(),
     )  # fmt: skip
     return stored
 
@@ -83,7 +98,7 @@ def _blocks(weight: Tensor, quant: Quant, stored: dict[str, Tensor]) -> None:
         factor = _global(weight, quant)
         stored["weight_global_scale"][0] = factor
     bounce = torch.empty(3 * quant.cols, dtype=torch.uint8)
-    blocks.kernel(quant.format, quant.cols, _KINDS[quant.scale])(
+    (search if quant.searched else blocks).kernel(quant.format, quant.cols, _KINDS[quant.scale])(
         n, weight.data_ptr(), 2 * weight.stride(0), k, codes.data_ptr(), codes.stride(0) * codes.element_size(),
         scale.data_ptr(), bounce.data_ptr(), add, emax, bits(high), bits(factor), int(quant.element.bits == 4 and k % 2 == 1),
     )  # fmt: skip
