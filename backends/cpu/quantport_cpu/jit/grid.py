@@ -9,11 +9,11 @@ import numpy as np
 from numba import njit
 from numba.core import types
 
-from quantport_cpu.jit.blocks import floats, pack
 from quantport_cpu.jit.emit import F32, I32, Simd, Value, inline
 from quantport_cpu.jit.encode import bits32, clear, end_row, f32, get32, magnitude, put16
 from quantport_cpu.jit.frame import Kernel, take, word
 from quantport_cpu.jit.repack import move
+from quantport_cpu.jit.small import floats, pack
 
 GROUP = 64
 TRIALS = 9
@@ -106,49 +106,47 @@ def solver(size: int, top: int) -> Any:
     return solve
 
 
-def _body() -> Any:
-    solve = solver(GROUP, 15)
+_solve = solver(GROUP, 15)
 
-    @njit(error_model="numpy")
-    def group(source, to, scales, zeros, index, trials, work):  # type: ignore[no-untyped-def]  # numba infers the types
-        if magnitude(source, GROUP) << 16 >= INFINITE:
-            put16(scales, index, 0x7FC0)
-            put16(zeros, index, 0)
-            clear(to, GROUP // 2)
-            return
-        spread(source, work + 32, work, GROUP)
-        scale, zero = solve(work + 32, f32(get32(work, 0)), f32(get32(work, 1)), trials, work)
-        zero_bits, scale_bits = bf16(zero + np.float32(8) * scale), bf16(scale)
-        if scale_bits & 0x7FFF == 0:
-            scale_bits = 0x3400  # 2**-23
-        put16(zeros, index, zero_bits)
-        put16(scales, index, scale_bits)
-        nibbles(source, to, f32(zero_bits << 16), f32(scale_bits << 16), GROUP)
 
-    def rows(frame):  # type: ignore[no-untyped-def]  # numba infers the types
-        source, source_stride, k, to, to_stride = word(frame, 2), word(frame, 3), word(frame, 4), word(frame, 5), word(frame, 6)
-        scales, zeros, trials, work = word(frame, 7), word(frame, 8), word(frame, 9), word(frame, 10)
-        groups, rest, bounce = (k + GROUP - 1) // GROUP, k % GROUP, work + 512
-        while True:
-            row = take(frame)
-            if row >= word(frame, 1):
-                break
-            here, codes = source + row * source_stride, to + row * to_stride
-            for c in range(k // GROUP):
-                group(here + 2 * GROUP * c, codes + GROUP // 2 * c, scales, zeros, row * groups + c, trials, work)
-            if rest:  # a short last group is filled with its last value
-                last = here + 2 * (k - rest)
-                move(bounce, last, 2 * rest)
+@njit(error_model="numpy")
+def _group(source, to, scales, zeros, index, trials, work):  # type: ignore[no-untyped-def]  # numba infers the types
+    if magnitude(source, GROUP) << 16 >= INFINITE:
+        put16(scales, index, 0x7FC0)
+        put16(zeros, index, 0)
+        clear(to, GROUP // 2)
+        return
+    spread(source, work + 32, work, GROUP)
+    scale, zero = _solve(work + 32, f32(get32(work, 0)), f32(get32(work, 1)), trials, work)
+    zero_bits, scale_bits = bf16(zero + np.float32(8) * scale), bf16(scale)
+    if scale_bits & 0x7FFF == 0:
+        scale_bits = 0x3400  # 2**-23
+    put16(zeros, index, zero_bits)
+    put16(scales, index, scale_bits)
+    nibbles(source, to, f32(zero_bits << 16), f32(scale_bits << 16), GROUP)
+
+
+def _rows(frame):  # type: ignore[no-untyped-def]  # numba infers the types
+    """A block is a row. Words: source, its stride, k, codes, their stride, scales, offsets, trials (fp32), 768 bytes."""
+    source, source_stride, k, to, to_stride = word(frame, 2), word(frame, 3), word(frame, 4), word(frame, 5), word(frame, 6)
+    scales, zeros, trials, work = word(frame, 7), word(frame, 8), word(frame, 9), word(frame, 10)
+    groups, bounce = (k + GROUP - 1) // GROUP, work + 512
+    while True:
+        row = take(frame)
+        if row >= word(frame, 1):
+            break
+        for c in range(groups):
+            here, codes = source + row * source_stride + 2 * GROUP * c, to + row * to_stride + GROUP // 2 * c
+            x, q, rest = here, codes, k - GROUP * c
+            if rest < GROUP:  # a short last group is filled with its last value
+                x, q = bounce, bounce + 2 * GROUP
+                move(bounce, here, 2 * rest)
                 for i in range(rest, GROUP):
-                    move(bounce + 2 * i, last + 2 * (rest - 1), 2)
-                group(bounce, bounce + 2 * GROUP, scales, zeros, row * groups + groups - 1, trials, work)
-                move(codes + (k - rest) // 2, bounce + 2 * GROUP, (rest + 1) // 2)
-            end_row(codes, k, to_stride)
+                    move(bounce + 2 * i, here + 2 * (rest - 1), 2)
+            _group(x, q, scales, zeros, row * groups + c, trials, work)
+            if rest < GROUP:
+                move(codes, q, (rest + 1) // 2)
+        end_row(to + row * to_stride, k, to_stride)
 
-    return rows
 
-
-@cache
-def kernel() -> Kernel:
-    """int4 groups with offsets. Words: source, its stride, k, codes, their stride, scales, offsets, trials (fp32), 768 bytes."""
-    return Kernel(_body())
+kernel = Kernel(_rows)

@@ -48,7 +48,7 @@ def _int4(weight: Tensor, scheme: Scheme) -> dict[str, Tensor]:
     stored = empty(weight, scheme)
     codes, scale, zero = stored.values()
     work = torch.empty(768, dtype=torch.uint8)
-    grid.kernel()(
+    grid.kernel(
         n, weight.data_ptr(), 2 * weight.stride(0), k, codes.data_ptr(), 4 * codes.stride(0), scale.data_ptr(), zero.data_ptr(),
         trials(15).data_ptr(), work.data_ptr(),
     )  # fmt: skip
@@ -60,7 +60,7 @@ def _dual(weight: Tensor, scheme: Scheme) -> dict[str, Tensor]:
     stored = empty(weight, scheme)
     codes, scale, outer = stored.values()
     work = torch.empty(4 * search.OUTER + 3 * search.OUTER, dtype=torch.uint8)
-    search.dual_kernel()(
+    search.dual_kernel(
         n, weight.data_ptr(), 2 * weight.stride(0), k, codes.data_ptr(), codes.stride(0), scale.data_ptr(), outer.data_ptr(),
         work.data_ptr(),
     )  # fmt: skip
@@ -98,7 +98,7 @@ def _blocks(weight: Tensor, quant: Quant, stored: dict[str, Tensor]) -> None:
         factor = _global(weight, quant)
         stored["weight_global_scale"][0] = factor
     bounce = torch.empty(3 * quant.cols, dtype=torch.uint8)
-    (search if quant.searched else blocks).kernel(quant.format, quant.cols, _KINDS[quant.scale])(
+    blocks.kernel(quant.format, quant.cols, _KINDS[quant.scale], quant.searched)(
         n, weight.data_ptr(), 2 * weight.stride(0), k, codes.data_ptr(), codes.stride(0) * codes.element_size(),
         scale.data_ptr(), bounce.data_ptr(), add, emax, bits(high), bits(factor), int(quant.element.bits == 4 and k % 2 == 1),
     )  # fmt: skip

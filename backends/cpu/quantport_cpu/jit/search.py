@@ -2,41 +2,39 @@
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
-
 import numpy as np
-from numba import njit
+from numba import literally, njit
 from numba.core import types
 
 from quantport.backend import FORMATS
-from quantport_cpu.jit.blocks import (
-    DIVIDE,
-    E8M0,
-    MULTIPLY,
-    NUMBERS,
-    codes_of,
-    e4m3_scale,
-    e4m3_value,
-    e8m0_of,
-    floats,
-    format_of,
-    power_value,
-    rounded,
-    row_by_row,
-)  # fmt: skip
 from quantport_cpu.jit.emit import F32, I16, I32, I64, Simd, Value, inline
 from quantport_cpu.jit.encode import bits32, f32, magnitude, put8, put32
 from quantport_cpu.jit.frame import Kernel, take, word
 from quantport_cpu.jit.repack import move, wipe
+from quantport_cpu.jit.small import (
+    DIVIDE,
+    MULTIPLY,
+    NUMBERS,
+    e4m3_value,
+    e8m0_of,
+    floats,
+    format_of,
+    multiplied,
+    power_value,
+    rounded,
+)  # fmt: skip
 
 OUTER, INNER = 512, 32
+_E2M1 = NUMBERS["e2m1"]
+_STEPS = tuple(np.float32(2.0 ** (-i / 8)) for i in range(8))
 _INFINITY = np.float32(np.inf)
 
 
 @inline(types.float32, 3, 4, 5)
 def loss(simd: Simd, source: Value, scale: Value, inverse: Value, n_format: int, n_size: int, how: int) -> Value:
     """Squared error of bf16 under one scale."""
+    if format_of(n_format).codebook:
+        return F32(0)  # typed, and never run
     x = floats(simd, source, n_size)
     scales = simd.splat(scale, n_size)
     q = simd.b.fmul(x, simd.splat(inverse, n_size)) if how == MULTIPLY else simd.b.fdiv(x, scales)
@@ -44,66 +42,33 @@ def loss(simd: Simd, source: Value, scale: Value, inverse: Value, n_format: int,
     return simd.total(simd.b.fmul(error, error))
 
 
-@cache
-def _power_search(n_format: int, group: int) -> Any:
-    """One block with a power-of-two scale: that of rule ``floor``, one below, or one above."""
-
-    @njit(error_model="numpy")
-    def block(source, to, out, emax):  # type: ignore[no-untyped-def]  # numba infers the types
-        start = e8m0_of(magnitude(source, group) << 16, 0, emax, np.float32(0))
-        best, kept = _INFINITY, start
-        if start < 255:
-            for i in range(3):
-                code = min(254, max(0, start + (i & 1) * -1 + (i >> 1)))
-                total = loss(source, power_value(code), power_value(254 - code), n_format, group, MULTIPLY)
-                if total < best:
-                    best, kept = total, code
-        put8(out, kept)
-        codes_of(source, to, group, np.float32(1), power_value(254 - min(kept, 254)), n_format, group, MULTIPLY)
-
-    return block
+@njit(error_model="numpy")
+def power_search(source, start, n_format, n_size):  # type: ignore[no-untyped-def]  # numba infers the types
+    """e8m0 code of least error: the first one, one below, or one above."""
+    n_format, n_size = literally(n_format), literally(n_size)
+    best, kept = _INFINITY, start
+    if start < 255:
+        for step in (0, -1, 1):
+            code = min(254, max(0, start + step))
+            total = loss(source, power_value(code), power_value(254 - code), n_format, n_size, MULTIPLY)
+            if total < best:
+                best, kept = total, code
+    return kept
 
 
-@cache
-def _float_search(n_format: int, group: int) -> Any:
-    """One block with an e4m3fn scale under a global factor: from 3 codes below that of amax to 6 above."""
-
-    @njit(error_model="numpy")
-    def block(source, to, out, high, factor):  # type: ignore[no-untyped-def]  # numba infers the types
-        start = e4m3_scale(factor * (f32(magnitude(source, group) << 16) / high))
-        best, kept = _INFINITY, start
-        if start < 127:
-            for i in range(10):  # 0, -1, 1, -2, 2, -3, 3, 4, 5, 6
-                step = (i + 1 >> 1) * (1 - 2 * (i & 1)) if i < 7 else i - 3
-                code = min(126, max(1, start + step))
-                divisor = e4m3_value(code) / factor
-                total = loss(source, divisor, divisor, n_format, group, DIVIDE)
-                if total < best:
-                    best, kept = total, code
-        put8(out, kept)
-        divisor = e4m3_value(kept) / factor
-        codes_of(source, to, group, divisor, divisor, n_format, group, DIVIDE)
-
-    return block
-
-
-def _body(n_format: int, group: int, scale_kind: int, size: int) -> Any:
-    power, real = _power_search(n_format, group), _float_search(n_format, group)
-
-    @njit(error_model="numpy")
-    def block(source, to, out, index, add, emax, high, factor):  # type: ignore[no-untyped-def]  # numba infers the types
-        if scale_kind == E8M0:
-            power(source, to, out + index, emax)
-        else:
-            real(source, to, out + index, high, factor)
-
-    return row_by_row(block, group, size)
-
-
-@cache
-def kernel(name: str, group: int, scale_kind: int) -> Kernel:
-    """The searching kernel of one format; the words are those of ``blocks.kernel``."""
-    return Kernel(_body(NUMBERS[name], group, scale_kind, group * FORMATS[name].bits // 8))
+@njit(error_model="numpy")
+def float_search(source, start, factor, n_format, n_size):  # type: ignore[no-untyped-def]  # numba infers the types
+    """e4m3fn code of least error under a global factor: from 3 codes below the first one to 6 above."""
+    n_format, n_size = literally(n_format), literally(n_size)
+    best, kept = _INFINITY, start
+    if start < 127:
+        for step in (0, -1, 1, -2, 2, -3, 3, 4, 5, 6):
+            code = min(126, max(1, start + step))
+            divisor = e4m3_value(code) / factor
+            total = loss(source, divisor, divisor, n_format, n_size, DIVIDE)
+            if total < best:
+                best, kept = total, code
+    return kept
 
 
 @inline(types.float32)
@@ -141,7 +106,7 @@ def _power(simd: Simd, exponent: Value) -> Value:
 
 
 @inline(types.void)
-def divided(simd: Simd, source: Value, to: Value, scale: Value) -> None:
+def shrink(simd: Simd, source: Value, to: Value, scale: Value) -> None:
     """512 bf16 divided by a scale and rounded to bf16, to nearest even."""
     with simd.steps(I64(OUTER), INNER) as i:
         x = floats(simd, simd.at(source, simd.b.mul(i, I64(2))), INNER)
@@ -151,52 +116,47 @@ def divided(simd: Simd, source: Value, to: Value, scale: Value) -> None:
         simd.store(simd.narrow(bits, I16), simd.at(to, simd.b.mul(i, I64(2))))
 
 
-def _dual_body() -> Any:
-    inner = _power_search(NUMBERS["e2m1"], INNER)
-    steps = tuple(np.float32(2.0 ** (-i / 8)) for i in range(8))
+@njit(error_model="numpy")
+def _dual(source, to, count, out, outer, index, work):  # type: ignore[no-untyped-def]  # numba infers the types
+    bits = magnitude(source, OUTER) << 16
+    first = f32(bits) / np.float32(6)
+    if first == np.float32(0):
+        first = np.float32(2.0**-23)
+    best, kept = _INFINITY, first
+    if bits < 0x7F800000:
+        for step in _STEPS:
+            candidate = first * step
+            total = outer_loss(source, candidate, work)
+            if total < best:
+                best, kept = total, candidate
+    put32(outer, index, bits32(kept))
+    shrink(source, work, kept)
+    for i in range((count + INNER - 1) // INNER):
+        here = work + 2 * INNER * i
+        code = power_search(here, e8m0_of(magnitude(here, INNER) << 16, 0, 2, np.float32(0)), _E2M1, INNER)
+        put8(out + i, code)
+        multiplied(here, to + INNER // 2 * i, INNER, code, _E2M1, INNER)
 
-    @njit(error_model="numpy")
-    def block(source, to, count, out, outer, index, work):  # type: ignore[no-untyped-def]  # numba infers the types
-        bits = magnitude(source, OUTER) << 16
-        first = f32(bits) / np.float32(6)
-        if first == np.float32(0):
-            first = np.float32(2.0**-23)
-        best, kept = _INFINITY, first
-        if bits < 0x7F800000:
-            for i in range(8):
-                candidate = first * steps[i]
-                total = outer_loss(source, candidate, work)
-                if total < best:
-                    best, kept = total, candidate
-        put32(outer, index, bits32(kept))
-        divided(source, work, kept)
-        for i in range((count + INNER - 1) // INNER):
-            inner(work + 2 * INNER * i, to + INNER // 2 * i, out + i, 2)
 
-    def rows(frame):  # type: ignore[no-untyped-def]  # numba infers the types
-        source, source_stride, k, to, to_stride = word(frame, 2), word(frame, 3), word(frame, 4), word(frame, 5), word(frame, 6)
-        out, outer, work = word(frame, 7), word(frame, 8), word(frame, 9)
-        blocks, outers, rest = (k + INNER - 1) // INNER, (k + OUTER - 1) // OUTER, k % OUTER
-        while True:
-            row = take(frame)
-            if row >= word(frame, 1):
-                break
-            here, codes, scales = source + row * source_stride, to + row * to_stride, out + row * blocks
-            for c in range(k // OUTER):
-                to_, out_ = codes + OUTER // 2 * c, scales + OUTER // INNER * c
-                block(here + 2 * OUTER * c, to_, OUTER, out_, outer, row * outers + c, work)
-            if rest:
-                bounce, done = work + 4 * OUTER, k // OUTER
+def _dual_rows(frame):  # type: ignore[no-untyped-def]  # numba infers the types
+    """A block is a row. Words: source, its stride, k, codes, their stride, scales, outer scales, 4 KiB."""
+    source, source_stride, k, to, to_stride = word(frame, 2), word(frame, 3), word(frame, 4), word(frame, 5), word(frame, 6)
+    out, outer, work = word(frame, 7), word(frame, 8), word(frame, 9)
+    blocks, outers, bounce = (k + INNER - 1) // INNER, (k + OUTER - 1) // OUTER, work + 4 * OUTER
+    while True:
+        row = take(frame)
+        if row >= word(frame, 1):
+            break
+        for c in range(outers):
+            here, codes = source + row * source_stride + 2 * OUTER * c, to + row * to_stride + OUTER // 2 * c
+            x, q, size = here, codes, min(OUTER, k - OUTER * c)
+            if size < OUTER:
                 wipe(bounce, 3 * OUTER)
-                move(bounce, here + 2 * OUTER * done, 2 * rest)
-                out_ = scales + OUTER // INNER * done
-                block(bounce, bounce + 2 * OUTER, rest, out_, outer, row * outers + outers - 1, work)
-                move(codes + OUTER // 2 * done, bounce + 2 * OUTER, to_stride - OUTER // 2 * done)
+                move(bounce, here, 2 * size)
+                x, q = bounce, bounce + 2 * OUTER
+            _dual(x, q, size, out + row * blocks + OUTER // INNER * c, outer, row * outers + c, work)
+            if size < OUTER:
+                move(codes, q, to_stride - OUTER // 2 * c)
 
-    return rows
 
-
-@cache
-def dual_kernel() -> Kernel:
-    """MXFP4 under an outer scale for 512. Words: source, its stride, k, codes, their stride, scales, outer scales, 4 KiB."""
-    return Kernel(_dual_body())
+dual_kernel = Kernel(_dual_rows)
