@@ -88,7 +88,7 @@ def int4(x: Tensor, packed: Tensor, pairs: Tensor, group: int) -> Tensor:
     Args:
         x: ``[M, K]``, M from 1 to 8, any floating dtype.
         packed: uint8 ``[N, K'/2]``, contiguous; N a multiple of 64, K' of ``group`` and of 64, not below K.
-        pairs: bf16 ``[K'/group, N, 2]``, contiguous: the scale, and a zero point that must be 0.
+        pairs: bf16 ``[K'/group, N, 2]``, contiguous: the scale, and the offset that is added.
         group: Columns that share a scale: 32 to 256, a multiple of 8.
 
     Returns:

@@ -89,6 +89,8 @@ class CpuInt4(CpuKernel):
         n, k = _padded(spec)
         pairs = torch.zeros(k // spec.scheme.weight.cols, n, 2, dtype=torch.bfloat16)
         pairs[:, : spec.n, 0] = canonical["weight_scale"].t()
+        if spec.scheme.weight.zero:
+            pairs[:, : spec.n, 1] = canonical["weight_zero"].t()
         if not available():
             from quantport_cpu.jit.quantize import pack_int4
 
@@ -103,8 +105,9 @@ class CpuInt4(CpuKernel):
         width = math.ceil(spec.k / 8) * 4  # bytes of whole int32 words
         nibbles = unpack_nibbles(packed[0], block_rows())[: spec.n]
         nibbles = torch.nn.functional.pad(nibbles, (0, max(0, width - nibbles.shape[1])))[:, :width]
-        scale = packed[1][:, : spec.n, 0].t().contiguous()
-        return {"weight_packed": nibbles.clone(memory_format=torch.contiguous_format).view(torch.int32), "weight_scale": scale}
+        words = nibbles.clone(memory_format=torch.contiguous_format).view(torch.int32)
+        scale, zero = (packed[1][:, : spec.n, i].t().contiguous() for i in (0, 1))
+        return {"weight_packed": words, "weight_scale": scale} | ({"weight_zero": zero} if spec.scheme.weight.zero else {})
 
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
         n, k = _padded(spec)
