@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quantport.backend import Canonical, Device, Packed, Request, Scheme, WeightSpec
+from quantport.backend import Canonical, Device, Packed, Quant, Request, Scheme, WeightSpec
 from quantport_cpu.jit import available
 from quantport_cpu.kernels.base import COMPILED, CpuKernel, by_few, compiled
+from quantport_cpu.kernels.int8 import per_token
 
 
 def block_rows() -> int:
@@ -110,6 +111,11 @@ class CpuInt4(CpuKernel):
         return {"weight_packed": words, "weight_scale": scale} | ({"weight_zero": zero} if spec.scheme.weight.zero else {})
 
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
+        y = self._product(x, packed, spec).to(x.dtype)
+        return y if bias is None else y.add_(bias)
+
+    def _product(self, x: Tensor, packed: Packed, spec: WeightSpec) -> Tensor:
+        """x times the weight: ``[M, N]``, fp32 or bf16, its own memory."""
         n, k = _padded(spec)
         if k != spec.k:
             x = torch.nn.functional.pad(x, (0, k - spec.k))
@@ -117,9 +123,22 @@ class CpuInt4(CpuKernel):
         if 0 < x.shape[0] <= COMPILED and group % 64 == 0 and block_rows() == 64 and compiled():
             from quantport_cpu.jit import gemv
 
-            y = by_few(x, lambda part: gemv.int4(part, packed[0], packed[1], group)).to(x.dtype)
+            y = by_few(x, lambda part: gemv.int4(part, packed[0], packed[1], group))
         else:
             y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed[0], group, packed[1])
-        if n != spec.n:
-            y = y[:, : spec.n].contiguous()
-        return y if bias is None else y.add_(bias)
+        return y if n == spec.n else y[:, : spec.n].contiguous()
+
+
+class CpuInt4Int8(CpuInt4):
+    """W4A8: activations per token in int8, whose values bf16 holds exactly, times int4 groups; scales in fp32."""
+
+    name = "cpu.int4_int8"
+    quantizes_activations = True
+
+    def serves(self, scheme: Scheme) -> bool:
+        return scheme.weight.format == "int4" and scheme.activation == Quant("int8", 1, 0)
+
+    def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
+        q, token = per_token(x)
+        y = self._product(q.bfloat16(), packed, spec).float().mul_(token)
+        return (y if bias is None else y.add_(bias)).to(x.dtype)

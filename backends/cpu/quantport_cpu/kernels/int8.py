@@ -29,7 +29,7 @@ def matmul(q: Tensor, weight: Tensor) -> Tensor:
     return torch._int_mm(q, weight.t())
 
 
-def _rows(x: Tensor) -> tuple[Tensor, Tensor]:
+def per_token(x: Tensor) -> tuple[Tensor, Tensor]:
     """Activations per token: int8 ``[M, K]`` and fp32 ``[M, 1]``."""
     if not available():
         from quantport_cpu.jit.quantize import rows_int8
@@ -60,7 +60,7 @@ class CpuInt8(_Int8):
 
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
         weight, channel = packed
-        q, token = _rows(x)
+        q, token = per_token(x)
         if 0 < x.shape[0] <= _COMPILED and compiled():
             from quantport_cpu.jit import gemv
 
