@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+from dataclasses import replace
 from functools import cache
 from itertools import product
 
@@ -27,7 +28,7 @@ def quantize(weight: Tensor, scheme: Scheme) -> dict[str, Tensor] | None:
         return _int4(weight, scheme)
     if quant.format not in _BLOCKS or quant.rows != 1 or quant.cols % 16 or not quant.cols:
         return None
-    if quant == _DUAL:
+    if replace(quant, rule=_DUAL.rule) == _DUAL:
         return _dual(weight, scheme)
     if quant.double or quant.scale not in _KINDS or quant.outer not in (None, (0, 0)) or (quant.searched and quant.cols > 32):
         return None
@@ -59,10 +60,11 @@ def _dual(weight: Tensor, scheme: Scheme) -> dict[str, Tensor]:
     n, k = weight.shape
     stored = empty(weight, scheme)
     codes, scale, outer = stored.values()
+    add, emax, high = rule(scheme.weight)
     work = torch.empty(4 * search.OUTER + 3 * search.OUTER, dtype=torch.uint8)
     search.dual_kernel(
         n, weight.data_ptr(), 2 * weight.stride(0), k, codes.data_ptr(), codes.stride(0), scale.data_ptr(), outer.data_ptr(),
-        work.data_ptr(),
+        work.data_ptr(), int(scheme.weight.searched), add, emax, bits(high),
     )  # fmt: skip
     return stored
 

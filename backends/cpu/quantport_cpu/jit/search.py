@@ -117,13 +117,14 @@ def shrink(simd: Simd, source: Value, to: Value, scale: Value) -> None:
 
 
 @njit(error_model="numpy")
-def _dual(source, to, count, out, outer, index, work):  # type: ignore[no-untyped-def]  # numba infers the types
+def _dual(source, to, count, out, outer, index, work, rule):  # type: ignore[no-untyped-def]  # numba infers the types
     bits = magnitude(source, OUTER) << 16
     first = f32(bits) / np.float32(6)
     if first == np.float32(0):
         first = np.float32(2.0**-23)
     best, kept = _INFINITY, first
-    if bits < 0x7F800000:
+    is_searched = word(rule, 0) != 0
+    if is_searched and bits < 0x7F800000:
         for step in _STEPS:
             candidate = first * step
             total = outer_loss(source, candidate, work)
@@ -133,13 +134,16 @@ def _dual(source, to, count, out, outer, index, work):  # type: ignore[no-untype
     shrink(source, work, kept)
     for i in range((count + INNER - 1) // INNER):
         here = work + 2 * INNER * i
-        code = power_search(here, e8m0_of(magnitude(here, INNER) << 16, 0, 2, np.float32(0)), _E2M1, INNER)
+        code = e8m0_of(magnitude(here, INNER) << 16, word(rule, 1), word(rule, 2), f32(word(rule, 3)))
+        if is_searched:
+            code = power_search(here, code, _E2M1, INNER)
         put8(out + i, code)
         multiplied(here, to + INNER // 2 * i, INNER, code, _E2M1, INNER)
 
 
 def _dual_rows(frame):  # type: ignore[no-untyped-def]  # numba infers the types
-    """A block is a row. Words: source, its stride, k, codes, their stride, scales, outer scales, 4 KiB."""
+    """A block is a row. Words: source, its stride, k, codes, their stride, scales, outer scales, 4 KiB, and what the
+    rule of the scales is: whether to search, what it adds, emax, and the divisor of amax (fp32 bits)."""
     source, source_stride, k, to, to_stride = word(frame, 2), word(frame, 3), word(frame, 4), word(frame, 5), word(frame, 6)
     out, outer, work = word(frame, 7), word(frame, 8), word(frame, 9)
     blocks, outers, bounce = (k + INNER - 1) // INNER, (k + OUTER - 1) // OUTER, work + 4 * OUTER
@@ -154,7 +158,7 @@ def _dual_rows(frame):  # type: ignore[no-untyped-def]  # numba infers the types
                 wipe(bounce, 3 * OUTER)
                 move(bounce, here, 2 * size)
                 x, q = bounce, bounce + 2 * OUTER
-            _dual(x, q, size, out + row * blocks + OUTER // INNER * c, outer, row * outers + c, work)
+            _dual(x, q, size, out + row * blocks + OUTER // INNER * c, outer, row * outers + c, work, frame + 80)
             if size < OUTER:
                 move(codes, q, to_stride - OUTER // 2 * c)
 
