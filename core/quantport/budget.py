@@ -11,7 +11,7 @@ from quantport.errors import BudgetError, ConfigError
 from quantport.kernel import WeightSpec
 
 BUDGET = 512 << 20  # bytes, where nobody says otherwise
-SCRATCH = 8 << 20  # bytes of fp32 chunks and block maxima that quantizing one weight holds at most
+SCRATCH = 24 << 20  # bytes of fp32 chunks and block maxima that quantizing one weight holds at most: a search has some twenty
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?B?)\s*", re.IGNORECASE)
 
@@ -46,7 +46,8 @@ def need(spec: WeightSpec, source: torch.dtype | None) -> int:
     elements = spec.n * spec.k
     read = elements * source.itemsize if source else 0
     codes = elements if spec.scheme.weight.element.bits < 8 else 0
-    return read + spec.scheme.bytes(spec.n, spec.k) + codes + min(SCRATCH, 12 * elements)
+    whole = 12 * elements  # fp32: the weight, its rotation and the rotated blocks
+    return read + spec.scheme.bytes(spec.n, spec.k) + codes + (whole if spec.scheme.rotation else min(SCRATCH, 2 * whole))
 
 
 def settle(asked: int | None, needs: Mapping[str, int]) -> int:

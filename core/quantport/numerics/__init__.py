@@ -1,6 +1,7 @@
 """The reference numerics: what every kernel of every room is judged against. Pure torch, on any device."""
 
 from quantport.numerics.blocks import Blocks, Reduce, check_finite, dequantize, quantize, quantize_blocks
+from quantport.numerics.double import dequantize_scales
 from quantport.numerics.elements import decode, encode, values_of
 from quantport.numerics.linear import FLOATS, dequantize_weight, linear, quantize_weight, quantized_values
 from quantport.numerics.packing import pack_bits, pack_int4, unpack_bits, unpack_int4
@@ -13,6 +14,7 @@ __all__ = [
     "check_finite",
     "decode",
     "dequantize",
+    "dequantize_scales",
     "dequantize_weight",
     "encode",
     "linear",

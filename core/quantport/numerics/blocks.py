@@ -130,7 +130,12 @@ def _outer(x: Tensor, quant: Quant, reduce: Reduce | None) -> Tensor:
     amax = reduce(amax, *quant.outer) if reduce else amax
     if quant.scale == "e8m0":
         first = stored(amax / quant.element.half_range, "fp32")
-        return search.outer(_blocks(x.float(), *quant.outer)[:, 0], first, quant) if quant.searched else first
+        if not quant.searched:
+            return first
+        step = max(1, CHUNK // x.shape[1])
+        rows = range(0, x.shape[0], step)
+        parts = [search.outer(_blocks(x[i : i + step].float(), *quant.outer)[:, 0], first[i : i + step], quant) for i in rows]
+        return torch.cat(parts)
     factor = E4M3FN.high * quant.element.high / amax.clamp_min(TINY)
     return torch.where(torch.isposinf(factor), 1.0, factor)
 

@@ -53,8 +53,8 @@ def with_offset(x: Tensor, quant: Quant) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _codes(x: Tensor, low: Tensor, scale: Tensor, top: float) -> Tensor:
-    """Codes 0..top on the grid that starts at ``low``, as fp32."""
-    return ((x - low[..., None]) / scale[..., None]).round_().clamp_(0, top)
+    """Codes 0..top on the grid that starts at ``low``, as fp32. A search may multiply by the inverse; final codes divide."""
+    return (x - low[..., None]).mul_((1 / scale)[..., None]).round_().clamp_(0, top)
 
 
 def _fit(x: Tensor, q: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:

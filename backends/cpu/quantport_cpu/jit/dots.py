@@ -15,7 +15,7 @@ AHEAD = 8192  # bytes that are asked for ahead: past the page, where the process
 DIGIT_ZERO = 0x808080  # what the three base-256 digits of an activation of zero spell
 
 
-def _halves(simd: Simd, address: Value) -> Value:
+def halves(simd: Simd, address: Value) -> Value:
     """32 e4m3fn codes as fp16, value / 256: the exponent moves from bias 7 to bias 15, subnormals included."""
     wide = simd.widen(simd.load(I8, 32, address), I16, signed=True)
     return simd.bits(simd.integer("and_", simd.integer("shl", wide, 7), ~0x4000), F16)
@@ -27,7 +27,7 @@ def _fp8_step(simd: Simd, x: Value, x_stride: Value, weights: list[Value], sums:
     for part in (0, 32):
         values = []
         for address in weights:
-            half = _halves(simd, simd.at(address, part))
+            half = halves(simd, simd.at(address, part))
             quarters = [simd.shuffle(half, half, range(i, i + 16)) for i in (0, 16)]
             values.append([simd.real(q) for q in quarters])
         for m in range(n_m):

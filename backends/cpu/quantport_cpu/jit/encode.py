@@ -11,7 +11,7 @@ from quantport_cpu.jit.frame import Kernel, take, word
 
 FP8, INT8, INT4 = 0, 1, 2
 LANES = 32
-_SAFE = (2.0**-60, 2.0**60)  # scales for which the multiplications of _quotient neither overflow nor lose bits
+SAFE = (2.0**-60, 2.0**60)  # scales for which the multiplications of quotient neither overflow nor lose bits
 
 
 @inline(types.int64)
@@ -32,7 +32,7 @@ def magnitude(simd: Simd, source: Value, count: Value) -> Value:
     return simd.b.zext(simd.total(simd.b.load(best), "umax"), I64)
 
 
-def _quotient(simd: Simd, x: Value, scale: Value, inverse: Value, is_divide: int) -> Value:
+def quotient(simd: Simd, x: Value, scale: Value, inverse: Value, is_divide: int) -> Value:
     """``x / scale`` as a true division gives it, for bf16 ``x``: a product, and one step of Newton on the remainder."""
     if is_divide:
         return simd.b.fdiv(x, scale)
@@ -72,7 +72,7 @@ def encode(simd: Simd, source: Value, to: Value, count: Value, scale: Value, inv
 
     def body(source: Value, to: Value) -> None:
         wide = simd.integer("shl", simd.widen(simd.load(I16, LANES, source), I32), 16)
-        q = _quotient(simd, simd.bits(wide, F32), scales, inverses, is_divide)
+        q = quotient(simd, simd.bits(wide, F32), scales, inverses, is_divide)
         if n_kind == FP8:
             codes = simd.narrow(_e4m3(simd, q, wide), I8)
         elif n_kind == INT8:
@@ -162,7 +162,7 @@ def _scales(scratch, blocks, out, first, half_range, is_bf16):  # type: ignore[n
 
 @njit(error_model="numpy")
 def _encode(source, to, count, scale, inverse, kind):  # type: ignore[no-untyped-def]  # numba infers the types
-    safe = _SAFE[0] < scale < _SAFE[1]
+    safe = SAFE[0] < scale < SAFE[1]
     if kind == FP8:
         if safe:
             encode(source, to, count, scale, inverse, FP8, 0)
@@ -180,7 +180,7 @@ def _encode(source, to, count, scale, inverse, kind):  # type: ignore[no-untyped
 
 
 @njit(error_model="numpy")
-def _end_row(to, k, stride):  # type: ignore[no-untyped-def]  # numba infers the types
+def end_row(to, k, stride):  # type: ignore[no-untyped-def]  # numba infers the types
     """Zeroes the nibbles past k of an int4 row."""
     if k & 1:
         put8(to + (k >> 1), get8(to + (k >> 1)) & 15)
@@ -213,7 +213,7 @@ def _quantize(frame):  # type: ignore[no-untyped-def]  # numba infers the types
                 byte = start >> 1 if kind == INT4 else start
                 _encode(source + row * source_stride + 2 * start, base + byte, min(cols, k - start), scale, inverse, kind)
             if kind == INT4:
-                _end_row(base, k, to_stride)
+                end_row(base, k, to_stride)
 
 
 kernel = Kernel(_quantize)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba.core.codegen
 import numba.core.config
 import torch
 from torch import Tensor
 
-from quantport_cpu.jit import digits, dots, nibbles
+from quantport.backend import FORMATS, numerics
+from quantport_cpu.jit import digits, dots, floats, nibbles
 from quantport_cpu.jit.frame import threads_for
 
 MOST = 8  # rows of x
@@ -88,7 +89,7 @@ def int4(x: Tensor, packed: Tensor, pairs: Tensor, group: int) -> Tensor:
     Args:
         x: ``[M, K]``, M from 1 to 8, any floating dtype.
         packed: uint8 ``[N, K'/2]``, contiguous; N a multiple of 64, K' of ``group`` and of 64, not below K.
-        pairs: bf16 ``[K'/group, N, 2]``, contiguous: the scale, and a zero point that must be 0.
+        pairs: bf16 ``[K'/group, N, 2]``, contiguous: the scale, and the offset that is added.
         group: Columns that share a scale: 32 to 256, a multiple of 8.
 
     Returns:
@@ -103,6 +104,78 @@ def int4(x: Tensor, packed: Tensor, pairs: Tensor, group: int) -> Tensor:
         pairs.data_ptr(), 4 * n, out.data_ptr(), rows, threads=threads_for(n * k),
     )  # fmt: skip
     return out if rows == m else out[:m]
+
+
+class Blocks(NamedTuple):
+    """A weight in a small float or a code book.
+
+    Attributes:
+        name: Element format.
+        scale_name: Format of the scales.
+        group: Columns that share one.
+        codes: uint8 ``[N, bytes]``, contiguous.
+        scale: ``[N, K / group]``, contiguous.
+        outer: fp32 ``[N, ceil(K / 512)]``, contiguous, or None.
+        k: Columns, a multiple of 32.
+    """
+
+    name: str
+    scale_name: str
+    group: int
+    codes: Tensor
+    scale: Tensor
+    outer: Tensor | None
+    k: int
+
+
+def unit(weight: Blocks) -> float:
+    """What the results of ``blocks`` and ``decode`` are to be multiplied with."""
+    return floats.UNIT.get(weight.name, 1.0) * (floats.SCALE_UNIT if weight.scale_name == "e4m3fn" else 1.0)
+
+
+def blocks(x: Tensor, weight: Blocks) -> Tensor:
+    """x times the weight over ``unit``. Needs ``vnni_reason() == ''``.
+
+    Args:
+        x: ``[M, K]``, M from 1, any floating dtype.
+        weight: The weight ``[N, K]``.
+
+    Returns:
+        fp32 ``[M, N]``.
+    """
+    m, n = x.shape[0], weight.codes.shape[0]
+    rows, turn = m if m <= 2 else -(-m // 4) * 4, floats.ORDER[FORMATS[weight.name].bits]
+    values = padded(x, rows, weight.k)
+    if turn > 1:
+        values = values.view(rows, -1, floats.STEP // turn, turn).transpose(2, 3).contiguous()
+    out = torch.empty(rows, n)
+    _blocks(weight, values.data_ptr(), 0, n, out.data_ptr(), rows, _SPAN)
+    return out if rows == m else out[:m]
+
+
+def decode(weight: Blocks, first: int, out: Tensor) -> Tensor:
+    """Writes rows from ``first`` on, over ``unit``, to ``out`` fp32 ``[rows, K]``."""
+    _blocks(weight, 0, first, out.shape[0], out.data_ptr(), 0, 4)
+    return out
+
+
+def _blocks(weight: Blocks, x: int, first: int, n: int, out: int, m: int, span: int) -> None:
+    codes, scale, outer, k = weight.codes, weight.scale, weight.outer, weight.k
+    kind = (
+        floats.DUAL if outer is not None else {"e8m0": floats.E8M0, "e4m3fn": floats.E4M3}.get(weight.scale_name, floats.F32_SCALE)
+    )
+    stride, outers = scale.stride(0) * scale.element_size(), 0 if outer is None else 4 * outer.stride(0)
+    floats.kernel(weight.name, kind, weight.group)(
+        -(-n // span), x, 4 * k, codes.data_ptr() + first * codes.stride(0), n, k, scale.data_ptr() + first * stride, stride,
+        0 if outer is None else outer.data_ptr() + first * outers, outers, _table(weight.name).data_ptr(), out, m, span, 4 * n,
+        threads=threads_for(n * k),
+    )  # fmt: skip
+
+
+@cache
+def _table(name: str) -> Tensor:
+    """The values of a 4-bit format; zeros for others."""
+    return numerics.values_of(name).float().contiguous() if FORMATS[name].bits == 4 else torch.zeros(16)
 
 
 def digits_of(x: Tensor, rows: int, columns: int, group: int) -> tuple[Tensor, int, int, int]:

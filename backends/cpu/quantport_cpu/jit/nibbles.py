@@ -89,10 +89,21 @@ class _Sums:
         return out[0], out[1]
 
 
-def _scale(simd: Simd, pairs: Value, channel: int) -> Value:
-    """fp32 scales of channels ``channel`` to + 7 and + 16 to + 23, from (scale, zero) pairs of bf16."""
+def _pair(simd: Simd, pairs: Value, channel: int) -> tuple[Value, Value]:
+    """fp32 scales and offsets of channels ``channel`` to + 7 and + 16 to + 23, from pairs of bf16."""
     parts = [simd.load(I32, 8, simd.at(pairs, 4 * (channel + i))) for i in (0, 16)]
-    return simd.bits(simd.integer("shl", simd.shuffle(parts[0], parts[1], range(16)), 16), F32)
+    both = simd.shuffle(parts[0], parts[1], range(16))
+    return simd.bits(simd.integer("shl", both, 16), F32), simd.bits(simd.integer("and_", both, -65536), F32)
+
+
+def _sum(simd: Simd, sums: Value) -> Value:
+    """Sum of x over a group in units of its scale, in every lane, from -8 times the sums of its digits."""
+    value = I64(0)
+    for d in range(3):
+        for parity in (0, 4):
+            part = simd.b.sext(simd.load(I32, 0, simd.at(sums, 16 * d + parity)), I64)
+            value = simd.b.add(value, simd.b.shl(part, I64(8 * d)))
+    return simd.splat(simd.b.fmul(simd.b.sitofp(value, F32), F32(-1 / 8)), 16)
 
 
 @inline(types.void, 12)
@@ -114,10 +125,12 @@ def int4_tile(
                     simd.prefetch(simd.at(address, AHEAD + 64 * line))
                 acc.step(_columns(simd, address, high), simd.at(x, simd.b.add(begin, i)), x_stride)
             for m in range(n_m):
+                plain = _sum(simd, simd.at(simd.at(sums, simd.b.mul(count, I64(48))), simd.b.mul(sums_stride, I64(m))))
                 for nibble, value in enumerate(acc.finish(m)):
                     total = totals[high][m][nibble]
-                    scale = _scale(simd, scales, 32 * nibble + 8 * high)
-                    simd.b.store(simd.same("fma", value, scale, simd.b.load(total)), total)
+                    scale, zero = _pair(simd, scales, 32 * nibble + 8 * high)
+                    value = simd.same("fma", value, scale, simd.b.fmul(plain, zero))
+                    simd.b.store(simd.b.fadd(value, simd.b.load(total)), total)
     for high in (0, 1):
         for m in range(n_m):
             factor = simd.splat(simd.load(F32, 0, simd.at(x_scale, 4 * m)), 16)

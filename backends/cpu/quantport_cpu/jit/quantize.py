@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quantport.backend import Quant, Scheme, numerics
-from quantport_cpu.jit import encode, repack
+from quantport_cpu.jit import encode, repack, rows
 from quantport_cpu.jit.frame import threads_for
 
 _KINDS = {"e4m3fn": encode.FP8, "int8": encode.INT8, "int4": encode.INT4}
@@ -28,8 +28,10 @@ def quantize_weight(weight: Tensor, scheme: Scheme) -> dict[str, Tensor] | None:
         mean nothing.
     """
     quant = scheme.weight
-    if quant.format not in _KINDS or not quant.plain or not _served(weight) or quant.cols % 8:
+    if not _served(weight):
         return None
+    if quant.format not in _KINDS or not quant.plain or quant.cols % 8:
+        return rows.quantize(weight, scheme)
     n, k = weight.shape
     layout = scheme.layout(n, k)
     stored = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in layout.items()}

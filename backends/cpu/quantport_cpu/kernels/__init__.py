@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from quantport.backend import Kernel, aten
 from quantport_cpu.kernels.bf16 import CpuBf16
+from quantport_cpu.kernels.blocks import CpuBlocks
 from quantport_cpu.kernels.fp8 import CpuFp8WeightOnly
-from quantport_cpu.kernels.int4 import CpuInt4
+from quantport_cpu.kernels.int4 import CpuInt4, CpuInt4Int8
 from quantport_cpu.kernels.int8 import CpuInt8, CpuInt8WeightOnly
 
 
 def kernels() -> tuple[Kernel, ...]:
     """Every kernel of the room."""
-    return (CpuInt8(), CpuInt8WeightOnly(), CpuFp8WeightOnly(), CpuInt4(), CpuBf16(), *aten.portable())
+    return (CpuInt8(), CpuInt8WeightOnly(), CpuFp8WeightOnly(), CpuInt4Int8(), CpuInt4(), CpuBlocks(), CpuBf16(), *aten.portable())

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quantport.backend import Canonical, Device, Packed, Request, Scheme, WeightSpec
+from quantport.backend import Canonical, Device, Packed, Quant, Request, Scheme, WeightSpec
 from quantport_cpu.jit import available
 from quantport_cpu.kernels.base import COMPILED, CpuGrouped, Few, by_few, compiled, jobs_of
+from quantport_cpu.kernels.int8 import per_token
 
 
 def block_rows() -> int:
@@ -89,6 +90,8 @@ class CpuInt4(CpuGrouped):
         n, k = _padded(spec)
         pairs = torch.zeros(k // spec.scheme.weight.cols, n, 2, dtype=torch.bfloat16)
         pairs[:, : spec.n, 0] = canonical["weight_scale"].t()
+        if spec.scheme.weight.zero:
+            pairs[:, : spec.n, 1] = canonical["weight_zero"].t()
         if not available():
             from quantport_cpu.jit.quantize import pack_int4
 
@@ -103,8 +106,9 @@ class CpuInt4(CpuGrouped):
         width = math.ceil(spec.k / 8) * 4  # bytes of whole int32 words
         nibbles = unpack_nibbles(packed[0], block_rows())[: spec.n]
         nibbles = torch.nn.functional.pad(nibbles, (0, max(0, width - nibbles.shape[1])))[:, :width]
-        scale = packed[1][:, : spec.n, 0].t().contiguous()
-        return {"weight_packed": nibbles.clone(memory_format=torch.contiguous_format).view(torch.int32), "weight_scale": scale}
+        words = nibbles.clone(memory_format=torch.contiguous_format).view(torch.int32)
+        scale, zero = (packed[1][:, : spec.n, i].t().contiguous() for i in (0, 1))
+        return {"weight_packed": words, "weight_scale": scale} | ({"weight_zero": zero} if spec.scheme.weight.zero else {})
 
     def limit(self, spec: WeightSpec) -> int:
         return COMPILED if spec.scheme.weight.cols % 64 == 0 and block_rows() == 64 and compiled() else 0
@@ -120,6 +124,11 @@ class CpuInt4(CpuGrouped):
         return y if n == spec.n else y.view(-1, shared, n)[..., : spec.n].reshape(-1, shared * spec.n)
 
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
+        y = self._product(x, packed, spec).to(x.dtype)
+        return y if bias is None else y.add_(bias)
+
+    def _product(self, x: Tensor, packed: Packed, spec: WeightSpec) -> Tensor:
+        """x times the weight: ``[M, N]``, fp32 or bf16, its own memory."""
         n, k = _padded(spec)
         if k != spec.k:
             x = torch.nn.functional.pad(x, (0, k - spec.k))
@@ -127,9 +136,25 @@ class CpuInt4(CpuGrouped):
         if 0 < x.shape[0] <= COMPILED and group % 64 == 0 and block_rows() == 64 and compiled():
             from quantport_cpu.jit import gemv
 
-            y = by_few(x, lambda part: gemv.int4(part, packed[0], packed[1], group)).to(x.dtype)
+            y = by_few(x, lambda part: gemv.int4(part, packed[0], packed[1], group))
         else:
             y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed[0], group, packed[1])
-        if n != spec.n:
-            y = y[:, : spec.n].contiguous()
-        return y if bias is None else y.add_(bias)
+        return y if n == spec.n else y[:, : spec.n].contiguous()
+
+
+class CpuInt4Int8(CpuInt4):
+    """W4A8: activations per token in int8, whose values bf16 holds exactly, times int4 groups; scales in fp32."""
+
+    name = "cpu.int4_int8"
+    quantizes_activations = True
+
+    def serves(self, scheme: Scheme) -> bool:
+        return scheme.weight.format == "int4" and scheme.activation == Quant("int8", 1, 0)
+
+    def limit(self, spec: WeightSpec) -> int:
+        return 0  # the launch for groups of few rows takes 16-bit activations
+
+    def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
+        q, token = per_token(x)
+        y = self._product(q.bfloat16(), packed, spec).float().mul_(token)
+        return (y if bias is None else y.add_(bias)).to(x.dtype)

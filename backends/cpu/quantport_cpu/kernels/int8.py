@@ -29,7 +29,7 @@ def matmul(q: Tensor, weight: Tensor) -> Tensor:
     return torch._int_mm(q, weight.t())
 
 
-def _rows(x: Tensor) -> tuple[Tensor, Tensor]:
+def per_token(x: Tensor) -> tuple[Tensor, Tensor]:
     """Activations per token: int8 ``[M, K]`` and fp32 ``[M, 1]``."""
     if not available():
         from quantport_cpu.jit.quantize import rows_int8
@@ -72,12 +72,12 @@ class CpuInt8(_Int8):
         return scheme.weight.format == "int8" and scheme.activation is not None
 
     def few(self, x: Tensor, groups: Sequence[Few], packed: Sequence[Packed], spec: WeightSpec, shared: int) -> Tensor:
-        q, token = _rows(x)  # once for all weights that share the rows
+        q, token = per_token(x)  # once for all weights that share the rows
         return super().few(q.float(), groups, packed, spec, shared).mul_(token)
 
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
         weight, channel = packed
-        q, token = _rows(x)
+        q, token = per_token(x)
         if 0 < x.shape[0] <= _COMPILED and compiled():
             from quantport_cpu.jit import gemv
 

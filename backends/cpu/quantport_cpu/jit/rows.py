@@ -1,0 +1,114 @@
+"""Calls the quantizers that go over a weight row by row: which kernel serves a scheme, and what it is given."""
+
+from __future__ import annotations
+
+import math
+import struct
+from dataclasses import replace
+from functools import cache
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from quantport.backend import FORMATS, Quant, Scheme
+from quantport_cpu.jit import blocks, grid, search
+
+_TINY = torch.finfo(torch.float32).tiny
+_KINDS = {"e8m0": blocks.E8M0, "e4m3fn": blocks.E4M3, "fp32": blocks.F32_SCALE}
+_INT4_MSE = Quant("int4", 1, grid.GROUP, "bf16", "mse", zero=True)
+_DUAL = Quant("e2m1", 1, search.INNER, "e8m0", "mse", outer=(1, search.OUTER))
+_BLOCKS = ("e4m3fn", "e2m1", "e2m3", "e3m2", "nf4", "fp4")
+
+
+def quantize(weight: Tensor, scheme: Scheme) -> dict[str, Tensor] | None:
+    """Quantizes a bf16 weight ``[n, k]`` with contiguous rows on the calling thread; None where no kernel serves it."""
+    quant = scheme.weight
+    if quant == _INT4_MSE:
+        return _int4(weight, scheme)
+    if quant.format not in _BLOCKS or quant.rows != 1 or quant.cols % 16 or not quant.cols:
+        return None
+    if replace(quant, rule=_DUAL.rule) == _DUAL:
+        return _dual(weight, scheme)
+    if quant.double or quant.scale not in _KINDS or quant.outer not in (None, (0, 0)) or (quant.searched and quant.cols > 32):
+        return None
+    stored = empty(weight, scheme)
+    _blocks(weight, quant, stored)
+    return stored
+
+
+@cache
+def trials(top: int) -> Tensor:
+    """What ``search.least_squares_grid`` tries, as fractions of the reach: where a grid starts, and how long it is."""
+    ends = [1 - i * 0.8 / top for i in range(3)]
+    return torch.tensor([value for down, up in product(ends, ends) for value in (down, down + up)])
+
+
+def _int4(weight: Tensor, scheme: Scheme) -> dict[str, Tensor]:
+    n, k = weight.shape
+    stored = empty(weight, scheme)
+    codes, scale, zero = stored.values()
+    work = torch.empty(768, dtype=torch.uint8)
+    grid.kernel(
+        n, weight.data_ptr(), 2 * weight.stride(0), k, codes.data_ptr(), 4 * codes.stride(0), scale.data_ptr(), zero.data_ptr(),
+        trials(15).data_ptr(), work.data_ptr(),
+    )  # fmt: skip
+    return stored
+
+
+def _dual(weight: Tensor, scheme: Scheme) -> dict[str, Tensor]:
+    n, k = weight.shape
+    stored = empty(weight, scheme)
+    codes, scale, outer = stored.values()
+    add, emax, high = rule(scheme.weight)
+    work = torch.empty(4 * search.OUTER + 3 * search.OUTER, dtype=torch.uint8)
+    search.dual_kernel(
+        n, weight.data_ptr(), 2 * weight.stride(0), k, codes.data_ptr(), codes.stride(0), scale.data_ptr(), outer.data_ptr(),
+        work.data_ptr(), int(scheme.weight.searched), add, emax, bits(high),
+    )  # fmt: skip
+    return stored
+
+
+def empty(weight: Tensor, scheme: Scheme) -> dict[str, Tensor]:
+    """Uninitialized tensors of the layout."""
+    return {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in scheme.layout(*weight.shape).items()}
+
+
+def bits(value: float) -> int:
+    """An fp32 as an integer."""
+    return int.from_bytes(struct.pack("<f", value), "little")
+
+
+def rule(quant: Quant) -> tuple[int, int, float]:
+    """What a rule of power-of-two scales adds to the bits of amax, the exponent it takes off, and what amax is divided by."""
+    element = quant.element
+    emax = math.frexp(element.high)[1] - 1
+    mantissa = {"e4m3fn": 3}.get(element.name, element.mantissa)
+    if quant.rule == "rceil":
+        return (1 << 23) - 1, 0, element.high
+    added = {"ceil": (1 << 23) - 1, "even": 1 << (22 - mantissa), "even1": 1 << 21}
+    return added.get(quant.rule, 0), emax, 0.0
+
+
+def _blocks(weight: Tensor, quant: Quant, stored: dict[str, Tensor]) -> None:
+    n, k = weight.shape
+    codes, scale = stored.get("weight", stored.get("weight_packed")), stored["weight_scale"]
+    assert codes is not None  # every layout without GGUF blocks has one of them
+    add, emax, high = rule(quant) if quant.scale == "e8m0" else (0, 0, quant.element.half_range)
+    factor = 1.0
+    if quant.outer:
+        factor = _global(weight, quant)
+        stored["weight_global_scale"][0] = factor
+    bounce = torch.empty(3 * quant.cols, dtype=torch.uint8)
+    blocks.kernel(quant.format, quant.cols, _KINDS[quant.scale], quant.searched)(
+        n, weight.data_ptr(), 2 * weight.stride(0), k, codes.data_ptr(), codes.stride(0) * codes.element_size(),
+        scale.data_ptr(), bounce.data_ptr(), add, emax, bits(high), bits(factor), int(quant.element.bits == 4 and k % 2 == 1),
+    )  # fmt: skip
+
+
+def _global(weight: Tensor, quant: Quant) -> float:
+    """The factor of NVFP4's block scales, from the largest magnitude of the weight."""
+    tops = torch.empty(weight.shape[0])
+    blocks.tops_kernel(weight.shape[0], weight.data_ptr(), 2 * weight.stride(0), weight.shape[1], tops.data_ptr())
+    factor = FORMATS["e4m3fn"].high * quant.element.high / tops.amax().clamp_min(_TINY)
+    return 1.0 if torch.isposinf(factor) else float(factor)

@@ -1,0 +1,66 @@
+"""Small floats and code books with block scales, and 16-bit activations: MX, NVFP4, dual scale, NF4, FP4, FP6.
+
+Weights stay as they are stored. Few rows of activations are multiplied in one pass over the codes; for many, panels of rows
+that stay in cache are decoded to fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from quantport.backend import Device, Packed, Request, Scheme, WeightSpec, numerics
+from quantport_cpu.jit import available
+from quantport_cpu.kernels.base import CpuKernel, compiled
+from quantport_cpu.kernels.scratch import scratch
+
+_FORMATS = ("e2m1", "e2m3", "e3m2", "e4m3fn", "nf4", "fp4")
+_FEW = 64  # up to this many rows, multiplying codes beats decoding panels
+_PANEL = 128  # rows of a panel: 2 MiB of fp32 at K = 4096
+
+
+def _reason(device: Device) -> str:
+    """Why the compiled kernel does not run on a device: '' where it does."""
+    if device.simulated:
+        return "" if "avx512_vnni" in device.features or device.arch.name in ("x86_vnni", "x86_amx") else "it needs AVX-512"
+    return "" if compiled() else available() or "it needs AVX-512 with VNNI"
+
+
+class CpuBlocks(CpuKernel):
+    """W4A16, W6A16 and W8A16 of block formats."""
+
+    name = "cpu.blocks"
+    tolerance = 2.0**-7
+
+    def serves(self, scheme: Scheme) -> bool:
+        quant = scheme.weight
+        blocks = quant.scale == "e8m0" or (quant.scale == "e4m3fn" and quant.cols == 16) or quant.format != "e4m3fn"
+        return quant.format in _FORMATS and quant.rows == 1 and blocks
+
+    def reasons_against(self, request: Request) -> Sequence[str]:
+        reasons = [reason] if (reason := _reason(request.device)) else []
+        if request.weight.k % 32:
+            reasons.append(f"it takes K in multiples of 32, not {request.weight.k}")
+        return reasons
+
+    def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
+        from quantport_cpu.jit import gemv
+
+        quant, rows = spec.scheme.weight, x.shape[0]
+        outer = packed[2] if quant.outer and quant.scale == "e8m0" else None
+        scale = numerics.dequantize_scales(self.unpack(packed, spec)) if quant.double else packed[1]
+        weight = gemv.Blocks(quant.format, quant.scale, quant.cols, packed[0], scale, outer, spec.k)
+        if rows <= _FEW:
+            y = gemv.blocks(x, weight) if rows else x.new_zeros(0, spec.n, dtype=torch.float32)
+        else:
+            y, values = torch.empty(rows, spec.n), x.float()
+            for r in range(0, spec.n, _PANEL):
+                panel = scratch(torch.float32, min(_PANEL, spec.n - r), spec.k)
+                y[:, r : r + _PANEL] = torch.mm(values, gemv.decode(weight, r, panel).t())
+        if (unit := gemv.unit(weight)) != 1:
+            y.mul_(unit)
+        if quant.outer == (0, 0):
+            y.div_(packed[2])
+        return (y if bias is None else y.add_(bias)).to(x.dtype)
