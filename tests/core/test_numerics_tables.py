@@ -20,6 +20,7 @@ from quantport.numerics.blocks import quantize_blocks
 from quantport.numerics.codebooks import CODEBOOKS, nearest
 
 NAMES = ("nf4", "fp4")
+TABLES = {name: torch.tensor(values) for name, values in CODEBOOKS.items()}
 
 
 def bitsandbytes(x: Tensor, name: str) -> tuple[Tensor, Tensor]:
@@ -38,28 +39,28 @@ def swapped(packed: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", NAMES)
 def test_code_book(name):
     theirs = peer("bitsandbytes.functional").get_4bit_type(name, device="cpu")
-    assert torch.equal(theirs, CODEBOOKS[name])
-    assert torch.equal(numerics.values_of(name), CODEBOOKS[name])
+    assert torch.equal(theirs, TABLES[name])
+    assert torch.equal(numerics.values_of(name), TABLES[name])
 
 
 def test_dynamic_code_of_scales():
     """256 values from -0.993 to 1, ascending; the map that bitsandbytes quantizes scales with."""
     theirs = peer("bitsandbytes.functional").create_dynamic_map()
-    assert torch.equal(theirs, CODEBOOKS["dynamic8"])
-    assert len(CODEBOOKS["dynamic8"].unique()) == 256
+    assert torch.equal(theirs, TABLES["dynamic8"])
+    assert len(TABLES["dynamic8"].unique()) == 256
 
 
 @pytest.mark.parametrize("name", [*NAMES, "dynamic8"])
 def test_nearest_is_nearest(name):
     """By exhaustion in fp64; every midpoint goes down, and what is next to it to its own side."""
-    table = CODEBOOKS[name].double()
-    x = torch.cat([torch.linspace(-1.2, 1.2, 20_001), normal(1, 20_000)[0], CODEBOOKS[name]])
+    table = TABLES[name].double()
+    x = torch.cat([torch.linspace(-1.2, 1.2, 20_001), normal(1, 20_000)[0], TABLES[name]])
     error = (table[nearest(x, name).int()] - x).abs()
     assert torch.equal(error, (x.double()[:, None] - table).abs().amin(1))
-    values = CODEBOOKS[name].unique()
+    values = TABLES[name].unique()
     middle = (values[1:] + values[:-1]) / 2
     below, above = (torch.nextafter(middle, torch.tensor(side)) for side in (-torch.inf, torch.inf))
-    found = [CODEBOOKS[name][nearest(side, name).int()] for side in (below, middle, above)]
+    found = [TABLES[name][nearest(side, name).int()] for side in (below, middle, above)]
     assert torch.equal(found[0], values[:-1])
     assert torch.equal(found[1], values[:-1])
     assert torch.equal(found[2], values[1:])
@@ -80,7 +81,7 @@ def test_bytes_of_a_million_weights(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_bytes_of_all_midpoints(name):
     """Amax 1: midpoints, their neighbours and the values themselves, FP4's second zero included."""
-    values = CODEBOOKS[name].unique()
+    values = TABLES[name].unique()
     middle = (values[1:] + values[:-1]) / 2
     sides = [torch.nextafter(middle, torch.tensor(side)) for side in (-torch.inf, torch.inf)]
     x = torch.cat([values, middle, *sides, torch.tensor([-0.0])])
@@ -104,7 +105,7 @@ def test_named_difference_of_a_reciprocal(name, dtype):
     theirs = numerics.unpack_bits(packed, 1024, 4)
     wrong = blocks.codes != theirs
     assert wrong.float().mean() < (1e-3 if name == "fp4" else 2e-5)
-    rank = CODEBOOKS[name].argsort(stable=True).argsort(stable=True)
+    rank = TABLES[name].argsort(stable=True).argsort(stable=True)
     assert ((rank[blocks.codes.int()] - rank[theirs.int()]).abs() <= 1 + (name == "fp4")).all()
 
 
@@ -114,7 +115,7 @@ def test_named_difference_of_bytes_and_zeros():
     packed = peer("bitsandbytes.functional").quantize_4bit(x, blocksize=64, quant_type="fp4")[0].flatten()
     assert packed[:2].tolist() == [0x38, 0x00]
     assert numerics.quantize_weight(x, BUILTIN["fp4"])["weight_packed"][0, :2].tolist() == [0x03, 0x00]
-    table = CODEBOOKS["fp4"]
+    table = TABLES["fp4"]
     assert table[0] == table[8] == 0
 
 

@@ -127,17 +127,13 @@ def test_even1_is_even_with_one_bit():
 
 
 def test_named_difference_of_the_smallest_scales():
-    """amax 2**-125: the scale is 2**-127. torchao stores it but divides by 2**-126; under ``rceil`` it divides by 1.
-
-    ``rceil`` takes no scale below 2**-126 here, but for a block of zeros.
-    """
+    """amax 2**-125: the scale is 2**-127. torchao stores it but divides by 2**-126; under ``rceil`` it divides by 1."""
     x = torch.full((1, 32), 2.0**-125)
     for rule in RULES:
         scale, codes = ours(x, "e2m1", rule)
         theirs = torchao(x, "e2m1", rule)
-        assert theirs[0].item() == 0
-        assert scale.item() == (rule == "rceil")
-        assert (codes == (4 if rule == "rceil" else 6)).all(), "2 * 2**-126, 4 * 2**-127: the weight exactly"
+        assert scale.item() == theirs[0].item() == 0
+        assert (codes == 6).all(), "4 * 2**-127: the weight exactly"
         assert (theirs[1] == (0 if rule == "rceil" else 4)).all(), "half of it, or nothing"
 
 

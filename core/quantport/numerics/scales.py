@@ -7,7 +7,7 @@ Rules of power-of-two (e8m0) scales, for an element whose largest value is ``max
 * ``even1``: as ``even``, with one mantissa bit whatever the element: what compressed-tensors does for mxfp8.
 * ``ceil``: ``2**(ceil(log2 amax) - emax)``: nothing saturates, up to one bit is wasted. torchao calls it CEIL.
 * ``rceil``: ``amax / max``, rounded up to a power of two: the smallest scale that saturates nothing; the conversion
-  instruction of Blackwell (``cvt.rp.satfinite.ue8m0x2``). torchao calls it RCEIL. At least 2**-126, but for zeros.
+  instruction of Blackwell (``cvt.rp.satfinite.ue8m0x2``). torchao calls it RCEIL.
 
 Every result is clamped to [2**-127, 2**127]; a block of zeros gets 2**-127, a NaN or Inf gets 255 (NaN).
 Every other scale is ``amax / half_range``, rounded to the scale's format to nearest even; 0 becomes ``2**-23`` (e4m3fn:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from quantport.backend import Canonical, Device, Packed, Quant, Request, Scheme, WeightSpec
+from quantport.backend import Canonical, Device, Packed, Quant, Request, Scheme, WeightSpec, aten
 from quantport_cpu.jit import available
 from quantport_cpu.kernels.base import COMPILED, CpuGrouped, Few, by_few, compiled, jobs_of
 from quantport_cpu.kernels.int8 import per_token
@@ -111,7 +112,8 @@ class CpuInt4(CpuGrouped):
         return {"weight_packed": words, "weight_scale": scale} | ({"weight_zero": zero} if spec.scheme.weight.zero else {})
 
     def limit(self, spec: WeightSpec) -> int:
-        return COMPILED if spec.scheme.weight.cols % 64 == 0 and block_rows() == 64 and compiled() else 0
+        fits = spec.scheme.weight.cols % 64 == 0 and not spec.scheme.weight.zero and block_rows() == 64
+        return COMPILED if fits and compiled() else 0
 
     def few(self, x: Tensor, groups: Sequence[Few], packed: Sequence[Packed], spec: WeightSpec, shared: int) -> Tensor:
         from quantport_cpu.jit import grouped
@@ -150,6 +152,10 @@ class CpuInt4Int8(CpuInt4):
 
     def serves(self, scheme: Scheme) -> bool:
         return scheme.weight.format == "int4" and scheme.activation == Quant("int8", 1, 0)
+
+    def reasons_against(self, request: Request) -> Sequence[str]:
+        codes = replace(request, dtype=torch.bfloat16)  # what is multiplied are int8 codes as bf16, whatever the activations are
+        return [*aten.native_reason(request, "int8"), *super().reasons_against(codes)]
 
     def limit(self, spec: WeightSpec) -> int:
         return 0  # the launch for groups of few rows takes 16-bit activations
