@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from quantport.backend import FORMATS, Quant, Scheme, numerics
-from quantport_cpu.jit import blocks, gguf, grid, search
+from quantport_cpu.jit import blocks, gguf, grid, kquants, search
 
 _TINY = torch.finfo(torch.float32).tiny
 _KINDS = {"e8m0": blocks.E8M0, "e4m3fn": blocks.E4M3, "fp32": blocks.F32_SCALE}
@@ -24,7 +24,7 @@ _BLOCKS = ("e4m3fn", "e2m1", "e2m3", "e3m2", "nf4", "fp4")
 def quantize(weight: Tensor, scheme: Scheme) -> dict[str, Tensor] | None:
     """Quantizes a bf16 weight ``[n, k]`` with contiguous rows on the calling thread; None where no kernel serves it."""
     quant = scheme.weight
-    if quant.format in gguf.BYTES:
+    if quant.element.block:
         return _gguf(weight, scheme)
     if quant == _INT4_MSE:
         return _int4(weight, scheme)
@@ -78,12 +78,16 @@ def _dual(weight: Tensor, scheme: Scheme) -> dict[str, Tensor]:
     return stored
 
 
-def _gguf(weight: Tensor, scheme: Scheme) -> dict[str, Tensor]:
-    n, k = weight.shape
-    stored = empty(weight, scheme)
-    bounce = torch.empty(2 * gguf.BLOCK, dtype=torch.uint8)
-    out = stored["weight_blocks"].data_ptr()
-    gguf.kernel(scheme.weight.format)(n, weight.data_ptr(), 2 * weight.stride(0), k, out, bounce.data_ptr())
+def _gguf(weight: Tensor, scheme: Scheme) -> dict[str, Tensor] | None:
+    name, (n, k) = scheme.weight.format, weight.shape
+    stored, work = empty(weight, scheme), torch.empty(1024, dtype=torch.uint8)
+    words = (n, weight.data_ptr(), 2 * weight.stride(0), k, stored["weight_blocks"].data_ptr())
+    if name in gguf.BYTES:
+        gguf.kernel(name)(*words, work.data_ptr())
+    elif name in kquants.BYTES:
+        kquants.kernel(name)(*words, trials(15 if name == "q4_k" else 31).data_ptr(), work.data_ptr())
+    else:
+        return None
     return stored
 
 
