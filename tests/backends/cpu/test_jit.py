@@ -21,7 +21,7 @@ if not jit.available():
     from quantport_cpu.jit import encode, gemv, quantize
     from quantport_cpu.jit.frame import Kernel
 
-DECLINED = {"bf16", "int4_hqq", "q6_k"}  # the reference quantizes them
+DECLINED = {"bf16", "int4_hqq"}  # the reference quantizes them
 
 
 def served() -> list[Scheme]:

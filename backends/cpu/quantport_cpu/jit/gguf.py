@@ -39,17 +39,24 @@ def _q8_0(simd: Simd, x: Value, inverse: Value) -> Value:
     return simd.narrow(simd.b.fptosi(q, simd.bits(q, I32).type), I8)
 
 
+def first_largest(simd: Simd, source: Value, lanes: int) -> Value:
+    """The first of the largest magnitudes of ``lanes`` bf16, with its sign, as fp32."""
+    magnitudes = simd.integer("and_", simd.load(I16, lanes, source), 0x7FFF)
+    top = simd.splat(simd.total(magnitudes, "umax"), lanes)
+    found = simd.b.bitcast(simd.b.icmp_signed("==", magnitudes, top), ir.IntType(lanes))
+    index = simd.b.zext(simd.b.cttz(found, ir.Constant(ir.IntType(1), 0)), I64)
+    value = simd.load(I16, 0, simd.at(source, simd.b.shl(index, I64(1))))
+    return simd.b.bitcast(simd.b.shl(simd.b.zext(value, I32), I32(16)), F32)
+
+
 @inline(types.void, 2)
 def block(simd: Simd, source: Value, to: Value, n_kind: int) -> None:
     """One block. A NaN or an Inf makes its scale NaN."""
     x = floats(simd, source, BLOCK)
     magnitudes = simd.integer("and_", simd.bits(x, I32), 0x7FFFFFFF)
     top = simd.call("llvm.vector.reduce.umax.v32i32", I32, magnitudes)
-    if n_kind == Q4_0:  # the first of the largest, with its sign, becomes code -8
-        found = simd.b.bitcast(simd.b.icmp_signed("==", magnitudes, simd.splat(top, BLOCK)), I32)
-        index = simd.b.zext(simd.b.cttz(found, ir.Constant(ir.IntType(1), 0)), I64)
-        extreme = simd.b.shl(simd.b.zext(simd.load(I16, 0, simd.at(source, simd.b.shl(index, I64(1)))), I32), I32(16))
-        d = simd.b.fdiv(simd.b.bitcast(extreme, F32), F32(-8.0))
+    if n_kind == Q4_0:  # the largest becomes code -8
+        d = simd.b.fdiv(first_largest(simd, source, BLOCK), F32(-8.0))
     else:
         d = simd.b.fdiv(simd.b.bitcast(top, F32), F32(127.0))
     inverse = simd.b.select(simd.b.fcmp_ordered("==", d, F32(0.0)), F32(0.0), simd.b.fdiv(F32(1.0), d))

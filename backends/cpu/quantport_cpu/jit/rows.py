@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from quantport.backend import FORMATS, Quant, Scheme, numerics
-from quantport_cpu.jit import blocks, gguf, grid, kquants, search
+from quantport_cpu.jit import blocks, gguf, grid, kquants, q6k, search
 
 _TINY = torch.finfo(torch.float32).tiny
 _KINDS = {"e8m0": blocks.E8M0, "e4m3fn": blocks.E4M3, "fp32": blocks.F32_SCALE}
@@ -78,7 +78,7 @@ def _dual(weight: Tensor, scheme: Scheme) -> dict[str, Tensor]:
     return stored
 
 
-def _gguf(weight: Tensor, scheme: Scheme) -> dict[str, Tensor] | None:
+def _gguf(weight: Tensor, scheme: Scheme) -> dict[str, Tensor]:
     name, (n, k) = scheme.weight.format, weight.shape
     stored, work = empty(weight, scheme), torch.empty(1024, dtype=torch.uint8)
     words = (n, weight.data_ptr(), 2 * weight.stride(0), k, stored["weight_blocks"].data_ptr())
@@ -87,7 +87,7 @@ def _gguf(weight: Tensor, scheme: Scheme) -> dict[str, Tensor] | None:
     elif name in kquants.BYTES:
         kquants.kernel(name)(*words, trials(15 if name == "q4_k" else 31).data_ptr(), work.data_ptr())
     else:
-        return None
+        q6k.kernel(*words, work.data_ptr())
     return stored
 
 
