@@ -1,7 +1,7 @@
 """The reference numerics: what every kernel of every room is judged against. Pure torch, on any device."""
 
 from quantport.numerics.blocks import Blocks, Reduce, check_finite, dequantize, quantize, quantize_blocks
-from quantport.numerics.double import dequantize_scales
+from quantport.numerics.double import dequantize_scales, quantize_scales
 from quantport.numerics.elements import decode, encode, values_of
 from quantport.numerics.linear import FLOATS, dequantize_weight, linear, quantize_weight, quantized_values
 from quantport.numerics.packing import pack_bits, pack_int4, unpack_bits, unpack_int4
@@ -22,6 +22,7 @@ __all__ = [
     "pack_int4",
     "quantize",
     "quantize_blocks",
+    "quantize_scales",
     "quantize_weight",
     "quantized_values",
     "rotate",

@@ -32,6 +32,12 @@ def quantize_double(weight: Tensor, quant: Quant, reduce: Reduce | None = None) 
             "weight_scale": index, **one, "weight_scale_offset": torch.zeros(1, device=weight.device)
         }  # fmt: skip
     scale = scale_of(block_amax(weight, quant.rows, quant.cols), quant)
+    extra = quantize_scales(scale, reduce)
+    return quantize_blocks(weight, quant, dequantize_scales(extra)).codes, extra
+
+
+def quantize_scales(scale: Tensor, reduce: Reduce | None = None) -> dict[str, Tensor]:
+    """Quantizes scales fp32 ``[n, groups]`` to what ``quantize_double`` returns beside the codes."""
     high, low = scale.amax().view(1, 1), -scale.amin().view(1, 1)
     if reduce:
         high, low = reduce(high, 0, 0), reduce(low, 0, 0)
@@ -40,8 +46,7 @@ def quantize_double(weight: Tensor, quant: Quant, reduce: Reduce | None = None) 
     row = rest.abs().amax(1, keepdim=True)
     row = reduce(row, 1, 0) if reduce else row
     row = torch.where(row == 0, EPS, row)
-    extra = {"weight_scale": nearest(rest / row, "dynamic8"), "weight_scale_scale": row, "weight_scale_offset": offset}
-    return quantize_blocks(weight, quant, dequantize_scales(extra)).codes, extra
+    return {"weight_scale": nearest(rest / row, "dynamic8"), "weight_scale_scale": row, "weight_scale_offset": offset}
 
 
 def dequantize_scales(stored: dict[str, Tensor]) -> Tensor:

@@ -33,8 +33,8 @@ def _sub_blocks(x: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Codes 0..top of ``[r, 256]`` in 8 sub-blocks of 32; 6-bit scales and offsets ``[r, 8]``; fp16 d, dmin ``[r, 2]``."""
     parts = x.view(-1, 8, 32)
     scale, zero = least_squares_grid(parts, parts.amin(-1).clamp_max(0), parts.amax(-1), top)
-    least = (-zero).clamp_min(0)
-    scale = scale.clamp_min(0)
+    least = (-zero).clamp_min(0) + 0.0  # + 0.0: no negative zero, whose sign would be stored
+    scale = scale.clamp_min(0) + 0.0
     d = torch.cat((scale.amax(1, keepdim=True), least.amax(1, keepdim=True)), 1) / 63
     d = torch.where(torch.isfinite(x).all(1, keepdim=True), d, torch.nan).half()
     sc = _divide(scale, d[:, :1].float()).round_().clamp_(0, 63)

@@ -21,13 +21,13 @@ if not jit.available():
     from quantport_cpu.jit import encode, gemv, quantize
     from quantport_cpu.jit.frame import Kernel
 
-DECLINED = {"bf16", "int4_hqq", "q4_0", "q8_0", "q4_k", "q5_k", "q6_k"}  # the reference quantizes them
+DECLINED = {"bf16", "int4_hqq"}  # the reference quantizes them
 
 
 def served() -> list[Scheme]:
     """One scheme for each different weight, with every option but the rotation, which is applied before."""
     schemes = [s for s in BUILTIN.values() if s.name not in DECLINED]
-    schemes += [s.option(o) for s in schemes for o in s.options if o not in ("hadamard", "double")]
+    schemes += [s.option(o) for s in schemes for o in s.options if o != "hadamard"]
     return list({s.weight: s for s in reversed(schemes)}.values())
 
 
@@ -43,6 +43,8 @@ def finite(stored: dict[str, Tensor], scheme: Scheme) -> Tensor:
     """Where scales are finite."""
     if "weight_blocks" in stored:
         return torch.isfinite(gguf.scales(stored["weight_blocks"], scheme.weight.element))
+    if scheme.weight.double:
+        return torch.isfinite(stored["weight_scale_scale"] + stored["weight_scale_offset"])
     return torch.isfinite(scale_values(stored["weight_scale"], scheme.weight.scale))
 
 
@@ -125,7 +127,7 @@ def test_what_it_does_not_serve(scheme: Scheme) -> None:
     assert quantize.quantize_weight(torch.ones(4, 6, dtype=torch.bfloat16).t(), scheme) is None
 
 
-@pytest.mark.parametrize("name", [*sorted(DECLINED), "nf4:double"])
+@pytest.mark.parametrize("name", sorted(DECLINED))
 def test_the_schemes_it_declines(name: str) -> None:
     assert quantize.quantize_weight(torch.ones(4, 512, dtype=torch.bfloat16), BUILTIN[name]) is None
 

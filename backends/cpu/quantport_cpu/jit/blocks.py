@@ -8,7 +8,7 @@ from typing import Any
 from numba import literally, njit
 
 from quantport.backend import FORMATS
-from quantport_cpu.jit.encode import bits32, f32, get8, magnitude, put8, put32
+from quantport_cpu.jit.encode import bits32, f32, get8, get32, magnitude, put8, put32
 from quantport_cpu.jit.frame import Kernel, take, word
 from quantport_cpu.jit.repack import move, wipe
 from quantport_cpu.jit.search import float_search, power_search
@@ -35,7 +35,7 @@ def _block(source, to, out, index, add, emax, high, factor, n_format, group, n_l
         put8(out + index, code)
         divided(source, to, group, e4m3_value(code) / factor, n_format, n_lanes)
     else:
-        scale = f32_scale(bits, high)
+        scale = f32(get32(out, index)) if add else f32_scale(bits, high)
         put32(out, index, bits32(scale))
         divided(source, to, group, scale, n_format, n_lanes)
 
@@ -69,8 +69,12 @@ def _body(n_format: int, group: int, n_lanes: int, kind: int, size: int, searche
 
 @cache
 def kernel(name: str, group: int, scale_kind: int, searched: bool) -> Kernel:
-    """The kernel of one format. Words: source, its stride, k, codes, their stride, scales, buffer of 3 * group bytes, what
-    the rule adds, emax, the divisor of amax (fp32 bits), the global factor (fp32 bits), whether half a byte is left over."""
+    """The kernel of one format.
+
+    Words: source, its stride, k, codes, their stride, scales, buffer of 3 * group bytes, what the rule adds (fp32 scales:
+    whether they are given), emax, the divisor of amax (fp32 bits), the global factor (fp32 bits), whether half a byte is
+    left over.
+    """
     bits = FORMATS[name].bits
     return Kernel(_body(NUMBERS[name], group, min(group, 32), scale_kind, group * bits // 8, int(searched)))
 

@@ -11,8 +11,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from quantport.backend import FORMATS, Quant, Scheme
-from quantport_cpu.jit import blocks, grid, search
+from quantport.backend import FORMATS, Quant, Scheme, numerics
+from quantport_cpu.jit import blocks, gguf, grid, kquants, q6k, search
 
 _TINY = torch.finfo(torch.float32).tiny
 _KINDS = {"e8m0": blocks.E8M0, "e4m3fn": blocks.E4M3, "fp32": blocks.F32_SCALE}
@@ -24,16 +24,25 @@ _BLOCKS = ("e4m3fn", "e2m1", "e2m3", "e3m2", "nf4", "fp4")
 def quantize(weight: Tensor, scheme: Scheme) -> dict[str, Tensor] | None:
     """Quantizes a bf16 weight ``[n, k]`` with contiguous rows on the calling thread; None where no kernel serves it."""
     quant = scheme.weight
+    if quant.element.block:
+        return _gguf(weight, scheme)
     if quant == _INT4_MSE:
         return _int4(weight, scheme)
     if quant.format not in _BLOCKS or quant.rows != 1 or quant.cols % 16 or not quant.cols:
         return None
     if replace(quant, rule=_DUAL.rule) == _DUAL:
         return _dual(weight, scheme)
-    if quant.double or quant.scale not in _KINDS or quant.outer not in (None, (0, 0)) or (quant.searched and quant.cols > 32):
+    if quant.scale not in _KINDS or quant.outer not in (None, (0, 0)) or (quant.searched and quant.cols > 32):
         return None
     stored = empty(weight, scheme)
-    _blocks(weight, quant, stored)
+    if quant.double:  # the codes of the second pass are those that count
+        plain = {**stored, "weight_scale": torch.empty(stored["weight_scale"].shape)}
+        _blocks(weight, quant, plain)
+        stored |= numerics.quantize_scales(plain["weight_scale"])
+        plain["weight_scale"] = numerics.dequantize_scales(stored)
+        _blocks(weight, quant, plain, given=True)
+    else:
+        _blocks(weight, quant, stored)
     return stored
 
 
@@ -69,6 +78,19 @@ def _dual(weight: Tensor, scheme: Scheme) -> dict[str, Tensor]:
     return stored
 
 
+def _gguf(weight: Tensor, scheme: Scheme) -> dict[str, Tensor]:
+    name, (n, k) = scheme.weight.format, weight.shape
+    stored, work = empty(weight, scheme), torch.empty(1024, dtype=torch.uint8)
+    words = (n, weight.data_ptr(), 2 * weight.stride(0), k, stored["weight_blocks"].data_ptr())
+    if name in gguf.BYTES:
+        gguf.kernel(name)(*words, work.data_ptr())
+    elif name in kquants.BYTES:
+        kquants.kernel(name)(*words, trials(15 if name == "q4_k" else 31).data_ptr(), work.data_ptr())
+    else:
+        q6k.kernel(*words, work.data_ptr())
+    return stored
+
+
 def empty(weight: Tensor, scheme: Scheme) -> dict[str, Tensor]:
     """Uninitialized tensors of the layout."""
     return {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in scheme.layout(*weight.shape).items()}
@@ -90,11 +112,11 @@ def rule(quant: Quant) -> tuple[int, int, float]:
     return added.get(quant.rule, 0), emax, 0.0
 
 
-def _blocks(weight: Tensor, quant: Quant, stored: dict[str, Tensor]) -> None:
+def _blocks(weight: Tensor, quant: Quant, stored: dict[str, Tensor], given: bool = False) -> None:
     n, k = weight.shape
     codes, scale = stored.get("weight", stored.get("weight_packed")), stored["weight_scale"]
     assert codes is not None  # every layout without GGUF blocks has one of them
-    add, emax, high = rule(quant) if quant.scale == "e8m0" else (0, 0, quant.element.half_range)
+    add, emax, high = rule(quant) if quant.scale == "e8m0" else (int(given), 0, quant.element.half_range)
     factor = 1.0
     if quant.outer:
         factor = _global(weight, quant)

@@ -60,6 +60,8 @@ class Few(NamedTuple):
 class CpuKernel(Kernel):
     """A kernel whose speed and evidence come from the measurements of the architecture."""
 
+    made_of = "torch's CPU operators"
+
     def _row(self, request: Request) -> dict[str, Any]:
         table = measured(request.device.arch.name)
         if table.get("compiled") and not request.device.simulated and available():
@@ -81,7 +83,7 @@ class CpuKernel(Kernel):
         """``measured`` where this architecture was measured, with device, date and error; else ``declared``."""
         row = self._row(request)
         if not row:
-            return Claim(Evidence.DECLARED, "torch's CPU operators; not yet measured on this architecture")
+            return Claim(Evidence.DECLARED, f"{self.made_of}; not yet measured on this architecture")
         run = measured(request.device.arch.name)["run"]
         how = ", with numba" if measured(request.device.arch.name).get("compiled") else ""
         where = f"{run['device']}, {run['date']}, commit {run['commit']}{how}, relative error {row['error']:.1e}"

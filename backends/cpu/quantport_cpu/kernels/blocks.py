@@ -24,7 +24,7 @@ _PANEL = 128  # rows of a panel: 2 MiB of fp32 at K = 4096
 def _reason(device: Device) -> str:
     """Why the compiled kernel does not run on a device: '' where it does."""
     if device.simulated:
-        return "" if "avx512_vnni" in device.features or device.arch.name in ("x86_vnni", "x86_amx") else "it needs AVX-512"
+        return "" if device.arch.name in ("x86_vnni", "x86_bf16", "x86_amx") else "it needs AVX-512 with VNNI"
     return "" if compiled() else available() or "it needs AVX-512 with VNNI"
 
 
@@ -33,6 +33,7 @@ class CpuBlocks(CpuKernel):
 
     name = "cpu.blocks"
     tolerance = 2.0**-7
+    made_of = "compiled on the machine by numba"
 
     def serves(self, scheme: Scheme) -> bool:
         quant = scheme.weight
