@@ -71,8 +71,8 @@ def e8m0_of(amax: Tensor, element: Format, rule: str) -> Tensor:
     bits = amax.view(torch.int32)
     emax = math.frexp(element.high)[1] - 1
     if rule == "rceil":
-        ratio = (amax / element.high).clamp_min(2.0**-126)  # below it all round to 2**-127, which has no carry to make
-        bits, emax = torch.where(amax <= element.high * 2.0**-127, 0, ratio.view(torch.int32) + _MANTISSA), 0
+        ratio = (amax / element.high).view(torch.int32)
+        bits, emax = torch.where(ratio <= 1 << 22, 0, ratio + _MANTISSA), 0  # up to 2**-127, the smallest scale
     elif rule == "ceil":
         bits = bits + _MANTISSA
     elif rule in ("even", "even1"):

@@ -96,10 +96,10 @@ def solver(size: int, top: int) -> Any:
         for i in range(TRIALS):
             start, step = -reach * f32(get32(trials, 2 * i)), reach / top_ * f32(get32(trials, 2 * i + 1))
             slope, intercept, explained = fit(x, sx, start, step, work)
-            if explained > best:
+            if best < explained < np.inf:
                 best, scale, zero = explained, slope, intercept
         slope, intercept, explained = fit(x, sx, zero, scale, work)
-        if explained > best:
+        if best < explained < np.inf:
             scale, zero = slope, intercept
         return scale, zero + middle
 

@@ -146,6 +146,8 @@ def e8m0_of(bits, add, emax, high):  # type: ignore[no-untyped-def]  # numba inf
         return 255
     if high > np.float32(0):
         bits = bits32(f32(bits) / high)
+        if bits <= 1 << 22:  # up to 2**-127, the smallest scale
+            return 0
     return min(254, max(0, ((bits + add) >> 23) - emax))
 
 
