@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quantport.backend import Canonical, Device, Packed, Quant, Request, Scheme, WeightSpec
+from quantport.backend import Canonical, Device, Packed, Quant, Request, Scheme, WeightSpec, aten
 from quantport_cpu.jit import available
 from quantport_cpu.kernels.base import COMPILED, CpuKernel, by_few, compiled
 from quantport_cpu.kernels.int8 import per_token
@@ -28,6 +28,16 @@ def _block_of(device: Device) -> int:
         return block_rows()
     name = device.arch.name
     return 0 if not name.startswith("x86") else 32 if name == "x86_avx2" else 64
+
+
+def _layout_reasons(device: Device) -> list[str]:
+    """Why weights cannot be packed for a device."""
+    reasons = []
+    if not hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
+        reasons.append("this torch has no _weight_int4pack_mm_for_cpu")
+    if not _block_of(device):
+        reasons.append("the packed int4 layout is known for AVX2 and AVX-512 only")
+    return reasons
 
 
 def _padded(spec: WeightSpec) -> tuple[int, int]:
@@ -77,11 +87,7 @@ class CpuInt4(CpuKernel):
         return scheme.weight.format == "int4"
 
     def reasons_against(self, request: Request) -> Sequence[str]:
-        reasons = []
-        if not hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
-            reasons.append("this torch has no _weight_int4pack_mm_for_cpu")
-        if not _block_of(request.device):
-            reasons.append("the packed int4 layout is known for AVX2 and AVX-512 only")
+        reasons = _layout_reasons(request.device)
         if request.dtype is not torch.bfloat16:
             reasons.append(f"the packed int4 kernel is scalar for {request.dtype} activations; it takes bfloat16")
         return reasons
@@ -137,6 +143,9 @@ class CpuInt4Int8(CpuInt4):
 
     def serves(self, scheme: Scheme) -> bool:
         return scheme.weight.format == "int4" and scheme.activation == Quant("int8", 1, 0)
+
+    def reasons_against(self, request: Request) -> Sequence[str]:
+        return [*aten.native_reason(request, "int8"), *_layout_reasons(request.device)]
 
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
         q, token = per_token(x)
