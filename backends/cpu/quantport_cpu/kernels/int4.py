@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -29,6 +28,16 @@ def _block_of(device: Device) -> int:
         return block_rows()
     name = device.arch.name
     return 0 if not name.startswith("x86") else 32 if name == "x86_avx2" else 64
+
+
+def _layout_reasons(device: Device) -> list[str]:
+    """Why weights cannot be packed for a device."""
+    reasons = []
+    if not hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
+        reasons.append("this torch has no _weight_int4pack_mm_for_cpu")
+    if not _block_of(device):
+        reasons.append("the packed int4 layout is known for AVX2 and AVX-512 only")
+    return reasons
 
 
 def _padded(spec: WeightSpec) -> tuple[int, int]:
@@ -78,11 +87,7 @@ class CpuInt4(CpuGrouped):
         return scheme.weight.format == "int4"
 
     def reasons_against(self, request: Request) -> Sequence[str]:
-        reasons = []
-        if not hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
-            reasons.append("this torch has no _weight_int4pack_mm_for_cpu")
-        if not _block_of(request.device):
-            reasons.append("the packed int4 layout is known for AVX2 and AVX-512 only")
+        reasons = _layout_reasons(request.device)
         if request.dtype is not torch.bfloat16:
             reasons.append(f"the packed int4 kernel is scalar for {request.dtype} activations; it takes bfloat16")
         return reasons
@@ -154,8 +159,7 @@ class CpuInt4Int8(CpuInt4):
         return scheme.weight.format == "int4" and scheme.activation == Quant("int8", 1, 0)
 
     def reasons_against(self, request: Request) -> Sequence[str]:
-        codes = replace(request, dtype=torch.bfloat16)  # what is multiplied are int8 codes as bf16, whatever the activations are
-        return [*aten.native_reason(request, "int8"), *super().reasons_against(codes)]
+        return [*aten.native_reason(request, "int8"), *_layout_reasons(request.device)]
 
     def limit(self, spec: WeightSpec) -> int:
         return 0  # the launch for groups of few rows takes 16-bit activations
