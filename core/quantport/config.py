@@ -10,28 +10,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from quantport.cache import cache_dtype
 from quantport.catalog import Schemes
-from quantport.errors import ConfigError, one_of
+from quantport.errors import ConfigError
 from quantport.layers import Layer, tied_scheme
 from quantport.patterns import compile_pattern
+from quantport.spellings import OTHER_KEYS, explain, is_component_map, weight_of
 
-_OLD_KEYS = {
-    "method": "scheme",
-    "quant_method": "scheme",
-    "quantization": "scheme",
-    "global_scheme": "scheme",
-    "linear_scheme_override": "linear",
-    "moe_scheme_override": "moe",
-    "ignored_layers": "ignore",
-    "modules_to_not_convert": "ignore",
-}
 _WHOLE = {"fallback", "on_unmatched", "nonfinite", "kv_cache_dtype", "kv_cache_skip_layers"}  # said once for all components
-_VLLM_WEIGHTS = {
-    "fp8_per_tensor_static": "fp8_per_tensor",
-    "fp8_per_channel_static": "fp8_per_channel",
-    "fp8_per_block_static": "fp8_per_block",
-    "int8_per_channel_static": "int8_weight_only",
-}
-
 DUALSCALE_BLOCKS = 5
 _BLOCK = re.compile(r"(?:^|\.)(blocks|layers|h|transformer_blocks|single_transformer_blocks)\.(\d+)\.")
 
@@ -90,10 +74,10 @@ class QuantConfig(BaseModel):
             return data
         out: dict[str, Any] = {}
         for key, value in data.items():
-            name = _OLD_KEYS.get(str(key), str(key))
+            name = OTHER_KEYS.get(str(key), str(key))
             if name in out:
                 raise ValueError(f"{key!r} and another spelling of {name!r} are both given")
-            out[name] = _weight_of(value) if name in ("linear", "moe") else value
+            out[name] = weight_of(value) if name in ("linear", "moe") else value
         return out
 
     @field_validator("components", mode="before")
@@ -147,12 +131,12 @@ class QuantConfig(BaseModel):
         """
         if value is None or isinstance(value, str):
             value = {"scheme": value}
-        if isinstance(value, Mapping) and _is_component_map(value):
+        if isinstance(value, Mapping) and is_component_map(value, cls.model_fields):
             value = {"components": dict(value)}
         try:
             config = value if isinstance(value, QuantConfig) else cls.model_validate(value)
         except ValidationError as error:
-            raise _explain(error, cls) from None
+            raise explain(error, cls.model_fields) from None
         return config._checked(schemes)
 
     def _checked(self, schemes: Schemes) -> QuantConfig:
@@ -286,32 +270,3 @@ class QuantConfig(BaseModel):
 
 
 QuantConfig.model_rebuild()
-
-
-def _weight_of(value: Any) -> Any:
-    """Reads vLLM's ``{"weight": ..., "activation": ...}``: the weight names the scheme."""
-    if isinstance(value, Mapping) and "weight" in value and set(value) <= {"weight", "activation"}:
-        weight = value["weight"]
-        return _VLLM_WEIGHTS.get(weight, weight) if isinstance(weight, str) else weight
-    return value
-
-
-def _is_component_map(value: Mapping[str, Any]) -> bool:
-    known = set(QuantConfig.model_fields) | set(_OLD_KEYS)
-    configs = [v for v in value.values() if isinstance(v, Mapping)]
-    plain = all(v is None or isinstance(v, Mapping) for v in value.values())
-    meant = len(configs) < len(value) or any(set(v) & known for v in configs)  # a null, or a value that is a configuration
-    return bool(value) and not set(value) & known and plain and meant
-
-
-def _explain(error: ValidationError, model: type[BaseModel]) -> ConfigError:
-    first = error.errors()[0]
-    key = ".".join(str(p) for p in first["loc"]) or "configuration"
-    known = [*model.model_fields, *_OLD_KEYS]
-    if first["type"] == "extra_forbidden":
-        found = f"no such key (its value is {first.get('input')!r})"
-        return ConfigError(f"configuration key {key!r}", found, one_of(str(first["loc"][-1]), known))
-    cause = first.get("ctx", {}).get("error")
-    if isinstance(cause, ConfigError):
-        return cause
-    return ConfigError(f"configuration key {key!r} = {first.get('input')!r}", first["msg"], "see quantport.QuantConfig")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -222,7 +223,7 @@ def _single(name: str, tensor: TensorLike) -> Layer:
     module, _, leaf = name.rpartition(".")
     part = {leaf: (Part(name),)}
     if leaf != "weight" or len(tensor.shape) != 2:
-        return Layer(name, "other", ((leaf, 1, _numel(tensor)),), tensor.dtype, parts=part, keep="not a matrix of a layer")
+        return Layer(name, "other", ((leaf, 1, math.prod(tensor.shape)),), tensor.dtype, parts=part, keep="not a matrix of a layer")
     n, k = tensor.shape
     keep = why_kept(module)
     if tensor.dtype not in FLOATS:
@@ -294,8 +295,3 @@ def uneven(layers: Iterable[Layer]) -> dict[str, str]:
     return out
 
 
-def _numel(tensor: TensorLike) -> int:
-    count = 1
-    for dim in tensor.shape:
-        count *= dim
-    return count

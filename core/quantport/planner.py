@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -213,27 +213,17 @@ def _needs(steps: Iterable[Step], schemes: Schemes) -> dict[str, int]:
     }
 
 
+@dataclass
 class _Planner:
     """Memoizes choices: the layers of a model repeat."""
 
-    def __init__(
-        self,
-        config: QuantConfig,
-        device: Device,
-        kernels: Sequence[Kernel],
-        schemes: Schemes,
-        rows: int,
-        dtype: torch.dtype | None,
-    ) -> None:
-        self.config, self.device, self.kernels, self.schemes, self.rows, self.dtype = (
-            config,
-            device,
-            kernels,
-            schemes,
-            rows,
-            dtype,
-        )
-        self.cache: dict[object, tuple[Choice, str]] = {}
+    config: QuantConfig
+    device: Device
+    kernels: Sequence[Kernel]
+    schemes: Schemes
+    rows: int
+    dtype: torch.dtype | None
+    cache: dict[object, tuple[Choice, str]] = field(default_factory=dict)
 
     def step(self, layer: Layer, asked: str | None, why: str) -> Step:
         if asked is None:
