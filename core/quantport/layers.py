@@ -293,5 +293,3 @@ def uneven(layers: Iterable[Layer]) -> dict[str, str]:
                 out[base] = f"{base}.{wrong[0]}.{projection} is {has}, where most are {list(usual)}"
         out.setdefault(base, f"{base} has only {', '.join(projections)}, or stores them in several dtypes")
     return out
-
-

@@ -13,8 +13,9 @@ import quantport.backend
 from quantport import errors, hookspecs
 from quantport.capability import Evidence, Status
 from quantport.cli.app import app
-from quantport.config import _OLD_KEYS, QuantConfig
+from quantport.config import QuantConfig
 from quantport.host import host
+from quantport.spellings import OTHER_KEYS
 
 RESULTS = ROOT / "benchmarks" / "results"  # written by `make bench`: links into it may lead nowhere until it has run once
 _LINK = re.compile(r"\[[^\]]+\]\(([^)\s]+)\)")
@@ -56,7 +57,7 @@ PUBLIC = {
     "name for authors": (quantport.backend.__all__, BACKENDS),
     "command": ([f"## {c}" for c in COMMAND.commands], CLI),
     "config key": ([f"| `{f}` |" for f in FIELDS], LOADING),
-    "other config key": ([f"`{k}`" for k in _OLD_KEYS], LOADING),
+    "other config key": ([f"`{k}`" for k in OTHER_KEYS], LOADING),
     "hook": ([n for n in vars(hookspecs) if n.startswith("quantport_")], BACKENDS),
     "error": (ERRORS, LOADING),
     "scheme": ([f"`{n}`" for s in host().schemes.values() for n in (s.name, *s.aliases)], ALL),
