@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantport.catalog import BUILTIN
-from quantport.config import _OLD_KEYS, QuantConfig
+from quantport.config import QuantConfig
+from quantport.spellings import OTHER_KEYS
 from quantport.errors import ConfigError
 from quantport.layers import Layer
 
@@ -77,7 +78,7 @@ def test_nested_components_are_checked_too():
         parse({"components": {"a": {"components": {"a.b": {"scheme": "int99"}}}}})
 
 
-KEYS = [*QuantConfig.model_fields, *_OLD_KEYS, "transformer", "x"]
+KEYS = [*QuantConfig.model_fields, *OTHER_KEYS, "transformer", "x"]
 TEXTS = ["int8", "fp8", "none", "re:(", "re:a.*", "*", "a.b", "128", "error", "dynamic"]
 words = st.one_of(st.text(max_size=8), st.sampled_from([*TEXTS, *KEYS]))
 atoms = st.one_of(st.none(), st.booleans(), st.integers(), st.sampled_from([32, 128]), st.floats(), words)
