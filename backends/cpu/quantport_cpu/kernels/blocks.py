@@ -17,7 +17,7 @@ from quantport_cpu.kernels.base import CpuKernel, compiled
 from quantport_cpu.kernels.scratch import scratch
 
 _FORMATS = ("e2m1", "e2m3", "e3m2", "e4m3fn", "nf4", "fp4")
-_FEW = 64  # up to this many rows, multiplying codes beats decoding panels
+_FEW = 32  # up to this many rows, multiplying codes beats decoding panels
 _PANEL = 128  # rows of a panel: 2 MiB of fp32 at K = 4096
 
 
