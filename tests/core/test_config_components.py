@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from quantport.catalog import BUILTIN
 from quantport.config import QuantConfig
-from quantport.spellings import OTHER_KEYS
 from quantport.errors import ConfigError
 from quantport.layers import Layer
+from quantport.spellings import OTHER_KEYS
 
 
 def parse(value):
