@@ -202,7 +202,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--case")
     parser.add_argument("--dir", type=Path)
-    parser.add_argument("--layers", type=int, default=3, help="3 layers are 3.7 GB of experts")
+    parser.add_argument("--layers", type=int, default=4, help="4 layers are 4.9 GB")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--calls", type=int, default=9, help="calls of each forward")
     parser.add_argument("--note", default="", help="what else ran meanwhile")

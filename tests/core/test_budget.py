@@ -17,6 +17,7 @@ from core_references import check_parts
 import quantport
 from quantport import numerics
 from quantport.budget import need, parse_budget
+from quantport.catalog import BUILTIN
 from quantport.checkpoint import Checkpoint
 from quantport.errors import BudgetError, ConfigError, WeightError
 from quantport.kernel import WeightSpec
@@ -24,7 +25,6 @@ from quantport.loading import tasks as loading_tasks
 from quantport.loading.copying import copy_into
 from quantport.loading.stream import Task, run_tasks
 from quantport.planner import BUDGET
-from quantport.scheme import BUILTIN
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,11 @@ def adapted(path=DENSE, scheme="int8", targets=("q_proj", "v_proj", "down_proj")
     return peft.get_peft_model(model, config)
 
 
+def close(found, expected):
+    """Equal but for the last bits: experts with gradients run one by one, without them in one launch."""
+    return (found - expected).abs().max() <= 2**-6 * expected.abs().max()
+
+
 def train(model, steps=4):
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer, losses = torch.optim.AdamW(parameters, lr=3e-3), []
@@ -57,12 +62,12 @@ def test_training_lowers_the_loss_and_touches_only_the_adapter(path, scheme, tar
     targets = targets if isinstance(targets, str) else list(targets)
     model = peft.get_peft_model(model, peft.LoraConfig(target_modules=targets, r=4, lora_alpha=8, task_type="CAUSAL_LM"))
     assert all("lora_" in name for name, p in model.named_parameters() if p.requires_grad)
-    assert torch.equal(model(ids).logits, plain)
+    assert close(model(ids).logits, plain)
     losses = train(model)
     assert losses[-1] < losses[0] - 0.3, losses
     with model.disable_adapter():
-        assert torch.equal(model(ids).logits, plain)
-    assert not torch.equal(model(ids).logits, plain)
+        assert close(model(ids).logits, plain)
+    assert not close(model(ids).logits, plain)
     back = model.unload()
     assert all(torch.equal(before[n].view(torch.uint8), t.view(torch.uint8)) for n, t in back.state_dict().items())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,9 @@ def _transformers(asked: str) -> Any:
 
 @contextmanager
 def hushed() -> Iterator[None]:
-    """Inside, Transformers shows no bars and logs errors only: the command line speaks for itself."""
+    """Inside, Transformers shows no bars, and it and what it imports log errors only: the command line speaks for itself."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     _transformers("run a model")
     logs = importlib.import_module("transformers.utils.logging")
     level, bars = logs.get_verbosity(), logs.is_progress_bar_enabled()
@@ -32,6 +35,7 @@ def hushed() -> Iterator[None]:
     try:
         yield
     finally:
+        logging.disable(before)
         logs.set_verbosity(level)
         if bars:
             logs.enable_progress_bar()
