@@ -145,12 +145,13 @@ class QuantConfig(BaseModel):
         def name(value: str | None) -> str | None:
             if value in (None, "none"):
                 return None
-            found = schemes[str(value)].name
-            if found == "int4_weight_only" and self.group_size == 32:
-                return "int4_weight_only_g32"
-            if found == "int4_weight_only_g32" and self.group_size == 128:
-                raise ConfigError(f"{value!r} with group_size=128", "this scheme has groups of 32", "scheme='int4_weight_only'")
-            return found
+            found = schemes[str(value)]
+            if not self.group_size or found.weight.cols == self.group_size or found.weight.format != "int4":
+                return found.name
+            if found.name.split(":")[0] == "int4_weight_only":
+                return found.name.replace("int4_weight_only", "int4_weight_only_g32", 1)
+            what = f"this scheme has groups of {found.weight.cols}"
+            raise ConfigError(f"{value!r} with group_size={self.group_size}", what, "scheme='int4_weight_only', or no group_size")
 
         updates: dict[str, Any] = {f: name(getattr(self, f)) for f in ("scheme", "linear", "moe") if f in self.model_fields_set}
         updates["targets"] = {p: name(s) for p, s in self.targets.items()}

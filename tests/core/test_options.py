@@ -79,3 +79,22 @@ def test_other_schemes_keep_no_blocks_and_a_target_wins():
 def test_a_negative_number_of_blocks_is_refused():
     with pytest.raises(ConfigError, match="num_bf16_fallback_layers"):
         quantport.QuantConfig.parse({"scheme": "int8", "num_bf16_fallback_layers": -1}, BUILTIN)
+
+
+@pytest.mark.parametrize(
+    ("config", "found"),
+    [
+        ({"scheme": "int4_weight_only:hadamard", "group_size": 32}, "int4_weight_only_g32:hadamard"),
+        ({"scheme": "int4_weight_only_g32:hadamard", "group_size": 32}, "int4_weight_only_g32:hadamard"),
+        ({"scheme": "int8", "moe": "int4", "group_size": 32}, "int8"),
+        ({"scheme": "int4_w4a8", "group_size": 128}, "int4_w4a8"),
+    ],
+)
+def test_group_size_and_options(config, found):
+    assert quantport.QuantConfig.parse(config, BUILTIN).scheme == found
+
+
+@pytest.mark.parametrize(("scheme", "size"), [("int4_mse", 32), ("int4_w4a8", 32), ("int4_hqq", 128), ("int4_g32:hadamard", 128)])
+def test_a_group_size_that_the_scheme_does_not_have_is_refused(scheme, size):
+    with pytest.raises(ConfigError, match="this scheme has groups of"):
+        quantport.QuantConfig.parse({"scheme": scheme, "group_size": size}, BUILTIN)
