@@ -249,3 +249,16 @@ def test_shapes_of_nested_and_mixed_models():
     assert kv_shape({"text_config": text, "hidden_size": 1}) == KVShape(("full", "full"), 4, 16)
     mixed = kv_shape({**text, "layer_types": ["linear_attention", "full_attention"]})
     assert bytes_per_token(mixed, "int8") == 2 * 4 * 18
+
+
+def test_a_fixed_cache_is_cropped_as_a_growing_one():
+    cache = cache_of("int8", 8)
+    with pytest.raises(ValueError, match="minus the number"):
+        cache.layers[0].crop(3)
+
+
+def test_skip_layers_that_are_no_list_and_a_length_that_is_no_number():
+    with pytest.raises(ConfigError, match="not a list of layers"):
+        cache_of("fp8", skip_layers=3)
+    with pytest.raises(ConfigError, match="max_length=True"):
+        cache_of("fp8", True)

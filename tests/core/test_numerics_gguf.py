@@ -128,3 +128,13 @@ def test_a_scale_beyond_fp16_is_refused_as_such(name):
         assert "NaN" not in str(caught.value)
         assert "layers.0.up_proj" in caught.value.asked
         assert "int8_weight_only" in caught.value.works
+
+
+@pytest.mark.parametrize("name", ["q4_k", "q5_k"])
+@pytest.mark.parametrize("size", [1e-6, 1e-7, 1e-9])
+def test_scales_too_small_for_fp16_give_zeros_and_nothing_worse(name, size):
+    """fp16 ends at 6e-8: a block whose scales vanish is all zero, never an offset without codes."""
+    weight = torch.randn(4, 300, generator=torch.Generator().manual_seed(0)) * size
+    scheme = BUILTIN[name]
+    found = numerics.dequantize_weight(numerics.quantize_weight(weight, scheme), scheme, 300)
+    assert (found - weight).norm() <= weight.norm() * 1.0001

@@ -101,9 +101,14 @@ class FixedKVLayer(KVLayer):
         return self.max_length
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forgets the last tokens: that many where it is negative; a positive number is the length that stays."""
-        kept = tokens_to_remove if tokens_to_remove > 0 else self.length + tokens_to_remove
-        self.length = min(self.length, max(0, kept))
+        """Forgets the last tokens: minus that many. As in Transformers, a positive number is refused.
+
+        Raises:
+            ValueError: the number is positive.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}): give minus the number of tokens to forget")
+        self.length = max(0, self.length + tokens_to_remove)
 
     def reset(self) -> None:
         """Forgets all tokens; the memory stays for the next."""

@@ -43,7 +43,7 @@ def kv_cache(
     Raises:
         ConfigError: unknown dtype, no such layer, or a model without full-attention layers.
     """
-    if max_length is not None and (not isinstance(max_length, int) or max_length < 1):
+    if max_length is not None and (type(max_length) is not int or max_length < 1):
         raise ConfigError(f"max_length={max_length!r}", "not a number of tokens", "1 or more, or None to grow as needed")
     caches = _transformers()
     config = getattr(model, "config", model)

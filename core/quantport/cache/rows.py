@@ -125,7 +125,10 @@ def decode(rows: Tensor, width: int, dtype: CacheDtype, out: torch.dtype) -> Ten
     if element is INT4:
         codes = unpack_bits(codes, width, 4).sub_(8)
     wide = _widen(codes, element, work)
-    return wide.mul_(scale.to(work)).to(out)
+    wide.mul_(scale.to(work))
+    if out is torch.float16:  # code -128 may lie half a step beyond the largest half
+        wide.clamp_(torch.finfo(out).min, torch.finfo(out).max)
+    return wide.to(out)
 
 
 def _widen(codes: Tensor, element: Format, work: torch.dtype) -> Tensor:

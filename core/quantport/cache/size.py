@@ -34,6 +34,8 @@ def skipped(skip_layers: Iterable[int], layers: int) -> frozenset[int]:
     Raises:
         ConfigError: an index is no layer.
     """
+    if not isinstance(skip_layers, Iterable):
+        raise ConfigError(f"kv_cache_skip_layers {skip_layers!r}", "not a list of layers", "for example [0, -1]")
     indices = tuple(skip_layers)
     wrong = [i for i in indices if not isinstance(i, int) or not -layers <= i < layers]
     if wrong:

@@ -37,6 +37,7 @@ def _sub_blocks(x: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     scale = scale.clamp_min(0) + 0.0
     d = torch.cat((scale.amax(1, keepdim=True), least.amax(1, keepdim=True)), 1) / 63
     d = torch.where(torch.isfinite(x).all(1, keepdim=True), d, torch.nan).half()
+    d = torch.where(d[:, :1] == 0, 0.0, d)  # scales too small for fp16: zeros, not offsets alone
     sc = _divide(scale, d[:, :1].float()).round_().clamp_(0, 63)
     m = _divide(least, d[:, 1:].float()).round_().clamp_(0, 63)
     step, low = (d[:, :1].float() * sc).unsqueeze(-1), (d[:, 1:].float() * m).unsqueeze(-1)

@@ -91,6 +91,8 @@ def _super(source, to, trials, work, n_top):  # type: ignore[no-untyped-def]  # 
     d, low_d = half_bits(top_scale / np.float32(63)), half_bits(top_offset / np.float32(63))
     if magnitude(source, SUPER) << 16 >= INFINITE:
         d, low_d = 0x7E00, 0x7E00
+    if d == 0:
+        low_d = 0
     put16(to, 0, d)
     put16(to, 1, low_d)
     for i in range(COUNT):
