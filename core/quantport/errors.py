@@ -35,6 +35,10 @@ class WeightError(QuantportError, ValueError):
     """A weight cannot be quantized: not finite, wrong dtype, wrong rank."""
 
 
+class ShapeError(QuantportError, RuntimeError):
+    """Activations of another width than the layer takes; a RuntimeError, as torch.nn.Linear raises."""
+
+
 class RoutingError(QuantportError, IndexError):
     """Tokens are routed to experts that a layer does not have, or to rows that are not there."""
 

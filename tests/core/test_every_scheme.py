@@ -21,7 +21,6 @@ QUICK = ("--tokens", "4", "--windows", "1", "--json")
 WORST = {4: 1.2, 8: 1.05}  # largest ratio of perplexities, by the bits of weights from which on it holds
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("model", [DENSE, MOE], ids=lambda path: path.name)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_run_compare_save_and_reload(scheme, model, tmp_path):

@@ -98,3 +98,16 @@ def test_group_size_and_options(config, found):
 def test_a_group_size_that_the_scheme_does_not_have_is_refused(scheme, size):
     with pytest.raises(ConfigError, match="this scheme has groups of"):
         quantport.QuantConfig.parse({"scheme": scheme, "group_size": size}, BUILTIN)
+
+
+def test_a_rotated_row_does_not_depend_on_its_neighbours():
+    x = torch.randn(65, 384, generator=torch.Generator().manual_seed(0))
+    whole = numerics.rotate(x, 128)
+    assert all(torch.equal(numerics.rotate(x[i : i + 1], 128)[0], whole[i]) for i in (0, 13, 64))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(numerics.rotate(x, 128), whole)
+    assert torch.allclose(numerics.rotate(whole, 128), x, atol=1e-5)
+    one = torch.zeros(1, 128)
+    one[0, 3] = 1
+    signs = torch.tensor([(-1.0) ** bin(3 & i).count("1") for i in range(128)])  # Sylvester: (-1)**popcount(row & column)
+    assert torch.equal(numerics.rotate(one, 128)[0], signs * (1 / 128**0.5))

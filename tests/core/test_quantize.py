@@ -296,3 +296,16 @@ def test_repr_and_memory():
     assert not any("packed" in name for name in model.state_dict() if not name.endswith("weight_packed"))
     assert quantized("int8", lambda: nn.ModuleDict({"m": Moe()}))["m"](randn(2, 32, dtype=torch.bfloat16)).shape == (2, 32)
     assert ids.shape == (2, 12)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "mxfp4", "int4_weight_only", "q4_k", "bf16"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_activations_of_another_width_are_refused(scheme, compiled):
+    """A kernel trusts the width, and would read past the end of a shorter row."""
+    net = nn.Sequential(nn.Linear(96, 70)).bfloat16()
+    quantport.quantize_(net, scheme if scheme != "bf16" else None, config={"targets": {"0": "bf16"}} if scheme == "bf16" else None)
+    run = torch.compile(net, backend="eager", fullgraph=True) if compiled else net
+    for width in (95, 97, 64):
+        with pytest.raises(RuntimeError, match="96"):
+            run(torch.randn(3, width).bfloat16())
+    assert net(torch.randn(3, 96).bfloat16()).shape == (3, 70)

@@ -60,7 +60,7 @@ def quantize(
     model: Model,
     out: Annotated[Path, typer.Argument(help="Directory to write: new, or empty.", show_default=False)],
     scheme: SchemeOption = None, device: DeviceOption = "auto", config: ConfigOption = None, ignore: IgnoreOption = None,
-    rows: RowsOption = 1, fallback: FallbackOption = None,
+    rows: RowsOption = 1, fallback: FallbackOption = None, kv_cache: KVCacheOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint that is there.")] = False,
     style: FormatOption = None, as_json: JsonOption = False,
 ) -> None:  # fmt: skip
@@ -69,14 +69,15 @@ def quantize(
     OUT appears complete or not at all.
 
     Examples:
-        quantport quantize MODEL OUT --scheme int8
+        quantport quantize MODEL OUT --scheme int8 --kv-cache fp8
         quantport quantize MODEL OUT --scheme int4 --ignore '*.down_proj' --overwrite
         quantport run OUT   (reads it back; it is quantized, so no --scheme)
     """
     from quantport.cli import running
 
     chosen = form(style, as_json)
-    request = running.Request(model, scheme, device, read_config(config, ignore), rows, fallback.value if fallback else None)
+    settings = read_config(config, ignore, kv_cache)
+    request = running.Request(model, scheme, device, settings, rows, fallback.value if fallback else None)
     running.quantize(request, out, overwrite, chosen)
 
 

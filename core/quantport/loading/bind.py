@@ -13,7 +13,7 @@ from quantport.errors import CheckpointError
 from quantport.fused import with_cuts
 from quantport.host import host
 from quantport.kernel import Kernel, WeightSpec
-from quantport.layers import Layer, uneven
+from quantport.layers import EMBEDDING, Layer, uneven
 from quantport.loading.tied import add_heads, one_layer, partners, why_not_embedding
 from quantport.modules import QuantEmbedding, QuantExperts, QuantFused, QuantLinear, QuantModule, activation_name, why_not_experts
 from quantport.planner import Step
@@ -43,6 +43,8 @@ def _check(layer: Layer, model: nn.Module, place: Place, ties: Mapping[str, tupl
         for single in _separate(layer):
             yield from _check(single, model, place, ties)
         return
+    if layer.kind == "linear" and not layer.keep and type(module) is nn.Embedding:
+        layer = replace(layer, keep=EMBEDDING)  # whatever it is called
     keep = layer.keep or _why_not(layer, module, path)
     tied = ties.get(path, ()) if layer.lookup else ()
     if layer.lookup and module is not None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from quantport import numerics
 from quantport.capability import Claim
-from quantport.errors import RoutingError, UnsupportedError
+from quantport.errors import RoutingError, ShapeError, UnsupportedError
 from quantport.host import host
 from quantport.kernel import Kernel, Packed, Request, WeightSpec
 from quantport.lookup import look_up
@@ -76,7 +76,14 @@ class Differentiable(Kernel):
         return self.run_grouped(x, offsets, packed, bias, spec, shared)
 
 
+def _check_width(x: Tensor, k: int) -> None:
+    """Refuses activations of another width: a kernel trusts it, and would read past the end of a row."""
+    if x.dim() == 0 or x.shape[-1] != k:
+        raise ShapeError(f"multiply activations {list(x.shape)}", f"a quantized weight of {k} inputs", f"activations [..., {k}]")
+
+
 def _run(kernel: Kernel, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
+    _check_width(x, spec.k)
     if x.dim() == 2:
         return kernel.apply(x.contiguous(), packed, bias, spec)
     return kernel.apply(x.reshape(-1, spec.k).contiguous(), packed, bias, spec).view(*x.shape[:-1], spec.n)
@@ -89,6 +96,7 @@ def _linear(x: Tensor, packed: list[Tensor], bias: Tensor | None, kernel: str, s
 
 @torch.library.register_fake("quantport::linear", lib=_LIB)  # type: ignore[untyped-decorator]  # torch has no types here
 def _linear_fake(x: Tensor, packed: list[Tensor], bias: Tensor | None, kernel: str, scheme: str, n: int, k: int) -> Tensor:
+    _check_width(x, k)
     return x.new_empty((*x.shape[:-1], n))
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from quantport.errors import RoutingError
+from quantport.errors import RoutingError, ShapeError
 from quantport.kernel import Kernel, Packed, WeightSpec
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -115,10 +115,15 @@ def run_experts(x: Tensor, index: Tensor, weights: Tensor, layer: Tables, activa
 
     Raises:
         RoutingError: an entry above the number of experts, or shapes that do not belong together.
+        ShapeError: activations of another width.
     """
     if index.shape != weights.shape or index.dim() != 2 or index.shape[0] != x.shape[0]:
         found = f"index {list(index.shape)}, weights {list(weights.shape)}, activations {list(x.shape)}"
         raise RoutingError("route tokens to experts", found, "index and weights [T, top_k] for activations [T, hidden]")
+    if x.shape[-1] != layer.gate_up[0].spec.k:
+        raise ShapeError(
+            f"run experts on {list(x.shape)}", f"experts of {layer.gate_up[0].spec.k} inputs", "activations of that width"
+        )
     order, offsets, bounds = _sort(index.reshape(-1), layer.experts)
     order = order[: bounds[-1]]
     rows = x[order // index.shape[1]]

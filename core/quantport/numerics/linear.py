@@ -131,7 +131,8 @@ def linear(x: Tensor, stored: dict[str, Tensor], scheme: Scheme, bias: Tensor | 
     plain = replace(scheme, rotation=0)
     weight = dequantize_weight(stored, plain, x.shape[1])
     values = quantized_values(rotate(x, scheme.rotation), scheme.activation).float()
-    return torch.nn.functional.linear(values, weight, None if bias is None else bias.float()).to(x.dtype)
+    with torch.autocast(x.device.type, enabled=False):  # fp32 means fp32
+        return torch.nn.functional.linear(values, weight, None if bias is None else bias.float()).to(x.dtype)
 
 
 def quantized_values(x: Tensor, quant: Quant | None) -> Tensor:
