@@ -63,7 +63,7 @@ class QuantConfig(BaseModel):
     activation_scheme: Literal["dynamic"] = "dynamic"
     weight_block_size: tuple[int, int] | None = None
     group_size: Literal[32, 128] | None = None
-    num_bf16_fallback_layers: int | None = Field(None, ge=0)
+    num_bf16_fallback_layers: int | None = Field(None, ge=0, strict=True)
     kv_cache_dtype: str | None = None
     kv_cache_skip_layers: tuple[int, ...] = ()
 
@@ -100,7 +100,7 @@ class QuantConfig(BaseModel):
     @model_validator(mode="after")
     def _consistent(self) -> QuantConfig:
         beside = [k for k in ("linear", "moe") if k in self.model_fields_set] + [
-            k for k in ("ignore", "targets") if getattr(self, k)
+            k for k in ("ignore", "targets", "num_bf16_fallback_layers") if getattr(self, k)
         ]
         if self.components and beside:
             raise ValueError(f"{', '.join(beside)} beside components: put it into each component")

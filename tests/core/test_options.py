@@ -111,3 +111,16 @@ def test_a_rotated_row_does_not_depend_on_its_neighbours():
     one[0, 3] = 1
     signs = torch.tensor([(-1.0) ** bin(3 & i).count("1") for i in range(128)])  # Sylvester: (-1)**popcount(row & column)
     assert torch.equal(numerics.rotate(one, 128)[0], signs * (1 / 128**0.5))
+
+
+def test_beside_components_it_would_mean_nothing():
+    wrong = {"num_bf16_fallback_layers": 2}
+    with pytest.raises(ConfigError, match="put it into each component"):
+        quantport.QuantConfig.parse({"components": {"blocks": {"scheme": "int4"}}} | wrong, BUILTIN)
+    inside = quantport.plan(Blocks("blocks"), config={"components": {"blocks": {"scheme": "int4"} | wrong}}, device="cpu:generic")
+    assert len(inside.quantized) == 5
+
+
+def test_a_number_of_blocks_is_a_number():
+    with pytest.raises(ConfigError, match="num_bf16_fallback_layers"):
+        quantport.QuantConfig.parse({"scheme": "int8", "num_bf16_fallback_layers": True}, BUILTIN)

@@ -19,8 +19,8 @@ def encode(x: Tensor, element: Format) -> Tensor:
 
     Args:
         x: fp32, any shape, already divided by the scale. May be overwritten.
-        element: The format. e8m0, which has neither sign nor zero, rounds to the nearest power of two in the exponent's
-            logarithm only in ``scales``; here it takes exact powers of two.
+        element: The format. For e8m0, which has neither sign nor zero, x must be powers of two, Inf or NaN (both become
+            255): its rounding is a rule of its own, in ``scales``.
 
     Returns:
         Codes of ``element.storage``, in the shape of ``x``: float8 for the 8-bit floats, int8 for int8 and int4 (two's
