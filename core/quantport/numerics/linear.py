@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from quantport.errors import WeightError
+from quantport.errors import ShapeError, WeightError
 from quantport.formats import BF16
 from quantport.numerics import gguf
 from quantport.numerics.blocks import Blocks, Reduce, check_finite, dequantize, quantize_blocks
@@ -127,7 +127,16 @@ def linear(x: Tensor, stored: dict[str, Tensor], scheme: Scheme, bias: Tensor | 
 
     Returns:
         ``[M, N]`` in the dtype of ``x``.
+
+    Raises:
+        ShapeError: the weight has another K.
     """
+    shapes = {name: tuple(t.shape) for name, t in stored.items()}
+    layout = scheme.layout(next(iter(stored.values())).shape[0], x.shape[1])
+    if shapes != {name: shape for name, (shape, _) in layout.items()}:
+        raise ShapeError(
+            f"multiply activations {list(x.shape)}", f"a weight stored as {shapes}", "activations as wide as the weight"
+        )
     plain = replace(scheme, rotation=0)
     weight = dequantize_weight(stored, plain, x.shape[1])
     values = quantized_values(rotate(x, scheme.rotation), scheme.activation).float()
