@@ -31,9 +31,9 @@ def merge(scheme: str | None, config: Any, options: Mapping[str, Any]) -> QuantC
     parsed = QuantConfig.parse(config, host().schemes)
     given = {k: v for k, v in options.items() if v is not None}
     if scheme is not None:
-        asked = QuantConfig.parse(scheme, host().schemes).scheme
-        if asked and parsed.group_size and host().schemes[asked].weight.format == "int4":
-            asked = QuantConfig.parse({"scheme": scheme, "group_size": parsed.group_size}, host().schemes).scheme
+        asked: str | None = host().schemes[scheme].name
+        if parsed.group_size and host().schemes[scheme].weight.format == "int4":
+            asked = QuantConfig.parse({"scheme": asked, "group_size": parsed.group_size}, host().schemes).scheme
         if parsed.scheme not in (None, asked):
             raise ConfigError(f"scheme={scheme!r}", f"config says scheme={parsed.scheme!r}", "give one of them")
         given["scheme"] = asked
