@@ -29,7 +29,10 @@ PRESETS = {
     "mxfp4": "MXFP4", "nvfp4": "NVFP4",
 }  # fmt: skip
 MUST = {"int4_mse": 0.2, "nf4": 0.2, "fp4": 0.2}
-HALF = ("fp8_per_tensor", "fp8_per_channel", "fp8_per_block", "int8", "mxfp8", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp4")
+HALF = (
+    "fp8_per_tensor", "fp8_per_channel", "fp8_per_block", "fp8_weight_only", "int8", "int8_weight_only", "mxfp8", "mxfp8_weight_only",
+    "mxfp6_e2m3", "mxfp6_e3m2", "mxfp4", "mxfp4_weight_only", "mxfp4_w4a8", "mxfp4_dualscale",
+)  # fmt: skip
 Call = Callable[[torch.Tensor], object]
 
 
