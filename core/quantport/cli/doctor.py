@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import platform
+import re
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Any
 
 from quantport.cli.page import Column, Grid, Page
@@ -12,11 +13,15 @@ from quantport.cli.show import device_dict
 from quantport.errors import QuantportError
 from quantport.host import Host, Problem, host
 
-# What a bug report needs to name; read from the installed metadata, so that nothing is imported.
-PACKAGES = (
-    "quantport", "torch", "transformers", "accelerate", "safetensors", "tokenizers", "triton", "torch-npu", "numba", "pydantic",
-    "pluggy", "typer", "rich",
-)  # fmt: skip
+NOT_TOLD = {"bench", "dev"}  # extras that nobody needs to run a model
+
+
+def packages() -> tuple[str, ...]:
+    """What a bug report needs to name: quantport and all that it asks for, extras included. Read from the installed metadata,
+    so that nothing is imported and no device has to be named here."""
+    asked = [r for r in requires("quantport") or () if not any(f"extra == '{extra}'" in r.replace('"', "'") for extra in NOT_TOLD)]
+    names = (re.split(r"[^A-Za-z0-9._-]", r)[0] for r in asked)
+    return tuple(dict.fromkeys(("quantport", *names, "tokenizers")))
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ def examine() -> Findings:
     except QuantportError as error:
         auto = ""
         problems.append(Problem("device auto", "QUANTPORT_DEVICE", f"{error.asked}: {error.found}; {error.works}"))
-    versions = {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+    versions = {"python": platform.python_version(), **{name: _version(name) for name in packages()}}
     if not versions["transformers"]:
         advice["transformers"] = ["not installed: load and run need it for checkpoints: pip install 'quantport[transformers]'"]
     return Findings(found, versions, advice, auto, [*found.problems, *problems])

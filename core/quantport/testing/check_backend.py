@@ -23,12 +23,14 @@ before = set(sys.modules)
 module, name = sys.argv[1:]
 backend = getattr(importlib.import_module(module), name)()
 fresh = sorted(m for m in set(sys.modules) - before if "." not in m)
-awake = [t for t in ("cuda", "xpu") if hasattr(torch, t) and getattr(torch, t).is_initialized()]
+kind = backend.torch_type
+awake = [kind] if kind != "cpu" and hasattr(torch, kind) and getattr(torch, kind).is_initialized() else []
 start = time.perf_counter()
 found = backend.detect()
 print(json.dumps([torch_s, time.perf_counter() - start, fresh, awake, len(found)]))
 """
-# What takes long to import or wakes a driver: allowed in ``detect`` and ``kernels``, never when the room is imported.
+# What takes long to import or wakes a driver: allowed in ``detect`` and ``kernels``, never when the room is imported. By name,
+# vendors' too, since a stranger's room may import any of them; nothing here is imported or chosen by these names.
 RUNTIMES = {"triton", "torch_npu", "intel_extension_for_pytorch", "torch_xla", "transformers", "vllm", "pandas", "scipy"}
 
 

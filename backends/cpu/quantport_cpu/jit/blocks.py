@@ -18,7 +18,7 @@ E8M0, E4M3, F32_SCALE = 0, 1, 2  # how scales are stored
 
 
 @njit(error_model="numpy")
-def _block(source, to, out, index, add, emax, high, factor, n_format, group, n_lanes, kind, searched):  # type: ignore[no-untyped-def]  # numba infers the types
+def _block(source, to, out, index, add, emax, high, factor, n_format, group, n_lanes, kind, searched):
     n_format, group, n_lanes = literally(n_format), literally(group), literally(n_lanes)
     kind, searched = literally(kind), literally(searched)
     bits = magnitude(source, group) << 16
@@ -41,7 +41,7 @@ def _block(source, to, out, index, add, emax, high, factor, n_format, group, n_l
 
 
 def _body(n_format: int, group: int, n_lanes: int, kind: int, size: int, searched: int) -> Any:
-    def rows(frame):  # type: ignore[no-untyped-def]  # numba infers the types
+    def rows(frame):
         source, source_stride, k, to, to_stride = word(frame, 2), word(frame, 3), word(frame, 4), word(frame, 5), word(frame, 6)
         out, bounce, add, emax = word(frame, 7), word(frame, 8), word(frame, 9), word(frame, 10)
         high, factor, tail = f32(word(frame, 11)), f32(word(frame, 12)), word(frame, 13)
@@ -79,7 +79,7 @@ def kernel(name: str, group: int, scale_kind: int, searched: bool) -> Kernel:
     return Kernel(_body(NUMBERS[name], group, min(group, 32), scale_kind, group * bits // 8, int(searched)))
 
 
-def _tops(frame):  # type: ignore[no-untyped-def]  # numba infers the types
+def _tops(frame):
     """A block is a row. Words: source, its stride, k, largest magnitudes as fp32 [n]."""
     while True:
         row = take(frame)

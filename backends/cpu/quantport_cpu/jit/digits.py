@@ -59,13 +59,13 @@ def group_sums(simd: Simd, digits: Value, group: Value, to: Value) -> None:
 
 
 @njit(error_model="numpy")
-def _sums(digits, count, group, to):  # type: ignore[no-untyped-def]  # numba infers the types
+def _sums(digits, count, group, to):
     for g in range(count // group):
         for d in range(3):
             group_sums(digits + d * count + g * group, group, to + (3 * g + d) * 16)
 
 
-def _digits(frame):  # type: ignore[no-untyped-def]  # numba infers the types
+def _digits(frame):
     """A block is a row. Words: x fp32, padded k, digits, scales fp32, group or 0, sums int32 [M, k/group, 3, 4]."""
     x, k, to, scales = word(frame, 2), word(frame, 3), word(frame, 4), word(frame, 5)
     group, sums = word(frame, 6), word(frame, 7)

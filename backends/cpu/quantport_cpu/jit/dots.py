@@ -79,7 +79,7 @@ def fp8_tile(
             simd.store(simd.total(simd.b.load(totals[r * n_m + m])), address)
 
 
-def _fp8(frame):  # type: ignore[no-untyped-def]  # numba infers the types
+def _fp8(frame):
     """A block is ``span`` weight rows, of one row of scales."""
     x, x_stride, w, n, k = word(frame, 2), word(frame, 3), word(frame, 4), word(frame, 5), word(frame, 6)
     scale, scale_step, scale_stride, chunk = word(frame, 7), word(frame, 8), word(frame, 9), word(frame, 10)
@@ -152,7 +152,7 @@ def int8_tile(
             simd.store(scaled, simd.at(simd.at(out, column), simd.b.mul(out_stride, I64(m))))
 
 
-def _int8(frame):  # type: ignore[no-untyped-def]  # numba infers the types
+def _int8(frame):
     """A block is ``span`` weight rows."""
     x, x_stride, x_scale, w, n = word(frame, 2), word(frame, 3), word(frame, 4), word(frame, 5), word(frame, 6)
     k, out, out_stride, m, span = word(frame, 7), word(frame, 8), word(frame, 9), word(frame, 10), word(frame, 11)

@@ -144,7 +144,7 @@ def clear(simd: Simd, address: Value, size: Value) -> None:
 
 
 @njit(error_model="numpy")
-def _scales(scratch, blocks, out, first, half_range, is_bf16):  # type: ignore[no-untyped-def]  # numba infers the types
+def _scales(scratch, blocks, out, first, half_range, is_bf16):
     """Turns magnitudes ``scratch[:blocks]`` into scales (stored at ``out[first:]``) and their inverses."""
     for c in range(blocks):
         bits = bits32(f32(get32(scratch, c) << 16) / half_range)
@@ -161,7 +161,7 @@ def _scales(scratch, blocks, out, first, half_range, is_bf16):  # type: ignore[n
 
 
 @njit(error_model="numpy")
-def _encode(source, to, count, scale, inverse, kind):  # type: ignore[no-untyped-def]  # numba infers the types
+def _encode(source, to, count, scale, inverse, kind):
     safe = SAFE[0] < scale < SAFE[1]
     if kind == FP8:
         if safe:
@@ -180,14 +180,14 @@ def _encode(source, to, count, scale, inverse, kind):  # type: ignore[no-untyped
 
 
 @njit(error_model="numpy")
-def end_row(to, k, stride):  # type: ignore[no-untyped-def]  # numba infers the types
+def end_row(to, k, stride):
     """Zeroes the nibbles past k of an int4 row."""
     if k & 1:
         put8(to + (k >> 1), get8(to + (k >> 1)) & 15)
     clear(to + ((k + 1) >> 1), stride - ((k + 1) >> 1))
 
 
-def _quantize(frame):  # type: ignore[no-untyped-def]  # numba infers the types
+def _quantize(frame):
     """A block is a panel of rows that share scales. Words: see ``quantize._run``."""
     source, source_stride, n, k = word(frame, 2), word(frame, 3), word(frame, 4), word(frame, 5)
     rows, cols, to, to_stride = word(frame, 6), word(frame, 7), word(frame, 8), word(frame, 9)

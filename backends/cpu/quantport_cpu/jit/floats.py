@@ -117,7 +117,7 @@ def plain(
 
 
 def _body(n_format: int, n_kind: int, n_group: int, bits: int) -> Any:
-    def rows(frame):  # type: ignore[no-untyped-def]  # numba infers the types
+    def rows(frame):
         x, x_stride, w, n, k = word(frame, 2), word(frame, 3), word(frame, 4), word(frame, 5), word(frame, 6)
         scale, scale_stride, outer, outer_stride = word(frame, 7), word(frame, 8), word(frame, 9), word(frame, 10)
         table, out, m, span, out_stride = word(frame, 11), word(frame, 12), word(frame, 13), word(frame, 14), word(frame, 15)

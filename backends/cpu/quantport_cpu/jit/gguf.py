@@ -67,7 +67,7 @@ def block(simd: Simd, source: Value, to: Value, n_kind: int) -> None:
 
 
 def _body(n_kind: int, size: int) -> Any:
-    def rows(frame):  # type: ignore[no-untyped-def]  # numba infers the types
+    def rows(frame):
         source, source_stride, k, to, bounce = word(frame, 2), word(frame, 3), word(frame, 4), word(frame, 5), word(frame, 6)
         blocks = (k + BLOCK - 1) // BLOCK
         while True:

@@ -69,7 +69,7 @@ def nibbles(simd: Simd, source: Value, to: Value, zero: Value, scale: Value, n_s
 
 
 @njit(error_model="numpy")
-def bf16(value):  # type: ignore[no-untyped-def]  # numba infers the types
+def bf16(value):
     """fp32 rounded to bf16, to nearest even, as its bits."""
     bits = bits32(value)
     return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16 & 0xFFFF
@@ -81,7 +81,7 @@ def solver(size: int, top: int) -> Any:
     one, half, size_, top_ = np.float32(1), np.float32(2), np.float32(size), np.float32(top)
 
     @njit(error_model="numpy")
-    def fit(x, sx, start, step, work):  # type: ignore[no-untyped-def]  # numba infers the types
+    def fit(x, sx, start, step, work):
         sums(x, start, one / step, work, size, top)
         sq, sqq, sqx = f32(get32(work, 0)), f32(get32(work, 1)), f32(get32(work, 2))
         covariance, variance = sqx - sq * sx / size_, sqq - sq * sq / size_
@@ -89,7 +89,7 @@ def solver(size: int, top: int) -> Any:
         return slope, (sx - slope * sq) / size_, covariance * slope
 
     @njit(error_model="numpy")
-    def solve(x, low, high, trials, work):  # type: ignore[no-untyped-def]  # numba infers the types
+    def solve(x, low, high, trials, work):
         middle, reach = low / half + high / half, high / half - low / half
         sx = centre(x, middle, size)
         best, scale, zero = np.float32(0), reach / top_ * half, -reach
@@ -110,7 +110,7 @@ _solve = solver(GROUP, 15)
 
 
 @njit(error_model="numpy")
-def _group(source, to, scales, zeros, index, trials, work):  # type: ignore[no-untyped-def]  # numba infers the types
+def _group(source, to, scales, zeros, index, trials, work):
     if magnitude(source, GROUP) << 16 >= INFINITE:
         put16(scales, index, 0x7FC0)
         put16(zeros, index, 0)
@@ -126,7 +126,7 @@ def _group(source, to, scales, zeros, index, trials, work):  # type: ignore[no-u
     nibbles(source, to, f32(zero_bits << 16), f32(scale_bits << 16), GROUP)
 
 
-def _rows(frame):  # type: ignore[no-untyped-def]  # numba infers the types
+def _rows(frame):
     """A block is a row. Words: source, its stride, k, codes, their stride, scales, offsets, trials (fp32), 768 bytes."""
     source, source_stride, k, to, to_stride = word(frame, 2), word(frame, 3), word(frame, 4), word(frame, 5), word(frame, 6)
     scales, zeros, trials, work = word(frame, 7), word(frame, 8), word(frame, 9), word(frame, 10)

@@ -101,7 +101,7 @@ def _at(out: Tensor, row: int, column: int) -> int:
     return out.data_ptr() + 4 * (row * out.shape[1] + column)
 
 
-def _fp8(frame):  # type: ignore[no-untyped-def]  # numba infers the types
+def _fp8(frame):
     """Words of a job: x fp32, codes, scales, out, rows."""
     table, per, x_stride, n, k = word(frame, 2), word(frame, 3), word(frame, 4), word(frame, 5), word(frame, 6)
     scale_step, scale_stride, chunk = word(frame, 7), word(frame, 8), word(frame, 9)
@@ -129,7 +129,7 @@ def _fp8(frame):  # type: ignore[no-untyped-def]  # numba infers the types
                 dots.fp8_tile(at, x_stride, here, stride, k, chunk, s, scale_step, to, out_stride, 1)
 
 
-def _int8(frame):  # type: ignore[no-untyped-def]  # numba infers the types
+def _int8(frame):
     """Words of a job: digits of x, their scales, codes, out, rows."""
     table, per, x_stride, n, k = word(frame, 2), word(frame, 3), word(frame, 4), word(frame, 5), word(frame, 6)
     out_stride, span = word(frame, 7), word(frame, 8)
@@ -149,7 +149,7 @@ def _int8(frame):  # type: ignore[no-untyped-def]  # numba infers the types
                 dots.int8_tile(x + i * x_stride, x_stride, x_scale + 4 * i, here, stride, k, to + i * out_stride, out_stride, 1)
 
 
-def _int4(frame):  # type: ignore[no-untyped-def]  # numba infers the types
+def _int4(frame):
     """Words of a job: digits of x, their sums, their scales, nibbles, scales, out, rows."""
     table, per, n, k, group = word(frame, 2), word(frame, 3), word(frame, 4), word(frame, 5), word(frame, 6)
     out_stride = word(frame, 7)

@@ -58,7 +58,7 @@ def pack_codes(simd: Simd, codes: Value, to: Value, n_high: int) -> None:
 
 
 @njit(error_model="numpy")
-def _six_bits(value, by):  # type: ignore[no-untyped-def]  # numba infers the types
+def _six_bits(value, by):
     """Nearest 6-bit integer of a quotient; 0 where the divisor is 0."""
     if by == np.float32(0):
         return 0
@@ -67,7 +67,7 @@ def _six_bits(value, by):  # type: ignore[no-untyped-def]  # numba infers the ty
 
 
 @njit(error_model="numpy")
-def _pack_scales(sc, m, to):  # type: ignore[no-untyped-def]  # numba infers the types
+def _pack_scales(sc, m, to):
     for i in range(4):
         put8(to + i, get8(sc + i) | (get8(sc + 4 + i) >> 4) << 6)
         put8(to + 4 + i, get8(m + i) | (get8(m + 4 + i) >> 4) << 6)
@@ -75,7 +75,7 @@ def _pack_scales(sc, m, to):  # type: ignore[no-untyped-def]  # numba infers the
 
 
 @njit(error_model="numpy")
-def _super(source, to, trials, work, n_top):  # type: ignore[no-untyped-def]  # numba infers the types
+def _super(source, to, trials, work, n_top):
     """One super-block. ``work``: 16 bytes, 8 scales, 8 offsets, 32 fp32, 16 6-bit numbers, 256 codes."""
     n_top = literally(n_top)
     scales, offsets, x, six, codes = work + 16, work + 48, work + 128, work + 80, work + 256
@@ -109,7 +109,7 @@ def _super(source, to, trials, work, n_top):  # type: ignore[no-untyped-def]  # 
 
 
 def _body(n_top: int, size: int) -> Any:
-    def rows(frame):  # type: ignore[no-untyped-def]  # numba infers the types
+    def rows(frame):
         source, source_stride, k, to = word(frame, 2), word(frame, 3), word(frame, 4), word(frame, 5)
         trials, work = word(frame, 6), word(frame, 7)
         blocks, bounce = (k + SUPER - 1) // SUPER, work + 512

@@ -141,7 +141,7 @@ def int4_tile(
                     simd.store(simd.shuffle(value, value, range(part, part + 8)), simd.at(row, 8 * part))
 
 
-def _int4(frame):  # type: ignore[no-untyped-def]  # numba infers the types
+def _int4(frame):
     """A block is 64 channels."""
     x, sums, x_scale, w, n = word(frame, 2), word(frame, 3), word(frame, 4), word(frame, 5), word(frame, 6)
     k, group, pairs, pairs_stride = word(frame, 7), word(frame, 8), word(frame, 9), word(frame, 10)

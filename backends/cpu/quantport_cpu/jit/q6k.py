@@ -63,7 +63,7 @@ def pack(simd: Simd, source: Value, to: Value) -> None:
 
 
 @njit(error_model="numpy")
-def _scale(source, work):  # type: ignore[no-untyped-def]  # numba infers the types
+def _scale(source, work):
     """Scale of 16 bf16: the one of the tried ones that explains most, fitted."""
     top, zero = extreme(source), np.float32(0)
     best, scale = zero, zero
@@ -78,7 +78,7 @@ def _scale(source, work):  # type: ignore[no-untyped-def]  # numba infers the ty
 
 
 @njit(error_model="numpy")
-def _super(source, to, work):  # type: ignore[no-untyped-def]  # numba infers the types
+def _super(source, to, work):
     """One super-block. ``work``: 16 bytes, 16 fp32, 256 codes from 128 on."""
     top = np.float32(0)
     for i in range(COUNT):
@@ -101,8 +101,12 @@ def _super(source, to, work):  # type: ignore[no-untyped-def]  # numba infers th
     pack(work + 128, to)
 
 
-def _rows(frame):  # type: ignore[no-untyped-def]  # numba infers the types
-    """A block is a row. Words: source, its stride, k, blocks, 1 KiB."""
+def _rows(frame):
+    """A block is a row. Words: source, its stride, k, blocks, 1 KiB.
+
+    The loop stands in ``kquants`` and ``gguf`` too: numba's cache finds a body again by the numbers that it captures, not by the
+    functions, so that one body for all three would be compiled anew in each process.
+    """
     source, source_stride, k, to, work = word(frame, 2), word(frame, 3), word(frame, 4), word(frame, 5), word(frame, 6)
     blocks, bounce = (k + SUPER - 1) // SUPER, work + 512
     while True:

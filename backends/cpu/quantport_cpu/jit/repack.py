@@ -50,7 +50,7 @@ def wipe(simd: Simd, to: Value, size: Value) -> None:
 
 
 @njit(error_model="numpy")
-def _edge(source, source_stride, n, row, column, width, half, bounce, out, low, size):  # type: ignore[no-untyped-def]  # numba infers the types
+def _edge(source, source_stride, n, row, column, width, half, bounce, out, low, size):
     """A tile that crosses the edge of the weight, through zeroed buffers; keeps ``size`` of its 32 columns."""
     wipe(bounce, 2 * 16 * 16)
     for side in range(2):
@@ -63,7 +63,7 @@ def _edge(source, source_stride, n, row, column, width, half, bounce, out, low, 
         move(out + c * half, bounce + 512 + 16 * c, 16)
 
 
-def _pack(frame):  # type: ignore[no-untyped-def]  # numba infers the types
+def _pack(frame):
     """A block is one block of channels. Words: see ``quantize.pack_int4``."""
     source, source_stride, n, width = word(frame, 2), word(frame, 3), word(frame, 4), word(frame, 5)
     to, k, half, buffers = word(frame, 6), word(frame, 7), word(frame, 8), word(frame, 9)

@@ -43,7 +43,7 @@ def loss(simd: Simd, source: Value, scale: Value, inverse: Value, n_format: int,
 
 
 @njit(error_model="numpy")
-def power_search(source, start, n_format, n_size):  # type: ignore[no-untyped-def]  # numba infers the types
+def power_search(source, start, n_format, n_size):
     """e8m0 code of least error: the first one, one below, or one above."""
     n_format, n_size = literally(n_format), literally(n_size)
     best, kept = _INFINITY, start
@@ -57,7 +57,7 @@ def power_search(source, start, n_format, n_size):  # type: ignore[no-untyped-de
 
 
 @njit(error_model="numpy")
-def float_search(source, start, factor, n_format, n_size):  # type: ignore[no-untyped-def]  # numba infers the types
+def float_search(source, start, factor, n_format, n_size):
     """e4m3fn code of least error under a global factor: from 3 codes below the first one to 6 above."""
     n_format, n_size = literally(n_format), literally(n_size)
     best, kept = _INFINITY, start
@@ -117,7 +117,7 @@ def shrink(simd: Simd, source: Value, to: Value, scale: Value) -> None:
 
 
 @njit(error_model="numpy")
-def _dual(source, to, count, out, outer, index, work, rule):  # type: ignore[no-untyped-def]  # numba infers the types
+def _dual(source, to, count, out, outer, index, work, rule):
     bits = magnitude(source, OUTER) << 16
     first = f32(bits) / np.float32(6)
     if first == np.float32(0):
@@ -141,7 +141,7 @@ def _dual(source, to, count, out, outer, index, work, rule):  # type: ignore[no-
         multiplied(here, to + INNER // 2 * i, INNER, code, _E2M1, INNER)
 
 
-def _dual_rows(frame):  # type: ignore[no-untyped-def]  # numba infers the types
+def _dual_rows(frame):
     """A block is a row. Words: source, its stride, k, codes, their stride, scales, outer scales, 4 KiB, and what the
     rule of the scales is: whether to search, what it adds, emax, and the divisor of amax (fp32 bits)."""
     source, source_stride, k, to, to_stride = word(frame, 2), word(frame, 3), word(frame, 4), word(frame, 5), word(frame, 6)

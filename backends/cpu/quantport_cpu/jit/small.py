@@ -126,7 +126,7 @@ def e4m3_of(simd: Simd, value: Value) -> Value:
 
 
 @njit(error_model="numpy")
-def e4m3_value(code):  # type: ignore[no-untyped-def]  # numba infers the types
+def e4m3_value(code):
     """fp32 value of a positive e4m3fn code."""
     if code < 8:
         return np.float32(code) * np.float32(2.0**-9)
@@ -134,13 +134,13 @@ def e4m3_value(code):  # type: ignore[no-untyped-def]  # numba infers the types
 
 
 @njit(error_model="numpy")
-def power_value(exponent):  # type: ignore[no-untyped-def]  # numba infers the types
+def power_value(exponent):
     """fp32 value of an e8m0 code below 255."""
     return f32(exponent << 23) if exponent > 0 else f32(1 << 22)
 
 
 @njit(error_model="numpy")
-def e8m0_of(bits, add, emax, high):  # type: ignore[no-untyped-def]  # numba infers the types
+def e8m0_of(bits, add, emax, high):
     """e8m0 code of a largest magnitude, given as fp32 bits. A rule is what it adds; ``high`` is 0 but for ``rceil``."""
     if bits >= 0x7F800000:
         return 255
@@ -152,7 +152,7 @@ def e8m0_of(bits, add, emax, high):  # type: ignore[no-untyped-def]  # numba inf
 
 
 @njit(error_model="numpy")
-def e4m3_scale(value):  # type: ignore[no-untyped-def]  # numba infers the types
+def e4m3_scale(value):
     """e4m3fn code of a block scale; NaN stays NaN, and 0 becomes 0.125."""
     if value != value:
         return 127
@@ -161,14 +161,14 @@ def e4m3_scale(value):  # type: ignore[no-untyped-def]  # numba infers the types
 
 
 @njit(error_model="numpy")
-def f32_scale(bits, half_range):  # type: ignore[no-untyped-def]  # numba infers the types
+def f32_scale(bits, half_range):
     """fp32 scale of a largest magnitude; 0 becomes 2**-23."""
     scale = f32(bits) / half_range
     return scale if scale != np.float32(0) else np.float32(2.0**-23)
 
 
 @njit(error_model="numpy")
-def divided(source, to, count, scale, n_format, n_lanes):  # type: ignore[no-untyped-def]  # numba infers the types
+def divided(source, to, count, scale, n_format, n_lanes):
     """Codes of ``count`` bf16 over an fp32 scale, as a true division gives them."""
     n_format, n_lanes = literally(n_format), literally(n_lanes)
     inverse = np.float32(1.0) / scale
@@ -179,7 +179,7 @@ def divided(source, to, count, scale, n_format, n_lanes):  # type: ignore[no-unt
 
 
 @njit(error_model="numpy")
-def multiplied(source, to, count, exponent, n_format, n_lanes):  # type: ignore[no-untyped-def]  # numba infers the types
+def multiplied(source, to, count, exponent, n_format, n_lanes):
     """Codes of ``count`` bf16 over a power of two, given as its e8m0 code."""
     inverse = power_value(254 - min(exponent, 254))
     codes_of(source, to, count, inverse, inverse, literally(n_format), literally(n_lanes), MULTIPLY)
