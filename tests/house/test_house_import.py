@@ -46,8 +46,8 @@ def test_finding_the_rooms_loads_no_runtime():
 
 
 def times():
-    """Cumulative import microseconds of quantport and of torch, in one fresh process that imports quantport."""
-    log = python("-X", "importtime", "-c", "import quantport").stderr
+    """Cumulative import microseconds of quantport and of torch, in one fresh process that imports both."""
+    log = python("-X", "importtime", "-c", "import quantport, torch").stderr
     rows = re.findall(r"import time:\s*\d+ \|\s*(\d+) \|\s*(\S+)", log)
     return {name: int(total) for total, name in rows if name in ("quantport", "torch")}
 
@@ -56,4 +56,4 @@ def times():
 def test_import_costs_little_beside_torch():
     """A ratio from one process at a time, since absolute times say more about the machine than about quantport."""
     runs = [times() for _ in range(5)]
-    assert median((run["quantport"] - run["torch"]) / run["torch"] for run in runs) < 0.25
+    assert median(run["quantport"] / run["torch"] for run in runs) < 0.1  # it imports the rest, torch too, on first use

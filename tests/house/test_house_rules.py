@@ -9,7 +9,6 @@ VENDORS = {"cuda", "rocm", "hip", "xpu", "npu", "ascend", "triton", "nvidia", "a
 # The conformance suite asks that the import of a room wakes no runtime, so that it has to name the runtimes.
 NAMED = {
     "core/quantport/testing/check_backend.py": "the runtimes that importing a room must not load or wake",
-    "core/quantport/cli/doctor.py": "the packages whose versions a bug report needs",
 }
 SHIPPED = house.files(*house.SHIPPED)
 
