@@ -1,6 +1,7 @@
 """The reference numerics: what every kernel of every room is judged against. Pure torch, on any device."""
 
 from quantport.numerics.blocks import Blocks, Reduce, check_finite, dequantize, quantize, quantize_blocks
+from quantport.numerics.codebooks import codebook
 from quantport.numerics.double import dequantize_scales, quantize_scales
 from quantport.numerics.elements import decode, encode, values_of
 from quantport.numerics.linear import FLOATS, dequantize_weight, linear, quantize_weight, quantized_values
@@ -12,6 +13,7 @@ __all__ = [
     "Blocks",
     "Reduce",
     "check_finite",
+    "codebook",
     "decode",
     "dequantize",
     "dequantize_scales",

@@ -1,0 +1,92 @@
+"""Weights as asked, activations in 16 bits: every 4-, 6- and 8-bit format, on every architecture that Triton compiles for."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quantport.backend import Packed, Scheme, WeightSpec
+from quantport_triton.kernels.base import TritonKernel
+from quantport_triton.kernels.weights import FORMATS, Stored, stored
+from quantport_triton.launch import Config, launch, target_of
+from quantport_triton.tuned import way
+
+
+class TritonWeightOnly(TritonKernel):
+    """W4A16, W6A16 and W8A16: codes are decoded in registers, next to the matrix unit.
+
+    Few rows of activations read the codes once. From some number on (``tuned``), where the matrix unit and not the memory
+    is the limit, the weight is decoded once for each call and multiplied by the vendor's own matmul.
+    """
+
+    family = "weight_only"
+    tolerance = 2.0**-7
+
+    def serves(self, scheme: Scheme) -> bool:
+        quant = scheme.weight
+        whole_rows = quant.rows <= 1 and not quant.cols
+        return quant.format in FORMATS and (whole_rows or (quant.rows > 0 and quant.cols % 8 == 0))
+
+    def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
+        weight = stored(packed, spec)
+        name, config = way(target_of(x.device), self.family, x.shape[0])
+        config = _in_words(config, weight)
+        if name == "dequantize":
+            return torch.nn.functional.linear(x, _dequantize(x, weight, spec, config), bias)
+        return (_gemv if name == "gemv" else _gemm)(x, weight, bias, spec, config)
+
+
+def _in_words(config: Config, weight: Stored) -> Config:
+    """The configuration with words of codes in place of codes along K."""
+    blocks = dict(config.blocks)
+    return Config({**blocks, "BW": blocks.pop("BK") // weight.per_word}, config.warps, config.stages)
+
+
+def _dequantize(x: Tensor, weight: Stored, spec: WeightSpec, config: Config) -> Tensor:
+    """The weight ``[N, K]`` in the dtype of ``x``."""
+    from quantport_triton.ops import weight_only as ops
+
+    values = x.new_empty(spec.n, spec.k)
+    grid = (-(-weight.numbers["units"] // config.blocks["BW"]), -(-spec.n // config.blocks["BN"]))
+    numbers = {"N": spec.n, "K": spec.k, **weight.numbers}
+    launch(ops.dequantize, grid, config, {**weight.tensors, "y": values}, numbers, **weight.constants)
+    return values
+
+
+def _gemv(x: Tensor, weight: Stored, bias: Tensor | None, spec: WeightSpec, config: Config) -> Tensor:
+    from quantport_triton.ops import weight_only as ops
+
+    y = x.new_empty(x.shape[0], spec.n)
+    tensors = {"x": x, **weight.tensors, "bias": y if bias is None else bias, "y": y}
+    numbers = {"N": spec.n, "K": spec.k, **weight.numbers}
+    grid = (-(-spec.n // config.blocks["BN"]), x.shape[0])
+    launch(ops.gemv, grid, config, tensors, numbers, **weight.constants, BIAS=bias is not None)
+    return y
+
+
+def _gemm(x: Tensor, weight: Stored, bias: Tensor | None, spec: WeightSpec, config: Config) -> Tensor:
+    from quantport_triton.ops import weight_only as ops
+
+    m, blocks = x.shape[0], dict(config.blocks)
+    tiles = (-(-spec.n // blocks["BN"]), -(-m // blocks["BM"]))
+    split = _split(tiles[0] * tiles[1], blocks.pop("PROGRAMS"), weight.numbers["units"] // blocks["BW"])
+    y = x.new_empty(m, spec.n)
+    out = y if split == 1 else x.new_empty(split, m, spec.n, dtype=torch.float32)
+    tensors = {"x": x, **weight.tensors, "bias": y if bias is None else bias, "y": out}
+    config = Config({**blocks, "SPLIT": split}, config.warps, config.stages)
+    numbers = {"M": m, "N": spec.n, "K": spec.k, **weight.numbers}
+    launch(ops.gemm, (*tiles, split), config, tensors, numbers, **weight.constants, BIAS=bias is not None)
+    if split > 1:
+        tensors = {"parts": out, "scale": tensors["scale"], "outer": tensors["outer"], "bias": tensors["bias"], "y": y}
+        constants = {key: weight.constants[key] for key in ("ROWS", "GROUP", "OUTER")}
+        config = Config({"SPLIT": split, "BN": 256})
+        launch(ops.add, (-(-spec.n // 256), m), config, tensors, {"M": m, "N": spec.n}, **constants, BIAS=bias is not None)
+    return y
+
+
+def _split(tiles: int, programs: int, steps: int) -> int:
+    """Over how many programs K is split: a power of two, so that few variants are compiled; each has four steps or more."""
+    split = 1
+    while 2 * split * tiles <= programs and 8 * split <= steps:
+        split *= 2
+    return split

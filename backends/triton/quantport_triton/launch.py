@@ -1,0 +1,126 @@
+"""Launches Triton kernels: on a GPU, in Triton's interpreter, or not at all where tensors are fake.
+
+A launch with fake tensors is a *trace*: nothing runs, and ``traced`` keeps what would have been launched, with its types and
+constants. Cross-compilation compiles exactly those, so that the evidence is about what really is launched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+_TYPES = {
+    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int8: "i8", torch.uint8: "u8",
+    torch.int32: "i32", torch.int64: "i64", torch.float8_e4m3fn: "fp8e4nv", torch.float8_e5m2: "fp8e5",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a kernel is cut and scheduled: its block sizes by name, warps of a program, and stages of the load pipeline."""
+
+    blocks: Mapping[str, int]
+    warps: int = 4
+    stages: int = 3
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One specialization of a kernel, as Triton's compiler wants it.
+
+    Attributes:
+        kernel: The jitted function.
+        types: Argument -> ``*bf16``, ``i32``, ``constexpr``...
+        constants: Values of the constant arguments.
+        divisible: Arguments that are multiples of 16 (pointers: aligned to 16 bytes).
+        warps: Warps of a program.
+        stages: Stages of the load pipeline.
+    """
+
+    kernel: Any
+    types: Mapping[str, str]
+    constants: Mapping[str, Any]
+    divisible: frozenset[str]
+    warps: int
+    stages: int
+
+    @property
+    def name(self) -> str:
+        """The kernel and its constants, for people."""
+        constants = ", ".join(f"{k}={v}" for k, v in self.constants.items())
+        kinds = ", ".join(v for v in self.types.values() if v != "constexpr")
+        return f"{self.kernel.__name__}({kinds}; {constants}; {self.warps} warps, {self.stages} stages)"
+
+
+_TRACE: ContextVar[tuple[str, list[Launch]] | None] = ContextVar("quantport_triton_trace", default=None)
+
+
+@contextmanager
+def traced(target: str) -> Iterator[list[Launch]]:
+    """Inside, launches with fake tensors are kept, as they would be made on ``target`` (``sm_90``)."""
+    found: list[Launch] = []
+    token = _TRACE.set((target, found))
+    try:
+        yield found
+    finally:
+        _TRACE.reset(token)
+
+
+def target_of(device: torch.device) -> str:
+    """Name of the architecture of a torch device, as the rooms name it: ``sm_90``, ``gfx942``; ``cpu`` in the interpreter."""
+    trace = _TRACE.get()
+    if trace is not None:
+        return trace[0]
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return device.type
+    if torch.version.hip:
+        return str(torch.cuda.get_device_properties(device).gcnArchName).partition(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+def launch(kernel: Any, grid: tuple[int, ...], config: Config, tensors: Mapping[str, Tensor], numbers: Mapping[str, int],
+           **constants: Any) -> None:  # fmt: skip
+    """Launches a kernel on the device of its tensors.
+
+    Args:
+        kernel: A function decorated with ``triton.jit``.
+        grid: Programs, up to three numbers; nothing is launched when one is 0.
+        config: Block sizes, which become constants, warps and stages.
+        tensors: Arguments that are pointers.
+        numbers: Arguments that are integers.
+        constants: Arguments that are compiled in.
+    """
+    if 0 in grid:
+        return
+    first = next(iter(tensors.values()))
+    constants = {**constants, **config.blocks}
+    if isinstance(first, FakeTensor):
+        if trace := _TRACE.get():
+            trace[1].append(_specialized(kernel, config, tensors, numbers, constants))
+        return
+    options = {"num_warps": config.warps, "num_stages": config.stages}
+    if first.device.type == "cpu" or first.device.index == torch.get_device_module(first.device).current_device():
+        kernel[grid](**tensors, **numbers, **constants, **options)
+    else:
+        with torch.get_device_module(first.device).device(first.device):
+            kernel[grid](**tensors, **numbers, **constants, **options)
+
+
+def _specialized(
+    kernel: Any, config: Config, tensors: Mapping[str, Tensor], numbers: Mapping[str, int], constants: Mapping[str, Any]
+) -> Launch:
+    """Triton's own rules: a number that is 1 is compiled in; one that is a multiple of 16 is known to be so."""
+    ones = {name: 1 for name, number in numbers.items() if number == 1}
+    types = {name: "*" + _TYPES[t.dtype] for name, t in tensors.items()}
+    types |= {name: "i32" if abs(number) < 2**31 else "i64" for name, number in numbers.items()}
+    types |= dict.fromkeys([*ones, *constants], "constexpr")
+    ordered = {name: types[name] for name in kernel.arg_names}
+    even = frozenset([*tensors, *(name for name, number in numbers.items() if number % 16 == 0)])
+    return Launch(kernel, ordered, {**ones, **constants}, even, config.warps, config.stages)

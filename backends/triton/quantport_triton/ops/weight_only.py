@@ -1,0 +1,134 @@
+"""Weight-only multiplication ``y = x W^T (+ bias)``: W as stored codes, x and y in 16 bits, sums in fp32.
+
+Three ways, by the number of rows of x. ``gemv`` for one row: every program reads whole rows of codes once, as wide as the
+memory bus wants them, and multiplies in registers; it needs no matrix unit. ``gemm`` for some rows: W is the left operand,
+whose rows fill the 64 or 128 rows that matrix units want, and x the right one, so that 16 tokens waste nothing; where few
+tiles exist, K is split over programs and the parts are added in a fixed order. ``dequantize`` for many rows: values in 16
+bits, once, for the vendor's own matmul.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from quantport_triton.ops.decode import scales, values, words
+
+
+@triton.jit
+def tile(codes, scale, zero, outer, table, rows, inside_rows, first, units, groups,
+         FORMAT: tl.constexpr, BITS: tl.constexpr, BYTES: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr,
+         OUTER: tl.constexpr, ZERO: tl.constexpr, BW: tl.constexpr):  # fmt: skip
+    """Values of ``BW`` words of each row: fp32 ``[rows, BW, codes of a word]``. Scales of whole rows (``GROUP=0``) are left to the caller."""
+    PER: tl.constexpr = BYTES * 8 // BITS
+    column = first + tl.arange(0, BW)
+    inside = inside_rows[:, None] & (column < units)[None, :]
+    word = words(codes, rows[:, None], column[None, :], units, inside, BYTES)
+    value = values(word[:, :, None], (tl.arange(0, PER) * BITS)[None, None, :], table, FORMAT, BITS)
+    if GROUP:
+        if GROUP >= BW * PER and GROUP % (BW * PER) == 0:  # one group holds the tile
+            group = (first * PER // GROUP + tl.zeros((1,), tl.int32))[None, :]
+            inside = inside_rows[:, None] & (group < groups)
+        else:
+            group = (column * PER // GROUP)[None, :]
+        factor = scales(scale, zero, outer, table, rows[:, None], group, groups, inside, ROWS, SCALE, OUTER)
+        value *= factor[:, :, None]
+        if ZERO:
+            value += tl.load(zero + rows[:, None] * groups + group, mask=inside, other=0).to(tl.float32)[:, :, None]
+    return value
+
+
+@triton.jit
+def finish(total, scale, outer, bias, rows, inside, ROWS: tl.constexpr, GROUP: tl.constexpr, OUTER: tl.constexpr, BIAS: tl.constexpr):
+    """Per-row scale, global factor and bias: what a sum over K may wait for. ``total`` is fp32 ``[rows, ...]``, as ``rows``."""
+    if GROUP == 0:
+        total *= tl.load(scale + rows * ROWS, mask=inside, other=0)  # ROWS is 1, or 0 for one scale
+    if OUTER == -1:
+        total /= tl.load(outer)
+    if BIAS:
+        total += tl.load(bias + rows, mask=inside, other=0).to(tl.float32)
+    return total
+
+
+@triton.jit
+def gemv(x, codes, scale, zero, outer, table, bias, y, N, K, units, groups,
+         FORMAT: tl.constexpr, BITS: tl.constexpr, BYTES: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr,
+         OUTER: tl.constexpr, ZERO: tl.constexpr, BIAS: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr):  # fmt: skip
+    """``BN`` outputs of one row of x per program; the sum over K is kept per word and folded once at the end.
+
+    Grid: ``(cdiv(N, BN), M)``.
+    """
+    PER: tl.constexpr = BYTES * 8 // BITS
+    row = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)
+    token = tl.program_id(1).to(tl.int64)
+    total = tl.zeros((BN, BW), tl.float32)
+    for first in range(0, units, BW):
+        value = tile(codes, scale, zero, outer, table, row, row < N, first, units, groups,
+                     FORMAT, BITS, BYTES, ROWS, GROUP, SCALE, OUTER if OUTER > 0 else 0, ZERO, BW)  # fmt: skip
+        k = (first + tl.arange(0, BW))[:, None] * PER + tl.arange(0, PER)[None, :]
+        part = tl.load(x + token * K + k, mask=k < K, other=0).to(tl.float32)
+        total += tl.sum(value * part[None, :, :], 2)
+    out = finish(tl.sum(total, 1), scale, outer, bias, row, row < N, ROWS, GROUP, OUTER, BIAS)
+    tl.store(y + token * N + row, out.to(y.dtype.element_ty), mask=row < N)
+
+
+@triton.jit
+def gemm(x, codes, scale, zero, outer, table, bias, y, M, N, K, units, groups,
+         FORMAT: tl.constexpr, BITS: tl.constexpr, BYTES: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr,
+         OUTER: tl.constexpr, ZERO: tl.constexpr, BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr,
+         SPLIT: tl.constexpr):  # fmt: skip
+    """A tile ``[BN, BM]`` of ``W x^T`` per program, over a ``SPLIT``-th of K.
+
+    Grid: ``(cdiv(N, BN), cdiv(M, BM), SPLIT)``. With ``SPLIT > 1``, y is fp32 ``[SPLIT, M, N]``, and ``add`` finishes.
+    """
+    PER: tl.constexpr = BYTES * 8 // BITS
+    BK: tl.constexpr = BW * PER
+    row = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)
+    token = (tl.program_id(1) * BM + tl.arange(0, BM)).to(tl.int64)
+    part = tl.program_id(2)
+    steps = tl.cdiv(tl.cdiv(units, BW), SPLIT)
+    total = tl.zeros((BN, BM), tl.float32)
+    for step in range(part * steps, part * steps + steps):
+        first = step * BW
+        value = tile(codes, scale, zero, outer, table, row, row < N, first, units, groups,
+                     FORMAT, BITS, BYTES, ROWS, GROUP, SCALE, OUTER if OUTER > 0 else 0, ZERO, BW)  # fmt: skip
+        k = first * PER + tl.arange(0, BK)
+        right = tl.load(x + token[:, None] * K + k[None, :], mask=(token < M)[:, None] & (k < K)[None, :], other=0)
+        left = tl.reshape(value, (BN, BK)).to(x.dtype.element_ty)
+        total = tl.dot(left, tl.trans(right), total)
+    place = token[None, :] * N + row[:, None]
+    inside = (token < M)[None, :] & (row < N)[:, None]
+    if SPLIT == 1:
+        total = finish(total, scale, outer, bias, row[:, None], (row < N)[:, None], ROWS, GROUP, OUTER, BIAS)
+    else:
+        place += part.to(tl.int64) * M * N
+    tl.store(y + place, total.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def add(parts, scale, outer, bias, y, M, N, ROWS: tl.constexpr, GROUP: tl.constexpr, OUTER: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr,
+        BN: tl.constexpr):  # fmt: skip
+    """Adds the parts of ``gemm``, first to last: the same bits at every call. Grid: ``(cdiv(N, BN), M)``."""
+    row = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)
+    token = tl.program_id(1).to(tl.int64)
+    total = tl.zeros((BN,), tl.float32)
+    for part in tl.static_range(SPLIT):
+        total += tl.load(parts + (part * M + token) * N + row, mask=row < N, other=0)
+    total = finish(total, scale, outer, bias, row, row < N, ROWS, GROUP, OUTER, BIAS)
+    tl.store(y + token * N + row, total.to(y.dtype.element_ty), mask=row < N)
+
+
+@triton.jit
+def dequantize(codes, scale, zero, outer, table, y, N, K, units, groups,
+               FORMAT: tl.constexpr, BITS: tl.constexpr, BYTES: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr,
+               OUTER: tl.constexpr, ZERO: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr):  # fmt: skip
+    """Values ``[N, K]`` in the dtype of y, rounded once. Grid: ``(cdiv(units, BW), cdiv(N, BN))``."""
+    PER: tl.constexpr = BYTES * 8 // BITS
+    row = (tl.program_id(1) * BN + tl.arange(0, BN)).to(tl.int64)
+    first = tl.program_id(0) * BW
+    value = tile(codes, scale, zero, outer, table, row, row < N, first, units, groups,
+                 FORMAT, BITS, BYTES, ROWS, GROUP, SCALE, OUTER if OUTER > 0 else 0, ZERO, BW)  # fmt: skip
+    value = finish(value, scale, outer, scale, row[:, None, None], (row < N)[:, None, None], ROWS, GROUP, OUTER, False)
+    k = (first + tl.arange(0, BW))[None, :, None] * PER + tl.arange(0, PER)[None, None, :]
+    place = row[:, None, None] * K + k
+    tl.store(y + place, value.to(y.dtype.element_ty), mask=(row < N)[:, None, None] & (k < K))
