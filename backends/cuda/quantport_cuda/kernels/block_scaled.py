@@ -15,7 +15,7 @@ from torch import Tensor
 
 from quantport.backend import Canonical, Claim, Evidence, Kernel, Packed, Request, Scheme, WeightSpec, aten
 from quantport_cuda.kernels.activations import quantized, swizzled, unswizzled
-from quantport_cuda.kernels.scaled import BLAS, build_reasons, new_reasons
+from quantport_cuda.kernels.scaled import BLAS, NEW, build_reasons
 from quantport_triton.quantize import Quantized
 
 _GATE = "torch 2.15.0 torch/testing/_internal/common_cuda.py, PLATFORM_SUPPORTS_MX_GEMM (compute capability 10.0 and later)"
@@ -32,7 +32,7 @@ class _BlockScaled(Kernel):
         spec, activation = request.weight, request.weight.scheme.activation
         assert activation is not None  # serves refused it otherwise
         reasons = list(aten.native_reason(request, activation.unit))
-        reasons += new_reasons(request, self.name) or build_reasons(request, self.name, "cuda>=12.8")
+        reasons += build_reasons(request, self.name, "cuda>=12.9" if request.device.arch.name in NEW else "cuda>=12.8")
         if spec.n % 16 or spec.k % 32:
             reasons.append(f"{self.name} needs N to be a multiple of 16 and K of 32, not {spec.n} x {spec.k}")
         return reasons

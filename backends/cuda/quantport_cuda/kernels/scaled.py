@@ -16,7 +16,7 @@ _ROWS = (
     "RowwiseScaledMM.cu at 01386a0dab6f (row-wise scales on 8.9, 9.x, 10.x, 11.x, 12.x)"
 )
 _BLOCKS = f"{BLAS}, _check_deepseek_support (compute capability 9.x, cublasLt 12.9 or later)"
-_NEW = ("sm_103", "sm_121")
+NEW = ("sm_103", "sm_121")  # builds hold code for them from CUDA 12.9 on (PyTorch cmake/Codegen.cmake)
 
 
 def build_reasons(request: Request, name: str, feature: str = "cuda>=12.9") -> list[str]:
@@ -25,12 +25,6 @@ def build_reasons(request: Request, name: str, feature: str = "cuda>=12.9") -> l
     if device.simulated or feature in device.features:
         return []
     return [f"{name} needs a torch built for CUDA {feature.removeprefix('cuda>=')} or later on {device.arch.name}"]
-
-
-def new_reasons(request: Request, name: str) -> list[str]:
-    """Why the build of torch holds no code for the newest architectures."""
-    found = build_reasons(request, name) if request.device.arch.name in _NEW else []
-    return [f"{reason} [PyTorch cmake/Codegen.cmake]" for reason in found]
 
 
 class CudaScaledMM(aten.ScaledMM):
@@ -43,7 +37,8 @@ class CudaScaledMM(aten.ScaledMM):
 
     def reasons_against(self, request: Request) -> Sequence[str]:
         """Adds: the row-wise kernel holds code for sm_103 and sm_121 only in builds for CUDA 12.9 and later."""
-        return [*super().reasons_against(request), *new_reasons(request, self.name)]
+        old = build_reasons(request, self.name) if request.device.arch.name in NEW else []
+        return [*super().reasons_against(request), *old]
 
     def claim(self, request: Request) -> Claim:
         """PyTorch's own gate, and the instruction."""
