@@ -28,3 +28,10 @@ def _wide(operand):
 
 
 interpreter.InterpreterBuilder.create_dot = _create_dot
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    """Arithmetic with Inf and NaN is meant: a GPU does not warn of it."""
+    with np.errstate(all="ignore"):
+        yield
