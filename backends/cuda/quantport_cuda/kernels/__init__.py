@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from quantport.backend import Kernel, aten
 from quantport_cuda.kernels.matmul import CudaIntMM, CudaScaledMM
+from quantport_triton.kernels.weight_only import TritonWeightOnly
 
 
 def kernels() -> tuple[Kernel, ...]:
     """Every kernel of the room."""
-    return (CudaScaledMM(), CudaIntMM(), *aten.portable())
+    return (CudaScaledMM(), CudaIntMM(), TritonWeightOnly("cuda"), *aten.portable())

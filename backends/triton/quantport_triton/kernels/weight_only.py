@@ -38,8 +38,8 @@ class TritonWeightOnly(TritonKernel):
 
 def _in_words(config: Config, weight: Stored) -> Config:
     """The configuration with words of codes in place of codes along K."""
-    blocks = dict(config.blocks)
-    return Config({**blocks, "BW": blocks.pop("BK") // weight.per_word}, config.warps, config.stages)
+    blocks = {("BW" if key == "BK" else key): size // (weight.per_word if key == "BK" else 1) for key, size in config.blocks.items()}
+    return Config(blocks, config.warps, config.stages)
 
 
 def _dequantize(x: Tensor, weight: Stored, spec: WeightSpec, config: Config) -> Tensor:

@@ -12,29 +12,42 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quantport_triton.ops.decode import scales, values, words
+from quantport_triton.ops.decode import raw, scales, unit, values, words
+
+
+@triton.jit
+def factors(scale, zero, outer, table, rows, inside_rows, first, units, groups, PER: tl.constexpr, ROWS: tl.constexpr,
+            GROUP: tl.constexpr, SCALE: tl.constexpr, OUTER: tl.constexpr, ZERO: tl.constexpr, BW: tl.constexpr):  # fmt: skip
+    """Scales and offsets of ``BW`` words of each row: fp32 ``[rows, BW]``, or ``[rows, 1]`` where one group holds them all."""
+    if GROUP >= BW * PER and GROUP % (BW * PER) == 0:
+        group = (first * PER // GROUP + tl.zeros((1,), tl.int32))[None, :]
+    else:
+        group = ((first + tl.arange(0, BW)) * PER // GROUP)[None, :]
+    inside = inside_rows[:, None] & (group < groups)
+    factor = scales(scale, zero, outer, table, rows[:, None], group, groups, inside, ROWS, SCALE, OUTER)
+    offset = tl.zeros((1, 1), tl.float32)
+    if ZERO:
+        offset = tl.load(zero + rows[:, None] * groups + group, mask=inside, other=0).to(tl.float32)
+    return factor, offset
 
 
 @triton.jit
 def tile(codes, scale, zero, outer, table, rows, inside_rows, first, units, groups,
          FORMAT: tl.constexpr, BITS: tl.constexpr, BYTES: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr,
          OUTER: tl.constexpr, ZERO: tl.constexpr, BW: tl.constexpr):  # fmt: skip
-    """Values of ``BW`` words of each row: fp32 ``[rows, BW, codes of a word]``. Scales of whole rows (``GROUP=0``) are left to the caller."""
+    """Values of ``BW`` words of each row: fp32 ``[rows, codes of a word, BW]``. Scales of whole rows (``GROUP=0``) are left to
+    the caller. The codes of a word are in the middle, and so in one thread, which holds the word.
+    """
     PER: tl.constexpr = BYTES * 8 // BITS
     column = first + tl.arange(0, BW)
-    inside = inside_rows[:, None] & (column < units)[None, :]
-    word = words(codes, rows[:, None], column[None, :], units, inside, BYTES)
-    value = values(word[:, :, None], (tl.arange(0, PER) * BITS)[None, None, :], table, FORMAT, BITS)
+    word = words(codes, rows[:, None], column[None, :], units, inside_rows[:, None] & (column < units)[None, :], BYTES)
+    value = values(word[:, None, :], tl.arange(0, PER)[None, :, None], table, FORMAT, BITS)
     if GROUP:
-        if GROUP >= BW * PER and GROUP % (BW * PER) == 0:  # one group holds the tile
-            group = (first * PER // GROUP + tl.zeros((1,), tl.int32))[None, :]
-            inside = inside_rows[:, None] & (group < groups)
-        else:
-            group = (column * PER // GROUP)[None, :]
-        factor = scales(scale, zero, outer, table, rows[:, None], group, groups, inside, ROWS, SCALE, OUTER)
-        value *= factor[:, :, None]
+        factor, offset = factors(scale, zero, outer, table, rows, inside_rows, first, units, groups,
+                                 PER, ROWS, GROUP, SCALE, OUTER, ZERO, BW)  # fmt: skip
+        value *= factor[:, None, :]
         if ZERO:
-            value += tl.load(zero + rows[:, None] * groups + group, mask=inside, other=0).to(tl.float32)[:, :, None]
+            value += offset[:, None, :]
     return value
 
 
@@ -62,12 +75,21 @@ def gemv(x, codes, scale, zero, outer, table, bias, y, N, K, units, groups,
     row = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)
     token = tl.program_id(1).to(tl.int64)
     total = tl.zeros((BN, BW), tl.float32)
+    place = tl.arange(0, PER)[:, None]
     for first in range(0, units, BW):
-        value = tile(codes, scale, zero, outer, table, row, row < N, first, units, groups,
-                     FORMAT, BITS, BYTES, ROWS, GROUP, SCALE, OUTER if OUTER > 0 else 0, ZERO, BW)  # fmt: skip
-        k = (first + tl.arange(0, BW))[:, None] * PER + tl.arange(0, PER)[None, :]
+        column = first + tl.arange(0, BW)
+        word = words(codes, row[:, None], column[None, :], units, (row < N)[:, None] & (column < units)[None, :], BYTES)
+        k = column[None, :] * PER + place
         part = tl.load(x + token * K + k, mask=k < K, other=0).to(tl.float32)
-        total += tl.sum(value * part[None, :, :], 2)
+        value = raw(word[:, None, :], place[None, :, :], table, FORMAT, BITS)
+        product = tl.sum(value * (part * unit(place, FORMAT))[None, :, :], 1)
+        if GROUP:  # a group holds whole words
+            factor, offset = factors(scale, zero, outer, table, row, row < N, first, units, groups,
+                                     PER, ROWS, GROUP, SCALE, OUTER if OUTER > 0 else 0, ZERO, BW)  # fmt: skip
+            product *= factor
+            if ZERO:
+                product += offset * tl.sum(part, 0)[None, :]
+        total += product
     out = finish(tl.sum(total, 1), scale, outer, bias, row, row < N, ROWS, GROUP, OUTER, BIAS)
     tl.store(y + token * N + row, out.to(y.dtype.element_ty), mask=row < N)
 
@@ -94,7 +116,7 @@ def gemm(x, codes, scale, zero, outer, table, bias, y, M, N, K, units, groups,
                      FORMAT, BITS, BYTES, ROWS, GROUP, SCALE, OUTER if OUTER > 0 else 0, ZERO, BW)  # fmt: skip
         k = first * PER + tl.arange(0, BK)
         right = tl.load(x + token[:, None] * K + k[None, :], mask=(token < M)[:, None] & (k < K)[None, :], other=0)
-        left = tl.reshape(value, (BN, BK)).to(x.dtype.element_ty)
+        left = tl.reshape(tl.trans(value, 0, 2, 1), (BN, BK)).to(x.dtype.element_ty)
         total = tl.dot(left, tl.trans(right), total)
     place = token[None, :] * N + row[:, None]
     inside = (token < M)[None, :] & (row < N)[:, None]
@@ -129,6 +151,6 @@ def dequantize(codes, scale, zero, outer, table, y, N, K, units, groups,
     value = tile(codes, scale, zero, outer, table, row, row < N, first, units, groups,
                  FORMAT, BITS, BYTES, ROWS, GROUP, SCALE, OUTER if OUTER > 0 else 0, ZERO, BW)  # fmt: skip
     value = finish(value, scale, outer, scale, row[:, None, None], (row < N)[:, None, None], ROWS, GROUP, OUTER, False)
-    k = (first + tl.arange(0, BW))[None, :, None] * PER + tl.arange(0, PER)[None, None, :]
+    k = (first + tl.arange(0, BW))[None, None, :] * PER + tl.arange(0, PER)[None, :, None]
     place = row[:, None, None] * K + k
     tl.store(y + place, value.to(y.dtype.element_ty), mask=(row < N)[:, None, None] & (k < K))
