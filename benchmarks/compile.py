@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from quantport.kernel import Kernel, WeightSpec
 from quantport.scheme import Scheme
 
 FILE = Path(__file__).parents[1] / "backends/triton/quantport_triton/evidence/cuda.json"
-SHAPES = ((4096, 4096), (28672, 4096), (4096, 14336))  # of Llama-3.1-8B: out, in
+SHAPES = ((4096, 4096), (28672, 4096))  # of Llama-3.1-8B: out, in
 ROWS = (1, 16, 64, 512, 4096)
 
 
@@ -35,7 +36,6 @@ def launches(kernel: Kernel, scheme: Scheme, arch: Arch) -> list[Any]:
     """What a kernel launches for a scheme over all shapes and rows, each specialization once."""
     from quantport_triton.launch import traced
 
-    seen: dict[str, Any] = {}
     with FakeTensorMode(), traced(arch.name) as found:
         for n, k in SHAPES:
             spec = WeightSpec(scheme, n, k)
@@ -43,16 +43,20 @@ def launches(kernel: Kernel, scheme: Scheme, arch: Arch) -> list[Any]:
             packed = kernel.pack(stored, spec)
             for m in ROWS:
                 kernel.run(torch.empty(m, k, dtype=arch.compute, device="cuda"), packed, None, spec)
-    for launch in found:
-        seen.setdefault(launch.name + str(sorted(launch.divisible)), launch)
-    return list(seen.values())
+    return list(dict.fromkeys(found))
+
+
+@cache
+def compiled(launch: Any, arch: str) -> Any:
+    """One launch compiled; several schemes share many."""
+    from quantport_triton.evidence.machine_code import compile_for
+
+    return compile_for(launch, "cuda", arch)
 
 
 def entry(kernel: Any, scheme: Scheme, arch: Arch) -> dict[str, Any]:
     """The evidence for one kernel, scheme and architecture."""
-    from quantport_triton.evidence.machine_code import compile_for
-
-    made = {launch.name: compile_for(launch, "cuda", arch.name) for launch in launches(kernel, scheme, arch)}
+    made = {launch.name: compiled(launch, arch.name) for launch in launches(kernel, scheme, arch)}
     refused = {name: c.because for name, c in made.items() if c.because}
     found = sorted({i for c in made.values() for i in c.instructions})
     outcome = "native"

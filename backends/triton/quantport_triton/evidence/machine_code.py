@@ -50,9 +50,9 @@ def compile_for(launch: Launch, kind: str, arch: str) -> Compiled:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    names = list(launch.types)
-    even = {(names.index(name),): [["tt.divisibility", 16]] for name in launch.divisible if launch.types[name] != "constexpr"}
-    source = ASTSource(launch.kernel, dict(launch.types), dict(launch.constants), even)
+    types = dict(launch.types)
+    even = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(types) if name in launch.divisible and types[name] != "constexpr"}
+    source = ASTSource(launch.kernel, types, dict(launch.constants), even)
     options = {"num_warps": launch.warps, "num_stages": launch.stages}
     try:
         compiled = triton.compile(source, target=GPUTarget(kind, int(arch.removeprefix("sm_")), 32), options=options)

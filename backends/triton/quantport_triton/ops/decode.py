@@ -107,7 +107,7 @@ def scales(scale, zero, outer, table, rows, group, groups, inside, ROWS: tl.cons
     Args:
         scale: Pointer to stored scales ``[n / ROWS, groups]``.
         zero: With ``SCALE="double"``, pointer to the offset of all scales ``[1]``.
-        outer: Pointer to outer scales ``[n, groups / OUTER]``; with ``SCALE="double"``, to the scale of each row ``[n]``.
+        outer: Pointer to outer scales ``[n, groups / OUTER]`` or ``[1]``; with ``SCALE="double"``, to the scale of each row ``[n]``.
         table: With ``SCALE="double"``, pointer to the 16 values of codes and then the 256 of scales.
         rows: Row indices, int64.
         group: Group indices.
@@ -115,7 +115,7 @@ def scales(scale, zero, outer, table, rows, group, groups, inside, ROWS: tl.cons
         inside: Which groups exist; the others get some finite scale.
         ROWS: Rows that share a scale; 0 for all.
         SCALE: ``fp32``, ``bf16``, ``e8m0``, ``e4m3fn`` or ``double``.
-        OUTER: Groups that share an outer scale, or 0.
+        OUTER: Groups that share an outer scale, which multiplies; 0 for none; -1 for one factor of all, which divides.
     """
     place = group if ROWS == 0 else rows // ROWS * groups + group
     stored = tl.load(scale + place, mask=inside, other=0)
@@ -129,6 +129,8 @@ def scales(scale, zero, outer, table, rows, group, groups, inside, ROWS: tl.cons
         value = tl.where(value == 0, 2.0**-23, value)
     else:
         value = stored.to(tl.float32)
-    if OUTER:
+    if OUTER == -1:
+        value = tl.div_rn(value, tl.load(outer))
+    elif OUTER:
         value *= tl.load(outer + rows * tl.cdiv(groups, OUTER) + group // OUTER, mask=inside, other=0)
     return value
