@@ -39,8 +39,8 @@ class Launch:
 
     Attributes:
         kernel: The jitted function.
-        types: Argument -> ``*bf16``, ``i32``, ``constexpr``...
-        constants: Values of the constant arguments.
+        types: Each argument and its type: ``*bf16``, ``i32``, ``constexpr``...
+        constants: The constant arguments and their values.
         divisible: Arguments that are multiples of 16 (pointers: aligned to 16 bytes).
         warps: Warps of a program.
         stages: Stages of the load pipeline.
@@ -48,8 +48,8 @@ class Launch:
     """
 
     kernel: Any
-    types: Mapping[str, str]
-    constants: Mapping[str, Any]
+    types: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
     divisible: frozenset[str]
     warps: int
     stages: int
@@ -58,8 +58,8 @@ class Launch:
     @property
     def name(self) -> str:
         """The kernel and its constants, for people."""
-        constants = ", ".join(f"{k}={v}" for k, v in self.constants.items())
-        kinds = ", ".join(v for v in self.types.values() if v != "constexpr")
+        constants = ", ".join(f"{k}={v}" for k, v in self.constants)
+        kinds = ", ".join(v for _, v in self.types if v != "constexpr")
         return f"{self.kernel.__name__}({kinds}; {constants}; {self.warps} warps, {self.stages} stages)"
 
 
@@ -125,6 +125,10 @@ def _specialized(
     types = {name: "*" + _TYPES[t.dtype] for name, t in tensors.items()}
     types |= {name: "i32" if abs(number) < 2**31 else "i64" for name, number in numbers.items()}
     types |= dict.fromkeys([*ones, *constants], "constexpr")
-    ordered = {name: types[name] for name in kernel.arg_names}
+    ordered = tuple((name, types[name]) for name in kernel.arg_names)
     even = frozenset([*tensors, *(name for name, number in numbers.items() if number % 16 == 0)])
+<<<<<<< HEAD
     return Launch(kernel, ordered, {**ones, **constants}, even, config.warps, config.stages, config.fusion)
+=======
+    return Launch(kernel, ordered, tuple({**ones, **constants}.items()), even, config.warps, config.stages)
+>>>>>>> main

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from quantport.backend import Kernel, aten
+<<<<<<< HEAD
 from quantport_cuda.kernels.block_scaled import CudaScaledMX, CudaScaledNV
 from quantport_cuda.kernels.int4 import CudaInt4Pack
 from quantport_cuda.kernels.int8 import CudaIntMM
@@ -36,3 +37,12 @@ ORDER: tuple[Callable[[], Kernel], ...] = (
 def kernels() -> tuple[Kernel, ...]:
     """Every kernel of the room, the preferred first; the portable ones run everything else."""
     return (*(make() for make in ORDER), *aten.portable())
+=======
+from quantport_cuda.kernels.matmul import CudaIntMM, CudaScaledMM
+from quantport_triton.kernels.weight_only import TritonWeightOnly
+
+
+def kernels() -> tuple[Kernel, ...]:
+    """Every kernel of the room."""
+    return (CudaScaledMM(), CudaIntMM(), TritonWeightOnly("cuda"), *aten.portable())
+>>>>>>> main
