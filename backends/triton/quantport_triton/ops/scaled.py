@@ -1,0 +1,168 @@
+"""Multiplication of quantized activations with quantized weights, ``y = x W^T (+ bias)``: e4m3fn, int8, and int4 times int8.
+
+A program computes a tile ``[BM, BN]`` of y, over a ``SPLIT``-th of K. Tiles are ordered so that programs that run side by side
+share rows of x and of W, which the L2 cache then reads once. Below 64 tokens W is the left operand, whose rows fill the 64 or
+128 rows that matrix units want, and x the right one, so that 16 tokens waste nothing (and for int4 always, whose scales are then few in each thread); where few tiles exist, K is split and the
+parts are added in a fixed order. Scales of whole rows wait until the sum is done; those of groups along K multiply the partial
+product of each group, in fp32.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+WIDE = tl.constexpr(64)  # from so many tokens on, x is the left operand
+ORDER = tl.constexpr(8)  # tiles of tokens that are computed side by side
+
+
+@triton.jit
+def place(M, N, BM: tl.constexpr, BN: tl.constexpr):
+    """First token and first row of W of a program's tile: int64. Axis 0 of the grid counts the tiles."""
+    number = tl.program_id(0)
+    down = tl.cdiv(M, BM)
+    wide = tl.cdiv(N, BN) * ORDER
+    first = number // wide * ORDER
+    height = tl.minimum(down - first, ORDER)
+    token = first + number % wide % height
+    return token.to(tl.int64) * BM, (number % wide // height).to(tl.int64) * BN
+
+
+@triton.jit
+def product(left, right, total, BK: tl.constexpr, ACC: tl.constexpr, FLIP: tl.constexpr, FRESH: tl.constexpr):
+    """Product of x ``[BM, BK]`` and W ``[BN, BK]`` over one step along K: ``[BM, BN]``, or ``[BN, BM]`` with ``FLIP``.
+
+    The matrix unit adds it to ``total``, but where ``FRESH``: the limit of imprecise sums keeps Triton from fusing an
+    addition that the caller makes, which would undo what ``PROMOTE`` is for.
+    """
+    if FLIP:
+        first = right
+        second = tl.trans(left)
+    else:
+        first = left
+        second = tl.trans(right)
+    if FRESH:
+        return tl.dot(first, second, out_dtype=ACC, max_num_imprecise_acc=BK if ACC == tl.float32 else 0)
+    else:
+        return tl.dot(first, second, total, out_dtype=ACC)
+
+
+@triton.jit
+def across(token, row, FLIP: tl.constexpr):
+    """Something of each token ``[BM]`` and something of each row ``[BN]``, shaped as ``product`` is."""
+    if FLIP:
+        return token[None, :], row[:, None]
+    else:
+        return token[:, None], row[None, :]
+
+
+@triton.jit
+def unpacked(pair, BN: tl.constexpr, BK: tl.constexpr):
+    """int4 codes of bytes ``[BN, BK / 2]``, times 16: int8 ``[BN, BK]``.
+
+    A nibble is stored as code + 8. In the high half of a byte, with its highest bit flipped, it is 16 times the code in two's
+    complement, without an addition. ``factor`` divides by 16.
+    """
+    even, odd = pair << 4 ^ 128, pair & 240 ^ 128
+    return tl.reshape(tl.join(even, odd), (BN, BK)).to(tl.int8, bitcast=True)
+
+
+@triton.jit
+def finish(total, token_scale, scale, bias, y, token, row, M, N, GROUP: tl.constexpr, ROWS: tl.constexpr, BIAS: tl.constexpr):
+    """Scales of whole rows, then bias, then the store. ``total`` has the shape of ``token + row``.
+
+    The weight's scale comes first: with activations that are huge and weights that are tiny, only the product of both is in range.
+
+    Args:
+        total: Sums over K.
+        token_scale: Pointer to scales of whole tokens, fp32 ``[M]``; not read where groups of tokens had scales (``ROWS`` 128).
+        scale: Pointer to scales of whole rows of W, fp32: ``[N]`` where ``ROWS`` is 1, ``[1]`` where it is 0; not read where
+            groups had them (``GROUP``).
+        bias: Pointer to ``[N]``, where ``BIAS``.
+        y: Pointer to ``[M, N]``.
+        token: Tokens, int64.
+        row: Rows of W, int64.
+        M: Tokens that exist.
+        N: Rows that exist.
+    """
+    total = total.to(tl.float32)
+    if GROUP == 0:
+        total *= tl.load(scale + row * ROWS, mask=row < N, other=0)
+    if ROWS <= 1:
+        total *= tl.load(token_scale + token, mask=token < M, other=0)
+    if BIAS:
+        total += tl.load(bias + row, mask=row < N, other=0).to(tl.float32)
+    tl.store(y + token * N + row, total.to(y.dtype.element_ty), mask=(token < M) & (row < N))
+
+
+@triton.jit
+def gemm(x, token_scale, codes, scale, bias, y, M, N, K, units, groups,
+         GROUP: tl.constexpr, ROWS: tl.constexpr, BIAS: tl.constexpr, PROMOTE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+         BK: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
+    """One tile of y, or of one of its ``SPLIT`` parts ``[SPLIT, M, N]``, which ``add`` finishes.
+
+    Grid: ``(cdiv(M, BM) * cdiv(N, BN), SPLIT)``. ``units`` is the width of a row of ``codes``, ``groups`` that of a row of scales.
+    ``GROUP`` 0: scales of whole rows. 128: of groups along K, which ``BK`` must be; then ``ROWS`` 128 means a scale of W for 128 x 128
+    and one of x for 1 x 128, and ``ROWS`` 1 a scale of each group of W and of each whole token. ``PROMOTE``: sums over ``BK`` are
+    added in fp32 outside of the matrix unit, since that of Ada and Hopper keeps 13 bits of mantissa in sums of e4m3fn
+    (SageAttention2, arXiv 2411.10958; DeepSeek-V3, arXiv 2412.19437, section 3.3.2).
+    """
+    INT: tl.constexpr = x.dtype.element_ty == tl.int8
+    ACC: tl.constexpr = tl.int32 if INT else tl.float32
+    SUM: tl.constexpr = tl.float32 if GROUP else ACC
+    PER: tl.constexpr = 2 if codes.dtype.element_ty == tl.uint8 else 1
+    FLIP: tl.constexpr = BM < WIDE or PER == 2
+    tl.static_assert(GROUP == 0 or GROUP == BK)
+    first_token, first_row = place(M, N, BM, BN)
+    token = first_token + tl.arange(0, BM)
+    row = first_row + tl.arange(0, BN)
+    steps = tl.cdiv(tl.cdiv(K, BK), SPLIT)
+    total = tl.zeros((BN, BM) if FLIP else (BM, BN), SUM)
+    for step in range(tl.program_id(1) * steps, tl.minimum(tl.program_id(1) * steps + steps, tl.cdiv(K, BK))):
+        k = step * BK + tl.arange(0, BK)
+        unit = step * (BK // PER) + tl.arange(0, BK // PER)
+        left = tl.load(x + token[:, None] * K + k[None, :], mask=(token < M)[:, None] & (k < K)[None, :], other=0.0)
+        right = tl.load(codes + row[:, None] * units + unit[None, :], mask=(row < N)[:, None] & (unit < units)[None, :], other=0.0)
+        if PER == 2:
+            right = unpacked(right, BN, BK)
+        if GROUP:
+            part = product(left, right, total, BK, ACC, FLIP, True)
+            if INT:  # a sum below 2**22 in the mantissa of 1.5 * 2**23: no conversion unit is needed, which is slower
+                part = (part + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
+            total += part * factor(token_scale, scale, token, row, first_row, step, M, N, groups, ROWS, BN, FLIP)
+        elif PROMOTE:
+            total += product(left, right, total, BK, ACC, FLIP, True)
+        else:
+            total = product(left, right, total, BK, ACC, FLIP, False)
+    token, row = across(token, row, FLIP)
+    if SPLIT == 1:
+        finish(total, token_scale, scale, bias, y, token, row, M, N, GROUP, ROWS, BIAS)
+    else:
+        part = y + tl.program_id(1).to(tl.int64) * M * N
+        tl.store(part + token * N + row, total, mask=(token < M) & (row < N))
+
+
+@triton.jit
+def factor(token_scale, scale, token, row, first_row, step, M, N, groups, ROWS: tl.constexpr, BN: tl.constexpr,
+           FLIP: tl.constexpr):  # fmt: skip
+    """Scales of one group along K: fp32, broadcastable with ``product``."""
+    if ROWS == 1:
+        of_row = tl.load(scale + row * groups + step, mask=row < N, other=0).to(tl.float32)
+        return across(token, of_row * 0.0625, FLIP)[1]  # of codes that are ``unpacked`` times 16
+    else:
+        tl.static_assert(ROWS % BN == 0)  # one scale of W holds for the whole tile
+        of_tile = tl.load(scale + first_row // ROWS * groups + step)
+        of_token = tl.load(token_scale + token * groups + step, mask=token < M, other=0)
+        return across(of_token * of_tile, row, FLIP)[0]
+
+
+@triton.jit
+def add(parts, token_scale, scale, bias, y, M, N, GROUP: tl.constexpr, ROWS: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr,
+        BN: tl.constexpr):  # fmt: skip
+    """Adds the parts of ``gemm``, first to last: the same bits at every call. Grid: ``(cdiv(N, BN), M)``."""
+    row = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)
+    token = tl.program_id(1).to(tl.int64)
+    total = tl.zeros((BN,), parts.dtype.element_ty)
+    for part in tl.static_range(SPLIT):
+        total += tl.load(parts + (part * M + token) * N + row, mask=row < N, other=0)
+    finish(total, token_scale, scale, bias, y, token, row, M, N, GROUP, ROWS, BIAS)
