@@ -9,6 +9,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import numpy as np
 import pytest
+import triton_emulation
 
 interpreter = pytest.importorskip("triton.runtime.interpreter")
 _dot = interpreter.InterpreterBuilder.create_dot
@@ -28,3 +29,5 @@ def _wide(operand):
 
 
 interpreter.InterpreterBuilder.create_dot = _create_dot
+if not hasattr(interpreter.InterpreterBuilder, "create_dot_scaled"):
+    interpreter.InterpreterBuilder.create_dot_scaled = triton_emulation.create_dot_scaled(interpreter.TensorHandle)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from quantport.backend import Packed, Quant, Request, Scheme, WeightSpec, aten
 from quantport_triton.kernels.base import TritonKernel
-from quantport_triton.kernels.tiling import tiled
-from quantport_triton.launch import Config, launch, target_of
+from quantport_triton.kernels.tiling import multiply
+from quantport_triton.launch import Config, target_of
 from quantport_triton.quantize import quantize
 from quantport_triton.tuned import way
 
@@ -43,19 +43,16 @@ class TritonScaled(TritonKernel):
         quant, (m, k) = spec.scheme.weight, x.shape
         left = quantize(x, self.activation)
         codes, scale = packed
-        codes = codes.view(quant.element.storage if quant.element.bits == 8 else torch.uint8)
-        config, (tiles, split) = tiled(way(target_of(x.device), self.family, m)[1], m, spec.n, k)
-        y = x.new_empty(m, spec.n)
+        codes = codes.view(quant.element.storage) if quant.element.is_float8 else codes
+        config = way(target_of(x.device), self.family, m)[1]
+        config = Config({"PROMOTE": 0, **config.blocks}, config.warps, config.stages)
         sums = torch.int32 if self.activation.format == "int8" and not quant.cols else torch.float32
-        out = y if split == 1 else x.new_empty(split, m, spec.n, dtype=sums)
-        last = {"token_scale": left.scale, "scale": scale, "bias": y if bias is None else bias}
-        numbers = {"M": m, "N": spec.n, "K": k, "units": codes.shape[1], "groups": scale.shape[1]}
-        constants = {"GROUP": quant.cols, "ROWS": quant.rows, "BIAS": bias is not None}
-        tensors = {"x": left.codes, "codes": codes, **last, "y": out}
-        launch(ops.gemm, (tiles, split), config, tensors, numbers, **{"PROMOTE": 0, **constants})
-        if split > 1:
-            config = Config({"SPLIT": split, "BN": 256})
-            launch(ops.add, (-(-spec.n // 256), m), config, {"parts": out, **last, "y": y}, {"M": m, "N": spec.n}, **constants)
+        y = x.new_empty(m, spec.n)
+        factors = {"of_token": left.scale, "of_row": scale, "bias": y if bias is None else bias}
+        numbers = {"units": codes.shape[1], "groups": scale.shape[1]}
+        row = -1 if quant.cols else quant.rows
+        constants = {"GROUP": quant.cols, "TOKEN": not self.activation.cols, "ROW": row, "BIAS": bias is not None}
+        multiply(ops.gemm, config, y, k, {"x": left.codes, "codes": codes}, factors, numbers, sums, False, **constants)
         return y
 
 

@@ -57,62 +57,75 @@ def across(token, row, FLIP: tl.constexpr):
 
 
 @triton.jit
-def unpacked(pair, BN: tl.constexpr, BK: tl.constexpr):
-    """int4 codes of bytes ``[BN, BK / 2]``, times 16: int8 ``[BN, BK]``.
+def unpacked(word, BN: tl.constexpr, BK: tl.constexpr):
+    """int4 codes of words ``[BN, BK / 8]``, times 16: int8 ``[BN, BK]``.
 
     A nibble is stored as code + 8. In the high half of a byte, with its highest bit flipped, it is 16 times the code in two's
-    complement, without an addition. ``factor`` divides by 16.
+    complement: four codes take one instruction, and no addition. ``group_factor`` divides by 16.
     """
-    even, odd = pair << 4 ^ 128, pair & 240 ^ 128
-    return tl.reshape(tl.join(even, odd), (BN, BK)).to(tl.int8, bitcast=True)
+    byte = (tl.arange(0, 4) * 8)[None, None, :]
+    even = ((word << 4) & ~0x0F0F0F0F ^ ~0x7F7F7F7F)[:, :, None] >> byte
+    odd = (word & ~0x0F0F0F0F ^ ~0x7F7F7F7F)[:, :, None] >> byte
+    return tl.reshape(tl.join(even.to(tl.int8), odd.to(tl.int8)), (BN, BK))
 
 
 @triton.jit
-def finish(total, token_scale, scale, bias, y, token, row, M, N, GROUP: tl.constexpr, ROWS: tl.constexpr, BIAS: tl.constexpr):
-    """Scales of whole rows, then bias, then the store. ``total`` has the shape of ``token + row``.
+def factor(place, inside, DIVIDE: tl.constexpr):
+    """Factors, or one over each: one division for a row, not for each output. ``div_rn``, since the fast one may flush to zero."""
+    value = tl.load(place, mask=inside, other=1)
+    return tl.div_rn(tl.full(value.shape, 1, tl.float32), value) if DIVIDE else value
 
-    The weight's scale comes first: with activations that are huge and weights that are tiny, only the product of both is in range.
+
+@triton.jit
+def finish(total, of_token, of_row, bias, y, token, row, M, N, TOKEN: tl.constexpr, ROW: tl.constexpr, DIVIDE: tl.constexpr,
+           BIAS: tl.constexpr):  # fmt: skip
+    """Factors of whole rows and tokens, then bias, then the store. ``total`` has the shape of ``token + row``.
+
+    The factor of the row comes first: with activations that are huge and weights that are tiny, only the product of both is in range.
 
     Args:
         total: Sums over K.
-        token_scale: Pointer to scales of whole tokens, fp32 ``[M]``; not read where groups of tokens had scales (``ROWS`` 128).
-        scale: Pointer to scales of whole rows of W, fp32: ``[N]`` where ``ROWS`` is 1, ``[1]`` where it is 0; not read where
-            groups had them (``GROUP``).
+        of_token: Pointer to factors of tokens, fp32 ``[M]``, where ``TOKEN``.
+        of_row: Pointer to factors of rows of W, fp32: ``[N]`` where ``ROW`` is 1, ``[1]`` where it is 0; -1: there are none.
         bias: Pointer to ``[N]``, where ``BIAS``.
         y: Pointer to ``[M, N]``.
         token: Tokens, int64.
         row: Rows of W, int64.
         M: Tokens that exist.
         N: Rows that exist.
+        TOKEN: Whether tokens have factors.
+        ROW: Whether rows have.
+        DIVIDE: Whether sums are divided by the factors.
+        BIAS: Whether there is a bias.
     """
     total = total.to(tl.float32)
-    if GROUP == 0:
-        total *= tl.load(scale + row * ROWS, mask=row < N, other=0)
-    if ROWS <= 1:
-        total *= tl.load(token_scale + token, mask=token < M, other=0)
+    if ROW >= 0:
+        total *= factor(of_row + row * ROW, row < N, DIVIDE)
+    if TOKEN:
+        total *= factor(of_token + token, token < M, DIVIDE)
     if BIAS:
         total += tl.load(bias + row, mask=row < N, other=0).to(tl.float32)
     tl.store(y + token * N + row, total.to(y.dtype.element_ty), mask=(token < M) & (row < N))
 
 
 @triton.jit
-def gemm(x, token_scale, codes, scale, bias, y, M, N, K, units, groups,
-         GROUP: tl.constexpr, ROWS: tl.constexpr, BIAS: tl.constexpr, PROMOTE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+def gemm(x, of_token, codes, of_row, bias, y, M, N, K, units, groups,
+         GROUP: tl.constexpr, TOKEN: tl.constexpr, ROW: tl.constexpr, BIAS: tl.constexpr, PROMOTE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
          BK: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
     """One tile of y, or of one of its ``SPLIT`` parts ``[SPLIT, M, N]``, which ``add`` finishes.
 
     Grid: ``(cdiv(M, BM) * cdiv(N, BN), SPLIT)``. ``units`` is the width of a row of ``codes``, ``groups`` that of a row of scales.
-    ``GROUP`` 0: scales of whole rows. 128: of groups along K, which ``BK`` must be; then ``ROWS`` 128 means a scale of W for 128 x 128
-    and one of x for 1 x 128, and ``ROWS`` 1 a scale of each group of W and of each whole token. ``PROMOTE``: sums over ``BK`` are
+    ``TOKEN`` and ``ROW`` as for ``finish``. ``GROUP`` 128, which ``BK`` must be: W has scales of groups along K, of 1 x 128 where
+    ``TOKEN``, else of 128 x 128, and then x has scales of 1 x 128. ``PROMOTE``: sums over ``BK`` are
     added in fp32 outside of the matrix unit, since that of Ada and Hopper keeps 13 bits of mantissa in sums of e4m3fn
     (SageAttention2, arXiv 2411.10958; DeepSeek-V3, arXiv 2412.19437, section 3.3.2).
     """
     INT: tl.constexpr = x.dtype.element_ty == tl.int8
     ACC: tl.constexpr = tl.int32 if INT else tl.float32
     SUM: tl.constexpr = tl.float32 if GROUP else ACC
-    PER: tl.constexpr = 2 if codes.dtype.element_ty == tl.uint8 else 1
-    FLIP: tl.constexpr = BM < WIDE or PER == 2
-    tl.static_assert(GROUP == 0 or GROUP == BK)
+    PER: tl.constexpr = 8 if codes.dtype.element_ty == tl.int32 else 1
+    FLIP: tl.constexpr = BM < WIDE or PER == 8
+    tl.static_assert(GROUP == 0 or (GROUP == BK and GROUP % BN == 0))  # one scale of 128 x 128 for a whole tile of W
     first_token, first_row = place(M, N, BM, BN)
     token = first_token + tl.arange(0, BM)
     row = first_row + tl.arange(0, BN)
@@ -123,46 +136,45 @@ def gemm(x, token_scale, codes, scale, bias, y, M, N, K, units, groups,
         unit = step * (BK // PER) + tl.arange(0, BK // PER)
         left = tl.load(x + token[:, None] * K + k[None, :], mask=(token < M)[:, None] & (k < K)[None, :], other=0.0)
         right = tl.load(codes + row[:, None] * units + unit[None, :], mask=(row < N)[:, None] & (unit < units)[None, :], other=0.0)
-        if PER == 2:
+        if PER == 8:
             right = unpacked(right, BN, BK)
         if GROUP:
             part = product(left, right, total, BK, ACC, FLIP, True)
             if INT:  # a sum below 2**22 in the mantissa of 1.5 * 2**23: no conversion unit is needed, which is slower
                 part = (part + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
-            total += part * factor(token_scale, scale, token, row, first_row, step, M, N, groups, ROWS, BN, FLIP)
+            total += part * group_factor(of_token, of_row, token, row, first_row, step, M, N, groups, TOKEN, GROUP, FLIP)
         elif PROMOTE:
             total += product(left, right, total, BK, ACC, FLIP, True)
         else:
             total = product(left, right, total, BK, ACC, FLIP, False)
     token, row = across(token, row, FLIP)
     if SPLIT == 1:
-        finish(total, token_scale, scale, bias, y, token, row, M, N, GROUP, ROWS, BIAS)
+        finish(total, of_token, of_row, bias, y, token, row, M, N, TOKEN, ROW, False, BIAS)
     else:
         part = y + tl.program_id(1).to(tl.int64) * M * N
         tl.store(part + token * N + row, total, mask=(token < M) & (row < N))
 
 
 @triton.jit
-def factor(token_scale, scale, token, row, first_row, step, M, N, groups, ROWS: tl.constexpr, BN: tl.constexpr,
+def group_factor(of_token, of_row, token, row, first_row, step, M, N, groups, TOKEN: tl.constexpr, GROUP: tl.constexpr,
            FLIP: tl.constexpr):  # fmt: skip
     """Scales of one group along K: fp32, broadcastable with ``product``."""
-    if ROWS == 1:
-        of_row = tl.load(scale + row * groups + step, mask=row < N, other=0).to(tl.float32)
-        return across(token, of_row * 0.0625, FLIP)[1]  # of codes that are ``unpacked`` times 16
+    if TOKEN:
+        weight = tl.load(of_row + row * groups + step, mask=row < N, other=0).to(tl.float32)
+        return across(token, weight * 0.0625, FLIP)[1]  # of codes that are ``unpacked`` times 16
     else:
-        tl.static_assert(ROWS % BN == 0)  # one scale of W holds for the whole tile
-        of_tile = tl.load(scale + first_row // ROWS * groups + step)
-        of_token = tl.load(token_scale + token * groups + step, mask=token < M, other=0)
-        return across(of_token * of_tile, row, FLIP)[0]
+        tile = tl.load(of_row + first_row // GROUP * groups + step)
+        tokens = tl.load(of_token + token * groups + step, mask=token < M, other=0)
+        return across(tokens * tile, row, FLIP)[0]
 
 
 @triton.jit
-def add(parts, token_scale, scale, bias, y, M, N, GROUP: tl.constexpr, ROWS: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr,
-        BN: tl.constexpr):  # fmt: skip
+def add(parts, of_token, of_row, bias, y, M, N, TOKEN: tl.constexpr, ROW: tl.constexpr, DIVIDE: tl.constexpr, BIAS: tl.constexpr,
+        SPLIT: tl.constexpr, BN: tl.constexpr):  # fmt: skip
     """Adds the parts of ``gemm``, first to last: the same bits at every call. Grid: ``(cdiv(N, BN), M)``."""
     row = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)
     token = tl.program_id(1).to(tl.int64)
     total = tl.zeros((BN,), parts.dtype.element_ty)
     for part in tl.static_range(SPLIT):
         total += tl.load(parts + (part * M + token) * N + row, mask=row < N, other=0)
-    finish(total, token_scale, scale, bias, y, token, row, M, N, GROUP, ROWS, BIAS)
+    finish(total, of_token, of_row, bias, y, token, row, M, N, TOKEN, ROW, DIVIDE, BIAS)
