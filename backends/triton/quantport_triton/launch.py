@@ -127,8 +127,4 @@ def _specialized(
     types |= dict.fromkeys([*ones, *constants], "constexpr")
     ordered = tuple((name, types[name]) for name in kernel.arg_names)
     even = frozenset([*tensors, *(name for name, number in numbers.items() if number % 16 == 0)])
-<<<<<<< HEAD
-    return Launch(kernel, ordered, {**ones, **constants}, even, config.warps, config.stages, config.fusion)
-=======
-    return Launch(kernel, ordered, tuple({**ones, **constants}.items()), even, config.warps, config.stages)
->>>>>>> main
+    return Launch(kernel, ordered, tuple({**ones, **constants}.items()), even, config.warps, config.stages, config.fusion)
