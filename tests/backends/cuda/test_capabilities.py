@@ -16,6 +16,7 @@ HOST = Host(only=["cuda"])
 # What a linear layer of 4096 x 4096 gets, for each scheme and architecture.
 KERNELS = {
     "S": "cuda._scaled_mm", "B": "cuda._scaled_mm_blocks", "M": "cuda._scaled_mm_mx", "N": "cuda._scaled_mm_nvfp4",
+    "b": "cuda.triton_fp8_block", "x": "cuda.triton_mx", "i": "cuda.triton_int8", "q": "cuda.triton_int4_int8",
     "I": "cuda._int_mm", "w": "cuda.triton_weight_only", "W": "cuda.triton_weight_only", "d": "torch.dequantize",
     "=": "torch.linear",
 }  # fmt: skip
@@ -24,23 +25,23 @@ TABLE = """
                       70 75 80 86 89 90 100 103 120 121
 fp8_per_tensor         w  w  w  w  S  S   S   S   S   S
 fp8_per_channel        w  w  w  w  S  S   S   S   S   S
-fp8_per_block          w  w  w  w  w  B   w   w   w   w
+fp8_per_block          w  w  w  w  b  B   b   b   b   b
 fp8_weight_only        W  W  W  W  W  W   W   W   W   W
 fp6                    W  W  W  W  W  W   W   W   W   W
-int8                   w  I  I  I  I  I   I   I   I   I
+int8                   w  I  i  i  i  i   i   i   i   i
 int8_weight_only       W  W  W  W  W  W   W   W   W   W
 int4_weight_only       W  W  W  W  W  W   W   W   W   W
 int4_weight_only_g32   W  W  W  W  W  W   W   W   W   W
-int4_w4a8              w  w  w  w  w  w   w   w   w   w
+int4_w4a8              w  w  q  q  q  q   q   q   q   q
 int4_mse               W  W  W  W  W  W   W   W   W   W
 int4_hqq               W  W  W  W  W  W   W   W   W   W
 mxfp8                  w  w  w  w  w  w   M   M   M   M
 mxfp8_weight_only      W  W  W  W  W  W   W   W   W   W
 mxfp6_e2m3             w  w  w  w  w  w   w   w   w   w
 mxfp6_e3m2             w  w  w  w  w  w   w   w   w   w
-mxfp4                  w  w  w  w  w  w   w   w   w   w
+mxfp4                  w  w  w  w  w  w   x   x   x   x
 mxfp4_weight_only      W  W  W  W  W  W   W   W   W   W
-mxfp4_w4a8             w  w  w  w  w  w   w   w   w   w
+mxfp4_w4a8             w  w  w  w  w  w   x   x   w   w
 mxfp4_dualscale        w  w  w  w  w  w   w   w   w   w
 nvfp4                  w  w  w  w  w  w   N   N   N   N
 nvfp4_weight_only      W  W  W  W  W  W   W   W   W   W
@@ -120,13 +121,12 @@ def test_something_runs_everywhere(scheme):
             assert isinstance(found["torch.linear" if scheme == "bf16" else "torch.dequantize"], Accepted)
 
 
-def test_fp8_on_sm_90_falls_back_in_steps():
-    """Blocks where cuBLASLt has them; else 16-bit activations, and the reasons say why."""
+def test_blocks_on_sm_90_in_a_build_whose_cublaslt_has_none():
     device = replace(simulated("sm_90"), simulated=False, features=frozenset({"cuda>=12.8"}))
     request = Request(WeightSpec(HOST.schemes["fp8_per_block"], 4096, 4096), "linear", device, torch.bfloat16)
     found = choose(request, HOST.kernels("cuda"))
-    assert (found.kernel, found.status) == ("cuda.triton_weight_only", Status.WEIGHT_ONLY)
-    assert any("CUDA 12.9" in reason for reason in found.reasons)
+    assert (found.kernel, found.status) == ("cuda.triton_fp8_block", Status.NATIVE)
+    assert any("CUDA 12.9 or later" in r for v in found.verdicts if v.kernel == "cuda._scaled_mm_blocks" for r in v.reasons)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ reads which code. What is written here follows them element by element, and shar
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,10 +19,11 @@ from quantport.catalog import BUILTIN
 from quantport.testing import cases
 from quantport.testing.check_runs import compare, make_job
 from quantport_cuda.kernels import activations
-from quantport_cuda.kernels.activations import swizzled, unswizzled
+from quantport_cuda.kernels.activations import unswizzled
 from quantport_cuda.kernels.block_scaled import CudaScaledMX, CudaScaledNV
 from quantport_cuda.kernels.int4 import CudaInt4Pack, pack_tiles, unpack_tiles
 from quantport_cuda.kernels.scaled import CudaScaledBlocks
+from quantport_triton.quantize import swizzled
 
 F = torch.nn.functional
 CPU = torch.device("cpu")
@@ -49,10 +51,10 @@ def offset(row: int, column: int, columns: int) -> int:
 def block_scales(flat: Tensor, rows: int, k: int, block: int) -> Tensor:
     """Scales of one byte, one for each element: fp32 ``[rows, k]``."""
     columns = -(-k // block)
-    assert flat.dim() == 1
+    assert flat.is_contiguous()
     assert flat.numel() == up(rows, 128) * up(columns, 4)
     place = torch.tensor([[offset(r, c, columns) for c in range(columns)] for r in range(rows)])
-    bits = flat.view(torch.uint8)[place]
+    bits = flat.view(torch.uint8).view(-1)[place]
     scale = bits.view(torch.float8_e4m3fn).float() if flat.dtype is torch.float8_e4m3fn else torch.exp2(bits.float() - 127)
     return scale.repeat_interleave(block, 1)[:, :k]
 
@@ -144,6 +146,13 @@ def int4pack_mm(x: Tensor, packed: Tensor, group: int, scale_and_zeros: Tensor) 
     return (x.float() @ weight.float().t()).bfloat16()
 
 
+@pytest.fixture(autouse=True)
+def _quiet():
+    """Activations are quantized in Triton's interpreter, where numpy warns of what a GPU computes in silence."""
+    with np.errstate(all="ignore"):
+        yield
+
+
 @pytest.fixture
 def emulated(monkeypatch):
     monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
@@ -174,8 +183,7 @@ def test_meets_the_reference(emulated, kernel, scheme, shapes):
         spec = WeightSpec(BUILTIN[scheme], n, k)
         jobs = [
             make_job(spec, cases.plain(n, k), cases.activations(rows, k, torch.bfloat16), bias, kernel.quantizes_activations)
-            for bias in (None, cases.bias(n, torch.bfloat16))
-            for rows in (1, 2, 5, 16, 17, 130)
+            for rows, bias in ((1, None), (6, None), (17, cases.bias(n, torch.bfloat16)), (130, None))
         ]
         assert compare(kernel, jobs, CPU) == ""
 
@@ -232,7 +240,7 @@ def test_scales_lie_where_tensor_cores_read_them(rows, columns, seed):
     for r in range(rows):
         for c in range(columns):
             expected[offset(r, c, columns)] = scale[r, c]
-    assert torch.equal(flat, expected)
+    assert torch.equal(flat.view(-1), expected)
     assert torch.equal(unswizzled(flat, rows, columns), scale)
 
 

@@ -36,3 +36,10 @@ def _cast_impl(self, source, to):
 interpreter.InterpreterBuilder.cast_impl = _cast_impl
 if not hasattr(interpreter.InterpreterBuilder, "create_dot_scaled"):
     interpreter.InterpreterBuilder.create_dot_scaled = triton_emulation.create_dot_scaled(interpreter.TensorHandle)
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    """Arithmetic with Inf and NaN is meant: a GPU does not warn of it."""
+    with np.errstate(all="ignore"):
+        yield

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from quantport.backend import Kernel, aten
 from quantport_cuda.kernels.block_scaled import CudaScaledMX, CudaScaledNV
 from quantport_cuda.kernels.int4 import CudaInt4Pack
-from quantport_cuda.kernels.int8 import CudaIntMM
+from quantport_cuda.kernels.int8 import CudaIntMM, CudaTritonInt4Int8, CudaTritonInt8
 from quantport_cuda.kernels.scaled import CudaScaledBlocks, CudaScaledMM
 from quantport_cuda.measured import measured
 from quantport_triton.kernels.block_scaled import TritonMx, TritonNvfp4
-from quantport_triton.kernels.scaled import TritonFp8, TritonFp8Block, TritonInt4Int8, TritonInt8
+from quantport_triton.kernels.scaled import TritonFp8, TritonFp8Block
 from quantport_triton.kernels.weight_only import TritonWeightOnly
 
 
@@ -32,8 +32,8 @@ ORDER: tuple[Callable[[], Kernel], ...] = (
     _triton(TritonFp8Block),  # fp8 in blocks everywhere else
     _triton(TritonMx),  # mxfp4, and mxfp4 weights with mxfp8 activations, which cuBLASLt does not multiply
     _triton(TritonNvfp4),
-    _triton(TritonInt8),  # int8: scales in the same launch
-    _triton(TritonInt4Int8),
+    _triton(CudaTritonInt8),  # int8: scales in the same launch
+    _triton(CudaTritonInt4Int8),
     measured(CudaIntMM),  # padded up to 32 rows, and the scales in passes of their own; for what Triton does not compile
     _triton(TritonWeightOnly),  # 16-bit activations: reads the stored layout, with every number of rows and both 16-bit types
     measured(CudaInt4Pack),  # one launch for all numbers of rows: decodes the weight once for every 16 of them

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from quantport.backend import Canonical, Claim, Evidence, Kernel, Packed, Request, Scheme, WeightSpec, aten
-from quantport_cuda.kernels.activations import quantized, swizzled, unswizzled
+from quantport_cuda.kernels.activations import quantized, unswizzled
 from quantport_cuda.kernels.scaled import BLAS, NEW, build_reasons
-from quantport_triton.quantize import Quantized
+from quantport_triton.quantize import Quantized, swizzled
 
 _GATE = "torch 2.15.0 torch/testing/_internal/common_cuda.py, PLATFORM_SUPPORTS_MX_GEMM (compute capability 10.0 and later)"
 _DTYPES = {"e4m3fn": torch.float8_e4m3fn, "e8m0": torch.float8_e8m0fnu, "e2m1": torch.float4_e2m1fn_x2}
@@ -64,7 +64,7 @@ def _operands(x: Quantized, packed: Packed, spec: WeightSpec) -> tuple[Tensor, T
     """Both operands and their scales in the dtypes that torch tells formats by."""
     quant = spec.scheme.weight
     codes, scale = _DTYPES[quant.format], _DTYPES[quant.scale]
-    return x.codes.view(codes), packed[0].view(codes).t(), x.scale.flatten().view(scale), packed[1].view(scale)
+    return x.codes.view(codes), packed[0].view(codes).t(), x.scale.view(scale), packed[1].view(scale)
 
 
 class CudaScaledMX(_BlockScaled):
