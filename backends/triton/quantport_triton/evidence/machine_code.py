@@ -5,10 +5,15 @@ The machine code and not PTX is the judge: on sm_90, PTX's ``mma.sync`` of e4m3 
 
 from __future__ import annotations
 
+import hashlib
+import io
 import re
 import subprocess
 import tempfile
+import tokenize
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +27,7 @@ SHARED = {
 
 _MATRIX = re.compile(r"\b((?:UTC)?[HIQO](?:G?)MMA(?:\.[A-Z0-9_x]+)*)")
 _LOCAL = re.compile(r"\b(?:STL|LDL)\b")
+_CODE = (tokenize.NAME, tokenize.NUMBER, tokenize.STRING, tokenize.OP)
 _PTX = re.compile(r"\b((?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)[\w.:]*)")
 
 
@@ -82,3 +88,27 @@ def _reason(error: Any) -> str:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip(" ^")]
     return f"{type(error).__name__}: {lines[-1] if lines else 'no message'}"[:200]
+
+
+def fingerprint(launches: Sequence[Launch]) -> str:
+    """Changes when what is compiled changes: sources without comments, types, constants, options, the version of Triton."""
+    import triton
+
+    texts = sorted({text for launch in launches for text in _sources(launch.kernel)})
+    names = [f"{launch.name} {sorted(launch.divisible)}" for launch in launches]
+    return hashlib.sha256("\n".join([triton.__version__, *names, *texts]).encode()).hexdigest()[:16]
+
+
+@cache
+def _sources(kernel: Any) -> frozenset[str]:
+    """The source of a kernel and of every jitted function that it calls, without comments, docstrings and layout."""
+    found, left = {}, [kernel]
+    while left:
+        function = left.pop()
+        if function in found:
+            continue
+        tokens = tokenize.generate_tokens(io.StringIO(function.src).readline)
+        found[function] = " ".join(t.string for t in tokens if t.type in _CODE and not t.string.startswith('"""'))
+        known = function.fn.__globals__
+        left += [known[name] for name in function.fn.__code__.co_names if hasattr(known.get(name), "src")]
+    return frozenset(found.values())
