@@ -3,6 +3,7 @@
 import ml_dtypes
 import numpy as np
 import pytest
+import triton_emulation
 
 interpreter = pytest.importorskip("triton.runtime.interpreter")
 _dot, _cast = interpreter.InterpreterBuilder.create_dot, interpreter.InterpreterBuilder.cast_impl
@@ -33,3 +34,5 @@ def _cast_impl(self, source, to):
 
 
 interpreter.InterpreterBuilder.cast_impl = _cast_impl
+if not hasattr(interpreter.InterpreterBuilder, "create_dot_scaled"):
+    interpreter.InterpreterBuilder.create_dot_scaled = triton_emulation.create_dot_scaled(interpreter.TensorHandle)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from quantport.backend import Packed, Scheme, WeightSpec
 from quantport_triton.kernels.base import TritonKernel
+from quantport_triton.kernels.tiling import split_k
 from quantport_triton.kernels.weights import FORMATS, Stored, stored
 from quantport_triton.launch import Config, launch, target_of
 from quantport_triton.tuned import way
@@ -72,7 +73,7 @@ def _gemm(x: Tensor, weight: Stored, bias: Tensor | None, spec: WeightSpec, conf
 
     m, blocks = x.shape[0], dict(config.blocks)
     tiles = (-(-spec.n // blocks["BN"]), -(-m // blocks["BM"]))
-    split = _split(tiles[0] * tiles[1], blocks.pop("PROGRAMS"), weight.numbers["units"] // blocks["BW"])
+    split = split_k(tiles[0] * tiles[1], blocks.pop("PROGRAMS"), weight.numbers["units"] // blocks["BW"])
     y = x.new_empty(m, spec.n)
     out = y if split == 1 else x.new_empty(split, m, spec.n, dtype=torch.float32)
     tensors = {"x": x, **weight.tensors, "bias": y if bias is None else bias, "y": out}
@@ -85,11 +86,3 @@ def _gemm(x: Tensor, weight: Stored, bias: Tensor | None, spec: WeightSpec, conf
         config = Config({"SPLIT": split, "BN": 256})
         launch(ops.add, (-(-spec.n // 256), m), config, tensors, {"M": m, "N": spec.n}, **constants, BIAS=bias is not None)
     return y
-
-
-def _split(tiles: int, programs: int, steps: int) -> int:
-    """Over how many programs K is split: a power of two, so that few variants are compiled; each has four steps or more."""
-    split = 1
-    while 2 * split * tiles <= programs and 8 * split <= steps:
-        split *= 2
-    return split
