@@ -96,7 +96,11 @@ def limits(data: Data) -> str:
              "bf16": ("BF16 matmul", 1e-12, "TFLOP/s"), "fp8": ("bare _scaled_mm, e4m3fn", 1e-12, "TFLOP/s"),
              "int8": ("bare _int_mm", 1e-12, "TOP/s")}  # fmt: skip
     found = data.get("limits", {})
-    lines = [[what, f"{found[key] * by:.1f} {unit}" if found.get(key) else f"{reason(data, 'limits')}"] for key, (what, by, unit) in names.items()]
+    absent = {key: f"{MISSING}: {why}" for key, why in found.get("absent", {}).items()}
+    lines = [
+        [what, f"{found[key] * by:.1f} {unit}" if found.get(key) else absent.get(key, reason(data, "limits"))]
+        for key, (what, by, unit) in names.items()
+    ]
     return grid(("limit", "measured"), lines)
 
 

@@ -144,7 +144,12 @@ class Timer:
         place.synchronize()
         self.count = 1 if place.smoke else max(4, min(50, int(2e-3 / (time.perf_counter() - start + 1e-9))))
         if graph and not place.smoke:
-            self.graph = capture(lambda: [call(i) for i in range(self.count)] and None)
+            self.graph = capture(self.launch)
+
+    def launch(self) -> None:
+        """Every call, one after the other."""
+        for i in range(self.count):
+            self.call(i)
 
     def run(self) -> float:
         """Seconds of one call."""
@@ -157,8 +162,7 @@ class Timer:
         if self.graph is not None:
             self.graph.replay()
         else:
-            for i in range(self.count):
-                self.call(i)
+            self.launch()
         end.record()
         end.synchronize()
         return float(begin.elapsed_time(end)) / 1e3 / self.count
