@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from gpu_page import render
+from gpu_page import index, render
 from gpu_place import ROOT, Place, find_quantport, told
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -67,7 +67,18 @@ def stage(name: str, args: argparse.Namespace, found: Data, seconds: float, fold
     out, before = folder / f"{name}.json", folder / f"{name}.before.json"
     save(before, found)
     start = time.monotonic()
-    command = [sys.executable, __file__, "--stage", name, "--until", str(start + seconds), "--out", str(out), "--found", str(before)]
+    command = [
+        sys.executable,
+        __file__,
+        "--stage",
+        name,
+        "--until",
+        str(start + seconds),
+        "--out",
+        str(out),
+        "--found",
+        str(before),
+    ]
     command += ["--smoke"] if args.smoke else []
     process = subprocess.Popen(command, start_new_session=True)
     why = ""
@@ -109,6 +120,8 @@ def pages(path: Path, data: Data) -> None:
     page, plot = render(data)
     write(path.with_suffix(".md"), page)
     write(path.with_suffix(".svg"), plot)
+    if path.parent == RESULTS:
+        write(RESULTS / "gpu.md", index(RESULTS))
 
 
 def measure(args: argparse.Namespace) -> Path:
@@ -116,10 +129,10 @@ def measure(args: argparse.Namespace) -> Path:
     start = time.monotonic()
     find_quantport()
     place = Place(args.smoke, start + args.total)
-    data: Data = {"run": place.describe()}
+    data: Data = {"kind": "gpu", "run": place.describe()}
     slug = re.sub(r"[^a-z0-9]+", "-", data["run"]["device"].lower()).strip("-")
     path = (Path(tempfile.mkdtemp(prefix="quantport-smoke-")) if args.smoke else RESULTS) / f"{slug}.json"
-    path = args.out or path
+    path = args.out.resolve() if args.out else path
     scale, due = args.total / TOTAL, start
     with tempfile.TemporaryDirectory() as folder:
         for name, (_, seconds) in STAGES.items():
@@ -156,7 +169,7 @@ def main() -> None:
     if args.smoke and os.environ.get("TRITON_INTERPRET") != "1":
         parser.error("--smoke runs in Triton's interpreter: TRITON_INTERPRET=1 python benchmarks/gpu.py --smoke")
     if args.render:
-        pages(args.render, read(args.render))
+        pages(args.render.resolve(), read(args.render))
     elif args.stage:
         run_stage(args)
     elif args.tune:
@@ -164,8 +177,8 @@ def main() -> None:
         print(importlib.import_module("gpu_tune").run(Place(args.smoke, time.monotonic() + args.tune), args.out))
     else:
         path = measure(args)
-        if args.evidence:
-            print(importlib.import_module("gpu_evidence").write_evidence(read(path), save, args.smoke))
+        if args.evidence and not args.smoke:
+            print(importlib.import_module("gpu_evidence").write_evidence(read(path), save))
         print(path.with_suffix(".md").read_text(encoding="utf-8"))
         print(path)
 

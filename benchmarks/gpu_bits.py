@@ -28,7 +28,11 @@ def hard(m: int, k: int, dtype: torch.dtype) -> torch.Tensor:
 
 def equal(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> str:
     """What differs between two sets of tensors, in bits: empty when nothing does."""
-    wrong = [name for name in a.keys() | b.keys() if name not in a or name not in b or a[name].dtype != b[name].dtype or a[name].shape != b[name].shape]
+    wrong = [
+        name
+        for name in a.keys() | b.keys()
+        if name not in a or name not in b or a[name].dtype != b[name].dtype or a[name].shape != b[name].shape
+    ]
     if wrong:
         return f"other tensors: {', '.join(sorted(wrong))}"
     for name in a:

@@ -42,7 +42,10 @@ def cases(place: Place) -> list[Case]:
 
     names = [n for n in host().schemes if n != "bf16"] + list(OPTIONS)
     if place.smoke:
-        return [Case(n, (32, 160), place.dtypes[0], (1, 17)) for n in ("int4_weight_only", "fp8_per_channel", "nf4", "nvfp4_weight_only")]
+        return [
+            Case(n, (32, 160), place.dtypes[0], (1, 17))
+            for n in ("int4_weight_only", "fp8_per_channel", "nf4", "nvfp4_weight_only")
+        ]
     small = [Case(n, s, d, FEW) for s in ODD for d in place.dtypes for n in names]
     first = [Case(n, SHAPES[0], place.dtypes[0], ROWS) for n in TIMED]
     return first + small + [Case(n, s, place.dtypes[0], ROWS) for s in SHAPES[1:] for n in TIMED]
@@ -113,8 +116,16 @@ def run(place: Place, found: dict[str, Any], keep: Callable[[dict[str, Any]], No
             process.kill()
         failed = sum(p.wait() not in (0, -9) for p in running)
         rows = gather(files)
-    missing = [f"{late} of {parts} processes did not end in time"] * bool(late) + [f"{failed} of {parts} processes died"] * bool(failed)
-    keep({"rows": rows, "failed": sum(not r.get("ok") and not r.get("skipped") for r in rows), **({"missing": "; ".join(missing)} if missing else {})})
+    missing = [f"{late} of {parts} processes did not end in time"] * bool(late) + [f"{failed} of {parts} processes died"] * bool(
+        failed
+    )
+    keep(
+        {
+            "rows": rows,
+            "failed": sum(not r.get("ok") and not r.get("skipped") for r in rows),
+            **({"missing": "; ".join(missing)} if missing else {}),
+        }
+    )
 
 
 def gather(files: list[Path]) -> list[Row]:

@@ -32,13 +32,16 @@ def maker(place: Place, scheme: str | None, dtype: torch.dtype, used: list[str])
     from quantport.modules import QuantLinear
 
     fast = host().backends[place.device.kind].quantize_weight
-    table = {kernel.name: kernel for kernel in place.kernels}
+    known = host().kernels(place.device.kind)
+    table = {kernel.name: kernel for kernel in place.kernels if kernel in known}  # compiled graphs find kernels by name
 
     def quantized(n: int, k: int) -> nn.Module:
         spec = WeightSpec(host().schemes[scheme], n, k)
-        chosen = choose(Request(spec, "linear", place.device, dtype), place.kernels)
+        chosen = choose(Request(spec, "linear", place.device, dtype), list(table.values()))
         layer = QuantLinear(table[chosen.kernel], spec, dtype=dtype)
-        layer.set_weight("", numerics.quantize_weight(torch.randn(n, k, device=place.torch, dtype=dtype) * 0.02, spec.scheme, fast=fast))
+        layer.set_weight(
+            "", numerics.quantize_weight(torch.randn(n, k, device=place.torch, dtype=dtype) * 0.02, spec.scheme, fast=fast)
+        )
         used.append(chosen.kernel)
         return layer
 

@@ -16,6 +16,8 @@ Layers = list[Callable[[torch.Tensor], Any]]
 Row = dict[str, Any]
 BASE = "BF16 F.linear"
 EACH = 6.0  # seconds that one shape needs at least
+NATIVE = ("mxfp8", "mxfp4", "nvfp4")  # measured only where a matrix unit multiplies them: weight-only they are in the list already
+SMALL = (32, 256)
 SMOKE = ("fp8_per_channel", "int4_weight_only")
 
 
@@ -75,12 +77,19 @@ class Bench:
         scheme = host().schemes[name]
         spec = WeightSpec(scheme, self.n, self.k)
         request = Request(spec, "linear", self.place.device, self.dtype)
-        taken = [(x, v) for x in self.place.kernels if isinstance(v := x.verdict(request), Accepted) and v.status is not Status.REFERENCE]
+        if name in NATIVE and scheme.weight.unit not in self.place.device.arch.native and not self.place.smoke:
+            self.absent[name] = f"{self.place.device.arch.name} does not multiply {scheme.weight.unit}"
+            return
+        taken = [
+            (x, v) for x in self.place.kernels if isinstance(v := x.verdict(request), Accepted) and v.status is not Status.REFERENCE
+        ]
         if not taken:
             self.absent[name] = "no kernel of the room takes it here"
             return
         stored = numerics.quantize_weight(self.dense, scheme, fast=host().backends[self.place.device.kind].quantize_weight)
         for kernel, verdict in taken:
+            if kernel.name.startswith("torch.") and (self.n, self.k) not in (SHAPES[0], SMALL):
+                continue  # plain torch operators: what they cost is seen at one shape
 
             def make(kernel: Any = kernel) -> Callable[[torch.Tensor], Any]:
                 packed = tuple(t.clone() for t in kernel.pack(stored, spec))
@@ -144,7 +153,7 @@ def run(place: Place, found: dict[str, Any], keep: Callable[[dict[str, Any]], No
     rows: list[Row] = []
     absent: dict[str, str] = {}
     with torch.no_grad():
-        for n, k in [(32, 256)] if place.smoke else SHAPES:
+        for n, k in [SMALL] if place.smoke else SHAPES:
             if place.over(EACH if not place.smoke else 0):
                 absent[f"{n}x{k}"] = "out of time"
                 continue

@@ -89,7 +89,9 @@ class Layer(nn.Module):
         self.qkv = make((s.heads + 2 * s.kv_heads) * s.head, s.hidden)
         self.o, self.gate_up, self.down = make(s.hidden, s.hidden), make(2 * s.middle, s.hidden), make(s.hidden, s.middle)
         self.norms = nn.ParameterList([torch.ones(s.hidden, device=device, dtype=dtype) for _ in range(2)])
-        self.register_buffer("cache", torch.zeros(2, 1, s.kv_heads, s.context, s.head, device=device, dtype=dtype), persistent=False)
+        self.register_buffer(
+            "cache", torch.zeros(2, 1, s.kv_heads, s.context, s.head, device=device, dtype=dtype), persistent=False
+        )
 
     def forward(self, x: Tensor, residual: Tensor, place: Tensor, turn: Tensor, glue: Glue) -> tuple[Tensor, Tensor]:
         """One token: ``x`` and ``residual`` are ``[1, hidden]``, ``place`` its position ``[1]``."""

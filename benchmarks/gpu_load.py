@@ -66,15 +66,17 @@ def loading(place: Place, directory: Path, sizes: Sizes, scheme: str) -> dict[st
     """``quantport.load``; on a GPU with the largest amount of memory that it had allocated."""
     import quantport
 
+    before = 0
     if not place.smoke:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(place.torch)
+        before = torch.cuda.memory_allocated(place.torch)
     device = "cpu" if place.smoke else place.device
     model = quantport.load(directory, scheme, device=device, model=lambda: tree(sizes.shapes()))
     plan = model.quantport_plan
     out = {"final": plan.after, "allowed_GiB": plan.peak / (1 << 30)}
     if not place.smoke:
-        peak = torch.cuda.max_memory_allocated(place.torch)
+        peak = torch.cuda.max_memory_allocated(place.torch) - before
         out |= {"peak_GiB": peak / (1 << 30), "peak_ratio": peak / plan.peak}
     return out
 
@@ -103,7 +105,9 @@ def run(place: Place, found: dict[str, Any], keep: Callable[[dict[str, Any]], No
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def _rounds(place: Place, cases: dict[str, Callable[[], dict[str, float]]], size: int, keep: Callable[[dict[str, Any]], None]) -> None:
+def _rounds(
+    place: Place, cases: dict[str, Callable[[], dict[str, float]]], size: int, keep: Callable[[dict[str, Any]], None]
+) -> None:
     times: dict[str, list[dict[str, float]]] = {name: [] for name in cases}
     failed: dict[str, str] = {}
     longest = 0.0

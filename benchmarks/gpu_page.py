@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from html import escape
-from typing import Any
+from pathlib import Path
 
 from gpu_targets import MISSING, ROWS, SHAPES, Data, Row, Target, best, targets
 
@@ -13,6 +14,7 @@ ABOUT = (
     "every shape and number of rows that they name; the number is the worst of them, and the columns after it are of that same case.",
     "The limit: bytes over the measured copy bandwidth, or operations over the measured matrix rate, whichever takes longer.",
 )
+TARGETS = ("", "number", "target", "", "worst case", "torchao", "gemlite", "limit")
 WIDTH, LINE, LEFT, SCALE = 900, 18, 330, 90
 
 
@@ -53,7 +55,9 @@ def linear(data: Data) -> list[str]:
                 share = f" ({row['limit'] / row['seconds']:.0%})" if row and row.get("limit") else ""
                 cells.append(f"{base[m] / row['seconds']:.2f}x{share}" if row and m in base else MISSING)
             lines.append([name, *cells])
-        out.append(f"### {shape[0]} x {shape[1]}\n\n" + (grid(["", *(f"M={m}" for m in ROWS)], lines) if lines else reason(data, "linear")))
+        out.append(
+            f"### {shape[0]} x {shape[1]}\n\n" + (grid(["", *(f"M={m}" for m in ROWS)], lines) if lines else reason(data, "linear"))
+        )
     absent = data.get("linear", {}).get("absent", {})
     return [*out, *(f"- {name}: {MISSING}: {why}" for name, why in absent.items())]
 
@@ -142,12 +146,38 @@ def plot(data: Data) -> str:
 def render(data: Data) -> tuple[str, str]:
     """The page in Markdown and the plot as SVG, from the JSON of a run; of nothing, everything is ``not measured``."""
     run = ", ".join(f"{k} {v}" for k, v in data.get("run", {}).items()) or f"{MISSING}: no run on a GPU is committed"
-    columns = ("", "number", "target", "", "worst case", "torchao", "gemlite", "limit")
-    parts = ["# GPU kernels", run, " ".join(ABOUT), grid(columns, map(target_row, targets(data))), "## Limits", limits(data)]
+    parts = ["# GPU kernels", run, " ".join(ABOUT), grid(TARGETS, map(target_row, targets(data))), "## Limits", limits(data)]
     parts += ["## Linear layers", "Speed over BF16 `F.linear`, and the share of the limit.", *linear(data)]
-    parts += ["## Quantizing a weight at load", plain(data, "quantize", {"scheme": "", "by": "", "read_GBps": ".1f", "share": ".0%"})]
-    parts += ["## Loading a checkpoint", plain(data, "load", {"name": "", "seconds": ".2f", "GBps": ".2f", "speed": ".2f", "peak_GiB": ".2f", "allowed_GiB": ".2f"})]
+    parts += [
+        "## Quantizing a weight at load",
+        plain(data, "quantize", {"scheme": "", "by": "", "read_GBps": ".1f", "share": ".0%"}),
+    ]
+    parts += [
+        "## Loading a checkpoint",
+        plain(data, "load", {"name": "", "seconds": ".2f", "GBps": ".2f", "speed": ".2f", "peak_GiB": ".2f", "allowed_GiB": ".2f"}),
+    ]
     parts += ["## Decoding", plain(data, "decode", {"name": "", "kernel": "", "ms": ".3f", "speed": ".2f"})]
     parts += ["## Kernels against the reference, on the device", checks(data)]
-    parts += ["## Bits of quantization, models, graphs", plain(data, "bits", {"name": "", "by": "", "state": ""}), plain(data, "models", {"name": "", "found": "", "state": ""})]
+    parts += [
+        "## Bits of quantization, models, graphs",
+        plain(data, "bits", {"name": "", "by": "", "state": ""}),
+        plain(data, "models", {"name": "", "found": "", "state": ""}),
+    ]
     return "\n\n".join(parts) + "\n", plot(data)
+
+
+def runs(folder: Path) -> dict[str, Data]:
+    """The runs on GPUs whose JSON is in a folder: file name without its ending -> data."""
+    found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+    return {name: data for name, data in found.items() if data.get("kind") == "gpu"}
+
+
+def index(folder: Path) -> str:
+    """The page of all GPUs: the targets of each run, with its page; everything ``not measured`` where no run is."""
+    found = runs(folder)
+    if not found:
+        return render({})[0]
+    parts = ["# GPU kernels"]
+    for name, data in found.items():
+        parts += [f"## [{data['run']['device']}]({name}.md)", grid(TARGETS, map(target_row, targets(data)))]
+    return "\n\n".join(parts) + "\n"

@@ -117,8 +117,14 @@ def add(bench: Any) -> None:
     from quantport.host import host
 
     if hasattr(torch, "_scaled_mm"):
-        for kind, label in (("tensor", "bare _scaled_mm, tensor scales"), ("row", "bare _scaled_mm, row scales"), ("block", "bare blockwise _scaled_mm")):
-            bench.add(label, lambda kind=kind: Bare(bench.dense, kind), bench.n * bench.k, kind="bare", scheme=f"fp8_{kind}", unit="fp8")
+        for kind, label in (
+            ("tensor", "bare _scaled_mm, tensor scales"),
+            ("row", "bare _scaled_mm, row scales"),
+            ("block", "bare blockwise _scaled_mm"),
+        ):
+            bench.add(
+                label, lambda kind=kind: Bare(bench.dense, kind), bench.n * bench.k, kind="bare", scheme=f"fp8_{kind}", unit="fp8"
+            )
     logging.getLogger("torchao").setLevel(logging.ERROR)
     for peer, make, schemes in (("torchao", torchao, TORCHAO), ("gemlite", gemlite, [*GEMLITE, "int4_weight_only"])):
         try:
@@ -140,5 +146,3 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             out[name] = "not installed"
     return out
-
-

@@ -34,7 +34,9 @@ def run(place: Place, found: dict[str, Any], keep: Callable[[dict[str, Any]], No
         try:
             declined = fast(weights[0][:16], scheme) is None
             row["by"] = "reference" if declined else "room"
-            chosen: Callable[[torch.Tensor], Any] = (lambda w, s=scheme: numerics.quantize_weight(w, s)) if declined else (lambda w, s=scheme: fast(w, s))
+            chosen: Callable[[torch.Tensor], Any] = (
+                (lambda w, s=scheme: numerics.quantize_weight(w, s)) if declined else (lambda w, s=scheme: fast(w, s))
+            )
             seconds = interleaved(place, {name: lambda i, c=chosen: c(weights[i % 2])}, 3 if declined else 7)[name]
             row |= {"seconds": seconds, "read_GBps": 2e-9 * n * k / seconds}
             if bandwidth:

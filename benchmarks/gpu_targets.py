@@ -112,7 +112,13 @@ def targets(data: Data) -> list[Target]:
         linear("over torch's blockwise scaled_mm at M >= 512", "fp8_per_block", 0.95, many, "bare blockwise"),
         linear(tell, "int8", 1.5, many),
         linear("over BF16 at M = 1", "int4_weight_only", 3.0, (1,)),
-        judge("int4_weight_only, of the bandwidth bound at M = 1", 80, [share(data, s, "int4_weight_only") for s in SHAPES], "%", compared=True),
+        judge(
+            "int4_weight_only, of the bandwidth bound at M = 1",
+            80,
+            [share(data, s, "int4_weight_only") for s in SHAPES],
+            "%",
+            compared=True,
+        ),
         linear("over BF16 at M = 64", "int4_weight_only", 1.0, (64,)),
         linear("over BF16 at M = 1", "fp8_weight_only", 1.7, (1,)),
         linear("over BF16 at M = 1", "int8_weight_only", 1.7, (1,)),
@@ -122,5 +128,3 @@ def targets(data: Data) -> list[Target]:
         judge("decode of the 8B shape in fp8, over BF16", 1.5, column(data, "decode", "speed", ["fp8_per_channel"])),
         judge("decode of the 8B shape in int4, over BF16", 2.2, column(data, "decode", "speed", ["int4_weight_only"])),
     ]
-
-
