@@ -29,6 +29,8 @@ from quantport.host import Host
 from quantport.kernel import WeightSpec
 from quantport.scheme import Scheme
 from quantport_triton.evidence import machine_code
+from quantport_triton.launch import traced
+from quantport_triton.weights import quantize_weight
 
 FILE = Path(__file__).parents[1] / "backends/triton/quantport_triton/evidence/cuda.json"
 SHAPES = ((4096, 4096), (28672, 4096))  # of Llama-3.1-8B: out, in
@@ -38,8 +40,6 @@ Entries = dict[str, dict[str, Any]]
 
 def launches(kernel: Any, scheme: Scheme, arch: Arch) -> list[Any]:
     """What a kernel launches for a scheme over all shapes and rows, each specialization once."""
-    from quantport_triton.launch import traced
-
     with FakeTensorMode(), traced(arch.name) as found:
         for n, k in SHAPES:
             spec = WeightSpec(scheme, n, k)
@@ -47,6 +47,14 @@ def launches(kernel: Any, scheme: Scheme, arch: Arch) -> list[Any]:
             packed = kernel.pack(stored, spec)
             for m in ROWS:
                 kernel.run(torch.empty(m, k, dtype=arch.compute, device="cuda"), packed, None, spec)
+    return list(dict.fromkeys(found))
+
+
+def quantizing(scheme: Scheme, arch: Arch) -> list[Any]:
+    """What quantizing a weight to a scheme launches."""
+    with FakeTensorMode(), traced(arch.name) as found:
+        for n, k in SHAPES:
+            quantize_weight(torch.empty(n, k, dtype=torch.bfloat16, device="cuda"), scheme)
     return list(dict.fromkeys(found))
 
 
@@ -83,19 +91,18 @@ def of_target(name: str, filed: Mapping[str, Any], compile_all: bool, only_trace
     """Family -> scheme -> entry for one architecture; of an entry that is only traced, nothing but its fingerprint."""
     host = Host(only=["cuda"])
     arch = host.backends["cuda"].archs[name]
+    kernels = [k for k in host.kernels("cuda") if hasattr(k, "family")]
+    work = {(k.family, s.name): (launches(k, s, arch), k.matrix) for k in kernels for s in host.schemes.values() if k.serves(s)}
+    work |= {("quantize", s.name): (found, ()) for s in host.schemes.values() if (found := quantizing(s, arch))}
     out: dict[str, Entries] = {}
-    for kernel in (k for k in host.kernels("cuda") if hasattr(k, "family")):
-        for scheme in (s for s in host.schemes.values() if kernel.serves(s)):
-            found = launches(kernel, scheme, arch)
-            old = filed.get(kernel.family, {}).get(scheme.name)
-            fresh = old is not None and old.get("fingerprint") == machine_code.fingerprint(found)
-            if fresh and not compile_all:
-                new = old
-            elif only_trace and not compile_all:
-                new = {"fingerprint": machine_code.fingerprint(found)}
-            else:
-                new = entry(found, kernel.matrix, name)
-            out.setdefault(kernel.family, {})[scheme.name] = new
+    for (family, scheme), (found, matrix) in work.items():
+        old = filed.get(family, {}).get(scheme)
+        new = {"fingerprint": machine_code.fingerprint(found)}
+        if old is not None and old.get("fingerprint") == new["fingerprint"] and not compile_all:
+            new = old
+        elif compile_all or not only_trace:
+            new = entry(found, matrix, name)
+        out.setdefault(family, {})[scheme] = new
     return out
 
 

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import re
 import subprocess
 import tempfile
 import tokenize
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -59,9 +61,10 @@ def compile_for(launch: Launch, kind: str, arch: str) -> Compiled:
     types = dict(launch.types)
     even = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(types) if name in launch.divisible and types[name] != "constexpr"}
     source = ASTSource(launch.kernel, types, dict(launch.constants), even)
-    options = {"num_warps": launch.warps, "num_stages": launch.stages}
+    options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": launch.fusion}
     try:
-        compiled = triton.compile(source, target=GPUTarget(kind, int(arch.removeprefix("sm_")), 32), options=options)
+        with _silent():
+            compiled = triton.compile(source, target=GPUTarget(kind, int(arch.removeprefix("sm_")), 32), options=options)
     except Exception as error:  # whatever the compiler raises is its refusal
         return Compiled(because=_reason(error))
     limit, shared = SHARED[arch], int(compiled.metadata.shared)
@@ -69,6 +72,19 @@ def compile_for(launch: Launch, kind: str, arch: str) -> Compiled:
     text = disassemble(compiled.asm["cubin"])
     found = set(_MATRIX.findall(text)) if text else set(_PTX.findall(compiled.asm["ptx"]))
     return Compiled(tuple(sorted(found)), "tt.dot" in compiled.asm["ttir"], shared, len(_LOCAL.findall(text)), too_much)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """What MLIR writes to the standard error itself, a page for each refusal, is not shown."""
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def disassemble(cubin: bytes) -> str:
