@@ -29,5 +29,4 @@ def _wide(operand):
 
 
 interpreter.InterpreterBuilder.create_dot = _create_dot
-if not hasattr(interpreter.InterpreterBuilder, "create_dot_scaled"):
-    interpreter.InterpreterBuilder.create_dot_scaled = triton_emulation.create_dot_scaled(interpreter.TensorHandle)
+triton_emulation.install(interpreter)
