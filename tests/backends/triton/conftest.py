@@ -47,5 +47,4 @@ def _cast_impl(self, source, to):
 
 
 interpreter.InterpreterBuilder.cast_impl = _cast_impl
-if not hasattr(interpreter.InterpreterBuilder, "create_dot_scaled"):
-    interpreter.InterpreterBuilder.create_dot_scaled = triton_emulation.create_dot_scaled(interpreter.TensorHandle)
+triton_emulation.install(interpreter)
