@@ -32,8 +32,8 @@ def maker(place: Place, scheme: str | None, dtype: torch.dtype, used: list[str])
     from quantport.modules import QuantLinear
 
     fast = host().backends[place.device.kind].quantize_weight
-    known = host().kernels(place.device.kind)
-    table = {kernel.name: kernel for kernel in place.kernels if kernel in known}  # compiled graphs find kernels by name
+    known = {kernel.name for kernel in host().kernels(place.device.kind)}
+    table = {kernel.name: kernel for kernel in place.kernels if kernel.name in known}  # compiled graphs find kernels by name
 
     def quantized(n: int, k: int) -> nn.Module:
         spec = WeightSpec(host().schemes[scheme], n, k)

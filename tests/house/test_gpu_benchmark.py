@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
-import math
 import os
 import subprocess
 import sys
+import types
 from importlib.metadata import entry_points
 
 import house_source as house
@@ -214,10 +215,33 @@ def test_smoke_of_the_stages_that_check(tmp_path):
     assert (tmp_path / "smoke.md").exists()
 
 
-def test_a_stage_that_ends_too_late_is_ended_and_says_so(tmp_path):
-    run = smoke(tmp_path, "--only", "models", "--total", "31")
-    assert math.isfinite(run["models"]["seconds"])
-    assert run["models"].get("missing") or run["models"]["rows"]
+def test_a_stage_that_does_not_end_is_ended_and_says_so(bench, tmp_path, monkeypatch):
+    gpu = bench("gpu")
+    monkeypatch.setattr(gpu, "GRACE", 0.1)
+    found = gpu.stage("models", argparse.Namespace(smoke=True), {}, 0.1, tmp_path)  # less than importing torch takes
+    assert found["missing"] == "it did not end within 0 s"
+    assert found["seconds"] < 5
+
+
+def test_a_stage_that_fails_keeps_what_it_had_and_says_why(bench, tmp_path, monkeypatch):
+    gpu, module = bench("gpu"), types.SimpleNamespace()
+
+    def run(place, found, keep):
+        keep({"rows": [1]})
+        raise ZeroDivisionError("by nought")
+
+    module.run = run
+    monkeypatch.setattr(gpu.importlib, "import_module", lambda name: module)
+    monkeypatch.delenv("QUANTPORT_BENCH_RAISE", raising=False)
+    out = tmp_path / "out.json"
+    gpu.run_stage(argparse.Namespace(smoke=True, until=0.0, stage="limits", found=tmp_path / "none.json", out=out))
+    assert json.loads(out.read_text(encoding="utf-8")) == {"rows": [1], "missing": "ZeroDivisionError: by nought"}
+
+
+def test_no_stage_begins_without_time(tmp_path):
+    run = smoke(tmp_path, "--total", "0.5")
+    assert all(run[name] == {"missing": "out of time"} for name in ("limits", "checks", "linear", "decode"))
+    assert "not measured: out of time" in (tmp_path / "smoke.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
