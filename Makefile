@@ -1,5 +1,5 @@
 # One target for each intent; the same for people and for CI.
-.PHONY: setup check test nightly demo build bench docs models clean
+.PHONY: setup check test nightly demo build bench gpu docs models clean
 
 setup: ; @ci/setup
 check: setup ; @ci/check
@@ -8,6 +8,7 @@ nightly: setup ; @ci/nightly
 demo: setup ; @ci/demo
 build: setup ; @ci/build
 bench: setup ; @ci/bench
+gpu: ; @ci/gpu
 docs: setup ; @ci/docs
 models: setup ; @ci/models
 clean: ; @rm -rf .venv dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -309,3 +309,13 @@ def test_activations_of_another_width_are_refused(scheme, compiled):
         with pytest.raises(RuntimeError, match="96"):
             run(torch.randn(3, width).bfloat16())
     assert net(torch.randn(3, 96).bfloat16()).shape == (3, 70)
+
+
+def test_one_compiled_graph_serves_a_batch_that_equals_a_size_of_the_weight():
+    layer = nn.Sequential(nn.Linear(256, 256, bias=False, dtype=torch.bfloat16))
+    quantport.quantize_(layer, "int4_weight_only")
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for rows in (2, 3, 256):  # each row of the weight has 2 scales
+            x = torch.randn(rows, 256, dtype=torch.bfloat16)
+            assert torch.equal(compiled(x), layer(x))

@@ -60,7 +60,8 @@ class Launch:
         """The kernel and its constants, for people."""
         constants = ", ".join(f"{k}={v}" for k, v in self.constants)
         kinds = ", ".join(v for _, v in self.types if v != "constexpr")
-        return f"{self.kernel.__name__}({kinds}; {constants}; {self.warps} warps, {self.stages} stages)"
+        fused = "" if self.fusion else ", no fused multiply-add"
+        return f"{self.kernel.__name__}({kinds}; {constants}; {self.warps} warps, {self.stages} stages{fused})"
 
 
 _TRACE: ContextVar[tuple[str, list[Launch]] | None] = ContextVar("quantport_triton_trace", default=None)

@@ -22,7 +22,20 @@ def _wide(operand):
     return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
 
 
+def _create_fma(self, x, y, z):
+    """The interpreter rounds the product. In fp64 it is exact; the sum is rounded to odd there, so that fp32 can round it once."""
+    product, addend = x.data.astype(np.float64) * y.data, z.data.astype(np.float64)
+    total = product + addend
+    back = total - product
+    lost = (product - (total - back)) + (addend - back)
+    bits = total.view(np.int64)
+    away = np.where((lost > 0) == (total > 0), 1, -1)
+    odd = np.where((lost != 0) & np.isfinite(total) & (bits & 1 == 0), bits + away, bits)
+    return interpreter.TensorHandle(odd.view(np.float64).astype(np.float32), z.dtype.scalar)
+
+
 interpreter.InterpreterBuilder.create_dot = _create_dot
+interpreter.InterpreterBuilder.create_fma = _create_fma
 
 
 def _cast_impl(self, source, to):
@@ -34,12 +47,4 @@ def _cast_impl(self, source, to):
 
 
 interpreter.InterpreterBuilder.cast_impl = _cast_impl
-if not hasattr(interpreter.InterpreterBuilder, "create_dot_scaled"):
-    interpreter.InterpreterBuilder.create_dot_scaled = triton_emulation.create_dot_scaled(interpreter.TensorHandle)
-
-
-@pytest.fixture(autouse=True)
-def _quiet():
-    """Arithmetic with Inf and NaN is meant: a GPU does not warn of it."""
-    with np.errstate(all="ignore"):
-        yield
+triton_emulation.install(interpreter)

@@ -21,12 +21,21 @@ def values(codes, scale, kind, packed_along_k=True):
     return value * np.repeat(scale.data.view(stored).astype(np.float64), group, 1)
 
 
-def create_dot_scaled(handle):
-    """The method ``InterpreterBuilder.create_dot_scaled``; ``handle`` is the interpreter's ``TensorHandle``."""
+def install(interpreter):
+    """Gives the interpreter ``create_dot_scaled`` where it has none, and lets formats be strings there, as compiled code does."""
+    builder = interpreter.InterpreterBuilder
+    if hasattr(builder, "create_dot_scaled"):
+        return
+    semantic = type(interpreter.interpreter_semantic)
+    checked = semantic.dot_scaled
 
-    def method(self, left, left_scale, left_format, right, right_scale, right_format, fast, left_packed, right_packed, total):
+    def dot_scaled(self, left, left_scale, left_format, right, right_scale, right_format, *rest):
+        formats = (interpreter.tl.constexpr(name) for name in (left_format, right_format))
+        return checked(self, left, left_scale, next(formats), right, right_scale, next(formats), *rest)
+
+    def create_dot_scaled(self, left, left_scale, left_format, right, right_scale, right_format, fast, left_packed, right_packed, total):
         a = values(left.data, left_scale, left_format, left_packed)
         b = values(np.ascontiguousarray(right.data.T), right_scale, right_format, right_packed)
-        return handle((a @ b.T).astype(np.float32) + total.data, total.dtype.scalar)
+        return interpreter.TensorHandle((a @ b.T).astype(np.float32) + total.data, total.dtype.scalar)
 
-    return method
+    semantic.dot_scaled, builder.create_dot_scaled = dot_scaled, create_dot_scaled

@@ -5,10 +5,17 @@ The machine code and not PTX is the judge: on sm_90, PTX's ``mma.sync`` of e4m3 
 
 from __future__ import annotations
 
+import hashlib
+import io
+import os
 import re
 import subprocess
 import tempfile
+import tokenize
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +29,7 @@ SHARED = {
 
 _MATRIX = re.compile(r"\b((?:UTC)?[HIQO](?:G?)MMA(?:\.[A-Z0-9_x]+)*)")
 _LOCAL = re.compile(r"\b(?:STL|LDL)\b")
+_CODE = (tokenize.NAME, tokenize.NUMBER, tokenize.STRING, tokenize.OP)
 _PTX = re.compile(r"\b((?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)[\w.:]*)")
 
 
@@ -53,9 +61,10 @@ def compile_for(launch: Launch, kind: str, arch: str) -> Compiled:
     types = dict(launch.types)
     even = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(types) if name in launch.divisible and types[name] != "constexpr"}
     source = ASTSource(launch.kernel, types, dict(launch.constants), even)
-    options = {"num_warps": launch.warps, "num_stages": launch.stages}
+    options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": launch.fusion}
     try:
-        compiled = triton.compile(source, target=GPUTarget(kind, int(arch.removeprefix("sm_")), 32), options=options)
+        with _silent():
+            compiled = triton.compile(source, target=GPUTarget(kind, int(arch.removeprefix("sm_")), 32), options=options)
     except Exception as error:  # whatever the compiler raises is its refusal
         return Compiled(because=_reason(error))
     limit, shared = SHARED[arch], int(compiled.metadata.shared)
@@ -63,6 +72,19 @@ def compile_for(launch: Launch, kind: str, arch: str) -> Compiled:
     text = disassemble(compiled.asm["cubin"])
     found = set(_MATRIX.findall(text)) if text else set(_PTX.findall(compiled.asm["ptx"]))
     return Compiled(tuple(sorted(found)), "tt.dot" in compiled.asm["ttir"], shared, len(_LOCAL.findall(text)), too_much)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """What MLIR writes to the standard error itself, a page for each refusal, is not shown."""
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def disassemble(cubin: bytes) -> str:
@@ -82,3 +104,27 @@ def _reason(error: Any) -> str:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip(" ^")]
     return f"{type(error).__name__}: {lines[-1] if lines else 'no message'}"[:200]
+
+
+def fingerprint(launches: Sequence[Launch]) -> str:
+    """Changes when what is compiled changes: sources without comments, types, constants, options, the version of Triton."""
+    import triton
+
+    texts = sorted({text for launch in launches for text in _sources(launch.kernel)})
+    names = [f"{launch.name} {sorted(launch.divisible)}" for launch in launches]
+    return hashlib.sha256("\n".join([triton.__version__, *names, *texts]).encode()).hexdigest()[:16]
+
+
+@cache
+def _sources(kernel: Any) -> frozenset[str]:
+    """The source of a kernel and of every jitted function that it calls, without comments, docstrings and layout."""
+    found, left = {}, [kernel]
+    while left:
+        function = left.pop()
+        if function in found:
+            continue
+        tokens = tokenize.generate_tokens(io.StringIO(function.src).readline)
+        found[function] = " ".join(t.string for t in tokens if t.type in _CODE and not t.string.startswith('"""'))
+        known = function.fn.__globals__
+        left += [known[name] for name in function.fn.__code__.co_names if hasattr(known.get(name), "src")]
+    return frozenset(found.values())

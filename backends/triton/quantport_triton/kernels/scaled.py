@@ -14,6 +14,9 @@ from quantport_triton.launch import Config, target_of
 from quantport_triton.quantize import quantize
 from quantport_triton.tuned import way
 
+E4M3FN = ("QMMA", "QGMMA", "UTCQMMA")  # matrix instructions of each width
+INT8 = ("IMMA", "IGMMA", "UTCIMMA")
+
 
 class TritonScaled(TritonKernel):
     """What these families share: activations are quantized, codes are multiplied, scales are applied to the sums.
@@ -59,7 +62,7 @@ class TritonScaled(TritonKernel):
 class TritonFp8(TritonScaled):
     """W8A8 e4m3fn: a scale for each token, and one for each output channel or for the whole weight."""
 
-    family = "fp8"
+    family, matrix = "fp8", E4M3FN
     weights = (Quant("e4m3fn", 0, 0), Quant("e4m3fn", 1, 0))
     activation = Quant("e4m3fn", 1, 0)
 
@@ -67,7 +70,7 @@ class TritonFp8(TritonScaled):
 class TritonFp8Block(TritonScaled):
     """W8A8 e4m3fn: scales of 1 x 128 activations and of 128 x 128 weights, applied to each partial product in fp32."""
 
-    family = "fp8_block"
+    family, matrix = "fp8_block", E4M3FN
     weights = (Quant("e4m3fn", 128, 128),)
     activation = Quant("e4m3fn", 1, 128)
 
@@ -75,7 +78,7 @@ class TritonFp8Block(TritonScaled):
 class TritonInt8(TritonScaled):
     """W8A8 int8: exact sums in int32, then a scale for each token and one for each output channel."""
 
-    family = "int8"
+    family, matrix = "int8", INT8
     weights = (Quant("int8", 1, 0),)
     activation = Quant("int8", 1, 0)
 
@@ -83,6 +86,6 @@ class TritonInt8(TritonScaled):
 class TritonInt4Int8(TritonScaled):
     """W4A8: int4 codes become int8 in registers; the exact sum over each group of 128 is scaled and added in fp32."""
 
-    family = "int4_int8"
+    family, matrix = "int4_int8", INT8
     weights = (Quant("int4", 1, 128, "bf16"),)
     activation = Quant("int8", 1, 0)

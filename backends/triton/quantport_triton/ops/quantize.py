@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quantport_triton.ops.encode import EPS, TINY, bf16, e4m3fn_scale, e4m3fn_value, encode, fp32, magnitude, quotient, scale_of
+from quantport_triton.ops.encode import EPS, TINY, codes_of, e4m3fn_scale, e4m3fn_value, fp32, magnitude, round_as, scale_of
 
 
 @triton.jit
@@ -97,12 +97,7 @@ def outer_scaled(value, x, outer, row, rows, start, K, HALF: tl.constexpr, OUTER
     column = start // OUTER + tl.arange(0, COUNT)
     inside = (row < rows)[:, None] & (column < count)[None, :]
     tl.store(outer + row[:, None] * count + column[None, :], factor, mask=inside)
-    wide = tl.div_rn(wide, factor[:, :, None])
-    if x.dtype.element_ty == tl.bfloat16:
-        wide = bf16(wide).to(tl.float32, bitcast=True)
-    else:
-        wide = wide.to(x.dtype.element_ty).to(tl.float32)
-    return tl.reshape(wide, value.shape)
+    return tl.reshape(round_as(tl.div_rn(wide, factor[:, :, None]), x), value.shape)
 
 
 @triton.jit
@@ -133,7 +128,7 @@ def groups(x, codes, scale, outer, top, N, K, stride, units, blocks, row_step, g
     else:
         stored, divisor = scale_of(amax, SCALE, HALF, UP, EMAX)
     put_scales(scale, stored, row, N, group, blocks, row_step, group_step, SWIZZLE)
-    code = encode(quotient(value, divisor[:, :, None], SCALE), FORMAT)
+    code = codes_of(value, divisor[:, :, None], FORMAT, SCALE)
     put_codes(codes, code, row, N, group * GROUP, K, units, GROUP, BITS, BYTES, EVEN)
 
 
@@ -150,7 +145,7 @@ def row_part(value, top, codes, scale, row, rows, first, K, units, blocks, row_s
         divisor = divisor[:, :, None]
     else:
         stored, divisor = scale_of(top, SCALE, HALF, 0, 0)
-    code = encode(tl.div_rn(value, divisor), FORMAT)
+    code = codes_of(value, divisor, FORMAT, SCALE)
     put_codes(codes, code, row, rows, start, K, units, value.shape[2], BITS, BYTES, EVEN)
 
 
@@ -201,7 +196,7 @@ def squares(x, codes, scale, N, K, stride, units, blocks,
     value = fp32(x, row[:, None, None] * stride + k, inside)
     stored, divisor = scale_of(tl.max(tl.max(tl.max(magnitude(value), 2), 1), 0), SCALE, HALF, 0, 0)
     tl.store(scale + program, stored.to(scale.dtype.element_ty))
-    put_codes(codes, encode(tl.div_rn(value, divisor), FORMAT), row, N, start, K, units, GROUP, BITS, BYTES, EVEN)
+    put_codes(codes, codes_of(value, divisor, FORMAT, SCALE), row, N, start, K, units, GROUP, BITS, BYTES, EVEN)
 
 
 @triton.jit
@@ -222,5 +217,5 @@ def whole(x, codes, scale, top, size,
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     stored, divisor = scale_of(tl.load(top), SCALE, HALF, 0, 0)
     tl.store(scale, stored.to(scale.dtype.element_ty), mask=tl.program_id(0) == 0)
-    code = encode(tl.div_rn(fp32(x, place, place < size), divisor), FORMAT)
+    code = codes_of(fp32(x, place, place < size), divisor, FORMAT, SCALE)
     tl.store(codes + place, code.to(tl.uint8), mask=place < size)

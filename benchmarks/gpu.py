@@ -1,0 +1,187 @@
+"""GPU kernels, checked against the reference and measured: one command, eight minutes, one GPU.
+
+Writes ``benchmarks/results/<device>.json`` after every stage, and a page and a plot made from it. Each stage is a process of its
+own with a time to end: one that fails, hangs or runs out of time is ``not measured`` with the reason, and the others go on.
+
+    python benchmarks/gpu.py                                      # everything
+    python benchmarks/gpu.py --evidence                           # and backends/cuda/quantport_cuda/tuned/<arch>.json
+    python benchmarks/gpu.py --render benchmarks/results/X.json   # page and plot again
+    TRITON_INTERPRET=1 python benchmarks/gpu.py --smoke           # the same code without a GPU, tiny; writes to a temporary folder
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from gpu_page import index, render
+from gpu_place import ROOT, Place, find_quantport, told
+
+RESULTS = ROOT / "benchmarks" / "results"
+TOTAL = 460  # seconds: with what starting costs, eight minutes
+GRACE = 4  # seconds after which a stage that should have ended is ended
+STAGES = {  # name -> (module, seconds that it may take; what one leaves, the next ones have)
+    "limits": ("gpu_limits", 25),
+    "checks": ("gpu_checks", 105),
+    "bits": ("gpu_bits", 25),
+    "models": ("gpu_models", 60),
+    "linear": ("gpu_linear", 110),
+    "quantize": ("gpu_quantize", 20),
+    "load": ("gpu_load", 65),
+    "decode": ("gpu_decode", 50),
+}
+Data = dict[str, Any]
+
+
+def write(path: Path, text: str) -> None:
+    """Writes a file that is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(path.suffix + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def save(path: Path, data: Any) -> None:
+    """Writes JSON, whole or not at all."""
+    write(path, json.dumps(data, indent=1) + "\n")
+
+
+def read(path: Path) -> Data:
+    """What a stage wrote, if anything."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def stage(name: str, args: argparse.Namespace, found: Data, seconds: float, folder: Path) -> Data:
+    """Runs a stage in a process of its own, and returns what it had written when it ended or was ended."""
+    out, before = folder / f"{name}.json", folder / f"{name}.before.json"
+    save(before, found)
+    start = time.monotonic()
+    command = [
+        sys.executable,
+        __file__,
+        "--stage",
+        name,
+        "--until",
+        str(start + seconds),
+        "--out",
+        str(out),
+        "--found",
+        str(before),
+    ]
+    command += ["--smoke"] if args.smoke else []
+    process = subprocess.Popen(command, start_new_session=True)
+    why = ""
+    try:
+        code = process.wait(seconds + GRACE)
+        why = f"the process ended with {code}" if code else ""
+    except subprocess.TimeoutExpired:
+        why = f"it did not end within {seconds:.0f} s"
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)  # the stage and what it started
+            process.wait()
+    result = read(out)
+    if why and not result.get("missing"):
+        result["missing"] = why
+    return {**result, "seconds": round(time.monotonic() - start, 1)}
+
+
+def run_stage(args: argparse.Namespace) -> None:
+    """Inside the process of a stage. Its end is a time of the clock that all processes of the machine share."""
+    find_quantport()
+    place = Place(args.smoke, args.until)
+    result: Data = {}
+
+    def keep(part: Data) -> None:
+        result.update(part)
+        save(args.out, result)
+
+    try:
+        importlib.import_module(STAGES[args.stage][0]).run(place, read(args.found), keep)
+    except Exception as error:  # a stage that fails says why, and the next one runs
+        if os.environ.get("QUANTPORT_BENCH_RAISE"):
+            raise
+        keep({"missing": told(error)})
+
+
+def pages(path: Path, data: Data) -> None:
+    """The page and the plot beside the JSON."""
+    page, plot = render(data)
+    write(path.with_suffix(".md"), page)
+    write(path.with_suffix(".svg"), plot)
+    if path.parent == RESULTS:
+        write(RESULTS / "gpu.md", index(RESULTS))
+
+
+def measure(args: argparse.Namespace) -> Path:
+    """Every stage; returns the path of the JSON."""
+    start = time.monotonic()
+    find_quantport()
+    place = Place(args.smoke, start + args.total)
+    data: Data = {"kind": "gpu", "run": place.describe()}
+    slug = re.sub(r"[^a-z0-9]+", "-", data["run"]["device"].lower()).strip("-")
+    path = (Path(tempfile.mkdtemp(prefix="quantport-smoke-")) if args.smoke else RESULTS) / f"{slug}.json"
+    path = args.out.resolve() if args.out else path
+    scale, due = args.total / TOTAL, start
+    with tempfile.TemporaryDirectory() as folder:
+        for name, (_, seconds) in STAGES.items():
+            due += seconds * scale
+            left = due - time.monotonic()
+            if args.only and name not in args.only:
+                data[name] = {"missing": "not asked for"}
+            elif left < 3:
+                data[name] = {"missing": "out of time"}
+            else:
+                print(f"{name}: {left:.0f} s at most", flush=True)
+                data[name] = stage(name, args, data, left, Path(folder))
+                print(f"{name}: {data[name]['seconds']} s {data[name].get('missing', '')}", flush=True)
+            save(path, data)
+            pages(path, data)
+    data["run"]["seconds"] = round(time.monotonic() - start)
+    save(path, data)
+    pages(path, data)
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="without a GPU, tiny; needs TRITON_INTERPRET=1")
+    parser.add_argument("--only", nargs="+", choices=list(STAGES), help="these stages; the others are not measured")
+    parser.add_argument("--total", type=float, default=TOTAL, help="seconds for all stages")
+    parser.add_argument("--out", type=Path, help="where the JSON goes")
+    parser.add_argument("--render", type=Path, metavar="FILE", help="page and plot of a JSON that is there")
+    parser.add_argument("--evidence", action="store_true", help="write the measured evidence of the room")
+    parser.add_argument("--tune", type=float, metavar="SECONDS", help="search configurations of the Triton kernels, and end")
+    for name, kind in (("--stage", str), ("--found", Path), ("--until", float)):
+        parser.add_argument(name, type=kind, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.smoke and os.environ.get("TRITON_INTERPRET") != "1":
+        parser.error("--smoke runs in Triton's interpreter: TRITON_INTERPRET=1 python benchmarks/gpu.py --smoke")
+    if args.render:
+        pages(args.render.resolve(), read(args.render))
+    elif args.stage:
+        run_stage(args)
+    elif args.tune:
+        find_quantport()
+        print(importlib.import_module("gpu_tune").run(Place(args.smoke, time.monotonic() + args.tune), args.out))
+    else:
+        path = measure(args)
+        if args.evidence and not args.smoke:
+            print(importlib.import_module("gpu_evidence").write_evidence(read(path), save))
+        print(path.with_suffix(".md").read_text(encoding="utf-8"))
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""Quantization on the device against the reference on the CPU, bit by bit: weights of every scheme, activations of every kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from gpu_checks import OPTIONS
+from gpu_place import Place, told
+
+SHAPES = ((67, 200), (256, 1024))
+SMOKE = ("fp8_per_channel", "int4_weight_only", "mxfp4_weight_only")
+
+
+def hard(m: int, k: int, dtype: torch.dtype) -> torch.Tensor:
+    """A matrix on the CPU with what breaks quantizers: zeros, ties, subnormals, huge and tiny rows, outliers."""
+    x = torch.randn(m, k)
+    x[0] = 0
+    x[1] *= 1e-3 if dtype is torch.float16 else 1e-30
+    x[2] *= 1e3 if dtype is torch.float16 else 1e30
+    x[3] = torch.arange(k).remainder(17) * 0.5 - 4
+    x[4, ::7] = 0
+    x[5, :] = torch.finfo(dtype).smallest_normal / 2
+    x[6, 3] = 300
+    return x.to(dtype)
+
+
+def equal(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> str:
+    """What differs between two sets of tensors, in bits: empty when nothing does."""
+    wrong = [
+        name
+        for name in a.keys() | b.keys()
+        if name not in a or name not in b or a[name].dtype != b[name].dtype or a[name].shape != b[name].shape
+    ]
+    if wrong:
+        return f"other tensors: {', '.join(sorted(wrong))}"
+    for name in a:
+        x, y = (t.cpu().contiguous().view(torch.uint8) for t in (a[name], b[name]))
+        if not torch.equal(x, y):
+            wrong.append(f"{name}: {(x != y).sum().item()} of {x.numel()} bytes differ")
+    return "; ".join(wrong)
+
+
+def weights(place: Place, name: str) -> dict[str, str]:
+    """One scheme: by the room's quantizer where it does not decline, and by the reference on the device."""
+    from quantport import numerics
+    from quantport.host import host
+
+    scheme, fast = host().schemes[name], host().backends[place.device.kind].quantize_weight
+    by, wrong = "reference", []
+    for shape in SHAPES:
+        for dtype in place.dtypes:
+            dense = hard(*shape, dtype)
+            want = numerics.quantize_weight(dense, scheme)
+            there = dense.to(place.torch)
+            got = fast(there, scheme)
+            by = by if got is None else "room"
+            wrong.append(equal(got or numerics.quantize_weight(there, scheme), want))
+    failures = "; ".join(w for w in wrong if w)
+    return {"by": by, "state": failures or "equal"}
+
+
+def activations(place: Place, quant: Any) -> dict[str, str]:
+    """One kind of activations, by ``quantport_triton.quantize``."""
+    from quantport import numerics
+    from quantport_triton.quantize import quantize
+
+    wrong = []
+    for shape in ((1, 200), *SHAPES):
+        for dtype in place.dtypes:
+            x = hard(max(7, shape[0]), shape[1], dtype)[-shape[0] :]
+            blocks = numerics.quantize_blocks(x, quant)
+            codes = blocks.codes if quant.element.bits == 8 else numerics.pack_bits(blocks.codes, quant.element.bits)
+            got = quantize(x.to(place.torch), quant)
+            outer = {} if blocks.outer is None else {"outer": blocks.outer}
+            there = {} if got.outer is None else {"outer": got.outer}
+            wrong.append(equal({"codes": got.codes, "scale": got.scale, **there}, {"codes": codes, "scale": blocks.scale, **outer}))
+    failures = "; ".join(w for w in wrong if w)
+    return {"by": "quantport_triton", "state": failures or "equal"}
+
+
+def run(place: Place, found: dict[str, Any], keep: Callable[[dict[str, Any]], None]) -> None:
+    """Every scheme, then every activation quantization that one of them has."""
+    from quantport.host import host
+
+    schemes = host().schemes
+    names = SMOKE if place.smoke else [n for n in (*schemes, *OPTIONS) if n != "bf16"]
+    quants = dict.fromkeys(schemes[n].activation for n in names if schemes[n].activation)
+    todo: list[tuple[str, Callable[[], dict[str, str]]]] = [(f"weights, {n}", lambda n=n: weights(place, n)) for n in names]  # type: ignore[misc]  # a default
+    todo += [(f"activations, {q}, {q.scale}", lambda q=q: activations(place, q)) for q in quants]  # type: ignore[misc]  # a default
+    rows = []
+    for name, check in todo:
+        row: dict[str, Any] = {"name": name}
+        try:
+            row |= {"missing": "out of time"} if place.over(1) else check()
+        except Exception as error:
+            row["state"] = told(error)
+        rows.append(row)
+        keep({"rows": rows, "failed": sum(r.get("state", "equal") != "equal" for r in rows)})

@@ -1,0 +1,49 @@
+"""The measured evidence of the CUDA room, from the JSON of a run: speed over BF16 and largest error of every kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from gpu_place import ROOT
+from gpu_targets import SHAPES
+
+KEYS = ("device", "date", "commit", "torch", "triton")
+
+
+def errors(data: Mapping[str, Any]) -> dict[tuple[str, str], float]:
+    """Largest error of each kernel and scheme; those with a case that failed are not there."""
+    out: dict[tuple[str, str], float] = {}
+    failed = set()
+    for row in data.get("checks", {}).get("rows", []):
+        key = row["kernel"], row["scheme"]
+        if row.get("ok"):
+            out[key] = max(row["error"], out.get(key, 0.0))
+        elif not row.get("skipped"):
+            failed.add(key)
+    return {key: error for key, error in out.items() if key not in failed}
+
+
+def evidence(data: Mapping[str, Any], shape: tuple[int, int] = SHAPES[0]) -> dict[str, Any]:
+    """What ``backends/cuda/quantport_cuda/tuned/<arch>.json`` holds: only kernels that were right in every case that ran."""
+    rows = [r for r in data.get("linear", {}).get("rows", []) if tuple(r["shape"]) == shape]
+    base = {r["m"]: r["seconds"] for r in rows if r["kind"] == "baseline"}
+    right = errors(data)
+    kernels: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        key = row["kernel"], row["scheme"]
+        if row["kind"] == "ours" and key in right and row["m"] in base:
+            cell = kernels.setdefault(row["kernel"], {}).setdefault(row["scheme"], {"error": right[key], "speeds": {}})
+            cell["speeds"][str(row["m"])] = round(base[row["m"]] / row["seconds"], 3)
+    return {"run": {key: data["run"][key] for key in KEYS}, "shape": list(shape), "kernels": kernels}
+
+
+def write_evidence(data: Mapping[str, Any], save: Callable[[Path, Any], None]) -> str:
+    """Writes the evidence of the architecture that the run was on, and says where."""
+    found = evidence(data)
+    if not found["kernels"]:
+        return "no evidence written: no kernel was both checked and measured"
+    path = ROOT / "backends" / "cuda" / "quantport_cuda" / "tuned" / f"{data['run']['arch']}.json"
+    save(path, found)
+    return f"wrote {path}"

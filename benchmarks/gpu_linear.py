@@ -1,0 +1,172 @@
+"""Linear layers of Llama-3.1-8B and 70B, weights cold in cache: every kernel of the room beside BF16, the peers and the limit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import gpu_peers
+import torch
+from gpu_checks import TIMED
+from gpu_place import Call, Place, interleaved, told, weight
+from gpu_targets import ROWS, SHAPES
+from torch.nn import functional as F
+
+Layers = list[Callable[[torch.Tensor], Any]]
+Row = dict[str, Any]
+BASE = "BF16 F.linear"
+EACH = 6.0  # seconds that one shape needs at least
+NATIVE = ("mxfp8", "mxfp4", "nvfp4")  # measured only where a matrix unit multiplies them: weight-only they are in the list already
+SMALL = (32, 256)
+SMOKE = ("fp8_per_channel", "int4_weight_only")
+
+
+class Bench:
+    """One shape: its layers, each as many times as the cache takes, by name.
+
+    Attributes:
+        layers: Name -> the copies of a layer.
+        about: Name -> what a row says beside the time: scheme, kernel, kind; and ``bytes`` of its weight.
+        absent: Name -> why it is not measured.
+    """
+
+    def __init__(self, place: Place, n: int, k: int) -> None:
+        self.place, self.n, self.k, self.dtype = place, n, k, place.dtypes[0]
+        self.layers: dict[str, Layers] = {}
+        self.about: dict[str, Row] = {}
+        self.absent: dict[str, str] = {}
+        self.dense = weight(n, k, self.dtype, place.torch)
+
+    def add(self, name: str, make: Callable[[], Callable[[torch.Tensor], Any]], size: int, **about: Any) -> None:
+        """Makes and copies a layer; a layer that cannot be made here is absent, with the reason."""
+        try:
+            first = make()
+            if about.get("kind") == "peer":
+                self.sane(first)
+            self.layers[name] = [first, *(make() for _ in range(self.place.copies(size) - 1))]
+            self.about[name] = {"kind": "ours", "kernel": name, **about, "bytes": size}
+        except Exception as error:  # a peer or a kernel that does not run here is a row that says so
+            self.layers.pop(name, None)
+            self.absent[name] = told(error)
+
+    def sane(self, layer: Callable[[torch.Tensor], Any]) -> None:
+        """Refuses a peer that computes something else: ours are checked in a stage of their own."""
+        x = torch.randn(32, self.k, device=self.place.torch).to(self.dtype)
+        want = F.linear(x, self.dense).float()
+        error = ((layer(x).float() - want).norm() / want.norm()).item()
+        if not error < 0.25:
+            raise ValueError(f"it is {error:.2f} off BF16")
+
+    def base(self) -> None:
+        """BF16 ``F.linear``."""
+        copies = iter([self.dense] + [self.dense.clone() for _ in range(self.place.copies(self.dense.nbytes) - 1)])
+
+        def make() -> Callable[[torch.Tensor], Any]:
+            held = next(copies)
+            return lambda x: F.linear(x, held)
+
+        self.add(BASE, make, self.dense.nbytes, kind="baseline", scheme="bf16")
+
+    def scheme(self, name: str) -> None:
+        """Every kernel of the room that takes the scheme, but for the exact emulation."""
+        from quantport import numerics
+        from quantport.capability import Accepted, Status
+        from quantport.host import host
+        from quantport.kernel import Request, WeightSpec
+
+        scheme = host().schemes[name]
+        spec = WeightSpec(scheme, self.n, self.k)
+        request = Request(spec, "linear", self.place.device, self.dtype)
+        if name in NATIVE and scheme.weight.unit not in self.place.device.arch.native and not self.place.smoke:
+            self.absent[name] = f"{self.place.device.arch.name} does not multiply {scheme.weight.unit}"
+            return
+        taken = [
+            (x, v) for x in self.place.kernels if isinstance(v := x.verdict(request), Accepted) and v.status is not Status.REFERENCE
+        ]
+        if not taken:
+            self.absent[name] = "no kernel of the room takes it here"
+            return
+        stored = numerics.quantize_weight(self.dense, scheme, fast=host().backends[self.place.device.kind].quantize_weight)
+        for kernel, verdict in taken:
+            if kernel.name.startswith("torch.") and (self.n, self.k) not in (SHAPES[0], SMALL):
+                continue  # plain torch operators: what they cost is seen at one shape
+
+            def make(kernel: Any = kernel) -> Callable[[torch.Tensor], Any]:
+                packed = tuple(t.clone() for t in kernel.pack(stored, spec))
+                return lambda x: kernel.apply(x, packed, None, spec)
+
+            self.add(
+                f"{name}, {kernel.name}", make, scheme.bytes(self.n, self.k), scheme=name, kernel=kernel.name,
+                asked=verdict.precision == scheme.precision, unit=_unit(scheme, kernel),
+            )  # fmt: skip
+
+    def rows(self, m: int, found: dict[str, Any]) -> list[Row]:
+        """Times at m rows."""
+        x = torch.randn(m, self.k, device=self.place.torch).to(self.dtype)
+        calls: dict[str, Call] = {}
+        for name, layers in self.layers.items():
+            if not isinstance(layers[0], gpu_peers.Bare):
+                calls[name] = lambda i, layers=layers: layers[i % len(layers)](x)  # type: ignore[misc]  # a default argument
+                continue
+            try:
+                prepared = layers[0].prepare(x)
+                calls[name] = lambda i, layers=layers, prepared=prepared: layers[i % len(layers)].run(prepared)  # type: ignore[misc,attr-defined]
+            except Exception as error:  # as below
+                self.absent[f"{name}, {self.n}x{self.k}, M={m}"] = told(error)
+        failed: dict[str, str] = {}
+        seconds = interleaved(self.place, calls, 5, failed)
+        self.absent |= {f"{name}, {self.n}x{self.k}, M={m}": why for name, why in failed.items()}
+        return [self.row(name, m, s, found) for name, s in seconds.items()]
+
+    def row(self, name: str, m: int, seconds: float, found: dict[str, Any]) -> Row:
+        about = self.about[name]
+        limits = found.get("limits", {})
+        moved = about["bytes"] + 2 * m * (self.n + self.k)
+        work = 2 * m * self.n * self.k
+        rate = limits.get(about.get("unit", "bf16")) or limits.get("bf16")
+        limit = max(moved / limits["copy"], work / rate) if limits.get("copy") and rate else None
+        return {"name": name, "shape": [self.n, self.k], "m": m, "seconds": seconds, "limit": limit, **about}
+
+
+def _unit(scheme: Any, kernel: Any) -> str:
+    """Which measured matrix rate bounds a kernel: where no rate was measured for a format, the page says that of fp8."""
+    if not kernel.quantizes_activations or scheme.activation is None:
+        return "bf16"
+    return "int8" if scheme.activation.format == "int8" else "fp8"
+
+
+def bench(place: Place, n: int, k: int) -> Bench:
+    """The layers of one shape."""
+    made = Bench(place, n, k)
+    made.base()
+    for name in SMOKE if place.smoke else TIMED:
+        try:
+            made.scheme(name)
+        except Exception as error:  # the others go on
+            made.absent[name] = told(error)
+    gpu_peers.add(made)
+    return made
+
+
+def run(place: Place, found: dict[str, Any], keep: Callable[[dict[str, Any]], None]) -> None:
+    """Shape by shape; written after each number of rows."""
+    rows: list[Row] = []
+    absent: dict[str, str] = {}
+    with torch.no_grad():
+        for n, k in [SMALL] if place.smoke else SHAPES:
+            if place.over(EACH if not place.smoke else 0):
+                absent[f"{n}x{k}"] = "out of time"
+                continue
+            made = bench(place, n, k)
+            for m in (1, 17) if place.smoke else ROWS:
+                if place.over(1):
+                    absent[f"{n}x{k}, M={m}"] = "out of time"
+                    continue
+                rows += made.rows(m, found)
+                absent |= made.absent
+                keep({"rows": rows, "absent": absent})
+            del made
+            weight.cache_clear()
+            if not place.smoke:
+                torch.cuda.empty_cache()
+    keep({"rows": rows, "absent": absent, "peers": gpu_peers.versions()})

@@ -1,0 +1,218 @@
+"""Where the GPU benchmark runs: a GPU, or in smoke mode CPU tensors in Triton's interpreter; and how it takes time there."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from datetime import date
+from functools import cache, cached_property
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from quantport.device import Device
+    from quantport.kernel import Kernel
+
+ROOT = Path(__file__).resolve().parent.parent
+GROUP = "quantport.backends"
+Call = Callable[[int], object]
+
+
+def find_quantport() -> None:
+    """Makes the source tree importable, and its rooms findable, where the package is not installed."""
+    folders = [str(ROOT / "core"), *(str(room) for room in sorted((ROOT / "backends").iterdir()) if any(room.glob("quantport_*")))]
+    if find_spec("quantport") is None:
+        sys.path[:0] = folders
+    if not entry_points(group=GROUP):
+        import tomllib  # Python 3.11 and later; elsewhere: pip install -e . --no-deps
+
+        found = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        info = Path(tempfile.mkdtemp(prefix="quantport-")) / f"quantport-{found['version']}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: quantport\nVersion: {found['version']}\n", encoding="utf-8")
+        lines = [f"{name} = {value}" for name, value in found["entry-points"][GROUP].items()]
+        (info / "entry_points.txt").write_text("\n".join([f"[{GROUP}]", *lines, ""]), encoding="utf-8")
+        sys.path.append(str(info.parent))
+
+
+@dataclass(frozen=True)
+class Place:
+    """A device to measure.
+
+    Attributes:
+        smoke: CPU tensors in the interpreter: everything is tiny, and no time means anything.
+        until: When the stage must end, in seconds of ``time.monotonic``.
+    """
+
+    smoke: bool
+    until: float
+
+    @cached_property
+    def device(self) -> Device:
+        """The GPU found; in smoke mode a Hopper that is not here, for the verdicts of its kernels."""
+        from quantport.host import host
+
+        if self.smoke:
+            return host().device("cuda:sm_90")
+        found = [d for d in host().devices if d.torch_type == "cuda"]
+        if not found:
+            raise LookupError(f"no GPU found ({'; '.join(p.error for p in host().problems) or 'torch sees none'})")
+        return found[0]
+
+    @property
+    def torch(self) -> torch.device:
+        """Where tensors are."""
+        return torch.device("cpu") if self.smoke else self.device.torch_device
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """Activation dtypes, the main one first. The interpreter keeps bf16 as bits, so smoke mode takes fp16."""
+        if self.smoke:
+            return (torch.float16,)
+        both = (torch.bfloat16, torch.float16)
+        return both if self.device.arch.compute is torch.bfloat16 else both[1:]
+
+    @cached_property
+    def kernels(self) -> tuple[Kernel, ...]:
+        """The kernels of the device's room; in smoke mode those that the interpreter or plain torch runs."""
+        from quantport.backend import aten
+        from quantport.host import host
+
+        found = host().kernels(self.device.kind)
+        if not self.smoke:
+            return found
+        from quantport_triton.kernels.base import TritonKernel
+        from quantport_triton.kernels.weight_only import TritonWeightOnly
+
+        triton = [k for k in found if isinstance(k, TritonKernel)] or [TritonWeightOnly("cuda")]
+        return (*triton, *aten.portable())
+
+    def over(self, keep: float = 0.0) -> bool:
+        """Whether less than ``keep`` seconds are left."""
+        return time.monotonic() + keep > self.until
+
+    def within(self, seconds: float) -> Place:
+        """The same place with so many seconds at most."""
+        return replace(self, until=min(self.until, time.monotonic() + seconds))
+
+    def synchronize(self) -> None:
+        if not self.smoke:
+            torch.cuda.synchronize()
+
+    @cached_property
+    def cold(self) -> int:
+        """Bytes that weights are rotated over: more than twice the L2 cache."""
+        return 1 if self.smoke else 5 * torch.cuda.get_device_properties(self.torch).L2_cache_size // 2
+
+    def copies(self, size: int) -> int:
+        """How many copies of a tensor of ``size`` bytes never fit the cache."""
+        return max(2, -(-self.cold // max(1, size)))
+
+    def describe(self) -> dict[str, str]:
+        """Device, date, commit and versions of this run."""
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+        triton: Any = __import__("triton") if find_spec("triton") else None
+        return {
+            "device": "Triton's interpreter, smoke mode" if self.smoke else self.device.name, "arch": self.device.arch.name,
+            "date": date.today().isoformat(), "commit": commit.stdout.strip() or os.environ.get("QUANTPORT_COMMIT", "unknown"),
+            "torch": torch.__version__, "triton": getattr(triton, "__version__", "none"), "cuda": str(torch.version.cuda),
+            "python": platform.python_version(),
+        }  # fmt: skip
+
+
+class Timer:
+    """One call that is timed, ``count`` times in a row: from a CUDA graph where it can be captured, else launch by launch."""
+
+    def __init__(self, place: Place, call: Call, graph: bool = True) -> None:
+        self.place, self.call, self.graph = place, call, None
+        for i in range(1 if place.smoke else 3):
+            call(i)
+        self.count = 1 if place.smoke else self.worth()
+        if graph and not place.smoke:
+            self.graph = capture(self.launch)
+
+    def worth(self) -> int:
+        """How many calls take some two milliseconds."""
+        self.place.synchronize()
+        start = time.perf_counter()
+        self.call(3)
+        self.place.synchronize()
+        return max(4, min(50, int(2e-3 / (time.perf_counter() - start + 1e-9))))
+
+    def launch(self) -> None:
+        """Every call, one after the other."""
+        for i in range(self.count):
+            self.call(i)
+
+    def run(self) -> float:
+        """Seconds of one call."""
+        if self.place.smoke:
+            start = time.perf_counter()
+            self.call(0)
+            return time.perf_counter() - start
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        if self.graph is not None:
+            self.graph.replay()
+        else:
+            self.launch()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / 1e3 / self.count
+
+
+def capture(run: Callable[[], object]) -> Any:
+    """A CUDA graph of what ``run`` launches; None where it cannot be captured (it waits for the device, or allocates elsewhere)."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            run()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return None
+    return graph
+
+
+def interleaved(place: Place, calls: Mapping[str, Call], rounds: int = 7, failed: dict[str, str] | None = None) -> dict[str, float]:
+    """Median seconds of one call of each, all in turn in every round; what raises is in ``failed``, and the others go on."""
+    timers: dict[str, Timer] = {}
+    for name, call in calls.items():
+        try:
+            timers[name] = Timer(place, call)
+            timers[name].run()
+        except Exception as error:  # a path that does not run here is a cell that says so
+            timers.pop(name, None)
+            if failed is None:
+                raise
+            failed[name] = told(error)
+    times: dict[str, list[float]] = {name: [] for name in timers}
+    for _ in range(1 if place.smoke else rounds):
+        for name, timer in timers.items():
+            times[name].append(timer.run())
+        if place.over():
+            break
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def told(error: BaseException) -> str:
+    """An error in a line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:160]}"
+
+
+@cache
+def weight(n: int, k: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> torch.Tensor:
+    """A random weight ``[n, k]`` of the size that weights have."""
+    maker = torch.Generator(device).manual_seed(seed)
+    return torch.randn(n, k, device=device, generator=maker, dtype=torch.float32).mul_(0.02).to(dtype)

@@ -1,0 +1,153 @@
+"""Searches configurations of the Triton kernels around those of ``quantport_triton/tuned``, and writes them for this architecture.
+
+The families and their ways are read from the data; a candidate changes one or two of its numbers by a factor of two. Each is
+compiled, checked against the present one, and timed on the shape of an 8B layer; the present one stays unless another is 3% faster.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu_place import ROOT, Place, interleaved, told
+
+SHAPE, SMOKE = (4096, 4096), (32, 256)
+SCHEMES = ("int4_weight_only", "fp8_weight_only", "mxfp4_weight_only", "fp8_per_channel", "fp8_per_block", "int8")
+TUNED = ROOT / "backends" / "triton" / "quantport_triton" / "tuned"
+LIMITS = {"warps": (1, 16), "stages": (1, 6)}
+Way = dict[str, Any]
+
+
+def candidates(way: Way) -> list[Way]:
+    """The way as it is, then its neighbours: one number, or two, halved or doubled."""
+    numbers = [
+        key for key, value in way.items() if key != "rows" and isinstance(value, int) and not isinstance(value, bool) and value > 0
+    ]
+    out = [way]
+    for i, key in enumerate(numbers):
+        for other in numbers[i:]:
+            for a in (0.5, 2):
+                for b in (0.5, 2) if other != key else (1,):
+                    new = {**way, key: int(way[key] * a)}
+                    new[other] = int(new[other] * b)
+                    if all(LIMITS.get(k, (1, 1 << 16))[0] <= new[k] <= LIMITS.get(k, (1, 1 << 16))[1] for k in (key, other)):
+                        out.append(new)
+    return sorted(out, key=lambda w: sum(w[k] != way[k] for k in numbers))
+
+
+@contextmanager
+def using(way: Way) -> Iterator[None]:
+    """Inside, every family takes this way, whatever the rows."""
+    from quantport_triton import tuned
+
+    original = tuned.ways
+    tuned.ways = lambda *_: ({**way, "rows": None},)  # type: ignore[assignment]  # restored below
+    tuned.way.cache_clear()
+    try:
+        yield
+    finally:
+        tuned.ways = original
+        tuned.way.cache_clear()
+
+
+class Trial:
+    """One family at one number of rows: every scheme of ``SCHEMES`` that its kernel takes."""
+
+    def __init__(self, place: Place, kernel: Any, m: int) -> None:
+        from quantport import numerics
+        from quantport.capability import Accepted
+        from quantport.host import host
+        from quantport.kernel import Request, WeightSpec
+
+        self.place, self.kernel = place, kernel
+        n, k = SMOKE if place.smoke else SHAPE
+        dtype = place.dtypes[0]
+        self.x = torch.randn(m, k, device=place.torch).to(dtype)
+        dense = torch.randn(n, k, device=place.torch).mul_(0.02).to(dtype)
+        specs = [WeightSpec(host().schemes[s], n, k) for s in (SCHEMES[:1] if place.smoke else SCHEMES)]
+        taken = [s for s in specs if isinstance(kernel.verdict(Request(s, "linear", place.device, dtype)), Accepted)]
+        self.packed = []
+        for spec in taken[:3]:
+            packed = kernel.pack(numerics.quantize_weight(dense, spec.scheme), spec)
+            size = sum(t.nbytes for t in packed)
+            self.packed.append((spec, [tuple(t.clone() for t in packed) for _ in range(place.copies(size))]))
+
+    def outputs(self) -> list[torch.Tensor]:
+        """What each scheme gives."""
+        return [self.kernel.run(self.x, copies[0], None, spec) for spec, copies in self.packed]
+
+    def seconds(self) -> float:
+        """Product of the medians, so that every scheme counts alike."""
+        total = 1.0
+        for spec, copies in self.packed:
+            call = lambda i, spec=spec, copies=copies: self.kernel.run(self.x, copies[i % len(copies)], None, spec)  # noqa: E731 - one line beside its use
+            total *= interleaved(self.place, {"": call}, 3)[""]
+        return float(total ** (1 / max(1, len(self.packed))))
+
+    def wrong(self, want: list[torch.Tensor]) -> bool:
+        """Whether an output is further from those of the present way than the kernel's tolerance."""
+        pairs = zip(self.outputs(), want, strict=True)
+        return not all((a.float() - b.float()).abs().max() <= 2 * self.kernel.tolerance * b.float().abs().max() for a, b in pairs)
+
+
+def better(place: Place, kernel: Any, way: Way, m: int) -> tuple[Way, str]:
+    """The fastest candidate of a way, and what was found."""
+    trial = Trial(place, kernel, m)
+    if not trial.packed:
+        return way, "no scheme to try it with"
+    best, tried = way, 0
+    with using(way):
+        want, start = trial.outputs(), trial.seconds()
+    fastest = start
+    for candidate in candidates(way)[1 : 3 if place.smoke else None]:
+        if place.over():
+            break
+        try:
+            with using(candidate):
+                if not trial.wrong(want) and (seconds := trial.seconds()) < 0.97 * fastest:
+                    best, fastest = candidate, seconds
+            tried += 1
+        except Exception:  # a candidate that does not compile, or wants more shared memory than there is
+            continue
+    return best, f"{start / fastest:.2f}x of what it was, {tried} tried"
+
+
+def run(place: Place, out: Path | None) -> str:
+    """Searches every family in turn; each way has an equal share of the time. Returns what it found."""
+    from quantport_triton.launch import target_of
+
+    default = json.loads((TUNED / "default.json").read_text(encoding="utf-8"))
+    target = target_of(place.torch)
+    path = out or TUNED / f"{target}.json"
+    held = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    kernels = {getattr(k, "family", ""): k for k in place.kernels}
+    todo = [
+        (family, i)
+        for family, ways in default.items()
+        if family in kernels and isinstance(ways, list)
+        for i in range(len(held.get(family) or ways))
+    ]
+    lines = [f"{family}: no kernel of this name" for family in default if family not in kernels]
+    result = {family: list(held.get(family) or default[family]) for family, _ in todo}
+    for done, (family, i) in enumerate(todo):
+        way = result[family][i]
+        rows = way["rows"] or 4096
+        share = (place.until - time.monotonic()) / (len(todo) - done)
+        with torch.no_grad():
+            try:
+                result[family][i], found = better(place.within(share), kernels[family], way, 2 if place.smoke else rows)
+            except Exception as error:  # the others go on
+                found = told(error)
+        lines.append(f"{family}, {way['rows']} rows: {found}")
+    if place.smoke and out is None:
+        return "\n".join([*lines, "smoke mode: nothing written"])
+    body = ",\n".join(
+        f'  "{f}": [\n' + ",\n".join(f"    {json.dumps(w)}" for w in ws) + "\n  ]" for f, ws in ({**held, **result}).items()
+    )
+    path.write_text("{\n" + body + "\n}\n", encoding="utf-8")
+    return "\n".join([*lines, f"wrote {path}"])
