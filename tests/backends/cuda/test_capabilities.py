@@ -41,7 +41,7 @@ mxfp6_e2m3             w  w  w  w  w  w   w   w   w   w
 mxfp6_e3m2             w  w  w  w  w  w   w   w   w   w
 mxfp4                  w  w  w  w  w  w   x   x   x   x
 mxfp4_weight_only      W  W  W  W  W  W   W   W   W   W
-mxfp4_w4a8             w  w  w  w  w  w   x   x   w   w
+mxfp4_w4a8             w  w  w  w  w  w   x   x   x   x
 mxfp4_dualscale        w  w  w  w  w  w   w   w   w   w
 nvfp4                  w  w  w  w  w  w   N   N   N   N
 nvfp4_weight_only      W  W  W  W  W  W   W   W   W   W

@@ -22,7 +22,8 @@ from quantport_cuda.kernels import activations
 from quantport_cuda.kernels.activations import unswizzled
 from quantport_cuda.kernels.block_scaled import CudaScaledMX, CudaScaledNV
 from quantport_cuda.kernels.int4 import CudaInt4Pack, pack_tiles, unpack_tiles
-from quantport_cuda.kernels.scaled import CudaScaledBlocks
+from quantport_cuda.kernels.int8 import CudaIntMM
+from quantport_cuda.kernels.scaled import CudaScaledBlocks, CudaScaledMM
 from quantport_triton.quantize import swizzled
 
 F = torch.nn.functional
@@ -206,6 +207,27 @@ def test_packing_loses_nothing_and_no_rows_are_no_rows(emulated, kernel, scheme,
         assert list(back) == list(stored)
         assert all(cases.same_bits(back[name], stored[name]) for name in stored)
     assert kernel.run(torch.empty(0, k, dtype=torch.bfloat16), packed, None, spec).shape == (0, n)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "scheme"), [(CudaScaledMM(), "fp8_per_tensor"), (CudaScaledMM(), "fp8_per_channel"), (CudaIntMM(), "int8")]
+)
+def test_meets_the_reference_by_the_operators_of_the_cpu(kernel, scheme):
+    """``_scaled_mm`` with row scales and ``_int_mm`` exist there too."""
+    for n, k in ((64, 256), (48, 208)):
+        spec = WeightSpec(BUILTIN[scheme], n, k)
+        for rows, bias in ((1, None), (16, None), (17, cases.bias(n, torch.bfloat16))):
+            job = make_job(spec, cases.plain(n, k), cases.activations(rows, k, torch.bfloat16), bias, True)
+            assert compare(kernel, [job], CPU) == ""
+    for name, make in cases.specials(spec.scheme):
+        job = make_job(spec, make(48, 208), cases.activations(5, 208, torch.bfloat16), None, True)
+        assert compare(kernel, [job], CPU) == "", name
+
+
+def test_int8_answers_in_fp16_where_bf16_does_not_exist():
+    spec = WeightSpec(BUILTIN["int8"], 64, 96)
+    job = make_job(spec, cases.plain(64, 96), cases.activations(5, 96, torch.float16), cases.bias(64, torch.float16), True)
+    assert compare(CudaIntMM(), [job], CPU) == ""
 
 
 def test_blocks_through_the_older_operator(emulated, monkeypatch):
