@@ -1,20 +1,20 @@
 """Measurements as data: the speeds by which kernels are chosen, and the evidence that follows from them.
 
-``tuned/<arch>.json``, where an architecture was measured (written by ``benchmarks/gpu.py``)::
+``tuned/<arch>.json``, where an architecture was measured (written by ``benchmarks/gpu.py --evidence``)::
 
-    {"results": "benchmarks/results/nvidia-h200.json",
-     "run": {"device": "NVIDIA H200", "date": "2026-12-01", "commit": "1a2b3c4", "torch": "2.11.0", "triton": "3.6.0"},
+    {"run": {"device": "NVIDIA H200", "date": "2026-12-01", "commit": "1a2b3c4", "torch": "2.11.0", "triton": "3.6.0"},
      "shape": [4096, 4096],
-     "rows": [{"kernel": "cuda._scaled_mm", "scheme": "fp8_per_channel", "error": 0.0012, "speed": {"1": 1.1, "512": 1.7}}]}
+     "kernels": {"cuda._scaled_mm": {"fp8_per_channel": {"error": 0.0012, "speeds": {"1": 1.1, "512": 1.7}}}}}
 
-``speed`` is relative to BF16 by ``F.linear`` in the same run, by rows of activations, for a weight of ``shape``; ``error`` is the
-largest relative error against the reference. A row may have a ``run`` of its own.
+``speeds`` are relative to BF16 by ``F.linear`` in the same run, by rows of activations, for a weight of ``shape``; ``error`` is the
+largest relative error against the reference. The whole run is in ``benchmarks/results``, under the name of the device.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
@@ -24,7 +24,6 @@ from quantport.backend import Claim, Evidence, Kernel, Request
 from quantport_triton import available
 
 SMALLEST = 16  # a layer with fewer elements than the measured one by this factor has no known speed
-_VERSIONS = ("torch", "triton")
 
 
 @cache
@@ -41,13 +40,13 @@ class Measured(Kernel):
         device = request.device
         if not device.simulated and available():
             return {}  # measured with Triton, which also quantizes for the kernels of torch
-        rows = measurements(device.arch.name).get("rows", ())
-        mine = (self.name, request.weight.scheme.name)
-        return next((row for row in rows if (row["kernel"], row["scheme"]) == mine), {})
+        schemes = measurements(device.arch.name).get("kernels", {}).get(self.name, {})
+        row: dict[str, Any] = schemes.get(request.weight.scheme.name, {})
+        return row
 
     def speed(self, request: Request) -> float | None:
         """The measured ratio at the nearest number of rows, on a log scale."""
-        speeds = self._row(request).get("speed", {})
+        speeds = self._row(request).get("speeds", {})
         n, k = measurements(request.device.arch.name).get("shape", (0, 0))
         if not speeds or SMALLEST * request.weight.n * request.weight.k < n * k:
             return super().speed(request)  # in a small layer the launch decides, which the table does not know
@@ -59,11 +58,10 @@ class Measured(Kernel):
         row = self._row(request)
         if not row:
             return super().claim(request)  # type: ignore[safe-super]  # of the kernel that follows among the bases
-        table = measurements(request.device.arch.name)
-        run = row.get("run") or table["run"]
-        versions = ", ".join(f"{name} {run[name]}" for name in _VERSIONS if name in run)
-        where = f"{run['device']}, {run['date']}, commit {run['commit']}, {versions}, relative error {row['error']:.1e}"
-        return Claim(Evidence.MEASURED, f"{table['results']} ({where})")
+        run = measurements(request.device.arch.name)["run"]
+        results = re.sub("[^a-z0-9]+", "-", run["device"].lower()).strip("-")
+        where = f"{run['device']}, {run['date']}, commit {run['commit']}, torch {run['torch']}, triton {run['triton']}"
+        return Claim(Evidence.MEASURED, f"benchmarks/results/{results}.json ({where}, relative error {row['error']:.1e})")
 
 
 def measured(kernel: type[Kernel]) -> type[Kernel]:

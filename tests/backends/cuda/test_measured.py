@@ -16,8 +16,8 @@ HOST = Host(only=["cuda"])
 RUN = {"device": "NVIDIA H200", "date": "2026-12-01", "commit": "1a2b3c4", "torch": "2.11.0+cu130", "triton": "3.6.0"}
 
 
-def row(kernel, scheme, **speed):
-    return {"kernel": kernel, "scheme": scheme, "error": 0.0012, "speed": {m.lstrip("m"): s for m, s in speed.items()}}
+def row(kernel, scheme, **speeds):
+    return {kernel: {scheme: {"error": 0.0012, "speeds": {m.lstrip("m"): s for m, s in speeds.items()}}}}
 
 
 @pytest.fixture
@@ -26,8 +26,8 @@ def table(tmp_path, monkeypatch):
     (tmp_path / "tuned").mkdir()
     monkeypatch.setattr(measured, "files", lambda package: tmp_path)
 
-    def write(*rows, **others):
-        data = {"results": "benchmarks/results/nvidia-h200.json", "run": RUN, "shape": [4096, 4096], "rows": rows, **others}
+    def write(*rows):
+        data = {"run": RUN, "shape": [4096, 4096], "kernels": {name: cell for row in rows for name, cell in row.items()}}
         (tmp_path / "tuned" / "sm_90.json").write_text(json.dumps(data))
         measured.measurements.cache_clear()
 
@@ -55,11 +55,6 @@ def test_the_claim_names_the_results_and_the_run(table):
         "benchmarks/results/nvidia-h200.json (NVIDIA H200, 2026-12-01, commit 1a2b3c4, torch 2.11.0+cu130, triton 3.6.0, "
         "relative error 1.2e-03)"
     )
-
-
-def test_a_row_may_have_a_run_of_its_own(table):
-    table({**row("cuda._scaled_mm", "fp8_per_channel", m1=1.1), "run": {**RUN, "commit": "9f9f9f9"}}, run={})
-    assert "commit 9f9f9f9" in ask("fp8_per_channel").claim.source
 
 
 def test_the_faster_kernel_wins_whatever_the_order(table):
