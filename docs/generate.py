@@ -1,6 +1,6 @@
 """Writes the generated parts of the documentation: ``python docs/generate.py [--check]``.
 
-Generated: ``docs/matrix.md``, the matrix in ``README.md`` and the kernels in ``backends/cpu/README.md``. The devices are
+Generated: ``docs/matrix.md``, the matrix in ``README.md`` and the kernels in the pages of ``ROOMS``. The devices are
 simulated, and the text holds no time and nothing of this machine, so that it is the same wherever it is made.
 """
 
@@ -16,6 +16,7 @@ from quantport.device import Arch
 from quantport.host import host
 
 ROOT = Path(__file__).resolve().parents[1]
+ROOMS = ("cpu", "cuda")  # whose pages list their kernels
 MARKS = {"native": "✅", "weight_only": "🟡", "dequantize": "🟠", "reference": "🔵", "unsupported": "❌"}
 LEGEND = """\
 | mark | status | what you get |
@@ -171,10 +172,10 @@ def readme_block() -> str:
     return by_family([c for c in matrix() if c.scheme in README_SCHEMES], README_ROWS, evidence=True)
 
 
-def cpu_kernels() -> str:
-    """The kernels of the CPU room, from their own words."""
+def kernels_of(kind: str) -> str:
+    """The kernels of a room, from their own words."""
     rows = []
-    for kernel in host().kernels("cpu"):
+    for kernel in host().kernels(kind):
         serves = [f"`{s.name}`" for s in host().schemes.values() if kernel.serves(s)]
         said = (inspect.getdoc(type(kernel)) or "").partition("\n\n")[0].replace("\n", " ")
         every = len(serves) == len(host().schemes) - 1
@@ -195,11 +196,11 @@ def put(path: Path, name: str, block: str) -> str:
 
 def generated() -> dict[Path, str]:
     """Every file with generated parts, as it should be."""
-    readme, room = ROOT / "README.md", ROOT / "backends" / "cpu" / "README.md"
+    readme, rooms = ROOT / "README.md", {kind: ROOT / "backends" / kind / "README.md" for kind in ROOMS}
     return {
         ROOT / "docs" / "matrix.md": matrix_page(),
         readme: put(readme, "matrix", readme_block()),
-        room: put(room, "kernels", cpu_kernels()),
+        **{room: put(room, "kernels", kernels_of(kind)) for kind, room in rooms.items()},
     }
 
 

@@ -1,8 +1,8 @@
 """Both example models on fake CUDA tensors: planned, bound to the planned kernels, and run as on the GPU, but for the numbers.
 
 Every layer takes its kernel's own path: a prompt of 17 tokens, then one token with the cache. A fake tensor has no values, so a
-forward that asks for one (and would make the host wait for the GPU) fails. The experts of a MoE layer do ask, once, where their
-rows begin: there the layer runs as ``torch.compile`` sees it, as one operator, and the kernels of its experts are run beside it.
+forward that asks for one (and would make the host wait for the GPU) fails. The experts of a MoE layer do ask where their rows
+begin: there the layer runs as ``torch.compile`` sees it, as one operator, and the kernels of its experts are run beside it.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ def test_launches_are_those_of_the_architecture():
     assert found == {"sm_75": [{"dequantize"}, {"gemv"}], "sm_80": [{"gemm"}, {"gemv"}]}
 
 
-def test_experts_wait_for_the_gpu_once_and_nothing_else_does():
+def test_experts_wait_for_the_gpu():
     model, plan = planned(MOE, "sm_80", "int4_weight_only")
     with on_fake_gpu("sm_80"):
         bind(model, plan)
