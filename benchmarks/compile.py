@@ -131,6 +131,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--all", action="store_true", help="compile what is on file too")
     parser.add_argument("--check", action="store_true", help="compare with the file, and write nothing")
     args = parser.parse_args(arguments)
+    if args.family and not args.check:
+        parser.error("--family goes with --check: a file that is written is whole")
     targets = args.target or list(Host(only=["cuda"]).backends["cuda"].archs)
     filed = json.loads(args.file.read_text(encoding="utf-8")) if args.file.is_file() else {"targets": {}}
     old = {name: filed["targets"].get(name, {}) for name in targets}
