@@ -43,7 +43,7 @@ class _BlockScaled(Kernel):
 
     def pack(self, canonical: Canonical, spec: WeightSpec) -> Packed:
         codes, scale, *rest = super().pack(canonical, spec)
-        return codes, swizzled(scale), *rest
+        return codes, swizzled(scale.view(torch.uint8)).flatten(), *rest
 
     def unpack(self, packed: Packed, spec: WeightSpec) -> Canonical:
         codes, scale, *rest = packed
