@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from quantport.backend import Arch, Backend, Device, Kernel
+from quantport.backend import Arch, Backend, Canonical, Device, Kernel, Scheme
 from quantport_cuda.capabilities import ARCHS, arch_of
+from quantport_triton import available, evidence
+from quantport_triton.launch import target_of
+from quantport_triton.weights import quantize_weight
 
 _CUDA = ((12, 8), (12, 9))  # the first cublasLt with block scales for Blackwell, and the first with those of 128x128
 DRIVER = Path("/proc/driver/nvidia/version")
@@ -99,6 +103,12 @@ class CudaBackend(Backend):
         from quantport_cuda.kernels import kernels
 
         return kernels()
+
+    def quantize_weight(self, weight: Tensor, scheme: Scheme) -> Canonical | None:
+        """In one read of the weight, by Triton; None where that is missing, or has no kernel for the scheme or the architecture."""
+        if available() or evidence.refusals(self.kind, target_of(weight.device), "quantize", scheme.name):
+            return None
+        return quantize_weight(weight, scheme)
 
     def advice(self) -> Sequence[str]:
         """A driver without a torch that can use it, or a torch without code for the GPU."""

@@ -1,0 +1,53 @@
+"""The room quantizes weights at load by Triton, to the bytes of the reference, and declines what Triton has no kernel for."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from quantport import numerics
+from quantport.catalog import BUILTIN
+from quantport.testing import cases
+from quantport.testing.fakes import fake_tensors
+from quantport_cuda import detect
+from quantport_cuda.detect import CudaBackend
+from quantport_triton.launch import traced
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    with np.errstate(all="ignore"):
+        yield
+
+
+@pytest.mark.parametrize("scheme", ["fp8_per_block", "int4_weight_only", "mxfp8", "nvfp4", "nf4"])
+def test_the_bytes_of_the_reference(scheme):
+    weight, quantize = cases.plain(32, 256), CudaBackend().quantize_weight
+    assert quantize(weight, BUILTIN[scheme]) is not None
+    fast, slow = numerics.quantize_weight(weight, BUILTIN[scheme], fast=quantize), numerics.quantize_weight(weight, BUILTIN[scheme])
+    assert list(fast) == list(slow)
+    assert all(cases.same_bits(fast[name], slow[name]) for name in slow)
+
+
+def test_it_declines_what_has_no_kernel(monkeypatch):
+    weight = cases.plain(32, 256)
+    assert CudaBackend().quantize_weight(weight, BUILTIN["q4_k"]) is None
+    monkeypatch.setattr(
+        detect.evidence, "refusals", lambda *asked: (str(asked),) if asked[:3] == ("cuda", "cpu", "quantize") else ()
+    )
+    assert CudaBackend().quantize_weight(weight, BUILTIN["int8"]) is None
+
+
+def test_it_declines_without_triton(monkeypatch):
+    monkeypatch.setattr(detect, "available", lambda: "the package triton is not installed")
+    assert CudaBackend().quantize_weight(cases.plain(32, 256), BUILTIN["int8"]) is None
+
+
+def test_it_launches_on_the_gpu():
+    with fake_tensors(), traced("sm_90") as launches:
+        weight = torch.empty(64, 256, dtype=torch.bfloat16, device="cuda")
+        stored = CudaBackend().quantize_weight(weight, BUILTIN["int8"])
+        found = {name: (tuple(t.shape), t.dtype, t.device.type) for name, t in stored.items()}
+    assert found == {"weight": ((64, 256), torch.int8, "cuda"), "weight_scale": ((64, 1), torch.float32, "cuda")}
+    assert launches
