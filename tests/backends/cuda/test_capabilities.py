@@ -215,3 +215,24 @@ def test_int8_is_said_to_be_slow_on_sm_103_only():
 def test_kernel_names_are_unique():
     names = [kernel.name for kernel in HOST.kernels("cuda")]
     assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme", "kernel"),
+    [
+        ("sm_90", "fp8_per_channel", "cuda._scaled_mm"), ("sm_90", "fp8_per_block", "cuda._scaled_mm_blocks"),
+        ("sm_89", "fp8_per_block", "torch.dequantize"), ("sm_100", "nvfp4", "cuda._scaled_mm_nvfp4"),
+        ("sm_80", "int8", "cuda._int_mm"),
+        ("sm_80", "int4_mse", "cuda._weight_int4pack_mm"), ("sm_80", "int4_w4a8", "cuda._weight_int4pack_mm"),
+        ("sm_75", "int4_weight_only", "torch.dequantize"), ("sm_80", "nf4", "torch.dequantize"),
+    ],
+)  # fmt: skip
+def test_what_is_left_without_triton(name, scheme, kernel, monkeypatch):
+    monkeypatch.setattr("quantport_triton.kernels.base.available", lambda: "the package triton is not installed")
+    device = replace(simulated(name), simulated=False, features=frozenset({"cuda>=12.8", "cuda>=12.9"}))
+    found = choose(
+        Request(WeightSpec(HOST.schemes[scheme], 4096, 4096), "linear", device, device.arch.compute), HOST.kernels("cuda")
+    )
+    assert found.kernel == kernel
+    refused = [v for v in found.verdicts if v.kernel.startswith("cuda.triton") and not getattr(v, "about_scheme", False)]
+    assert all("not installed" in " ".join(v.reasons) for v in refused)

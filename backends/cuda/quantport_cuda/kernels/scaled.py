@@ -30,7 +30,8 @@ def build_reasons(request: Request, name: str, feature: str = "cuda>=12.9") -> l
 class CudaScaledMM(aten.ScaledMM):
     """``torch._scaled_mm`` with row scales: cuBLASLt on sm_90 from CUDA 12.9 on, else CUTLASS.
 
-    Sums are kept in fp32 (``use_fast_accum=False``): on Hopper, fast accumulation keeps 14 bits of them.
+    Partial sums are added in fp32 (``use_fast_accum=False``): without that, Hopper's tensor cores keep about 14 bits of a sum
+    (DeepSeek-V3, arXiv:2412.19437, section 3.3.2).
     """
 
     name = "cuda._scaled_mm"
