@@ -32,7 +32,8 @@ class _BlockScaled(Kernel):
         spec, activation = request.weight, request.weight.scheme.activation
         assert activation is not None  # serves refused it otherwise
         reasons = list(aten.native_reason(request, activation.unit))
-        reasons += build_reasons(request, self.name, "cuda>=12.9" if request.device.arch.name in NEW else "cuda>=12.8")
+        if not reasons:
+            reasons += build_reasons(request, self.name, "cuda>=12.9" if request.device.arch.name in NEW else "cuda>=12.8")
         if spec.n % 16 or spec.k % 32:
             reasons.append(f"{self.name} needs N to be a multiple of 16 and K of 32, not {spec.n} x {spec.k}")
         return reasons
@@ -81,7 +82,7 @@ class CudaScaledMX(_BlockScaled):
     def reasons_against(self, request: Request) -> Sequence[str]:
         """Adds what torch asks for MXFP4."""
         reasons, arch = list(super().reasons_against(request)), request.device.arch
-        if request.weight.scheme.weight.format == "e2m1":
+        if "mxfp4" in arch.native and request.weight.scheme.weight.format == "e2m1":
             if arch.name not in ("sm_100", "sm_103"):
                 reasons.append(f"torch multiplies mxfp4 on compute capability 10.x only, not on {arch.name} [{BLAS}]")
             if "mslk" not in request.device.features:

@@ -69,9 +69,9 @@ class CudaScaledBlocks(Kernel):
     def reasons_against(self, request: Request) -> Sequence[str]:
         spec, arch = request.weight, request.device.arch
         reasons = list(aten.native_reason(request, "e4m3fn"))
-        if arch.name != "sm_90":
+        if not reasons and arch.name != "sm_90":
             reasons.append(f"torch multiplies 128x128 blocks on sm_90 only, not on {arch.name} [{BLAS}]")
-        reasons += build_reasons(request, self.name)
+        reasons = reasons or build_reasons(request, self.name)
         if spec.n % 128 or spec.k % 128:
             reasons.append(f"{self.name} needs N and K to be multiples of 128, not {spec.n} x {spec.k}")
         elif spec.k % 512 and not hasattr(torch.nn.functional, "scaled_mm"):
