@@ -59,7 +59,9 @@ class TritonBlockScaled(TritonKernel):
         numbers = {"width": left.codes.shape[1], "units": codes.shape[1], "groups": scale.shape[1]}
         constants = {"X": _FORMATS[activation.format], "W": _FORMATS[quant.format], "GROUP": quant.cols, "TOKEN": two, "ROW": 0 if two else -1}
         config = way(target_of(x.device), self.family, m)[1]
-        blocks = {**config.blocks, "BK": config.blocks["BK"] * 8 // activation.element.bits}  # the files count bytes
+        blocks = dict(config.blocks)
+        blocks["BK"] = blocks["BK"] * 8 // activation.element.bits  # the files count bytes
+        blocks["WIDEN"] = blocks.get("WIDEN", 0) * (quant.format != activation.format)
         config = Config(blocks, config.warps, config.stages)
         multiply(ops.gemm, config, y, k, tensors, factors, numbers, torch.float32, True, **constants, BIAS=bias is not None)
         return y
