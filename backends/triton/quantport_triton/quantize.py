@@ -157,7 +157,7 @@ def _call(x: Tensor, quant: Quant, out: Quantized) -> _Call:
         "FORMAT": quant.format, "BITS": bits, "BYTES": size, "EVEN": k % (size * 8 // bits) == 0, "SCALE": quant.scale,
         "HALF": quant.element.half_range,
     }  # fmt: skip
-    return _Call(tensors, numbers, constants, dict(way(target_of(x.device), "quantize", m)[1].blocks))
+    return _Call(tensors, numbers, constants, dict(way(target_of(x.device), "search" if quant.searched else "quantize", m)[1].blocks))
 
 
 def cut_of(blocks: dict[str, int], elements: int, per_warp: int) -> Config:
@@ -179,7 +179,7 @@ def _groups(x: Tensor, quant: Quant, out: Quantized, swizzle: bool) -> None:
     config = cut_of({"P": padded, "BR": down, "BG": across}, down * across * padded, call.blocks["PER_WARP"])
     outer = 0 if quant.outer is None else quant.outer[1] or -1
     tensors = {**call.tensors, "outer": out.outer if out.outer is not None else out.scale}
-    tensors["top"] = _largest(x.contiguous(), call.blocks) if outer == -1 else call.tensors["codes"]
+    tensors["top"] = _largest(x.contiguous()) if outer == -1 else call.tensors["codes"]
     grid = -(-x.shape[0] // down) * -(-call.numbers["blocks"] // across)
     rule = {
         "UP": _up(quant), "EMAX": math.frexp(quant.element.high)[1] - 1, "GROUP": quant.cols, "OUTER": outer,
@@ -222,17 +222,18 @@ def _whole(x: Tensor, quant: Quant, out: Quantized) -> None:
 
     call = _call(x, quant, out)
     block = call.blocks["TILE"]
-    tensors = {**call.tensors, "top": _largest(x, call.blocks)}
+    tensors = {**call.tensors, "top": _largest(x)}
     constants = {key: call.constants[key] for key in ("FORMAT", "SCALE", "HALF")}
     config = cut_of({"BLOCK": block}, block, call.blocks["PER_WARP"])
     launch(ops.whole, (-(-x.numel() // block),), config, tensors, {"size": x.numel()}, **constants)
 
 
-def _largest(x: Tensor, blocks: dict[str, int]) -> Tensor:
+def _largest(x: Tensor) -> Tensor:
     """Bits of the largest magnitude of a matrix without gaps: int32 ``[1]``."""
     from quantport_triton.ops import quantize as ops
 
-    top, block, steps = x.new_zeros(1, dtype=torch.int32), blocks["TILE"], 8
+    top, blocks = x.new_zeros(1, dtype=torch.int32), way(target_of(x.device), "quantize", x.shape[0])[1].blocks
+    block, steps = blocks["TILE"], blocks["STEPS"]
     config = cut_of({"BLOCK": block, "STEPS": steps}, block, blocks["PER_WARP"])
     launch(ops.largest, (-(-x.numel() // (block * steps)),), config, {"x": x, "top": top}, {"size": x.numel()})
     return top

@@ -46,7 +46,7 @@ def _with_offsets(weight: Tensor, quant: Quant) -> dict[str, Tensor] | None:
     words, blocks = -(-k // 8), -(-k // group)
     codes = weight.new_empty(n, words, dtype=torch.int32)
     scale, zero = weight.new_empty(n, blocks, dtype=torch.int16), weight.new_empty(n, blocks, dtype=torch.int16)
-    cut = way(target_of(weight.device), "quantize", n)[1].blocks
+    cut = way(target_of(weight.device), "search", n)[1].blocks
     across = min(power_above(blocks), max(cut["TILE"] // group, 1))
     down = min(max(cut["TILE"] // (across * group), 1), power_above(n))
     config = cut_of({"BR": down, "BG": across}, down * across * group, cut["PER_WARP"])

@@ -157,8 +157,10 @@ def offsets(x, codes, scale, zero, N, K, stride, units, blocks,
     program = tl.program_id(0)
     row = (program // tiles).to(tl.int64) * BR + tl.arange(0, BR)
     group = program % tiles * BG + tl.arange(0, BG)
-    k = tl.minimum(group[:, None] * GROUP + tl.arange(0, GROUP)[None, :], K - 1)
-    value = fp32(x, row[:, None, None] * stride + k[None, :, :], (row < N)[:, None, None])
+    k = (group[:, None] * GROUP + tl.arange(0, GROUP)[None, :])[None, :, :]
+    value = fp32(x, row[:, None, None] * stride + k, (row < N)[:, None, None] & (k < K))
+    last = fp32(x, row * stride + K - 1, row < N)
+    value = tl.where(k < K, value, last[:, None, None])
     step, start = search.least_squares(value, LOG)
     start = bf16(start - -8.0 * step)
     step = bf16(step)

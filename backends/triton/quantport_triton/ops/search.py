@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quantport_triton.ops.encode import INFINITE, bf16, e4m3fn_value, e8m0, inverse, magnitude, nearest, power
+from quantport_triton.ops.encode import INFINITE, divide, e4m3fn_value, e8m0, inverse, magnitude, nearest, power
 
 NAN = tl.constexpr(float("nan"))
 TOP = tl.constexpr(15.0)
@@ -27,16 +27,16 @@ def fold(x, LOG: tl.constexpr):
 
 
 @triton.jit
-def neighbour(value, first, factor, best, kept, STEP: tl.constexpr, FORMAT: tl.constexpr, SCALE: tl.constexpr, LOG: tl.constexpr):
-    """Tries the scale ``STEP`` codes above the first: the new best error and code, ``[BR, BG]``."""
+def neighbour(value, first, factor, best, kept, step, FORMAT: tl.constexpr, SCALE: tl.constexpr, LOG: tl.constexpr):
+    """Tries the scale ``step`` codes above the first: the new best error and code, ``[BR, BG]``."""
     if SCALE == "e8m0":
-        code = tl.minimum(tl.maximum(first + STEP, 0), 254)
+        code = tl.minimum(tl.maximum(first + step, 0), 254)
         divisor = power(code)[:, :, None]
         ratio = value * inverse(code)[:, :, None]
     else:
-        code = tl.minimum(tl.maximum(first + STEP, 1), 126)
+        code = tl.minimum(tl.maximum(first + step, 1), 126)
         divisor = tl.div_rn(e4m3fn_value(code), factor)[:, :, None]
-        ratio = tl.div_rn(value, divisor)
+        ratio = divide(value, divisor)
     error = tl.abs(value) - nearest(ratio, FORMAT) * divisor
     total = fold(error * error, LOG)
     better = total < best
@@ -53,16 +53,13 @@ def neighbours(value, first, factor, FORMAT: tl.constexpr, SCALE: tl.constexpr, 
         factor: Global factor of e4m3fn scales.
     """
     best, kept = tl.full(first.shape, float("inf"), tl.float32), first
+    for i in tl.static_range(3 if SCALE == "e8m0" else 10):  # 0, -1, 1, -2, 2, -3, 3, 4, 5, 6: of equal ones the first wins
+        step = (i // 2 if i % 2 == 0 else -((i + 1) // 2)) if i < 7 else i - 3
+        best, kept = neighbour(value, first, factor, best, kept, step, FORMAT, SCALE, LOG)
     if SCALE == "e8m0":
-        for i in tl.static_range(3):
-            STEP: tl.constexpr = (0, -1, 1)[i]
-            best, kept = neighbour(value, first, factor, best, kept, STEP, FORMAT, SCALE, LOG)
         kept = tl.where(first == 255, first, kept)
         divisor = inverse(kept)
     else:
-        for i in tl.static_range(10):
-            STEP: tl.constexpr = (0, -1, 1, -2, 2, -3, 3, 4, 5, 6)[i]
-            best, kept = neighbour(value, first, factor, best, kept, STEP, FORMAT, SCALE, LOG)
         kept = tl.where(first == 127, first, kept)
         divisor = tl.div_rn(e4m3fn_value(kept), factor)
     return kept, divisor
@@ -75,8 +72,7 @@ def outer(wide, first, FORMAT: tl.constexpr, HALF: tl.constexpr, GROUP: tl.const
     COUNT: tl.constexpr = wide.shape[1]
     best, kept = tl.full(first.shape, float("inf"), tl.float32), first
     for i in tl.static_range(8):
-        STEP: tl.constexpr = 2.0 ** (-i / 8)
-        candidate = first * STEP
+        candidate = first * 2.0 ** (-i / 8)
         inner = tl.reshape(tl.div_rn(wide, candidate[:, :, None]), (BR, (COUNT << LOG) // GROUP, GROUP))
         code = e8m0(tl.max(magnitude(inner), 2), HALF, 1 << 21, 2)
         value = nearest(inner * inverse(code)[:, :, None], FORMAT) * power(code)[:, :, None]
@@ -116,8 +112,7 @@ def least_squares(x, LOG: tl.constexpr):
     part = tl.div_rn(reach, TOP)
     best, scale, zero = tl.zeros(low.shape, tl.float32), part * 2.0, -reach
     for i in tl.static_range(9):
-        DOWN: tl.constexpr = 1 - (i // 3) * CLIP / TOP
-        BOTH: tl.constexpr = DOWN + (1 - (i % 3) * CLIP / TOP)
-        best, scale, zero = fit(x, sx, -reach * DOWN, part * BOTH, best, scale, zero, LOG)
+        down, up = 1 - (i // 3) * CLIP / TOP, 1 - (i % 3) * CLIP / TOP
+        best, scale, zero = fit(x, sx, -reach * down, part * (down + up), best, scale, zero, LOG)
     best, scale, zero = fit(x, sx, zero, scale, best, scale, zero, LOG)
     return scale, zero + middle
