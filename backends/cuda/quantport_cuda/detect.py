@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from quantport.backend import Arch, Backend, Device, Kernel
+from quantport.backend import Arch, Backend, Canonical, Device, Kernel, Scheme
 from quantport_cuda.capabilities import ARCHS, arch_of
 
 DRIVER = Path("/proc/driver/nvidia/version")
@@ -97,6 +98,12 @@ class CudaBackend(Backend):
         from quantport_cuda.kernels import kernels
 
         return kernels()
+
+    def quantize_weight(self, weight: Tensor, scheme: Scheme) -> Canonical | None:
+        """With Triton, on the GPU that holds the weight."""
+        from quantport_triton import available, weights
+
+        return None if weight.device.type != "cuda" or available() else weights.quantize_weight(weight, scheme)
 
     def advice(self) -> Sequence[str]:
         """A driver without a torch that can use it, or a torch without code for the GPU."""
