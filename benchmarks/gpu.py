@@ -148,6 +148,7 @@ def measure(args: argparse.Namespace) -> Path:
                 print(f"{name}: {data[name]['seconds']} s {data[name].get('missing', '')}", flush=True)
             save(path, data)
             pages(path, data)
+    importlib.import_module("gpu_load").clear()
     data["run"]["seconds"] = round(time.monotonic() - start)
     save(path, data)
     pages(path, data)

@@ -14,15 +14,8 @@ KEYS = ("device", "date", "commit", "torch", "triton")
 
 def errors(data: Mapping[str, Any]) -> dict[tuple[str, str], float]:
     """Largest error of each kernel and scheme; those with a case that failed are not there."""
-    out: dict[tuple[str, str], float] = {}
-    failed = set()
-    for row in data.get("checks", {}).get("rows", []):
-        key = row["kernel"], row["scheme"]
-        if row.get("ok"):
-            out[key] = max(row["error"], out.get(key, 0.0))
-        elif not row.get("skipped"):
-            failed.add(key)
-    return {key: error for key, error in out.items() if key not in failed}
+    rows = data.get("checks", {}).get("rows", [])
+    return {(r["kernel"], r["scheme"]): r["error"] for r in rows if "error" in r and not r["failures"]}
 
 
 def evidence(data: Mapping[str, Any], shape: tuple[int, int] = SHAPES[0]) -> dict[str, Any]:

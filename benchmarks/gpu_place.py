@@ -121,14 +121,22 @@ class Place:
 
     def describe(self) -> dict[str, str]:
         """Device, date, commit and versions of this run."""
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
         triton: Any = __import__("triton") if find_spec("triton") else None
         return {
             "device": "Triton's interpreter, smoke mode" if self.smoke else self.device.name, "arch": self.device.arch.name,
-            "date": date.today().isoformat(), "commit": commit.stdout.strip() or os.environ.get("QUANTPORT_COMMIT", "unknown"),
+            "date": date.today().isoformat(), "commit": os.environ.get("QUANTPORT_COMMIT") or commit(),
             "torch": torch.__version__, "triton": getattr(triton, "__version__", "none"), "cuda": str(torch.version.cuda),
             "python": platform.python_version(),
         }  # fmt: skip
+
+
+def commit() -> str:
+    """The commit of the source tree; a copy without its history has ``QUANTPORT_COMMIT`` in the environment."""
+    try:
+        asked = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
+        return asked.stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 class Timer:
@@ -148,7 +156,7 @@ class Timer:
         start = time.perf_counter()
         self.call(3)
         self.place.synchronize()
-        return max(4, min(50, int(2e-3 / (time.perf_counter() - start + 1e-9))))
+        return max(2, min(50, int(2e-3 / (time.perf_counter() - start + 1e-9))))
 
     def launch(self) -> None:
         """Every call, one after the other."""
