@@ -14,7 +14,7 @@ from torch import Tensor
 from quantport import numerics
 from quantport.capability import Claim, Evidence, Status
 from quantport.kernel import Canonical, Kernel, Packed, Request, WeightSpec
-from quantport.scheme import Scheme
+from quantport.scheme import Quant, Scheme
 
 DECLARED = Claim(Evidence.DECLARED, "pure torch operators; the same code is tested on the CPU")
 
@@ -95,7 +95,17 @@ class Dense(Kernel):
         return torch.nn.functional.linear(x, packed[0].to(x.dtype), bias)
 
 
-class ScaledMM(Kernel):
+class Quantizing(Kernel):
+    """A kernel that quantizes activations before it multiplies."""
+
+    quantizes_activations = True
+
+    def quantize(self, x: Tensor, quant: Quant) -> tuple[Tensor, Tensor]:
+        """Codes and scales of activations; a room may have a faster way to the same bits."""
+        return numerics.quantize(x, quant)
+
+
+class ScaledMM(Quantizing):
     """W8A8 e4m3fn through ``torch._scaled_mm``: per-token activation scales, per-channel or per-tensor weight scales.
 
     Limits (``_meta_registrations.py``): K and N multiples of 16, row-major times column-major, bf16 output.
@@ -103,7 +113,6 @@ class ScaledMM(Kernel):
 
     name = "aten._scaled_mm"
     tolerance = 2.0**-6
-    quantizes_activations = True
 
     def serves(self, scheme: Scheme) -> bool:
         weight, activation = scheme.weight, scheme.activation
@@ -135,12 +144,12 @@ class ScaledMM(Kernel):
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
         weight, scale = packed
         assert spec.scheme.activation is not None  # reasons_against refused it otherwise
-        q, token = numerics.quantize(x, spec.scheme.activation)
+        q, token = self.quantize(x, spec.scheme.activation)
         y = torch._scaled_mm(q, weight.view(q.dtype).t(), scale_a=token, scale_b=scale, out_dtype=torch.bfloat16)
         return y if bias is None else y + bias
 
 
-class IntMM(Kernel):
+class IntMM(Quantizing):
     """W8A8 int8 through ``torch._int_mm``: exact int32 sums, then per-token and per-channel scales in fp32.
 
     Limits (``_int_mm_out_cuda``): more than 16 rows (fewer are padded), K and N multiples of 8.
@@ -148,7 +157,6 @@ class IntMM(Kernel):
 
     name = "aten._int_mm"
     tolerance = 2.0**-7
-    quantizes_activations = True
 
     def serves(self, scheme: Scheme) -> bool:
         return scheme.weight.format == "int8" and scheme.activation is not None and not scheme.weight.cols
@@ -166,7 +174,7 @@ class IntMM(Kernel):
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
         weight, scale = packed
         assert spec.scheme.activation is not None  # reasons_against refused it otherwise
-        q, token = numerics.quantize(x, spec.scheme.activation)
+        q, token = self.quantize(x, spec.scheme.activation)
         rows = x.shape[0]
         if rows <= 16:
             q = torch.nn.functional.pad(q, (0, 0, 0, 32 - rows))

@@ -12,15 +12,17 @@ import torch
 from quantport.backend import Arch, Backend, Device, Kernel
 from quantport_cuda.capabilities import ARCHS, arch_of
 
+_CUDA = ((12, 8), (12, 9))  # the first cublasLt with block scales for Blackwell, and the first with those of 128x128
 DRIVER = Path("/proc/driver/nvidia/version")
 _INSTALL = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu130"
 _OLD = 'pip install --force-reinstall "torch<2.15" --index-url https://download.pytorch.org/whl/cu126'
 
 
 def features(lib: Any) -> frozenset[str]:
-    """What kernels ask about this build of torch: ``cuda>=12.9``."""
+    """What kernels ask about this build of torch: ``cuda>=12.8``, ``cuda>=12.9``, and ``mslk`` (its MXFP4 kernels)."""
     version = tuple(int(part) for part in lib.version.cuda.split(".")[:2])
-    return frozenset({"cuda>=12.9"} if version >= (12, 9) else ())
+    found = {f"cuda>={major}.{minor}" for major, minor in _CUDA if version >= (major, minor)}
+    return frozenset(found | ({"mslk"} if "USE_MSLK" in lib.__config__.show() else set()))
 
 
 def devices(lib: Any) -> tuple[Device, ...]:

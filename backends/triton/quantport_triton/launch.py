@@ -18,17 +18,19 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 _TYPES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int8: "i8", torch.uint8: "u8",
-    torch.int32: "i32", torch.int64: "i64", torch.float8_e4m3fn: "fp8e4nv", torch.float8_e5m2: "fp8e5",
+    torch.int16: "i16", torch.int32: "i32", torch.int64: "i64", torch.float8_e4m3fn: "fp8e4nv", torch.float8_e5m2: "fp8e5",
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Config:
-    """How a kernel is cut and scheduled: its block sizes by name, warps of a program, and stages of the load pipeline."""
+    """How a kernel is cut and compiled: its block sizes by name, warps of a program, stages of the load pipeline, and whether a
+    product that is added may stay unrounded (fused multiply-add): not where results equal the reference bit for bit."""
 
     blocks: Mapping[str, int]
     warps: int = 4
     stages: int = 3
+    fusion: bool = True
 
 
 @dataclass(frozen=True)
@@ -37,26 +39,29 @@ class Launch:
 
     Attributes:
         kernel: The jitted function.
-        types: Argument -> ``*bf16``, ``i32``, ``constexpr``...
-        constants: Values of the constant arguments.
+        types: Each argument and its type: ``*bf16``, ``i32``, ``constexpr``...
+        constants: The constant arguments and their values.
         divisible: Arguments that are multiples of 16 (pointers: aligned to 16 bytes).
         warps: Warps of a program.
         stages: Stages of the load pipeline.
+        fusion: Whether multiplication and addition may be fused.
     """
 
     kernel: Any
-    types: Mapping[str, str]
-    constants: Mapping[str, Any]
+    types: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
     divisible: frozenset[str]
     warps: int
     stages: int
+    fusion: bool = True
 
     @property
     def name(self) -> str:
         """The kernel and its constants, for people."""
-        constants = ", ".join(f"{k}={v}" for k, v in self.constants.items())
-        kinds = ", ".join(v for v in self.types.values() if v != "constexpr")
-        return f"{self.kernel.__name__}({kinds}; {constants}; {self.warps} warps, {self.stages} stages)"
+        constants = ", ".join(f"{k}={v}" for k, v in self.constants)
+        kinds = ", ".join(v for _, v in self.types if v != "constexpr")
+        fused = "" if self.fusion else ", no fused multiply-add"
+        return f"{self.kernel.__name__}({kinds}; {constants}; {self.warps} warps, {self.stages} stages{fused})"
 
 
 _TRACE: ContextVar[tuple[str, list[Launch]] | None] = ContextVar("quantport_triton_trace", default=None)
@@ -105,7 +110,7 @@ def launch(kernel: Any, grid: tuple[int, ...], config: Config, tensors: Mapping[
         if trace := _TRACE.get():
             trace[1].append(_specialized(kernel, config, tensors, numbers, constants))
         return
-    options = {"num_warps": config.warps, "num_stages": config.stages}
+    options = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": config.fusion}
     if first.device.type == "cpu" or first.device.index == torch.get_device_module(first.device).current_device():
         kernel[grid](**tensors, **numbers, **constants, **options)
     else:
@@ -121,6 +126,6 @@ def _specialized(
     types = {name: "*" + _TYPES[t.dtype] for name, t in tensors.items()}
     types |= {name: "i32" if abs(number) < 2**31 else "i64" for name, number in numbers.items()}
     types |= dict.fromkeys([*ones, *constants], "constexpr")
-    ordered = {name: types[name] for name in kernel.arg_names}
+    ordered = tuple((name, types[name]) for name in kernel.arg_names)
     even = frozenset([*tensors, *(name for name, number in numbers.items() if number % 16 == 0)])
-    return Launch(kernel, ordered, {**ones, **constants}, even, config.warps, config.stages)
+    return Launch(kernel, ordered, tuple({**ones, **constants}.items()), even, config.warps, config.stages, config.fusion)

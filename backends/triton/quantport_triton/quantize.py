@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from dataclasses import replace
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from quantport.backend import Quant, numerics
+from quantport_triton.launch import Config, launch, target_of
+from quantport_triton.tuned import way
+
+FORMATS = ("e4m3fn", "int8", "int4", "e2m1", "e2m3", "e3m2", "nf4", "fp4")
+SCALES = ("fp32", "bf16", "e4m3fn", "e8m0")
+MOST = 1 << 15  # elements of a block that one program holds
 
 
 class Quantized(NamedTuple):
     """A quantized matrix ``[m, k]``.
 
     Attributes:
-        codes: 8-bit codes ``[m, k]`` (float8 as float8), or packed codes of 4 or 6 bits, uint8 ``[m, bytes]`` (``pack_bits``).
+        codes: 8-bit codes ``[m, k]`` (float8 as float8), or packed codes of 4 or 6 bits, uint8 ``[m, bytes]`` (``pack_bits``;
+            int4: ``pack_int4``, int32 ``[m, ceil(k / 8)]``).
         scale: Scales as ``numerics.quantize_blocks`` stores them: ``[m, blocks]`` of ``quant.scale_dtype`` (e8m0: uint8).
         outer: Outer scales, fp32, where the Quant has them: nvfp4 ``[m, 1]``, dual scale ``[m, ceil(k / 512)]``.
     """
@@ -23,8 +33,202 @@ class Quantized(NamedTuple):
     outer: Tensor | None = None
 
 
-def quantize(x: Tensor, quant: Quant) -> Quantized:
-    """Quantizes activations ``[m, k]``, bf16, fp16 or fp32."""
+def quantize(x: Tensor, quant: Quant, swizzle: bool = False, transposed: bool = False) -> Quantized:
+    """Quantizes a matrix ``[m, k]``, bf16, fp16 or fp32.
+
+    Args:
+        x: The matrix; rows need not follow one another.
+        quant: One without a search.
+        swizzle: Scales in the layout that cuBLASLt reads block scales in (SWIZZLE_32_4_4), padded with zeros to whole tiles:
+            ``[ceil(m / 128) * 128, ceil(blocks / 4) * 4]``.
+        transposed: Scales in memory by columns: ``[m, blocks]`` with strides ``(1, m)``, as ``_scaled_mm`` wants those of 1x128.
+    """
+    if not serves(quant) or not x.numel():
+        return _reference(x, quant, swizzle, transposed)
+    x = x if x.stride(1) == 1 else x.contiguous()
+    out = _empty(x, quant, swizzle, transposed)
+    if quant.rows == 0:
+        _whole(x.contiguous(), quant, out)
+    elif quant.rows > 1:
+        _squares(x, quant, out)
+    elif quant.cols and quant.outer != (1, 0):
+        _groups(x, quant, out, swizzle)
+    else:
+        _rows(x, quant, out, swizzle)
+    return out._replace(scale=_as(out.scale, quant.scale_dtype), codes=_as(out.codes, _codes_dtype(quant)))
+
+
+def serves(quant: Quant) -> bool:
+    """Whether there is a kernel for a Quant: everything without searches, offsets and quantized scales, in groups of whole words."""
+    bits, cols = quant.element.bits, quant.cols
+    if quant.format not in FORMATS or quant.searched or quant.zero or quant.double:
+        return False
+    if cols % _per_word(quant) or max(quant.rows, 1) * cols > MOST:
+        return False
+    plain = quant.outer is None and quant.scale in ("fp32", "bf16")
+    if quant.rows != 1 or not cols:
+        return plain and (quant.rows <= 1 and not cols and (quant.rows == 1 or bits == 8) or quant.rows > 1 and cols > 0)
+    if quant.outer is None:
+        return quant.scale in SCALES
+    if quant.scale == "e8m0":
+        return quant.outer[0] == 1 and quant.outer[1] % cols == 0 and _power_of_two(cols) and _power_of_two(quant.outer[1])
+    return quant.scale == "e4m3fn" and (quant.outer == (0, 0) or quant.outer == (1, 0) and _power_of_two(cols))
+
+
+def _power_of_two(number: int) -> bool:
+    return number > 0 and not number & (number - 1)
+
+
+def _per_word(quant: Quant) -> int:
+    """Codes of the smallest word that a group must fill."""
+    return {8: 1, 6: 4, 4: 8 if quant.format == "int4" else 2}[quant.element.bits]
+
+
+def _codes_dtype(quant: Quant) -> torch.dtype:
+    return quant.element.storage if quant.element.bits == 8 else torch.int32 if quant.format == "int4" else torch.uint8
+
+
+def _as(stored: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same bits under another dtype: kernels store float8 and bf16 as integers."""
+    return stored if stored.dtype is dtype else stored.view(dtype)
+
+
+def _reference(x: Tensor, quant: Quant, swizzle: bool, transposed: bool) -> Quantized:
     blocks = numerics.quantize_blocks(x, quant)
-    codes = blocks.codes if quant.element.bits == 8 else numerics.pack_bits(blocks.codes, quant.element.bits)
-    return Quantized(codes, blocks.scale, blocks.outer)
+    codes, scale = blocks.codes, blocks.scale
+    if quant.element.bits < 8:
+        codes = numerics.pack_int4(codes) if quant.format == "int4" else numerics.pack_bits(codes, quant.element.bits)
+    if swizzle:
+        scale = swizzled(scale)
+    elif transposed:
+        scale = scale.t().contiguous().t()
+    return Quantized(codes, scale, blocks.outer)
+
+
+def swizzled(scale: Tensor) -> Tensor:
+    """Scales of one byte ``[m, blocks]`` in the layout SWIZZLE_32_4_4: tiles of 128 x 4, in which row r is at ``r % 32``, and
+    there at ``r // 32``. Source: cuBLAS, "1D Block Scaling Factors Layout"."""
+    rows, groups = -(-scale.shape[0] // 128), -(-scale.shape[1] // 4)
+    padded = scale.new_zeros(128 * rows, 4 * groups, dtype=torch.uint8)
+    padded[: scale.shape[0], : scale.shape[1]] = scale.view(torch.uint8)
+    tiles = padded.view(rows, 4, 32, groups, 4).permute(0, 3, 2, 1, 4)
+    return tiles.reshape(128 * rows, 4 * groups).view(scale.dtype)
+
+
+def _empty(x: Tensor, quant: Quant, swizzle: bool, transposed: bool) -> Quantized:
+    """The tensors of the result, as the kernels write them."""
+    m, k = x.shape
+    width = {8: k, 6: 3 * -(-k // 4), 4: -(-k // 8) if quant.format == "int4" else -(-k // 2)}[quant.element.bits]
+    codes = x.new_empty(m, width, dtype=torch.int32 if quant.format == "int4" else torch.uint8)
+    dtype = {"fp32": torch.float32, "bf16": torch.int16}.get(quant.scale, torch.uint8)
+    rows, groups = quant.scale_shape(m, k)
+    if swizzle:
+        scale = x.new_zeros(-(-rows // 128) * 128, -(-groups // 4) * 4, dtype=dtype)
+    elif transposed:
+        scale = x.new_empty(groups, rows, dtype=dtype).t()
+    else:
+        scale = x.new_empty(rows, groups, dtype=dtype)
+    shape = replace(quant, rows=quant.outer[0], cols=quant.outer[1]).scale_shape(m, k) if quant.outer else None
+    return Quantized(codes, scale, x.new_empty(shape, dtype=torch.float32) if shape else None)
+
+
+class _Call(NamedTuple):
+    """What every launch for one matrix has: pointers, numbers, constants, and how kernels are cut."""
+
+    tensors: dict[str, Tensor]
+    numbers: dict[str, int]
+    constants: dict[str, Any]
+    blocks: dict[str, int]
+
+
+def _call(x: Tensor, quant: Quant, out: Quantized) -> _Call:
+    (m, k), bits = x.shape, quant.element.bits
+    row = out.codes.shape[1] * out.codes.element_size()
+    size = 1 if bits == 8 else 3 if bits == 6 else 4 if row % 4 == 0 and quant.cols % 8 == 0 else 1
+    tensors = {"x": x, "codes": out.codes.view(torch.uint8), "scale": out.scale}
+    numbers = {"N": m, "K": k, "stride": x.stride(0), "units": row // size, "blocks": quant.scale_shape(m, k)[1]}
+    constants = {
+        "FORMAT": quant.format, "BITS": bits, "BYTES": size, "EVEN": k % (size * 8 // bits) == 0, "SCALE": quant.scale,
+        "HALF": quant.element.half_range,
+    }  # fmt: skip
+    return _Call(tensors, numbers, constants, dict(way(target_of(x.device), "quantize", m)[1].blocks))
+
+
+def _config(blocks: dict[str, int], elements: int, per_warp: int) -> Config:
+    return Config(blocks, min(max(elements // per_warp, 1), 16), 1, fusion=False)
+
+
+def _steps(out: Quantized, swizzle: bool) -> dict[str, int]:
+    """Where scales go."""
+    return {"row_step": out.scale.shape[1] // 4 if swizzle else out.scale.stride(0), "group_step": out.scale.stride(1)}
+
+
+def _groups(x: Tensor, quant: Quant, out: Quantized, swizzle: bool) -> None:
+    from quantport_triton.ops import quantize as ops
+
+    call = _call(x, quant, out)
+    span, padded = quant.outer[1] if quant.outer and quant.outer[1] else quant.cols, _above(quant.cols)
+    across = min(_above(-(-x.shape[1] // span)) * (span // quant.cols), max(call.blocks["TILE"] // padded, span // quant.cols))
+    down = min(max(call.blocks["TILE"] // (across * padded), 1), _above(x.shape[0]))
+    config = _config({"P": padded, "BR": down, "BG": across}, down * across * padded, call.blocks["PER_WARP"])
+    outer = 0 if quant.outer is None else quant.outer[1] or -1
+    tensors = {**call.tensors, "outer": out.outer if out.outer is not None else out.scale}
+    tensors["top"] = _largest(x.contiguous(), call.blocks) if outer == -1 else call.tensors["codes"]
+    grid = -(-x.shape[0] // down) * -(-call.numbers["blocks"] // across)
+    rule = {"UP": _up(quant), "EMAX": math.frexp(quant.element.high)[1] - 1, "GROUP": quant.cols, "OUTER": outer, "SWIZZLE": swizzle}
+    launch(ops.groups, (grid,), config, tensors, {**call.numbers, **_steps(out, swizzle)}, **call.constants, **rule)
+
+
+def _up(quant: Quant) -> int:
+    """What a rule of e8m0 scales adds to the bits of a maximum, so that its exponent is that of the scale; -1 for ``rceil``."""
+    mantissa = quant.element.mantissa or {"e4m3fn": 3}.get(quant.format, 0)
+    half = {"even": 1 << (22 - mantissa), "even1": 1 << 21, "ceil": (1 << 23) - 1, "rceil": -1}
+    return half.get(quant.rule, 0)
+
+
+def _rows(x: Tensor, quant: Quant, out: Quantized, swizzle: bool) -> None:
+    from quantport_triton.ops import quantize as ops
+
+    call = _call(x, quant, out)
+    block = max(min(_above(x.shape[1]), call.blocks["ROW"]), quant.cols, 8)
+    padded = quant.cols or block
+    config = _config({"BG": block // padded, "P": padded}, block, call.blocks["PER_WARP"])
+    tensors = {**call.tensors, "outer": out.outer if out.outer is not None else out.scale}
+    rest = {"GROUP": quant.cols, "SWIZZLE": swizzle, "ONCE": block >= x.shape[1]}
+    launch(ops.rows, (x.shape[0],), config, tensors, {**call.numbers, **_steps(out, swizzle)}, **call.constants, **rest)
+
+
+def _squares(x: Tensor, quant: Quant, out: Quantized) -> None:
+    from quantport_triton.ops import quantize as ops
+
+    call = _call(x, quant, out)
+    down, across = _above(quant.rows), _above(quant.cols)
+    config = _config({"BR": down, "P": across}, down * across, call.blocks["PER_WARP"])
+    grid = -(-x.shape[0] // quant.rows) * call.numbers["blocks"]
+    launch(ops.squares, (grid,), config, call.tensors, call.numbers, **call.constants, ROWS=quant.rows, GROUP=quant.cols)
+
+
+def _whole(x: Tensor, quant: Quant, out: Quantized) -> None:
+    from quantport_triton.ops import quantize as ops
+
+    call = _call(x, quant, out)
+    block = call.blocks["TILE"]
+    tensors = {**call.tensors, "top": _largest(x, call.blocks)}
+    constants = {key: call.constants[key] for key in ("FORMAT", "SCALE", "HALF")}
+    config = _config({"BLOCK": block}, block, call.blocks["PER_WARP"])
+    launch(ops.whole, (-(-x.numel() // block),), config, tensors, {"size": x.numel()}, **constants)
+
+
+def _largest(x: Tensor, blocks: dict[str, int]) -> Tensor:
+    """Bits of the largest magnitude of a matrix without gaps: int32 ``[1]``."""
+    from quantport_triton.ops import quantize as ops
+
+    top, block, steps = x.new_zeros(1, dtype=torch.int32), blocks["TILE"], 8
+    config = _config({"BLOCK": block, "STEPS": steps}, block, blocks["PER_WARP"])
+    launch(ops.largest, (-(-x.numel() // (block * steps)),), config, {"x": x, "top": top}, {"size": x.numel()})
+    return top
+
+
+def _above(number: int) -> int:
+    """The power of two that is not below a number."""
+    return 1 << (number - 1).bit_length()

@@ -43,7 +43,7 @@ class _AtenOnly(TorchFunctionMode):
 
 def _plain(index: Any) -> bool:
     items = index if isinstance(index, tuple) else (index,)
-    first = items and items[0] is Ellipsis and None not in items
+    first = items and items[0] is Ellipsis
     return all(item is None or isinstance(item, slice) for item in (items[1:] if first else items))
 
 

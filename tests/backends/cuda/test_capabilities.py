@@ -8,20 +8,53 @@ import pytest
 import torch
 
 from quantport.backend import Accepted, Evidence, Rejected, Request, Status, WeightSpec
+from quantport.choice import choose
 from quantport.host import Host
 from quantport_cuda.capabilities import ARCHS
 
 HOST = Host(only=["cuda"])
-W8A8 = ("fp8_per_tensor", "fp8_per_channel", "fp8_per_block", "int8")
-WEIGHT_ONLY = ("fp8_weight_only", "int8_weight_only", "int4_weight_only")
-FP8 = ("fp8_per_tensor", "fp8_per_channel")
-NATIVE = {
-    "sm_70": (),
-    "sm_75": ("int8",),
-    "sm_80": ("int8",),
-    "sm_86": ("int8",),
-    **dict.fromkeys(("sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121"), (*FP8, "int8")),
-}
+# What a linear layer of 4096 x 4096 gets, for each scheme and architecture.
+KERNELS = {
+    "S": "cuda._scaled_mm", "B": "cuda._scaled_mm_blocks", "M": "cuda._scaled_mm_mx", "N": "cuda._scaled_mm_nvfp4",
+    "I": "cuda._int_mm", "w": "cuda.triton_weight_only", "W": "cuda.triton_weight_only", "d": "torch.dequantize",
+    "=": "torch.linear",
+}  # fmt: skip
+STATUS = {"w": Status.WEIGHT_ONLY, "d": Status.DEQUANTIZE}  # the others are native
+TABLE = """
+                      70 75 80 86 89 90 100 103 120 121
+fp8_per_tensor         w  w  w  w  S  S   S   S   S   S
+fp8_per_channel        w  w  w  w  S  S   S   S   S   S
+fp8_per_block          w  w  w  w  w  B   w   w   w   w
+fp8_weight_only        W  W  W  W  W  W   W   W   W   W
+fp6                    W  W  W  W  W  W   W   W   W   W
+int8                   w  I  I  I  I  I   I   I   I   I
+int8_weight_only       W  W  W  W  W  W   W   W   W   W
+int4_weight_only       W  W  W  W  W  W   W   W   W   W
+int4_weight_only_g32   W  W  W  W  W  W   W   W   W   W
+int4_w4a8              w  w  w  w  w  w   w   w   w   w
+int4_mse               W  W  W  W  W  W   W   W   W   W
+int4_hqq               W  W  W  W  W  W   W   W   W   W
+mxfp8                  w  w  w  w  w  w   M   M   M   M
+mxfp8_weight_only      W  W  W  W  W  W   W   W   W   W
+mxfp6_e2m3             w  w  w  w  w  w   w   w   w   w
+mxfp6_e3m2             w  w  w  w  w  w   w   w   w   w
+mxfp4                  w  w  w  w  w  w   w   w   w   w
+mxfp4_weight_only      W  W  W  W  W  W   W   W   W   W
+mxfp4_w4a8             w  w  w  w  w  w   w   w   w   w
+mxfp4_dualscale        w  w  w  w  w  w   w   w   w   w
+nvfp4                  w  w  w  w  w  w   N   N   N   N
+nvfp4_weight_only      W  W  W  W  W  W   W   W   W   W
+nf4                    W  W  W  W  W  W   W   W   W   W
+fp4                    W  W  W  W  W  W   W   W   W   W
+q4_0                   d  d  d  d  d  d   d   d   d   d
+q8_0                   d  d  d  d  d  d   d   d   d   d
+q4_k                   d  d  d  d  d  d   d   d   d   d
+q5_k                   d  d  d  d  d  d   d   d   d   d
+q6_k                   d  d  d  d  d  d   d   d   d   d
+bf16                   =  =  =  =  =  =   =   =   =   =
+"""
+LINES = [line.split() for line in TABLE.strip().splitlines()]
+EXPECTED = {line[0]: dict(zip((f"sm_{n}" for n in LINES[0]), line[1:], strict=True)) for line in LINES[1:]}
 FORMATS = {
     "sm_70": "fp16",
     "sm_75": "fp16 int8 int4",
@@ -59,30 +92,41 @@ def test_facts(name):
     assert arch.compute is (torch.float16 if name in ("sm_70", "sm_75") else torch.bfloat16)
 
 
-@pytest.mark.parametrize("scheme", W8A8)
-@pytest.mark.parametrize("name", ARCHS)
-def test_native_exactly_where_claimed(name, scheme):
-    found = verdicts(simulated(name), scheme)
-    accepted = native(found)
-    assert bool(accepted) is (scheme in NATIVE[name])
-    for verdict in accepted:
-        assert verdict.precision == "W8A8"
-        assert verdict.claim.evidence is Evidence.DECLARED
-        assert ARCHS[name].source in verdict.claim.source
-    assert isinstance(found["torch.dequantize"], Accepted)
-    assert found["torch.dequantize"].status is Status.WEIGHT_ONLY
-    assert found["torch.reference"].status is Status.REFERENCE
+def test_the_table_is_whole():
+    assert set(EXPECTED) == set(HOST.schemes)
+    assert {f"sm_{n}" for n in LINES[0]} == set(ARCHS)
 
 
-@pytest.mark.parametrize("scheme", WEIGHT_ONLY)
-@pytest.mark.parametrize("name", ARCHS)
-def test_weight_only_runs_everywhere(name, scheme):
-    found = verdicts(simulated(name), scheme, dtype=ARCHS[name].compute)
-    assert native(found) == []
-    assert found["torch.dequantize"].status is Status.DEQUANTIZE
-    assert found["torch.dequantize"].precision.endswith("A16")
-    assert isinstance(found["cuda._scaled_mm"], Rejected)
-    assert isinstance(found["cuda._int_mm"], Rejected)
+@pytest.mark.parametrize("scheme", EXPECTED)
+def test_what_a_linear_layer_gets(scheme):
+    asked = HOST.schemes[scheme]
+    for name, cell in EXPECTED[scheme].items():
+        device = simulated(name)
+        found = choose(Request(WeightSpec(asked, 4096, 4096), "linear", device, device.arch.compute), HOST.kernels("cuda"))
+        status = STATUS.get(cell, Status.NATIVE)
+        assert (found.kernel, found.status) == (KERNELS[cell], status), name
+        assert found.precision == (asked.weight_only if status is Status.WEIGHT_ONLY else asked).precision
+        assert found.speed is None  # nothing is measured yet
+        if cell in "SBMNI":
+            assert found.claim.evidence is Evidence.DECLARED
+            assert ARCHS[name].source in found.claim.source
+
+
+@pytest.mark.parametrize("scheme", EXPECTED)
+def test_something_runs_everywhere(scheme):
+    for name in ARCHS:
+        for shape in ((1, 1), (33, 96), (4096, 4096)):
+            found = verdicts(simulated(name), scheme, *shape, dtype=ARCHS[name].compute)
+            assert isinstance(found["torch.linear" if scheme == "bf16" else "torch.dequantize"], Accepted)
+
+
+def test_fp8_on_sm_90_falls_back_in_steps():
+    """Blocks where cuBLASLt has them; else 16-bit activations, and the reasons say why."""
+    device = replace(simulated("sm_90"), simulated=False, features=frozenset({"cuda>=12.8"}))
+    request = Request(WeightSpec(HOST.schemes["fp8_per_block"], 4096, 4096), "linear", device, torch.bfloat16)
+    found = choose(request, HOST.kernels("cuda"))
+    assert (found.kernel, found.status) == ("cuda.triton_weight_only", Status.WEIGHT_ONLY)
+    assert any("CUDA 12.9" in reason for reason in found.reasons)
 
 
 @pytest.mark.parametrize(
@@ -92,6 +136,15 @@ def test_weight_only_runs_everywhere(name, scheme):
         ("sm_70", "int8", "cuda._int_mm", "sm_70 (NVIDIA V100) has no int8 matrix instruction"),
         ("sm_90", "fp8_per_block", "cuda._scaled_mm", "does not run fp8_per_block"),
         ("sm_90", "int8", "cuda._scaled_mm", "does not run int8"),
+        ("sm_89", "fp8_per_block", "cuda._scaled_mm_blocks", "on sm_90 only, not on sm_89"),
+        ("sm_100", "fp8_per_block", "cuda._scaled_mm_blocks", "on sm_90 only, not on sm_100"),
+        ("sm_90", "mxfp8", "cuda._scaled_mm_mx", "sm_90 (NVIDIA H100, H200) has no mxfp8 matrix instruction"),
+        ("sm_90", "nvfp4", "cuda._scaled_mm_nvfp4", "sm_90 (NVIDIA H100, H200) has no nvfp4 matrix instruction"),
+        ("sm_100", "mxfp4", "cuda._scaled_mm_mx", "only when built with MSLK"),
+        ("sm_120", "mxfp4", "cuda._scaled_mm_mx", "on compute capability 10.x only, not on sm_120"),
+        ("sm_100", "mxfp4_w4a8", "cuda._scaled_mm_mx", "does not run mxfp4_w4a8"),
+        ("sm_100", "mxfp4_dualscale", "cuda._scaled_mm_mx", "does not run mxfp4_dualscale"),
+        ("sm_75", "int4_weight_only", "cuda._weight_int4pack_mm", "sm_75 (NVIDIA T4, RTX 20) has no bf16 matrix instruction"),
         ("sm_90", "fp8_per_channel", "cuda._int_mm", "does not run fp8_per_channel"),
     ],
 )
@@ -106,6 +159,44 @@ def test_shapes_and_dtypes_that_torch_refuses():
     assert any("multiples of 16" in r for r in verdicts(device, "fp8_per_channel", n=72)["cuda._scaled_mm"].reasons)
     assert any("bfloat16 only" in r for r in verdicts(device, "fp8_per_channel", dtype=torch.float16)["cuda._scaled_mm"].reasons)
     assert any("multiples of 8" in r for r in verdicts(device, "int8", k=252)["cuda._int_mm"].reasons)
+    for shape in ((64, 256), (256, 192)):
+        assert any("multiples of 128" in r for r in verdicts(device, "fp8_per_block", *shape)["cuda._scaled_mm_blocks"].reasons)
+    for shape in ((72, 256), (64, 48)):
+        assert any("of 16 and K of 32" in r for r in verdicts(simulated("sm_100"), "mxfp8", *shape)["cuda._scaled_mm_mx"].reasons)
+    pack = "cuda._weight_int4pack_mm"
+    assert any("bfloat16 only" in r for r in verdicts(device, "int4_weight_only", dtype=torch.float16)[pack].reasons)
+    assert any("and N of 8" in r for r in verdicts(device, "int4_weight_only", n=60)[pack].reasons)
+    assert any("the group of 128" in r for r in verdicts(device, "int4_weight_only", k=200)[pack].reasons)
+
+
+def test_int4_groups_that_torch_does_not_have():
+    scheme = HOST.schemes["int4_weight_only"]
+    odd = replace(scheme, weight=replace(scheme.weight, cols=512))
+    kernel = next(k for k in HOST.kernels("cuda") if k.name == "cuda._weight_int4pack_mm")
+    verdict = kernel.verdict(Request(WeightSpec(odd, 64, 512), "linear", simulated("sm_90")))
+    assert verdict.reasons == ("cuda._weight_int4pack_mm takes groups of 32, 64, 128, 256, not of 512",)
+
+
+def test_blocks_before_torch_2_10(monkeypatch):
+    monkeypatch.delattr(torch.nn.functional, "scaled_mm", raising=False)
+    found = [verdicts(simulated("sm_90"), "fp8_per_block", 256, k)["cuda._scaled_mm_blocks"] for k in (640, 1024)]
+    assert any("multiple of 512, not 640" in r for r in found[0].reasons)
+    assert isinstance(found[1], Accepted)
+
+
+@pytest.mark.parametrize("name", ["sm_100", "sm_103"])
+def test_mxfp4_in_a_build_that_has_it(name):
+    device = replace(simulated(name), simulated=False, features=frozenset({"cuda>=12.8", "cuda>=12.9", "mslk"}))
+    found = choose(Request(WeightSpec(HOST.schemes["mxfp4"], 4096, 4096), "linear", device), HOST.kernels("cuda"))
+    assert (found.kernel, found.precision, found.status) == ("cuda._scaled_mm_mx", "W4A4", Status.NATIVE)
+
+
+@pytest.mark.parametrize(("scheme", "kernel"), [("mxfp8", "cuda._scaled_mm_mx"), ("nvfp4", "cuda._scaled_mm_nvfp4")])
+def test_block_formats_need_a_build_that_knows_them(scheme, kernel):
+    for name, feature, least in (("sm_100", "cuda>=12.8", "12.8"), ("sm_103", "cuda>=12.9", "12.9")):
+        old = replace(simulated(name), simulated=False)
+        assert any(f"CUDA {least} or later on {name}" in r for r in verdicts(old, scheme)[kernel].reasons)
+        assert isinstance(verdicts(replace(old, features=frozenset({feature})), scheme)[kernel], Accepted)
 
 
 @pytest.mark.parametrize("name", ["sm_103", "sm_121"])

@@ -14,10 +14,11 @@ GIB = 1 << 30
 ARCH_LIST = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120")
 
 
-def fake_torch(*capabilities, cuda="13.0", hip=None, available=True, arch_list=ARCH_LIST):
+def fake_torch(*capabilities, cuda="13.0", hip=None, available=True, arch_list=ARCH_LIST, config="USE_CUDA=ON"):
     boxes = [SimpleNamespace(name=f"NVIDIA fake {i}", total_memory=(i + 1) * GIB) for i in range(len(capabilities))]
     return SimpleNamespace(
         __version__="2.13.0+fake",
+        __config__=SimpleNamespace(show=lambda: config),
         version=SimpleNamespace(cuda=cuda, hip=hip),
         cuda=SimpleNamespace(
             is_available=lambda: available,
@@ -64,9 +65,17 @@ def test_an_unknown_capability_is_a_device_with_safe_facts(capability, native):
     assert "assumed" in found.arch.source
 
 
-@pytest.mark.parametrize(("version", "expected"), [("12.8", set()), ("12.9", {"cuda>=12.9"}), ("13.0", {"cuda>=12.9"})])
+@pytest.mark.parametrize(
+    ("version", "expected"),
+    [("12.6", set()), ("12.8", {"cuda>=12.8"}), *((v, {"cuda>=12.8", "cuda>=12.9"}) for v in ("12.9", "13.0"))],
+)
 def test_the_build_of_torch_is_a_feature(version, expected):
     assert devices(fake_torch((9, 0), cuda=version))[0].features == expected
+
+
+def test_a_build_with_mslk_is_a_feature():
+    shown = "PyTorch built with: ... USE_MKL=ON, USE_MSLK=1, USE_NCCL=1"
+    assert "mslk" in devices(fake_torch((10, 0), config=shown))[0].features
 
 
 def test_torch_without_cuda_finds_nothing_and_asks_no_driver():

@@ -4,65 +4,102 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 
-from quantport.backend import WeightSpec
+from quantport.backend import Kernel, WeightSpec
 from quantport.catalog import BUILTIN
-from quantport_cuda.kernels.matmul import CudaIntMM, CudaScaledMM
+from quantport.testing.fakes import fake_tensors
+from quantport_cuda.kernels.block_scaled import CudaScaledMX, CudaScaledNV
+from quantport_cuda.kernels.int4 import CudaInt4Pack
+from quantport_cuda.kernels.int8 import CudaIntMM
+from quantport_cuda.kernels.scaled import CudaScaledBlocks, CudaScaledMM
+
+RUNS = [
+    (CudaScaledMM(), "fp8_per_tensor", (64, 96)),
+    (CudaScaledMM(), "fp8_per_channel", (64, 96)),
+    (CudaScaledBlocks(), "fp8_per_block", (256, 384)),
+    (CudaScaledMX(), "mxfp8", (64, 96)),
+    (CudaScaledNV(), "nvfp4", (64, 96)),
+    (CudaIntMM(), "int8", (64, 96)),
+    (CudaInt4Pack(), "int4_weight_only_g32", (64, 96)),
+    (CudaInt4Pack(), "int4_mse", (64, 128)),
+]
+IDS = [scheme for _, scheme, _ in RUNS]
 
 
-def _view(x, index):
-    for dim, item in enumerate(index if isinstance(index, tuple) else (index,)):
-        x = x.unsqueeze(dim) if item is None else torch.ops.aten.slice(x, dim, item.start, item.stop)
-    return x
+def stored(spec: WeightSpec) -> dict[str, torch.Tensor]:
+    layout = spec.scheme.layout(spec.n, spec.k)
+    return {name: torch.empty(shape, dtype=dtype, device="cuda") for name, (shape, dtype) in layout.items()}
 
 
-class AtenOnly(TorchFunctionMode):
-    """Calls ATen past the Python bindings: some of them ask for a device guard, which a CPU-only torch lacks for cuda."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is Tensor.__getitem__:
-            return _view(*args)
-        if func is Tensor.__setitem__:
-            return torch.ops.aten.copy_(_view(args[0], args[1]), args[2])
-        if func in (Tensor.contiguous, Tensor.copy_):
-            return getattr(torch.ops.aten, func.__name__)(*args)
-        return func(*args, **(kwargs or {}))
+def activations(rows: int, spec: WeightSpec, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(rows, spec.k, dtype=dtype, device="cuda")
 
 
-@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", [1, 16, 17, 300])
-@pytest.mark.parametrize(
-    ("kernel", "scheme"), [(CudaScaledMM(), "fp8_per_tensor"), (CudaScaledMM(), "fp8_per_channel"), (CudaIntMM(), "int8")]
-)
-def test_run(kernel, scheme, rows, bias):
-    spec = WeightSpec(BUILTIN[scheme], 64, 96)
-    with FakeTensorMode(), AtenOnly():
-        stored = {name: torch.empty(shape, dtype=t, device="cuda") for name, (shape, t) in spec.scheme.layout(64, 96).items()}
-        packed = kernel.pack(stored, spec)
-        x = torch.empty(rows, 96, dtype=torch.bfloat16, device="cuda")
-        y = kernel.run(x, packed, torch.empty(64, dtype=torch.bfloat16, device="cuda") if bias else None, spec)
+@pytest.mark.parametrize(("kernel", "scheme", "shape"), RUNS, ids=IDS)
+def test_run(kernel, scheme, shape, rows):
+    spec = WeightSpec(BUILTIN[scheme], *shape)
+    with fake_tensors():
+        packed = kernel.pack(stored(spec), spec)
+        bias = torch.empty(spec.n, dtype=torch.bfloat16, device="cuda")
+        ys = [kernel.run(activations(rows, spec), packed, b, spec) for b in (None, bias)]
         back = kernel.unpack(packed, spec)
-    assert (y.shape, y.dtype, y.device.type) == ((rows, 64), torch.bfloat16, "cuda")
-    assert {name: (t.shape, t.dtype) for name, t in back.items()} == spec.scheme.layout(64, 96)
+    assert [(y.shape, y.dtype, y.device.type) for y in ys] == [((rows, spec.n), torch.bfloat16, "cuda")] * 2
+    assert {name: (t.shape, t.dtype) for name, t in back.items()} == spec.scheme.layout(spec.n, spec.k)
 
 
-def test_int8_answers_in_fp16_where_bf16_does_not_exist():
-    spec = WeightSpec(BUILTIN["int8"], 64, 96)
-    with FakeTensorMode(), AtenOnly():
-        stored = {name: torch.empty(shape, dtype=t, device="cuda") for name, (shape, t) in spec.scheme.layout(64, 96).items()}
-        kernel = CudaIntMM()
-        y = kernel.run(torch.empty(4, 96, dtype=torch.float16, device="cuda"), kernel.pack(stored, spec), None, spec)
-    assert (y.shape, y.dtype) == ((4, 64), torch.float16)
+@pytest.mark.parametrize(("kernel", "scheme", "shape"), [RUNS[2], RUNS[3], RUNS[4], RUNS[5]], ids=IDS[2:6])
+def test_the_answer_has_the_dtype_of_the_activations(kernel, scheme, shape):
+    spec = WeightSpec(BUILTIN[scheme], *shape)
+    with fake_tensors():
+        y = kernel.run(activations(4, spec, torch.float16), kernel.pack(stored(spec), spec), None, spec)
+    assert (y.shape, y.dtype) == ((4, spec.n), torch.float16)
 
 
-def test_torch_itself_refuses_what_the_kernel_refuses():
-    spec = WeightSpec(BUILTIN["fp8_per_channel"], 72, 96)
-    kernel = CudaScaledMM()
-    with FakeTensorMode(), AtenOnly():
-        stored = {name: torch.empty(shape, dtype=t, device="cuda") for name, (shape, t) in spec.scheme.layout(72, 96).items()}
-        packed = kernel.pack(stored, spec)
-        with pytest.raises(RuntimeError, match="divisible by 16"):
-            kernel.run(torch.empty(4, 96, dtype=torch.bfloat16, device="cuda"), packed, None, spec)
+class Plain(Kernel):
+    """Keeps the stored layout, whatever the operator wants."""
+
+    def pack(self, canonical, spec):
+        return Kernel.pack(self, canonical, spec)
+
+
+class PlainMX(Plain, CudaScaledMX):
+    pass
+
+
+class PlainNV(Plain, CudaScaledNV):
+    pass
+
+
+class PlainBlocks(Plain, CudaScaledBlocks):
+    pass
+
+
+class PlainInt4(Plain, CudaInt4Pack):
+    pass
+
+
+class RowMajor(CudaScaledMM):
+    """Hands its weight over as ``[K, N]`` row by row."""
+
+    def run(self, x, packed, bias, spec):
+        return super().run(x, (torch.empty_like(packed[0].t(), memory_format=torch.contiguous_format).t(), packed[1]), bias, spec)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "scheme", "shape", "said"),
+    [
+        (PlainMX(), "mxfp8", (64, 96), "scale_b should have 512 elements, got 192"),
+        (PlainNV(), "nvfp4", (64, 96), "scale_b should have 1024 elements, got 384"),
+        (PlainBlocks(), "fp8_per_block", (256, 384), r"scale b must have shape \[4.0, 2\]"),
+        (PlainInt4(), "int4_mse", (64, 128), "w must be a 4D tensor"),
+        (RowMajor(), "fp8_per_channel", (64, 96), "mat2 must be col_major"),
+        (CudaScaledMM(), "fp8_per_channel", (72, 96), "divisible by 16"),
+    ],
+)
+def test_torch_refuses_a_wrong_layout(kernel, scheme, shape, said):
+    spec = WeightSpec(BUILTIN[scheme], *shape)
+    with fake_tensors():
+        packed = kernel.pack(stored(spec), spec)
+        with pytest.raises(RuntimeError, match=said):
+            kernel.run(activations(4, spec), packed, None, spec)

@@ -1,4 +1,52 @@
-"""stub"""
+"""What cross-compilation found: ``<kind>.json``, written by ``benchmarks/compile.py`` and kept fresh by a test.
+
+For a family of kernels, a scheme and an architecture the outcome is one of
+
+* ``native``: machine code was made, and every matrix multiplication in it is the matrix instruction that the kernel is for;
+* ``up-cast``: its matrix instruction is for a wider type than the operands;
+* ``no matrix instruction``: it multiplies on the ordinary units;
+* ``refused``: the compiler, or the shared memory of the architecture, refuses it; ``because`` says why.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
 from quantport.backend import Claim, Evidence
-def refusals(family, scheme, kind, arch): return ()
-def claim(family, scheme, kind, arch): return Claim(Evidence.INTERPRETED, "x")
+
+
+@cache
+def read(kind: str) -> Mapping[str, Any]:
+    """The evidence for one kind of device: ``triton`` (the version), and ``targets``: architecture -> family -> scheme."""
+    path = files(__name__) / f"{kind}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"targets": {}}  # type: ignore[no-any-return]  # JSON
+
+
+def found(kind: str, arch: str, family: str, scheme: str) -> Mapping[str, Any] | None:
+    """The entry for an architecture, or None where nobody compiled it. Options of a scheme (``nf4:double``) count as the scheme."""
+    families = read(kind)["targets"].get(arch, {}).get(family, {})
+    return families.get(scheme) or families.get(scheme.partition(":")[0])
+
+
+def refusals(kind: str, arch: str, family: str, scheme: str) -> tuple[str, ...]:
+    """Why a kernel cannot run there, or would gain nothing: empty where it compiled as it should, or was never compiled."""
+    entry = found(kind, arch, family, scheme)
+    if entry is None or entry["outcome"] == "native":
+        return ()
+    version = read(kind)["triton"]
+    if entry["outcome"] == "refused":
+        return (f"Triton {version} refuses it for {arch}: {entry['because']}",)
+    return (f"for {arch}, Triton {version} makes {entry['instruction'] or 'ordinary multiplications'} of it: {entry['outcome']}",)
+
+
+def claim(kind: str, arch: str, family: str, scheme: str) -> Claim:
+    """``compiled`` where the entry says ``native``; else the kernel has only met the reference in Triton's interpreter."""
+    entry = found(kind, arch, family, scheme)
+    if entry is None or entry["outcome"] != "native":
+        return Claim(Evidence.INTERPRETED, f"tests/backends/triton, in Triton's interpreter; not compiled for {arch}")
+    what = f"{entry['instruction']} in the machine code" if entry["instruction"] else "machine code without matrix instructions"
+    return Claim(Evidence.COMPILED, f"{what} for {arch}, Triton {read(kind)['triton']}: quantport_triton/evidence/{kind}.json")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 
 from quantport.backend import Packed, Scheme, WeightSpec
 from quantport_triton.kernels.base import TritonKernel
+from quantport_triton.kernels.tiling import split_k
 from quantport_triton.kernels.weights import FORMATS, Stored, stored
 from quantport_triton.launch import Config, launch, target_of
 from quantport_triton.tuned import way
@@ -28,24 +31,25 @@ class TritonWeightOnly(TritonKernel):
         return quant.format in FORMATS and (whole_rows or (quant.rows > 0 and quant.cols % 8 == 0))
 
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
-        weight = stored(packed, spec)
         name, config = way(target_of(x.device), self.family, x.shape[0])
-        config = _in_words(config, weight)
         if name == "dequantize":
-            return torch.nn.functional.linear(x, _dequantize(x, weight, spec, config), bias)
-        return (_gemv if name == "gemv" else _gemm)(x, weight, bias, spec, config)
+            return torch.nn.functional.linear(x, dequantized(x, packed, spec), bias)
+        weight = stored(packed, spec)
+        return (_gemv if name == "gemv" else _gemm)(x, weight, bias, spec, _in_words(config, weight))
 
 
 def _in_words(config: Config, weight: Stored) -> Config:
     """The configuration with words of codes in place of codes along K."""
-    blocks = dict(config.blocks)
-    return Config({**blocks, "BW": blocks.pop("BK") // weight.per_word}, config.warps, config.stages)
+    blocks = {("BW" if key == "BK" else key): size // (weight.per_word if key == "BK" else 1) for key, size in config.blocks.items()}
+    return Config(blocks, config.warps, config.stages)
 
 
-def _dequantize(x: Tensor, weight: Stored, spec: WeightSpec, config: Config) -> Tensor:
-    """The weight ``[N, K]`` in the dtype of ``x``."""
+def dequantized(x: Tensor, packed: Packed, spec: WeightSpec) -> Tensor:
+    """The weight ``[N, K]`` in the dtype and on the device of ``x``, as ``numerics.dequantize_weight`` gives it."""
     from quantport_triton.ops import weight_only as ops
 
+    weight = stored(packed, spec)
+    config = _in_words(way(target_of(x.device), "weight_only", sys.maxsize)[1], weight)
     values = x.new_empty(spec.n, spec.k)
     grid = (-(-weight.numbers["units"] // config.blocks["BW"]), -(-spec.n // config.blocks["BN"]))
     numbers = {"N": spec.n, "K": spec.k, **weight.numbers}
@@ -69,7 +73,7 @@ def _gemm(x: Tensor, weight: Stored, bias: Tensor | None, spec: WeightSpec, conf
 
     m, blocks = x.shape[0], dict(config.blocks)
     tiles = (-(-spec.n // blocks["BN"]), -(-m // blocks["BM"]))
-    split = _split(tiles[0] * tiles[1], blocks.pop("PROGRAMS"), weight.numbers["units"] // blocks["BW"])
+    split = split_k(tiles[0] * tiles[1], blocks.pop("PROGRAMS"), weight.numbers["units"] // blocks["BW"])
     y = x.new_empty(m, spec.n)
     out = y if split == 1 else x.new_empty(split, m, spec.n, dtype=torch.float32)
     tensors = {"x": x, **weight.tensors, "bias": y if bias is None else bias, "y": out}
@@ -77,16 +81,8 @@ def _gemm(x: Tensor, weight: Stored, bias: Tensor | None, spec: WeightSpec, conf
     numbers = {"M": m, "N": spec.n, "K": spec.k, **weight.numbers}
     launch(ops.gemm, (*tiles, split), config, tensors, numbers, **weight.constants, BIAS=bias is not None)
     if split > 1:
-        tensors = {"parts": out, "scale": tensors["scale"], "outer": tensors["outer"], "bias": tensors["bias"], "y": y}
-        constants = {key: weight.constants[key] for key in ("ROWS", "GROUP", "OUTER")}
+        tensors = {"parts": out, "scale": tensors["scale"], "bias": tensors["bias"], "y": y}
+        constants = {key: weight.constants[key] for key in ("ROWS", "GROUP")}
         config = Config({"SPLIT": split, "BN": 256})
         launch(ops.add, (-(-spec.n // 256), m), config, tensors, {"M": m, "N": spec.n}, **constants, BIAS=bias is not None)
     return y
-
-
-def _split(tiles: int, programs: int, steps: int) -> int:
-    """Over how many programs K is split: a power of two, so that few variants are compiled; each has four steps or more."""
-    split = 1
-    while 2 * split * tiles <= programs and 8 * split <= steps:
-        split *= 2
-    return split

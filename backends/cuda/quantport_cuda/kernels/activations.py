@@ -1,0 +1,46 @@
+"""Activations as the matrix multiplications of torch want them: codes, and scales in the layout of cuBLASLt."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quantport.backend import Quant, numerics
+from quantport_triton import available
+from quantport_triton.quantize import Quantized, quantize
+
+
+def quantized(x: Tensor, quant: Quant, swizzle: bool = False, transposed: bool = False) -> Quantized:
+    """Quantizes activations ``[m, k]`` in one launch, to the bits of ``numerics.quantize_blocks``; by that where Triton is missing.
+
+    Args:
+        x: bf16, fp16 or fp32.
+        quant: Element format, block shape and scale rule.
+        swizzle: Scales in the order of ``swizzled``.
+        transposed: Scales column by column: strides ``(1, m)``.
+    """
+    if not available():
+        layout = {name: True for name, asked in (("swizzle", swizzle), ("transposed", transposed)) if asked}
+        return quantize(x, quant, **layout)
+    blocks = numerics.quantize_blocks(x, quant)
+    codes = blocks.codes if quant.element.bits == 8 else numerics.pack_bits(blocks.codes, quant.element.bits)
+    scale = swizzled(blocks.scale) if swizzle else blocks.scale.t().contiguous().t() if transposed else blocks.scale
+    return Quantized(codes, scale, blocks.outer)
+
+
+def swizzled(scale: Tensor) -> Tensor:
+    """Scales of one byte ``[r, c]`` in the order that tensor cores read them, ``SWIZZLE_32_4_4``: uint8, one dimension.
+
+    Tiles of 128 rows and 4 columns, 512 bytes each, row by row; in a tile, row ``a + 32 b`` and column ``d`` are at
+    ``16 a + 4 b + d``. Rows are filled up to 128 and columns to 4, with zeros (cuBLAS documentation, "1D Block Scaling
+    Factors Layout").
+    """
+    rows, columns = scale.shape
+    wide = torch.nn.functional.pad(scale.view(torch.uint8), (0, -columns % 4, 0, -rows % 128))
+    return wide.view(-(-rows // 128), 4, 32, -(-columns // 4), 4).permute(0, 3, 2, 1, 4).reshape(-1)
+
+
+def unswizzled(flat: Tensor, rows: int, columns: int) -> Tensor:
+    """The inverse of ``swizzled``: uint8 ``[rows, columns]``."""
+    tiles = flat.view(-(-rows // 128), -(-columns // 4), 32, 4, 4).permute(0, 3, 2, 1, 4)
+    return tiles.reshape(-(-rows // 128) * 128, -(-columns // 4) * 4)[:rows, :columns].contiguous()

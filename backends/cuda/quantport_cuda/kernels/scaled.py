@@ -1,0 +1,113 @@
+"""W8A8 FP8 with fp32 scales through ``torch._scaled_mm``: per token and channel, and in blocks of 128x128."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from quantport.backend import Canonical, Claim, Evidence, Kernel, Packed, Quant, Request, Scheme, WeightSpec, aten
+from quantport_cuda.kernels.activations import quantized
+
+BLAS = "PyTorch aten/src/ATen/native/cuda/ScaledBlas.cpp at 0174dfabc023"
+_ROWS = (
+    f"{BLAS} (compute capability 8.9, or 9.0 and later) and "
+    "RowwiseScaledMM.cu at 01386a0dab6f (row-wise scales on 8.9, 9.x, 10.x, 11.x, 12.x)"
+)
+_BLOCKS = f"{BLAS}, _check_deepseek_support (compute capability 9.x, cublasLt 12.9 or later)"
+NEW = ("sm_103", "sm_121")  # builds hold code for them from CUDA 12.9 on (PyTorch cmake/Codegen.cmake)
+
+
+def build_reasons(request: Request, name: str, feature: str = "cuda>=12.9") -> list[str]:
+    """Why the build of torch lacks what a kernel needs. Of a simulated device no build is known: nothing."""
+    device = request.device
+    if device.simulated or feature in device.features:
+        return []
+    return [f"{name} needs a torch built for CUDA {feature.removeprefix('cuda>=')} or later on {device.arch.name}"]
+
+
+class CudaScaledMM(aten.ScaledMM):
+    """``torch._scaled_mm`` with row scales: cuBLASLt on sm_90 from CUDA 12.9 on, else CUTLASS.
+
+    Sums are kept in fp32 (``use_fast_accum=False``): on Hopper, fast accumulation keeps 14 bits of them.
+    """
+
+    name = "cuda._scaled_mm"
+
+    def reasons_against(self, request: Request) -> Sequence[str]:
+        """Adds: the row-wise kernel holds code for sm_103 and sm_121 only in builds for CUDA 12.9 and later."""
+        old = build_reasons(request, self.name) if request.device.arch.name in NEW else []
+        return [*super().reasons_against(request), *old]
+
+    def claim(self, request: Request) -> Claim:
+        """PyTorch's own gate, and the instruction."""
+        return Claim(Evidence.DECLARED, f"{_ROWS}; {request.device.arch.source}")
+
+    def quantize(self, x: Tensor, quant: Quant) -> tuple[Tensor, Tensor]:
+        q = quantized(x, quant)
+        return q.codes, q.scale
+
+
+class CudaScaledBlocks(Kernel):
+    """128x128 blocks through cuBLASLt, on sm_90 alone.
+
+    Limits: N and K whole blocks. torch does without the first, but its shape function (``_meta_registrations.py`` of 2.13)
+    counts whole blocks. cuBLASLt reads the scales of a row of blocks with a stride that is a multiple of 16 bytes, which
+    ``F.scaled_mm`` (torch 2.10) asks for and ``torch._scaled_mm`` cannot express: before, K is a multiple of 512. Rows are
+    filled up to a multiple of four for the same reason: the scales of the activations lie column by column.
+    """
+
+    name = "cuda._scaled_mm_blocks"
+    tolerance = 2.0**-6
+    quantizes_activations = True
+
+    def serves(self, scheme: Scheme) -> bool:
+        return (scheme.weight, scheme.activation) == (Quant("e4m3fn", 128, 128), Quant("e4m3fn", 1, 128))
+
+    def reasons_against(self, request: Request) -> Sequence[str]:
+        spec, arch = request.weight, request.device.arch
+        reasons = list(aten.native_reason(request, "e4m3fn"))
+        if arch.name != "sm_90":
+            reasons.append(f"torch multiplies 128x128 blocks on sm_90 only, not on {arch.name} [{BLAS}]")
+        reasons += build_reasons(request, self.name)
+        if spec.n % 128 or spec.k % 128:
+            reasons.append(f"{self.name} needs N and K to be multiples of 128, not {spec.n} x {spec.k}")
+        elif spec.k % 512 and not hasattr(torch.nn.functional, "scaled_mm"):
+            reasons.append(f"before torch 2.10 {self.name} needs K to be a multiple of 512, not {spec.k}")
+        return reasons
+
+    def claim(self, request: Request) -> Claim:
+        """PyTorch's own gate, and the instruction."""
+        return Claim(Evidence.DECLARED, f"{_BLOCKS}; {request.device.arch.source}")
+
+    def pack(self, canonical: Canonical, spec: WeightSpec) -> Packed:
+        scale = canonical["weight_scale"]
+        return canonical["weight"].view(torch.uint8), torch.nn.functional.pad(scale, (0, -scale.shape[1] % 4))
+
+    def unpack(self, packed: Packed, spec: WeightSpec) -> Canonical:
+        weight, scale = packed
+        columns = spec.scheme.weight.scale_shape(spec.n, spec.k)[1]
+        return {"weight": weight.view(torch.float8_e4m3fn), "weight_scale": scale[:, :columns].contiguous()}
+
+    def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
+        weight, scale = packed
+        assert spec.scheme.activation is not None  # reasons_against refused it otherwise
+        rows = x.shape[0]
+        if rows % 4:
+            x = torch.nn.functional.pad(x, (0, 0, 0, -rows % 4))
+        q = quantized(x, spec.scheme.activation, transposed=True)
+        y = _multiply(q.codes, weight.view(q.codes.dtype).t(), q.scale, scale.t())[:rows]
+        return (y if bias is None else y + bias).to(x.dtype)
+
+
+def _multiply(x: Tensor, weight: Tensor, token: Tensor, scale: Tensor) -> Tensor:
+    """``[M, K]`` times ``[K, N]``, with scales ``[M, K/128]`` and ``[K/128, N/128]``, both column by column: bf16."""
+    functional = torch.nn.functional
+    if not hasattr(functional, "scaled_mm"):
+        return torch._scaled_mm(x, weight, scale_a=token, scale_b=scale, out_dtype=torch.bfloat16)
+    recipe = functional.ScalingType
+    y: Tensor = functional.scaled_mm(
+        x, weight, token, recipe.BlockWise1x128, scale, recipe.BlockWise128x128, output_dtype=torch.bfloat16
+    )
+    return y

@@ -1,0 +1,71 @@
+"""Measurements as data: the speeds by which kernels are chosen, and the evidence that follows from them.
+
+``tuned/<arch>.json``, where an architecture was measured (written by ``benchmarks/gpu.py``)::
+
+    {"results": "benchmarks/results/nvidia-h200.json",
+     "run": {"device": "NVIDIA H200", "date": "2026-12-01", "commit": "1a2b3c4", "torch": "2.11.0", "triton": "3.6.0"},
+     "shape": [4096, 4096],
+     "rows": [{"kernel": "cuda._scaled_mm", "scheme": "fp8_per_channel", "error": 0.0012, "speed": {"1": 1.1, "512": 1.7}}]}
+
+``speed`` is relative to BF16 by ``F.linear`` in the same run, by rows of activations, for a weight of ``shape``; ``error`` is the
+largest relative error against the reference. A row may have a ``run`` of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from quantport.backend import Claim, Evidence, Kernel, Request
+from quantport_triton import available
+
+SMALLEST = 16  # a layer with fewer elements than the measured one by this factor has no known speed
+_VERSIONS = ("torch", "triton")
+
+
+@cache
+def measurements(arch: str) -> Mapping[str, Any]:
+    """The measurements of an architecture, or nothing."""
+    path = files("quantport_cuda") / "tuned" / f"{arch}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+class Measured(Kernel):
+    """Comes before a kernel among the bases of a class: what was measured is said before what the kernel says."""
+
+    def _row(self, request: Request) -> dict[str, Any]:
+        device = request.device
+        if not device.simulated and available():
+            return {}  # measured with Triton, which also quantizes for the kernels of torch
+        rows = measurements(device.arch.name).get("rows", ())
+        mine = (self.name, request.weight.scheme.name)
+        return next((row for row in rows if (row["kernel"], row["scheme"]) == mine), {})
+
+    def speed(self, request: Request) -> float | None:
+        """The measured ratio at the nearest number of rows, on a log scale."""
+        speeds = self._row(request).get("speed", {})
+        n, k = measurements(request.device.arch.name).get("shape", (0, 0))
+        if not speeds or SMALLEST * request.weight.n * request.weight.k < n * k:
+            return super().speed(request)  # in a small layer the launch decides, which the table does not know
+        nearest = min(speeds, key=lambda m: abs(math.log(int(m) / request.rows)))
+        return float(speeds[nearest])
+
+    def claim(self, request: Request) -> Claim:
+        """``measured`` with device, date, commit, versions and error; else what the kernel itself claims."""
+        row = self._row(request)
+        if not row:
+            return super().claim(request)  # type: ignore[safe-super]  # of the kernel that follows among the bases
+        table = measurements(request.device.arch.name)
+        run = row.get("run") or table["run"]
+        versions = ", ".join(f"{name} {run[name]}" for name in _VERSIONS if name in run)
+        where = f"{run['device']}, {run['date']}, commit {run['commit']}, {versions}, relative error {row['error']:.1e}"
+        return Claim(Evidence.MEASURED, f"{table['results']} ({where})")
+
+
+def measured(kernel: type[Kernel]) -> type[Kernel]:
+    """The class of a kernel, with ``Measured`` before it."""
+    return type(kernel.__name__, (Measured, kernel), {"__doc__": kernel.__doc__, "__module__": kernel.__module__})

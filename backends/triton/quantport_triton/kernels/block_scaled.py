@@ -1,0 +1,80 @@
+"""MX and NVFP4: both operands in 4 or 8 bits, with scales of blocks that the matrix unit of Blackwell applies itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from quantport.backend import Packed, Quant, Request, Scheme, WeightSpec, aten
+from quantport_triton.kernels.base import TritonKernel
+from quantport_triton.kernels.tiling import multiply
+from quantport_triton.launch import Config, target_of
+from quantport_triton.quantize import quantize
+from quantport_triton.tuned import way
+
+_FORMATS = {"e4m3fn": "e4m3", "e2m1": "e2m1"}
+_MX8, _MX4 = (Quant(name, 1, 32, "e8m0") for name in ("e4m3fn", "e2m1"))
+_NV4 = Quant("e2m1", 1, 16, "e4m3fn", outer=(0, 0))
+
+
+class TritonBlockScaled(TritonKernel):
+    """What these families share. Only where the matrix unit has the format: elsewhere Triton multiplies bf16, which weight-only does better.
+
+    The matrix unit multiplies codes and scales exactly and adds in fp32; order alone differs from the reference, and
+    ``tolerance`` covers it: half a unit in bf16 is ``2**-9``.
+
+    Attributes:
+        pairs: What weight and activations may be; the rule or search that their scales come from does not matter.
+    """
+
+    matrix = ("QMMA.SF", "OMMA.SF", "UTCQMMA", "UTCOMMA")  # those that apply scales of blocks
+    tolerance = 2.0**-7
+    quantizes_activations = True
+    pairs: tuple[tuple[Quant, Quant], ...]
+
+    def serves(self, scheme: Scheme) -> bool:
+        plain = [replace(quant, rule="amax") for quant in (scheme.weight, scheme.activation) if quant]
+        return tuple(plain) in self.pairs
+
+    def reasons_against(self, request: Request) -> Sequence[str]:
+        scheme = request.weight.scheme
+        units = {quant.unit: None for quant in (scheme.weight, scheme.activation) if quant}
+        native = (reason for unit in units for reason in aten.native_reason(request, unit))
+        return [*native, *super().reasons_against(request)]
+
+    def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
+        from quantport_triton.ops import block_scaled as ops
+
+        quant, activation, (m, k) = spec.scheme.weight, spec.scheme.activation, x.shape
+        assert activation is not None  # serves asks for it
+        left = quantize(x, activation)
+        codes, scale = packed[:2]
+        two = quant.outer is not None  # levels of scales
+        stored = torch.float8_e4m3fn if two else torch.uint8  # how Triton tells scales per 16 from scales per 32
+        y = x.new_empty(m, spec.n)
+        tensors = {"x": left.codes.view(torch.uint8), "x_scale": left.scale.view(stored), "codes": codes, "scale": scale.view(stored)}
+        factors = {"of_token": y if left.outer is None else left.outer, "of_row": packed[2] if two else y, "bias": y if bias is None else bias}
+        numbers = {"width": left.codes.shape[1], "units": codes.shape[1], "groups": scale.shape[1]}
+        constants = {"X": _FORMATS[activation.format], "W": _FORMATS[quant.format], "GROUP": quant.cols, "TOKEN": two, "ROW": 0 if two else -1}
+        config = way(target_of(x.device), self.family, m)[1]
+        blocks = {**config.blocks, "BK": config.blocks["BK"] * 8 // activation.element.bits}  # the files count bytes
+        config = Config(blocks, config.warps, config.stages)
+        multiply(ops.gemm, config, y, k, tensors, factors, numbers, torch.float32, True, **constants, BIAS=bias is not None)
+        return y
+
+
+class TritonMx(TritonBlockScaled):
+    """MXFP8, MXFP4, and MXFP4 weights with MXFP8 activations: power-of-two scales per 32."""
+
+    family = "mx"
+    pairs = ((_MX8, _MX8), (_MX4, _MX4), (_MX4, _MX8))
+
+
+class TritonNvfp4(TritonBlockScaled):
+    """NVFP4: e4m3fn scales per 16; the factors of the weight and of each token divide the sum."""
+
+    family = "nvfp4"
+    pairs = ((_NV4, replace(_NV4, outer=(1, 0))),)

@@ -1,0 +1,221 @@
+"""Quantization of a matrix: every element is read once, or twice where a scale spans more than one program can hold.
+
+A tile is ``[BR, BG, P]``: rows, groups of a row, and elements of a group, padded to a power of two. Its scales come from the
+maximum over the last dimension; its codes are packed in registers and stored as whole words.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from quantport_triton.ops.encode import EPS, TINY, codes_of, e4m3fn_scale, e4m3fn_value, fp32, magnitude, round_as, scale_of
+
+
+@triton.jit
+def put_codes(codes, code, row, rows, start, K, units,
+              GROUP: tl.constexpr, BITS: tl.constexpr, BYTES: tl.constexpr, EVEN: tl.constexpr):  # fmt: skip
+    """Stores codes ``[BR, BG, P]`` of groups that begin at columns ``start`` ``[BG]``.
+
+    Args:
+        codes: Pointer to the codes, bytes.
+        code: int32; above ``BITS`` bits anything when ``BITS`` is 8, else nothing.
+        row: int64 ``[BR]``; those from ``rows`` on do not exist.
+        start: Columns, of words of 4 or 6 bits.
+        K: Columns.
+        units: Words of ``BYTES`` bytes (1, 3 or 4) of a row; used below 8 bits.
+        GROUP: Columns of a group, a multiple of those of a word.
+        EVEN: Whether K is a multiple of the codes of a word; if not, the last word is filled with zeros.
+    """
+    inner = tl.arange(0, code.shape[2])[None, :]
+    there = (row < rows)[:, None, None]
+    if BITS == 8:
+        k = start[:, None] + inner
+        inside = there & ((k < K) & (inner < GROUP))[None, :, :]
+        tl.store(codes + (row[:, None, None] * K + k[None, :, :]), code.to(tl.uint8), mask=inside)
+    else:
+        PER: tl.constexpr = BYTES * 8 // BITS
+        WORDS: tl.constexpr = code.shape[2] // PER
+        if not EVEN:
+            code = tl.where((start[:, None] + inner < K)[None, :, :], code, 0)
+        parts = tl.reshape(code, (code.shape[0], code.shape[1], WORDS, PER))
+        word = tl.sum(parts << (tl.arange(0, PER) * BITS)[None, None, None, :], 3)
+        inner = tl.arange(0, WORDS)[None, :]
+        column = start[:, None] // PER + inner
+        inside = there & ((column < units) & (inner * PER < GROUP))[None, :, :]
+        place = row[:, None, None] * units + column[None, :, :]
+        if BYTES == 4:
+            tl.store(codes.to(tl.pointer_type(tl.int32), bitcast=True) + place, word, mask=inside)
+        else:
+            for i in tl.static_range(BYTES):
+                tl.store(codes + place * BYTES + i, (word >> (8 * i)).to(tl.uint8), mask=inside)
+
+
+@triton.jit
+def put_scales(scale, stored, row, rows, group, groups, row_step, group_step, SWIZZLE: tl.constexpr):
+    """Stores scales ``[BR, BG]``.
+
+    Args:
+        scale: Pointer to fp32, uint8, or the bits of bf16.
+        stored: What to store.
+        row: int64 ``[BR]``; those from ``rows`` on do not exist, and so for ``group`` and ``groups``.
+        row_step: Scales from one row to the next; in the swizzled layout, tiles of 4 groups that lie side by side.
+        group_step: Scales from one group to the next.
+        SWIZZLE: Whether to store tiles of 128 x 4 as cuBLASLt reads them: row r of a tile at ``r % 32 * 16 + r // 32 * 4``.
+    """
+    r, c = row[:, None], group[None, :]
+    if SWIZZLE:
+        place = (r // 128 * row_step + c // 4) * 512 + r % 32 * 16 + r % 128 // 32 * 4 + c % 4
+    else:
+        place = r * row_step + c * group_step
+    tl.store(scale + place, stored.to(scale.dtype.element_ty), mask=(r < rows) & (c < groups))
+
+
+@triton.jit
+def two_level(value, top, factor, HALF: tl.constexpr):
+    """NVFP4 inside a known global factor: stored scales ``[BR, BG]`` and divisors."""
+    code = e4m3fn_scale(factor * tl.div_rn(top.to(tl.float32, bitcast=True), HALF))
+    return code, tl.div_rn(e4m3fn_value(code), factor)
+
+
+@triton.jit
+def global_factor(top, HALF: tl.constexpr):
+    """NVFP4's factor for the bits of a largest magnitude; 1 for zeros. Torch divides a number by a tensor in two steps, too."""
+    factor = tl.div_rn(1.0, tl.maximum(top, TINY).to(tl.float32, bitcast=True)) * (448.0 * HALF)
+    return tl.where(factor == float("inf"), 1.0, factor)
+
+
+@triton.jit
+def outer_scaled(value, x, outer, row, rows, start, K, HALF: tl.constexpr, OUTER: tl.constexpr):
+    """Divides a tile by one factor for each ``OUTER`` columns, rounded to the dtype of ``x``; stores the factors."""
+    BR: tl.constexpr = value.shape[0]
+    COUNT: tl.constexpr = value.shape[1] * value.shape[2] // OUTER
+    wide = tl.reshape(value, (BR, COUNT, OUTER))
+    factor = tl.div_rn(tl.max(magnitude(wide), 2).to(tl.float32, bitcast=True), HALF)
+    factor = tl.where(factor == 0, EPS, factor)
+    count = (K + OUTER - 1) // OUTER
+    column = start // OUTER + tl.arange(0, COUNT)
+    inside = (row < rows)[:, None] & (column < count)[None, :]
+    tl.store(outer + row[:, None] * count + column[None, :], factor, mask=inside)
+    return tl.reshape(round_as(tl.div_rn(wide, factor[:, :, None]), x), value.shape)
+
+
+@triton.jit
+def groups(x, codes, scale, outer, top, N, K, stride, units, blocks, row_step, group_step,
+           FORMAT: tl.constexpr, BITS: tl.constexpr, BYTES: tl.constexpr, EVEN: tl.constexpr, SCALE: tl.constexpr, HALF: tl.constexpr,
+           UP: tl.constexpr, EMAX: tl.constexpr, GROUP: tl.constexpr, OUTER: tl.constexpr, SWIZZLE: tl.constexpr, P: tl.constexpr,
+           BR: tl.constexpr, BG: tl.constexpr):  # fmt: skip
+    """A scale for each ``GROUP`` columns of each row. ``OUTER``: 0, columns of an outer scale, or -1 for one global factor, from ``top``.
+
+    Grid: ``cdiv(N, BR) * cdiv(blocks, BG)``, along rows first.
+    """
+    tiles = tl.cdiv(blocks, BG)
+    program = tl.program_id(0)
+    row = (program // tiles).to(tl.int64) * BR + tl.arange(0, BR)
+    first = program % tiles * BG
+    group = first + tl.arange(0, BG)
+    inner = tl.arange(0, P)
+    k = group[:, None] * GROUP + inner[None, :]
+    inside = (row < N)[:, None, None] & ((k < K) & (inner < GROUP)[None, :])[None, :, :]
+    value = fp32(x, row[:, None, None] * stride + k[None, :, :], inside)
+    if OUTER > 0:
+        value = outer_scaled(value, x, outer, row, N, first * GROUP, K, HALF, OUTER)
+    amax = tl.max(magnitude(value), 2)
+    if OUTER == -1:
+        factor = global_factor(tl.load(top), HALF)
+        stored, divisor = two_level(value, amax, factor, HALF)
+        tl.store(outer, factor, mask=program == 0)
+    else:
+        stored, divisor = scale_of(amax, SCALE, HALF, UP, EMAX)
+    put_scales(scale, stored, row, N, group, blocks, row_step, group_step, SWIZZLE)
+    code = codes_of(value, divisor[:, :, None], FORMAT, SCALE)
+    put_codes(codes, code, row, N, group * GROUP, K, units, GROUP, BITS, BYTES, EVEN)
+
+
+@triton.jit
+def row_part(value, top, codes, scale, row, rows, first, K, units, blocks, row_step, group_step,
+             FORMAT: tl.constexpr, BITS: tl.constexpr, BYTES: tl.constexpr, EVEN: tl.constexpr, SCALE: tl.constexpr,
+             HALF: tl.constexpr, GROUP: tl.constexpr, SWIZZLE: tl.constexpr):  # fmt: skip
+    """Codes of ``[1, BG, P]`` of a row whose largest magnitude is ``top``; with ``GROUP``, its scales too."""
+    start = first + tl.arange(0, value.shape[1]) * value.shape[2]
+    if GROUP:
+        factor = global_factor(top, HALF)
+        stored, divisor = two_level(value, tl.max(magnitude(value), 2), factor, HALF)
+        put_scales(scale, stored, row, rows, start // GROUP, blocks, row_step, group_step, SWIZZLE)
+        divisor = divisor[:, :, None]
+    else:
+        stored, divisor = scale_of(top, SCALE, HALF, 0, 0)
+    code = codes_of(value, divisor, FORMAT, SCALE)
+    put_codes(codes, code, row, rows, start, K, units, value.shape[2], BITS, BYTES, EVEN)
+
+
+@triton.jit
+def rows(x, codes, scale, outer, N, K, stride, units, blocks, row_step, group_step,
+         FORMAT: tl.constexpr, BITS: tl.constexpr, BYTES: tl.constexpr, EVEN: tl.constexpr, SCALE: tl.constexpr, HALF: tl.constexpr,
+         GROUP: tl.constexpr, SWIZZLE: tl.constexpr, ONCE: tl.constexpr, BG: tl.constexpr, P: tl.constexpr):  # fmt: skip
+    """One scale, or with ``GROUP`` one global factor, for each row: a row per program, kept in registers when it fits (``ONCE``),
+    else read again, from the cache. Grid: ``N``."""
+    row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    column = tl.arange(0, BG)[:, None] * P + tl.arange(0, P)[None, :]
+    value = fp32(x, row[:, None, None] * stride + column[None, :, :], (column < K)[None, :, :])
+    most = magnitude(value)
+    if not ONCE:
+        for first in range(BG * P, K, BG * P):
+            k = (first + column)[None, :, :]
+            most = tl.maximum(most, magnitude(fp32(x, row[:, None, None] * stride + k, k < K)))
+    top = tl.max(tl.max(tl.max(most, 2), 1), 0)
+    if GROUP:
+        tl.store(outer + row, global_factor(top, HALF) + tl.zeros((1,), tl.float32))
+    else:
+        stored, divisor = scale_of(top, SCALE, HALF, 0, 0)
+        tl.store(scale + row * row_step, (stored + tl.zeros((1,), stored.dtype)).to(scale.dtype.element_ty))
+    if ONCE:
+        row_part(value, top, codes, scale, row, N, 0, K, units, blocks, row_step, group_step,
+                 FORMAT, BITS, BYTES, EVEN, SCALE, HALF, GROUP, SWIZZLE)  # fmt: skip
+    else:
+        for first in range(0, K, BG * P):
+            k = (first + column)[None, :, :]
+            value = fp32(x, row[:, None, None] * stride + k, k < K)
+            row_part(value, top, codes, scale, row, N, first, K, units, blocks, row_step, group_step,
+                     FORMAT, BITS, BYTES, EVEN, SCALE, HALF, GROUP, SWIZZLE)  # fmt: skip
+
+
+@triton.jit
+def squares(x, codes, scale, N, K, stride, units, blocks,
+            FORMAT: tl.constexpr, BITS: tl.constexpr, BYTES: tl.constexpr, EVEN: tl.constexpr, SCALE: tl.constexpr,
+            HALF: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, BR: tl.constexpr, P: tl.constexpr):  # fmt: skip
+    """A scale for each block of ``ROWS`` x ``GROUP``, a block per program. Grid: ``cdiv(N, ROWS) * blocks``."""
+    program = tl.program_id(0)
+    above = tl.arange(0, BR)
+    row = (program // blocks).to(tl.int64) * ROWS + above
+    row = tl.where(above < ROWS, row, N)
+    start = program % blocks * GROUP + tl.zeros((1,), tl.int32)
+    inner = tl.arange(0, P)[None, None, :]
+    k = start[None, :, None] + inner
+    inside = (row < N)[:, None, None] & (k < K) & (inner < GROUP)
+    value = fp32(x, row[:, None, None] * stride + k, inside)
+    stored, divisor = scale_of(tl.max(tl.max(tl.max(magnitude(value), 2), 1), 0), SCALE, HALF, 0, 0)
+    tl.store(scale + program, stored.to(scale.dtype.element_ty))
+    put_codes(codes, codes_of(value, divisor, FORMAT, SCALE), row, N, start, K, units, GROUP, BITS, BYTES, EVEN)
+
+
+@triton.jit
+def largest(x, top, size, BLOCK: tl.constexpr, STEPS: tl.constexpr):
+    """Bits of the largest magnitude of ``size`` elements: the maximum with what ``top`` ``[1]`` holds. Grid: ``cdiv(size, BLOCK * STEPS)``."""
+    place = tl.program_id(0).to(tl.int64) * (BLOCK * STEPS) + tl.arange(0, BLOCK)
+    most = tl.zeros((BLOCK,), tl.int32)
+    for _ in range(STEPS):
+        most = tl.maximum(most, magnitude(fp32(x, place, place < size)))
+        place += BLOCK
+    tl.atomic_max(top, tl.max(most, 0), sem="relaxed")
+
+
+@triton.jit
+def whole(x, codes, scale, top, size,
+          FORMAT: tl.constexpr, SCALE: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """8-bit codes of ``size`` elements with one scale, which follows from ``top`` ``[1]``. Grid: ``cdiv(size, BLOCK)``."""
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    stored, divisor = scale_of(tl.load(top), SCALE, HALF, 0, 0)
+    tl.store(scale, stored.to(scale.dtype.element_ty), mask=tl.program_id(0) == 0)
+    code = codes_of(fp32(x, place, place < size), divisor, FORMAT, SCALE)
+    tl.store(codes + place, code.to(tl.uint8), mask=place < size)

@@ -1,0 +1,150 @@
+"""Cross-compiles every Triton kernel for every architecture of a room, on any machine, and writes what came of it.
+
+``python benchmarks/compile.py [--target sm_90] [--all | --check]``. Every kernel of the room is traced with fake tensors, for
+every scheme that it takes; what it would launch is compiled, and the matrix instruction is looked for in the machine code.
+The result is ``backends/triton/quantport_triton/evidence/cuda.json``. An entry whose fingerprint (sources, types, constants,
+version of Triton) is on file is kept, but with ``--all``. ``--check`` writes nothing, compiles nothing, and fails where an entry
+is missing, left over or stale; with ``--all`` it compiles everything, and compares.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)  # read when kernels are imported
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from quantport.device import Arch
+from quantport.host import Host
+from quantport.kernel import WeightSpec
+from quantport.scheme import Scheme
+from quantport_triton.evidence import machine_code
+from quantport_triton.launch import traced
+from quantport_triton.weights import quantize_weight
+
+FILE = Path(__file__).parents[1] / "backends/triton/quantport_triton/evidence/cuda.json"
+SHAPES = ((4096, 4096), (28672, 4096))  # of Llama-3.1-8B: out, in
+ROWS = (1, 16, 64, 512, 4096)
+Entries = dict[str, dict[str, Any]]
+
+
+def launches(kernel: Any, scheme: Scheme, arch: Arch) -> list[Any]:
+    """What a kernel launches for a scheme over all shapes and rows, each specialization once."""
+    with FakeTensorMode(), traced(arch.name) as found:
+        for n, k in SHAPES:
+            spec = WeightSpec(scheme, n, k)
+            stored = {key: torch.empty(shape, dtype=dtype, device="cuda") for key, (shape, dtype) in scheme.layout(n, k).items()}
+            packed = kernel.pack(stored, spec)
+            for m in ROWS:
+                kernel.run(torch.empty(m, k, dtype=arch.compute, device="cuda"), packed, None, spec)
+    return list(dict.fromkeys(found))
+
+
+def quantizing(scheme: Scheme, arch: Arch) -> list[Any]:
+    """What quantizing a weight to a scheme launches."""
+    with FakeTensorMode(), traced(arch.name) as found:
+        for n, k in SHAPES:
+            quantize_weight(torch.empty(n, k, dtype=torch.bfloat16, device="cuda"), scheme)
+    return list(dict.fromkeys(found))
+
+
+@cache
+def compiled(launch: Any, arch: str) -> machine_code.Compiled:
+    """One launch compiled; several schemes share many."""
+    return machine_code.compile_for(launch, "cuda", arch)
+
+
+def entry(found: Sequence[Any], matrix: tuple[str, ...], arch: str) -> dict[str, Any]:
+    """The evidence that the launches of one kernel for one scheme give."""
+    made = {launch.name: compiled(launch, arch) for launch in found}
+    refused = [c.because for c in made.values() if c.because]
+    instructions = sorted({i for c in made.values() for i in c.instructions})
+    outcome = "native"
+    if refused:
+        outcome = "refused"
+    elif any(c.dots and not c.instructions for c in made.values()):
+        outcome = "no matrix instruction"
+    elif not all(i.startswith(matrix) for i in instructions):
+        outcome = "up-cast"
+    return {
+        "outcome": outcome,
+        "instruction": ", ".join(instructions),
+        **({"because": refused[0]} if refused else {}),
+        "fingerprint": machine_code.fingerprint(found),
+        "launches": {
+            name: {"instruction": ", ".join(c.instructions), "shared": c.shared, "spills": c.spills} for name, c in made.items()
+        },
+    }
+
+
+def of_target(name: str, filed: Mapping[str, Any], compile_all: bool, only_trace: bool) -> dict[str, Entries]:
+    """Family -> scheme -> entry for one architecture; of an entry that is only traced, nothing but its fingerprint."""
+    host = Host(only=["cuda"])
+    arch = host.backends["cuda"].archs[name]
+    kernels = [k for k in host.kernels("cuda") if hasattr(k, "family")]
+    work = {(k.family, s.name): (launches(k, s, arch), k.matrix) for k in kernels for s in host.schemes.values() if k.serves(s)}
+    work |= {("quantize", s.name): (found, ()) for s in host.schemes.values() if (found := quantizing(s, arch))}
+    out: dict[str, Entries] = {}
+    for (family, scheme), (found, matrix) in work.items():
+        old = filed.get(family, {}).get(scheme)
+        new = {"fingerprint": machine_code.fingerprint(found)}
+        if old is not None and old.get("fingerprint") == new["fingerprint"] and not compile_all:
+            new = old
+        elif compile_all or not only_trace:
+            new = entry(found, matrix, name)
+        out.setdefault(family, {})[scheme] = new
+    return out
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> list[str]:
+    """What differs between two trees of plain data, one line each."""
+    lines = []
+    for key in sorted({*old, *new}):
+        a, b, here = old.get(key), new.get(key), f"{path}/{key}"
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            lines += differences(a, b, here)
+        elif a != b:
+            lines.append(f"{here}: {a} on file, {b} now")
+    return lines
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Writes the evidence, or compares it with what is on file."""
+    import triton
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--target", action="append", help="only this architecture (repeat for more)")
+    parser.add_argument("--all", action="store_true", help="compile what is on file too")
+    parser.add_argument("--check", action="store_true", help="compare with the file, and write nothing")
+    args = parser.parse_args(arguments)
+    targets = args.target or list(Host(only=["cuda"]).backends["cuda"].archs)
+    filed = json.loads(FILE.read_text(encoding="utf-8")) if FILE.is_file() else {"targets": {}}
+    old = {name: filed["targets"].get(name, {}) for name in targets}
+    work = partial(of_target, compile_all=args.all, only_trace=args.check)
+    with ProcessPoolExecutor(min(len(targets), os.cpu_count() or 1)) as pool:
+        made = dict(zip(targets, pool.map(work, targets, old.values()), strict=True))
+    if args.check:
+        lines = differences({"triton": filed.get("triton"), **old}, {"triton": triton.__version__, **made})
+        print("\n".join(lines) or f"fresh: {', '.join(targets)}")
+        return bool(lines)
+    result = {"triton": triton.__version__, "targets": {**filed["targets"], **made}}
+    FILE.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    for name, families in made.items():
+        for family, schemes in families.items():
+            outcomes = sorted({f"{e['outcome']} {e['instruction']}".strip() for e in schemes.values()})
+            print(f"{name} {family}: {len(schemes)} schemes, {'; '.join(outcomes)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

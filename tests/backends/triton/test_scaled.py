@@ -1,0 +1,136 @@
+"""W8A8 and W4A8 in Triton's interpreter, against the reference."""
+
+import pytest
+import torch
+from quantport_triton.kernels.scaled import TritonFp8, TritonFp8Block, TritonInt4Int8, TritonInt8
+
+from quantport import numerics, schemes
+from quantport.kernel import WeightSpec
+
+KERNELS = {
+    "fp8_per_tensor": TritonFp8,
+    "fp8_per_channel": TritonFp8,
+    "fp8_per_block": TritonFp8Block,
+    "int8": TritonInt8,
+    "int4_w4a8": TritonInt4Int8,
+}
+ROWS = (1, 2, 16, 17, 63, 128, 257)
+
+
+def kernel(scheme):
+    return KERNELS[scheme]("test")
+
+
+def problem(scheme, m, n, k, dtype=torch.bfloat16, seed=0):
+    """Activations, stored weight, spec."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(m, k, generator=generator).to(dtype)
+    weight = torch.randn(n, k, generator=generator) * torch.rand(n, 1, generator=generator)
+    scheme = schemes[scheme]
+    return x, numerics.quantize_weight(weight.to(dtype), scheme), WeightSpec(scheme, n, k)
+
+
+def check(x, stored, spec, bias=None):
+    test = kernel(spec.scheme.name)
+    y = test.run(x, test.pack(stored, spec), bias, spec)
+    expected = numerics.linear(x, stored, spec.scheme, bias)
+    assert (y.dtype, y.shape) == (expected.dtype, expected.shape)
+    error = (y.float() - expected.float()).abs().max() if y.numel() else 0
+    assert error <= test.tolerance * (expected.float().abs().max() if y.numel() else 1), error
+    return y
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("scheme", KERNELS)
+def test_equals_the_reference(scheme, rows):
+    x, stored, spec = problem(scheme, rows, 200, 384)
+    check(x, stored, spec)
+
+
+@pytest.mark.parametrize("shape", [(3, 129, 333), (70, 31, 131), (130, 257, 16), (5, 1, 1)], ids=str)
+@pytest.mark.parametrize("scheme", KERNELS)
+def test_any_shape_with_bias_in_fp16(scheme, shape):
+    m, n, k = shape
+    x, stored, spec = problem(scheme, m, n, k, torch.float16)
+    check(x, stored, spec, torch.randn(n, dtype=torch.float16))
+
+
+@pytest.mark.parametrize("scheme", KERNELS)
+def test_no_rows(scheme):
+    x, stored, spec = problem(scheme, 0, 64, 128)
+    assert check(x, stored, spec).shape == (0, 64)
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+@pytest.mark.parametrize("scheme", KERNELS)
+def test_split_k_gives_the_same_bits_at_every_call(scheme, rows):
+    x, stored, spec = problem(scheme, rows, 65, 2200)
+    bias = torch.randn(65, dtype=torch.bfloat16)
+    assert torch.equal(check(x, stored, spec, bias), check(x, stored, spec, bias))
+
+
+@pytest.mark.parametrize("rows", [1, 64])
+@pytest.mark.parametrize("scheme", KERNELS)
+def test_zeros_and_saturated_values(scheme, rows):
+    """Rows of zeros, rows of nothing but the largest value, and one outlier that leaves small codes to the rest."""
+    x, _, spec = problem(scheme, rows, 48, 256)
+    x[::3] = 0
+    x[1::3] = 7 * torch.sign(x[1::3])
+    weight = torch.randn(48, 256)
+    weight[0], weight[1], weight[2, 5] = 0, 3, 1e4
+    check(x, numerics.quantize_weight(weight.bfloat16(), spec.scheme), spec)
+
+
+@pytest.mark.parametrize(("of_x", "of_weight"), [(1e30, 1e-30), (1e-30, 1e28), (1e-20, 1e-10), (3e37, 1e-6)])
+@pytest.mark.parametrize("scheme", KERNELS)
+def test_huge_and_tiny_scales(scheme, of_x, of_weight):
+    x, _, spec = problem(scheme, 3, 16, 128)
+    weight = torch.randn(16, 128) * of_weight
+    y = check(x * of_x, numerics.quantize_weight(weight.bfloat16(), spec.scheme), spec)
+    assert torch.isfinite(y).all()
+    assert y.abs().max() > 0
+
+
+@pytest.mark.parametrize("rows", [2, 65])
+@pytest.mark.parametrize("scheme", KERNELS)
+def test_every_token_has_a_scale_of_its_own(scheme, rows):
+    """Each token is as near to the reference as its own size asks, small ones beside large ones too."""
+    x, stored, spec = problem(scheme, rows, 40, 256)
+    size = 10.0 ** (torch.arange(rows) % 7 - 3)[:, None]
+    test = kernel(scheme)
+    y = test.run((x * size).bfloat16(), test.pack(stored, spec), None, spec).float()
+    expected = numerics.linear((x * size).bfloat16(), stored, spec.scheme).float()
+    assert ((y - expected).abs().amax(1) <= test.tolerance * expected.abs().amax(1)).all()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy, of what is tested here
+@pytest.mark.parametrize("scheme", KERNELS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_token_that_is_not_finite_shows_and_hurts_no_other(scheme, value):
+    x, stored, spec = problem(scheme, 3, 16, 256)
+    x[1, 130] = value
+    test = kernel(scheme)
+    y = test.run(x, test.pack(stored, spec), None, spec)
+    assert not torch.isfinite(y[1]).any()
+    assert torch.equal(y[::2], test.run(x[::2].contiguous(), test.pack(stored, spec), None, spec))
+
+
+def test_int8_sums_are_exact():
+    """Partial sums far beyond 2**24, which fp32 rounds, that cancel but for one code."""
+    spec = WeightSpec(schemes["int8"], 1, 8193)
+    half = torch.randint(100, 128, (4096,), dtype=torch.int8)
+    codes = torch.cat((half, -half, torch.ones(1, dtype=torch.int8)))[None]
+    x = torch.full((1, 8193), 127.5, dtype=torch.bfloat16)  # half of the span: the scale is 1, the codes are 127
+    assert kernel("int8").run(x, (codes, torch.ones(1, 1)), None, spec).item() == 127
+
+
+@pytest.mark.parametrize("scheme", [s for s in schemes if s not in KERNELS])
+def test_serves_nothing_else(scheme):
+    assert not any(kernel(name).serves(schemes[scheme]) for name in KERNELS)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_serves_its_scheme_and_keeps_its_layout(name):
+    assert kernel(name).serves(schemes[name])
+    assert kernel(name).keeps_layout
+    assert kernel(name).quantizes_activations
