@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from gpu_place import Place, find_quantport, told, weight
+from gpu_place import Place, begin, told, weight
 from gpu_targets import ROWS, SHAPES
 
 Row = dict[str, Any]
+SMOKE = ("int4_weight_only", "fp8_per_channel", "fp8_per_block", "int8", "nf4", "nvfp4_weight_only", "mxfp4")
 OPTIONS = ("nf4:double", "fp4:double", "mxfp4:mse", "nvfp4:mse", "int4_weight_only:hadamard")
 FEW = (1, 2, 16, 17, 64, 257)
 ODD = ((160, 256), (67, 200), (1024, 1408))  # of whole blocks, of none, and of a small model
@@ -42,10 +43,7 @@ def cases(place: Place) -> list[Case]:
 
     names = [n for n in host().schemes if n != "bf16"] + list(OPTIONS)
     if place.smoke:
-        return [
-            Case(n, (32, 160), place.dtypes[0], (1, 17))
-            for n in ("int4_weight_only", "fp8_per_channel", "nf4", "nvfp4_weight_only")
-        ]
+        return [Case(n, (32, 160), place.dtypes[0], (1, 17)) for n in SMOKE]
     small = [Case(n, s, d, FEW) for s in ODD for d in place.dtypes for n in names]
     first = [Case(n, SHAPES[0], place.dtypes[0], ROWS) for n in TIMED]
     return first + small + [Case(n, s, place.dtypes[0], ROWS) for s in SHAPES[1:] for n in TIMED]
@@ -163,7 +161,7 @@ def gather(files: list[Path]) -> list[Row]:
 
 def main() -> None:
     smoke, until, part, parts, out = sys.argv[1:]
-    find_quantport()
+    begin(bool(int(smoke)))
     worker(Place(bool(int(smoke)), float(until)), int(part), int(parts), Path(out))
 
 

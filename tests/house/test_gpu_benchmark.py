@@ -169,9 +169,11 @@ def test_evidence_is_of_kernels_that_were_right(bench):
     ]
     run = data(*rows, timed("nf4", 1, 1e-4, kernel="k.unchecked"), checks=checks)
     run["run"] |= dict.fromkeys(("date", "commit", "torch", "triton"), "x")
-    assert bench("gpu_evidence").evidence(run) == {
+    found = bench("gpu_evidence").evidence(run, "benchmarks/results/some-gpu.json")
+    assert found == {
+        "results": "benchmarks/results/some-gpu.json",
         "run": {"device": "Some GPU", "date": "x", "commit": "x", "torch": "x", "triton": "x"}, "shape": [4096, 4096],
-        "kernels": {"k.good": {"int8": {"error": 2e-3, "speeds": {"1": 2.0, "512": 4.0}}}},
+        "rows": [{"kernel": "k.good", "scheme": "int8", "error": 2e-3, "speed": {"1": 2.0, "512": 4.0}}],
     }  # fmt: skip
 
 
@@ -249,7 +251,8 @@ def test_a_stage_that_fails_keeps_what_it_had_and_says_why(bench, tmp_path, monk
         raise ZeroDivisionError("by nought")
 
     module.run = run
-    monkeypatch.setattr(gpu.importlib, "import_module", lambda name: module)
+    monkeypatch.setitem(sys.modules, "gpu_limits", module)
+    monkeypatch.setattr(gpu, "begin", lambda smoke: None)  # it mends the interpreter of this process, which is mended
     monkeypatch.delenv("QUANTPORT_BENCH_RAISE", raising=False)
     out = tmp_path / "out.json"
     gpu.run_stage(argparse.Namespace(smoke=True, until=0.0, stage="limits", found=tmp_path / "none.json", out=out))
