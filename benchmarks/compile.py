@@ -87,7 +87,7 @@ def entry(found: Sequence[Any], matrix: tuple[str, ...], arch: str) -> dict[str,
     }
 
 
-def of_target(name: str, filed: Mapping[str, Any], compile_all: bool, only_trace: bool) -> dict[str, Entries]:
+def of_target(name: str, filed: Mapping[str, Any], compile_all: bool, only_trace: bool, only: str | None) -> dict[str, Entries]:
     """Family -> scheme -> entry for one architecture; of an entry that is only traced, nothing but its fingerprint."""
     host = Host(only=["cuda"])
     arch = host.backends["cuda"].archs[name]
@@ -96,6 +96,8 @@ def of_target(name: str, filed: Mapping[str, Any], compile_all: bool, only_trace
     work |= {("quantize", s.name): (found, ()) for s in host.schemes.values() if (found := quantizing(s, arch))}
     out: dict[str, Entries] = {}
     for (family, scheme), (found, matrix) in work.items():
+        if only not in (None, family):
+            continue
         old = filed.get(family, {}).get(scheme)
         new = {"fingerprint": machine_code.fingerprint(found)}
         if old is not None and old.get("fingerprint") == new["fingerprint"] and not compile_all:
@@ -124,13 +126,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--target", action="append", help="only this architecture (repeat for more)")
+    parser.add_argument("--family", help="only this family of kernels, with --check")
+    parser.add_argument("--file", type=Path, default=FILE, help="another file than that of the package")
     parser.add_argument("--all", action="store_true", help="compile what is on file too")
     parser.add_argument("--check", action="store_true", help="compare with the file, and write nothing")
     args = parser.parse_args(arguments)
+    if args.family and not args.check:
+        parser.error("--family goes with --check: a file that is written is whole")
     targets = args.target or list(Host(only=["cuda"]).backends["cuda"].archs)
-    filed = json.loads(FILE.read_text(encoding="utf-8")) if FILE.is_file() else {"targets": {}}
+    filed = json.loads(args.file.read_text(encoding="utf-8")) if args.file.is_file() else {"targets": {}}
     old = {name: filed["targets"].get(name, {}) for name in targets}
-    work = partial(of_target, compile_all=args.all, only_trace=args.check)
+    if args.check and args.family:
+        old = {name: {args.family: families.get(args.family, {})} for name, families in old.items()}
+    work = partial(of_target, compile_all=args.all, only_trace=args.check, only=args.family)
     with ProcessPoolExecutor(min(len(targets), os.cpu_count() or 1)) as pool:
         made = dict(zip(targets, pool.map(work, targets, old.values()), strict=True))
     if args.check:
@@ -138,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\n".join(lines) or f"fresh: {', '.join(targets)}")
         return bool(lines)
     result = {"triton": triton.__version__, "targets": {**filed["targets"], **made}}
-    FILE.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    args.file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     for name, families in made.items():
         for family, schemes in families.items():
             outcomes = sorted({f"{e['outcome']} {e['instruction']}".strip() for e in schemes.values()})

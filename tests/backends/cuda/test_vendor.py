@@ -18,10 +18,11 @@ from quantport.catalog import BUILTIN
 from quantport.testing import cases
 from quantport.testing.check_runs import compare, make_job
 from quantport_cuda.kernels import activations
-from quantport_cuda.kernels.activations import swizzled, unswizzled
+from quantport_cuda.kernels.activations import unswizzled
 from quantport_cuda.kernels.block_scaled import CudaScaledMX, CudaScaledNV
 from quantport_cuda.kernels.int4 import CudaInt4Pack, pack_tiles, unpack_tiles
 from quantport_cuda.kernels.scaled import CudaScaledBlocks
+from quantport_triton.quantize import swizzled
 
 F = torch.nn.functional
 CPU = torch.device("cpu")
@@ -227,7 +228,7 @@ def test_a_token_with_an_infinity_is_the_only_one_that_is_lost(emulated):
 @given(st.integers(1, 300), st.integers(1, 11), st.integers(0, 2**32 - 1))
 def test_scales_lie_where_tensor_cores_read_them(rows, columns, seed):
     scale = torch.randint(0, 256, (rows, columns), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
-    flat = swizzled(scale)
+    flat = swizzled(scale).flatten()
     expected = torch.zeros(up(rows, 128) * up(columns, 4), dtype=torch.uint8)
     for r in range(rows):
         for c in range(columns):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from quantport.backend import Quant, numerics
 from quantport_triton import available
-from quantport_triton.quantize import Quantized, quantize
+from quantport_triton.quantize import Quantized, quantize, swizzled
 
 
 def quantized(x: Tensor, quant: Quant, swizzle: bool = False, transposed: bool = False) -> Quantized:
@@ -28,19 +28,7 @@ def quantized(x: Tensor, quant: Quant, swizzle: bool = False, transposed: bool =
     return Quantized(codes, scale, blocks.outer)
 
 
-def swizzled(scale: Tensor) -> Tensor:
-    """Scales of one byte ``[r, c]`` in the order that tensor cores read them, ``SWIZZLE_32_4_4``: uint8, one dimension.
-
-    Tiles of 128 rows and 4 columns, 512 bytes each, row by row; in a tile, row ``a + 32 b`` and column ``d`` are at
-    ``16 a + 4 b + d``. Rows are filled up to 128 and columns to 4, with zeros (cuBLAS documentation, "1D Block Scaling
-    Factors Layout").
-    """
-    rows, columns = scale.shape
-    wide = torch.nn.functional.pad(scale.view(torch.uint8), (0, -columns % 4, 0, -rows % 128))
-    return wide.view(-(-rows // 128), 4, 32, -(-columns // 4), 4).permute(0, 3, 2, 1, 4).reshape(-1)
-
-
 def unswizzled(flat: Tensor, rows: int, columns: int) -> Tensor:
-    """The inverse of ``swizzled``: uint8 ``[rows, columns]``."""
+    """The inverse of ``quantport_triton.quantize.swizzled``, flat or not: uint8 ``[rows, columns]``."""
     tiles = flat.view(-(-rows // 128), -(-columns // 4), 32, 4, 4).permute(0, 3, 2, 1, 4)
     return tiles.reshape(-(-rows // 128) * 128, -(-columns // 4) * 4)[:rows, :columns].contiguous()

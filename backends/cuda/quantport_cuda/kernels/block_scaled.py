@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from quantport.backend import Canonical, Claim, Evidence, Kernel, Packed, Request, Scheme, WeightSpec, aten
-from quantport_cuda.kernels.activations import quantized, swizzled, unswizzled
+from quantport_cuda.kernels.activations import quantized, unswizzled
 from quantport_cuda.kernels.scaled import BLAS, NEW, build_reasons
-from quantport_triton.quantize import Quantized
+from quantport_triton.quantize import Quantized, swizzled
 
 _GATE = "torch 2.15.0 torch/testing/_internal/common_cuda.py, PLATFORM_SUPPORTS_MX_GEMM (compute capability 10.0 and later)"
 _DTYPES = {"e4m3fn": torch.float8_e4m3fn, "e8m0": torch.float8_e8m0fnu, "e2m1": torch.float4_e2m1fn_x2}
@@ -43,7 +43,7 @@ class _BlockScaled(Kernel):
 
     def pack(self, canonical: Canonical, spec: WeightSpec) -> Packed:
         codes, scale, *rest = super().pack(canonical, spec)
-        return codes, swizzled(scale), *rest
+        return codes, swizzled(scale.view(torch.uint8)).flatten(), *rest
 
     def unpack(self, packed: Packed, spec: WeightSpec) -> Canonical:
         codes, scale, *rest = packed

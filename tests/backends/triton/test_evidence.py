@@ -1,0 +1,114 @@
+"""The evidence of cross-compilation: fresh, honest, and what the verdicts say."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from quantport.backend import Evidence, Request, WeightSpec
+from quantport.host import Host
+from quantport_cuda.capabilities import ARCHS
+from quantport_triton import evidence
+from quantport_triton.kernels.weight_only import TritonWeightOnly
+
+ROOT = Path(__file__).parents[3]
+HOST = Host(only=["cuda"])
+TARGETS = evidence.read("cuda")["targets"]
+FAMILIES = {kernel.family for kernel in HOST.kernels("cuda") if hasattr(kernel, "family")}
+OUTCOMES = {"native", "up-cast", "no matrix instruction", "refused"}
+# The compiler's own words change with its version: with another one the file is not stale, it is about something else.
+pinned = pytest.mark.skipif(
+    (triton := pytest.importorskip("triton")).__version__ != evidence.read("cuda")["triton"],
+    reason=f"the evidence is of Triton {evidence.read('cuda')['triton']}, and {triton.__version__} is installed",
+)
+
+
+def check(*arguments: str) -> tuple[int, str]:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, ROOT / "benchmarks" / "compile.py", "--check", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    return done.returncode, done.stdout + done.stderr[-2000:]
+
+
+@pinned
+@pytest.mark.parametrize("target", ARCHS)
+def test_what_is_launched_is_what_was_compiled(target):
+    code, told = check("--target", target)
+    assert code == 0, f"{told}\nrun `python benchmarks/compile.py` and commit what it writes"
+
+
+@pinned
+@pytest.mark.parametrize(("target", "family"), [("sm_75", "weight_only"), ("sm_90", "fp8"), ("sm_100", "nvfp4"), ("sm_120", "mx")])
+def test_a_sample_compiles_to_what_is_on_file(target, family):
+    code, told = check("--all", "--target", target, "--family", family)
+    assert code == 0, told
+
+
+@pinned
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ARCHS)
+def test_everything_compiles_to_what_is_on_file(target):
+    code, told = check("--all", "--target", target)
+    assert code == 0, told
+
+
+def test_every_kernel_scheme_and_architecture_has_an_entry():
+    assert set(TARGETS) == set(ARCHS)
+    served = {(k.family, s.name) for k in HOST.kernels("cuda") if hasattr(k, "family") for s in HOST.schemes.values() if k.serves(s)}
+    for target, families in TARGETS.items():
+        assert {(f, s) for f, schemes in families.items() for s in schemes if f != "quantize"} == served, target
+        assert {entry["outcome"] for schemes in families.values() for entry in schemes.values()} <= OUTCOMES
+
+
+def test_nothing_that_is_chosen_spills_or_lacks_its_matrix_instruction():
+    for target, families in TARGETS.items():
+        for family, schemes in families.items():
+            for scheme, entry in schemes.items():
+                if entry["outcome"] != "native":
+                    continue
+                for name, made in entry["launches"].items():
+                    assert made["spills"] <= 32, (target, family, scheme, name)
+                    assert bool(made["instruction"]) == name.startswith("gemm"), (target, family, scheme, name)
+
+
+@pytest.mark.parametrize("target", ARCHS)
+def test_a_claim_is_no_stronger_than_its_evidence(target):
+    device = HOST.device(f"cuda:{target}")
+    for kernel in (k for k in HOST.kernels("cuda") if hasattr(k, "family")):
+        for scheme in (s for s in HOST.schemes.values() if kernel.serves(s)):
+            entry = TARGETS[target][kernel.family][scheme.name]
+            request = Request(WeightSpec(scheme, 4096, 4096), "linear", device, device.arch.compute)
+            refused = any(entry.get("because", "\n") in reason for reason in kernel.reasons_against(request))
+            assert refused is (entry["outcome"] == "refused")
+            claim = kernel.claim(request)
+            seen = entry["outcome"] == "native" and entry["instruction"]
+            assert claim.evidence is (Evidence.COMPILED if seen else Evidence.INTERPRETED)
+            assert entry["instruction"] in claim.source or not seen
+
+
+def test_an_architecture_that_nobody_compiled_for_is_interpreted():
+    kernel, device = TritonWeightOnly("cuda"), HOST.device("cuda:sm_80")
+    orin = type(device.arch)("cuda", "sm_87", "NVIDIA Jetson Orin", device.arch.native, "", "Ampere")
+    request = Request(WeightSpec(HOST.schemes["int4"], 64, 64), "linear", type(device)(orin, torch_type="cuda", simulated=True), torch.bfloat16)
+    assert kernel.claim(request).evidence is Evidence.INTERPRETED
+    assert not kernel.reasons_against(request)
+
+
+@pinned
+def test_a_stale_file_is_found(tmp_path):
+    """A configuration that changes after the file was made, and an entry for something that is no longer launched."""
+    source = json.loads((ROOT / "backends/triton/quantport_triton/evidence/cuda.json").read_text(encoding="utf-8"))
+    entry = source["targets"]["sm_90"]["weight_only"]["nf4"]
+    entry["fingerprint"] = "0" * 16
+    source["targets"]["sm_90"]["weight_only"]["gone"] = entry
+    (tmp_path / "cuda.json").write_text(json.dumps(source), encoding="utf-8")
+    code, told = check("--target", "sm_90", "--file", str(tmp_path / "cuda.json"))
+    assert code == 1
+    assert "/sm_90/weight_only/nf4" in told
+    assert "/sm_90/weight_only/gone" in told
