@@ -26,7 +26,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from gpu_page import index, render
-from gpu_place import ROOT, Place, find_quantport, told
+from gpu_place import ROOT, Place, begin, told
 
 RESULTS = ROOT / "benchmarks" / "results"
 TOTAL = 460  # seconds: with what starting costs, eight minutes
@@ -99,7 +99,7 @@ def stage(name: str, args: argparse.Namespace, found: Data, seconds: float, fold
 
 def run_stage(args: argparse.Namespace) -> None:
     """Inside the process of a stage. Its end is a time of the clock that all processes of the machine share."""
-    find_quantport()
+    begin(args.smoke)
     place = Place(args.smoke, args.until)
     result: Data = {}
 
@@ -108,6 +108,7 @@ def run_stage(args: argparse.Namespace) -> None:
         save(args.out, result)
 
     try:
+        place.enter()
         importlib.import_module(STAGES[args.stage][0]).run(place, read(args.found), keep)
     except Exception as error:  # a stage that fails says why, and the next one runs
         if os.environ.get("QUANTPORT_BENCH_RAISE"):
@@ -127,7 +128,7 @@ def pages(path: Path, data: Data) -> None:
 def measure(args: argparse.Namespace) -> Path:
     """Every stage; returns the path of the JSON."""
     start = time.monotonic()
-    find_quantport()
+    begin(args.smoke)
     place = Place(args.smoke, start + args.total)
     data: Data = {"kind": "gpu", "run": place.describe()}
     slug = re.sub(r"[^a-z0-9]+", "-", data["run"]["device"].lower()).strip("-")
@@ -148,6 +149,7 @@ def measure(args: argparse.Namespace) -> Path:
                 print(f"{name}: {data[name]['seconds']} s {data[name].get('missing', '')}", flush=True)
             save(path, data)
             pages(path, data)
+    importlib.import_module("gpu_load").clear()
     data["run"]["seconds"] = round(time.monotonic() - start)
     save(path, data)
     pages(path, data)
@@ -173,12 +175,14 @@ def main() -> None:
     elif args.stage:
         run_stage(args)
     elif args.tune:
-        find_quantport()
-        print(importlib.import_module("gpu_tune").run(Place(args.smoke, time.monotonic() + args.tune), args.out))
+        begin(args.smoke)
+        place = Place(args.smoke, time.monotonic() + args.tune)
+        place.enter()
+        print(importlib.import_module("gpu_tune").run(place, args.out))
     else:
         path = measure(args)
         if args.evidence and not args.smoke:
-            print(importlib.import_module("gpu_evidence").write_evidence(read(path), save))
+            print(importlib.import_module("gpu_evidence").write_evidence(path, read(path), save))
         print(path.with_suffix(".md").read_text(encoding="utf-8"))
         print(path)
 

@@ -14,36 +14,36 @@ KEYS = ("device", "date", "commit", "torch", "triton")
 
 def errors(data: Mapping[str, Any]) -> dict[tuple[str, str], float]:
     """Largest error of each kernel and scheme; those with a case that failed are not there."""
-    out: dict[tuple[str, str], float] = {}
-    failed = set()
-    for row in data.get("checks", {}).get("rows", []):
-        key = row["kernel"], row["scheme"]
-        if row.get("ok"):
-            out[key] = max(row["error"], out.get(key, 0.0))
-        elif not row.get("skipped"):
-            failed.add(key)
-    return {key: error for key, error in out.items() if key not in failed}
+    rows = data.get("checks", {}).get("rows", [])
+    return {(r["kernel"], r["scheme"]): r["error"] for r in rows if "error" in r and not r["failures"]}
 
 
-def evidence(data: Mapping[str, Any], shape: tuple[int, int] = SHAPES[0]) -> dict[str, Any]:
-    """What ``backends/cuda/quantport_cuda/tuned/<arch>.json`` holds: only kernels that were right in every case that ran."""
+def evidence(data: Mapping[str, Any], results: str, shape: tuple[int, int] = SHAPES[0]) -> dict[str, Any]:
+    """What ``quantport_cuda.measured`` reads: only kernels that were right in every case that ran.
+
+    Args:
+        data: The JSON of a run.
+        results: Where that JSON is, from the root of the repository.
+        shape: The weight whose speeds count.
+    """
     rows = [r for r in data.get("linear", {}).get("rows", []) if tuple(r["shape"]) == shape]
     base = {r["m"]: r["seconds"] for r in rows if r["kind"] == "baseline"}
     right = errors(data)
-    kernels: dict[str, dict[str, Any]] = {}
+    out: dict[tuple[str, str], dict[str, Any]] = {}
     for row in rows:
-        key = row["kernel"], row["scheme"]
+        key = kernel, scheme = row["kernel"], row["scheme"]
         if row["kind"] == "ours" and key in right and row["m"] in base:
-            cell = kernels.setdefault(row["kernel"], {}).setdefault(row["scheme"], {"error": right[key], "speeds": {}})
-            cell["speeds"][str(row["m"])] = round(base[row["m"]] / row["seconds"], 3)
-    return {"run": {key: data["run"][key] for key in KEYS}, "shape": list(shape), "kernels": kernels}
+            cell = out.setdefault(key, {"kernel": kernel, "scheme": scheme, "error": right[key], "speed": {}})
+            cell["speed"][str(row["m"])] = round(base[row["m"]] / row["seconds"], 3)
+    run = {key: data["run"][key] for key in KEYS}
+    return {"results": results, "run": run, "shape": list(shape), "rows": list(out.values())}
 
 
-def write_evidence(data: Mapping[str, Any], save: Callable[[Path, Any], None]) -> str:
-    """Writes the evidence of the architecture that the run was on, and says where."""
-    found = evidence(data)
-    if not found["kernels"]:
+def write_evidence(path: Path, data: Mapping[str, Any], save: Callable[[Path, Any], None]) -> str:
+    """Writes the evidence of the architecture that a run was on, and says where."""
+    found = evidence(data, path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name)
+    if not found["rows"]:
         return "no evidence written: no kernel was both checked and measured"
-    path = ROOT / "backends" / "cuda" / "quantport_cuda" / "tuned" / f"{data['run']['arch']}.json"
-    save(path, found)
-    return f"wrote {path}"
+    target = ROOT / "backends" / "cuda" / "quantport_cuda" / "tuned" / f"{data['run']['arch']}.json"
+    save(target, found)
+    return f"wrote {target}"

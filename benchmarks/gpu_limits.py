@@ -43,8 +43,8 @@ def operands(place: Place, dtype: torch.dtype) -> tuple[int, torch.Tensor, torch
 
 
 def matmul(place: Place) -> float:
-    """BF16 operations a second."""
-    n, a, b = operands(place, torch.bfloat16)
+    """Operations a second in 16 bits."""
+    n, a, b = operands(place, place.dtypes[0])
     return 2 * n**3 / median(place, lambda _: a @ b)
 
 

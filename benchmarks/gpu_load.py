@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import statistics
 import tempfile
@@ -17,6 +18,7 @@ from gpu_place import Place, told
 from gpu_targets import LOADED
 
 ROUNDS = 3
+PREFIX = "quantport-bench-"  # then the process that started the stage, which clears up after one that it ended
 
 
 def home(size: int) -> Path:
@@ -25,6 +27,13 @@ def home(size: int) -> Path:
         if place.is_dir() and shutil.disk_usage(place).free > 1.5 * size and (place.name != "shm" or _free() > 2.5 * size):
             return place
     raise OSError(f"no folder has {1.5 * size / 1e9:.0f} GB free")
+
+
+def clear() -> None:
+    """Removes checkpoints of stages that this process started: one that was ended could not."""
+    for place in (Path("/dev/shm"), Path(tempfile.gettempdir())):
+        for directory in place.glob(f"{PREFIX}{os.getpid()}-*"):
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 def _free() -> int:
@@ -93,7 +102,7 @@ def run(place: Place, found: dict[str, Any], keep: Callable[[dict[str, Any]], No
     """Copying and every scheme in turn, in rounds while there is time; the first round warms up where there is a second."""
     sizes = TINY if place.smoke else Sizes()
     size = 2 * sum(prod(s) for s in sizes.shapes().values())
-    directory = Path(tempfile.mkdtemp(prefix="quantport-bench-", dir=home(size)))
+    directory = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getppid()}-", dir=home(size)))
     try:
         start = time.perf_counter()
         make(directory / "model", sizes)

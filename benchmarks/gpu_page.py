@@ -64,19 +64,13 @@ def linear(data: Data) -> list[str]:
 
 def checks(data: Data) -> str:
     """Every kernel against the reference on the device: largest error of all cases of a kernel and a scheme."""
-    worst: dict[tuple[str, str], list[Row]] = {}
-    for row in data.get("checks", {}).get("rows", []):
-        worst.setdefault((row["kernel"], row["scheme"]), []).append(row)
     lines = []
-    for (kernel, scheme), cases in worst.items():
-        ran = [c for c in cases if "error" in c]
-        failed = [c for c in cases if not c.get("ok") and not c.get("skipped")]
-        skipped = sum(bool(c.get("skipped")) for c in cases)
-        told = "; ".join(dict.fromkeys(f"{c['case']}: {c.get('failure', 'too far')}" for c in failed))[:300]
-        error = f"{max(c['error'] for c in ran):.1e}" if ran else MISSING
-        bound = f"{ran[0]['tolerance']:.1e}" if ran else ""
-        state = told or ("ok" if not skipped else f"{MISSING}: {skipped} cases, out of time")
-        lines.append([kernel, scheme, f"{len(ran)}", error, bound, state])
+    for row in data.get("checks", {}).get("rows", []):
+        error = f"{row['error']:.1e}" if "error" in row else MISSING
+        bound = f"{row['tolerance']:.1e}" if "error" in row else ""
+        state = "; ".join(row["failures"])[:300] or ("ok" if row["cases"] else MISSING)
+        skipped = f"; {row['skipped']} cases {MISSING}: no time or no memory" if row["skipped"] else ""
+        lines.append([row["kernel"], row["scheme"], row["cases"], error, bound, state + skipped])
     return grid(("kernel", "scheme", "cases", "error", "tolerance", ""), lines) if lines else reason(data, "checks")
 
 
@@ -97,7 +91,7 @@ def plain(data: Data, stage: str, columns: Mapping[str, str]) -> str:
 def limits(data: Data) -> str:
     """What the device reaches without us."""
     names = {"copy": ("copy on the device, read and written", 1e-9, "GB/s"), "host": ("pinned host memory to the device", 1e-9, "GB/s"),
-             "bf16": ("BF16 matmul", 1e-12, "TFLOP/s"), "fp8": ("bare _scaled_mm, e4m3fn", 1e-12, "TFLOP/s"),
+             "bf16": ("16-bit matmul", 1e-12, "TFLOP/s"), "fp8": ("bare _scaled_mm, e4m3fn", 1e-12, "TFLOP/s"),
              "int8": ("bare _int_mm", 1e-12, "TOP/s")}  # fmt: skip
     found = data.get("limits", {})
     absent = {key: f"{MISSING}: {why}" for key, why in found.get("absent", {}).items()}

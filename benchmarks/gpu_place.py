@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import runpy
 import statistics
 import subprocess
 import sys
@@ -44,6 +45,15 @@ def find_quantport() -> None:
         lines = [f"{name} = {value}" for name, value in found["entry-points"][GROUP].items()]
         (info / "entry_points.txt").write_text("\n".join([f"[{GROUP}]", *lines, ""]), encoding="utf-8")
         sys.path.append(str(info.parent))
+
+
+def begin(smoke: bool) -> None:
+    """What every process does first. Smoke mode mends the interpreter's arithmetic as the tests do, where they can run."""
+    find_quantport()
+    tests = ROOT / "tests" / "backends" / "triton"
+    if smoke and (tests / "conftest.py").exists() and find_spec("pytest") and find_spec("ml_dtypes"):
+        sys.path.append(str(tests))
+        runpy.run_path(str(tests / "conftest.py"))
 
 
 @dataclass(frozen=True)
@@ -106,6 +116,12 @@ class Place:
         """The same place with so many seconds at most."""
         return replace(self, until=min(self.until, time.monotonic() + seconds))
 
+    def enter(self) -> None:
+        """Makes the device current, with a stream that graphs can be captured on: everything of a stage runs there."""
+        if not self.smoke:
+            torch.cuda.set_device(self.torch)
+            torch.cuda.set_stream(torch.cuda.Stream())
+
     def synchronize(self) -> None:
         if not self.smoke:
             torch.cuda.synchronize()
@@ -121,26 +137,34 @@ class Place:
 
     def describe(self) -> dict[str, str]:
         """Device, date, commit and versions of this run."""
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
         triton: Any = __import__("triton") if find_spec("triton") else None
         return {
             "device": "Triton's interpreter, smoke mode" if self.smoke else self.device.name, "arch": self.device.arch.name,
-            "date": date.today().isoformat(), "commit": commit.stdout.strip() or os.environ.get("QUANTPORT_COMMIT", "unknown"),
+            "date": date.today().isoformat(), "commit": os.environ.get("QUANTPORT_COMMIT") or commit(),
             "torch": torch.__version__, "triton": getattr(triton, "__version__", "none"), "cuda": str(torch.version.cuda),
             "python": platform.python_version(),
         }  # fmt: skip
 
 
+def commit() -> str:
+    """The commit of the source tree; a copy without its history has ``QUANTPORT_COMMIT`` in the environment."""
+    try:
+        asked = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
+        return asked.stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
 class Timer:
     """One call that is timed, ``count`` times in a row: from a CUDA graph where it can be captured, else launch by launch."""
 
-    def __init__(self, place: Place, call: Call, graph: bool = True) -> None:
+    def __init__(self, place: Place, call: Call, graph: bool = True, pool: Any = None) -> None:
         self.place, self.call, self.graph = place, call, None
         for i in range(1 if place.smoke else 3):
             call(i)
         self.count = 1 if place.smoke else self.worth()
         if graph and not place.smoke:
-            self.graph = capture(self.launch)
+            self.graph = capture(self.launch, pool)
 
     def worth(self) -> int:
         """How many calls take some two milliseconds."""
@@ -148,7 +172,7 @@ class Timer:
         start = time.perf_counter()
         self.call(3)
         self.place.synchronize()
-        return max(4, min(50, int(2e-3 / (time.perf_counter() - start + 1e-9))))
+        return max(2, min(50, int(2e-3 / (time.perf_counter() - start + 1e-9))))
 
     def launch(self) -> None:
         """Every call, one after the other."""
@@ -172,12 +196,23 @@ class Timer:
         return float(begin.elapsed_time(end)) / 1e3 / self.count
 
 
-def capture(run: Callable[[], object]) -> Any:
-    """A CUDA graph of what ``run`` launches; None where it cannot be captured (it waits for the device, or allocates elsewhere)."""
+def capture(run: Callable[[], object], pool: Any = None) -> Any:
+    """A CUDA graph of what ``run`` launches; None where it cannot be captured, since it waits for the device.
+
+    Without ``torch.cuda.graph``, which empties the allocator's cache each time: thousands are captured here.
+
+    Args:
+        run: Launches, on the current stream.
+        pool: Memory that graphs share whose results nobody reads.
+    """
     graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
     try:
-        with torch.cuda.graph(graph):
+        graph.capture_begin(*([] if pool is None else [pool]))
+        try:
             run()
+        finally:
+            graph.capture_end()
     except RuntimeError:
         torch.cuda.synchronize()
         return None
@@ -187,9 +222,10 @@ def capture(run: Callable[[], object]) -> Any:
 def interleaved(place: Place, calls: Mapping[str, Call], rounds: int = 7, failed: dict[str, str] | None = None) -> dict[str, float]:
     """Median seconds of one call of each, all in turn in every round; what raises is in ``failed``, and the others go on."""
     timers: dict[str, Timer] = {}
+    pool = None if place.smoke else torch.cuda.graph_pool_handle()
     for name, call in calls.items():
         try:
-            timers[name] = Timer(place, call)
+            timers[name] = Timer(place, call, pool=pool)
             timers[name].run()
         except Exception as error:  # a path that does not run here is a cell that says so
             timers.pop(name, None)

@@ -34,6 +34,11 @@ def timed(name, m, seconds, shape=FOUR, kind="ours", **more):
     return {**row, "limit": seconds / 2, "asked": True, **more}
 
 
+def checked(kernel, error, **more):
+    row = {"kernel": kernel, "scheme": "int8", "cases": 4, "error": error, "tolerance": 7.8e-3, "failures": [], "skipped": 0}
+    return {**row, **more}
+
+
 def data(*rows, **stages):
     base = [timed("BF16 F.linear", m, 1e-3, kind="baseline", scheme="bf16") for m in (1, 64, 512)]
     return {"kind": "gpu", "run": {"device": "Some GPU", "arch": "sm_90"}, "linear": {"rows": [*base, *rows]}, **stages}
@@ -85,8 +90,7 @@ def test_the_page_says_the_numbers_of_the_json(bench):
     run = data(
         timed("int8", 512, 0.5e-3), timed("fp8_per_tensor", 1, 0.8e-3), peer,
         limits={"copy": 4.321e12, "bf16": 7.89e14, "absent": {"host": "LookupError: none"}},
-        checks={"rows": [{"kernel": "k.a", "scheme": "int8", "case": "M=1", "error": 1.5e-3, "tolerance": 7.8e-3, "ok": True},
-                         {"kernel": "k.b", "scheme": "int8", "case": "M=2", "error": 0.5, "tolerance": 7.8e-3, "ok": False}]},
+        checks={"rows": [checked("k.a", 1.5e-3), checked("k.b", 0.5, failures=["M=2: 5.0e-01"], skipped=3)]},
         decode={"rows": decode}, quantize={"missing": "RuntimeError: no"},
     )  # fmt: skip
     page, plot = bench("gpu_page").render(run)
@@ -97,8 +101,8 @@ def test_the_page_says_the_numbers_of_the_json(bench):
     assert "| 789.0 TFLOP/s |" in page
     assert "| not measured: LookupError: none |" in page
     assert "not measured: RuntimeError: no" in page
-    assert "| k.a | int8 | 1 | 1.5e-03 | 7.8e-03 | ok |" in page
-    assert "| k.b | int8 | 1 | 5.0e-01 | 7.8e-03 | M=2: too far |" in page
+    assert "| k.a | int8 | 4 | 1.5e-03 | 7.8e-03 | ok |" in page
+    assert "| k.b | int8 | 4 | 5.0e-01 | 7.8e-03 | M=2: 5.0e-01; 3 cases not measured: no time or no memory |" in page
     assert "| nf4 | not measured | not measured | not measured | not measured: out of time |" in page
     assert "2.00x</text>" in plot
 
@@ -157,10 +161,7 @@ def test_stages_of_one_number_are_judged(bench):
 
 
 def test_evidence_is_of_kernels_that_were_right(bench):
-    def case(kernel, ok, **more):
-        return {"kernel": kernel, "scheme": "int8", "case": "", "error": 1e-3 if ok else 1.0, "ok": ok, **more}
-
-    checks = {"rows": [case("k.good", True), case("k.bad", True), case("k.bad", False), case("k.good", True, error=2e-3)]}
+    checks = {"rows": [checked("k.good", 2e-3), checked("k.bad", 1e-3, failures=["M=2: 5.0e-01"])]}
     rows = [
         timed("int8", 1, 0.5e-3, kernel="k.good"),
         timed("int8", 512, 0.25e-3, kernel="k.good"),
@@ -168,10 +169,29 @@ def test_evidence_is_of_kernels_that_were_right(bench):
     ]
     run = data(*rows, timed("nf4", 1, 1e-4, kernel="k.unchecked"), checks=checks)
     run["run"] |= dict.fromkeys(("date", "commit", "torch", "triton"), "x")
-    assert bench("gpu_evidence").evidence(run) == {
+    found = bench("gpu_evidence").evidence(run, "benchmarks/results/some-gpu.json")
+    assert found == {
+        "results": "benchmarks/results/some-gpu.json",
         "run": {"device": "Some GPU", "date": "x", "commit": "x", "torch": "x", "triton": "x"}, "shape": [4096, 4096],
-        "kernels": {"k.good": {"int8": {"error": 2e-3, "speeds": {"1": 2.0, "512": 4.0}}}},
+        "rows": [{"kernel": "k.good", "scheme": "int8", "error": 2e-3, "speed": {"1": 2.0, "512": 4.0}}],
     }  # fmt: skip
+
+
+def test_cases_are_summed_up(bench):
+    def case(kernel, ok, error, **more):
+        return {"kernel": kernel, "scheme": "int8", "case": "M=2", "tolerance": 7.8e-3, "error": error, "ok": ok, **more}
+
+    rows = [
+        case("k.a", True, 1e-3),
+        case("k.a", True, 2e-3),
+        case("k.b", False, 0.5),
+        {"kernel": "k.a", "scheme": "int8", "skipped": "no"},
+    ]
+    found = bench("gpu_checks").summary(rows)
+    assert found["rows"] == [checked("k.a", 2e-3, cases=2, skipped=1), checked("k.b", 0.5, cases=1, failures=["M=2: 5.0e-01"])]
+    assert found["failed"] == 1
+    broken = {"kernel": "k.c", "scheme": "int8", "case": "M=1", "ok": False, "failure": "RuntimeError: x"}
+    assert bench("gpu_checks").summary([broken])["rows"][0]["failures"] == ["M=1: RuntimeError: x"]
 
 
 def test_candidates_are_neighbours(bench):
@@ -231,7 +251,8 @@ def test_a_stage_that_fails_keeps_what_it_had_and_says_why(bench, tmp_path, monk
         raise ZeroDivisionError("by nought")
 
     module.run = run
-    monkeypatch.setattr(gpu.importlib, "import_module", lambda name: module)
+    monkeypatch.setitem(sys.modules, "gpu_limits", module)
+    monkeypatch.setattr(gpu, "begin", lambda smoke: None)  # it mends the interpreter of this process, which is mended
     monkeypatch.delenv("QUANTPORT_BENCH_RAISE", raising=False)
     out = tmp_path / "out.json"
     gpu.run_stage(argparse.Namespace(smoke=True, until=0.0, stage="limits", found=tmp_path / "none.json", out=out))

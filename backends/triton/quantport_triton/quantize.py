@@ -14,7 +14,7 @@ from quantport_triton.launch import Config, launch, target_of
 from quantport_triton.tuned import way
 
 FORMATS = ("e4m3fn", "int8", "int4", "e2m1", "e2m3", "e3m2", "nf4", "fp4")
-SCALES = ("fp32", "bf16", "e4m3fn", "e8m0")
+SMALL = ("e4m3fn", "e2m1", "e2m3", "e3m2")
 MOST = 1 << 15  # elements of a block that one program holds
 
 
@@ -38,7 +38,7 @@ def quantize(x: Tensor, quant: Quant, swizzle: bool = False, transposed: bool = 
 
     Args:
         x: The matrix; rows need not follow one another.
-        quant: One without a search.
+        quant: One without offsets.
         swizzle: Scales in the layout that cuBLASLt reads block scales in (SWIZZLE_32_4_4), padded with zeros to whole tiles:
             ``[ceil(m / 128) * 128, ceil(blocks / 4) * 4]``.
         transposed: Scales in memory by columns: ``[m, blocks]`` with strides ``(1, m)``, as ``_scaled_mm`` wants those of 1x128.
@@ -59,20 +59,26 @@ def quantize(x: Tensor, quant: Quant, swizzle: bool = False, transposed: bool = 
 
 
 def serves(quant: Quant) -> bool:
-    """Whether there is a kernel for a Quant: everything without searches, offsets and quantized scales, in groups of whole words."""
-    bits, cols = quant.element.bits, quant.cols
-    if quant.format not in FORMATS or quant.searched or quant.zero or quant.double:
+    """Whether there is a kernel for a Quant: one level of scales of any block, or two of groups, whose columns fill whole words."""
+    cols, whole = quant.cols, quant.cols % _per_word(quant) == 0
+    if quant.format not in FORMATS or quant.zero or quant.double or not whole or max(quant.rows, 1) * cols > MOST:
         return False
-    if cols % _per_word(quant) or max(quant.rows, 1) * cols > MOST:
+    if quant.searched and (quant.rule != "mse" or not _power_of_two(cols)):
         return False
-    plain = quant.outer is None and quant.scale in ("fp32", "bf16")
-    if quant.rows != 1 or not cols:
-        return plain and (quant.rows <= 1 and not cols and (quant.rows == 1 or bits == 8) or quant.rows > 1 and cols > 0)
+    if quant.scale in ("e8m0", "e4m3fn"):
+        return quant.rows == 1 and cols > 0 and quant.format in SMALL and _outer_served(quant)
+    if quant.outer is not None or quant.searched:
+        return False
+    return cols > 0 if quant.rows > 1 else quant.rows == 1 or (cols == 0 and quant.element.bits == 8)
+
+
+def _outer_served(quant: Quant) -> bool:
     if quant.outer is None:
-        return quant.scale in SCALES
+        return True
     if quant.scale == "e8m0":
-        return quant.outer[0] == 1 and quant.outer[1] % cols == 0 and _power_of_two(cols) and _power_of_two(quant.outer[1])
-    return quant.scale == "e4m3fn" and (quant.outer == (0, 0) or quant.outer == (1, 0) and _power_of_two(cols))
+        down, across = quant.outer
+        return down == 1 and across % quant.cols == 0 and _power_of_two(quant.cols) and _power_of_two(across)
+    return quant.outer == (0, 0) or (quant.outer == (1, 0) and _power_of_two(quant.cols) and not quant.searched)
 
 
 def _power_of_two(number: int) -> bool:
@@ -81,7 +87,7 @@ def _power_of_two(number: int) -> bool:
 
 def _per_word(quant: Quant) -> int:
     """Codes of the smallest word that a group must fill."""
-    return {8: 1, 6: 4, 4: 8 if quant.format == "int4" else 2}[quant.element.bits]
+    return 8 if quant.format == "int4" else {8: 1, 6: 4, 4: 2}.get(quant.element.bits, 1)
 
 
 def _codes_dtype(quant: Quant) -> torch.dtype:
@@ -151,10 +157,10 @@ def _call(x: Tensor, quant: Quant, out: Quantized) -> _Call:
         "FORMAT": quant.format, "BITS": bits, "BYTES": size, "EVEN": k % (size * 8 // bits) == 0, "SCALE": quant.scale,
         "HALF": quant.element.half_range,
     }  # fmt: skip
-    return _Call(tensors, numbers, constants, dict(way(target_of(x.device), "quantize", m)[1].blocks))
+    return _Call(tensors, numbers, constants, dict(way(target_of(x.device), "search" if quant.searched else "quantize", m)[1].blocks))
 
 
-def _config(blocks: dict[str, int], elements: int, per_warp: int) -> Config:
+def cut_of(blocks: dict[str, int], elements: int, per_warp: int) -> Config:
     return Config(blocks, min(max(elements // per_warp, 1), 16), 1, fusion=False)
 
 
@@ -167,15 +173,18 @@ def _groups(x: Tensor, quant: Quant, out: Quantized, swizzle: bool) -> None:
     from quantport_triton.ops import quantize as ops
 
     call = _call(x, quant, out)
-    span, padded = quant.outer[1] if quant.outer and quant.outer[1] else quant.cols, _above(quant.cols)
-    across = min(_above(-(-x.shape[1] // span)) * (span // quant.cols), max(call.blocks["TILE"] // padded, span // quant.cols))
-    down = min(max(call.blocks["TILE"] // (across * padded), 1), _above(x.shape[0]))
-    config = _config({"P": padded, "BR": down, "BG": across}, down * across * padded, call.blocks["PER_WARP"])
+    span, padded = quant.outer[1] if quant.outer and quant.outer[1] else quant.cols, power_above(quant.cols)
+    across = min(power_above(-(-x.shape[1] // span)) * (span // quant.cols), max(call.blocks["TILE"] // padded, span // quant.cols))
+    down = min(max(call.blocks["TILE"] // (across * padded), 1), power_above(x.shape[0]))
+    config = cut_of({"P": padded, "BR": down, "BG": across}, down * across * padded, call.blocks["PER_WARP"])
     outer = 0 if quant.outer is None else quant.outer[1] or -1
     tensors = {**call.tensors, "outer": out.outer if out.outer is not None else out.scale}
-    tensors["top"] = _largest(x.contiguous(), call.blocks) if outer == -1 else call.tensors["codes"]
+    tensors["top"] = _largest(x.contiguous()) if outer == -1 else call.tensors["codes"]
     grid = -(-x.shape[0] // down) * -(-call.numbers["blocks"] // across)
-    rule = {"UP": _up(quant), "EMAX": math.frexp(quant.element.high)[1] - 1, "GROUP": quant.cols, "OUTER": outer, "SWIZZLE": swizzle}
+    rule = {
+        "UP": _up(quant), "EMAX": math.frexp(quant.element.high)[1] - 1, "GROUP": quant.cols, "OUTER": outer,
+        "LOG": padded.bit_length() - 1, "OUTER_LOG": max(outer, 1).bit_length() - 1, "SEARCH": quant.searched, "SWIZZLE": swizzle,
+    }  # fmt: skip
     launch(ops.groups, (grid,), config, tensors, {**call.numbers, **_steps(out, swizzle)}, **call.constants, **rule)
 
 
@@ -190,9 +199,9 @@ def _rows(x: Tensor, quant: Quant, out: Quantized, swizzle: bool) -> None:
     from quantport_triton.ops import quantize as ops
 
     call = _call(x, quant, out)
-    block = max(min(_above(x.shape[1]), call.blocks["ROW"]), quant.cols, 8)
+    block = max(min(power_above(x.shape[1]), call.blocks["ROW"]), quant.cols, 8)
     padded = quant.cols or block
-    config = _config({"BG": block // padded, "P": padded}, block, call.blocks["PER_WARP"])
+    config = cut_of({"BG": block // padded, "P": padded}, block, call.blocks["PER_WARP"])
     tensors = {**call.tensors, "outer": out.outer if out.outer is not None else out.scale}
     rest = {"GROUP": quant.cols, "SWIZZLE": swizzle, "ONCE": block >= x.shape[1]}
     launch(ops.rows, (x.shape[0],), config, tensors, {**call.numbers, **_steps(out, swizzle)}, **call.constants, **rest)
@@ -202,8 +211,8 @@ def _squares(x: Tensor, quant: Quant, out: Quantized) -> None:
     from quantport_triton.ops import quantize as ops
 
     call = _call(x, quant, out)
-    down, across = _above(quant.rows), _above(quant.cols)
-    config = _config({"BR": down, "P": across}, down * across, call.blocks["PER_WARP"])
+    down, across = power_above(quant.rows), power_above(quant.cols)
+    config = cut_of({"BR": down, "P": across}, down * across, call.blocks["PER_WARP"])
     grid = -(-x.shape[0] // quant.rows) * call.numbers["blocks"]
     launch(ops.squares, (grid,), config, call.tensors, call.numbers, **call.constants, ROWS=quant.rows, GROUP=quant.cols)
 
@@ -213,22 +222,23 @@ def _whole(x: Tensor, quant: Quant, out: Quantized) -> None:
 
     call = _call(x, quant, out)
     block = call.blocks["TILE"]
-    tensors = {**call.tensors, "top": _largest(x, call.blocks)}
+    tensors = {**call.tensors, "top": _largest(x)}
     constants = {key: call.constants[key] for key in ("FORMAT", "SCALE", "HALF")}
-    config = _config({"BLOCK": block}, block, call.blocks["PER_WARP"])
+    config = cut_of({"BLOCK": block}, block, call.blocks["PER_WARP"])
     launch(ops.whole, (-(-x.numel() // block),), config, tensors, {"size": x.numel()}, **constants)
 
 
-def _largest(x: Tensor, blocks: dict[str, int]) -> Tensor:
+def _largest(x: Tensor) -> Tensor:
     """Bits of the largest magnitude of a matrix without gaps: int32 ``[1]``."""
     from quantport_triton.ops import quantize as ops
 
-    top, block, steps = x.new_zeros(1, dtype=torch.int32), blocks["TILE"], 8
-    config = _config({"BLOCK": block, "STEPS": steps}, block, blocks["PER_WARP"])
+    top, blocks = x.new_zeros(1, dtype=torch.int32), way(target_of(x.device), "quantize", x.shape[0])[1].blocks
+    block, steps = blocks["TILE"], blocks["STEPS"]
+    config = cut_of({"BLOCK": block, "STEPS": steps}, block, blocks["PER_WARP"])
     launch(ops.largest, (-(-x.numel() // (block * steps)),), config, {"x": x, "top": top}, {"size": x.numel()})
     return top
 
 
-def _above(number: int) -> int:
+def power_above(number: int) -> int:
     """The power of two that is not below a number."""
     return 1 << (number - 1).bit_length()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from quantport.backend import Scheme
-from quantport_triton.quantize import quantize, serves
+from quantport.backend import Quant, Scheme
+from quantport_triton.launch import launch, target_of
+from quantport_triton.quantize import cut_of, power_above, quantize, serves
+from quantport_triton.tuned import way
 
 
 def quantize_weight(weight: Tensor, scheme: Scheme) -> dict[str, Tensor] | None:
@@ -21,8 +24,34 @@ def quantize_weight(weight: Tensor, scheme: Scheme) -> dict[str, Tensor] | None:
         the codes there mean nothing.
     """
     quant = scheme.weight
-    if not weight.numel() or not serves(quant):
+    if not weight.numel():
+        return None
+    if quant.zero:
+        return _with_offsets(weight, quant)
+    if not serves(quant):
         return None
     codes, scale, outer = quantize(weight, quant)
     stored = [codes, scale] if outer is None else [codes, scale, outer.view(1) if quant.outer == (0, 0) else outer]
     return dict(zip(scheme.layout(*weight.shape), stored, strict=True))
+
+
+def _with_offsets(weight: Tensor, quant: Quant) -> dict[str, Tensor] | None:
+    """int4 in groups with offsets, by least squares."""
+    from quantport_triton.ops import quantize as ops
+
+    (n, k), group = weight.shape, quant.cols
+    if quant != Quant("int4", 1, group, "bf16", "mse", zero=True) or group < 8 or group & (group - 1):
+        return None
+    weight = weight if weight.stride(1) == 1 else weight.contiguous()
+    words, blocks = -(-k // 8), -(-k // group)
+    codes = weight.new_empty(n, words, dtype=torch.int32)
+    scale, zero = weight.new_empty(n, blocks, dtype=torch.int16), weight.new_empty(n, blocks, dtype=torch.int16)
+    cut = way(target_of(weight.device), "search", n)[1].blocks
+    across = min(power_above(blocks), max(cut["TILE"] // group, 1))
+    down = min(max(cut["TILE"] // (across * group), 1), power_above(n))
+    config = cut_of({"BR": down, "BG": across}, down * across * group, cut["PER_WARP"])
+    tensors = {"x": weight, "codes": codes.view(torch.uint8), "scale": scale, "zero": zero}
+    numbers = {"N": n, "K": k, "stride": weight.stride(0), "units": words, "blocks": blocks}
+    constants = {"BYTES": 4, "EVEN": k % 8 == 0, "GROUP": group, "LOG": group.bit_length() - 1}
+    launch(ops.offsets, (-(-n // down) * -(-blocks // across),), config, tensors, numbers, **constants)
+    return {"weight_packed": codes, "weight_scale": scale.view(torch.bfloat16), "weight_zero": zero.view(torch.bfloat16)}

@@ -44,7 +44,7 @@ class QuantModule(nn.Module):
     def packed(self, name: str = "") -> Packed:
         """The packed tensors of one weight, as the buffers hold them now: accelerate moves a module by exchanging those."""
         packed, keys = self._packed[name], self._keys[name]
-        if torch.compiler.is_compiling():  # shapes of buffers are constants; those of others vary, as a batch does, and may equal it
+        if torch.compiler.is_compiling():  # shapes of buffers are constants, others vary as a batch does, and may equal it
             return tuple(self.get_buffer(key) for key in keys)
         if packed[0] is not self._buffers[keys[0]]:
             packed = self._packed[name] = tuple(self.get_buffer(key) for key in keys)

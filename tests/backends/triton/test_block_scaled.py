@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 import torch
 import triton_emulation
-from quantport_triton.kernels.block_scaled import TritonMx, TritonNvfp4
 
 from quantport import numerics, schemes
 from quantport.kernel import WeightSpec
+from quantport_triton.kernels.block_scaled import TritonMx, TritonNvfp4
+from quantport_triton.launch import traced
 
 KERNELS = {"mxfp8": TritonMx, "mxfp4": TritonMx, "mxfp4_w4a8": TritonMx, "nvfp4": TritonNvfp4}
 OPTIONS = ("mxfp4:floor", "mxfp8:rceil", "mxfp4_w4a8:mse", "nvfp4:mse", "nvfp4:hadamard")
@@ -51,6 +52,15 @@ def test_any_shape_with_bias_in_fp16(scheme, shape):
     m, n, k = shape
     x, stored, spec = problem(scheme, m, n, k, torch.float16)
     check(x / 64, stored, spec, torch.randn(n, dtype=torch.float16))
+
+
+@pytest.mark.parametrize("rows", [5, 40, 130])
+@pytest.mark.parametrize("target", ["sm_100", "sm_120"])
+@pytest.mark.parametrize("scheme", KERNELS)
+def test_with_the_tiles_of_every_architecture(scheme, target, rows):
+    """Whatever ``tuned`` asks for there; launches with real tensors are made in the interpreter."""
+    with traced(target):
+        check(*problem(scheme, rows, 140, 1100))
 
 
 @pytest.mark.parametrize("scheme", OPTIONS)

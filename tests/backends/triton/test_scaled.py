@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from quantport_triton.kernels.scaled import TritonFp8, TritonFp8Block, TritonInt4Int8, TritonInt8
 
 from quantport import numerics, schemes
 from quantport.kernel import WeightSpec
+from quantport_triton.kernels.scaled import TritonFp8, TritonFp8Block, TritonInt4Int8, TritonInt8
+from quantport_triton.launch import traced
 
 KERNELS = {
     "fp8_per_tensor": TritonFp8,
@@ -53,6 +54,15 @@ def test_any_shape_with_bias_in_fp16(scheme, shape):
     m, n, k = shape
     x, stored, spec = problem(scheme, m, n, k, torch.float16)
     check(x, stored, spec, torch.randn(n, dtype=torch.float16))
+
+
+@pytest.mark.parametrize("rows", [5, 130])
+@pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_90", "sm_100", "sm_120"])
+@pytest.mark.parametrize("scheme", KERNELS)
+def test_with_the_tiles_of_every_architecture(scheme, target, rows):
+    """Whatever ``tuned`` asks for there; launches with real tensors are made in the interpreter."""
+    with traced(target):
+        check(*problem(scheme, rows, 140, 1100))
 
 
 @pytest.mark.parametrize("scheme", KERNELS)

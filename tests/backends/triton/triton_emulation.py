@@ -33,7 +33,9 @@ def install(interpreter):
         formats = (interpreter.tl.constexpr(name) for name in (left_format, right_format))
         return checked(self, left, left_scale, next(formats), right, right_scale, next(formats), *rest)
 
-    def create_dot_scaled(self, left, left_scale, left_format, right, right_scale, right_format, fast, left_packed, right_packed, total):
+    def create_dot_scaled(
+        self, left, left_scale, left_format, right, right_scale, right_format, fast, left_packed, right_packed, total
+    ):
         a = values(left.data, left_scale, left_format, left_packed)
         b = values(np.ascontiguousarray(right.data.T), right_scale, right_format, right_packed)
         return interpreter.TensorHandle((a @ b.T).astype(np.float32) + total.data, total.dtype.scalar)

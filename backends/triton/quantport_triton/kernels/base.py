@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from quantport.backend import Claim, Kernel, Request
 from quantport_triton import available, evidence
 
@@ -26,9 +28,17 @@ class TritonKernel(Kernel):
         """Why Triton is not here, or does not compile the kernel for this architecture."""
         reasons = [reason] if (reason := available()) and not request.device.simulated else []
         scheme, arch = request.weight.scheme.name, request.device.arch
+        if request.dtype not in (torch.bfloat16, torch.float16):
+            reasons.append(f"{self.name} takes activations of 16 bits, not {request.dtype}")
+        elif request.dtype is torch.bfloat16 and "bf16" not in arch.native:
+            reasons.append(f"{arch.name} ({arch.title}) has no bf16: activations must be float16 [{arch.source}]")
         return [*reasons, *evidence.refusals(arch.kind, arch.name, self.family, scheme)]
 
     def claim(self, request: Request) -> Claim:
-        """``compiled`` where machine code with the matrix instruction was made for the architecture, else ``interpreted``."""
+        """``compiled`` where machine code with the matrix instruction was made for the architecture, else ``interpreted``.
+
+        It is made for the dtype that the architecture computes in.
+        """
         arch = request.device.arch
-        return evidence.claim(arch.kind, arch.name, self.family, request.weight.scheme.name)
+        name = arch.name if request.dtype is arch.compute else f"{arch.name} in {request.dtype}"
+        return evidence.claim(arch.kind, name, self.family, request.weight.scheme.name)

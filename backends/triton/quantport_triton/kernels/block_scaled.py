@@ -21,7 +21,7 @@ _NV4 = Quant("e2m1", 1, 16, "e4m3fn", outer=(0, 0))
 
 
 class TritonBlockScaled(TritonKernel):
-    """What these families share. Only where the matrix unit has the format: elsewhere Triton multiplies bf16, which weight-only does better.
+    """What these families share. They run where the matrix unit has the formats only; elsewhere weight-only kernels are faster.
 
     The matrix unit multiplies codes and scales exactly and adds in fp32; order alone differs from the reference, and
     ``tolerance`` covers it: half a unit in bf16 is ``2**-9``.
@@ -55,12 +55,29 @@ class TritonBlockScaled(TritonKernel):
         two = quant.outer is not None  # levels of scales
         stored = torch.float8_e4m3fn if two else torch.uint8  # how Triton tells scales per 16 from scales per 32
         y = x.new_empty(m, spec.n)
-        tensors = {"x": left.codes.view(torch.uint8), "x_scale": left.scale.view(stored), "codes": codes, "scale": scale.view(stored)}
-        factors = {"of_token": y if left.outer is None else left.outer, "of_row": packed[2] if two else y, "bias": y if bias is None else bias}
+        tensors = {
+            "x": left.codes.view(torch.uint8),
+            "x_scale": left.scale.view(stored),
+            "codes": codes,
+            "scale": scale.view(stored),
+        }
+        factors = {
+            "of_token": y if left.outer is None else left.outer,
+            "of_row": packed[2] if two else y,
+            "bias": y if bias is None else bias,
+        }
         numbers = {"width": left.codes.shape[1], "units": codes.shape[1], "groups": scale.shape[1]}
-        constants = {"X": _FORMATS[activation.format], "W": _FORMATS[quant.format], "GROUP": quant.cols, "TOKEN": two, "ROW": 0 if two else -1}
+        constants = {
+            "X": _FORMATS[activation.format],
+            "W": _FORMATS[quant.format],
+            "GROUP": quant.cols,
+            "TOKEN": two,
+            "ROW": 0 if two else -1,
+        }
         config = way(target_of(x.device), self.family, m)[1]
-        blocks = {**config.blocks, "BK": config.blocks["BK"] * 8 // activation.element.bits}  # the files count bytes
+        blocks = dict(config.blocks)
+        blocks["BK"] = blocks["BK"] * 8 // activation.element.bits  # the files count bytes
+        blocks["WIDEN"] = blocks.get("WIDEN", 0) * (quant.format != activation.format)
         config = Config(blocks, config.warps, config.stages)
         multiply(ops.gemm, config, y, k, tensors, factors, numbers, torch.float32, True, **constants, BIAS=bias is not None)
         return y

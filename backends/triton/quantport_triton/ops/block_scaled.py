@@ -21,14 +21,24 @@ def rows_of(codes, row, inside, first, width, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def widened(pair, BN: tl.constexpr, BK: tl.constexpr):
+    """e2m1 codes of bytes ``[BN, BK / 2]`` as e4m3 ``[BN, BK]``, over 64: sign, exponent and mantissa move to where e4m3 has
+    them, and what differs is the bias, 1 or 7; subnormals too."""
+    even = (pair & 8) << 4 | (pair & 7) << 2
+    odd = pair & 128 | pair >> 2 & 28
+    return tl.reshape(tl.join(even, odd), (BN, BK))
+
+
+@triton.jit
 def gemm(x, x_scale, codes, scale, of_token, of_row, bias, y, M, N, K, width, units, groups,
          X: tl.constexpr, W: tl.constexpr, GROUP: tl.constexpr, TOKEN: tl.constexpr, ROW: tl.constexpr, BIAS: tl.constexpr,
-         BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
+         WIDEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
     """One tile of y, or of one of its ``SPLIT`` parts ``[SPLIT, M, N]``, which ``scaled.add`` finishes.
 
     Grid: ``(cdiv(M, BM) * cdiv(N, BN), SPLIT)``. ``X`` and ``W`` are the formats, ``e4m3`` or ``e2m1``, ``width`` and ``units`` the
     bytes of a row of codes, ``groups`` the scales of a row: e8m0 as bytes for ``GROUP`` 32, e4m3fn for 16. ``TOKEN`` and ``ROW``:
-    whether factors of tokens and of W divide the sum, as in NVFP4.
+    whether factors of tokens and of W divide the sum, as in NVFP4. ``WIDEN``: W is e2m1 and x e4m3, and Triton multiplies formats
+    that differ on a 16-bit unit: W becomes e4m3 first.
     """
     first_token, first_row = place(M, N, BM, BN)
     token = first_token + tl.arange(0, BM)
@@ -43,7 +53,11 @@ def gemm(x, x_scale, codes, scale, of_token, of_row, bias, y, M, N, K, width, un
         left_scale = rows_of(scale, row, row < N, step * BS, groups, BS)
         right = rows_of(x, token, token < M, step * BX, width, BX)
         right_scale = rows_of(x_scale, token, token < M, step * BS, groups, BS)
-        total = tl.dot_scaled(left, left_scale, W, tl.trans(right), right_scale, X, total)
+        if WIDEN:
+            left = widened(left, BN, BK)
+        total = tl.dot_scaled(left, left_scale, X if WIDEN else W, tl.trans(right), right_scale, X, total)
+    if WIDEN:
+        total *= 64
     token = token[None, :]
     row = row[:, None]
     if SPLIT == 1:

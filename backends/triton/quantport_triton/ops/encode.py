@@ -83,6 +83,32 @@ def small(x, signed, MANTISSA: tl.constexpr, BIAS: tl.constexpr, BITS: tl.conste
 
 
 @triton.jit
+def nearest(x, FORMAT: tl.constexpr):
+    """Magnitudes of the values of the codes of ``x``: fp32, without the codes. Small floats."""
+    if FORMAT == "e4m3fn":
+        SHIFT: tl.constexpr = 20
+        SMALLEST: tl.constexpr = 121
+        HIGH: tl.constexpr = 448.0
+    elif FORMAT == "e2m3":
+        SHIFT: tl.constexpr = 20
+        SMALLEST: tl.constexpr = 127
+        HIGH: tl.constexpr = 7.5
+    elif FORMAT == "e3m2":
+        SHIFT: tl.constexpr = 21
+        SMALLEST: tl.constexpr = 125
+        HIGH: tl.constexpr = 28.0
+    else:
+        tl.static_assert(FORMAT == "e2m1")
+        SHIFT: tl.constexpr = 22
+        SMALLEST: tl.constexpr = 127
+        HIGH: tl.constexpr = 6.0
+    a = tl.minimum(tl.abs(x), HIGH)
+    exponent = tl.maximum(a.to(tl.int32, bitcast=True), SMALLEST << 23) & INFINITE
+    magic = (exponent + (SHIFT << 23)).to(tl.float32, bitcast=True)
+    return (a + magic) - magic
+
+
+@triton.jit
 def rank(x, MIDDLE: tl.constexpr):
     """How many of 15 ascending midpoints are below ``x``, by halving."""
     a = x > MIDDLE[7]
@@ -214,8 +240,8 @@ def divide(x, divisor):
     reciprocal = tl.div_rn(1.0, s)
     a = x * away
     q = a * reciprocal
-    q = tl.fma(tl.fma(-q, s, a), reciprocal, q)
-    return tl.fma(tl.fma(-q, s, a), reciprocal, q)
+    q = tl.fma(tl.fma(q, -s, a), reciprocal, q)
+    return tl.fma(tl.fma(q, -s, a), reciprocal, q)
 
 
 @triton.jit

@@ -9,7 +9,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quantport_triton.ops.encode import EPS, TINY, codes_of, e4m3fn_scale, e4m3fn_value, fp32, magnitude, round_as, scale_of
+from quantport_triton.ops import search
+from quantport_triton.ops.encode import (
+    EPS, TINY, bf16, codes_of, e4m3fn_scale, e4m3fn_value, encode, fp32, magnitude, round_as, scale_of,
+)  # fmt: skip
 
 
 @triton.jit
@@ -86,13 +89,17 @@ def global_factor(top, HALF: tl.constexpr):
 
 
 @triton.jit
-def outer_scaled(value, x, outer, row, rows, start, K, HALF: tl.constexpr, OUTER: tl.constexpr):
+def outer_scaled(value, x, outer, row, rows, start, K,
+                 FORMAT: tl.constexpr, HALF: tl.constexpr, GROUP: tl.constexpr, OUTER: tl.constexpr, LOG: tl.constexpr,
+                 SEARCH: tl.constexpr):  # fmt: skip
     """Divides a tile by one factor for each ``OUTER`` columns, rounded to the dtype of ``x``; stores the factors."""
     BR: tl.constexpr = value.shape[0]
     COUNT: tl.constexpr = value.shape[1] * value.shape[2] // OUTER
     wide = tl.reshape(value, (BR, COUNT, OUTER))
     factor = tl.div_rn(tl.max(magnitude(wide), 2).to(tl.float32, bitcast=True), HALF)
     factor = tl.where(factor == 0, EPS, factor)
+    if SEARCH:
+        factor = search.outer(wide, factor, FORMAT, HALF, GROUP, LOG)
     count = (K + OUTER - 1) // OUTER
     column = start // OUTER + tl.arange(0, COUNT)
     inside = (row < rows)[:, None] & (column < count)[None, :]
@@ -103,9 +110,13 @@ def outer_scaled(value, x, outer, row, rows, start, K, HALF: tl.constexpr, OUTER
 @triton.jit
 def groups(x, codes, scale, outer, top, N, K, stride, units, blocks, row_step, group_step,
            FORMAT: tl.constexpr, BITS: tl.constexpr, BYTES: tl.constexpr, EVEN: tl.constexpr, SCALE: tl.constexpr, HALF: tl.constexpr,
-           UP: tl.constexpr, EMAX: tl.constexpr, GROUP: tl.constexpr, OUTER: tl.constexpr, SWIZZLE: tl.constexpr, P: tl.constexpr,
-           BR: tl.constexpr, BG: tl.constexpr):  # fmt: skip
-    """A scale for each ``GROUP`` columns of each row. ``OUTER``: 0, columns of an outer scale, or -1 for one global factor, from ``top``.
+           UP: tl.constexpr, EMAX: tl.constexpr, GROUP: tl.constexpr, OUTER: tl.constexpr, LOG: tl.constexpr,
+           OUTER_LOG: tl.constexpr, SEARCH: tl.constexpr, SWIZZLE: tl.constexpr, P: tl.constexpr, BR: tl.constexpr,
+           BG: tl.constexpr):  # fmt: skip
+    """A scale for each ``GROUP`` columns of each row.
+
+    ``OUTER``: 0, columns of an outer scale, or -1 for one global factor, from ``top``. ``LOG``, ``OUTER_LOG``: what powers of
+    two ``GROUP`` and ``OUTER`` are, for ``SEARCH``.
 
     Grid: ``cdiv(N, BR) * cdiv(blocks, BG)``, along rows first.
     """
@@ -119,17 +130,46 @@ def groups(x, codes, scale, outer, top, N, K, stride, units, blocks, row_step, g
     inside = (row < N)[:, None, None] & ((k < K) & (inner < GROUP)[None, :])[None, :, :]
     value = fp32(x, row[:, None, None] * stride + k[None, :, :], inside)
     if OUTER > 0:
-        value = outer_scaled(value, x, outer, row, N, first * GROUP, K, HALF, OUTER)
+        value = outer_scaled(value, x, outer, row, N, first * GROUP, K, FORMAT, HALF, GROUP, OUTER, OUTER_LOG, SEARCH)
     amax = tl.max(magnitude(value), 2)
     if OUTER == -1:
         factor = global_factor(tl.load(top), HALF)
         stored, divisor = two_level(value, amax, factor, HALF)
         tl.store(outer, factor, mask=program == 0)
     else:
+        factor = 1.0
         stored, divisor = scale_of(amax, SCALE, HALF, UP, EMAX)
+    if SEARCH:
+        stored, divisor = search.neighbours(value, stored, factor, FORMAT, SCALE, LOG)
     put_scales(scale, stored, row, N, group, blocks, row_step, group_step, SWIZZLE)
     code = codes_of(value, divisor[:, :, None], FORMAT, SCALE)
     put_codes(codes, code, row, N, group * GROUP, K, units, GROUP, BITS, BYTES, EVEN)
+
+
+@triton.jit
+def offsets(x, codes, scale, zero, N, K, stride, units, blocks,
+            BYTES: tl.constexpr, EVEN: tl.constexpr, GROUP: tl.constexpr, LOG: tl.constexpr, BR: tl.constexpr, BG: tl.constexpr):  # fmt: skip
+    """int4 with a scale and an offset in bf16 for each ``GROUP`` columns, by least squares. Grid: as ``groups``.
+
+    The last block is filled up with its last element.
+    """
+    tiles = tl.cdiv(blocks, BG)
+    program = tl.program_id(0)
+    row = (program // tiles).to(tl.int64) * BR + tl.arange(0, BR)
+    group = program % tiles * BG + tl.arange(0, BG)
+    k = (group[:, None] * GROUP + tl.arange(0, GROUP)[None, :])[None, :, :]
+    value = fp32(x, row[:, None, None] * stride + k, (row < N)[:, None, None] & (k < K))
+    last = fp32(x, row * stride + K - 1, row < N)
+    value = tl.where(k < K, value, last[:, None, None])
+    step, start = search.least_squares(value, LOG)
+    start = bf16(start - -8.0 * step)
+    step = bf16(step)
+    step = tl.where(step & 0x7FFFFFFF == 0, 0x34000000, step)
+    put_scales(scale, step >> 16, row, N, group, blocks, blocks, 1, False)
+    put_scales(zero, start >> 16, row, N, group, blocks, blocks, 1, False)
+    value = value - start.to(tl.float32, bitcast=True)[:, :, None]
+    code = encode(tl.div_rn(value, step.to(tl.float32, bitcast=True)[:, :, None]), value, "int4")
+    put_codes(codes, code, row, N, group * GROUP, K, units, GROUP, 4, BYTES, EVEN)
 
 
 @triton.jit

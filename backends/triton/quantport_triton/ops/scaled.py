@@ -1,8 +1,8 @@
 """Multiplication of quantized activations with quantized weights, ``y = x W^T (+ bias)``: e4m3fn, int8, and int4 times int8.
 
 A program computes a tile ``[BM, BN]`` of y, over a ``SPLIT``-th of K. Tiles are ordered so that programs that run side by side
-share rows of x and of W, which the L2 cache then reads once. Below 64 tokens W is the left operand, whose rows fill the 64 or
-128 rows that matrix units want, and x the right one, so that 16 tokens waste nothing (and for int4 always, whose scales are then few in each thread); where few tiles exist, K is split and the
+share rows of x and of W, which the L2 cache then reads once. With few tokens W is the left operand, whose rows fill the 64 or
+128 rows that matrix units want, and x the right one, so that 16 tokens waste nothing; where few tiles exist, K is split and the
 parts are added in a fixed order. Scales of whole rows wait until the sum is done; those of groups along K multiply the partial
 product of each group, in fp32.
 """
@@ -12,8 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-WIDE = tl.constexpr(64)  # from so many tokens on, x is the left operand
-ORDER = tl.constexpr(8)  # tiles of tokens that are computed side by side
+WIDE = tl.constexpr(64)  # tiles of so many tokens have x as their left operand
+ORDER = tl.constexpr(8)  # tiles of tokens that share a tile of W are computed one after another, so many of them
 
 
 @triton.jit
@@ -32,8 +32,8 @@ def place(M, N, BM: tl.constexpr, BN: tl.constexpr):
 def product(left, right, total, BK: tl.constexpr, ACC: tl.constexpr, FLIP: tl.constexpr, FRESH: tl.constexpr):
     """Product of x ``[BM, BK]`` and W ``[BN, BK]`` over one step along K: ``[BM, BN]``, or ``[BN, BM]`` with ``FLIP``.
 
-    The matrix unit adds it to ``total``, but where ``FRESH``: the limit of imprecise sums keeps Triton from fusing an
-    addition that the caller makes, which would undo what ``PROMOTE`` is for.
+    The matrix unit adds it to ``total``. Not where ``FRESH``: there the caller adds, outside of the matrix unit, and the limit
+    of imprecise sums keeps Triton from moving that addition back into it.
     """
     if FLIP:
         first = right
@@ -42,7 +42,7 @@ def product(left, right, total, BK: tl.constexpr, ACC: tl.constexpr, FLIP: tl.co
         first = left
         second = tl.trans(right)
     if FRESH:
-        return tl.dot(first, second, out_dtype=ACC, max_num_imprecise_acc=BK if ACC == tl.float32 else 0)
+        return tl.dot(first, second, out_dtype=ACC, max_num_imprecise_acc=BK if tl.float32 == ACC else 0)
     else:
         return tl.dot(first, second, total, out_dtype=ACC)
 
@@ -81,7 +81,8 @@ def finish(total, of_token, of_row, bias, y, token, row, M, N, TOKEN: tl.constex
            BIAS: tl.constexpr):  # fmt: skip
     """Factors of whole rows and tokens, then bias, then the store. ``total`` has the shape of ``token + row``.
 
-    The factor of the row comes first: with activations that are huge and weights that are tiny, only the product of both is in range.
+    The factor of the row comes first: where activations are huge and weights tiny, the product of both is in range, and that of
+    activations alone is not.
 
     Args:
         total: Sums over K.
@@ -110,21 +111,41 @@ def finish(total, of_token, of_row, bias, y, token, row, M, N, TOKEN: tl.constex
 
 @triton.jit
 def gemm(x, of_token, codes, of_row, bias, y, M, N, K, units, groups,
-         GROUP: tl.constexpr, TOKEN: tl.constexpr, ROW: tl.constexpr, BIAS: tl.constexpr, PROMOTE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-         BK: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
+         GROUP: tl.constexpr, TOKEN: tl.constexpr, ROW: tl.constexpr, BIAS: tl.constexpr, PROMOTE: tl.constexpr, BM: tl.constexpr,
+         BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
     """One tile of y, or of one of its ``SPLIT`` parts ``[SPLIT, M, N]``, which ``add`` finishes.
 
-    Grid: ``(cdiv(M, BM) * cdiv(N, BN), SPLIT)``. ``units`` is the width of a row of ``codes``, ``groups`` that of a row of scales.
-    ``TOKEN`` and ``ROW`` as for ``finish``. ``GROUP`` 128, which ``BK`` must be: W has scales of groups along K, of 1 x 128 where
-    ``TOKEN``, else of 128 x 128, and then x has scales of 1 x 128. ``PROMOTE``: sums over ``BK`` are
-    added in fp32 outside of the matrix unit, since that of Ada and Hopper keeps 13 bits of mantissa in sums of e4m3fn
-    (SageAttention2, arXiv 2411.10958; DeepSeek-V3, arXiv 2412.19437, section 3.3.2).
+    Grid: ``(cdiv(M, BM) * cdiv(N, BN), SPLIT)``.
+
+    Args:
+        x: Codes ``[M, K]``, e4m3fn or int8.
+        of_token: Scales of tokens, fp32 ``[M]``; of groups of tokens ``[M, groups]`` where there is no ``TOKEN``.
+        codes: Codes of W: ``[N, K]`` as those of x, or int4 in words, int32 ``[N, units]``.
+        of_row: Scales of W, fp32: as for ``finish``; with ``GROUP``, those of 1 x 128, bf16 ``[N, groups]``, where ``TOKEN``,
+            else of 128 x 128, fp32 ``[cdiv(N, 128), groups]``.
+        bias: As for ``finish``.
+        y: The output, or its parts: int32 for sums of int8, else fp32.
+        M: Tokens.
+        N: Rows of W.
+        K: Columns of both.
+        units: Width of a row of ``codes``.
+        groups: Groups along K.
+        GROUP: 128, which ``BK`` must be too, or 0: only rows and tokens have scales.
+        TOKEN: Whether there is a scale for each whole token.
+        ROW: As for ``finish``.
+        BIAS: As for ``finish``.
+        PROMOTE: Whether sums over ``BK`` are added outside of the matrix unit: that of Ada and Hopper keeps 13 bits of mantissa
+            in sums of e4m3fn (SageAttention2, arXiv 2411.10958; DeepSeek-V3, arXiv 2412.19437, section 3.3.2).
+        BM: Tokens of a tile.
+        BN: Rows of W of a tile.
+        BK: Columns of a step.
+        SPLIT: Parts of K.
     """
     INT: tl.constexpr = x.dtype.element_ty == tl.int8
     ACC: tl.constexpr = tl.int32 if INT else tl.float32
     SUM: tl.constexpr = tl.float32 if GROUP else ACC
     PER: tl.constexpr = 8 if codes.dtype.element_ty == tl.int32 else 1
-    FLIP: tl.constexpr = BM < WIDE or PER == 8
+    FLIP: tl.constexpr = BM < WIDE or PER == 8  # int4 always: a thread then holds few rows of W, and few of their scales
     tl.static_assert(GROUP == 0 or (GROUP == BK and GROUP % BN == 0))  # one scale of 128 x 128 for a whole tile of W
     first_token, first_row = place(M, N, BM, BN)
     token = first_token + tl.arange(0, BM)
@@ -157,7 +178,7 @@ def gemm(x, of_token, codes, of_row, bias, y, M, N, K, units, groups,
 
 @triton.jit
 def group_factor(of_token, of_row, token, row, first_row, step, M, N, groups, TOKEN: tl.constexpr, GROUP: tl.constexpr,
-           FLIP: tl.constexpr):  # fmt: skip
+                 FLIP: tl.constexpr):  # fmt: skip
     """Scales of one group along K: fp32, broadcastable with ``product``."""
     if TOKEN:
         weight = tl.load(of_row + row * groups + step, mask=row < N, other=0).to(tl.float32)
