@@ -5,9 +5,11 @@ Importing this package imports no Triton; ``available`` says whether one is here
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.util import find_spec
 
 
+@cache
 def available() -> str:
     """Why Triton kernels cannot run or be compiled in this environment: '' when they can."""
     if find_spec("triton") is None:

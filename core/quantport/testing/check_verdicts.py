@@ -107,11 +107,12 @@ def check_policy(subject: Subject) -> None:
     Raises:
         AssertionError: an entry is stale or has no reason.
     """
-    said: set[str] = set()
-    for device in devices(subject).values() if subject.policy else ():
-        for kernel in subject.kernels:
-            verdicts = (kernel.verdict(request) for request in requests(subject, device))
-            said |= {reason for v in verdicts if isinstance(v, Rejected) for reason in v.reasons}
-    findings = [f"{phrase!r}: no refusal says so any more" for phrase in subject.policy if not any(phrase in r for r in said)]
+    unsaid = dict.fromkeys(subject.policy)
+    for kernel, device in product(subject.kernels, devices(subject).values() if subject.policy else ()):
+        for request in requests(subject, device) if unsaid else ():
+            verdict = kernel.verdict(request)
+            said = verdict.reasons if isinstance(verdict, Rejected) else ()
+            unsaid = {phrase: None for phrase in unsaid if not any(phrase in reason for reason in said)}
+    findings = [f"{phrase!r}: no refusal says so any more" for phrase in unsaid]
     findings += [f"{phrase!r} has no reason" for phrase, why in subject.policy.items() if not why.strip()]
     cases.fail(f"policy of {subject.kind}", findings)
