@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from html import escape
 from pathlib import Path
 
-from gpu_targets import MISSING, ROWS, SHAPES, Data, Row, Target, best, targets
+from gpu_targets import BANDWIDTH, MISSING, ROWS, SHAPES, Data, Row, Target, best, column, judge, targets
 
 ABOUT = (
     "Ratios are of one run: medians of interleaved rounds, weights cold in cache, activation quantization included. Targets hold at",
@@ -88,6 +88,20 @@ def plain(data: Data, stage: str, columns: Mapping[str, str]) -> str:
     return grid([*columns, ""], lines)
 
 
+def quantize(data: Data) -> str:
+    """Every scheme, judged alone."""
+    lines = []
+    for row in data.get("quantize", {}).get("rows", []):
+        name = row["scheme"]
+        target = judge(name, BANDWIDTH, column(data, "quantize", "share", [name], 100), "%")
+        why = f": {row['missing']}" if row.get("missing") else ""
+        speed = f"{row['read_GBps']:.0f}" if "read_GBps" in row else MISSING
+        share = MISSING if target.found is None else f"{target.found:.0f}%"
+        lines.append([name, row.get("by", ""), speed, share, f">= {BANDWIDTH}%", target.state + why])
+    columns = ("scheme", "by", "GB/s of BF16 read", "of the copy bandwidth", "target", "")
+    return grid(columns, lines) if lines else reason(data, "quantize")
+
+
 def limits(data: Data) -> str:
     """What the device reaches without us."""
     names = {"copy": ("copy on the device, read and written", 1e-9, "GB/s"), "host": ("pinned host memory to the device", 1e-9, "GB/s"),
@@ -144,7 +158,7 @@ def render(data: Data) -> tuple[str, str]:
     parts += ["## Linear layers", "Speed over BF16 `F.linear`, and the share of the limit.", *linear(data)]
     parts += [
         "## Quantizing a weight at load",
-        plain(data, "quantize", {"scheme": "", "by": "", "read_GBps": ".1f", "share": ".0%"}),
+        quantize(data),
     ]
     parts += [
         "## Loading a checkpoint",

@@ -158,6 +158,9 @@ def test_stages_of_one_number_are_judged(bench):
     assert found(targets, run, "quantizing a weight").state == "not measured"
     assert found(targets, run, "in fp8").state == "met"
     assert found(targets, run, "in int4").state == "not measured"
+    page, _ = bench("gpu_page").render(run)
+    assert "| a |  | not measured | 90% | >= 70% | met |" in page
+    assert "| b |  | not measured | not measured | >= 70% | not measured: no |" in page
 
 
 def test_evidence_is_of_kernels_that_were_right(bench):
