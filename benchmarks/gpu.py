@@ -33,14 +33,14 @@ RESULTS = ROOT / "benchmarks" / "results"
 TOTAL = 460  # seconds: with what starting costs, eight minutes
 GRACE = 4  # seconds after which a stage that should have ended is ended
 STAGES = {  # name -> (module, seconds that it may take; what one leaves, the next ones have)
-    "limits": ("gpu_limits", 25),
-    "checks": ("gpu_checks", 105),
-    "bits": ("gpu_bits", 25),
-    "models": ("gpu_models", 60),
-    "linear": ("gpu_linear", 110),
-    "quantize": ("gpu_quantize", 20),
-    "load": ("gpu_load", 65),
-    "decode": ("gpu_decode", 50),
+    "limits": ("gpu_limits", 20),
+    "checks": ("gpu_checks", 125),
+    "bits": ("gpu_bits", 30),
+    "models": ("gpu_models", 50),
+    "linear": ("gpu_linear", 100),
+    "quantize": ("gpu_quantize", 25),
+    "load": ("gpu_load", 62),
+    "decode": ("gpu_decode", 48),
 }
 Data = dict[str, Any]
 

@@ -15,6 +15,7 @@ ABOUT = (
     "The limit: bytes over the measured copy bandwidth, or operations over the measured matrix rate, whichever takes longer.",
 )
 TARGETS = ("", "number", "target", "", "worst case", "torchao", "gemlite", "limit")
+LOAD = {"name": "", "seconds": ".2f", "GBps": ".2f", "speed": ".2f", "peak_GiB": ".2f", "allowed_GiB": ".2f"}
 WIDTH, LINE, LEFT, SCALE = 900, 18, 330, 90
 
 
@@ -29,6 +30,12 @@ def reason(data: Data, stage: str) -> str:
     """What stands in place of the numbers of a stage."""
     why = data.get(stage, {}).get("missing", "")
     return f"{MISSING}: {why}" if why else MISSING
+
+
+def noted(data: Data, stage: str, table: str) -> str:
+    """A table, and below it what kept the stage from ending, if anything did."""
+    why = data.get(stage, {}).get("missing")
+    return f"{table}\n\nThe rest: {reason(data, stage)}" if why and table.startswith("|") else table
 
 
 def target_row(target: Target) -> list[str]:
@@ -156,21 +163,15 @@ def render(data: Data) -> tuple[str, str]:
     run = ", ".join(f"{k} {v}" for k, v in data.get("run", {}).items()) or f"{MISSING}: no run on a GPU is committed"
     parts = ["# GPU kernels", run, " ".join(ABOUT), grid(TARGETS, map(target_row, targets(data))), "## Limits", limits(data)]
     parts += ["## Linear layers", "Speed over BF16 `F.linear`, and the share of the limit.", *linear(data)]
-    parts += [
-        "## Quantizing a weight at load",
-        quantize(data),
-    ]
-    parts += [
-        "## Loading a checkpoint",
-        plain(data, "load", {"name": "", "seconds": ".2f", "GBps": ".2f", "speed": ".2f", "peak_GiB": ".2f", "allowed_GiB": ".2f"}),
-    ]
-    parts += ["## Decoding", plain(data, "decode", {"name": "", "kernel": "", "ms": ".3f", "speed": ".2f"})]
-    parts += ["## Kernels against the reference, on the device", checks(data)]
-    parts += [
-        "## Bits of quantization, models, graphs",
-        plain(data, "bits", {"name": "", "by": "", "state": ""}),
-        plain(data, "models", {"name": "", "found": "", "state": ""}),
-    ]
+    for title, stage, table in (
+        ("Quantizing a weight at load", "quantize", quantize(data)),
+        ("Loading a checkpoint", "load", plain(data, "load", LOAD)),
+        ("Decoding", "decode", plain(data, "decode", {"name": "", "kernel": "", "ms": ".3f", "speed": ".2f"})),
+        ("Kernels against the reference, on the device", "checks", checks(data)),
+        ("Bits of quantization on the device against the CPU", "bits", plain(data, "bits", {"name": "", "by": "", "state": ""})),
+        ("Models, compiled graphs, CUDA graphs", "models", plain(data, "models", {"name": "", "found": "", "state": ""})),
+    ):
+        parts += [f"## {title}", noted(data, stage, table)]
     return "\n\n".join(parts) + "\n", plot(data)
 
 
