@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from gpu_evidence import write_evidence
 from gpu_page import index, render
 from gpu_place import ROOT, Place, begin, told
 
@@ -32,14 +33,14 @@ RESULTS = ROOT / "benchmarks" / "results"
 TOTAL = 460  # seconds: with what starting costs, eight minutes
 GRACE = 4  # seconds after which a stage that should have ended is ended
 STAGES = {  # name -> (module, seconds that it may take; what one leaves, the next ones have)
-    "limits": ("gpu_limits", 25),
-    "checks": ("gpu_checks", 105),
-    "bits": ("gpu_bits", 25),
-    "models": ("gpu_models", 60),
-    "linear": ("gpu_linear", 110),
-    "quantize": ("gpu_quantize", 20),
-    "load": ("gpu_load", 65),
-    "decode": ("gpu_decode", 50),
+    "limits": ("gpu_limits", 20),
+    "checks": ("gpu_checks", 125),
+    "bits": ("gpu_bits", 30),
+    "models": ("gpu_models", 50),
+    "linear": ("gpu_linear", 100),
+    "quantize": ("gpu_quantize", 25),
+    "load": ("gpu_load", 62),
+    "decode": ("gpu_decode", 48),
 }
 Data = dict[str, Any]
 
@@ -162,7 +163,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(STAGES), help="these stages; the others are not measured")
     parser.add_argument("--total", type=float, default=TOTAL, help="seconds for all stages")
     parser.add_argument("--out", type=Path, help="where the JSON goes")
-    parser.add_argument("--render", type=Path, metavar="FILE", help="page and plot of a JSON that is there")
+    parser.add_argument("--render", type=Path, metavar="FILE", help="page and plot (and evidence) of a JSON that is there")
     parser.add_argument("--evidence", action="store_true", help="write the measured evidence of the room")
     parser.add_argument("--tune", type=float, metavar="SECONDS", help="search configurations of the Triton kernels, and end")
     for name, kind in (("--stage", str), ("--found", Path), ("--until", float)):
@@ -172,6 +173,8 @@ def main() -> None:
         parser.error("--smoke runs in Triton's interpreter: TRITON_INTERPRET=1 python benchmarks/gpu.py --smoke")
     if args.render:
         pages(args.render.resolve(), read(args.render))
+        if args.evidence:
+            print(write_evidence(args.render, read(args.render), save))
     elif args.stage:
         run_stage(args)
     elif args.tune:
@@ -182,7 +185,7 @@ def main() -> None:
     else:
         path = measure(args)
         if args.evidence and not args.smoke:
-            print(importlib.import_module("gpu_evidence").write_evidence(path, read(path), save))
+            print(write_evidence(path, read(path), save))
         print(path.with_suffix(".md").read_text(encoding="utf-8"))
         print(path)
 

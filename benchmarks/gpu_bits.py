@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import gpu_workers
 import torch
 from gpu_checks import OPTIONS
-from gpu_place import Place, told
+from gpu_place import Place
 
 SHAPES = ((67, 200), (256, 1024))
 SMOKE = ("fp8_per_channel", "int4_weight_only", "mxfp4_weight_only")
@@ -80,21 +81,34 @@ def activations(place: Place, quant: Any) -> dict[str, str]:
     return {"by": "quantport_triton", "state": failures or "equal"}
 
 
-def run(place: Place, found: dict[str, Any], keep: Callable[[dict[str, Any]], None]) -> None:
-    """Every scheme, then every activation quantization that one of them has."""
+def items(place: Place) -> list[str | Any]:
+    """Names of schemes, for their weights; then every activation quantization that one of them has."""
     from quantport.host import host
 
     schemes = host().schemes
     names = SMOKE if place.smoke else [n for n in (*schemes, *OPTIONS) if n != "bf16"]
-    quants = dict.fromkeys(schemes[n].activation for n in names if schemes[n].activation)
-    todo: list[tuple[str, Callable[[], dict[str, str]]]] = [(f"weights, {n}", lambda n=n: weights(place, n)) for n in names]  # type: ignore[misc]  # a default
-    todo += [(f"activations, {q}, {q.scale}", lambda q=q: activations(place, q)) for q in quants]  # type: ignore[misc]  # a default
-    rows = []
-    for name, check in todo:
-        row: dict[str, Any] = {"name": name}
-        try:
-            row |= {"missing": "out of time"} if place.over(1) else check()
-        except Exception as error:
-            row["state"] = told(error)
-        rows.append(row)
-        keep({"rows": rows, "failed": sum(r.get("state", "equal") != "equal" for r in rows)})
+    return [*names, *dict.fromkeys(schemes[n].activation for n in names if schemes[n].activation)]
+
+
+def row(item: Any) -> dict[str, Any]:
+    """Name of an item."""
+    return {"name": f"weights, {item}" if isinstance(item, str) else f"activations, {item}, {item.scale}"}
+
+
+def rows(place: Place, item: Any) -> Iterator[dict[str, Any]]:
+    """The row of one item."""
+    yield {**row(item), **(weights if isinstance(item, str) else activations)(place, item)}
+
+
+def summary(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """The rows by name, as the page has them."""
+    out = []
+    for line in sorted(lines, key=lambda r: r["name"], reverse=True):
+        state = {"state": line["failure"]} if "failure" in line else {"missing": line["skipped"]} if "skipped" in line else {}
+        out.append({**{k: line[k] for k in ("name", "by", "state") if k in line}, **state})
+    return {"rows": out, "failed": sum(r.get("state", "equal") != "equal" for r in out)}
+
+
+def run(place: Place, found: dict[str, Any], keep: Callable[[dict[str, Any]], None]) -> None:
+    """Every item, over several processes."""
+    gpu_workers.spread(place, "gpu_bits", summary, keep)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from html import escape
 from pathlib import Path
 
-from gpu_targets import MISSING, ROWS, SHAPES, Data, Row, Target, best, targets
+from gpu_targets import BANDWIDTH, MISSING, ROWS, SHAPES, Data, Row, Target, best, column, judge, targets
 
 ABOUT = (
     "Ratios are of one run: medians of interleaved rounds, weights cold in cache, activation quantization included. Targets hold at",
@@ -15,6 +15,7 @@ ABOUT = (
     "The limit: bytes over the measured copy bandwidth, or operations over the measured matrix rate, whichever takes longer.",
 )
 TARGETS = ("", "number", "target", "", "worst case", "torchao", "gemlite", "limit")
+LOAD = {"name": "", "seconds": ".2f", "GBps": ".2f", "speed": ".2f", "peak_GiB": ".2f", "allowed_GiB": ".2f"}
 WIDTH, LINE, LEFT, SCALE = 900, 18, 330, 90
 
 
@@ -29,6 +30,12 @@ def reason(data: Data, stage: str) -> str:
     """What stands in place of the numbers of a stage."""
     why = data.get(stage, {}).get("missing", "")
     return f"{MISSING}: {why}" if why else MISSING
+
+
+def noted(data: Data, stage: str, table: str) -> str:
+    """A table, and below it what kept the stage from ending, if anything did."""
+    why = data.get(stage, {}).get("missing")
+    return f"{table}\n\nThe rest: {reason(data, stage)}" if why and table.startswith("|") else table
 
 
 def target_row(target: Target) -> list[str]:
@@ -88,6 +95,20 @@ def plain(data: Data, stage: str, columns: Mapping[str, str]) -> str:
     return grid([*columns, ""], lines)
 
 
+def quantize(data: Data) -> str:
+    """Every scheme, judged alone."""
+    lines = []
+    for row in data.get("quantize", {}).get("rows", []):
+        name = row["scheme"]
+        target = judge(name, BANDWIDTH, column(data, "quantize", "share", [name], 100), "%")
+        why = f": {row['missing']}" if row.get("missing") else ""
+        speed = f"{row['read_GBps']:.0f}" if "read_GBps" in row else MISSING
+        share = MISSING if target.found is None else f"{target.found:.0f}%"
+        lines.append([name, row.get("by", ""), speed, share, f">= {BANDWIDTH}%", target.state + why])
+    columns = ("scheme", "by", "GB/s of BF16 read", "of the copy bandwidth", "target", "")
+    return grid(columns, lines) if lines else reason(data, "quantize")
+
+
 def limits(data: Data) -> str:
     """What the device reaches without us."""
     names = {"copy": ("copy on the device, read and written", 1e-9, "GB/s"), "host": ("pinned host memory to the device", 1e-9, "GB/s"),
@@ -142,21 +163,15 @@ def render(data: Data) -> tuple[str, str]:
     run = ", ".join(f"{k} {v}" for k, v in data.get("run", {}).items()) or f"{MISSING}: no run on a GPU is committed"
     parts = ["# GPU kernels", run, " ".join(ABOUT), grid(TARGETS, map(target_row, targets(data))), "## Limits", limits(data)]
     parts += ["## Linear layers", "Speed over BF16 `F.linear`, and the share of the limit.", *linear(data)]
-    parts += [
-        "## Quantizing a weight at load",
-        plain(data, "quantize", {"scheme": "", "by": "", "read_GBps": ".1f", "share": ".0%"}),
-    ]
-    parts += [
-        "## Loading a checkpoint",
-        plain(data, "load", {"name": "", "seconds": ".2f", "GBps": ".2f", "speed": ".2f", "peak_GiB": ".2f", "allowed_GiB": ".2f"}),
-    ]
-    parts += ["## Decoding", plain(data, "decode", {"name": "", "kernel": "", "ms": ".3f", "speed": ".2f"})]
-    parts += ["## Kernels against the reference, on the device", checks(data)]
-    parts += [
-        "## Bits of quantization, models, graphs",
-        plain(data, "bits", {"name": "", "by": "", "state": ""}),
-        plain(data, "models", {"name": "", "found": "", "state": ""}),
-    ]
+    for title, stage, table in (
+        ("Quantizing a weight at load", "quantize", quantize(data)),
+        ("Loading a checkpoint", "load", plain(data, "load", LOAD)),
+        ("Decoding", "decode", plain(data, "decode", {"name": "", "kernel": "", "ms": ".3f", "speed": ".2f"})),
+        ("Kernels against the reference, on the device", "checks", checks(data)),
+        ("Bits of quantization on the device against the CPU", "bits", plain(data, "bits", {"name": "", "by": "", "state": ""})),
+        ("Models, compiled graphs, CUDA graphs", "models", plain(data, "models", {"name": "", "found": "", "state": ""})),
+    ):
+        parts += [f"## {title}", noted(data, stage, table)]
     return "\n\n".join(parts) + "\n", plot(data)
 
 

@@ -11,6 +11,7 @@ LLAMA_8B = ((4096, 4096), (6144, 4096), (28672, 4096), (4096, 14336))
 LLAMA_70B = ((8192, 8192), (10240, 8192), (57344, 8192), (8192, 28672))
 SHAPES = (*LLAMA_8B, *LLAMA_70B)
 ROWS = (1, 16, 64, 512, 4096)
+BANDWIDTH = 70  # percent
 LOADED = ("int8", "fp8_per_channel", "int4_weight_only")
 
 Data = Mapping[str, Any]
@@ -122,7 +123,7 @@ def targets(data: Data) -> list[Target]:
         linear("over BF16 at M = 64", "int4_weight_only", 1.0, (64,)),
         linear("over BF16 at M = 1", "fp8_weight_only", 1.7, (1,)),
         linear("over BF16 at M = 1", "int8_weight_only", 1.7, (1,)),
-        judge("quantizing a weight, of the copy bandwidth", 70, column(data, "quantize", "share", quantized, 100), "%"),
+        judge("quantizing a weight, of the copy bandwidth", BANDWIDTH, column(data, "quantize", "share", quantized, 100), "%"),
         judge("loading a checkpoint, over copying its BF16 tensors", 0.85, column(data, "load", "speed", LOADED)),
         judge("peak device memory over quantized bytes + budget", 1.0, column(data, "load", "peak_ratio", LOADED), at_most=True),
         judge("decode of the 8B shape in fp8, over BF16", 1.5, column(data, "decode", "speed", ["fp8_per_channel"])),

@@ -90,7 +90,8 @@ def test_the_page_says_the_numbers_of_the_json(bench):
     run = data(
         timed("int8", 512, 0.5e-3), timed("fp8_per_tensor", 1, 0.8e-3), peer,
         limits={"copy": 4.321e12, "bf16": 7.89e14, "absent": {"host": "LookupError: none"}},
-        checks={"rows": [checked("k.a", 1.5e-3), checked("k.b", 0.5, failures=["M=2: 5.0e-01"], skipped=3)]},
+        checks={"rows": [checked("k.a", 1.5e-3), checked("k.b", 0.5, failures=["M=2: 5.0e-01"], skipped=3)],
+                "missing": "2 of 12 processes died"},
         decode={"rows": decode}, quantize={"missing": "RuntimeError: no"},
     )  # fmt: skip
     page, plot = bench("gpu_page").render(run)
@@ -103,6 +104,7 @@ def test_the_page_says_the_numbers_of_the_json(bench):
     assert "not measured: RuntimeError: no" in page
     assert "| k.a | int8 | 4 | 1.5e-03 | 7.8e-03 | ok |" in page
     assert "| k.b | int8 | 4 | 5.0e-01 | 7.8e-03 | M=2: 5.0e-01; 3 cases not measured: no time or no memory |" in page
+    assert "The rest: not measured: 2 of 12 processes died" in page
     assert "| nf4 | not measured | not measured | not measured | not measured: out of time |" in page
     assert "2.00x</text>" in plot
 
@@ -158,6 +160,9 @@ def test_stages_of_one_number_are_judged(bench):
     assert found(targets, run, "quantizing a weight").state == "not measured"
     assert found(targets, run, "in fp8").state == "met"
     assert found(targets, run, "in int4").state == "not measured"
+    page, _ = bench("gpu_page").render(run)
+    assert "| a |  | not measured | 90% | >= 70% | met |" in page
+    assert "| b |  | not measured | not measured | >= 70% | not measured: no |" in page
 
 
 def test_evidence_is_of_kernels_that_were_right(bench):
@@ -227,8 +232,8 @@ def smoke(tmp_path, *arguments):
 
 
 def test_smoke_of_the_stages_that_check(tmp_path):
-    run = smoke(tmp_path, "--only", "limits", "checks", "bits")
-    assert not [name for name in ("limits", "checks", "bits") if run[name].get("missing")]
+    run = smoke(tmp_path, "--only", "checks", "bits")
+    assert not [name for name in ("checks", "bits") if run[name].get("missing")]
     assert run["checks"]["failed"] == run["bits"]["failed"] == 0
     assert {"int4_weight_only", "fp8_per_channel"} <= {r["scheme"] for r in run["checks"]["rows"] if "triton" in r["kernel"]}
     assert run["linear"] == {"missing": "not asked for"}
@@ -275,7 +280,6 @@ def test_smoke_of_everything(tmp_path):
     assert {r["kind"] for r in run["linear"]["rows"]} >= {"baseline", "ours", "bare"}
     assert all(r["speed"] > 0 for r in (*run["load"]["rows"], *run["decode"]["rows"]))
     assert all(r["read_GBps"] > 0 for r in run["quantize"]["rows"])
-    assert run["run"]["seconds"] < 120
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -144,7 +145,7 @@ class _Call(NamedTuple):
     tensors: dict[str, Tensor]
     numbers: dict[str, int]
     constants: dict[str, Any]
-    blocks: dict[str, int]
+    blocks: Mapping[str, int]
 
 
 def _call(x: Tensor, quant: Quant, out: Quantized) -> _Call:
@@ -157,10 +158,19 @@ def _call(x: Tensor, quant: Quant, out: Quantized) -> _Call:
         "FORMAT": quant.format, "BITS": bits, "BYTES": size, "EVEN": k % (size * 8 // bits) == 0, "SCALE": quant.scale,
         "HALF": quant.element.half_range,
     }  # fmt: skip
-    return _Call(tensors, numbers, constants, dict(way(target_of(x.device), "search" if quant.searched else "quantize", m)[1].blocks))
+    return _Call(tensors, numbers, constants, tuned(x, "search" if quant.searched else "quantize"))
+
+
+def tuned(x: Tensor, family: str) -> Mapping[str, int]:
+    """How kernels of a family are cut for a matrix.
+
+    ``TILE`` elements of a tile, ``PER_WARP`` of them for each warp, ``ROW`` of a row
+    that stays in registers, and ``STEPS`` tiles of a program that only looks for a maximum."""
+    return way(target_of(x.device), family, x.shape[0])[1].blocks
 
 
 def cut_of(blocks: dict[str, int], elements: int, per_warp: int) -> Config:
+    """The configuration for tiles of so many elements, without fusion, which would change bits."""
     return Config(blocks, min(max(elements // per_warp, 1), 16), 1, fusion=False)
 
 
@@ -232,7 +242,7 @@ def _largest(x: Tensor) -> Tensor:
     """Bits of the largest magnitude of a matrix without gaps: int32 ``[1]``."""
     from quantport_triton.ops import quantize as ops
 
-    top, blocks = x.new_zeros(1, dtype=torch.int32), way(target_of(x.device), "quantize", x.shape[0])[1].blocks
+    top, blocks = x.new_zeros(1, dtype=torch.int32), tuned(x, "quantize")
     block, steps = blocks["TILE"], blocks["STEPS"]
     config = cut_of({"BLOCK": block, "STEPS": steps}, block, blocks["PER_WARP"])
     launch(ops.largest, (-(-x.numel() // (block * steps)),), config, {"x": x, "top": top}, {"size": x.numel()})

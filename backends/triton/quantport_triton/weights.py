@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from quantport.backend import Quant, Scheme
-from quantport_triton.launch import launch, target_of
-from quantport_triton.quantize import cut_of, power_above, quantize, serves
-from quantport_triton.tuned import way
+from quantport_triton.launch import launch
+from quantport_triton.quantize import cut_of, power_above, quantize, serves, tuned
 
 
 def quantize_weight(weight: Tensor, scheme: Scheme) -> dict[str, Tensor] | None:
@@ -46,7 +45,7 @@ def _with_offsets(weight: Tensor, quant: Quant) -> dict[str, Tensor] | None:
     words, blocks = -(-k // 8), -(-k // group)
     codes = weight.new_empty(n, words, dtype=torch.int32)
     scale, zero = weight.new_empty(n, blocks, dtype=torch.int16), weight.new_empty(n, blocks, dtype=torch.int16)
-    cut = way(target_of(weight.device), "search", n)[1].blocks
+    cut = tuned(weight, "search")
     across = min(power_above(blocks), max(cut["TILE"] // group, 1))
     down = min(max(cut["TILE"] // (across * group), 1), power_above(n))
     config = cut_of({"BR": down, "BG": across}, down * across * group, cut["PER_WARP"])

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,9 @@ def test_everything_compiles_to_what_is_on_file(target):
 
 def test_every_kernel_scheme_and_architecture_has_an_entry():
     assert set(TARGETS) == set(ARCHS)
-    served = {(k.family, s.name) for k in HOST.kernels("cuda") if hasattr(k, "family") for s in HOST.schemes.values() if k.serves(s)}
+    served = {
+        (k.family, s.name) for k in HOST.kernels("cuda") if hasattr(k, "family") for s in HOST.schemes.values() if k.serves(s)
+    }
     for target, families in TARGETS.items():
         assert {(f, s) for f, schemes in families.items() for s in schemes if f != "quantize"} == served, target
         assert {entry["outcome"] for schemes in families.values() for entry in schemes.values()} <= OUTCOMES
@@ -93,9 +96,9 @@ def test_a_claim_is_no_stronger_than_its_evidence(target):
 
 
 def test_an_architecture_that_nobody_compiled_for_is_interpreted():
-    kernel, device = TritonWeightOnly("cuda"), HOST.device("cuda:sm_80")
-    orin = type(device.arch)("cuda", "sm_87", "NVIDIA Jetson Orin", device.arch.native, "", "Ampere")
-    request = Request(WeightSpec(HOST.schemes["int4"], 64, 64), "linear", type(device)(orin, torch_type="cuda", simulated=True), torch.bfloat16)
+    kernel, known = TritonWeightOnly("cuda"), HOST.device("cuda:sm_80")
+    orin = replace(known, arch=replace(known.arch, name="sm_87", title="NVIDIA Jetson Orin"))
+    request = Request(WeightSpec(HOST.schemes["int4"], 64, 64), "linear", orin, torch.bfloat16)
     assert kernel.claim(request).evidence is Evidence.INTERPRETED
     assert not kernel.reasons_against(request)
 

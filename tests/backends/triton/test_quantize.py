@@ -5,10 +5,13 @@ from importlib import import_module
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from quantport.backend import Quant, numerics
 from quantport.catalog import BUILTIN
 from quantport.numerics.scales import scale_values
+from quantport_cuda.detect import CudaBackend
+from quantport_triton.launch import traced
 from quantport_triton.quantize import quantize, serves, swizzled
 from quantport_triton.weights import quantize_weight
 
@@ -103,7 +106,8 @@ def test_shapes_of_weights(name, shape):
     "quant",
     [
         Quant("int8", 0, 0), Quant("e4m3fn", 0, 0), Quant("e4m3fn", 1, 48), Quant("int8", 1, 1), Quant("e3m2", 1, 0),
-        Quant("e4m3fn", 3, 40), Quant("e2m1", 1, 6), Quant("int8", 1, 0, "bf16"), Quant("e2m1", 1, 16, "e4m3fn"), Quant("e2m1", 1, 0),
+        Quant("e4m3fn", 3, 40), Quant("e2m1", 1, 6), Quant("int8", 1, 0, "bf16"), Quant("e2m1", 1, 16, "e4m3fn"),
+        Quant("e2m1", 1, 0),
     ],
     ids=str,
 )  # fmt: skip
@@ -192,3 +196,19 @@ def test_nan_and_inf_of_a_token_stay_there(name, value):
             same(tensor[[0, 2]], want[[0, 2]])
     spread = [scale_values(got.scale, quant.scale), *([] if got.outer is None else [got.outer])]
     assert any(not factor[1].isfinite().all() for factor in spread)
+
+
+@pytest.mark.parametrize("name", [*WEIGHTS, *sorted(DECLINED)])
+def test_the_cuda_room_quantizes_what_it_can(name):
+    scheme = BUILTIN[name]
+    with FakeTensorMode(), traced("sm_80") as launches:
+        got = CudaBackend().quantize_weight(torch.empty(48, 608, dtype=torch.bfloat16, device="cuda"), scheme)
+    assert (got is None) == (name in DECLINED)
+    if got is not None:
+        assert {key: (tuple(t.shape), t.dtype) for key, t in got.items()} == scheme.layout(48, 608)
+        assert launches
+        assert not any(made.fusion for made in launches)
+
+
+def test_the_cuda_room_leaves_weights_of_other_devices_alone():
+    assert CudaBackend().quantize_weight(torch.ones(4, 64), BUILTIN["int8"]) is None

@@ -1,5 +1,7 @@
 """Arithmetic of the quantization kernels, against other libraries and over arbitrary bits."""
 
+from importlib import import_module
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -29,14 +31,14 @@ PLAIN = [
 
 
 @triton.jit
-def _encode(x, codes, size, FORMAT: tl.constexpr, BLOCK: tl.constexpr):
+def _encode(x, codes, size, FORMAT: tl.constexpr, BLOCK: tl.constexpr):  # noqa: N803
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(x + place, mask=place < size, other=0)
     tl.store(codes + place, ops.encode(value, value, FORMAT).to(tl.uint8), mask=place < size)
 
 
 @triton.jit
-def _divide(x, y, out, size, BLOCK: tl.constexpr):
+def _divide(x, y, out, size, BLOCK: tl.constexpr):  # noqa: N803
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = place < size
     quotient = ops.divide(tl.load(x + place, mask=inside, other=0), tl.load(y + place, mask=inside, other=1))
@@ -107,7 +109,7 @@ def matrices(draw):
 
 def check_weight(x, scheme):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("quantport.numerics.linear.check_finite", lambda *_: None)
+        patch.setattr(import_module("quantport.numerics.linear"), "check_finite", lambda *_: None)
         want = numerics.quantize_weight(x, scheme)
     got = quantize_weight(x, scheme)
     finite = [scale_values(stored["weight_scale"], scheme.weight.scale).isfinite() for stored in (got, want)]

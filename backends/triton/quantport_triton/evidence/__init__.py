@@ -23,12 +23,12 @@ from quantport.backend import Claim, Evidence
 def read(kind: str) -> Mapping[str, Any]:
     """The evidence for one kind of device: ``triton`` (the version), and ``targets``: architecture -> family -> scheme."""
     path = files(__name__) / f"{kind}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"targets": {}}  # type: ignore[no-any-return]  # JSON
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"targets": {}}
 
 
 def found(kind: str, arch: str, family: str, scheme: str) -> Mapping[str, Any] | None:
     """The entry for an architecture, or None where nobody compiled it. Options of a scheme (``nf4:double``) count as the scheme."""
-    families = read(kind)["targets"].get(arch, {}).get(family, {})
+    families: Mapping[str, Mapping[str, Any]] = read(kind)["targets"].get(arch, {}).get(family, {})
     return families.get(scheme) or families.get(scheme.partition(":")[0])
 
 
@@ -44,7 +44,7 @@ def refusals(kind: str, arch: str, family: str, scheme: str) -> tuple[str, ...]:
 
 
 def claim(kind: str, arch: str, family: str, scheme: str) -> Claim:
-    """``compiled`` where the entry is ``native`` and names its matrix instruction; else the kernel has met the reference in Triton's
+    """``compiled`` where the entry is ``native`` and names its matrix instruction; else the kernel met the reference in Triton's
     interpreter, and no more."""
     entry = found(kind, arch, family, scheme)
     tests = "tests/backends/triton, in Triton's interpreter"

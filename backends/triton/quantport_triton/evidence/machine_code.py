@@ -25,7 +25,7 @@ SHARED = {
     "sm_70": 96, "sm_75": 64, "sm_80": 163, "sm_86": 99, "sm_87": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_103": 227,
     "sm_110": 227, "sm_120": 99, "sm_121": 99,
 }  # fmt: skip
-"""KiB of shared memory that one program may have (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability")."""
+"""KiB of shared memory for one program (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability")."""
 
 _MATRIX = re.compile(r"\b((?:UTC)?[HIQO](?:G?)MMA(?:\.[A-Z0-9_x]+)*)")
 _LOCAL = re.compile(r"\b(?:STL|LDL)\b")
@@ -59,7 +59,9 @@ def compile_for(launch: Launch, kind: str, arch: str) -> Compiled:
     from triton.compiler import ASTSource
 
     types = dict(launch.types)
-    even = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(types) if name in launch.divisible and types[name] != "constexpr"}
+    even = {
+        (i,): [["tt.divisibility", 16]] for i, name in enumerate(types) if name in launch.divisible and types[name] != "constexpr"
+    }
     source = ASTSource(launch.kernel, types, dict(launch.constants), even)
     options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": launch.fusion}
     try:

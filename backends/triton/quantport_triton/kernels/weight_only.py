@@ -40,7 +40,9 @@ class TritonWeightOnly(TritonKernel):
 
 def _in_words(config: Config, weight: Stored) -> Config:
     """The configuration with words of codes in place of codes along K."""
-    blocks = {("BW" if key == "BK" else key): size // (weight.per_word if key == "BK" else 1) for key, size in config.blocks.items()}
+    blocks = {
+        ("BW" if key == "BK" else key): size // (weight.per_word if key == "BK" else 1) for key, size in config.blocks.items()
+    }
     return Config(blocks, config.warps, config.stages)
 
 

@@ -107,7 +107,7 @@ def scales(scale, zero, outer, table, rows, group, groups, inside, ROWS: tl.cons
     Args:
         scale: Pointer to stored scales ``[n / ROWS, groups]``.
         zero: With ``SCALE="double"``, pointer to the offset of all scales ``[1]``.
-        outer: Pointer to outer scales ``[n, groups / OUTER]`` or ``[1]``; with ``SCALE="double"``, to the scale of each row ``[n]``.
+        outer: Pointer to outer scales ``[n, groups / OUTER]`` or ``[1]``; with ``SCALE="double"``, to those of rows ``[n]``.
         table: With ``SCALE="double"``, pointer to the 16 values of codes and then the 256 of scales.
         rows: Row indices, int64.
         group: Group indices.

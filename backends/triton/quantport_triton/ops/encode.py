@@ -67,45 +67,48 @@ def round_as(x, like):
 
 
 @triton.jit
-def small(x, signed, MANTISSA: tl.constexpr, BIAS: tl.constexpr, BITS: tl.constexpr, HIGH: tl.constexpr):
-    """Codes of a small float, saturating; with the sign of ``signed``.
+def rounding(a, SHIFT: tl.constexpr, SMALLEST: tl.constexpr):
+    """What rounds a magnitude to a small float when it is added: bits of ``2**(e + SHIFT)``, and those of ``2**e``.
 
-    ``a + 2**(e + 23 - m)`` rounds ``a`` to steps of ``2**(e - m)``, where ``e`` is its exponent, or that of the smallest normal
-    number; steps and exponent then count up together.
+    ``e`` is the exponent of ``a``, or ``SMALLEST``, that of the smallest normal number; ``SHIFT`` is 23 less the mantissa bits.
+    The last bit of ``2**(e + SHIFT)`` is a step of ``a``.
     """
-    SMALLEST: tl.constexpr = (128 - BIAS) << 23
+    exponent = tl.maximum(a.to(tl.int32, bitcast=True), (SMALLEST + 127) << 23) & INFINITE
+    return exponent + (SHIFT << 23), exponent
+
+
+@triton.jit
+def small(x, signed, SHIFT: tl.constexpr, SMALLEST: tl.constexpr, BITS: tl.constexpr, HIGH: tl.constexpr):
+    """Codes of a small float, saturating; with the sign of ``signed``. Steps and exponent count up together."""
     a = tl.minimum(tl.abs(x), HIGH)
-    exponent = tl.maximum(a.to(tl.int32, bitcast=True), SMALLEST) & INFINITE
-    magic = exponent + ((23 - MANTISSA) << 23)
+    magic, exponent = rounding(a, SHIFT, SMALLEST)
     steps = (a + magic.to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True) - magic
-    code = steps + ((exponent - SMALLEST) >> (23 - MANTISSA))
+    code = steps + ((exponent - ((SMALLEST + 127) << 23)) >> SHIFT)
     return code | (signed.to(tl.int32, bitcast=True) >> (32 - BITS)) & (1 << (BITS - 1))
 
 
 @triton.jit
+def near(x, SHIFT: tl.constexpr, SMALLEST: tl.constexpr, HIGH: tl.constexpr):
+    """Magnitudes of the values of what ``small`` encodes."""
+    a = tl.minimum(tl.abs(x), HIGH)
+    magic, _exponent = rounding(a, SHIFT, SMALLEST)
+    wide = magic.to(tl.float32, bitcast=True)
+    return (a + wide) - wide
+
+
+@triton.jit
 def nearest(x, FORMAT: tl.constexpr):
-    """Magnitudes of the values of the codes of ``x``: fp32, without the codes. Small floats."""
+    """Magnitudes of the values of the codes of ``x``, in the formats of ``small``: fp32."""
     if FORMAT == "e4m3fn":
-        SHIFT: tl.constexpr = 20
-        SMALLEST: tl.constexpr = 121
-        HIGH: tl.constexpr = 448.0
+        value = near(x, 20, -6, 448.0)
     elif FORMAT == "e2m3":
-        SHIFT: tl.constexpr = 20
-        SMALLEST: tl.constexpr = 127
-        HIGH: tl.constexpr = 7.5
+        value = near(x, 20, 0, 7.5)
     elif FORMAT == "e3m2":
-        SHIFT: tl.constexpr = 21
-        SMALLEST: tl.constexpr = 125
-        HIGH: tl.constexpr = 28.0
+        value = near(x, 21, -2, 28.0)
     else:
         tl.static_assert(FORMAT == "e2m1")
-        SHIFT: tl.constexpr = 22
-        SMALLEST: tl.constexpr = 127
-        HIGH: tl.constexpr = 6.0
-    a = tl.minimum(tl.abs(x), HIGH)
-    exponent = tl.maximum(a.to(tl.int32, bitcast=True), SMALLEST << 23) & INFINITE
-    magic = (exponent + (SHIFT << 23)).to(tl.float32, bitcast=True)
-    return (a + magic) - magic
+        value = near(x, 22, 0, 6.0)
+    return value
 
 
 @triton.jit
@@ -122,15 +125,18 @@ def rank(x, MIDDLE: tl.constexpr):
 
 @triton.jit
 def encode(x, signed, FORMAT: tl.constexpr):
-    """Codes of values that are divided by their scale: int32; the sign is that of ``signed``. int8 as two's complement in the low byte, int4 as code + 8."""
+    """Codes of values that are divided by their scale: int32; the sign is that of ``signed``.
+
+    int8 is in two's complement, int4 is code + 8.
+    """
     if FORMAT == "e4m3fn":
-        code = small(x, signed, 3, 7, 8, 448.0)
+        code = small(x, signed, 20, -6, 8, 448.0)
     elif FORMAT == "e2m3":
-        code = small(x, signed, 3, 1, 6, 7.5)
+        code = small(x, signed, 20, 0, 6, 7.5)
     elif FORMAT == "e3m2":
-        code = small(x, signed, 2, 3, 6, 28.0)
+        code = small(x, signed, 21, -2, 6, 28.0)
     elif FORMAT == "e2m1":
-        code = small(x, signed, 1, 1, 4, 6.0)
+        code = small(x, signed, 22, 0, 4, 6.0)
     elif FORMAT == "int8":  # 1.5 * 2**23 has steps of 1
         code = (tl.minimum(tl.maximum(x, -128.0), 127.0) + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
     elif FORMAT == "int4":
@@ -179,7 +185,7 @@ def inverse(code):
 @triton.jit
 def e4m3fn_scale(x):
     """Codes of scales that are not negative, int32; 0 becomes 0.125."""
-    code = tl.where(magnitude(x) > INFINITE, 127, small(x, x, 3, 7, 8, 448.0))
+    code = tl.where(magnitude(x) > INFINITE, 127, small(x, x, 20, -6, 8, 448.0))
     return tl.where(code == 0, EPS_E4M3FN, code)
 
 
@@ -247,8 +253,4 @@ def divide(x, divisor):
 @triton.jit
 def codes_of(x, divisor, FORMAT: tl.constexpr, SCALE: tl.constexpr):
     """Codes of values over their scale, of which ``scale_of`` gave the divisor."""
-    if SCALE == "e8m0":
-        code = encode(x * divisor, x, FORMAT)
-    else:
-        code = encode(divide(x, divisor), x, FORMAT)
-    return code
+    return encode(x * divisor if SCALE == "e8m0" else divide(x, divisor), x, FORMAT)

@@ -11,7 +11,17 @@ import triton.language as tl
 
 from quantport_triton.ops import search
 from quantport_triton.ops.encode import (
-    EPS, TINY, bf16, codes_of, e4m3fn_scale, e4m3fn_value, encode, fp32, magnitude, round_as, scale_of,
+    EPS,
+    TINY,
+    bf16,
+    codes_of,
+    e4m3fn_scale,
+    e4m3fn_value,
+    encode,
+    fp32,
+    magnitude,
+    round_as,
+    scale_of,
 )  # fmt: skip
 
 
@@ -109,8 +119,8 @@ def outer_scaled(value, x, outer, row, rows, start, K,
 
 @triton.jit
 def groups(x, codes, scale, outer, top, N, K, stride, units, blocks, row_step, group_step,
-           FORMAT: tl.constexpr, BITS: tl.constexpr, BYTES: tl.constexpr, EVEN: tl.constexpr, SCALE: tl.constexpr, HALF: tl.constexpr,
-           UP: tl.constexpr, EMAX: tl.constexpr, GROUP: tl.constexpr, OUTER: tl.constexpr, LOG: tl.constexpr,
+           FORMAT: tl.constexpr, BITS: tl.constexpr, BYTES: tl.constexpr, EVEN: tl.constexpr, SCALE: tl.constexpr,
+           HALF: tl.constexpr, UP: tl.constexpr, EMAX: tl.constexpr, GROUP: tl.constexpr, OUTER: tl.constexpr, LOG: tl.constexpr,
            OUTER_LOG: tl.constexpr, SEARCH: tl.constexpr, SWIZZLE: tl.constexpr, P: tl.constexpr, BR: tl.constexpr,
            BG: tl.constexpr):  # fmt: skip
     """A scale for each ``GROUP`` columns of each row.
@@ -148,7 +158,8 @@ def groups(x, codes, scale, outer, top, N, K, stride, units, blocks, row_step, g
 
 @triton.jit
 def offsets(x, codes, scale, zero, N, K, stride, units, blocks,
-            BYTES: tl.constexpr, EVEN: tl.constexpr, GROUP: tl.constexpr, LOG: tl.constexpr, BR: tl.constexpr, BG: tl.constexpr):  # fmt: skip
+            BYTES: tl.constexpr, EVEN: tl.constexpr, GROUP: tl.constexpr, LOG: tl.constexpr, BR: tl.constexpr,
+            BG: tl.constexpr):  # fmt: skip
     """int4 with a scale and an offset in bf16 for each ``GROUP`` columns, by least squares. Grid: as ``groups``.
 
     The last block is filled up with its last element.
@@ -193,8 +204,10 @@ def row_part(value, top, codes, scale, row, rows, first, K, units, blocks, row_s
 def rows(x, codes, scale, outer, N, K, stride, units, blocks, row_step, group_step,
          FORMAT: tl.constexpr, BITS: tl.constexpr, BYTES: tl.constexpr, EVEN: tl.constexpr, SCALE: tl.constexpr, HALF: tl.constexpr,
          GROUP: tl.constexpr, SWIZZLE: tl.constexpr, ONCE: tl.constexpr, BG: tl.constexpr, P: tl.constexpr):  # fmt: skip
-    """One scale, or with ``GROUP`` one global factor, for each row: a row per program, kept in registers when it fits (``ONCE``),
-    else read again, from the cache. Grid: ``N``."""
+    """One scale, or with ``GROUP`` one global factor, for each row, and a row per program.
+
+    A row stays in registers when it fits (``ONCE``), else it is read again, from the cache. Grid: ``N``.
+    """
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     column = tl.arange(0, BG)[:, None] * P + tl.arange(0, P)[None, :]
     value = fp32(x, row[:, None, None] * stride + column[None, :, :], (column < K)[None, :, :])
@@ -207,7 +220,7 @@ def rows(x, codes, scale, outer, N, K, stride, units, blocks, row_step, group_st
     if GROUP:
         tl.store(outer + row, global_factor(top, HALF) + tl.zeros((1,), tl.float32))
     else:
-        stored, divisor = scale_of(top, SCALE, HALF, 0, 0)
+        stored, _divisor = scale_of(top, SCALE, HALF, 0, 0)
         tl.store(scale + row * row_step, (stored + tl.zeros((1,), stored.dtype)).to(scale.dtype.element_ty))
     if ONCE:
         row_part(value, top, codes, scale, row, N, 0, K, units, blocks, row_step, group_step,
@@ -241,7 +254,10 @@ def squares(x, codes, scale, N, K, stride, units, blocks,
 
 @triton.jit
 def largest(x, top, size, BLOCK: tl.constexpr, STEPS: tl.constexpr):
-    """Bits of the largest magnitude of ``size`` elements: the maximum with what ``top`` ``[1]`` holds. Grid: ``cdiv(size, BLOCK * STEPS)``."""
+    """Bits of the largest magnitude of ``size`` elements, or what ``top`` ``[1]`` holds if that is more.
+
+    Grid: ``cdiv(size, BLOCK * STEPS)``.
+    """
     place = tl.program_id(0).to(tl.int64) * (BLOCK * STEPS) + tl.arange(0, BLOCK)
     most = tl.zeros((BLOCK,), tl.int32)
     for _ in range(STEPS):

@@ -34,8 +34,8 @@ def factors(scale, zero, outer, table, row, column, first, inside, groups, PER: 
 
 @triton.jit
 def tile(codes, scale, zero, outer, table, row, column, place, first, inside, units, groups,
-         FORMAT: tl.constexpr, BITS: tl.constexpr, BYTES: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr,
-         OUTER: tl.constexpr, ZERO: tl.constexpr, BW: tl.constexpr):  # fmt: skip
+         FORMAT: tl.constexpr, BITS: tl.constexpr, BYTES: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr,
+         SCALE: tl.constexpr, OUTER: tl.constexpr, ZERO: tl.constexpr, BW: tl.constexpr):  # fmt: skip
     """Values of the codes at ``place`` of the words ``column`` (``BW`` of them from ``first`` on) of each ``row``: fp32, of the
     shape that the three make together. Scales of whole rows (``GROUP=0``) are left to the caller."""
     word = words(codes, row, column, units, inside & (column < units), BYTES)
@@ -62,8 +62,9 @@ def finish(total, scale, bias, rows, inside, ROWS: tl.constexpr, GROUP: tl.const
 
 @triton.jit
 def gemv(x, codes, scale, zero, outer, table, bias, y, N, K, units, groups,
-         FORMAT: tl.constexpr, BITS: tl.constexpr, BYTES: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr,
-         OUTER: tl.constexpr, ZERO: tl.constexpr, BIAS: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr):  # fmt: skip
+         FORMAT: tl.constexpr, BITS: tl.constexpr, BYTES: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr,
+         SCALE: tl.constexpr, OUTER: tl.constexpr, ZERO: tl.constexpr, BIAS: tl.constexpr, BN: tl.constexpr,
+         BW: tl.constexpr):  # fmt: skip
     """``BN`` outputs of one row of x per program; the sum over K is kept per word and folded once at the end.
 
     Grid: ``(cdiv(N, BN), M)``.
@@ -93,8 +94,9 @@ def gemv(x, codes, scale, zero, outer, table, bias, y, N, K, units, groups,
 
 @triton.jit
 def gemm(x, codes, scale, zero, outer, table, bias, y, M, N, K, units, groups,
-         FORMAT: tl.constexpr, BITS: tl.constexpr, BYTES: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr,
-         OUTER: tl.constexpr, ZERO: tl.constexpr, BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr,
+         FORMAT: tl.constexpr, BITS: tl.constexpr, BYTES: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr,
+         SCALE: tl.constexpr, OUTER: tl.constexpr, ZERO: tl.constexpr, BIAS: tl.constexpr, BM: tl.constexpr,
+         BN: tl.constexpr, BW: tl.constexpr,
          SPLIT: tl.constexpr):  # fmt: skip
     """A tile ``[BN, BM]`` of ``W x^T`` per program, over a ``SPLIT``-th of K.
 
@@ -141,8 +143,8 @@ def add(parts, scale, bias, y, M, N, ROWS: tl.constexpr, GROUP: tl.constexpr, BI
 
 @triton.jit
 def dequantize(codes, scale, zero, outer, table, y, N, K, units, groups,
-               FORMAT: tl.constexpr, BITS: tl.constexpr, BYTES: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr,
-               OUTER: tl.constexpr, ZERO: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr):  # fmt: skip
+               FORMAT: tl.constexpr, BITS: tl.constexpr, BYTES: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr,
+         SCALE: tl.constexpr, OUTER: tl.constexpr, ZERO: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr):  # fmt: skip
     """Values ``[N, K]`` in the dtype of y, rounded once. Grid: ``(cdiv(units, BW), cdiv(N, BN))``."""
     PER: tl.constexpr = BYTES * 8 // BITS
     row = (tl.program_id(1) * BN + tl.arange(0, BN)).to(tl.int64)
