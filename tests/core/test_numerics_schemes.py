@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from core_peers import normal
@@ -9,6 +11,7 @@ from core_references import DTYPES, check_parts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from quantport import numerics
 from quantport.catalog import BUILTIN
@@ -186,3 +189,23 @@ def test_offsets_beyond_bf16_are_refused(name):
     with pytest.raises(WeightError, match="overflow") as caught:
         numerics.quantize_weight(torch.full((2, 64), 3.4e38), BUILTIN[name], "layers.1.k_proj")
     check_parts(caught.value, "layers.1.k_proj", "int8_weight_only")
+
+
+class Divisors(TorchDispatchMode):
+    """Collects the Python numbers that tensors are divided by: on GPUs torch multiplies by their reciprocals instead."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.div, torch.ops.aten.div_) and not isinstance(args[1], Tensor):
+            self.found.append(args[1])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", [*NAMES, "mxfp8:rceil"])
+def test_every_division_is_rounded_once_on_every_device(name):
+    with Divisors() as divisors:
+        numerics.quantize_weight(torch.randn(8, 512), BUILTIN[name])
+    assert all(abs(math.frexp(number)[0]) == 0.5 for number in divisors.found), "a reciprocal is exact of powers of two only"

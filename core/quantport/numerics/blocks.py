@@ -22,7 +22,7 @@ from quantport.errors import WeightError
 from quantport.formats import E4M3FN
 from quantport.numerics import search
 from quantport.numerics.elements import decode, encode
-from quantport.numerics.scales import scale_of, scale_values, stored
+from quantport.numerics.scales import over, scale_of, scale_values, stored
 from quantport.scheme import Quant, blocks_of
 
 CHUNK = 1 << 18  # elements of fp32 scratch: 1 MiB, which fits the L2 cache of one core
@@ -103,7 +103,7 @@ def _chunk(blocks: Tensor, quant: Quant, out: Blocks, r: slice, given: bool, fac
         if factor is None:
             out.scale[r] = scale_of(amax, quant)
         else:
-            out.scale[r] = stored(factor.view(-1, 1) * (amax / quant.element.half_range), quant.scale)
+            out.scale[r] = stored(factor.view(-1, 1) * over(amax, quant.element.half_range), quant.scale)
         if quant.searched:
             out.scale[r] = search.scale(blocks[:, 0], out.scale[r], quant, factor)
     divisor = scale_values(out.scale[r], quant.scale)
@@ -129,7 +129,7 @@ def _outer(x: Tensor, quant: Quant, reduce: Reduce | None) -> Tensor:
     amax = block_amax(x, *quant.outer)
     amax = reduce(amax, *quant.outer) if reduce else amax
     if quant.scale == "e8m0":
-        first = stored(amax / quant.element.half_range, "fp32")
+        first = stored(over(amax, quant.element.half_range), "fp32")
         if not quant.searched:
             return first
         step = max(1, CHUNK // x.shape[1])

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from quantport.formats import Format
 from quantport.numerics import kquants
+from quantport.numerics.scales import over
 from quantport.scheme import GGUF_BYTES
 
 CHUNK = 1 << 18
@@ -62,7 +63,7 @@ def _dequantize_q4_0(blocks: Tensor) -> Tensor:
 
 def _quantize_q8_0(x: Tensor) -> Tensor:
     """Blocks of 32: fp16 d, then int8 codes. Halves round away from zero, as C's ``roundf`` does."""
-    d = x.abs().amax(1, keepdim=True) / 127
+    d = over(x.abs().amax(1, keepdim=True), 127)
     inverse = torch.where(d == 0, 0.0, 1 / d)
     scaled = x * inverse
     whole = scaled.abs().floor()

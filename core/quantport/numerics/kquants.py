@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from quantport.numerics.scales import over
 from quantport.numerics.search import fold, least_squares_grid
 
 FACTORS = (1.0, 0.95, 0.9, 0.85, 0.8, 1.05)  # tried scales of q6_k, relative to the extreme of the sub-block
@@ -35,7 +36,7 @@ def _sub_blocks(x: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     scale, zero = least_squares_grid(parts, parts.amin(-1).clamp_max(0), parts.amax(-1), top)
     least = (-zero).clamp_min(0) + 0.0  # + 0.0: no negative zero, whose sign would be stored
     scale = scale.clamp_min(0) + 0.0
-    d = torch.cat((scale.amax(1, keepdim=True), least.amax(1, keepdim=True)), 1) / 63
+    d = over(torch.cat((scale.amax(1, keepdim=True), least.amax(1, keepdim=True)), 1), 63)
     d = torch.where(torch.isfinite(x).all(1, keepdim=True), d, torch.nan).half()
     d = torch.where(d[:, :1] == 0, 0.0, d)  # scales too small for fp16: zeros, not offsets alone
     sc = _divide(scale, d[:, :1].float()).round_().clamp_(0, 63)

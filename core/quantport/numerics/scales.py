@@ -42,7 +42,12 @@ def scale_of(amax: Tensor, quant: Quant) -> Tensor:
     """
     if quant.scale == E8M0.name:
         return e8m0_of(amax, quant.element, "floor" if quant.searched else quant.rule)
-    return stored(amax / quant.element.half_range, quant.scale)
+    return stored(over(amax, quant.element.half_range), quant.scale)
+
+
+def over(x: Tensor, number: float) -> Tensor:
+    """``x / number``, rounded once on every device: on GPUs torch multiplies by the reciprocal of a Python number."""
+    return x / torch.full((), number, dtype=x.dtype, device=x.device)
 
 
 def stored(scale: Tensor, name: str) -> Tensor:
@@ -71,7 +76,7 @@ def e8m0_of(amax: Tensor, element: Format, rule: str) -> Tensor:
     bits = amax.view(torch.int32)
     emax = math.frexp(element.high)[1] - 1
     if rule == "rceil":
-        ratio = (amax / element.high).view(torch.int32)
+        ratio = over(amax, element.high).view(torch.int32)
         bits, emax = torch.where(ratio <= 1 << 22, 0, ratio + _MANTISSA), 0  # up to 2**-127, the smallest scale
     elif rule == "ceil":
         bits = bits + _MANTISSA

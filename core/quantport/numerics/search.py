@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from quantport.numerics.elements import encode, rounded
-from quantport.numerics.scales import EPS, e8m0_of, scale_values, stored
+from quantport.numerics.scales import EPS, e8m0_of, over, scale_values, stored
 from quantport.scheme import Quant
 
 ENDS, CLIP = 3, 0.8  # tried ends of the range of a block: 3, each 0.8 / top further from its extreme towards its middle
@@ -60,9 +60,9 @@ def _codes(x: Tensor, low: Tensor, scale: Tensor, top: float) -> Tensor:
 def _fit(x: Tensor, q: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Least squares of x on q: slope, intercept and the explained sum of squares, per block. NaN where q is constant."""
     sq, sqq, sx = fold(q), fold(q * q), fold(x)
-    covariance, variance = fold(q * x) - sq * sx / size, sqq - sq * sq / size
+    covariance, variance = fold(q * x) - over(sq * sx, size), sqq - over(sq * sq, size)
     slope = covariance / variance
-    return slope, (sx - slope * sq) / size, covariance * slope
+    return slope, over(sx - slope * sq, size), covariance * slope
 
 
 def least_squares_grid(x: Tensor, low: Tensor, high: Tensor, top: float) -> tuple[Tensor, Tensor]:
@@ -81,10 +81,10 @@ def least_squares_grid(x: Tensor, low: Tensor, high: Tensor, top: float) -> tupl
     middle, reach = low / 2 + high / 2, high / 2 - low / 2
     x = x - middle[..., None]
     best = torch.zeros_like(low)
-    scale, zero = reach / top * 2, -reach
+    scale, zero = over(reach, top) * 2, -reach
     ends = [1 - i * CLIP / top for i in range(ENDS)]
     for down, up in product(ends, ends):
-        start, step = -reach * down, reach / top * (down + up)
+        start, step = -reach * down, over(reach, top) * (down + up)
         slope, intercept, explained = _fit(x, _codes(x, start, step, top), size)
         better = (explained > best) & (explained < torch.inf)  # squares beyond fp32: the grid of min and max stays
         best = torch.where(better, explained, best)
@@ -98,7 +98,7 @@ def least_squares_grid(x: Tensor, low: Tensor, high: Tensor, top: float) -> tupl
 
 def _hqq(x: Tensor, low: Tensor, high: Tensor, top: float) -> tuple[Tensor, Tensor]:
     """Half-quadratic quantization: the scale of min and max; offsets that minimize ``|error|**0.7``, step by step."""
-    scale = torch.where(high > low, high / top - low / top, EPS)
+    scale = torch.where(high > low, over(high, top) - over(low, top), EPS)
     zero, beta = low, HQQ_BETA
     best, kept = torch.full_like(low, torch.inf), low
     for _ in range(HQQ_STEPS):
@@ -108,8 +108,8 @@ def _hqq(x: Tensor, low: Tensor, high: Tensor, top: float) -> tuple[Tensor, Tens
         kept = torch.where(total < best, zero, kept)
         best = torch.minimum(total, best)
         size = error.abs()
-        shrunk = error.sign() * (size - size.pow(HQQ_NORM - 1) / beta).clamp_min_(0)
-        zero = fold(x - shrunk - line) / x.shape[-1]
+        shrunk = error.sign() * (size - over(size.pow(HQQ_NORM - 1), beta)).clamp_min_(0)
+        zero = over(fold(x - shrunk - line), x.shape[-1])
         beta *= HQQ_GROWTH
     return scale, torch.where(torch.isfinite(low / 2 + high / 2), kept, torch.nan)
 

@@ -47,7 +47,7 @@ class TritonScaled(TritonKernel):
         from quantport_triton.ops import scaled as ops
 
         quant, (m, k) = spec.scheme.weight, x.shape
-        left = quantize(x, self.activation)
+        left = quantize(x, self.activation, transposed=bool(self.activation.cols))  # a step reads a column
         codes, scale = packed
         codes = codes.view(quant.element.storage) if quant.element.is_float8 else codes
         config = way(target_of(x.device), self.family, m)[1]
