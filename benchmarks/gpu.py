@@ -68,19 +68,8 @@ def stage(name: str, args: argparse.Namespace, found: Data, seconds: float, fold
     out, before = folder / f"{name}.json", folder / f"{name}.before.json"
     save(before, found)
     start = time.monotonic()
-    command = [
-        sys.executable,
-        __file__,
-        "--stage",
-        name,
-        "--until",
-        str(start + seconds),
-        "--out",
-        str(out),
-        "--found",
-        str(before),
-    ]
-    command += ["--smoke"] if args.smoke else []
+    told_ = {"--stage": name, "--until": str(start + seconds), "--out": str(out), "--found": str(before)}
+    command = [sys.executable, __file__, *(word for pair in told_.items() for word in pair), *["--smoke"] * args.smoke]
     process = subprocess.Popen(command, start_new_session=True)
     why = ""
     try:
@@ -111,7 +100,7 @@ def run_stage(args: argparse.Namespace) -> None:
     try:
         place.enter()
         importlib.import_module(STAGES[args.stage][0]).run(place, read(args.found), keep)
-    except Exception as error:  # a stage that fails says why, and the next one runs
+    except Exception as error:  # a stage that fails says why, and the next one runs; whoever works on a stage wants the traceback
         if os.environ.get("QUANTPORT_BENCH_RAISE"):
             raise
         keep({"missing": told(error)})
@@ -169,8 +158,8 @@ def main() -> None:
     for name, kind in (("--stage", str), ("--found", Path), ("--until", float)):
         parser.add_argument(name, type=kind, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.smoke and os.environ.get("TRITON_INTERPRET") != "1":
-        parser.error("--smoke runs in Triton's interpreter: TRITON_INTERPRET=1 python benchmarks/gpu.py --smoke")
+    if not args.render and args.smoke != (os.environ.get("TRITON_INTERPRET") == "1"):
+        parser.error("TRITON_INTERPRET=1 and --smoke go together: a GPU is measured without either")
     if args.render:
         pages(args.render.resolve(), read(args.render))
         if args.evidence:
@@ -183,11 +172,15 @@ def main() -> None:
         place.enter()
         print(importlib.import_module("gpu_tune").run(place, args.out))
     else:
-        path = measure(args)
+        try:
+            path = measure(args)
+        except LookupError as error:
+            sys.exit(f"{error}; without a GPU: TRITON_INTERPRET=1 python benchmarks/gpu.py --smoke")
         if args.evidence and not args.smoke:
             print(write_evidence(path, read(path), save))
         print(path.with_suffix(".md").read_text(encoding="utf-8"))
-        print(path)
+        wrong = {name: n for name in STAGES if (n := read(path)[name].get("failed"))}
+        sys.exit(f"{path}: wrong on this device: {wrong}" if wrong else None)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from gpu_place import Place, told, weight
 from gpu_targets import ROWS, SHAPES
 
 Row = dict[str, Any]
-SMOKE = ("int4_weight_only", "fp8_per_channel", "fp8_per_block", "int8", "nf4", "nvfp4_weight_only", "mxfp4")
+SMOKE = ("int4_weight_only", "fp8_per_channel", "fp8_per_block", "int8", "nf4")
 OPTIONS = ("nf4:double", "fp4:double", "mxfp4:mse", "nvfp4:mse", "int4_weight_only:hadamard")
 FEW = (1, 2, 16, 17, 64, 257)
 ODD = ((160, 256), (67, 200), (1024, 1408))  # of whole blocks, of none, and of a small model
@@ -37,7 +37,7 @@ def items(place: Place) -> list[Case]:
     names = [n for n in host().schemes if n != "bf16"] + list(OPTIONS)
     main, *others = place.dtypes
     if place.smoke:
-        return [Case(n, (32, 160), main, (1, 17)) for n in SMOKE]
+        return [Case(n, (16, 160), main, (1, 17)) for n in SMOKE]
     measured = [[Case(n, s, main, ROWS) for n in TIMED] for s in SHAPES]
     small = [[Case(n, s, main, FEW) for n in names] for s in ODD]
     other = [[Case(n, s, d, (1, 17, 257)) for n in names] for d in others for s in ODD]

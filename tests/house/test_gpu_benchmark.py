@@ -264,6 +264,19 @@ def test_a_stage_that_fails_keeps_what_it_had_and_says_why(bench, tmp_path, monk
     assert json.loads(out.read_text(encoding="utf-8")) == {"rows": [1], "missing": "ZeroDivisionError: by nought"}
 
 
+@pytest.mark.parametrize(("arguments", "interpreted", "said"), [
+    (["--only", "limits"], "0", "no GPU found"), ([], "1", "go together"), (["--smoke"], "0", "go together"),
+])  # fmt: skip
+def test_without_a_gpu_it_says_what_works(tmp_path, arguments, interpreted, said):
+    env = {**os.environ, "TRITON_INTERPRET": interpreted, "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--out", str(tmp_path / "x.json"), *arguments]
+    ended = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert ended.returncode != 0
+    assert said in ended.stderr
+    assert "--smoke" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
 def test_no_stage_begins_without_time(tmp_path):
     run = smoke(tmp_path, "--total", "0.5")
     assert all(run[name] == {"missing": "out of time"} for name in ("limits", "checks", "linear", "decode"))
