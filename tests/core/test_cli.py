@@ -148,7 +148,7 @@ def test_plan_of_a_group_can_be_pasted_as_a_pattern():
 
 
 def test_plan_warns_of_slow_paths_and_names_a_faster_one():
-    text = ask("plan", DENSE, "--scheme", "fp8_per_tensor", "--device", "cuda:sm_70").stdout
+    text = ask("plan", DENSE, "--scheme", "fp8_per_tensor", "--device", "rocm:gfx90a").stdout
     assert "warning: " in text
     assert "slower than BF16" in text
     assert "faster here" in text
