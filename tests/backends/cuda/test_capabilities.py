@@ -177,11 +177,12 @@ def test_int4_groups_that_torch_does_not_have():
     assert verdict.reasons == ("cuda._weight_int4pack_mm takes groups of 32, 64, 128, 256, not of 512",)
 
 
-def test_blocks_before_torch_2_10(monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "scheme", "kernel"), [("sm_90", "fp8_per_block", "cuda._scaled_mm_blocks"), ("sm_100", "mxfp4", "cuda._scaled_mm_mx")]
+)
+def test_what_torch_has_from_2_10_on(name, scheme, kernel, monkeypatch):
     monkeypatch.delattr(torch.nn.functional, "scaled_mm", raising=False)
-    found = [verdicts(simulated("sm_90"), "fp8_per_block", 256, k)["cuda._scaled_mm_blocks"] for k in (640, 1024)]
-    assert any("multiple of 512, not 640" in r for r in found[0].reasons)
-    assert isinstance(found[1], Accepted)
+    assert any("2.10" in r for r in verdicts(simulated(name), scheme)[kernel].reasons)
 
 
 @pytest.mark.parametrize("name", ["sm_100", "sm_103"])

@@ -7,7 +7,8 @@ import torch
 import triton_emulation
 
 from quantport import numerics, schemes
-from quantport.kernel import WeightSpec
+from quantport.device import Arch, Device
+from quantport.kernel import Request, WeightSpec
 from quantport_triton.kernels.block_scaled import TritonMx, TritonNvfp4
 from quantport_triton.launch import traced
 
@@ -142,3 +143,10 @@ def test_the_emulation_by_hand():
     assert triton_emulation.values(fp4, Scale([0.5, 1], ml_dtypes.float8_e4m3fn), E2M1)[0, :3].tolist() == [3, 0.5, 0]
     fp8 = np.array([[0x7E, 0x38, *[0] * 30]], np.uint8)
     assert triton_emulation.values(fp8, Scale([126], np.uint8), E4M3)[0, :3].tolist() == [224, 0.5, 0]
+
+
+def test_rows_that_are_not_aligned_are_said_to_be_slow():
+    device = Device(Arch("test", "none", "nothing", frozenset(), ""))
+    scheme = schemes["mxfp8"]
+    slow = [kernel(scheme.name).slow(Request(WeightSpec(scheme, 64, k), "linear", device)) for k in (1024, 1000)]
+    assert slow == ["", "codes are loaded one by one: K is 1000, not a multiple of 16"]

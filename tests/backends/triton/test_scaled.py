@@ -4,9 +4,12 @@ import pytest
 import torch
 
 from quantport import numerics, schemes
-from quantport.kernel import WeightSpec
+from quantport.device import Arch, Device
+from quantport.kernel import Request, WeightSpec
+from quantport_triton.kernels import scaled
 from quantport_triton.kernels.scaled import TritonFp8, TritonFp8Block, TritonInt4Int8, TritonInt8
 from quantport_triton.launch import traced
+from quantport_triton.quantize import Quantized, quantize
 
 KERNELS = {
     "fp8_per_tensor": TritonFp8,
@@ -101,6 +104,16 @@ def test_huge_and_tiny_scales(scheme, of_x, of_weight):
     assert y.abs().max() > 0
 
 
+def test_scales_of_groups_in_any_order_in_memory(monkeypatch):
+    def by_columns(x, quant):
+        codes, scale, outer = quantize(x, quant)
+        return Quantized(codes, scale.t().contiguous().t(), outer)
+
+    monkeypatch.setattr(scaled, "quantize", by_columns)
+    for rows in (3, 70):
+        check(*problem("fp8_per_block", rows, 40, 640))
+
+
 @pytest.mark.parametrize("rows", [2, 65])
 @pytest.mark.parametrize("scheme", KERNELS)
 def test_every_token_has_a_scale_of_its_own(scheme, rows):
@@ -144,3 +157,10 @@ def test_serves_its_scheme_and_keeps_its_layout(name):
     assert kernel(name).serves(schemes[name])
     assert kernel(name).keeps_layout
     assert kernel(name).quantizes_activations
+
+
+def test_rows_that_are_not_aligned_are_said_to_be_slow():
+    device = Device(Arch("test", "none", "nothing", frozenset(), ""))
+    scheme = schemes["int4_w4a8"]
+    slow = [kernel(scheme.name).slow(Request(WeightSpec(scheme, 64, k), "linear", device)) for k in (1024, 1000)]
+    assert slow == ["", "codes are loaded one by one: K is 1000, not a multiple of 32"]

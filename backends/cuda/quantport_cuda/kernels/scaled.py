@@ -53,10 +53,10 @@ class CudaScaledMM(aten.ScaledMM):
 class CudaScaledBlocks(Kernel):
     """128x128 blocks through cuBLASLt, on sm_90 alone.
 
-    Limits: N and K whole blocks. torch does without the first, but its shape function (``_meta_registrations.py`` of 2.13)
-    counts whole blocks. cuBLASLt reads the scales of a row of blocks with a stride that is a multiple of 16 bytes, which
-    ``F.scaled_mm`` (torch 2.10) asks for and ``torch._scaled_mm`` cannot express: before, K is a multiple of 512. Rows are
-    filled up to a multiple of four for the same reason: the scales of the activations lie column by column.
+    Limits: N and K whole blocks. torch does without that, but its shape function (``_meta_registrations.py`` of 2.13) counts
+    whole blocks. cuBLASLt reads the scales of a row of blocks with a stride that is a multiple of 16 bytes, which
+    ``F.scaled_mm`` asks for and ``torch._scaled_mm`` cannot express. Rows are filled up to a multiple of four for the same
+    reason: the scales of the activations lie column by column.
     """
 
     name = "cuda._scaled_mm_blocks"
@@ -74,8 +74,8 @@ class CudaScaledBlocks(Kernel):
         reasons = reasons or build_reasons(request, self.name)
         if spec.n % 128 or spec.k % 128:
             reasons.append(f"{self.name} needs N and K to be multiples of 128, not {spec.n} x {spec.k}")
-        elif spec.k % 512 and not hasattr(torch.nn.functional, "scaled_mm"):
-            reasons.append(f"before torch 2.10 {self.name} needs K to be a multiple of 512, not {spec.k}")
+        if not hasattr(torch.nn.functional, "scaled_mm"):
+            reasons.append(f"{self.name} is torch.nn.functional.scaled_mm, of torch 2.10 and later")
         return reasons
 
     def claim(self, request: Request) -> Claim:
@@ -98,17 +98,7 @@ class CudaScaledBlocks(Kernel):
         if rows % 4:
             x = torch.nn.functional.pad(x, (0, 0, 0, -rows % 4))
         q = quantized(x, spec.scheme.activation, transposed=True)
-        y = _multiply(q.codes, weight.view(q.codes.dtype).t(), q.scale, scale.t())[:rows]
+        functional = torch.nn.functional
+        one, square = functional.ScalingType.BlockWise1x128, functional.ScalingType.BlockWise128x128
+        y = functional.scaled_mm(q.codes, weight.view(q.codes.dtype).t(), q.scale, one, scale.t(), square)[:rows]  # bf16
         return (y if bias is None else y + bias).to(x.dtype)
-
-
-def _multiply(x: Tensor, weight: Tensor, token: Tensor, scale: Tensor) -> Tensor:
-    """``[M, K]`` times ``[K, N]``, with scales ``[M, K/128]`` and ``[K/128, N/128]``, both column by column: bf16."""
-    functional = torch.nn.functional
-    if not hasattr(functional, "scaled_mm"):
-        return torch._scaled_mm(x, weight, scale_a=token, scale_b=scale, out_dtype=torch.bfloat16)
-    recipe = functional.ScalingType
-    y: Tensor = functional.scaled_mm(
-        x, weight, token, recipe.BlockWise1x128, scale, recipe.BlockWise128x128, output_dtype=torch.bfloat16
-    )
-    return y

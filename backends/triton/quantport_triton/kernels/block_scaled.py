@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quantport.backend import Packed, Quant, Request, Scheme, WeightSpec, aten
 from quantport_triton.kernels.base import TritonKernel
-from quantport_triton.kernels.tiling import multiply
+from quantport_triton.kernels.tiling import multiply, unaligned
 from quantport_triton.launch import Config, target_of
 from quantport_triton.quantize import quantize
 from quantport_triton.tuned import way
@@ -44,6 +44,9 @@ class TritonBlockScaled(TritonKernel):
         units = {quant.unit: None for quant in (scheme.weight, scheme.activation) if quant}
         native = (reason for unit in units for reason in aten.native_reason(request, unit))
         return [*native, *super().reasons_against(request)]
+
+    def slow(self, request: Request) -> str:
+        return unaligned(request)
 
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
         from quantport_triton.ops import block_scaled as ops

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from quantport.backend import Packed, Quant, Request, Scheme, WeightSpec, aten
 from quantport_triton.kernels.base import TritonKernel
-from quantport_triton.kernels.tiling import multiply
+from quantport_triton.kernels.tiling import multiply, unaligned
 from quantport_triton.launch import Config, target_of
 from quantport_triton.quantize import quantize
 from quantport_triton.tuned import way
@@ -40,6 +40,9 @@ class TritonScaled(TritonKernel):
     def reasons_against(self, request: Request) -> Sequence[str]:
         return [*aten.native_reason(request, self.activation.format), *super().reasons_against(request)]
 
+    def slow(self, request: Request) -> str:
+        return unaligned(request)
+
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
         from quantport_triton.ops import scaled as ops
 
@@ -52,7 +55,8 @@ class TritonScaled(TritonKernel):
         sums = torch.int32 if self.activation.format == "int8" and not quant.cols else torch.float32
         y = x.new_empty(m, spec.n)
         factors = {"of_token": left.scale, "of_row": scale, "bias": y if bias is None else bias}
-        numbers = {"units": codes.shape[1], "groups": scale.shape[1]}
+        token_step, group_step = left.scale.stride()
+        numbers = {"units": codes.shape[1], "groups": scale.shape[1], "token_step": token_step, "group_step": group_step}
         row = -1 if quant.cols else quant.rows
         constants = {"GROUP": quant.cols, "TOKEN": not self.activation.cols, "ROW": row, "BIAS": bias is not None}
         multiply(ops.gemm, config, y, k, {"x": left.codes, "codes": codes}, factors, numbers, sums, False, **constants)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantport.backend import Request
 from quantport_triton.launch import Config, launch
 
 
@@ -17,6 +18,13 @@ def split_k(tiles: int, programs: int, steps: int) -> int:
     while 2 * split * tiles <= programs and 8 * split <= steps:
         split *= 2
     return split
+
+
+def unaligned(request: Request) -> str:
+    """Why rows of codes are slow to load: '' where every row of x and of W starts at a multiple of 16 bytes."""
+    scheme, k = request.weight.scheme, request.weight.k
+    bits = min(quant.element.bits for quant in (scheme.weight, scheme.activation) if quant)
+    return f"codes are loaded one by one: K is {k}, not a multiple of {128 // bits}" if k * bits % 128 else ""
 
 
 def multiply(kernel: Any, config: Config, y: Tensor, k: int, tensors: Mapping[str, Tensor], factors: Mapping[str, Tensor],

@@ -2,8 +2,9 @@
 
 Integers and fp32 only, so that it compiles alike from Volta to Blackwell: rounding is an addition of a power of two whose last
 bit is the step wanted, which fp32 rounds to nearest even. Magnitudes are handled as their bits, int32: these have the order of the
-values, with NaN above all, so that a maximum keeps it. Divisions are true ones (``div_rn``). Where a scale is NaN, its codes mean
-nothing. The kernels are compiled without fused multiply-add (``Config.fusion``), so that every product is rounded.
+values, with NaN above all, so that a maximum keeps it. Divisions are true ones: ``div_rn``, which before Triton 3.6 takes subnormal
+numbers for 0, so that a block whose scale is below 2**-126 gets that of zeros. Where a scale is NaN, its codes mean nothing. The
+kernels are compiled without fused multiply-add (``Config.fusion``), so that every product is rounded.
 
 The formats and rules: ``docs/numerics.md``.
 """

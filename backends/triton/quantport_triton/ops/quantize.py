@@ -85,8 +85,8 @@ def put_scales(scale, stored, row, rows, group, groups, row_step, group_step, SW
 
 
 @triton.jit
-def two_level(value, top, factor, HALF: tl.constexpr):
-    """NVFP4 inside a known global factor: stored scales ``[BR, BG]`` and divisors."""
+def two_level(top, factor, HALF: tl.constexpr):
+    """NVFP4 inside a known global factor: from the bits of the largest magnitudes ``[BR, BG]``, stored scales and divisors."""
     code = e4m3fn_scale(factor * tl.div_rn(top.to(tl.float32, bitcast=True), HALF))
     return code, tl.div_rn(e4m3fn_value(code), factor)
 
@@ -144,7 +144,7 @@ def groups(x, codes, scale, outer, top, N, K, stride, units, blocks, row_step, g
     amax = tl.max(magnitude(value), 2)
     if OUTER == -1:
         factor = global_factor(tl.load(top), HALF)
-        stored, divisor = two_level(value, amax, factor, HALF)
+        stored, divisor = two_level(amax, factor, HALF)
         tl.store(outer, factor, mask=program == 0)
     else:
         factor = 1.0
@@ -191,7 +191,7 @@ def row_part(value, top, codes, scale, row, rows, first, K, units, blocks, row_s
     start = first + tl.arange(0, value.shape[1]) * value.shape[2]
     if GROUP:
         factor = global_factor(top, HALF)
-        stored, divisor = two_level(value, tl.max(magnitude(value), 2), factor, HALF)
+        stored, divisor = two_level(tl.max(magnitude(value), 2), factor, HALF)
         put_scales(scale, stored, row, rows, start // GROUP, blocks, row_step, group_step, SWIZZLE)
         divisor = divisor[:, :, None]
     else:

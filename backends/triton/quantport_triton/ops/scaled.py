@@ -110,7 +110,7 @@ def finish(total, of_token, of_row, bias, y, token, row, M, N, TOKEN: tl.constex
 
 
 @triton.jit
-def gemm(x, of_token, codes, of_row, bias, y, M, N, K, units, groups,
+def gemm(x, of_token, codes, of_row, bias, y, M, N, K, units, groups, token_step, group_step,
          GROUP: tl.constexpr, TOKEN: tl.constexpr, ROW: tl.constexpr, BIAS: tl.constexpr, PROMOTE: tl.constexpr, BM: tl.constexpr,
          BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
     """One tile of y, or of one of its ``SPLIT`` parts ``[SPLIT, M, N]``, which ``add`` finishes.
@@ -119,7 +119,7 @@ def gemm(x, of_token, codes, of_row, bias, y, M, N, K, units, groups,
 
     Args:
         x: Codes ``[M, K]``, e4m3fn or int8.
-        of_token: Scales of tokens, fp32 ``[M]``; of groups of tokens ``[M, groups]`` where there is no ``TOKEN``.
+        of_token: Scales of tokens, fp32 ``[M]``; of groups of tokens ``[M, groups]`` of any strides where there is no ``TOKEN``.
         codes: Codes of W: ``[N, K]`` as those of x, or int4 in words, int32 ``[N, units]``.
         of_row: Scales of W, fp32: as for ``finish``; with ``GROUP``, those of 1 x 128, bf16 ``[N, groups]``, where ``TOKEN``,
             else of 128 x 128, fp32 ``[cdiv(N, 128), groups]``.
@@ -130,6 +130,8 @@ def gemm(x, of_token, codes, of_row, bias, y, M, N, K, units, groups,
         K: Columns of both.
         units: Width of a row of ``codes``.
         groups: Groups along K.
+        token_step: Stride of scales of groups of tokens from one token to the next.
+        group_step: And from one group to the next.
         GROUP: 128, which ``BK`` must be too, or 0: only rows and tokens have scales.
         TOKEN: Whether there is a scale for each whole token.
         ROW: As for ``finish``.
@@ -163,7 +165,8 @@ def gemm(x, of_token, codes, of_row, bias, y, M, N, K, units, groups,
             part = product(left, right, total, BK, ACC, FLIP, True)
             if INT:  # a sum below 2**22 in the mantissa of 1.5 * 2**23: no conversion unit is needed, which is slower
                 part = (part + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
-            total += part * group_factor(of_token, of_row, token, row, first_row, step, M, N, groups, TOKEN, GROUP, FLIP)
+            scales = of_token + (token * token_step + step * group_step)
+            total += part * group_factor(scales, of_row, token, row, first_row, step, M, N, groups, TOKEN, GROUP, FLIP)
         elif PROMOTE:
             total += product(left, right, total, BK, ACC, FLIP, True)
         else:
@@ -177,15 +180,15 @@ def gemm(x, of_token, codes, of_row, bias, y, M, N, K, units, groups,
 
 
 @triton.jit
-def group_factor(of_token, of_row, token, row, first_row, step, M, N, groups, TOKEN: tl.constexpr, GROUP: tl.constexpr,
+def group_factor(scales, of_row, token, row, first_row, step, M, N, groups, TOKEN: tl.constexpr, GROUP: tl.constexpr,
                  FLIP: tl.constexpr):  # fmt: skip
-    """Scales of one group along K: fp32, broadcastable with ``product``."""
+    """Scales of one group along K: fp32, broadcastable with ``product``. ``scales`` points to those of tokens."""
     if TOKEN:
         weight = tl.load(of_row + row * groups + step, mask=row < N, other=0).to(tl.float32)
         return across(token, weight * 0.0625, FLIP)[1]  # of codes that are ``unpacked`` times 16
     else:
         tile = tl.load(of_row + first_row // GROUP * groups + step)
-        tokens = tl.load(of_token + token * groups + step, mask=token < M, other=0)
+        tokens = tl.load(scales, mask=token < M, other=0)
         return across(tokens * tile, row, FLIP)[0]
 
 
