@@ -1,0 +1,144 @@
+"""INT8 by INT8, and INT8 or INT4 weights with 16-bit activations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from quantport.backend import Canonical, Packed, Quant, Request, Scheme, WeightSpec, numerics
+from quantport_npu.kernels.base import NpuKernel, parts
+from quantport_npu.vendor import FRACTAL_ND, FRACTAL_NZ, LIMIT, PLUGIN
+
+_SLAB = 1 << 24  # int4 codes that are widened to int32 at a time
+
+
+def added(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A bias as the operators add it to bf16 results: in fp32; to fp16 results in fp16."""
+    return bias if bias is None or dtype is torch.float16 else bias.float()
+
+
+class NpuInt8(NpuKernel):
+    """W8A8: per-token activations, exact int32 sums, both scales in the same launch. The weight lies in the cube unit's tiles."""
+
+    name = "npu.quant_matmul"
+    unit = "int8"
+    calls = {"npu_dynamic_quant": (), "npu_quant_matmul": ("pertoken_scale",), "npu_format_cast": ()}  # noqa: RUF012
+    source = f"{PLUGIN}/torch_npu-npu_quant_matmul.md, torch_npu-npu_dynamic_quant.md"
+    deviation = "the scale of a token is amax / 127, where the scheme has amax / 127.5"
+    quantizes_activations = True
+
+    def serves(self, scheme: Scheme) -> bool:
+        token = Quant("int8", 1, 0)
+        return scheme.activation == token == scheme.weight
+
+    def reasons_against(self, request: Request) -> Sequence[str]:
+        reasons, arch = list(super().reasons_against(request)), request.device.arch
+        if arch.family == "310P":
+            reasons.append(f"{arch.name} has no npu_dynamic_quant, and no per-token scales in npu_quant_matmul [{self.source}]")
+        return reasons
+
+    def pack(self, canonical: Canonical, spec: WeightSpec) -> Packed:
+        weight, scale = canonical["weight"], canonical["weight_scale"]
+        tiles = (torch.ops.npu.npu_format_cast(weight[part].t().contiguous(), FRACTAL_NZ) for part in parts(spec.n))
+        return scale.view(-1), *tiles
+
+    def unpack(self, packed: Packed, spec: WeightSpec) -> Canonical:
+        scale, *tiles = packed
+        rows = [torch.ops.npu.npu_format_cast(tile, FRACTAL_ND).t() for tile in tiles]
+        return {"weight": torch.cat(rows).contiguous(), "weight_scale": scale.view(-1, 1)}
+
+    def activations(self, x: Tensor, spec: WeightSpec) -> Packed:
+        q: Packed = torch.ops.npu.npu_dynamic_quant(x, dst_type=torch.int8)
+        return q
+
+    def multiply(
+        self, q: Packed, packed: Packed, part: slice, bias: Tensor | None, dtype: torch.dtype, spec: WeightSpec
+    ) -> Tensor:
+        scale, *tiles = packed
+        tile = tiles[parts(spec.n).index(part)]
+        bias = None if bias is None else bias.float()
+        y: Tensor = torch.ops.npu.npu_quant_matmul(q[0], tile, scale[part], pertoken_scale=q[1], bias=bias, output_dtype=dtype)
+        return y
+
+
+class _WeightOnly(NpuKernel):
+    """16-bit activations: the operator makes 16-bit weights on the way into the cube unit."""
+
+    calls = {"npu_weight_quant_batchmatmul": ()}  # noqa: RUF012
+    source = f"{PLUGIN}/torch_npu-npu_weight_quant_batchmatmul.md"
+
+
+class NpuWeightInt8(_WeightOnly):
+    """INT8 by channel, in the stored layout: tiles are for the graph mode only. The operator takes scales of the dtype of x."""
+
+    name = "npu.weight_quant_int8"
+    unit = "int8"
+    deviation = "scales are rounded to the dtype of the activations"
+
+    def serves(self, scheme: Scheme) -> bool:
+        return scheme.weight == Quant("int8", 1, 0)
+
+    def multiply(
+        self, q: Packed, packed: Packed, part: slice, bias: Tensor | None, dtype: torch.dtype, spec: WeightSpec
+    ) -> Tensor:
+        weight, scale = packed[0][part].t(), packed[1][part].view(-1).to(dtype)
+        y: Tensor = torch.ops.npu.npu_weight_quant_batchmatmul(q[0], weight, scale, bias=added(bias, dtype))
+        return y
+
+
+class NpuWeightInt4(_WeightOnly):
+    """INT4 in groups. The order of the operator's eight codes in a word is the vendor's own: its products give them back."""
+
+    name = "npu.weight_quant_int4"
+    unit = "int4"
+    calls = {"npu_weight_quant_batchmatmul": (), "npu_convert_weight_to_int4pack": ()}  # noqa: RUF012
+    source = f"{PLUGIN}/torch_npu-npu_weight_quant_batchmatmul.md, torch_npu-npu_convert_weight_to_int4pack.md"
+
+    def serves(self, scheme: Scheme) -> bool:
+        quant = scheme.weight
+        return quant == Quant("int4", 1, quant.cols, "bf16", quant.rule) and quant.cols > 0
+
+    def reasons_against(self, request: Request) -> Sequence[str]:
+        reasons, spec = list(super().reasons_against(request)), request.weight
+        group = spec.scheme.weight.cols
+        if spec.n % 8:
+            reasons.append(f"{self.name} packs eight output channels to a word, and {spec.n} is no multiple of 8 [{self.source}]")
+        if spec.n > LIMIT:
+            reasons.append(f"{self.name} takes N up to {LIMIT}, not {spec.n} [{self.source}]")
+        if group % 32 or group >= spec.k:
+            reasons.append(f"{self.name} takes groups of 32, 64... up to K - 1, not of {group} with K {spec.k} [{self.source}]")
+        return reasons
+
+    def pack(self, canonical: Canonical, spec: WeightSpec) -> Packed:
+        stored = canonical["weight_packed"]
+        words = stored.new_empty(spec.k, spec.n // 8)
+        step = max(8, _SLAB // spec.n // 8 * 8)
+        for i in range(0, spec.k, step):
+            slab = stored[:, i // 8 : (i + step) // 8].contiguous()
+            codes = numerics.unpack_int4(slab, min(step, spec.k - i)).t().to(torch.int32, memory_format=torch.contiguous_format)
+            words[i : i + step] = torch.ops.npu.npu_convert_weight_to_int4pack(codes.contiguous())
+        return words, canonical["weight_scale"].t().contiguous()
+
+    def unpack(self, packed: Packed, spec: WeightSpec) -> Canonical:
+        words, scale = packed
+        ones = scale.new_ones(1, spec.n)
+        step = max(8, _SLAB // spec.k // 8 * 8)
+        out = []
+        for i in range(0, spec.k, step):  # rows of the identity: each product is one row of codes, exact in bf16
+            rows = torch.arange(i, min(i + step, spec.k), device=words.device)
+            unit = (torch.arange(spec.k, device=words.device) == rows[:, None]).to(scale.dtype)
+            codes = torch.ops.npu.npu_weight_quant_batchmatmul(unit, words, ones)
+            out.append(numerics.pack_int4(codes.t().contiguous().to(torch.int8)))
+        return {"weight_packed": torch.cat(out, 1), "weight_scale": scale.t().contiguous()}
+
+    def multiply(
+        self, q: Packed, packed: Packed, part: slice, bias: Tensor | None, dtype: torch.dtype, spec: WeightSpec
+    ) -> Tensor:
+        words, scale = packed
+        group = spec.scheme.weight.cols
+        y: Tensor = torch.ops.npu.npu_weight_quant_batchmatmul(
+            q[0], words, scale.to(dtype), bias=added(bias, dtype), antiquant_group_size=group
+        )
+        return y

@@ -1,0 +1,30 @@
+"""torch_npu's operators: the constants that they take, and whether the installed build has them as they are called here.
+
+Builds of one version differ (2.7.1 has no MX operator, 2.7.1.post11 has all): the schema is read, never the version.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+FRACTAL_ND, FRACTAL_NZ = 2, 29  # storage formats of CANN
+E8M0, E2M1 = 293, 296  # 256 + aclDataType (Ascend/pytorch torch_npu/csrc/custom_dtype/Init.h): what bytes stand for
+LIMIT = 65535  # of the last dimensions of both operands, and of K and N of weight-only products
+
+PLUGIN = "Ascend/op-plugin docs/zh/custom_APIs/torch_npu"
+NN = "hicann/ops-nn at e5c3fa932"
+WHEEL = "torch_npu 2.13.0"  # the wheel that the simulated driver runs
+SIMULATED = ("ascend910b", "ascend910c", "ascend950")
+TEST = "tests/backends/npu/simulated"
+
+
+@cache
+def lacking(operator: str, arguments: tuple[str, ...] = ()) -> str:
+    """Why an operator cannot be called with these arguments in the torch_npu that is loaded; empty if it can."""
+    found = getattr(torch.ops.npu, operator, None)
+    if found is None:
+        return f"this torch_npu has no {operator}"
+    missing = set(arguments) - {argument.name for argument in found.default._schema.arguments}
+    return f"{operator} of this torch_npu does not take {', '.join(sorted(missing))}" if missing else ""

@@ -1,0 +1,1 @@
+"""A simulated Ascend NPU: the real torch_npu, a driver of our own, and bodies for its operators from the vendor's documents."""

@@ -1,0 +1,77 @@
+"""PyTorch's own operators on the simulated NPU: each runs on CPU tensors that lie over the NPU's memory.
+
+torch_npu's kernels of these call CANN, which has no host version. What allocates, views and describes stays torch_npu's own.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial
+from typing import Any
+
+import torch
+import torch_npu
+from simulator.memory import NZ, layout, lies, matrix, over, place
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+_OURS = ("empty", "new_empty", "set_", "resize", "record_stream", "is_pinned", "_pin_memory", "is_set_to", "_reshape_alias", "npu_")
+
+
+def _views(schema: Any) -> bool:
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
+
+
+def _run(operator: Any, *args: Any, **kwargs: Any) -> Any:
+    """Runs an operator on the host; what it makes goes where its arguments are."""
+    device = kwargs.pop("device", None)
+    host: dict[int, Tensor] = {}
+
+    def down(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.device.type == "npu":
+            plain = matrix(value) if operator is torch.ops.aten._to_copy.default else over(value)
+            host[id(plain)] = value
+            return plain
+        return torch.device("cpu") if isinstance(value, torch.device) else value
+
+    def up(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if id(value) in host:
+            return host[id(value)]
+        return place(value) if device is None or torch.device(device).type == "npu" else value
+
+    if "pin_memory" in kwargs:
+        kwargs["pin_memory"] = False
+    inputs, named = tree_map(down, (args, kwargs))
+    return tree_map(up, operator(*inputs, **named))
+
+
+def _copy(to: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    """Copies leave the format of the source behind, as torch_npu's do."""
+    (over(to) if to.device.type == "npu" else to).copy_(matrix(source) if source.device.type == "npu" else source)
+    return to
+
+
+def _clone(tensor: Tensor, *, memory_format: torch.memory_format | None = None) -> Tensor:
+    if layout(tensor) == NZ:
+        out = torch_npu.empty_with_format(list(tensor.shape), dtype=tensor.dtype, device=tensor.device, acl_format=NZ)
+        lies(out).copy_(lies(tensor))
+        return out
+    return place(over(tensor).clone(memory_format=memory_format or torch.preserve_format))
+
+
+def install(library: torch.library.Library) -> None:
+    """Registers every operator for which torch_npu has a kernel of CANN's."""
+    special = {"aten::copy_": _copy, "aten::clone": _clone}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in torch._C._dispatch_get_registrations_for_dispatch_key("PrivateUse1"):
+            space, _, full = name.partition("::")
+            base, _, overload = full.partition(".")
+            packet = getattr(torch.ops.aten, base, None) if space == "aten" and not base.startswith(_OURS) else None
+            operator = getattr(packet, overload or "default", None)
+            if operator is not None and not _views(operator._schema):
+                library.impl(full, special.get(name) or partial(_run, operator), "PrivateUse1")
+        attention = torch.ops.aten.scaled_dot_product_attention.default  # torch_npu's own autograd leads to CANN: without gradients
+        library.impl("scaled_dot_product_attention", partial(_run, attention), "AutogradPrivateUse1")

@@ -1,0 +1,179 @@
+"""Matrix multiplications of CANN on the host, from Ascend/op-plugin docs/zh/custom_APIs/torch_npu and hicann/ops-nn matmul/*/docs.
+
+Sums are those of fp32 (fp64 for integers, which is exact), and a result is rounded once. Only the combinations of the vendor's
+tables are taken; what a table lacks is refused.
+"""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import torch
+from simulator.memory import ND, NZ, check, layout, matrix, over, place, read_nz
+from simulator.quantize import HALVES, powers
+from simulator.register import A2, A3, A5, E2M1, E8M0, I310, OUTPUTS, allowed, family, operator
+from torch import Tensor
+
+LIMIT = 65535
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+BYTES = (torch.uint8, torch.int8)
+
+
+def nibbles(packed: np.ndarray) -> np.ndarray:
+    """Codes of bytes ``[..., k / 2]``, the low half first: ``[..., k]``."""
+    return np.stack((packed & 15, packed >> 4), -1).reshape(*packed.shape[:-1], -1)
+
+
+def e2m1(packed: Tensor) -> np.ndarray:
+    """Values of a host tensor of packed e2m1."""
+    return nibbles(packed.contiguous().view(torch.uint8).numpy()).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
+
+
+def e2m1_columns(packed: Tensor) -> np.ndarray:
+    """Values of ``[k / 2, n]``, packed along k: ``[k, n]``."""
+    return e2m1(packed.t()).T
+
+
+def int4(packed: Tensor) -> np.ndarray:
+    """Values of int32 words ``[..., n / 8]``: ``[..., n]``, the low bits first."""
+    codes = nibbles(packed.contiguous().numpy().view(np.uint8)).astype(np.int8)
+    return np.where(codes > 7, codes - 16, codes).astype(np.float32)
+
+
+def _out(y: np.ndarray, dtype: torch.dtype) -> Tensor:
+    return place(torch.from_numpy(np.ascontiguousarray(y.astype(np.float32))).to(dtype))
+
+
+def _bias(name: str, bias: Tensor | None, n: int, dtypes: tuple[torch.dtype, ...]) -> np.ndarray | float:
+    if bias is None:
+        return 0.0
+    check(bias.shape in ((n,), (1, n)) and bias.is_contiguous(), name, f"a bias of [{n}], not {list(bias.shape)}")
+    allowed(name, "the dtype of the bias", bias.dtype, dtypes)
+    return over(bias).float().numpy().reshape(1, n)
+
+
+@operator(I310, A2, A3, A5)
+def npu_quant_matmul(
+    x1: Tensor, x2: Tensor, scale: Tensor, *, offset: Tensor | None = None, pertoken_scale: Tensor | None = None,
+    bias: Tensor | None = None, output_dtype: int | None = None, x1_dtype: int | None = None, x2_dtype: int | None = None,
+    pertoken_scale_dtype: int | None = None, scale_dtype: int | None = None, group_sizes: list[int] | None = None,
+    y_scale: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    name = "npu_quant_matmul"
+    check(x1.dim() == x2.dim() == 2 and x1.is_contiguous() and x1.numel() and x2.numel(), name, "two matrices")
+    check(x1.shape[1] <= LIMIT and x2.shape[1] <= LIMIT, name, f"last dimensions up to {LIMIT}")
+    check(offset is y_scale is None, name, "offset and y_scale are not simulated")
+    check(pertoken_scale is not None and family() != I310, name, "per-token scales, which the 310P has not")
+    allowed(name, "output_dtype", output_dtype, tuple(OUTPUTS))
+    dtypes, mx = (x1_dtype, x2_dtype), (scale_dtype, pertoken_scale_dtype) == (E8M0, E8M0)
+    check(mx or (scale_dtype is pertoken_scale_dtype is None), name, "scales both of e8m0, or neither")
+    operands = (x1, x2, scale, pertoken_scale)
+    if mx:
+        y = _mx(name, *operands, dtypes, group_sizes)
+    else:
+        check(dtypes == (None, None), name, "x1_dtype and x2_dtype are for MX")
+        check(scale.dtype is pertoken_scale.dtype is torch.float32, name, "fp32 scales are simulated")
+        y = _blocks(name, *operands, group_sizes) if group_sizes else _rows(name, *operands)
+    halves = (torch.float32, torch.bfloat16) if x1.dtype is torch.int8 else (torch.float32,)
+    return _out(y + _bias(name, bias, y.shape[1], halves), OUTPUTS[output_dtype])
+
+
+def _rows(name: str, x1: Tensor, x2: Tensor, scale: Tensor, token: Tensor) -> np.ndarray:
+    """One scale for each row and each column: int8 everywhere, fp8 on the 950."""
+    n = x2.shape[1]
+    check(x1.dtype is x2.dtype and (x1.dtype is torch.int8 or (x1.dtype in FLOAT8 and family() == A5)), name, f"{x1.dtype} x {x2.dtype}")
+    check(x1.shape[1] == x2.shape[0], name, f"{list(x1.shape)} x {list(x2.shape)}")
+    check(token.shape == (x1.shape[0],) and scale.shape in ((1,), (n,)), name, f"scales {list(token.shape)}, {list(scale.shape)}")
+    a, b = over(x1).double().numpy(), matrix(x2).double().numpy()
+    return (a @ b).astype(np.float32) * over(scale).numpy()[None] * over(token).numpy()[:, None]
+
+
+def _blocks(name: str, x1: Tensor, x2: Tensor, scale: Tensor, token: Tensor, sizes: list[int]) -> np.ndarray:
+    """1x128 blocks by 128x128 blocks: fp8 on the 950."""
+    (m, k), n = x1.shape, x2.shape[1]
+    check(family() == A5 and x1.dtype is x2.dtype and x1.dtype in FLOAT8, name, f"{x1.dtype} x {x2.dtype} in blocks")
+    check(list(sizes) == [1, 128, 128] and x2.shape[0] == k, name, f"group_sizes {sizes} of {list(x2.shape)}")
+    shapes = (-(-k // 128), -(-n // 128))
+    check(token.shape == (m, shapes[0]) and scale.shape == shapes, name, f"scales {list(token.shape)}, {list(scale.shape)}")
+    left = over(x1).float().numpy() * np.repeat(over(token).numpy(), 128, 1)[:, :k]
+    right = matrix(x2).float().numpy() * np.repeat(np.repeat(over(scale).numpy(), 128, 0), 128, 1)[:k, :n]
+    return left @ right
+
+
+def _mx(
+    name: str, x1: Tensor, x2: Tensor, scale: Tensor, token: Tensor, dtypes: tuple[int | None, int | None], sizes: list[int] | None
+) -> np.ndarray:
+    """A power of two for each 32 along K: fp8, e2m1, or fp8 by e2m1, on the 950."""
+    check(family() == A5, name, f"no MX on {family()}")
+    four, eight = dtypes == (E2M1, E2M1), dtypes == (None, None)
+    mixed = dtypes == (None, E2M1)
+    check(four or eight or mixed, name, f"dtypes {dtypes}")
+    check(list(sizes or ()) == ([0, 0, 32] if mixed else [1, 1, 32]), name, f"group_sizes {sizes}")
+    check((x1.dtype in BYTES) if four else x1.dtype in FLOAT8, name, f"x1 of {x1.dtype}")
+    check(x2.dtype in (FLOAT8 if eight else BYTES) and layout(x2) == ND, name, f"x2 of {x2.dtype}")
+    check(x2.stride(0) == 1 or eight, name, "e2m1 weights are packed along K: [N, K / 2], transposed")
+    left = e2m1(over(x1)) if four else over(x1).float().numpy()
+    right = over(x2).float().numpy() if eight else e2m1_columns(over(x2))
+    (m, k), n = left.shape, right.shape[1]
+    pairs = -(-k // 64)
+    check(right.shape[0] == k, name, f"[{m}, {k}] x {list(right.shape)}")
+    check(token.dtype is scale.dtype is torch.uint8, name, "scales are bytes")
+    check(token.shape == (m, pairs, 2) and scale.shape == (pairs, n, 2), name, f"scales {list(token.shape)}, {list(scale.shape)}")
+    by_token = powers(over(token).reshape(m, -1).numpy())
+    by_channel = powers(over(scale).permute(1, 0, 2).reshape(n, -1).numpy()).T
+    return (left * np.repeat(by_token, 32, 1)[:, :k]) @ (right * np.repeat(by_channel, 32, 0)[:k])
+
+
+@operator(A5)
+def npu_dual_level_quant_matmul(
+    x1: Tensor, x2: Tensor, x1_level0_scale: Tensor, x2_level0_scale: Tensor, x1_level1_scale: Tensor, x2_level1_scale: Tensor, *,
+    bias: Tensor | None = None, output_dtype: int = 15,
+) -> Tensor:  # fmt: skip
+    name = "npu_dual_level_quant_matmul"
+    check(layout(x2) == NZ and x2.dtype is torch.int8, name, "x2 must be int8 of format FRACTAL_NZ")
+    check(x1.dtype in BYTES and x1.numel(), name, "x1 must be bytes")
+    scales = (x1_level0_scale, x2_level0_scale, x1_level1_scale, x2_level1_scale)
+    check(all(t.is_contiguous() for t in (x1, *scales)), name, "tensors must be contiguous")
+    allowed(name, "output_dtype", output_dtype, tuple(OUTPUTS))
+    left, right = e2m1(over(x1)), e2m1(read_nz(x2))
+    (m, k), n = left.shape, right.shape[0]
+    check(right.shape[1] == k, name, f"x1 of {list(left.shape)}, x2 of {list(right.shape)}")
+    shapes = ((m, -(-k // 512)), (-(-k // 512), n), (m, -(-k // 64), 2), (n, -(-k // 64), 2))
+    check(tuple(tuple(s.shape) for s in scales) == shapes, name, f"scales of {[list(s.shape) for s in scales]}, not {shapes}")
+    check([s.dtype for s in scales] == [torch.float32] * 2 + [torch.uint8] * 2, name, "scales of fp32 and e8m0")
+    left = left * np.repeat(powers(over(scales[2]).reshape(m, -1).numpy()), 32, 1)[:, :k]
+    right = right * np.repeat(powers(over(scales[3]).reshape(n, -1).numpy()), 32, 1)[:, :k]
+    y = np.zeros((m, n), np.float32)
+    for i, (a, b) in enumerate(zip(over(scales[0]).numpy().T, over(scales[1]).numpy(), strict=True)):
+        part = slice(512 * i, 512 * (i + 1))
+        y += left[:, part] @ right[:, part].T * a[:, None] * b[None]
+    return _out(y + _bias(name, bias, n, (torch.float32,)), OUTPUTS[output_dtype])
+
+
+@operator(A2, A3, A5)
+def npu_weight_quant_batchmatmul(
+    x: Tensor, weight: Tensor, antiquant_scale: Tensor, antiquant_offset: Tensor | None = None, quant_scale: Tensor | None = None,
+    quant_offset: Tensor | None = None, bias: Tensor | None = None, antiquant_group_size: int = 0, inner_precise: int = 0,
+    weight_dtype: int | None = None,
+) -> Tensor:  # fmt: skip
+    name = "npu_weight_quant_batchmatmul"
+    check(x.dtype in HALVES and x.dim() == weight.dim() == 2 and x.numel(), name, "a matrix of 16-bit activations")
+    check(quant_scale is quant_offset is antiquant_offset is None and not inner_precise, name, "not simulated")
+    check(layout(weight) == ND, name, "weights of format FRACTAL_NZ run in graph mode only")
+    check(weight.dtype in (torch.int8, torch.int32) and weight_dtype is None, name, f"weights of {weight.dtype}")
+    check(antiquant_scale.dtype is x.dtype, name, f"scales of the dtype of x, not {antiquant_scale.dtype}")
+    if weight.dtype is torch.int32:
+        check(weight.is_contiguous(), name, "int4 weights [K, N / 8] are simulated")
+        codes = int4(over(weight))
+    else:
+        codes = over(weight).float().numpy()
+    (k, n), group = codes.shape, antiquant_group_size
+    check(x.shape[1] == k and max(k, n) <= LIMIT, name, f"{list(x.shape)} x {[k, n]}; K and N up to {LIMIT}")
+    check(not group or (group % 32 == 0 and 32 <= group <= k - 1), name, f"groups of 32 to K - 1, not of {group}")
+    shapes = ((-(-k // group), n),) if group else ((1, n), (n,), (1,), (1, 1))
+    allowed(name, "the shape of the scales", tuple(antiquant_scale.shape), shapes)
+    scale = over(antiquant_scale).float().numpy()
+    scale = np.repeat(scale, group, 0)[:k] if group else scale.reshape(1, -1)
+    y = over(x).float().numpy() @ (codes * scale)
+    wanted = torch.float32 if x.dtype is torch.bfloat16 else torch.float16
+    return _out(y + _bias(name, bias, n, (wanted,)), x.dtype)
