@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from quantport.backend import Kernel, aten
+from quantport_npu.kernels.floating import NpuFp8, NpuFp8Block
 from quantport_npu.kernels.integer import NpuInt8, NpuWeightInt4, NpuWeightInt8
+from quantport_npu.kernels.mx import WAYS, NpuDualScale, NpuMx
 
 
 def kernels() -> tuple[Kernel, ...]:
     """Every kernel of the room."""
-    return (NpuInt8(), NpuWeightInt8(), NpuWeightInt4(), *aten.portable())
+    quantized = (NpuInt8(), NpuFp8(), NpuFp8Block(), *(NpuMx(name) for name in WAYS), NpuDualScale())
+    return (*quantized, NpuWeightInt8(), NpuWeightInt4(), *aten.portable())

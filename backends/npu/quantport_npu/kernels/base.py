@@ -13,7 +13,7 @@ from quantport.backend import Claim, Evidence, Kernel, Packed, Request, WeightSp
 from quantport_npu.vendor import LIMIT, SIMULATED, TEST, WHEEL, lacking
 
 HALVES = (torch.float16, torch.bfloat16)
-PART = LIMIT // 32 * 32  # columns of one product: whole tiles
+PART = LIMIT // 128 * 128  # columns of one product: whole blocks of scales
 
 
 def parts(n: int) -> list[slice]:
@@ -79,7 +79,5 @@ class NpuKernel(Kernel):
         return (x,)
 
     @abstractmethod
-    def multiply(
-        self, q: Packed, packed: Packed, part: slice, bias: Tensor | None, dtype: torch.dtype, spec: WeightSpec
-    ) -> Tensor:
+    def multiply(self, q: Packed, packed: Packed, part: slice, bias: Tensor | None, dtype: torch.dtype, spec: WeightSpec) -> Tensor:
         """``[m, part]`` in ``dtype``: activations by the output channels of one part."""

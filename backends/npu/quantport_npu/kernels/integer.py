@@ -53,9 +53,7 @@ class NpuInt8(NpuKernel):
         q: Packed = torch.ops.npu.npu_dynamic_quant(x, dst_type=torch.int8)
         return q
 
-    def multiply(
-        self, q: Packed, packed: Packed, part: slice, bias: Tensor | None, dtype: torch.dtype, spec: WeightSpec
-    ) -> Tensor:
+    def multiply(self, q: Packed, packed: Packed, part: slice, bias: Tensor | None, dtype: torch.dtype, spec: WeightSpec) -> Tensor:
         scale, *tiles = packed
         tile = tiles[parts(spec.n).index(part)]
         bias = None if bias is None else bias.float()
@@ -80,9 +78,7 @@ class NpuWeightInt8(_WeightOnly):
     def serves(self, scheme: Scheme) -> bool:
         return scheme.weight == Quant("int8", 1, 0)
 
-    def multiply(
-        self, q: Packed, packed: Packed, part: slice, bias: Tensor | None, dtype: torch.dtype, spec: WeightSpec
-    ) -> Tensor:
+    def multiply(self, q: Packed, packed: Packed, part: slice, bias: Tensor | None, dtype: torch.dtype, spec: WeightSpec) -> Tensor:
         weight, scale = packed[0][part].t(), packed[1][part].view(-1).to(dtype)
         y: Tensor = torch.ops.npu.npu_weight_quant_batchmatmul(q[0], weight, scale, bias=added(bias, dtype))
         return y
@@ -133,9 +129,7 @@ class NpuWeightInt4(_WeightOnly):
             out.append(numerics.pack_int4(codes.t().contiguous().to(torch.int8)))
         return {"weight_packed": torch.cat(out, 1), "weight_scale": scale.t().contiguous()}
 
-    def multiply(
-        self, q: Packed, packed: Packed, part: slice, bias: Tensor | None, dtype: torch.dtype, spec: WeightSpec
-    ) -> Tensor:
+    def multiply(self, q: Packed, packed: Packed, part: slice, bias: Tensor | None, dtype: torch.dtype, spec: WeightSpec) -> Tensor:
         words, scale = packed
         group = spec.scheme.weight.cols
         y: Tensor = torch.ops.npu.npu_weight_quant_batchmatmul(

@@ -53,6 +53,11 @@ def _copy(to: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     return to
 
 
+def _copy_back(source: Tensor, to: Tensor) -> Tensor:
+    """What torch_npu calls after an operator that it has not, and that ran on the host."""
+    return _copy(to, source)
+
+
 def _clone(tensor: Tensor, *, memory_format: torch.memory_format | None = None) -> Tensor:
     if layout(tensor) == NZ:
         out = torch_npu.empty_with_format(list(tensor.shape), dtype=tensor.dtype, device=tensor.device, acl_format=NZ)
@@ -63,7 +68,7 @@ def _clone(tensor: Tensor, *, memory_format: torch.memory_format | None = None) 
 
 def install(library: torch.library.Library) -> None:
     """Registers every operator for which torch_npu has a kernel of CANN's."""
-    special = {"aten::copy_": _copy, "aten::clone": _clone}
+    special = {"aten::copy_": _copy, "aten::clone": _clone, "aten::_copy_from_and_resize": _copy_back}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name in torch._C._dispatch_get_registrations_for_dispatch_key("PrivateUse1"):

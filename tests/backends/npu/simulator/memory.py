@@ -26,7 +26,11 @@ def check(condition: object, operator: str, asked: str) -> None:
 
 def layout(tensor: Tensor) -> int:
     """The storage format of an NPU tensor."""
-    return int(torch_npu._C._get_npu_format(tensor)) if hasattr(torch_npu._C, "_get_npu_format") else int(torch_npu.get_npu_format(tensor))
+    return (
+        int(torch_npu._C._get_npu_format(tensor))
+        if hasattr(torch_npu._C, "_get_npu_format")
+        else int(torch_npu.get_npu_format(tensor))
+    )
 
 
 def lies(tensor: Tensor) -> Tensor:

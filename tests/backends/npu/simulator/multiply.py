@@ -81,7 +81,8 @@ def npu_quant_matmul(
 def _rows(name: str, x1: Tensor, x2: Tensor, scale: Tensor, token: Tensor) -> np.ndarray:
     """One scale for each row and each column: int8 everywhere, fp8 on the 950."""
     n = x2.shape[1]
-    check(x1.dtype is x2.dtype and (x1.dtype is torch.int8 or (x1.dtype in FLOAT8 and family() == A5)), name, f"{x1.dtype} x {x2.dtype}")
+    takes = (torch.int8, *FLOAT8) if family() == A5 else (torch.int8,)
+    check(x1.dtype is x2.dtype and x1.dtype in takes, name, f"{x1.dtype} x {x2.dtype}")
     check(x1.shape[1] == x2.shape[0], name, f"{list(x1.shape)} x {list(x2.shape)}")
     check(token.shape == (x1.shape[0],) and scale.shape in ((1,), (n,)), name, f"scales {list(token.shape)}, {list(scale.shape)}")
     a, b = over(x1).double().numpy(), matrix(x2).double().numpy()

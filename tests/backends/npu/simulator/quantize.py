@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch_npu
 from simulator.memory import NZ, check, layout, lies, matrix, over, place, to_nz
-from simulator.register import A2, A3, A5, E2M1, ELEMENTS, I310, allowed, operator
+from simulator.register import A2, A3, A5, E2M1, ELEMENTS, I310, allowed, family, operator
 from torch import Tensor
 
 MAXIMA = {"int8": 127.0, "int4": 7.0, "e4m3": 448.0, "e5m2": 57344.0, "e2m1": 6.0}
@@ -26,7 +26,7 @@ def numbers(tensor: Tensor) -> np.ndarray:
 
 
 def cast(values: np.ndarray, element: str) -> np.ndarray:
-    """Rounds to nearest, ties to even, and saturates; NaN of an empty block becomes 0. Bytes, of int4 and e2m1 one for each code."""
+    """Rounds to nearest, ties to even, and saturates; NaN of a block of zeros becomes 0. One byte for each code."""
     values = np.nan_to_num(values.astype(np.float32), nan=0.0, posinf=MAXIMA[element], neginf=-MAXIMA[element])
     values = np.clip(values, -MAXIMA[element], MAXIMA[element])
     return np.rint(values).astype(np.int8) if element in ("int8", "int4") else values.astype(FLOATS[element]).view(np.uint8)
@@ -87,16 +87,14 @@ def _takes(name: str, x: Tensor, least: int = 2) -> None:
 
 @operator(A2, A3, A5)
 def npu_dynamic_quant(
-    input: Tensor, *, smooth_scales: Tensor | None = None, group_index: Tensor | None = None, dst_type: int | None = None,
+    source: Tensor, *, smooth_scales: Tensor | None = None, group_index: Tensor | None = None, dst_type: int | None = None,
     quant_mode: str = "pertoken", dst_type_max: float = 0.0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    from simulator.register import family
-
-    _takes("npu_dynamic_quant", input)
+    _takes("npu_dynamic_quant", source)
     allowed("npu_dynamic_quant", "dst_type", dst_type, (None, 1, 16, 23, 24) if family() == A5 else (None, 1, 16))
     allowed("npu_dynamic_quant", "quant_mode", quant_mode, ("pertoken",))
     check(smooth_scales is group_index is None and not dst_type_max, "npu_dynamic_quant", "smoothing is not simulated")
-    element, x = ELEMENTS[dst_type], numbers(input)
+    element, x = ELEMENTS[dst_type], numbers(source)
     scale = np.abs(x).max(-1) / np.float32(MAXIMA[element])
     with np.errstate(all="ignore"):
         codes = cast(x / scale[..., None], element)
@@ -108,8 +106,6 @@ def npu_dynamic_block_quant(
     x: Tensor, *, min_scale: float = 0.0, round_mode: str = "rint", dst_type: int = 1, row_block_size: int = 1,
     col_block_size: int = 128, dst_type_max: float = 0.0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    from simulator.register import family
-
     name = "npu_dynamic_block_quant"
     _takes(name, x)
     allowed(name, "dst_type", dst_type, (1, 23, 24, 291, 292) if family() == A5 else (1,))
@@ -128,57 +124,59 @@ def npu_dynamic_block_quant(
 
 @operator(A5)
 def npu_dynamic_mx_quant(
-    input: Tensor, *, axis: int = -1, round_mode: str = "rint", dst_type: int = E2M1, block_size: int = 32,
+    source: Tensor, *, axis: int = -1, round_mode: str = "rint", dst_type: int = E2M1, block_size: int = 32,
     scale_alg: int | None = 0, dst_type_max: float = 0.0, max_low_bound: float = 0.0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     name = "npu_dynamic_mx_quant"
-    _takes(name, input, 1)
+    _takes(name, source, 1)
     allowed(name, "dst_type", dst_type, (23, 24, 291, 292, E2M1))
     element = ELEMENTS[dst_type]
-    allowed(name, "axis", axis, (-1, input.dim() - 1))
+    allowed(name, "axis", axis, (-1, source.dim() - 1))
     allowed(name, "round_mode", round_mode, ("rint",))
     allowed(name, "block_size", block_size, (32,))
     allowed(name, "scale_alg", scale_alg, (0, 2) if element == "e2m1" else (0, 1))
     check(not dst_type_max or (scale_alg == 2 and 6 <= dst_type_max <= 12), name, f"dst_type_max {dst_type_max}")
     check(not max_low_bound, name, "max_low_bound is not simulated")
-    blocks = grouped(numbers(input), 32)
+    blocks = grouped(numbers(source), 32)
     scale = exponents(np.abs(blocks).max(-1), element, scale_alg or 0, dst_type_max)
-    codes = cast(blocks / powers(scale)[..., None], element).reshape(*input.shape[:-1], -1)[..., : input.shape[-1]]
+    codes = cast(blocks / powers(scale)[..., None], element).reshape(*source.shape[:-1], -1)[..., : source.shape[-1]]
     return _tensor(codes, element), place(torch.from_numpy(even(scale)))
 
 
 @operator(A5)
 def npu_dynamic_dual_level_mx_quant(
-    input: Tensor, *, smooth_scale: Tensor | None = None, round_mode: str = "rint"
+    source: Tensor, *, smooth_scale: Tensor | None = None, round_mode: str = "rint"
 ) -> tuple[Tensor, Tensor, Tensor]:
     name = "npu_dynamic_dual_level_mx_quant"
-    _takes(name, input, 1)
+    _takes(name, source, 1)
     allowed(name, "round_mode", round_mode, ("rint",))
     check(smooth_scale is None, name, "smooth_scale must be left out")
-    outer = grouped(numbers(input), 512)
+    outer = grouped(numbers(source), 512)
     level0 = np.abs(outer).max(-1) / np.float32(6)
     with np.errstate(all="ignore"):
-        divided = torch.from_numpy(np.nan_to_num(outer / level0[..., None])).to(input.dtype).float().numpy()
-    blocks = grouped(divided.reshape(*input.shape[:-1], -1)[..., : input.shape[-1]], 32)
+        divided = torch.from_numpy(np.nan_to_num(outer / level0[..., None])).to(source.dtype).float().numpy()
+    blocks = grouped(divided.reshape(*source.shape[:-1], -1)[..., : source.shape[-1]], 32)
     level1 = exponents(np.abs(blocks).max(-1), "e2m1", 0, 0.0)
-    codes = cast(blocks / powers(level1)[..., None], "e2m1").reshape(*input.shape[:-1], -1)[..., : input.shape[-1]]
+    codes = cast(blocks / powers(level1)[..., None], "e2m1").reshape(*source.shape[:-1], -1)[..., : source.shape[-1]]
     return _tensor(codes, "e2m1"), place(torch.from_numpy(level0)), place(torch.from_numpy(even(level1)))
 
 
 @operator(I310, A2, A3, A5)
-def npu_format_cast(input: Tensor, acl_format: int, *, customize_dtype: int | None = None, input_dtype: int | None = None) -> Tensor:
+def npu_format_cast(
+    source: Tensor, acl_format: int, *, customize_dtype: int | None = None, input_dtype: int | None = None
+) -> Tensor:
     name = "npu_format_cast"
     allowed(name, "acl_format", acl_format, (2, NZ))
-    check(input.dim() == 2 and input.is_contiguous(), name, "a contiguous matrix is simulated")
+    check(source.dim() == 2 and source.is_contiguous(), name, "a contiguous matrix is simulated")
     check(customize_dtype in (None, 1) and input_dtype is None, name, "other dtypes are not simulated")
-    if acl_format == layout(input):
-        return input
-    out = torch_npu.empty_with_format(list(input.shape), dtype=input.dtype, device=input.device, acl_format=acl_format)
+    if acl_format == layout(source):
+        return source
+    out = torch_npu.empty_with_format(list(source.shape), dtype=source.dtype, device=source.device, acl_format=acl_format)
     if acl_format == NZ:
-        tiles = to_nz(over(input)).view(torch.uint8).flatten()
+        tiles = to_nz(over(source)).view(torch.uint8).flatten()
         lies(out)[: len(tiles)] = tiles
     else:
-        over(out).copy_(matrix(input))
+        over(out).copy_(matrix(source))
     return out
 
 

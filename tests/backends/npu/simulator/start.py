@@ -6,7 +6,6 @@ import ctypes
 
 import torch
 import torch_npu
-
 from simulator import aten, multiply, quantize, register
 
 DRIVER = ctypes.CDLL("libascendcl.so")
