@@ -5,19 +5,66 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quantport.backend import Accepted, Evidence, Request, Status, WeightSpec
+from quantport.backend import Accepted, Evidence, Rejected, Request, Status, WeightSpec
+from quantport.choice import choose
 from quantport.host import Host
 from quantport_npu.capabilities import ARCHS
+from quantport_npu.kernels.base import even, parts, uneven
 
 HOST = Host(only=["npu"])
-W8A8 = ("fp8_per_tensor", "fp8_per_channel", "fp8_per_block", "int8")
-WEIGHT_ONLY = ("fp8_weight_only", "int8_weight_only", "int4_weight_only")
 FORMATS = {
     "ascend310p": ("310P", "fp16 int8"),
     "ascend910b": ("A2", "fp16 bf16 int8 int4"),
     "ascend910c": ("A3", "fp16 bf16 int8 int4"),
     "ascend950": ("A5", "fp16 bf16 int8 int4 e4m3fn e5m2 mxfp8 mxfp4"),
 }
+A2 = {
+    "int8": "native npu.quant_matmul",
+    "int8_weight_only": "native npu.weight_quant_int8",
+    "int4_weight_only": "native npu.weight_quant_int4",
+    "int4_w4a8": "weight_only npu.weight_quant_int4",
+    "int4_mse": "dequantize torch.dequantize",
+    "fp8_per_tensor": "weight_only torch.dequantize",
+    "fp8_per_block": "weight_only torch.dequantize",
+    "fp8_weight_only": "dequantize torch.dequantize",
+    "mxfp8": "weight_only torch.dequantize",
+    "mxfp4": "weight_only torch.dequantize",
+    "mxfp4_dualscale": "weight_only torch.dequantize",
+    "nf4": "dequantize torch.dequantize",
+}
+CHOSEN = {
+    "ascend310p": {
+        **A2,
+        "int8": "weight_only npu.weight_quant_int8",
+        "int4_weight_only": "dequantize torch.dequantize",
+        "int4_w4a8": "weight_only torch.dequantize",
+    },
+    "ascend910b": A2,
+    "ascend910c": A2,
+    "ascend950": {
+        **A2,
+        "fp8_per_tensor": "native npu.quant_matmul_fp8",
+        "fp8_per_channel": "native npu.quant_matmul_fp8",
+        "fp8_per_block": "native npu.quant_matmul_fp8_blocks",
+        "mxfp8": "native npu.quant_matmul_mxfp8",
+        "mxfp8:floor": "native npu.quant_matmul_mxfp8_floor",
+        "mxfp8:rceil": "native npu.quant_matmul_mxfp8_rceil",
+        "mxfp4": "native npu.quant_matmul_mxfp4",
+        "mxfp4:floor": "native npu.quant_matmul_mxfp4_floor",
+        "mxfp4_w4a8": "native npu.quant_matmul_mxfp4_w4a8",
+        "mxfp4_dualscale": "native npu.dual_level_quant_matmul",
+    },
+}
+
+
+def asked(name: str, scheme: str, n: int = 64, k: int = 256, dtype: torch.dtype | None = None) -> Request:
+    device = HOST.device(f"npu:{name}")
+    return Request(WeightSpec(HOST.schemes[scheme], n, k), "linear", device, dtype or device.arch.compute)
+
+
+def why_not(kernel: str, request: Request) -> str:
+    verdict = next(k for k in HOST.kernels("npu") if k.name == kernel).verdict(request)
+    return " ".join(verdict.reasons) if isinstance(verdict, Rejected) else ""
 
 
 @pytest.mark.parametrize("name", ARCHS)
@@ -30,13 +77,48 @@ def test_facts(name):
     assert arch.compute is (torch.float16 if name == "ascend310p" else torch.bfloat16)
 
 
-@pytest.mark.parametrize("scheme", [*W8A8, *WEIGHT_ONLY])
-@pytest.mark.parametrize("name", ARCHS)
-def test_everything_runs_portably_and_nothing_is_called_native(name, scheme):
-    device = HOST.device(f"npu:{name}")
-    request = Request(WeightSpec(HOST.schemes[scheme], 64, 256), "linear", device, device.arch.compute)
-    found = {v.kernel: v for v in (kernel.verdict(request) for kernel in HOST.kernels("npu")) if isinstance(v, Accepted)}
-    assert set(found) == {"torch.dequantize", "torch.reference"}
-    assert found["torch.dequantize"].status is (Status.WEIGHT_ONLY if scheme in W8A8 else Status.DEQUANTIZE)
-    assert found["torch.reference"].status is Status.REFERENCE
-    assert all(v.claim.evidence is Evidence.DECLARED for v in found.values())
+@pytest.mark.parametrize(("name", "scheme"), [(name, scheme) for name, table in CHOSEN.items() for scheme in table])
+def test_choices(name, scheme):
+    choice = choose(asked(name, scheme), HOST.kernels("npu"))
+    assert f"{choice.status} {choice.kernel}" == CHOSEN[name][scheme]
+    own = choice.kernel.startswith("npu.")
+    assert choice.claim.evidence is (Evidence.SIMULATED if own and name in ("ascend910b", "ascend950") else Evidence.DECLARED)
+    assert choice.status is Status.NATIVE or choice.reasons
+
+
+def test_the_310p_has_no_scales_of_tokens():
+    assert "no npu_dynamic_quant" in why_not("npu.quant_matmul", asked("ascend310p", "int8"))
+    assert "no bfloat16" in why_not("npu.weight_quant_int8", asked("ascend310p", "int8", dtype=torch.bfloat16))
+
+
+def test_a2_has_no_fp8_and_no_mx():
+    assert "no e4m3fn matrix instruction" in why_not("npu.quant_matmul_fp8", asked("ascend910b", "fp8"))
+    assert "no mxfp4 matrix instruction" in why_not("npu.dual_level_quant_matmul", asked("ascend910b", "mxfp4_dualscale"))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "scheme", "n", "k", "said"),
+    [
+        ("npu.quant_matmul", "int8", 64, 65536, "K up to 65535"),
+        ("npu.weight_quant_int4", "int4_weight_only", 65544, 256, "N up to 65535"),
+        ("npu.weight_quant_int4", "int4_weight_only", 33, 256, "33 is no multiple of 8"),
+        ("npu.weight_quant_int4", "int4_weight_only", 64, 128, "up to K - 1, not of 128"),
+        ("npu.quant_matmul_mxfp4", "mxfp4", 64, 201, "201 is odd"),
+    ],
+)
+def test_limits(kernel, scheme, n, k, said):
+    assert said in why_not(kernel, asked("ascend950", scheme, n, k))
+
+
+def test_many_output_channels_are_several_products():
+    assert isinstance(HOST.kernels("npu")[0].verdict(asked("ascend910b", "int8", 151936, 1024)), Accepted)
+    assert parts(65408) == [slice(0, 65408)]
+    assert parts(151936) == [slice(0, 65408), slice(65408, 130816), slice(130816, 151936)]
+
+
+@pytest.mark.parametrize("groups", [1, 2, 7])
+def test_scales_in_pairs(groups):
+    scale = torch.arange(5 * groups, dtype=torch.uint8).view(5, groups)
+    pairs = even(scale)
+    assert pairs.shape == (5, -(-groups // 2), 2)
+    assert torch.equal(uneven(pairs, groups), scale)

@@ -17,6 +17,17 @@ from torch.utils._pytree import tree_map
 
 _OURS = ("empty", "new_empty", "set_", "resize", "record_stream", "is_pinned", "_pin_memory", "is_set_to", "_reshape_alias", "npu_")
 
+# torch_npu's own autograd of these leads to CANN at once; here they have no gradients.
+CUSTOM = (
+    "scaled_dot_product_attention",
+    "softmax.int",
+    "argsort",
+    "argsort.stable",
+    "one_hot",
+    "repeat_interleave.self_int",
+    "repeat_interleave.self_Tensor",
+)
+
 
 def _views(schema: Any) -> bool:
     return any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
@@ -78,5 +89,7 @@ def install(library: torch.library.Library) -> None:
             operator = getattr(packet, overload or "default", None)
             if operator is not None and not _views(operator._schema):
                 library.impl(full, special.get(name) or partial(_run, operator), "PrivateUse1")
-        attention = torch.ops.aten.scaled_dot_product_attention.default  # torch_npu's own autograd leads to CANN: without gradients
-        library.impl("scaled_dot_product_attention", partial(_run, attention), "AutogradPrivateUse1")
+        for name in CUSTOM:
+            base, _, overload = name.partition(".")
+            operator = getattr(getattr(torch.ops.aten, base), overload or "default")
+            library.impl(name, partial(_run, operator), "AutogradPrivateUse1")
