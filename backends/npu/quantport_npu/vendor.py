@@ -16,7 +16,7 @@ LIMIT = 65535  # of the last dimensions of both operands, and of K and N of weig
 PLUGIN = "Ascend/op-plugin docs/zh/custom_APIs/torch_npu"
 NN = "hicann/ops-nn at e5c3fa932"
 WHEEL = "torch_npu 2.13.0"  # the wheel that the simulated driver runs
-SIMULATED = ("ascend910b", "ascend950")
+SIMULATED = ("ascend310p", "ascend910b", "ascend910c", "ascend950")
 TEST = "tests/backends/npu/simulated"
 
 

@@ -82,7 +82,7 @@ def test_choices(name, scheme):
     choice = choose(asked(name, scheme), HOST.kernels("npu"))
     assert f"{choice.status} {choice.kernel}" == CHOSEN[name][scheme]
     own = choice.kernel.startswith("npu.")
-    assert choice.claim.evidence is (Evidence.SIMULATED if own and name in ("ascend910b", "ascend950") else Evidence.DECLARED)
+    assert choice.claim.evidence is (Evidence.SIMULATED if own else Evidence.DECLARED)
     assert choice.status is Status.NATIVE or choice.reasons
 
 

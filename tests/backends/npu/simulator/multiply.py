@@ -151,7 +151,7 @@ def npu_dual_level_quant_matmul(
     return _out(y + _bias(name, bias, n, (torch.float32,)), OUTPUTS[output_dtype])
 
 
-@operator(A2, A3, A5)
+@operator(I310, A2, A3, A5)
 def npu_weight_quant_batchmatmul(
     x: Tensor, weight: Tensor, antiquant_scale: Tensor, antiquant_offset: Tensor | None = None, quant_scale: Tensor | None = None,
     quant_offset: Tensor | None = None, bias: Tensor | None = None, antiquant_group_size: int = 0, inner_precise: int = 0,
@@ -162,6 +162,8 @@ def npu_weight_quant_batchmatmul(
     check(quant_scale is quant_offset is antiquant_offset is None and not inner_precise, name, "not simulated")
     check(layout(weight) == ND, name, "weights of format FRACTAL_NZ run in graph mode only")
     check(weight.dtype in (torch.int8, torch.int32) and weight_dtype is None, name, f"weights of {weight.dtype}")
+    old = x.dtype is torch.float16 and weight.dtype is torch.int8
+    check(old or family() != I310, name, "the 310P takes fp16 activations and int8 weights")
     check(antiquant_scale.dtype is x.dtype, name, f"scales of the dtype of x, not {antiquant_scale.dtype}")
     if weight.dtype is torch.int32:
         check(weight.is_contiguous(), name, "int4 weights [K, N / 8] are simulated")
