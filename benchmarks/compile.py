@@ -30,6 +30,7 @@ from quantport.kernel import WeightSpec
 from quantport.scheme import Scheme
 from quantport_triton.evidence import machine_code
 from quantport_triton.launch import traced
+from quantport_triton.quantize import quantize
 from quantport_triton.weights import quantize_weight
 
 FILE = Path(__file__).parents[1] / "backends/triton/quantport_triton/evidence/cuda.json"
@@ -47,14 +48,21 @@ def launches(kernel: Any, scheme: Scheme, arch: Arch) -> list[Any]:
             packed = kernel.pack(stored, spec)
             for m in ROWS:
                 kernel.run(torch.empty(m, k, dtype=arch.compute, device="cuda"), packed, None, spec)
+        bias = torch.empty(n, dtype=arch.compute, device="cuda")
+        for m in ROWS[:2]:
+            kernel.run(torch.empty(m, k, dtype=arch.compute, device="cuda"), packed, bias, spec)
     return list(dict.fromkeys(found))
 
 
 def quantizing(scheme: Scheme, arch: Arch) -> list[Any]:
-    """What quantizing a weight to a scheme launches."""
+    """What quantizing a weight to a scheme launches, and activations in the layouts that the vendor's libraries want."""
     with FakeTensorMode(), traced(arch.name) as found:
         for n, k in SHAPES:
             quantize_weight(torch.empty(n, k, dtype=torch.bfloat16, device="cuda"), scheme)
+            for m in ROWS if scheme.activation else ():
+                x = torch.empty(m, k, dtype=arch.compute, device="cuda")
+                quantize(x, scheme.activation, swizzle=scheme.activation.scale in ("e8m0", "e4m3fn"))
+                quantize(x, scheme.activation, transposed=scheme.activation.cols == 128)
     return list(dict.fromkeys(found))
 
 
@@ -92,8 +100,10 @@ def of_target(name: str, filed: Mapping[str, Any], compile_all: bool, only_trace
     host = Host(only=["cuda"])
     arch = host.backends["cuda"].archs[name]
     kernels = [k for k in host.kernels("cuda") if hasattr(k, "family")]
-    work = {(k.family, s.name): (launches(k, s, arch), k.matrix) for k in kernels for s in host.schemes.values() if k.serves(s)}
-    work |= {("quantize", s.name): (found, ()) for s in host.schemes.values() if (found := quantizing(s, arch))}
+    known = host.schemes.values()
+    schemes = [*known, *(s.option("double") for s in known if "double" in s.options)]  # other options change no code
+    work = {(k.family, s.name): (launches(k, s, arch), k.matrix) for k in kernels for s in schemes if k.serves(s)}
+    work |= {("quantize", s.name): (found, ()) for s in schemes if (found := quantizing(s, arch))}
     out: dict[str, Entries] = {}
     for (family, scheme), (found, matrix) in work.items():
         if only not in (None, family):

@@ -41,12 +41,12 @@ def candidates(way: Way) -> list[Way]:
 
 
 @contextmanager
-def using(way: Way) -> Iterator[None]:
-    """Inside, every family takes this way, whatever the rows."""
+def using(family: str, way: Way) -> Iterator[None]:
+    """Inside, a family takes this way, whatever the rows."""
     from quantport_triton import tuned
 
     original = tuned.ways
-    tuned.ways = lambda *_: ({**way, "rows": None},)  # type: ignore[assignment]  # restored below
+    tuned.ways = lambda target, name: ({**way, "rows": None},) if name == family else original(target, name)  # type: ignore[assignment]  # restored below
     tuned.way.cache_clear()
     try:
         yield
@@ -101,14 +101,14 @@ def better(place: Place, kernel: Any, way: Way, m: int) -> tuple[Way, str]:
     if not trial.packed:
         return way, "no scheme to try it with"
     best, tried = way, 0
-    with using(way):
+    with using(kernel.family, way):
         want, start = trial.outputs(), trial.seconds()
     fastest = start
     for candidate in candidates(way)[1 : 3 if place.smoke else None]:
         if place.over():
             break
         try:
-            with using(candidate):
+            with using(kernel.family, candidate):
                 if not trial.wrong(want) and (seconds := trial.seconds()) < 0.97 * fastest:
                     best, fastest = candidate, seconds
             tried += 1

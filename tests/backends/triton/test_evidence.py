@@ -16,12 +16,14 @@ from quantport.backend import Evidence, Request, WeightSpec
 from quantport.host import Host
 from quantport_cuda.capabilities import ARCHS
 from quantport_triton import evidence
+from quantport_triton.kernels import base
 from quantport_triton.kernels.weight_only import TritonWeightOnly
 
 ROOT = Path(__file__).parents[3]
 HOST = Host(only=["cuda"])
 TARGETS = evidence.read("cuda")["targets"]
 FAMILIES = {kernel.family for kernel in HOST.kernels("cuda") if hasattr(kernel, "family")}
+SCHEMES = [*HOST.schemes.values(), HOST.schemes["nf4:double"], HOST.schemes["fp4:double"]]
 OUTCOMES = {"native", "up-cast", "no matrix instruction", "refused"}
 # The compiler's own words change with its version: with another one the file is not stale, it is about something else.
 pinned = pytest.mark.skipif(
@@ -84,7 +86,7 @@ def test_nothing_that_is_chosen_spills_or_lacks_its_matrix_instruction():
 def test_a_claim_is_no_stronger_than_its_evidence(target):
     device = HOST.device(f"cuda:{target}")
     for kernel in (k for k in HOST.kernels("cuda") if hasattr(k, "family")):
-        for scheme in (s for s in HOST.schemes.values() if kernel.serves(s)):
+        for scheme in (s for s in SCHEMES if kernel.serves(s)):
             entry = TARGETS[target][kernel.family][scheme.name]
             request = Request(WeightSpec(scheme, 4096, 4096), "linear", device, device.arch.compute)
             refused = any(entry.get("because", "\n") in reason for reason in kernel.reasons_against(request))
@@ -115,3 +117,15 @@ def test_a_stale_file_is_found(tmp_path):
     assert code == 1
     assert "/sm_90/weight_only/nf4" in told
     assert "/sm_90/weight_only/gone" in told
+
+
+@pytest.mark.parametrize(
+    ("scheme", "target", "fits"), [("mxfp8", "sm_120", False), ("int8", "sm_103", False), ("int8", "sm_90", True)]
+)
+def test_an_older_triton_is_refused_where_it_does_not_compile(scheme, target, fits, monkeypatch):
+    monkeypatch.setattr(base, "version", lambda: (3, 5))
+    here = replace(HOST.device(f"cuda:{target}"), simulated=False)
+    request = Request(WeightSpec(HOST.schemes[scheme], 64, 64), "linear", here, torch.bfloat16)
+    (kernel,) = (k for k in HOST.kernels("cuda") if getattr(k, "family", "") == {"mxfp8": "mx"}.get(scheme, scheme))
+    told = [reason for reason in kernel.reasons_against(request) if "Triton 3.5 does not compile it" in reason]
+    assert bool(told) is not fits

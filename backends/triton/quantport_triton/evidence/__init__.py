@@ -27,9 +27,10 @@ def read(kind: str) -> Mapping[str, Any]:
 
 
 def found(kind: str, arch: str, family: str, scheme: str) -> Mapping[str, Any] | None:
-    """The entry for an architecture, or None where nobody compiled it. Options of a scheme (``nf4:double``) count as the scheme."""
+    """The entry for an architecture, or None where nobody compiled it. Of a scheme's options, ``double`` alone changes the code."""
     families: Mapping[str, Mapping[str, Any]] = read(kind)["targets"].get(arch, {}).get(family, {})
-    return families.get(scheme) or families.get(scheme.partition(":")[0])
+    name, *options = scheme.split(":")
+    return families.get(f"{name}:double" if "double" in options else name)
 
 
 def refusals(kind: str, arch: str, family: str, scheme: str) -> tuple[str, ...]:

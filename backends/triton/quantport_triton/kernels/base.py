@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from quantport.backend import Claim, Kernel, Request
-from quantport_triton import available, evidence
+from quantport_triton import available, evidence, version
 
 
 class TritonKernel(Kernel):
@@ -15,10 +15,12 @@ class TritonKernel(Kernel):
 
     Attributes:
         family: What it is called within every room, in the evidence and in the tuned configurations.
+        oldest: Architecture -> the first Triton that compiles for it, where that is not 3.4.
         matrix: How the matrix instructions in machine code begin that are native for it.
     """
 
     family: str
+    oldest: Mapping[str, tuple[int, int]] = {"sm_103": (3, 6)}  # before, its assembler rejects the architecture
     matrix: tuple[str, ...] = ("HMMA", "HGMMA", "UTCHMMA")  # 16-bit operands
 
     def __init__(self, room: str) -> None:
@@ -28,6 +30,11 @@ class TritonKernel(Kernel):
         """Why Triton is not here, or does not compile the kernel for this architecture."""
         reasons = [reason] if (reason := available()) and not request.device.simulated else []
         scheme, arch = request.weight.scheme.name, request.device.arch
+        oldest = self.oldest.get(arch.name, (3, 4))
+        if not reasons and not request.device.simulated and version() < oldest:
+            reasons.append(
+                f"Triton {version()[0]}.{version()[1]} does not compile it for {arch.name}: {oldest[0]}.{oldest[1]} does"
+            )
         if request.dtype not in (torch.bfloat16, torch.float16):
             reasons.append(f"{self.name} takes activations of 16 bits, not {request.dtype}")
         elif request.dtype is torch.bfloat16 and "bf16" not in arch.native:
