@@ -103,6 +103,7 @@ def of_target(name: str, filed: Mapping[str, Any], compile_all: bool, only_trace
     known = host.schemes.values()
     schemes = [*known, *(s.option("double") for s in known if "double" in s.options)]  # other options change no code
     work = {(k.family, s.name): (launches(k, s, arch), k.matrix) for k in kernels for s in schemes if k.serves(s)}
+    schemes += [s.option("mse") for s in known if "mse" in s.options]
     work |= {("quantize", s.name): (found, ()) for s in schemes if (found := quantizing(s, arch))}
     out: dict[str, Entries] = {}
     for (family, scheme), (found, matrix) in work.items():

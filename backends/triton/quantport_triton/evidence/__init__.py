@@ -27,10 +27,13 @@ def read(kind: str) -> Mapping[str, Any]:
 
 
 def found(kind: str, arch: str, family: str, scheme: str) -> Mapping[str, Any] | None:
-    """The entry for an architecture, or None where nobody compiled it. Of a scheme's options, ``double`` alone changes the code."""
+    """The entry for an architecture, or None where nobody compiled it. Options of a scheme that change no code are left out:
+    all but ``double``, and ``mse`` where weights are quantized."""
     families: Mapping[str, Mapping[str, Any]] = read(kind)["targets"].get(arch, {}).get(family, {})
     name, *options = scheme.split(":")
-    return families.get(f"{name}:double" if "double" in options else name)
+    double = ["double"] if "double" in options else []
+    search = ["mse"] if "mse" in options and family == "quantize" else []
+    return families.get(":".join((name, *search, *double)))
 
 
 def refusals(kind: str, arch: str, family: str, scheme: str) -> tuple[str, ...]:
