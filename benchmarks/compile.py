@@ -36,6 +36,7 @@ from quantport_triton.weights import quantize_weight
 FILE = Path(__file__).parents[1] / "backends/triton/quantport_triton/evidence/cuda.json"
 SHAPES = ((4096, 4096), (28672, 4096))  # of Llama-3.1-8B: out, in
 ROWS = (1, 16, 64, 512, 4096)
+WITHOUT = ("sm_70", "sm_75")  # Triton has no matrix instruction for them: what it makes of ``tl.dot`` takes minutes to assemble
 Entries = dict[str, dict[str, Any]]
 
 
@@ -95,6 +96,11 @@ def entry(found: Sequence[Any], matrix: tuple[str, ...], arch: str) -> dict[str,
     }
 
 
+def native(scheme: Scheme, arch: Arch) -> bool:
+    """Whether the matrix unit multiplies the activations of a scheme."""
+    return scheme.activation is not None and scheme.activation.unit in arch.native
+
+
 def of_target(name: str, filed: Mapping[str, Any], compile_all: bool, only_trace: bool, only: str | None) -> dict[str, Entries]:
     """Family -> scheme -> entry for one architecture; of an entry that is only traced, nothing but its fingerprint."""
     host = Host(only=["cuda"])
@@ -103,6 +109,7 @@ def of_target(name: str, filed: Mapping[str, Any], compile_all: bool, only_trace
     known = host.schemes.values()
     schemes = [*known, *(s.option("double") for s in known if "double" in s.options)]  # other options change no code
     work = {(k.family, s.name): (launches(k, s, arch), k.matrix) for k in kernels for s in schemes if k.serves(s)}
+    beyond = {(k.family, s.name) for k in kernels for s in schemes if k.quantizes_activations and not native(s, arch)}
     schemes += [s.option("mse") for s in known if "mse" in s.options]
     work |= {("quantize", s.name): (found, ()) for s in schemes if (found := quantizing(s, arch))}
     out: dict[str, Entries] = {}
@@ -111,7 +118,9 @@ def of_target(name: str, filed: Mapping[str, Any], compile_all: bool, only_trace
             continue
         old = filed.get(family, {}).get(scheme)
         new = {"fingerprint": machine_code.fingerprint(found)}
-        if old is not None and old.get("fingerprint") == new["fingerprint"] and not compile_all:
+        if name in WITHOUT and (family, scheme) in beyond:
+            new |= {"outcome": "not compiled", "instruction": "", "launches": {}}
+        elif old is not None and old.get("fingerprint") == new["fingerprint"] and not compile_all:
             new = old
         elif compile_all or not only_trace:
             new = entry(found, matrix, name)

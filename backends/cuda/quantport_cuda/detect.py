@@ -105,8 +105,9 @@ class CudaBackend(Backend):
         return kernels()
 
     def quantize_weight(self, weight: Tensor, scheme: Scheme) -> Canonical | None:
-        """In one read of the weight, by Triton; None where that is missing, or has no kernel for the scheme or the architecture."""
-        if available() or evidence.refusals(self.kind, target_of(weight.device), "quantize", scheme.name):
+        """In one read of the weight, by Triton; None where that is missing, or has no kernel for the scheme or the architecture, and
+        for weights elsewhere."""
+        if weight.device.type != self.torch_type or available() or evidence.refusals(self.kind, target_of(weight.device), "quantize", scheme.name):
             return None
         return quantize_weight(weight, scheme)
 

@@ -15,6 +15,12 @@ from quantport_cuda.detect import CudaBackend
 from quantport_triton.launch import traced
 
 
+class Here(CudaBackend):
+    """The room, whose GPU is Triton's interpreter."""
+
+    torch_type = "cpu"
+
+
 @pytest.fixture(autouse=True)
 def _quiet():
     with np.errstate(all="ignore"):
@@ -23,7 +29,7 @@ def _quiet():
 
 @pytest.mark.parametrize("scheme", ["fp8_per_block", "int4_weight_only", "mxfp8", "nvfp4", "nf4"])
 def test_the_bytes_of_the_reference(scheme):
-    weight, quantize = cases.plain(32, 256), CudaBackend().quantize_weight
+    weight, quantize = cases.plain(32, 256), Here().quantize_weight
     assert quantize(weight, BUILTIN[scheme]) is not None
     fast, slow = numerics.quantize_weight(weight, BUILTIN[scheme], fast=quantize), numerics.quantize_weight(weight, BUILTIN[scheme])
     assert list(fast) == list(slow)
@@ -32,16 +38,16 @@ def test_the_bytes_of_the_reference(scheme):
 
 def test_it_declines_what_has_no_kernel(monkeypatch):
     weight = cases.plain(32, 256)
-    assert CudaBackend().quantize_weight(weight, BUILTIN["q4_k"]) is None
+    assert Here().quantize_weight(weight, BUILTIN["q4_k"]) is None
     monkeypatch.setattr(
         detect.evidence, "refusals", lambda *asked: (str(asked),) if asked[:3] == ("cuda", "cpu", "quantize") else ()
     )
-    assert CudaBackend().quantize_weight(weight, BUILTIN["int8"]) is None
+    assert Here().quantize_weight(weight, BUILTIN["int8"]) is None
 
 
 def test_it_declines_without_triton(monkeypatch):
     monkeypatch.setattr(detect, "available", lambda: "the package triton is not installed")
-    assert CudaBackend().quantize_weight(cases.plain(32, 256), BUILTIN["int8"]) is None
+    assert Here().quantize_weight(cases.plain(32, 256), BUILTIN["int8"]) is None
 
 
 def test_it_launches_on_the_gpu():

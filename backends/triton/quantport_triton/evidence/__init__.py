@@ -5,7 +5,8 @@ For a family of kernels, a scheme and an architecture the outcome is one of
 * ``native``: machine code was made, and every matrix multiplication in it is the matrix instruction that the kernel is for;
 * ``up-cast``: its matrix instruction is for a wider type than the operands;
 * ``no matrix instruction``: it multiplies on the ordinary units;
-* ``refused``: the compiler, or the shared memory of the architecture, refuses it; ``because`` says why.
+* ``refused``: the compiler, or the shared memory of the architecture, refuses it; ``because`` says why;
+* ``not compiled``: the matrix unit lacks the format, for which the kernel refuses the architecture anyway.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def found(kind: str, arch: str, family: str, scheme: str) -> Mapping[str, Any] |
 def refusals(kind: str, arch: str, family: str, scheme: str) -> tuple[str, ...]:
     """Why a kernel cannot run there, or would gain nothing: empty where it compiled as it should, or was never compiled."""
     entry = found(kind, arch, family, scheme)
-    if entry is None or entry["outcome"] == "native":
+    if entry is None or entry["outcome"] in ("native", "not compiled"):
         return ()
     version = read(kind)["triton"]
     if entry["outcome"] == "refused":
