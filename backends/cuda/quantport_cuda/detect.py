@@ -105,9 +105,10 @@ class CudaBackend(Backend):
         return kernels()
 
     def quantize_weight(self, weight: Tensor, scheme: Scheme) -> Canonical | None:
-        """In one read of the weight, by Triton; None where that is missing, or has no kernel for the scheme or the architecture, and
-        for weights elsewhere."""
-        if weight.device.type != self.torch_type or available() or evidence.refusals(self.kind, target_of(weight.device), "quantize", scheme.name):
+        """In one read of the weight, by Triton; None where that is missing, or has no kernel for it there, and for weights elsewhere."""
+        if weight.device.type != self.torch_type or available():
+            return None
+        if evidence.refusals(self.kind, target_of(weight.device), "quantize", scheme.name):
             return None
         return quantize_weight(weight, scheme)
 
