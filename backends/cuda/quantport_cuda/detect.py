@@ -105,7 +105,7 @@ class CudaBackend(Backend):
         return kernels()
 
     def quantize_weight(self, weight: Tensor, scheme: Scheme) -> Canonical | None:
-        """In one read of the weight, by Triton; None where that is missing, or has no kernel for it there, and for weights elsewhere."""
+        """In one read of the weight, by Triton; None where that is missing or has no kernel for it, and for weights elsewhere."""
         if weight.device.type != self.torch_type or available():
             return None
         if evidence.refusals(self.kind, target_of(weight.device), "quantize", scheme.name):

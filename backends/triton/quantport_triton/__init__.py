@@ -10,6 +10,7 @@ from importlib import metadata
 from importlib.util import find_spec
 
 OLDEST = (3, 4)
+FIRST = {"sm_103": (3, 6)}  # the first that compiles anything for an architecture, where that is not the oldest
 
 
 @cache
@@ -32,3 +33,9 @@ def version() -> tuple[int, int]:
             continue
         return int(major), int(minor)
     return 99, 0
+
+
+@cache
+def compiles_for(target: str) -> bool:
+    """Whether the Triton that is installed compiles for an architecture at all."""
+    return version() >= FIRST.get(target, OLDEST)

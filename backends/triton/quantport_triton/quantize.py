@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from quantport.backend import Quant, numerics
+from quantport_triton import compiles_for
 from quantport_triton.launch import Config, launch, target_of
 from quantport_triton.tuned import way
 
@@ -44,7 +45,7 @@ def quantize(x: Tensor, quant: Quant, swizzle: bool = False, transposed: bool = 
             ``[ceil(m / 128) * 128, ceil(blocks / 4) * 4]``.
         transposed: Scales in memory by columns: ``[m, blocks]`` with strides ``(1, m)``, as ``_scaled_mm`` wants those of 1x128.
     """
-    if not serves(quant) or not x.numel():
+    if not serves(quant) or not x.numel() or not compiles_for(target_of(x.device)):
         return _reference(x, quant, swizzle, transposed)
     x = x if x.stride(1) == 1 else x.contiguous()
     out = _empty(x, quant, swizzle, transposed)

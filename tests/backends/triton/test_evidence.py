@@ -127,6 +127,8 @@ def test_an_older_triton_is_refused_where_it_does_not_compile(scheme, target, fi
     monkeypatch.setattr(base, "version", lambda: (3, 5))
     here = replace(HOST.device(f"cuda:{target}"), simulated=False)
     request = Request(WeightSpec(HOST.schemes[scheme], 64, 64), "linear", here, torch.bfloat16)
-    (kernel,) = (k for k in HOST.kernels("cuda") if getattr(k, "family", "") == {"mxfp8": "mx"}.get(scheme, scheme))
+    (kernel,) = (
+        k for k in HOST.kernels("cuda") if getattr(k, "family", "") == {"mxfp8": "mx", "fp8_per_channel": "fp8"}.get(scheme, scheme)
+    )
     told = [reason for reason in kernel.reasons_against(request) if "Triton 3.5 does not compile it" in reason]
     assert bool(told) is not fits

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from quantport.backend import Claim, Kernel, Request
-from quantport_triton import available, evidence, version
+from quantport_triton import FIRST, OLDEST, available, evidence, version
 
 
 class TritonKernel(Kernel):
@@ -15,12 +15,12 @@ class TritonKernel(Kernel):
 
     Attributes:
         family: What it is called within every room, in the evidence and in the tuned configurations.
-        oldest: Architecture -> the first Triton that compiles for it, where that is not 3.4.
+        oldest: Architecture -> the first Triton that makes its matrix instruction of the kernel, where that is not the oldest.
         matrix: How the matrix instructions in machine code begin that are native for it.
     """
 
     family: str
-    oldest: Mapping[str, tuple[int, int]] = {"sm_103": (3, 6)}  # before, its assembler rejects the architecture
+    oldest: Mapping[str, tuple[int, int]] = FIRST
     matrix: tuple[str, ...] = ("HMMA", "HGMMA", "UTCHMMA")  # 16-bit operands
 
     def __init__(self, room: str) -> None:
@@ -30,7 +30,7 @@ class TritonKernel(Kernel):
         """Why Triton is not here, or does not compile the kernel for this architecture."""
         reasons = [reason] if (reason := available()) and not request.device.simulated else []
         scheme, arch = request.weight.scheme.name, request.device.arch
-        oldest = self.oldest.get(arch.name, (3, 4))
+        oldest = self.oldest.get(arch.name, OLDEST)
         if not reasons and not request.device.simulated and version() < oldest:
             reasons.append(
                 f"Triton {version()[0]}.{version()[1]} does not compile it for {arch.name}: {oldest[0]}.{oldest[1]} does"

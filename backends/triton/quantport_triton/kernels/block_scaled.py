@@ -30,7 +30,7 @@ class TritonBlockScaled(TritonKernel):
         pairs: What weight and activations may be; the rule or search that their scales come from does not matter.
     """
 
-    oldest = dict.fromkeys(("sm_103", "sm_120"), (3, 6))  # before, sm_120 multiplies bf16 instead
+    oldest = dict.fromkeys(("sm_103", "sm_120", "sm_121"), (3, 6))  # before, the last two multiply bf16 instead
     matrix = ("QMMA.SF", "OMMA.SF", "UTCQMMA", "UTCOMMA")  # those that apply scales of blocks
     tolerance = 2.0**-7
     quantizes_activations = True
