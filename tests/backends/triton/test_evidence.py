@@ -12,17 +12,21 @@ from pathlib import Path
 import pytest
 import torch
 
+import quantport_triton
 from quantport.backend import Evidence, Request, WeightSpec
 from quantport.host import Host
 from quantport_cuda.capabilities import ARCHS
 from quantport_triton import evidence
+from quantport_triton import quantize as launching
 from quantport_triton.kernels import base
 from quantport_triton.kernels.weight_only import TritonWeightOnly
+from quantport_triton.launch import traced
+from quantport_triton.quantize import quantize
+from quantport_triton.weights import quantize_weight
 
 ROOT = Path(__file__).parents[3]
 HOST = Host(only=["cuda"])
 TARGETS = evidence.read("cuda")["targets"]
-FAMILIES = {kernel.family for kernel in HOST.kernels("cuda") if hasattr(kernel, "family")}
 SCHEMES = [*HOST.schemes.values(), HOST.schemes["nf4:double"], HOST.schemes["fp4:double"]]
 OUTCOMES = {"native", "up-cast", "no matrix instruction", "refused", "not compiled"}
 # The compiler's own words change with its version: with another one the file is not stale, it is about something else.
@@ -120,15 +124,27 @@ def test_a_stale_file_is_found(tmp_path):
     assert "/sm_90/weight_only/gone" in told
 
 
+def test_an_older_triton_quantizes_nothing_where_it_does_not_compile(monkeypatch):
+    weight = torch.ones(4, 64)
+    with traced("sm_103"):
+        assert quantize_weight(weight, HOST.schemes["int8"]) is not None
+        monkeypatch.setattr(quantport_triton, "version", lambda: (3, 5))
+        quantport_triton.compiles_for.cache_clear()
+        assert quantize_weight(weight, HOST.schemes["int8"]) is None
+        monkeypatch.setattr(launching, "launch", None)
+        assert quantize(weight, HOST.schemes["int8"].activation).codes.dtype is torch.int8
+    quantport_triton.compiles_for.cache_clear()
+
+
 @pytest.mark.parametrize(
-    ("scheme", "target", "fits"), [("mxfp8", "sm_120", False), ("int8", "sm_103", False), ("int8", "sm_90", True)]
+    ("scheme", "target", "fits"),
+    [("mxfp8", "sm_121", False), ("int8", "sm_103", False), ("int8", "sm_90", True), ("fp8_per_channel", "sm_120", True)],
 )
 def test_an_older_triton_is_refused_where_it_does_not_compile(scheme, target, fits, monkeypatch):
     monkeypatch.setattr(base, "version", lambda: (3, 5))
     here = replace(HOST.device(f"cuda:{target}"), simulated=False)
     request = Request(WeightSpec(HOST.schemes[scheme], 64, 64), "linear", here, torch.bfloat16)
-    (kernel,) = (
-        k for k in HOST.kernels("cuda") if getattr(k, "family", "") == {"mxfp8": "mx", "fp8_per_channel": "fp8"}.get(scheme, scheme)
-    )
+    family = {"mxfp8": "mx", "fp8_per_channel": "fp8"}.get(scheme, scheme)
+    (kernel,) = (k for k in HOST.kernels("cuda") if getattr(k, "family", "") == family)
     told = [reason for reason in kernel.reasons_against(request) if "Triton 3.5 does not compile it" in reason]
     assert bool(told) is not fits
