@@ -108,7 +108,7 @@ def replayed(place: Place, scheme: str) -> dict[str, Any]:
     if graph is None:
         return {"state": "a step cannot be captured"}
     other(token, at)
-    for i in range(1, 8):
+    for i in range(1, 9):
         token.fill_(7 * i)
         at.fill_(i)
         graph.replay()

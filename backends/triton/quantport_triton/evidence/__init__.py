@@ -48,14 +48,15 @@ def refusals(kind: str, arch: str, family: str, scheme: str) -> tuple[str, ...]:
     return (f"for {arch}, Triton {version} makes {entry['instruction'] or 'ordinary multiplications'} of it: {entry['outcome']}",)
 
 
-def claim(kind: str, arch: str, family: str, scheme: str) -> Claim:
-    """``compiled`` where the entry is ``native`` and names its matrix instruction; else the kernel met the reference in Triton's
-    interpreter, and no more."""
+def claim(kind: str, arch: str, family: str, scheme: str, kernel: str) -> Claim:
+    """``compiled`` where the entry is ``native`` and its launches of this ``kernel`` hold the matrix instruction; else it has met the
+    reference in Triton's interpreter, and no more."""
     entry = found(kind, arch, family, scheme)
     tests = "tests/backends/triton, in Triton's interpreter"
     if entry is None or entry["outcome"] != "native":
         return Claim(Evidence.INTERPRETED, f"{tests}; not compiled for {arch}")
+    seen = {made["instruction"] for name, made in entry["launches"].items() if name.startswith(f"{kernel}(")} - {""}
     file = f"{arch}, Triton {read(kind)['triton']}: quantport_triton/evidence/{kind}.json"
-    if not entry["instruction"]:  # it needs none: few rows at a time, or values for the vendor's own matmul
+    if not seen:  # it needs none: one row, or values for the vendor's own matmul
         return Claim(Evidence.INTERPRETED, f"{tests}; machine code without matrix instructions for {file}")
-    return Claim(Evidence.COMPILED, f"{entry['instruction']} in the machine code for {file}")
+    return Claim(Evidence.COMPILED, f"{', '.join(sorted(seen))} in the machine code for {file}")

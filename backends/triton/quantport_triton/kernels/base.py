@@ -8,6 +8,7 @@ import torch
 
 from quantport.backend import Claim, Kernel, Request
 from quantport_triton import FIRST, OLDEST, available, evidence, version
+from quantport_triton.tuned import way
 
 
 class TritonKernel(Kernel):
@@ -42,10 +43,12 @@ class TritonKernel(Kernel):
         return [*reasons, *evidence.refusals(arch.kind, arch.name, self.family, scheme)]
 
     def claim(self, request: Request) -> Claim:
-        """``compiled`` where machine code with the matrix instruction was made for the architecture, else ``interpreted``.
-
-        It is made for the dtype that the architecture computes in.
-        """
+        """``compiled`` where what runs at so many rows has the matrix instruction in its machine code for the architecture, else
+        ``interpreted``. Machine code was made for the dtype that the architecture computes in."""
         arch = request.device.arch
         name = arch.name if request.dtype is arch.compute else f"{arch.name} in {request.dtype}"
-        return evidence.claim(arch.kind, name, self.family, request.weight.scheme.name)
+        return evidence.claim(arch.kind, name, self.family, request.weight.scheme.name, self.way_of(request))
+
+    def way_of(self, request: Request) -> str:
+        """Which of the family's kernels runs at the rows of a request."""
+        return way(request.device.arch.name, self.family, request.rows)[0]

@@ -7,7 +7,7 @@ import sys
 import torch
 from torch import Tensor
 
-from quantport.backend import Canonical, Packed, Scheme, WeightSpec
+from quantport.backend import Canonical, Packed, Request, Scheme, WeightSpec
 from quantport_triton.kernels.base import TritonKernel
 from quantport_triton.kernels.tiling import split_k
 from quantport_triton.kernels.weights import FORMATS, Stored, stored
@@ -29,6 +29,11 @@ class TritonWeightOnly(TritonKernel):
         quant = scheme.weight
         whole_rows = quant.rows <= 1 and not quant.cols
         return quant.format in FORMATS and (whole_rows or (quant.rows > 0 and quant.cols % 8 == 0))
+
+    def slow(self, request: Request) -> str:
+        if self.way_of(request) != "dequantize":
+            return ""
+        return f"at {request.rows} rows it writes and reads a 16-bit copy of the weight at every call"
 
     @property
     def keeps_layout(self) -> bool:
