@@ -49,7 +49,7 @@ def refusals(kind: str, arch: str, family: str, scheme: str) -> tuple[str, ...]:
 
 
 def claim(kind: str, arch: str, family: str, scheme: str, kernel: str) -> Claim:
-    """``compiled`` where the entry is ``native`` and its launches of this ``kernel`` hold the matrix instruction; else it has met the
+    """``compiled`` where the entry is ``native`` and its launches of this ``kernel`` hold the instruction; else it has met the
     reference in Triton's interpreter, and no more."""
     entry = found(kind, arch, family, scheme)
     tests = "tests/backends/triton, in Triton's interpreter"
