@@ -37,5 +37,5 @@ def version() -> tuple[int, int]:
 
 @cache
 def compiles_for(target: str) -> bool:
-    """Whether the Triton that is installed compiles for an architecture at all."""
-    return version() >= FIRST.get(target, OLDEST)
+    """Whether a Triton is installed that compiles for an architecture at all."""
+    return not available() and version() >= FIRST.get(target, OLDEST)

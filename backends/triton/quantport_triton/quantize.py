@@ -123,6 +123,12 @@ def swizzled(scale: Tensor) -> Tensor:
     return tiles.reshape(128 * rows, 4 * groups).view(scale.dtype)
 
 
+def unswizzled(scale: Tensor, rows: int, columns: int) -> Tensor:
+    """The inverse of ``swizzled``: ``[rows, columns]``."""
+    tiles = scale.view(-(-rows // 128), -(-columns // 4), 32, 4, 4).permute(0, 3, 2, 1, 4)
+    return tiles.reshape(-(-rows // 128) * 128, -(-columns // 4) * 4)[:rows, :columns].contiguous()
+
+
 def _empty(x: Tensor, quant: Quant, swizzle: bool, transposed: bool) -> Quantized:
     """The tensors of the result, as the kernels write them."""
     m, k = x.shape

@@ -12,6 +12,7 @@ from quantport.testing import cases
 from quantport.testing.fakes import fake_tensors
 from quantport_cuda import detect
 from quantport_cuda.detect import CudaBackend
+from quantport_triton import weights
 from quantport_triton.launch import traced
 
 
@@ -46,7 +47,7 @@ def test_it_declines_what_has_no_kernel(monkeypatch):
 
 
 def test_it_declines_without_triton(monkeypatch):
-    monkeypatch.setattr(detect, "available", lambda: "the package triton is not installed")
+    monkeypatch.setattr(weights, "compiles_for", lambda target: False)
     assert Here().quantize_weight(cases.plain(32, 256), BUILTIN["int8"]) is None
 
 
