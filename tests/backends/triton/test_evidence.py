@@ -81,6 +81,20 @@ def test_every_kernel_scheme_and_architecture_has_an_entry():
         assert {entry["outcome"] for schemes in families.values() for entry in schemes.values()} <= OUTCOMES
 
 
+def test_every_outcome_follows_from_what_was_seen():
+    """As ``benchmarks/compile.py`` decides, without compiling: an outcome that somebody edits does not stand."""
+    matrix = {kernel.family: kernel.matrix for kernel in HOST.kernels("cuda") if hasattr(kernel, "family")}
+    for target, families in TARGETS.items():
+        for family, schemes in families.items():
+            for scheme, entry in schemes.items():
+                seen = {i for made in entry["launches"].values() for i in made["instruction"].split(", ") if i}
+                assert entry["instruction"] == ", ".join(sorted(seen)), (target, family, scheme)
+                up_cast = any(not i.startswith(matrix.get(family, ())) for i in seen)
+                assert ("because" in entry) is (entry["outcome"] == "refused"), (target, family, scheme)
+                assert not (up_cast and entry["outcome"] == "native"), (target, family, scheme)
+                assert entry["launches"] or entry["outcome"] == "not compiled", (target, family, scheme)
+
+
 def test_nothing_that_is_chosen_spills_or_lacks_its_matrix_instruction():
     for target, families in TARGETS.items():
         for family, schemes in families.items():

@@ -31,9 +31,12 @@ class TritonWeightOnly(TritonKernel):
         return quant.format in FORMATS and (whole_rows or (quant.rows > 0 and quant.cols % 8 == 0))
 
     def slow(self, request: Request) -> str:
-        if self.way_of(request) != "dequantize":
-            return ""
-        return f"at {request.rows} rows it writes and reads a 16-bit copy of the weight at every call"
+        k, bits = request.weight.k, request.weight.scheme.weight.element.bits
+        if bits != 6 and k * bits % 32:
+            return f"codes are read byte by byte: K is {k}, not a multiple of {32 // bits}"
+        if self.way_of(request) == "dequantize":
+            return f"at {request.rows} rows it writes and reads a 16-bit copy of the weight at every call"
+        return ""
 
     @property
     def keeps_layout(self) -> bool:
