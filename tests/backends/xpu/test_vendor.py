@@ -1,0 +1,290 @@
+"""Kernels of ATen and of ``vllm-xpu-kernels``, on the CPU, against operators that read operands as their sources say.
+
+Where ATen has the operator for the CPU too (``_int_mm``, ``_scaled_mm``, ``_weight_int8pack_mm``), that runs. The others are
+written element by element from PyTorch's ``mkldnn/xpu`` (Blas.cpp at 003d1b101f9e, detail/WoQMatmul.cpp at 088e390c9892) and from
+``vllm-xpu-kernels`` (csrc/xpu/onednn), and share no code with the kernels. They are registered with the schemas of the vendors, so
+that torch's dispatcher refuses a wrong keyword, type or number of arguments.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from quantport import numerics
+from quantport.backend import Accepted, Kernel, Request, WeightSpec
+from quantport.catalog import BUILTIN
+from quantport.device import Device
+from quantport.testing import cases
+from quantport.testing.check_runs import compare, make_job
+from quantport_xpu import vendor
+from quantport_xpu.capabilities import ARCHS
+from quantport_xpu.kernels.scaled import XpuFp8Emulated, XpuIntMM, XpuScaledMM
+from quantport_xpu.kernels.vendor import XpuFp8W8A16, XpuInt4W4A16
+from quantport_xpu.kernels.weight_only import XpuInt4Pack, XpuInt8Pack
+
+CPU = torch.device("cpu")
+BMG = Device(ARCHS["bmg"], torch_type="xpu", simulated=True, features=frozenset(vendor.PREFIX + name for name in vendor.SCHEMAS))
+XE3P = replace(BMG, arch=ARCHS["xe3p"])
+
+
+def u4(words: Tensor, k: int) -> Tensor:
+    """Codes ``[n, k]`` of oneDNN's u4 in int32 words ``[n, k / 8]``: K contiguous, the lowest nibble first."""
+    assert words.dtype is torch.int32
+    assert words.is_contiguous()
+    assert words.shape[1] * 8 == k
+    return torch.stack([words >> 4 * i & 15 for i in range(8)], -1).flatten(1)
+
+
+def woq_matmul(x: Tensor, codes: Tensor, group: int, scale: Tensor, zero: Tensor) -> Tensor:
+    """``woq_matmul_int4``: a scale and a zero point for each group of K and each column, ``[k / group, n]``."""
+    assert scale.is_contiguous()
+    assert scale.shape == (x.shape[1] // group, codes.shape[0])
+    weight = (codes - zero.t().repeat_interleave(group, 1)) * scale.t().float().repeat_interleave(group, 1)
+    return (x.float() @ weight.t()).to(x.dtype)
+
+
+def int4pack_mm(x: Tensor, mat2: Tensor, group: int, scale: Tensor, zeros: Tensor) -> Tensor:
+    """``_weight_int4pack_mm_xpu``."""
+    (_, k), n = x.shape, mat2.shape[0]
+    assert x.is_contiguous()
+    assert x.dtype in (torch.bfloat16, torch.float16)
+    assert x.numel(), "oneDNN multiplies no empty matrices"
+    assert group > 1
+    assert group % 32 == k % group == 0
+    assert scale.dtype is x.dtype, "as torchao has it"
+    assert zeros.dtype is torch.int8
+    assert zeros.shape == (k // group, n)
+    assert zeros.is_contiguous()
+    return woq_matmul(x, u4(mat2, k), group, scale, zeros)
+
+
+def int4_gemm_w4a16(a, b, bias, b_scale, b_zp, group_size, g_idx):
+    """``dnnl_matmul_w4a16_int4`` with one zero point, which its tests give as int8 ``[1]``."""
+    k = a.shape[1]
+    assert a.numel()
+    assert g_idx is None
+    assert b.stride(0) == 1, "words lie along K"
+    assert b_scale.dtype is a.dtype
+    assert (b_zp.shape, b_zp.dtype) == ((1,), torch.int8)
+    y = woq_matmul(a, u4(b.t(), k), group_size, b_scale, b_zp.view(1, 1).expand_as(b_scale))
+    return y if bias is None else (y.float() + bias.float()).to(a.dtype)
+
+
+def fp8_gemm_w8a16(a, b, b_scale, bias):
+    """``dnnl_matmul_w8a16_fp8``: scales of blocks where they are 2-D with more than one row, else one, or one for each column."""
+    k, n = b.shape
+    assert a.numel()
+    assert b.dtype is torch.float8_e4m3fn
+    assert b.stride(0) == 1
+    assert b_scale.dtype is torch.float32
+    if b_scale.dim() == 2 and b_scale.shape[0] > 1:
+        assert k % b_scale.shape[0] == n % b_scale.shape[1] == 0
+        group = k // b_scale.shape[0]
+        assert group * b_scale.shape[1] == n, "oneDNN takes the group of K for N too"
+        assert b_scale.is_contiguous()
+        factors = b_scale.repeat_interleave(group, 0).repeat_interleave(group, 1)
+    else:
+        assert b_scale.numel() in (1, n)
+        factors = b_scale.view(1, -1)
+    y = a.float() @ (b.float() * factors)
+    return (y if bias is None else y + bias.float()).to(a.dtype)
+
+
+CPU_INT8 = torch.ops.aten._weight_int8pack_mm
+
+
+def int8pack_mm(x: Tensor, mat2: Tensor, scales: Tensor) -> Tensor:
+    """``_weight_int8pack_mm_xpu``, which reads scales in fp32; the CPU wants them in the dtype of x, and K % 16 == 0."""
+    assert x.stride(1) == 1
+    assert mat2.is_contiguous()
+    assert scales.shape == mat2.shape[:1]
+    assert scales.dtype is torch.float32
+    y = CPU_INT8(x.float(), mat2, torch.ones_like(scales)) if x.shape[1] % 16 == 0 else x.float() @ mat2.float().t()
+    return (y * scales).to(x.dtype)
+
+
+@pytest.fixture(autouse=True)
+def _operators(monkeypatch):
+    """The operators that the CPU lacks, registered for it, with the vendors' schemas."""
+    monkeypatch.setattr(torch.ops.aten, "_weight_int8pack_mm", int8pack_mm)
+    ours = torch.library.Library("aten", "IMPL")
+    ours.impl("_weight_int4pack_mm_with_scales_and_zeros", int4pack_mm, "CPU")
+    library = torch.library.Library("_xpu_C", "DEF")
+    for name, body in (("fp8_gemm_w8a16", fp8_gemm_w8a16), ("int4_gemm_w4a16", int4_gemm_w4a16)):
+        library.define(name + vendor.SCHEMAS[name])
+        library.impl(name, body, "CPU")
+    yield
+    library._destroy()
+    ours._destroy()
+
+
+RUNS: list[tuple[Kernel, str, Device, tuple[tuple[int, int], ...]]] = [
+    (XpuIntMM(), "int8", BMG, ((64, 256), (33, 97), (1, 704), (5, 2))),
+    (XpuScaledMM(), "fp8_per_tensor", XE3P, ((64, 256), (48, 208))),
+    (XpuScaledMM(), "fp8_per_channel", XE3P, ((64, 256), (48, 208))),
+    (XpuFp8Emulated(), "fp8_per_channel", BMG, ((64, 256), (48, 208))),
+    (XpuInt8Pack(), "int8_weight_only", BMG, ((64, 256), (33, 97), (48, 1))),
+    (XpuInt8Pack(), "int8", BMG, ((64, 256),)),
+    (XpuInt4Pack(), "int4_weight_only", BMG, ((64, 256), (7, 128))),
+    (XpuInt4Pack(), "int4_weight_only_g32", BMG, ((64, 256), (33, 96), (1, 32))),
+    (XpuInt4Pack(), "int4_w4a8", BMG, ((64, 256),)),
+    (XpuInt4W4A16(), "int4_weight_only", BMG, ((64, 256), (7, 128))),
+    (XpuInt4W4A16(), "int4_weight_only_g32", BMG, ((33, 96),)),
+    (XpuFp8W8A16(), "fp8_weight_only", BMG, ((64, 256), (33, 97), (1, 704), (256, 1))),
+    (XpuFp8W8A16(), "fp8_per_tensor", BMG, ((64, 256), (33, 97))),
+    (XpuFp8W8A16(), "fp8_per_block", BMG, ((128, 256), (384, 640))),
+]
+IDS = [f"{kernel.name}-{scheme}" for kernel, scheme, *_ in RUNS]
+
+
+@pytest.mark.parametrize(("kernel", "scheme", "device", "shapes"), RUNS, ids=IDS)
+def test_meets_the_reference(kernel, scheme, device, shapes):
+    for n, k in shapes:
+        spec = WeightSpec(BUILTIN[scheme], n, k)
+        assert isinstance(kernel.verdict(Request(spec, "linear", device, torch.bfloat16)), Accepted)
+        jobs = [
+            make_job(spec, cases.plain(n, k), cases.activations(rows, k, torch.bfloat16), bias, kernel.quantizes_activations)
+            for rows, bias in ((1, None), (6, None), (17, cases.bias(n, torch.bfloat16)), (130, None))
+        ]
+        assert compare(kernel, jobs, CPU) == ""
+
+
+@pytest.mark.parametrize(("kernel", "scheme", "device", "shapes"), RUNS, ids=IDS)
+def test_special_weights(kernel, scheme, device, shapes):
+    (n, k), spec = shapes[0], WeightSpec(BUILTIN[scheme], *shapes[0])
+    for name, make in cases.specials(spec.scheme):
+        job = make_job(spec, make(n, k), cases.activations(5, k, torch.bfloat16), None, kernel.quantizes_activations)
+        assert compare(kernel, [job], CPU) == "", name
+
+
+@pytest.mark.parametrize(("kernel", "scheme", "device", "shapes"), RUNS, ids=IDS)
+def test_packing_loses_nothing_and_no_rows_are_no_rows(kernel, scheme, device, shapes):
+    for n, k in shapes:
+        spec = WeightSpec(BUILTIN[scheme], n, k)
+        stored = numerics.quantize_weight(cases.random(n, k), spec.scheme)
+        packed = kernel.pack({name: t.clone() for name, t in stored.items()}, spec)
+        back = kernel.unpack(packed, spec)
+        assert list(back) == list(stored)
+        assert all(cases.same_bits(back[name], stored[name]) for name in stored)
+        assert kernel.run(torch.empty(0, k, dtype=torch.bfloat16), packed, None, spec).shape == (0, n)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "scheme"), [(XpuIntMM(), "int8"), (XpuInt8Pack(), "int8_weight_only"), (XpuFp8W8A16(), "fp8_weight_only")]
+)
+def test_fp16(kernel, scheme):
+    spec = WeightSpec(BUILTIN[scheme], 64, 96)
+    assert isinstance(kernel.verdict(Request(spec, "linear", BMG, torch.float16)), Accepted)
+    x, bias = cases.activations(5, 96, torch.float16), cases.bias(64, torch.float16)
+    assert compare(kernel, [make_job(spec, cases.plain(64, 96), x, bias, kernel.quantizes_activations)], CPU) == ""
+
+
+def test_int4_agrees_with_the_operator_of_the_cpu():
+    """``_weight_int4pack_mm_for_cpu`` computes ``(code - 8) * scale + 0`` from codes that it packs itself: another layout."""
+    spec = WeightSpec(BUILTIN["int4_weight_only_g32"], 64, 256)
+    stored = numerics.quantize_weight(cases.plain(64, 256), spec.scheme)
+    codes = numerics.unpack_int4(stored["weight_packed"], 256).int() + 8
+    scale = stored["weight_scale"].t()
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    x = cases.activations(17, 256, torch.bfloat16)
+    expected = torch.ops.aten._weight_int4pack_mm_for_cpu(
+        x, packed, 32, torch.stack((scale, torch.zeros_like(scale)), -1).contiguous()
+    )
+    for kernel in (XpuInt4Pack(), XpuInt4W4A16()):
+        y = kernel.run(x, kernel.pack(stored, spec), None, spec)
+        assert cases.relative_error(y, expected) < kernel.tolerance
+
+
+def flipped_nibbles(packed):
+    return torch.stack([packed[0] >> 4 & 0x0F0F0F0F | (packed[0] & 0x0F0F0F0F) << 4]).view_as(packed[0]), *packed[1:]
+
+
+INT4 = (XpuInt4Pack(), "int4_weight_only_g32", (64, 256))
+MISTAKES = [
+    ("nibbles in the other order", *INT4, flipped_nibbles),
+    ("zero of 7", *INT4, lambda p: (p[0], p[1], p[2] - 1)),
+    ("zero of 0: signed codes", *INT4, lambda p: (p[0], p[1], p[2] * 0)),
+    ("scales not transposed", *INT4, lambda p: (p[0], p[1].t().contiguous(), p[2])),
+    ("scales in the order of the stored tensor", *INT4, lambda p: (p[0], p[1].t().contiguous().view_as(p[1]), p[2])),
+    ("scales with strides of the stored tensor", *INT4, lambda p: (p[0], p[1].t().contiguous().t(), p[2])),
+    ("scales in fp32", *INT4, lambda p: (p[0], p[1].float(), p[2])),
+    ("zeros in bf16, as CUDA has them", *INT4, lambda p: (p[0], p[1], p[2].bfloat16())),
+    ("zeros of another shape", *INT4, lambda p: (p[0], p[1], p[2][:1])),
+    ("codes in bytes", *INT4, lambda p: (p[0].view(torch.uint8), *p[1:])),
+    ("int8 scales in bf16", XpuInt8Pack(), "int8_weight_only", (64, 256), lambda p: (p[0], p[1].bfloat16())),
+    ("int8 transposed", XpuInt8Pack(), "int8_weight_only", (64, 256), lambda p: (p[0].t(), p[1])),
+    ("one zero for each group", XpuInt4W4A16(), "int4_weight_only", (64, 256), lambda p: (*p[:2], p[2].expand_as(p[1]))),
+    ("words along N", XpuInt4W4A16(), "int4_weight_only", (64, 256), lambda p: (p[0].t().contiguous().t(), *p[1:])),
+    ("fp8 scales of blocks by rows", XpuFp8W8A16(), "fp8_per_block", (384, 640), lambda p: (p[0], p[1].t().contiguous())),
+    ("fp8 scales by strides", XpuFp8W8A16(), "fp8_per_block", (256, 256), lambda p: (p[0], p[1].t().contiguous().t())),
+    ("row scales as a column", XpuScaledMM(), "fp8_per_channel", (64, 256), lambda p: (p[0], p[1].view(-1, 1))),
+    ("int8 codes as bytes", XpuIntMM(), "int8", (64, 256), lambda p: (p[0].view(torch.uint8), p[1])),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kernel", "scheme", "shape", "plant"), [m[1:] for m in MISTAKES], ids=[m[0] for m in MISTAKES])
+def test_a_planted_mistake_is_caught(kernel, scheme, shape, plant, monkeypatch):
+    """In packing: every one either fails the operator, or its result is not the reference's."""
+    spec, pack = WeightSpec(BUILTIN[scheme], *shape), type(kernel).pack
+    x = cases.activations(5, shape[1], torch.bfloat16)
+    job = make_job(spec, cases.plain(*shape), x, None, kernel.quantizes_activations)
+    assert compare(kernel, [job], CPU) == ""
+    planted = plant(pack(kernel, job.canonical, spec))
+    monkeypatch.setattr(type(kernel), "pack", lambda self, canonical, spec: planted)
+    assert caught(kernel, job)
+
+
+def caught(kernel, job):
+    try:
+        return compare(kernel, [job], CPU) != ""
+    except (AssertionError, RuntimeError, ValueError):  # of the operator
+        return True
+
+
+CALLS = {
+    "aten::_int_mm": "(Tensor self, Tensor mat2) -> Tensor",
+    "aten::_scaled_mm": (
+        "(Tensor self, Tensor mat2, Tensor scale_a, Tensor scale_b, Tensor? bias=None, Tensor? scale_result=None, "
+        "ScalarType? out_dtype=None, bool use_fast_accum=False) -> Tensor"
+    ),
+    "aten::_weight_int8pack_mm": "(Tensor self, Tensor mat2, Tensor scales) -> Tensor",
+    "aten::_weight_int4pack_mm_with_scales_and_zeros": (
+        "(Tensor self, Tensor mat2, int qGroupSize, Tensor qScale, Tensor qZeros) -> Tensor"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_torch_has_the_operators_as_they_are_called(name):
+    (schema,) = [s for s in torch._C._jit_get_schemas_for_operator(name) if not s.overload_name]
+    assert vendor.fits(schema, CALLS[name])
+
+
+def test_operators_of_the_vendor_are_found_by_their_signature():
+    assert vendor.features(torch.ops._xpu_C) == BMG.features
+    assert vendor.features(None) == frozenset()
+    expected = vendor.SCHEMAS["fp8_gemm_w8a16"]
+    parse = torch._C.parse_schema
+    assert vendor.fits(parse("f(Tensor A, Tensor B, Tensor? B_scale_, Tensor? bias_, Tensor? out=None) -> Tensor"), expected)
+    for other in (
+        "(Tensor A, Tensor B, bool trans_B, Tensor? B_scale_, Tensor? bias_) -> Tensor",  # that of Intel's archived extension
+        "(Tensor A, Tensor B, Tensor? B_scale_) -> Tensor",
+        "(Tensor A, Tensor B, Tensor? bias_, Tensor? B_scale_) -> Tensor",
+        "(Tensor A, Tensor B, Tensor? B_scale_, Tensor? bias_, Tensor out) -> Tensor",
+        "(Tensor A, Tensor B, Tensor B_scale_, Tensor? bias_) -> Tensor",
+        "(Tensor A, Tensor B, Tensor? B_scale_, Tensor? bias_) -> Tensor[]",
+    ):
+        assert not vendor.fits(parse(f"f{other}"), expected), other
+
+
+def test_a_package_that_does_not_load_is_named():
+    def fails(name):
+        raise ImportError("libsycl.so.9: cannot open shared object file\nand more")
+
+    assert vendor.load(lambda name: None, fails) == ""
+    assert vendor.load(lambda name: object(), lambda name: None) == ""
+    assert vendor.load(lambda name: object(), fails) == "ImportError: libsycl.so.9: cannot open shared object file"
