@@ -13,6 +13,7 @@ PACKAGE = "vllm_xpu_kernels"
 SOURCE = "vllm-project/vllm-xpu-kernels csrc/xpu/torch_bindings.cpp at 00a477e3063f"
 PREFIX = "_xpu_C."  # of the features of a device
 SCHEMAS = {  # what this room calls, as SOURCE has it
+    "fp8_gemm": "(Tensor A, Tensor B, ScalarType? out_dtype, Tensor? A_scale_, Tensor? B_scale_, Tensor? bias_) -> Tensor",
     "fp8_gemm_w8a16": "(Tensor A, Tensor B, Tensor? B_scale_, Tensor? bias_) -> Tensor",
     "int4_gemm_w4a16": ("(Tensor A, Tensor B, Tensor? bias, Tensor B_scale, Tensor B_zp, int group_size, Tensor? g_idx) -> Tensor"),
 }

@@ -174,6 +174,15 @@ def test_operators_of_the_vendor_are_used_where_they_are_found(here, scheme, ker
         assert any("fp8_gemm_w8a16(Tensor A" in r and "of vllm-xpu-kernels, which was not found" in r for r in reasons)
 
 
+@pytest.mark.parametrize("scheme", ["fp8_per_tensor", "fp8_per_channel", "fp8_per_block"])
+def test_fp8_of_the_vendor_is_native_on_xe3p_alone(here, scheme):
+    xe3p = replace(here, arch=ARCHS["xe3p"])
+    found = ask(xe3p, scheme, dtype=torch.float16)
+    assert (found.kernel, found.status, found.precision) == ("xpu.fp8_gemm", Status.NATIVE, "W8A8")
+    assert ask(xe3p, scheme).kernel == ("xpu.fp8_gemm" if scheme == "fp8_per_block" else "xpu._scaled_mm")
+    assert "bmg (Intel Arc B, Arc Pro B) has no e4m3fn matrix instruction" in refusal(here, scheme, "xpu.fp8_gemm", n=256, k=256)
+
+
 def test_int4_of_the_vendor_stands_in_where_torch_has_none(here, monkeypatch):
     monkeypatch.setattr(operators, "registered", lambda name: "int4" not in name)
     assert ask(here, "int4_weight_only").kernel == "xpu.int4_gemm_w4a16"
@@ -216,10 +225,12 @@ def test_an_unknown_gpu_gets_16_bits(here):
         ("int4_weight_only", "xpu._weight_int4pack_mm", {"k": 200}, "a multiple of the group of 128, not 200"),
         ("int4_weight_only", "xpu._weight_int4pack_mm", {"dtype": torch.float16}, "in the dtype of the scales, bfloat16"),
         ("int4_weight_only", "xpu.int4_gemm_w4a16", {"dtype": torch.float16}, "with scales in the dtype of the activations"),
-        ("int4_mse", "xpu._weight_int4pack_mm", {}, "the offsets of int4_mse are bf16 numbers"),
-        ("int4_hqq", "xpu.int4_gemm_w4a16", {}, "the offsets of int4_hqq are bf16 numbers"),
+        ("int4_mse", "xpu._weight_int4pack_mm", {}, "does not run int4_mse"),
+        ("int4_hqq", "xpu.int4_gemm_w4a16", {}, "does not run int4_hqq"),
         ("fp8_per_block", "xpu.fp8_gemm_w8a16", {"n": 128, "k": 128}, "two blocks along K, not 128 x 128"),
         ("fp8_per_block", "xpu.fp8_gemm_w8a16", {"n": 72, "k": 256}, "multiples of 128"),
+        ("fp8_per_block", "xpu.fp8_gemm", {"n": 128, "k": 128}, "two blocks along K, not 128 x 128"),
+        ("fp8_weight_only", "xpu.fp8_gemm", {}, "does not run fp8_weight_only"),
         ("fp8_weight_only", "xpu.fp8_gemm_w8a16", {"dtype": torch.float32}, "16 bits, not torch.float32"),
         ("fp8_per_channel", "xpu._int_mm", {}, "does not run fp8_per_channel"),
         ("int8", "xpu._weight_int4pack_mm", {}, "does not run int8"),

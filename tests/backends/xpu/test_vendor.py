@@ -1,9 +1,8 @@
 """Kernels of ATen and of ``vllm-xpu-kernels``, on the CPU, against operators that read operands as their sources say.
 
-Where ATen has the operator for the CPU too (``_int_mm``, ``_scaled_mm``, ``_weight_int8pack_mm``), that runs. The others are
-written element by element from PyTorch's ``mkldnn/xpu`` (Blas.cpp at 003d1b101f9e, detail/WoQMatmul.cpp at 088e390c9892) and from
-``vllm-xpu-kernels`` (csrc/xpu/onednn), and share no code with the kernels. They are registered with the schemas of the vendors, so
-that torch's dispatcher refuses a wrong keyword, type or number of arguments.
+Where ATen has the operator for the CPU too (``_int_mm``, ``_scaled_mm``, ``_weight_int8pack_mm``), that runs. The others
+(``xpu_operators.py``) are registered with the schemas of the vendors, so that torch's dispatcher refuses a wrong keyword, type or
+number of arguments.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+import xpu_operators
 
 from quantport import numerics
 from quantport.backend import Accepted, Kernel, Request, WeightSpec
@@ -23,7 +22,7 @@ from quantport.testing.check_runs import compare, make_job
 from quantport_xpu import vendor
 from quantport_xpu.capabilities import ARCHS
 from quantport_xpu.kernels.scaled import XpuFp8Emulated, XpuIntMM, XpuScaledMM
-from quantport_xpu.kernels.vendor import XpuFp8W8A16, XpuInt4W4A16
+from quantport_xpu.kernels.vendor import XpuFp8Gemm, XpuFp8W8A16, XpuInt4W4A16
 from quantport_xpu.kernels.weight_only import XpuInt4Pack, XpuInt8Pack
 
 CPU = torch.device("cpu")
@@ -31,92 +30,16 @@ BMG = Device(ARCHS["bmg"], torch_type="xpu", simulated=True, features=frozenset(
 XE3P = replace(BMG, arch=ARCHS["xe3p"])
 
 
-def u4(words: Tensor, k: int) -> Tensor:
-    """Codes ``[n, k]`` of oneDNN's u4 in int32 words ``[n, k / 8]``: K contiguous, the lowest nibble first."""
-    assert words.dtype is torch.int32
-    assert words.is_contiguous()
-    assert words.shape[1] * 8 == k
-    return torch.stack([words >> 4 * i & 15 for i in range(8)], -1).flatten(1)
-
-
-def woq_matmul(x: Tensor, codes: Tensor, group: int, scale: Tensor, zero: Tensor) -> Tensor:
-    """``woq_matmul_int4``: a scale and a zero point for each group of K and each column, ``[k / group, n]``."""
-    assert scale.is_contiguous()
-    assert scale.shape == (x.shape[1] // group, codes.shape[0])
-    weight = (codes - zero.t().repeat_interleave(group, 1)) * scale.t().float().repeat_interleave(group, 1)
-    return (x.float() @ weight.t()).to(x.dtype)
-
-
-def int4pack_mm(x: Tensor, mat2: Tensor, group: int, scale: Tensor, zeros: Tensor) -> Tensor:
-    """``_weight_int4pack_mm_xpu``."""
-    (_, k), n = x.shape, mat2.shape[0]
-    assert x.is_contiguous()
-    assert x.dtype in (torch.bfloat16, torch.float16)
-    assert x.numel(), "oneDNN multiplies no empty matrices"
-    assert group > 1
-    assert group % 32 == k % group == 0
-    assert scale.dtype is x.dtype, "as torchao has it"
-    assert zeros.dtype is torch.int8
-    assert zeros.shape == (k // group, n)
-    assert zeros.is_contiguous()
-    return woq_matmul(x, u4(mat2, k), group, scale, zeros)
-
-
-def int4_gemm_w4a16(a, b, bias, b_scale, b_zp, group_size, g_idx):
-    """``dnnl_matmul_w4a16_int4`` with one zero point, which its tests give as int8 ``[1]``."""
-    k = a.shape[1]
-    assert a.numel()
-    assert g_idx is None
-    assert b.stride(0) == 1, "words lie along K"
-    assert b_scale.dtype is a.dtype
-    assert (b_zp.shape, b_zp.dtype) == ((1,), torch.int8)
-    y = woq_matmul(a, u4(b.t(), k), group_size, b_scale, b_zp.view(1, 1).expand_as(b_scale))
-    return y if bias is None else (y.float() + bias.float()).to(a.dtype)
-
-
-def fp8_gemm_w8a16(a, b, b_scale, bias):
-    """``dnnl_matmul_w8a16_fp8``: scales of blocks where they are 2-D with more than one row, else one, or one for each column."""
-    k, n = b.shape
-    assert a.numel()
-    assert b.dtype is torch.float8_e4m3fn
-    assert b.stride(0) == 1
-    assert b_scale.dtype is torch.float32
-    if b_scale.dim() == 2 and b_scale.shape[0] > 1:
-        assert k % b_scale.shape[0] == n % b_scale.shape[1] == 0
-        group = k // b_scale.shape[0]
-        assert group * b_scale.shape[1] == n, "oneDNN takes the group of K for N too"
-        assert b_scale.is_contiguous()
-        factors = b_scale.repeat_interleave(group, 0).repeat_interleave(group, 1)
-    else:
-        assert b_scale.numel() in (1, n)
-        factors = b_scale.view(1, -1)
-    y = a.float() @ (b.float() * factors)
-    return (y if bias is None else y + bias.float()).to(a.dtype)
-
-
-CPU_INT8 = torch.ops.aten._weight_int8pack_mm
-
-
-def int8pack_mm(x: Tensor, mat2: Tensor, scales: Tensor) -> Tensor:
-    """``_weight_int8pack_mm_xpu``, which reads scales in fp32; the CPU wants them in the dtype of x, and K % 16 == 0."""
-    assert x.stride(1) == 1
-    assert mat2.is_contiguous()
-    assert scales.shape == mat2.shape[:1]
-    assert scales.dtype is torch.float32
-    y = CPU_INT8(x.float(), mat2, torch.ones_like(scales)) if x.shape[1] % 16 == 0 else x.float() @ mat2.float().t()
-    return (y * scales).to(x.dtype)
-
-
 @pytest.fixture(autouse=True)
 def _operators(monkeypatch):
     """The operators that the CPU lacks, registered for it, with the vendors' schemas."""
-    monkeypatch.setattr(torch.ops.aten, "_weight_int8pack_mm", int8pack_mm)
+    monkeypatch.setattr(torch.ops.aten, "_weight_int8pack_mm", xpu_operators.int8pack_mm)
     ours = torch.library.Library("aten", "IMPL")
-    ours.impl("_weight_int4pack_mm_with_scales_and_zeros", int4pack_mm, "CPU")
+    ours.impl("_weight_int4pack_mm_with_scales_and_zeros", xpu_operators.int4pack_mm, "CPU")
     library = torch.library.Library("_xpu_C", "DEF")
-    for name, body in (("fp8_gemm_w8a16", fp8_gemm_w8a16), ("int4_gemm_w4a16", int4_gemm_w4a16)):
-        library.define(name + vendor.SCHEMAS[name])
-        library.impl(name, body, "CPU")
+    for name, schema in vendor.SCHEMAS.items():
+        library.define(name + schema)
+        library.impl(name, getattr(xpu_operators, name), "CPU")
     yield
     library._destroy()
     ours._destroy()
@@ -137,6 +60,9 @@ RUNS: list[tuple[Kernel, str, Device, tuple[tuple[int, int], ...]]] = [
     (XpuFp8W8A16(), "fp8_weight_only", BMG, ((64, 256), (33, 97), (1, 704), (256, 1))),
     (XpuFp8W8A16(), "fp8_per_tensor", BMG, ((64, 256), (33, 97))),
     (XpuFp8W8A16(), "fp8_per_block", BMG, ((128, 256), (384, 640))),
+    (XpuFp8Gemm(), "fp8_per_tensor", XE3P, ((64, 256), (33, 97))),
+    (XpuFp8Gemm(), "fp8_per_channel", XE3P, ((64, 256), (1, 704))),
+    (XpuFp8Gemm(), "fp8_per_block", XE3P, ((128, 256), (384, 640))),
 ]
 IDS = [f"{kernel.name}-{scheme}" for kernel, scheme, *_ in RUNS]
 
@@ -221,6 +147,7 @@ MISTAKES = [
     ("words along N", XpuInt4W4A16(), "int4_weight_only", (64, 256), lambda p: (p[0].t().contiguous().t(), *p[1:])),
     ("fp8 scales of blocks by rows", XpuFp8W8A16(), "fp8_per_block", (384, 640), lambda p: (p[0], p[1].t().contiguous())),
     ("fp8 scales by strides", XpuFp8W8A16(), "fp8_per_block", (256, 256), lambda p: (p[0], p[1].t().contiguous().t())),
+    ("fp8 scales of W8A8 by rows", XpuFp8Gemm(), "fp8_per_block", (384, 640), lambda p: (p[0], p[1].t().contiguous())),
     ("row scales as a column", XpuScaledMM(), "fp8_per_channel", (64, 256), lambda p: (p[0], p[1].view(-1, 1))),
     ("int8 codes as bytes", XpuIntMM(), "int8", (64, 256), lambda p: (p[0].view(torch.uint8), p[1])),
 ]  # fmt: skip

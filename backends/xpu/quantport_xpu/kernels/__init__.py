@@ -7,13 +7,14 @@ from collections.abc import Callable
 from quantport.backend import Kernel, aten
 from quantport_xpu.kernels.scaled import XpuFp8Emulated, XpuIntMM, XpuScaledMM
 from quantport_xpu.kernels.triton import XpuTritonInt4Int8, XpuTritonInt8, XpuTritonWeightOnly
-from quantport_xpu.kernels.vendor import XpuFp8W8A16, XpuInt4W4A16
+from quantport_xpu.kernels.vendor import XpuFp8Gemm, XpuFp8W8A16, XpuInt4W4A16
 from quantport_xpu.kernels.weight_only import XpuInt4Pack, XpuInt8Pack
 
 # Nothing is measured: among kernels that run a request equally natively the first one here wins. What torch itself calls is
 # first, since PyTorch's tests run it on these GPUs; Triton's kernels were compiled by nobody for them.
 ORDER: tuple[Callable[[], Kernel], ...] = (
     XpuScaledMM,
+    XpuFp8Gemm,  # fp8 in blocks, and in fp16
     XpuIntMM,
     lambda: XpuTritonInt8("xpu"),  # int8 where this torch has no operator for it
     lambda: XpuTritonInt4Int8("xpu"),  # W4A8, which oneDNN lacks

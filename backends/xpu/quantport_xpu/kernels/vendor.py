@@ -1,4 +1,4 @@
-"""Weights of 4 and 8 bits with 16-bit activations, through ``vllm-xpu-kernels``."""
+"""int4 and fp8 through ``vllm-xpu-kernels``."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quantport.backend import Canonical, Claim, Evidence, Kernel, Packed, Request, Scheme, WeightSpec
+from quantport.backend import Canonical, Claim, Evidence, Kernel, Packed, Quant, Request, Scheme, WeightSpec, aten
 from quantport_xpu.kernels.weight_only import ZERO, Int4Groups
 from quantport_xpu.vendor import PREFIX, SCHEMAS, SOURCE
 
 _FP8 = "vllm-project/vllm-xpu-kernels csrc/xpu/onednn/fp8_gemm_w8a16.h at 07f4fbd668ca"
+_W8A8 = "vllm-project/vllm-xpu-kernels csrc/xpu/onednn/fp8_gemm_w8a8.h at 09c5374b2427"
 _INT4 = "vllm-project/vllm-xpu-kernels csrc/xpu/onednn/int4_gemm_w4a16.h at f8e6ad7c6f0c"
 
 
@@ -53,11 +54,11 @@ class XpuInt4W4A16(Int4Groups):
         return y
 
 
-class XpuFp8W8A16(Kernel):
-    """W8A16 through ``_xpu_C.fp8_gemm_w8a16``: e4m3fn with one scale, one for each output channel, or one for each 128x128."""
+class _Fp8(Kernel):
+    """e4m3fn weights with one scale, one for each output channel, or one for each 128x128.
 
-    name = "xpu.fp8_gemm_w8a16"
-    tolerance = 2.0**-7
+    The vendor tells the last from the others by scales that have more than one row: those of K in blocks, at least two.
+    """
 
     def serves(self, scheme: Scheme) -> bool:
         quant = scheme.weight
@@ -65,7 +66,7 @@ class XpuFp8W8A16(Kernel):
 
     def reasons_against(self, request: Request) -> Sequence[str]:
         spec = request.weight
-        reasons = list(vendor_reasons(request, self.name, "fp8_gemm_w8a16"))
+        reasons = list(vendor_reasons(request, self.name, self.name.partition(".")[2]))
         if spec.scheme.weight.cols and (spec.n % 128 or spec.k % 128 or spec.k < 256):
             shape = f"{spec.n} x {spec.k}"
             reasons.append(f"{self.name} needs N and K to be multiples of 128, and two blocks along K, not {shape} [{_FP8}]")
@@ -84,9 +85,42 @@ class XpuFp8W8A16(Kernel):
         scale = scale.t().contiguous() if spec.scheme.weight.cols else scale.view(-1, 1)
         return {"weight": weight.view(torch.float8_e4m3fn), "weight_scale": scale}
 
+
+class XpuFp8W8A16(_Fp8):
+    """W8A16 through ``_xpu_C.fp8_gemm_w8a16``: e4m3fn per tensor, per output channel, or per 128x128."""
+
+    name = "xpu.fp8_gemm_w8a16"
+    tolerance = 2.0**-7
+
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
         if not len(x):
             return x.new_empty(0, spec.n)
         weight, scale = packed
         y: Tensor = torch.ops._xpu_C.fp8_gemm_w8a16(x, weight.view(torch.float8_e4m3fn).t(), scale, bias)
+        return y
+
+
+class XpuFp8Gemm(_Fp8, aten.Quantizing):
+    """W8A8 through ``_xpu_C.fp8_gemm``, where XMX multiplies e4m3fn: in both 16-bit types, and in blocks."""
+
+    name = "xpu.fp8_gemm"
+    tolerance = 2.0**-6
+
+    def serves(self, scheme: Scheme) -> bool:
+        return super().serves(scheme) and scheme.activation == Quant("e4m3fn", 1, scheme.weight.cols)
+
+    def reasons_against(self, request: Request) -> Sequence[str]:
+        return [*aten.native_reason(request, "e4m3fn"), *super().reasons_against(request)]
+
+    def claim(self, request: Request) -> Claim:
+        """The vendor's source, and the instruction."""
+        return Claim(Evidence.DECLARED, f"{_W8A8}; {request.device.arch.source}")
+
+    def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
+        if not len(x):
+            return x.new_empty(0, spec.n)
+        weight, scale = packed
+        assert spec.scheme.activation is not None  # serves refused it otherwise
+        q, token = self.quantize(x, spec.scheme.activation)
+        y: Tensor = torch.ops._xpu_C.fp8_gemm(q, weight.view(q.dtype).t(), x.dtype, token, scale, bias)
         return y

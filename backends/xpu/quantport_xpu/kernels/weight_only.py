@@ -42,21 +42,19 @@ class Int4Groups(Kernel):
     """What kernels of oneDNN's u4 weights share: ``value = (code + 8 - 8) * scale``.
 
     The stored words are oneDNN's own layout: eight codes along K to an int32, the first one in the lowest nibble. Only scales are
-    packed, a row for each group.
+    packed, a row for each group. Offsets in bf16 are not served: oneDNN subtracts whole codes.
     """
 
     tolerance = 2.0**-7
 
     def serves(self, scheme: Scheme) -> bool:
         quant = scheme.weight
-        return quant.format == "int4" and quant.rows == 1 and quant.scale == "bf16" and not quant.outer
+        return (quant.format, quant.rows, quant.scale, quant.zero, quant.outer) == ("int4", 1, "bf16", False, None)
 
     def reasons_against(self, request: Request) -> Sequence[str]:
         spec = request.weight
         group = spec.scheme.weight.cols
         reasons = []
-        if spec.scheme.weight.zero:
-            reasons.append(f"{self.name} subtracts whole codes, and the offsets of {spec.scheme.name} are bf16 numbers")
         if not group or group % 32:
             reasons.append(f"{self.name} takes groups that are multiples of 32, not of {group or 'all of K'}")
         elif spec.k % group:
