@@ -274,6 +274,7 @@ def test_triton_is_traced_for_the_architecture():
     assert target_of(torch.device("xpu", 0)) == "xpu"  # tuned configurations are the defaults there
 
 
-def test_kernel_names_are_unique():
+def test_kernel_names_are_unique_and_none_deviates():
     names = [kernel.name for kernel in HOST.kernels("xpu")]
     assert len(names) == len(set(names))
+    assert {kernel.deviation for kernel in HOST.kernels("xpu")} == {""}

@@ -42,9 +42,9 @@ class XpuScaledMM(aten.ScaledMM):
 
 
 class XpuFp8Emulated(XpuScaledMM):
-    """The same operator where XMX has no fp8: the numbers of W8A8, at the speed of 16 bits.
+    """The same operator where XMX has no fp8: the numbers of W8A8, multiplied in 16 bits.
 
-    fp8 is then a format to store, and weight-only kernels lose less and do less. So its status is ``reference``: it is taken where
+    fp8 is then a format to store, and weight-only kernels round less and do less. So its status is ``reference``: it is taken where
     the exact emulation is asked for, before that of torch.
     """
 
