@@ -101,6 +101,7 @@ CPU_INT8 = torch.ops.aten._weight_int8pack_mm
 
 def int8pack_mm(x: Tensor, mat2: Tensor, scales: Tensor) -> Tensor:
     """``_weight_int8pack_mm_xpu``, which reads scales in fp32; the CPU wants them in the dtype of x, and K % 16 == 0."""
+    assert x.numel(), "oneDNN multiplies no empty matrices"
     assert x.stride(1) == 1
     assert mat2.is_contiguous()
     assert scales.shape == mat2.shape[:1]

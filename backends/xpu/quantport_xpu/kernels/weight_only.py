@@ -33,6 +33,8 @@ class XpuInt8Pack(Kernel):
         return Claim(Evidence.DECLARED, _INT8)
 
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
+        if not len(x):  # oneDNN multiplies no empty matrices
+            return x.new_empty(0, spec.n)
         weight, scale = packed
         y: Tensor = torch.ops.aten._weight_int8pack_mm(x, weight, scale.view(-1))
         return y if bias is None else y.add_(bias)
@@ -89,7 +91,7 @@ class XpuInt4Pack(Int4Groups):
         return Claim(Evidence.DECLARED, _INT4)
 
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
-        if not len(x):  # oneDNN multiplies no empty matrices
+        if not len(x):
             return x.new_empty(0, spec.n)
         operator = torch.ops.aten._weight_int4pack_mm_with_scales_and_zeros
         y: Tensor = operator(x, packed[0], spec.scheme.weight.cols, packed[1], packed[2])
