@@ -43,8 +43,8 @@ class TritonBlockScaled(TritonKernel):
     def reasons_against(self, request: Request) -> Sequence[str]:
         scheme = request.weight.scheme
         units = {quant.unit: None for quant in (scheme.weight, scheme.activation) if quant}
-        native = (reason for unit in units for reason in aten.native_reason(request, unit))
-        return [*native, *super().reasons_against(request)]
+        native = [reason for unit in units for reason in aten.native_reason(request, unit)]
+        return native or super().reasons_against(request)  # one reason is enough
 
     def slow(self, request: Request) -> str:
         return unaligned(request)

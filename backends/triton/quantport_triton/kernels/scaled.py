@@ -40,7 +40,7 @@ class TritonScaled(TritonKernel):
         return scheme.weight in self.weights and scheme.activation == self.activation
 
     def reasons_against(self, request: Request) -> Sequence[str]:
-        return [*aten.native_reason(request, self.activation.format), *super().reasons_against(request)]
+        return aten.native_reason(request, self.activation.format) or super().reasons_against(request)  # one reason is enough
 
     def slow(self, request: Request) -> str:
         return unaligned(request)
