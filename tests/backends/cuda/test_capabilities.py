@@ -26,7 +26,7 @@ TABLE = """
                       70 75 80 86 89 90 100 103 120 121
 fp8_per_tensor         w  w  w  w  S  S   S   S   S   S
 fp8_per_channel        w  w  w  w  S  S   S   S   S   S
-fp8_per_block          w  w  w  w  b  B   b   b   b   b
+fp8_per_block          w  w  w  w  b  B   b   b   b   w
 fp8_weight_only        W  W  W  W  W  W   W   W   W   W
 fp6                    W  W  W  W  W  W   W   W   W   W
 int8                   w  I  i  i  i  i   i   i   i   i
@@ -40,9 +40,9 @@ mxfp8                  w  w  w  w  w  w   M   M   M   M
 mxfp8_weight_only      W  W  W  W  W  W   W   W   W   W
 mxfp6_e2m3             w  w  w  w  w  w   w   w   w   w
 mxfp6_e3m2             w  w  w  w  w  w   w   w   w   w
-mxfp4                  w  w  w  w  w  w   x   x   x   x
+mxfp4                  w  w  w  w  w  w   x   x   x   w
 mxfp4_weight_only      W  W  W  W  W  W   W   W   W   W
-mxfp4_w4a8             w  w  w  w  w  w   x   x   x   x
+mxfp4_w4a8             w  w  w  w  w  w   x   x   x   w
 mxfp4_dualscale        w  w  w  w  w  w   w   w   w   w
 nvfp4                  w  w  w  w  w  w   N   N   N   N
 nvfp4_weight_only      W  W  W  W  W  W   W   W   W   W
