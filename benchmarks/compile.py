@@ -30,11 +30,13 @@ from quantport.kernel import WeightSpec
 from quantport.scheme import Scheme
 from quantport_triton.evidence import machine_code
 from quantport_triton.launch import traced
+from quantport_triton.quantize import quantize
 from quantport_triton.weights import quantize_weight
 
 FILE = Path(__file__).parents[1] / "backends/triton/quantport_triton/evidence/cuda.json"
 SHAPES = ((4096, 4096), (28672, 4096))  # of Llama-3.1-8B: out, in
 ROWS = (1, 16, 64, 512, 4096)
+WITHOUT = ("sm_70", "sm_75")  # Triton has no matrix instruction for them: what it makes of ``tl.dot`` takes minutes to assemble
 Entries = dict[str, dict[str, Any]]
 
 
@@ -47,14 +49,21 @@ def launches(kernel: Any, scheme: Scheme, arch: Arch) -> list[Any]:
             packed = kernel.pack(stored, spec)
             for m in ROWS:
                 kernel.run(torch.empty(m, k, dtype=arch.compute, device="cuda"), packed, None, spec)
+        bias = torch.empty(n, dtype=arch.compute, device="cuda")
+        for m in ROWS[:2]:
+            kernel.run(torch.empty(m, k, dtype=arch.compute, device="cuda"), packed, bias, spec)
     return list(dict.fromkeys(found))
 
 
 def quantizing(scheme: Scheme, arch: Arch) -> list[Any]:
-    """What quantizing a weight to a scheme launches."""
+    """What quantizing a weight to a scheme launches, and activations in the layouts that the vendor's libraries want."""
     with FakeTensorMode(), traced(arch.name) as found:
         for n, k in SHAPES:
             quantize_weight(torch.empty(n, k, dtype=torch.bfloat16, device="cuda"), scheme)
+            for m in ROWS if scheme.activation else ():
+                x = torch.empty(m, k, dtype=arch.compute, device="cuda")
+                quantize(x, scheme.activation, swizzle=scheme.activation.scale in ("e8m0", "e4m3fn"))
+                quantize(x, scheme.activation, transposed=scheme.activation.cols == 128)
     return list(dict.fromkeys(found))
 
 
@@ -87,20 +96,31 @@ def entry(found: Sequence[Any], matrix: tuple[str, ...], arch: str) -> dict[str,
     }
 
 
+def native(scheme: Scheme, arch: Arch) -> bool:
+    """Whether the matrix unit multiplies the activations of a scheme."""
+    return scheme.activation is not None and scheme.activation.unit in arch.native
+
+
 def of_target(name: str, filed: Mapping[str, Any], compile_all: bool, only_trace: bool, only: str | None) -> dict[str, Entries]:
     """Family -> scheme -> entry for one architecture; of an entry that is only traced, nothing but its fingerprint."""
     host = Host(only=["cuda"])
     arch = host.backends["cuda"].archs[name]
     kernels = [k for k in host.kernels("cuda") if hasattr(k, "family")]
-    work = {(k.family, s.name): (launches(k, s, arch), k.matrix) for k in kernels for s in host.schemes.values() if k.serves(s)}
-    work |= {("quantize", s.name): (found, ()) for s in host.schemes.values() if (found := quantizing(s, arch))}
+    known = host.schemes.values()
+    schemes = [*known, *(s.option("double") for s in known if "double" in s.options)]  # other options change no code
+    work = {(k.family, s.name): (launches(k, s, arch), k.matrix) for k in kernels for s in schemes if k.serves(s)}
+    beyond = {(k.family, s.name) for k in kernels for s in schemes if k.quantizes_activations and not native(s, arch)}
+    schemes += [s.option("mse") for s in known if "mse" in s.options]
+    work |= {("quantize", s.name): (found, ()) for s in schemes if (found := quantizing(s, arch))}
     out: dict[str, Entries] = {}
     for (family, scheme), (found, matrix) in work.items():
         if only not in (None, family):
             continue
         old = filed.get(family, {}).get(scheme)
         new = {"fingerprint": machine_code.fingerprint(found)}
-        if old is not None and old.get("fingerprint") == new["fingerprint"] and not compile_all:
+        if name in WITHOUT and (family, scheme) in beyond:
+            new |= {"outcome": "not compiled", "instruction": "", "launches": {}}
+        elif old is not None and old.get("fingerprint") == new["fingerprint"] and not compile_all:
             new = old
         elif compile_all or not only_trace:
             new = entry(found, matrix, name)

@@ -29,20 +29,20 @@ def evidence(data: Mapping[str, Any], results: str, shape: tuple[int, int] = SHA
     rows = [r for r in data.get("linear", {}).get("rows", []) if tuple(r["shape"]) == shape]
     base = {r["m"]: r["seconds"] for r in rows if r["kind"] == "baseline"}
     right = errors(data)
-    out: dict[tuple[str, str], dict[str, Any]] = {}
+    kernels: dict[str, dict[str, Any]] = {}
     for row in rows:
-        key = kernel, scheme = row["kernel"], row["scheme"]
-        if row["kind"] == "ours" and key in right and row["m"] in base:
-            cell = out.setdefault(key, {"kernel": kernel, "scheme": scheme, "error": right[key], "speed": {}})
-            cell["speed"][str(row["m"])] = round(base[row["m"]] / row["seconds"], 3)
+        kernel, scheme = row["kernel"], row["scheme"]
+        if row["kind"] == "ours" and (kernel, scheme) in right and row["m"] in base:
+            cell = kernels.setdefault(kernel, {}).setdefault(scheme, {"error": right[kernel, scheme], "speeds": {}})
+            cell["speeds"][str(row["m"])] = round(base[row["m"]] / row["seconds"], 3)
     run = {key: data["run"][key] for key in KEYS}
-    return {"results": results, "run": run, "shape": list(shape), "rows": list(out.values())}
+    return {"results": results, "run": run, "shape": list(shape), "kernels": kernels}
 
 
 def write_evidence(path: Path, data: Mapping[str, Any], save: Callable[[Path, Any], None]) -> str:
     """Writes the evidence of the architecture that a run was on, and says where."""
     found = evidence(data, f"benchmarks/results/{path.name}")
-    if not found["rows"]:
+    if not found["kernels"]:
         return "no evidence written: no kernel was both checked and measured"
     target = ROOT / "backends" / "cuda" / "quantport_cuda" / "tuned" / f"{data['run']['arch']}.json"
     save(target, found)

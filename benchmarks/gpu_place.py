@@ -50,6 +50,7 @@ def find_quantport() -> None:
 def begin(smoke: bool) -> None:
     """What every process does first. Smoke mode mends the interpreter's arithmetic as the tests do, where they can run."""
     find_quantport()
+    torch.backends.cuda.matmul.allow_tf32 = False  # whatever the environment says: the reference is fp32
     tests = ROOT / "tests" / "backends" / "triton"
     if smoke and (tests / "conftest.py").exists() and find_spec("pytest") and find_spec("ml_dtypes"):
         sys.path.append(str(tests))

@@ -41,12 +41,12 @@ def candidates(way: Way) -> list[Way]:
 
 
 @contextmanager
-def using(way: Way) -> Iterator[None]:
-    """Inside, every family takes this way, whatever the rows."""
+def using(family: str, way: Way) -> Iterator[None]:
+    """Inside, a family takes this way, whatever the rows."""
     from quantport_triton import tuned
 
     original = tuned.ways
-    tuned.ways = lambda *_: ({**way, "rows": None},)  # type: ignore[assignment]  # restored below
+    tuned.ways = lambda target, name: ({**way, "rows": None},) if name == family else original(target, name)  # type: ignore[assignment]  # restored below
     tuned.way.cache_clear()
     try:
         yield
@@ -101,14 +101,14 @@ def better(place: Place, kernel: Any, way: Way, m: int) -> tuple[Way, str]:
     if not trial.packed:
         return way, "no scheme to try it with"
     best, tried = way, 0
-    with using(way):
+    with using(kernel.family, way):
         want, start = trial.outputs(), trial.seconds()
     fastest = start
     for candidate in candidates(way)[1 : 3 if place.smoke else None]:
         if place.over():
             break
         try:
-            with using(candidate):
+            with using(kernel.family, candidate):
                 if not trial.wrong(want) and (seconds := trial.seconds()) < 0.97 * fastest:
                     best, fastest = candidate, seconds
             tried += 1
@@ -119,21 +119,16 @@ def better(place: Place, kernel: Any, way: Way, m: int) -> tuple[Way, str]:
 
 def run(place: Place, out: Path | None) -> str:
     """Searches every family in turn; each way has an equal share of the time. Returns what it found."""
+    from quantport_triton import tuned
     from quantport_triton.launch import target_of
 
     default = json.loads((TUNED / "default.json").read_text(encoding="utf-8"))
     target = target_of(place.torch)
     path = out or TUNED / f"{target}.json"
-    held = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     kernels = {getattr(k, "family", ""): k for k in place.kernels}
-    todo = [
-        (family, i)
-        for family, ways in default.items()
-        if family in kernels and isinstance(ways, list)
-        for i in range(len(held.get(family) or ways))
-    ]
+    todo = [(family, i) for family in default if family in kernels for i in range(len(tuned.ways(target, family)))]
     lines = [f"{family}: no kernel of this name" for family in default if family not in kernels]
-    result = {family: list(held.get(family) or default[family]) for family, _ in todo}
+    result = {family: list(tuned.ways(target, family)) for family in default}  # also of an architecture that is like another
     for done, (family, i) in enumerate(todo):
         way = result[family][i]
         rows = way["rows"] or 4096
@@ -146,8 +141,6 @@ def run(place: Place, out: Path | None) -> str:
         lines.append(f"{family}, {way['rows']} rows: {found}")
     if place.smoke and out is None:
         return "\n".join([*lines, "smoke mode: nothing written"])
-    body = ",\n".join(
-        f'  "{f}": [\n' + ",\n".join(f"    {json.dumps(w)}" for w in ws) + "\n  ]" for f, ws in ({**held, **result}).items()
-    )
+    body = ",\n".join(f'  "{f}": [\n' + ",\n".join(f"    {json.dumps(w)}" for w in ws) + "\n  ]" for f, ws in result.items())
     path.write_text("{\n" + body + "\n}\n", encoding="utf-8")
     return "\n".join([*lines, f"wrote {path}"])

@@ -16,7 +16,7 @@ from quantport.device import Arch
 from quantport.host import host
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("cpu", "cuda")  # whose pages list their kernels
+ROOMS = ("cpu", "cuda", "xpu")  # whose pages list their kernels
 MARKS = {"native": "✅", "weight_only": "🟡", "dequantize": "🟠", "reference": "🔵", "unsupported": "❌"}
 LEGEND = """\
 | mark | status | what you get |

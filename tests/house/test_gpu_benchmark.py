@@ -14,6 +14,11 @@ from importlib.metadata import entry_points
 import house_source as house
 import pytest
 
+from quantport.choice import choose
+from quantport.host import Host
+from quantport.kernel import Request, WeightSpec
+from quantport_cuda import measured
+
 BENCHMARKS = house.ROOT / "benchmarks"
 RESULTS = BENCHMARKS / "results"
 FOUR = (4096, 4096)
@@ -165,7 +170,7 @@ def test_stages_of_one_number_are_judged(bench):
     assert "| b |  | not measured | not measured | >= 70% | not measured: no |" in page
 
 
-def test_evidence_is_of_kernels_that_were_right(bench):
+def test_evidence_is_of_kernels_that_were_right_and_the_room_reads_it(bench, tmp_path, monkeypatch):
     checks = {"rows": [checked("k.good", 2e-3), checked("k.bad", 1e-3, failures=["M=2: 5.0e-01"])]}
     rows = [
         timed("int8", 1, 0.5e-3, kernel="k.good"),
@@ -178,8 +183,18 @@ def test_evidence_is_of_kernels_that_were_right(bench):
     assert found == {
         "results": "benchmarks/results/some-gpu.json",
         "run": {"device": "Some GPU", "date": "x", "commit": "x", "torch": "x", "triton": "x"}, "shape": [4096, 4096],
-        "rows": [{"kernel": "k.good", "scheme": "int8", "error": 2e-3, "speed": {"1": 2.0, "512": 4.0}}],
+        "kernels": {"k.good": {"int8": {"error": 2e-3, "speeds": {"1": 2.0, "512": 4.0}}}},
     }  # fmt: skip
+    found["kernels"]["cuda.triton_int8"] = found["kernels"].pop("k.good")
+    (tmp_path / "tuned").mkdir()
+    (tmp_path / "tuned" / "sm_90.json").write_text(json.dumps(found))
+    monkeypatch.setattr(measured, "files", lambda package: tmp_path)
+    measured.measurements.cache_clear()
+    host = Host(only=["cuda"])
+    request = Request(WeightSpec(host.schemes["int8"], 4096, 4096), "linear", host.device("cuda:sm_90"), rows=512)
+    choice = choose(request, host.kernels("cuda"))
+    measured.measurements.cache_clear()
+    assert (choice.kernel, choice.speed, str(choice.claim.evidence)) == ("cuda.triton_int8", 4.0, "measured")
 
 
 def test_cases_are_summed_up(bench):

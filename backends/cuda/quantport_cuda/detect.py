@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quantport.backend import Arch, Backend, Canonical, Device, Kernel, Scheme
 from quantport_cuda.capabilities import ARCHS, arch_of
-from quantport_triton import available, evidence
+from quantport_triton import evidence
 from quantport_triton.launch import target_of
 from quantport_triton.weights import quantize_weight
 
@@ -105,8 +105,10 @@ class CudaBackend(Backend):
         return kernels()
 
     def quantize_weight(self, weight: Tensor, scheme: Scheme) -> Canonical | None:
-        """In one read of the weight, by Triton; None where that is missing, or has no kernel for the scheme or the architecture."""
-        if available() or evidence.refusals(self.kind, target_of(weight.device), "quantize", scheme.name):
+        """In one read of the weight, by Triton; None where that is missing or has no kernel for it, and for weights elsewhere."""
+        if weight.device.type != self.torch_type:
+            return None
+        if evidence.refusals(self.kind, target_of(weight.device), "quantize", scheme.name):
             return None
         return quantize_weight(weight, scheme)
 

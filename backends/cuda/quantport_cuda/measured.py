@@ -2,19 +2,19 @@
 
 ``tuned/<arch>.json``, where an architecture was measured (written by ``benchmarks/gpu.py --evidence``)::
 
-    {"run": {"device": "NVIDIA H200", "date": "2026-12-01", "commit": "1a2b3c4", "torch": "2.11.0", "triton": "3.6.0"},
+    {"results": "benchmarks/results/nvidia-h200.json",
+     "run": {"device": "NVIDIA H200", "date": "2026-12-01", "commit": "1a2b3c4", "torch": "2.11.0", "triton": "3.6.0"},
      "shape": [4096, 4096],
      "kernels": {"cuda._scaled_mm": {"fp8_per_channel": {"error": 0.0012, "speeds": {"1": 1.1, "512": 1.7}}}}}
 
 ``speeds`` are relative to BF16 by ``F.linear`` in the same run, by rows of activations, for a weight of ``shape``; ``error`` is the
-largest relative error against the reference. The whole run is in ``benchmarks/results``, under the name of the device.
+largest relative error against the reference.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
@@ -58,10 +58,10 @@ class Measured(Kernel):
         row = self._row(request)
         if not row:
             return super().claim(request)  # type: ignore[safe-super]  # of the kernel that follows among the bases
-        run = measurements(request.device.arch.name)["run"]
-        results = re.sub("[^a-z0-9]+", "-", run["device"].lower()).strip("-")
+        table = measurements(request.device.arch.name)
+        run = table["run"]
         where = f"{run['device']}, {run['date']}, commit {run['commit']}, torch {run['torch']}, triton {run['triton']}"
-        return Claim(Evidence.MEASURED, f"benchmarks/results/{results}.json ({where}, relative error {row['error']:.1e})")
+        return Claim(Evidence.MEASURED, f"{table['results']} ({where}, relative error {row['error']:.1e})")
 
 
 def measured(kernel: type[Kernel]) -> type[Kernel]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -81,8 +82,11 @@ def traced(target: str) -> Iterator[list[Launch]]:
 def target_of(device: torch.device) -> str:
     """Name of the architecture of a torch device, as the rooms name it: ``sm_90``, ``gfx942``; ``cpu`` in the interpreter."""
     trace = _TRACE.get()
-    if trace is not None:
-        return trace[0]
+    return _architecture(device) if trace is None else trace[0]
+
+
+@cache
+def _architecture(device: torch.device) -> str:
     if device.type != "cuda" or not torch.cuda.is_available():
         return device.type
     if torch.version.hip:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from quantport.backend import Quant, numerics
+from quantport_triton import compiles_for
 from quantport_triton.launch import Config, launch, target_of
 from quantport_triton.tuned import way
 
@@ -44,7 +45,7 @@ def quantize(x: Tensor, quant: Quant, swizzle: bool = False, transposed: bool = 
             ``[ceil(m / 128) * 128, ceil(blocks / 4) * 4]``.
         transposed: Scales in memory by columns: ``[m, blocks]`` with strides ``(1, m)``, as ``_scaled_mm`` wants those of 1x128.
     """
-    if not serves(quant) or not x.numel():
+    if not serves(quant) or not x.numel() or not compiles_for(target_of(x.device)):
         return _reference(x, quant, swizzle, transposed)
     x = x if x.stride(1) == 1 else x.contiguous()
     out = _empty(x, quant, swizzle, transposed)
@@ -120,6 +121,12 @@ def swizzled(scale: Tensor) -> Tensor:
     padded[: scale.shape[0], : scale.shape[1]] = scale.view(torch.uint8)
     tiles = padded.view(rows, 4, 32, groups, 4).permute(0, 3, 2, 1, 4)
     return tiles.reshape(128 * rows, 4 * groups).view(scale.dtype)
+
+
+def unswizzled(scale: Tensor, rows: int, columns: int) -> Tensor:
+    """The inverse of ``swizzled``: ``[rows, columns]``."""
+    tiles = scale.view(-(-rows // 128), -(-columns // 4), 32, 4, 4).permute(0, 3, 2, 1, 4)
+    return tiles.reshape(-(-rows // 128) * 128, -(-columns // 4) * 4)[:rows, :columns].contiguous()
 
 
 def _empty(x: Tensor, quant: Quant, swizzle: bool, transposed: bool) -> Quantized:

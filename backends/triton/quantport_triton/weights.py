@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from quantport.backend import Quant, Scheme
-from quantport_triton.launch import launch
+from quantport_triton import compiles_for
+from quantport_triton.launch import launch, target_of
 from quantport_triton.quantize import cut_of, power_above, quantize, serves, tuned
 
 
@@ -19,11 +20,11 @@ def quantize_weight(weight: Tensor, scheme: Scheme) -> dict[str, Tensor] | None:
 
     Returns:
         The tensors of ``scheme.layout(n, k)``, or None for what has no kernel: an empty weight, GGUF, ``hqq``, quantized scales
-        (``:double``), and groups that are not whole words. Scales are NaN or Inf exactly where the weight holds a NaN or an Inf;
-        the codes there mean nothing.
+        (``:double``), groups that are not whole words, and an architecture that this Triton is too old for. Scales are NaN or Inf
+        exactly where the weight holds a NaN or an Inf; the codes there mean nothing.
     """
     quant = scheme.weight
-    if not weight.numel():
+    if not weight.numel() or not compiles_for(target_of(weight.device)):
         return None
     if quant.zero:
         return _with_offsets(weight, quant)

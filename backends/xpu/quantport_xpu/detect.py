@@ -3,55 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from quantport.backend import Arch, Backend, Device, Kernel
+from quantport_xpu import vendor
 from quantport_xpu.capabilities import ARCHS, arch_of
 
-DRM = Path("/sys/class/drm")
-INTEL = "0x8086"
-_INSTALL = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/xpu"
+
+def operators(lib: Any) -> frozenset[str]:
+    """The operators of ``vllm-xpu-kernels``, which is imported where it is installed."""
+    return frozenset() if vendor.load() else vendor.features(getattr(lib.ops, "_xpu_C", None))
 
 
 def devices(lib: Any) -> tuple[Device, ...]:
-    """Reads every GPU of ``lib`` (the torch module). A driver that fails raises here."""
+    """Reads every GPU of ``lib`` (the torch module). A driver that fails raises here.
+
+    The features of a device are the operators of ``vllm-xpu-kernels`` that can be called.
+    """
     if not hasattr(lib, "xpu") or not lib.xpu.is_available():
         return ()
+    features = operators(lib)
     found = []
     for i in range(lib.xpu.device_count()):
         box = lib.xpu.get_device_properties(i)
         arch = arch_of(box.architecture, box.has_subgroup_matrix_multiply_accumulate)
-        found.append(Device(arch, i, box.name, box.total_memory, "xpu"))
+        found.append(Device(arch, i, box.name, box.total_memory, "xpu", features=features))
     return tuple(found)
-
-
-def render_nodes(drm: Path = DRM) -> tuple[str, ...]:
-    """Names of the render nodes of Intel GPUs, from their PCI vendor in sysfs."""
-    vendors = {node.name: node / "device" / "vendor" for node in sorted(drm.glob("renderD*"))}
-    return tuple(name for name, vendor in vendors.items() if vendor.exists() and vendor.read_text().strip() == INTEL)
-
-
-def advice(lib: Any, drm: Path = DRM) -> tuple[str, ...]:
-    """What keeps a GPU that the system shows from being used, with the command that mends it."""
-    nodes = render_nodes(drm)
-    if not nodes:
-        return ()
-    seen = f"an Intel GPU is here (/dev/dri/{nodes[0]})"
-    if getattr(lib.version, "xpu", None) is None:
-        return (
-            f"{seen}, but torch {lib.__version__} is built without XPU; "
-            f"if it is an Arc, a Data Center GPU, or in a Core Ultra, this replaces it: {_INSTALL}",
-        )
-    if not lib.xpu.is_available():
-        return (
-            f"{seen}, but torch {lib.__version__} (XPU {lib.version.xpu}) does not see it: "
-            "install the Level Zero driver (`sudo apt install libze1 libze-intel-gpu1`), and if you may not open the device: "
-            "sudo usermod -aG render $USER",
-        )
-    return ()
 
 
 class XpuBackend(Backend):
@@ -72,5 +51,7 @@ class XpuBackend(Backend):
         return kernels()
 
     def advice(self) -> Sequence[str]:
-        """A GPU without a torch that can use it."""
+        """A GPU without a torch that can use it, or without what makes it fast."""
+        from quantport_xpu.advice import advice
+
         return advice(torch)

@@ -12,7 +12,14 @@ from quantport.testing import cases
 from quantport.testing.fakes import fake_tensors
 from quantport_cuda import detect
 from quantport_cuda.detect import CudaBackend
+from quantport_triton import weights
 from quantport_triton.launch import traced
+
+
+class Here(CudaBackend):
+    """The room, whose GPU is Triton's interpreter."""
+
+    torch_type = "cpu"
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +30,7 @@ def _quiet():
 
 @pytest.mark.parametrize("scheme", ["fp8_per_block", "int4_weight_only", "mxfp8", "nvfp4", "nf4"])
 def test_the_bytes_of_the_reference(scheme):
-    weight, quantize = cases.plain(32, 256), CudaBackend().quantize_weight
+    weight, quantize = cases.plain(32, 256), Here().quantize_weight
     assert quantize(weight, BUILTIN[scheme]) is not None
     fast, slow = numerics.quantize_weight(weight, BUILTIN[scheme], fast=quantize), numerics.quantize_weight(weight, BUILTIN[scheme])
     assert list(fast) == list(slow)
@@ -32,16 +39,16 @@ def test_the_bytes_of_the_reference(scheme):
 
 def test_it_declines_what_has_no_kernel(monkeypatch):
     weight = cases.plain(32, 256)
-    assert CudaBackend().quantize_weight(weight, BUILTIN["q4_k"]) is None
+    assert Here().quantize_weight(weight, BUILTIN["q4_k"]) is None
     monkeypatch.setattr(
         detect.evidence, "refusals", lambda *asked: (str(asked),) if asked[:3] == ("cuda", "cpu", "quantize") else ()
     )
-    assert CudaBackend().quantize_weight(weight, BUILTIN["int8"]) is None
+    assert Here().quantize_weight(weight, BUILTIN["int8"]) is None
 
 
 def test_it_declines_without_triton(monkeypatch):
-    monkeypatch.setattr(detect, "available", lambda: "the package triton is not installed")
-    assert CudaBackend().quantize_weight(cases.plain(32, 256), BUILTIN["int8"]) is None
+    monkeypatch.setattr(weights, "compiles_for", lambda target: False)
+    assert Here().quantize_weight(cases.plain(32, 256), BUILTIN["int8"]) is None
 
 
 def test_it_launches_on_the_gpu():

@@ -18,13 +18,12 @@ from quantport.backend import Kernel, WeightSpec
 from quantport.catalog import BUILTIN
 from quantport.testing import cases
 from quantport.testing.check_runs import compare, make_job
-from quantport_cuda.kernels import activations
-from quantport_cuda.kernels.activations import unswizzled
 from quantport_cuda.kernels.block_scaled import CudaScaledMX, CudaScaledNV
 from quantport_cuda.kernels.int4 import CudaInt4Pack, pack_tiles, unpack_tiles
 from quantport_cuda.kernels.int8 import CudaIntMM
 from quantport_cuda.kernels.scaled import CudaScaledBlocks, CudaScaledMM
-from quantport_triton.quantize import swizzled
+from quantport_triton import quantize as quantizing
+from quantport_triton.quantize import quantize, swizzled, unswizzled
 
 F = torch.nn.functional
 CPU = torch.device("cpu")
@@ -269,8 +268,8 @@ def test_without_triton_activations_get_the_same_bits_and_layouts(monkeypatch, s
     quant = BUILTIN[scheme].activation
     layout = {"swizzle": True} if quant.cols in (16, 32) else {"transposed": True} if quant.cols else {}
     x = cases.activations(37, 256, torch.bfloat16)
-    fast = activations.quantized(x, quant, **layout)
-    monkeypatch.setattr(activations, "available", lambda: "the package triton is not installed")
-    slow = activations.quantized(x, quant, **layout)
+    fast = quantize(x, quant, **layout)
+    monkeypatch.setattr(quantizing, "compiles_for", lambda target: False)
+    slow = quantize(x, quant, **layout)
     for left, right in zip(fast, slow, strict=True):
         assert left is right is None or (cases.same_bits(left, right) and left.stride() == right.stride())

@@ -12,17 +12,23 @@ from pathlib import Path
 import pytest
 import torch
 
+import quantport_triton
 from quantport.backend import Evidence, Request, WeightSpec
 from quantport.host import Host
 from quantport_cuda.capabilities import ARCHS
 from quantport_triton import evidence
+from quantport_triton import quantize as launching
+from quantport_triton.kernels import base
 from quantport_triton.kernels.weight_only import TritonWeightOnly
+from quantport_triton.launch import traced
+from quantport_triton.quantize import quantize
+from quantport_triton.weights import quantize_weight
 
 ROOT = Path(__file__).parents[3]
 HOST = Host(only=["cuda"])
 TARGETS = evidence.read("cuda")["targets"]
-FAMILIES = {kernel.family for kernel in HOST.kernels("cuda") if hasattr(kernel, "family")}
-OUTCOMES = {"native", "up-cast", "no matrix instruction", "refused"}
+SCHEMES = [*HOST.schemes.values(), HOST.schemes["nf4:double"], HOST.schemes["fp4:double"]]
+OUTCOMES = {"native", "up-cast", "no matrix instruction", "refused", "not compiled"}
 # The compiler's own words change with its version: with another one the file is not stale, it is about something else.
 pinned = pytest.mark.skipif(
     (triton := pytest.importorskip("triton")).__version__ != evidence.read("cuda")["triton"],
@@ -45,7 +51,13 @@ def test_what_is_launched_is_what_was_compiled(target):
 
 
 @pinned
-@pytest.mark.parametrize(("target", "family"), [("sm_75", "weight_only"), ("sm_90", "fp8"), ("sm_100", "nvfp4"), ("sm_120", "mx")])
+@pytest.mark.parametrize(
+    ("target", "family"),
+    [
+        ("sm_75", "weight_only"), ("sm_80", "int8"), ("sm_86", "int4_int8"), ("sm_89", "fp8_block"), ("sm_90", "fp8"),
+        ("sm_100", "nvfp4"), ("sm_103", "quantize"), ("sm_120", "mx"), ("sm_121", "nvfp4"),
+    ],
+)  # fmt: skip
 def test_a_sample_compiles_to_what_is_on_file(target, family):
     code, told = check("--all", "--target", target, "--family", family)
     assert code == 0, told
@@ -61,12 +73,24 @@ def test_everything_compiles_to_what_is_on_file(target):
 
 def test_every_kernel_scheme_and_architecture_has_an_entry():
     assert set(TARGETS) == set(ARCHS)
-    served = {
-        (k.family, s.name) for k in HOST.kernels("cuda") if hasattr(k, "family") for s in HOST.schemes.values() if k.serves(s)
-    }
+    served = {(k.family, s.name) for k in HOST.kernels("cuda") if hasattr(k, "family") for s in SCHEMES if k.serves(s)}
     for target, families in TARGETS.items():
         assert {(f, s) for f, schemes in families.items() for s in schemes if f != "quantize"} == served, target
         assert {entry["outcome"] for schemes in families.values() for entry in schemes.values()} <= OUTCOMES
+
+
+def test_every_outcome_follows_from_what_was_seen():
+    """As ``benchmarks/compile.py`` decides, without compiling: an outcome that somebody edits does not stand."""
+    matrix = {kernel.family: kernel.matrix for kernel in HOST.kernels("cuda") if hasattr(kernel, "family")}
+    for target, families in TARGETS.items():
+        for family, schemes in families.items():
+            for scheme, entry in schemes.items():
+                seen = {i for made in entry["launches"].values() for i in made["instruction"].split(", ") if i}
+                assert entry["instruction"] == ", ".join(sorted(seen)), (target, family, scheme)
+                up_cast = any(not i.startswith(matrix.get(family, ())) for i in seen)
+                assert ("because" in entry) is (entry["outcome"] == "refused"), (target, family, scheme)
+                assert not (up_cast and entry["outcome"] == "native"), (target, family, scheme)
+                assert entry["launches"] or entry["outcome"] == "not compiled", (target, family, scheme)
 
 
 def test_nothing_that_is_chosen_spills_or_lacks_its_matrix_instruction():
@@ -84,15 +108,29 @@ def test_nothing_that_is_chosen_spills_or_lacks_its_matrix_instruction():
 def test_a_claim_is_no_stronger_than_its_evidence(target):
     device = HOST.device(f"cuda:{target}")
     for kernel in (k for k in HOST.kernels("cuda") if hasattr(k, "family")):
-        for scheme in (s for s in HOST.schemes.values() if kernel.serves(s)):
+        for scheme in (s for s in SCHEMES if kernel.serves(s)):
             entry = TARGETS[target][kernel.family][scheme.name]
-            request = Request(WeightSpec(scheme, 4096, 4096), "linear", device, device.arch.compute)
-            refused = any(entry.get("because", "\n") in reason for reason in kernel.reasons_against(request))
-            assert refused is (entry["outcome"] == "refused")
-            claim = kernel.claim(request)
-            seen = entry["outcome"] == "native" and entry["instruction"]
-            assert claim.evidence is (Evidence.COMPILED if seen else Evidence.INTERPRETED)
-            assert entry["instruction"] in claim.source or not seen
+            for rows in (1, 64, 4096):
+                holds(kernel, Request(WeightSpec(scheme, 4096, 4096), "linear", device, device.arch.compute, rows), entry)
+
+
+def holds(kernel, request, entry):
+    """What is claimed for a request is what the launches that it makes were seen to hold."""
+    reasons = kernel.reasons_against(request)
+    assert reasons or entry["outcome"] == "native"
+    lacking = "matrix instruction [" in " ".join(reasons)  # says the table, and nothing needs to be added
+    assert any(entry.get("because", "\n") in reason for reason in reasons) is (entry["outcome"] == "refused" and not lacking)
+    way = kernel.way_of(request)
+    seen = [made["instruction"] for name, made in entry["launches"].items() if name.startswith(way) and made["instruction"]]
+    claim = kernel.claim(request)
+    assert claim.evidence is (Evidence.COMPILED if entry["outcome"] == "native" and seen else Evidence.INTERPRETED)
+    assert all(instruction in claim.source for instruction in seen) or claim.evidence is Evidence.INTERPRETED
+    assert not (claim.evidence is Evidence.COMPILED and way in ("gemv", "dequantize"))
+
+
+def test_the_evidence_is_of_the_triton_that_is_pinned():
+    pins = (ROOT / "ci" / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    assert f"triton=={evidence.read('cuda')['triton']}" in pins
 
 
 def test_an_architecture_that_nobody_compiled_for_is_interpreted():
@@ -115,3 +153,29 @@ def test_a_stale_file_is_found(tmp_path):
     assert code == 1
     assert "/sm_90/weight_only/nf4" in told
     assert "/sm_90/weight_only/gone" in told
+
+
+def test_an_older_triton_quantizes_nothing_where_it_does_not_compile(monkeypatch):
+    weight = torch.ones(4, 64)
+    with traced("sm_103"):
+        assert quantize_weight(weight, HOST.schemes["int8"]) is not None
+        monkeypatch.setattr(quantport_triton, "version", lambda: (3, 5))
+        quantport_triton.compiles_for.cache_clear()
+        assert quantize_weight(weight, HOST.schemes["int8"]) is None
+        monkeypatch.setattr(launching, "launch", None)
+        assert quantize(weight, HOST.schemes["int8"].activation).codes.dtype is torch.int8
+    quantport_triton.compiles_for.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "target", "fits"),
+    [("mxfp8", "sm_121", False), ("int8", "sm_103", False), ("int8", "sm_90", True), ("fp8_per_channel", "sm_120", True)],
+)
+def test_an_older_triton_is_refused_where_it_does_not_compile(scheme, target, fits, monkeypatch):
+    monkeypatch.setattr(base, "version", lambda: (3, 5))
+    here = replace(HOST.device(f"cuda:{target}"), simulated=False)
+    request = Request(WeightSpec(HOST.schemes[scheme], 64, 64), "linear", here, torch.bfloat16)
+    family = {"mxfp8": "mx", "fp8_per_channel": "fp8"}.get(scheme, scheme)
+    (kernel,) = (k for k in HOST.kernels("cuda") if getattr(k, "family", "") == family)
+    told = [reason for reason in kernel.reasons_against(request) if "Triton 3.5 does not compile it" in reason]
+    assert bool(told) is not fits

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from quantport_xpu import vendor
 from quantport_xpu.capabilities import ARCHS
-from quantport_xpu.detect import XpuBackend, advice, devices
+from quantport_xpu.detect import XpuBackend, devices
 
 GIB = 1 << 30
 NUMBERS = {
@@ -21,7 +22,11 @@ NUMBERS = {
 }
 
 
-def fake_torch(*numbers, xpu="20260000", available=True, xmx=True):
+def operator(name):
+    return SimpleNamespace(default=SimpleNamespace(_schema=torch._C.parse_schema(name + vendor.SCHEMAS[name])))
+
+
+def fake_torch(*numbers, xpu="20260000", available=True, xmx=True, operators=()):
     boxes = [
         SimpleNamespace(
             name=f"Intel fake {i}", total_memory=(i + 1) * GIB, architecture=n, has_subgroup_matrix_multiply_accumulate=xmx
@@ -30,6 +35,7 @@ def fake_torch(*numbers, xpu="20260000", available=True, xmx=True):
     ]
     return SimpleNamespace(
         __version__="2.13.0+fake",
+        ops=SimpleNamespace(_xpu_C=SimpleNamespace(**{name: operator(name) for name in operators})),
         version=SimpleNamespace(xpu=xpu),
         xpu=SimpleNamespace(
             is_available=lambda: available, device_count=lambda: len(numbers), get_device_properties=lambda i: boxes[i]
@@ -81,20 +87,10 @@ def test_the_backend_on_this_machine_finds_nothing():
     assert tuple(XpuBackend().detect()) == ()
 
 
-def make_node(drm, name, vendor):
-    (drm / name / "device").mkdir(parents=True)
-    (drm / name / "device" / "vendor").write_text(f"{vendor}\n")
-
-
-def test_advice(tmp_path):
-    make_node(tmp_path, "renderD128", "0x10de")
-    (tmp_path / "renderD130").mkdir()
-    assert advice(fake_torch(xpu=None), tmp_path) == ()
-    make_node(tmp_path, "renderD129", "0x8086")
-    (line,) = advice(fake_torch(xpu=None), tmp_path)
-    assert "/dev/dri/renderD129" in line
-    assert "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/xpu" in line
-    (line,) = advice(fake_torch(available=False), tmp_path)
-    assert "does not see it" in line
-    assert advice(fake_torch(0x500400400), tmp_path) == ()
-    assert advice(fake_torch(xpu=None), tmp_path / "none") == ()
+def test_operators_of_the_vendor_are_features(monkeypatch):
+    lib = fake_torch(0x500400400, operators=["fp8_gemm_w8a16"])
+    monkeypatch.setattr(vendor, "load", lambda: "")
+    assert devices(lib)[0].features == {"_xpu_C.fp8_gemm_w8a16"}
+    assert devices(fake_torch(0x500400400))[0].features == frozenset()
+    monkeypatch.setattr(vendor, "load", lambda: "ImportError: libsycl.so.9")
+    assert devices(lib)[0].features == frozenset()

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from quantport.backend import Canonical, Claim, Evidence, Kernel, Packed, Request, Scheme, WeightSpec, aten
-from quantport_cuda.kernels.activations import quantized, unswizzled
 from quantport_cuda.kernels.scaled import BLAS, NEW, build_reasons
-from quantport_triton.quantize import Quantized, swizzled
+from quantport_triton.quantize import Quantized, quantize, swizzled, unswizzled
 
 _GATE = "torch 2.15.0 torch/testing/_internal/common_cuda.py, PLATFORM_SUPPORTS_MX_GEMM (compute capability 10.0 and later)"
 _DTYPES = {"e4m3fn": torch.float8_e4m3fn, "e8m0": torch.float8_e8m0fnu, "e2m1": torch.float4_e2m1fn_x2}
@@ -53,7 +52,7 @@ class _BlockScaled(Kernel):
 
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
         assert spec.scheme.activation is not None  # serves refused it otherwise
-        y = self.multiply(quantized(x, spec.scheme.activation, swizzle=True), packed, spec)
+        y = self.multiply(quantize(x, spec.scheme.activation, swizzle=True), packed, spec)
         return (y if bias is None else y.add_(bias)).to(x.dtype)
 
     @abstractmethod

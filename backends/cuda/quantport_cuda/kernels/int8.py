@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from quantport.backend import Claim, Evidence, Kernel, Quant, Request, aten
-from quantport_cuda.kernels.activations import quantized
 from quantport_triton.kernels.scaled import TritonInt4Int8, TritonInt8
+from quantport_triton.quantize import quantize
 
 _INT = "PyTorch aten/src/ATen/native/cuda/Blas.cpp, _int_mm_out_cuda (more than 16 rows, K and N multiples of 8)"
 _SLOW = (
@@ -33,7 +33,7 @@ class CudaIntMM(_Int8, aten.IntMM):
         return Claim(Evidence.DECLARED, f"{_INT}; {request.device.arch.source}")
 
     def quantize(self, x: Tensor, quant: Quant) -> tuple[Tensor, Tensor]:
-        q = quantized(x, quant)
+        q = quantize(x, quant)
         return q.codes, q.scale
 
 

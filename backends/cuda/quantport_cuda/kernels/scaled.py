@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from quantport.backend import Canonical, Claim, Evidence, Kernel, Packed, Quant, Request, Scheme, WeightSpec, aten
-from quantport_cuda.kernels.activations import quantized
+from quantport_triton.quantize import quantize
 
 BLAS = "PyTorch aten/src/ATen/native/cuda/ScaledBlas.cpp at 0174dfabc023"
 _ROWS = (
@@ -46,7 +46,7 @@ class CudaScaledMM(aten.ScaledMM):
         return Claim(Evidence.DECLARED, f"{_ROWS}; {request.device.arch.source}")
 
     def quantize(self, x: Tensor, quant: Quant) -> tuple[Tensor, Tensor]:
-        q = quantized(x, quant)
+        q = quantize(x, quant)
         return q.codes, q.scale
 
 
@@ -97,7 +97,7 @@ class CudaScaledBlocks(Kernel):
         rows = x.shape[0]
         if rows % 4:
             x = torch.nn.functional.pad(x, (0, 0, 0, -rows % 4))
-        q = quantized(x, spec.scheme.activation, transposed=True)
+        q = quantize(x, spec.scheme.activation, transposed=True)
         functional = torch.nn.functional
         one, square = functional.ScalingType.BlockWise1x128, functional.ScalingType.BlockWise128x128
         y = functional.scaled_mm(q.codes, weight.view(q.codes.dtype).t(), q.scale, one, scale.t(), square)[:rows]  # bf16

@@ -5,7 +5,8 @@ For a family of kernels, a scheme and an architecture the outcome is one of
 * ``native``: machine code was made, and every matrix multiplication in it is the matrix instruction that the kernel is for;
 * ``up-cast``: its matrix instruction is for a wider type than the operands;
 * ``no matrix instruction``: it multiplies on the ordinary units;
-* ``refused``: the compiler, or the shared memory of the architecture, refuses it; ``because`` says why.
+* ``refused``: the compiler, or the shared memory of the architecture, refuses it; ``because`` says why;
+* ``not compiled``: the matrix unit lacks the format, for which the kernel refuses the architecture anyway.
 """
 
 from __future__ import annotations
@@ -27,15 +28,19 @@ def read(kind: str) -> Mapping[str, Any]:
 
 
 def found(kind: str, arch: str, family: str, scheme: str) -> Mapping[str, Any] | None:
-    """The entry for an architecture, or None where nobody compiled it. Options of a scheme (``nf4:double``) count as the scheme."""
+    """The entry for an architecture, or None where nobody compiled it. Options of a scheme that change no code are left out:
+    all but ``double``, and ``mse`` where weights are quantized."""
     families: Mapping[str, Mapping[str, Any]] = read(kind)["targets"].get(arch, {}).get(family, {})
-    return families.get(scheme) or families.get(scheme.partition(":")[0])
+    name, *options = scheme.split(":")
+    double = ["double"] if "double" in options else []
+    search = ["mse"] if "mse" in options and family == "quantize" else []
+    return families.get(":".join((name, *search, *double)))
 
 
 def refusals(kind: str, arch: str, family: str, scheme: str) -> tuple[str, ...]:
     """Why a kernel cannot run there, or would gain nothing: empty where it compiled as it should, or was never compiled."""
     entry = found(kind, arch, family, scheme)
-    if entry is None or entry["outcome"] == "native":
+    if entry is None or entry["outcome"] in ("native", "not compiled"):
         return ()
     version = read(kind)["triton"]
     if entry["outcome"] == "refused":
@@ -43,14 +48,15 @@ def refusals(kind: str, arch: str, family: str, scheme: str) -> tuple[str, ...]:
     return (f"for {arch}, Triton {version} makes {entry['instruction'] or 'ordinary multiplications'} of it: {entry['outcome']}",)
 
 
-def claim(kind: str, arch: str, family: str, scheme: str) -> Claim:
-    """``compiled`` where the entry is ``native`` and names its matrix instruction; else the kernel met the reference in Triton's
-    interpreter, and no more."""
+def claim(kind: str, arch: str, family: str, scheme: str, kernel: str) -> Claim:
+    """``compiled`` where the entry is ``native`` and its launches of this ``kernel`` hold the instruction; else it has met the
+    reference in Triton's interpreter, and no more."""
     entry = found(kind, arch, family, scheme)
     tests = "tests/backends/triton, in Triton's interpreter"
     if entry is None or entry["outcome"] != "native":
         return Claim(Evidence.INTERPRETED, f"{tests}; not compiled for {arch}")
+    seen = {made["instruction"] for name, made in entry["launches"].items() if name.startswith(f"{kernel}(")} - {""}
     file = f"{arch}, Triton {read(kind)['triton']}: quantport_triton/evidence/{kind}.json"
-    if not entry["instruction"]:  # it needs none: few rows at a time, or values for the vendor's own matmul
+    if not seen:  # it needs none: one row, or values for the vendor's own matmul
         return Claim(Evidence.INTERPRETED, f"{tests}; machine code without matrix instructions for {file}")
-    return Claim(Evidence.COMPILED, f"{entry['instruction']} in the machine code for {file}")
+    return Claim(Evidence.COMPILED, f"{', '.join(sorted(seen))} in the machine code for {file}")

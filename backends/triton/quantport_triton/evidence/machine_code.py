@@ -27,6 +27,7 @@ SHARED = {
 }  # fmt: skip
 """KiB of shared memory for one program (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability")."""
 
+TENSOR_MEMORY = 512  # columns of a program on sm_100 and sm_103 (PTX ISA, "Tensor Memory")
 _MATRIX = re.compile(r"\b((?:UTC)?[HIQO](?:G?)MMA(?:\.[A-Z0-9_x]+)*)")
 _LOCAL = re.compile(r"\b(?:STL|LDL)\b")
 _CODE = (tokenize.NAME, tokenize.NUMBER, tokenize.STRING, tokenize.OP)
@@ -71,6 +72,8 @@ def compile_for(launch: Launch, kind: str, arch: str) -> Compiled:
         return Compiled(because=_reason(error))
     limit, shared = SHARED[arch], int(compiled.metadata.shared)
     too_much = f"{shared} bytes of shared memory, where {arch} has {limit} KiB" if shared > limit << 10 else ""
+    if (columns := getattr(compiled.metadata, "tmem_size", None) or 0) > TENSOR_MEMORY:
+        too_much = f"{columns} columns of tensor memory, of {TENSOR_MEMORY}"
     text = disassemble(compiled.asm["cubin"])
     found = set(_MATRIX.findall(text)) if text else set(_PTX.findall(compiled.asm["ptx"]))
     return Compiled(tuple(sorted(found)), "tt.dot" in compiled.asm["ttir"], shared, len(_LOCAL.findall(text)), too_much)

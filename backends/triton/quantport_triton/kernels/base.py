@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from quantport.backend import Claim, Kernel, Request
-from quantport_triton import available, evidence
+from quantport_triton import FIRST, OLDEST, available, evidence, version
+from quantport_triton.tuned import way
 
 
 class TritonKernel(Kernel):
@@ -15,10 +16,12 @@ class TritonKernel(Kernel):
 
     Attributes:
         family: What it is called within every room, in the evidence and in the tuned configurations.
+        oldest: Architecture -> the first Triton that makes its matrix instruction of the kernel, where that is not the oldest.
         matrix: How the matrix instructions in machine code begin that are native for it.
     """
 
     family: str
+    oldest: Mapping[str, tuple[int, int]] = FIRST
     matrix: tuple[str, ...] = ("HMMA", "HGMMA", "UTCHMMA")  # 16-bit operands
 
     def __init__(self, room: str) -> None:
@@ -28,6 +31,11 @@ class TritonKernel(Kernel):
         """Why Triton is not here, or does not compile the kernel for this architecture."""
         reasons = [reason] if (reason := available()) and not request.device.simulated else []
         scheme, arch = request.weight.scheme.name, request.device.arch
+        oldest = self.oldest.get(arch.name, OLDEST)
+        if not reasons and not request.device.simulated and version() < oldest:
+            reasons.append(
+                f"Triton {version()[0]}.{version()[1]} does not compile it for {arch.name}: {oldest[0]}.{oldest[1]} does"
+            )
         if request.dtype not in (torch.bfloat16, torch.float16):
             reasons.append(f"{self.name} takes activations of 16 bits, not {request.dtype}")
         elif request.dtype is torch.bfloat16 and "bf16" not in arch.native:
@@ -35,10 +43,12 @@ class TritonKernel(Kernel):
         return [*reasons, *evidence.refusals(arch.kind, arch.name, self.family, scheme)]
 
     def claim(self, request: Request) -> Claim:
-        """``compiled`` where machine code with the matrix instruction was made for the architecture, else ``interpreted``.
-
-        It is made for the dtype that the architecture computes in.
-        """
+        """``compiled`` where what runs at so many rows has the matrix instruction in its machine code for the architecture, else
+        ``interpreted``. Machine code was made for the dtype that the architecture computes in."""
         arch = request.device.arch
         name = arch.name if request.dtype is arch.compute else f"{arch.name} in {request.dtype}"
-        return evidence.claim(arch.kind, name, self.family, request.weight.scheme.name)
+        return evidence.claim(arch.kind, name, self.family, request.weight.scheme.name, self.way_of(request))
+
+    def way_of(self, request: Request) -> str:
+        """Which of the family's kernels runs at the rows of a request."""
+        return way(request.device.arch.name, self.family, request.rows)[0]

@@ -30,6 +30,7 @@ class TritonBlockScaled(TritonKernel):
         pairs: What weight and activations may be; the rule or search that their scales come from does not matter.
     """
 
+    oldest = dict.fromkeys(("sm_103", "sm_120", "sm_121"), (3, 6))  # before, the last two multiply bf16 instead
     matrix = ("QMMA.SF", "OMMA.SF", "UTCQMMA", "UTCOMMA")  # those that apply scales of blocks
     tolerance = 2.0**-7
     quantizes_activations = True
@@ -42,8 +43,8 @@ class TritonBlockScaled(TritonKernel):
     def reasons_against(self, request: Request) -> Sequence[str]:
         scheme = request.weight.scheme
         units = {quant.unit: None for quant in (scheme.weight, scheme.activation) if quant}
-        native = (reason for unit in units for reason in aten.native_reason(request, unit))
-        return [*native, *super().reasons_against(request)]
+        native = [reason for unit in units for reason in aten.native_reason(request, unit)]
+        return native or super().reasons_against(request)  # one reason is enough
 
     def slow(self, request: Request) -> str:
         return unaligned(request)

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from quantport.backend import Packed, Quant, Request, Scheme, WeightSpec, aten
+from quantport_triton import FIRST
 from quantport_triton.kernels.base import TritonKernel
 from quantport_triton.kernels.tiling import multiply, unaligned
 from quantport_triton.launch import Config, target_of
 from quantport_triton.quantize import quantize
 from quantport_triton.tuned import way
 
+_OLDEST = {**FIRST, "sm_120": (3, 5), "sm_121": (3, 5)}  # before, these multiply fp16 instead of e4m3fn
 E4M3FN = ("QMMA", "QGMMA", "UTCQMMA")  # matrix instructions of each width
 INT8 = ("IMMA", "IGMMA", "UTCIMMA")
 
@@ -38,7 +40,7 @@ class TritonScaled(TritonKernel):
         return scheme.weight in self.weights and scheme.activation == self.activation
 
     def reasons_against(self, request: Request) -> Sequence[str]:
-        return [*aten.native_reason(request, self.activation.format), *super().reasons_against(request)]
+        return aten.native_reason(request, self.activation.format) or super().reasons_against(request)  # one reason is enough
 
     def slow(self, request: Request) -> str:
         return unaligned(request)
@@ -66,7 +68,7 @@ class TritonScaled(TritonKernel):
 class TritonFp8(TritonScaled):
     """W8A8 e4m3fn: a scale for each token, and one for each output channel or for the whole weight."""
 
-    family, matrix = "fp8", E4M3FN
+    family, matrix, oldest = "fp8", E4M3FN, _OLDEST
     weights = (Quant("e4m3fn", 0, 0), Quant("e4m3fn", 1, 0))
     activation = Quant("e4m3fn", 1, 0)
 
@@ -74,7 +76,7 @@ class TritonFp8(TritonScaled):
 class TritonFp8Block(TritonScaled):
     """W8A8 e4m3fn: scales of 1 x 128 activations and of 128 x 128 weights, applied to each partial product in fp32."""
 
-    family, matrix = "fp8_block", E4M3FN
+    family, matrix, oldest = "fp8_block", E4M3FN, _OLDEST
     weights = (Quant("e4m3fn", 128, 128),)
     activation = Quant("e4m3fn", 1, 128)
 

@@ -7,7 +7,7 @@ import sys
 import torch
 from torch import Tensor
 
-from quantport.backend import Packed, Scheme, WeightSpec
+from quantport.backend import Canonical, Packed, Request, Scheme, WeightSpec
 from quantport_triton.kernels.base import TritonKernel
 from quantport_triton.kernels.tiling import split_k
 from quantport_triton.kernels.weights import FORMATS, Stored, stored
@@ -29,6 +29,23 @@ class TritonWeightOnly(TritonKernel):
         quant = scheme.weight
         whole_rows = quant.rows <= 1 and not quant.cols
         return quant.format in FORMATS and (whole_rows or (quant.rows > 0 and quant.cols % 8 == 0))
+
+    def slow(self, request: Request) -> str:
+        k, bits = request.weight.k, request.weight.scheme.weight.element.bits
+        if bits != 6 and k * bits % 32:
+            return f"codes are read byte by byte: K is {k}, not a multiple of {32 // bits}"
+        if self.way_of(request) == "dequantize":
+            return f"at {request.rows} rows it writes and reads a 16-bit copy of the weight at every call"
+        return ""
+
+    @property
+    def keeps_layout(self) -> bool:
+        return True
+
+    def pack(self, canonical: Canonical, spec: WeightSpec) -> Packed:
+        packed = super().pack(canonical, spec)
+        stored(packed, spec)  # makes the table of a code book now, and not in a forward that a CUDA graph captures
+        return packed
 
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
         name, config = way(target_of(x.device), self.family, x.shape[0])

@@ -1,7 +1,8 @@
 """Configurations of kernels, as data: ``default.json``, and a file for each architecture where something else is better.
 
 A file maps a family of kernels to its ways, in the order of rows of activations: the first whose ``rows`` is not below
-them is taken. ``null`` is any number. The other keys are block sizes, and what ``Config`` has.
+them is taken. ``null`` is any number. The other keys are block sizes, and what ``Config`` has. ``{"like": "sm_120"}`` is
+all that a file says of an architecture that has nothing of its own.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ def _read(name: str) -> dict[str, Any]:
 @cache
 def ways(target: str, family: str) -> tuple[dict[str, Any], ...]:
     """The ways of a family of kernels on an architecture, with those of a narrower file first."""
-    return tuple(_read(target).get(family) or _read("default")[family])
+    table = _read(target)
+    if "like" in table:
+        return ways(table["like"], family)
+    return tuple(table.get(family) or _read("default")[family])
 
 
 @cache

@@ -1,11 +1,32 @@
-"""Kernels of the XPU room."""
+"""Kernels of the XPU room, and the order in which they are preferred."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from quantport.backend import Kernel, aten
-from quantport_xpu.kernels.matmul import XpuIntMM, XpuScaledMM
+from quantport_xpu.kernels.scaled import XpuFp8Emulated, XpuIntMM, XpuScaledMM
+from quantport_xpu.kernels.triton import XpuTritonInt4Int8, XpuTritonInt8, XpuTritonWeightOnly
+from quantport_xpu.kernels.vendor import XpuFp8Gemm, XpuFp8W8A16, XpuInt4W4A16
+from quantport_xpu.kernels.weight_only import XpuInt4Pack, XpuInt8Pack
+
+# Nothing is measured: among kernels that run a request equally natively the first one here wins. What torch itself calls is
+# first, since PyTorch's tests run it on these GPUs; Triton's kernels were compiled by nobody for them.
+ORDER: tuple[Callable[[], Kernel], ...] = (
+    XpuScaledMM,
+    XpuFp8Gemm,  # fp8 in blocks, and in fp16
+    XpuIntMM,
+    lambda: XpuTritonInt8("xpu"),  # int8 where this torch has no operator for it
+    lambda: XpuTritonInt4Int8("xpu"),  # W4A8, which oneDNN lacks
+    XpuInt8Pack,
+    XpuInt4Pack,
+    XpuInt4W4A16,  # the same oneDNN, in fp16 too
+    XpuFp8W8A16,  # fp8 weights, for which torch has no operator
+    lambda: XpuTritonWeightOnly("xpu"),  # every other format and shape
+    XpuFp8Emulated,  # only where the exact emulation is asked for
+)
 
 
 def kernels() -> tuple[Kernel, ...]:
-    """Every kernel of the room."""
-    return (XpuScaledMM(), XpuIntMM(), *aten.portable())
+    """Every kernel of the room, the preferred first; the portable ones run everything else."""
+    return (*(make() for make in ORDER), *aten.portable())

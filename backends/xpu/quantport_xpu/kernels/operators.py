@@ -1,0 +1,34 @@
+"""Which of ATen's operators this torch has on Intel GPUs."""
+
+from __future__ import annotations
+
+import torch
+
+from quantport.backend import Request
+
+_YAML = "PyTorch native_functions.yaml"
+
+
+def registered(operator: str) -> bool:
+    """Whether torch's dispatcher has a kernel of ``aten::operator`` for XPU."""
+    known = hasattr(torch.ops.aten, operator)
+    return known and bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{operator}", "XPU"))
+
+
+def operator_reason(request: Request, kernel: str, operator: str, since: str) -> tuple[str, ...]:
+    """The reason against an operator that torch lacks on XPU, or nothing.
+
+    Of a GPU that is here, torch's dispatcher knows; for a simulated one, the version of this torch tells what it would have.
+
+    Args:
+        request: What is asked.
+        kernel: Name of the kernel.
+        operator: Name of the operator.
+        since: The first version of torch that has it on XPU.
+    """
+    asked = f"{kernel} needs torch {since} or later on XPU"
+    if not request.device.simulated:
+        return () if registered(operator) else (f"{asked}: torch {torch.__version__} has no aten::{operator} there [{_YAML}]",)
+    if torch.__version__ >= since:  # TorchVersion compares as a version, not as text
+        return ()
+    return (f"{asked}, not {torch.__version__} [{_YAML}]",)

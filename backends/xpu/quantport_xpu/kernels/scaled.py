@@ -1,0 +1,83 @@
+"""W8A8 through ATen: int8 on the matrix engines, and fp8, which they have from Xe3p on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from quantport.backend import Claim, Evidence, Packed, Request, Status, WeightSpec, aten
+from quantport_xpu.kernels.operators import operator_reason
+
+_SCALED = "PyTorch aten/src/ATen/native/mkldnn/xpu/ScaledBlas.cpp at 00d8108f3608, _scaled_mm_out_xpu"
+_INT = "PyTorch aten/src/ATen/native/mkldnn/xpu/Blas.cpp at 003d1b101f9e, _int_mm_out_xpu"
+
+
+def converts(request: Request) -> str:
+    """What oneDNN does with fp8 where the matrix engines have none: '' where they have it."""
+    arch = request.device.arch
+    if "e4m3fn" in arch.native:
+        return ""
+    return f"on {arch.name}, oneDNN converts e4m3fn to a wider type before it multiplies [{arch.source}]"
+
+
+class XpuScaledMM(aten.ScaledMM):
+    """``torch._scaled_mm`` with row scales, through oneDNN: where XMX multiplies e4m3fn."""
+
+    name = "xpu._scaled_mm"
+
+    def reasons_against(self, request: Request) -> Sequence[str]:
+        """Adds: before Xe3p the operator runs, but converts both operands first, so that it only loses time."""
+        gate = operator_reason(request, self.name, "_scaled_mm", "2.10")
+        return [*super().reasons_against(request), *gate, *filter(None, [converts(request)])]
+
+    def claim(self, request: Request) -> Claim:
+        """PyTorch's own kernel, and the instruction."""
+        return Claim(Evidence.DECLARED, f"{_SCALED}; {request.device.arch.source}")
+
+    def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
+        # The scales of no rows have no strides that torch takes.
+        return super().run(x, packed, bias, spec) if len(x) else x.new_empty(0, spec.n)
+
+
+class XpuFp8Emulated(XpuScaledMM):
+    """The same operator where XMX has no fp8: the numbers of W8A8, multiplied in 16 bits.
+
+    fp8 is then a format to store, and weight-only kernels round less and do less. So its status is ``reference``: it is taken where
+    the exact emulation is asked for, before that of torch.
+    """
+
+    name = "xpu._scaled_mm_emulated"
+    status = Status.REFERENCE
+
+    def reasons_against(self, request: Request) -> Sequence[str]:
+        """All but the need for a matrix instruction; and nothing is emulated where there is one."""
+        unit = aten.native_reason(request, "e4m3fn")
+        native = [] if unit else [f"{request.device.arch.name} multiplies e4m3fn natively: {XpuScaledMM.name} does"]
+        return [*native, *(r for r in super().reasons_against(request) if r not in (*unit, converts(request)))]
+
+    def slow(self, request: Request) -> str:
+        return f"{converts(request)}, and activations are quantized first"
+
+
+class XpuIntMM(aten.IntMM):
+    """``torch._int_mm`` through oneDNN: any rows and sizes. Scales are multiplied afterwards, in passes of their own."""
+
+    name = "xpu._int_mm"
+
+    def reasons_against(self, request: Request) -> Sequence[str]:
+        """The matrix instruction, and the operator. Its only limit is that oneDNN on the CPU misreads a column."""
+        column = [f"{self.name}: a weight with one column has strides that oneDNN misreads"] if request.weight.k == 1 else []
+        return [*aten.native_reason(request, "int8"), *column, *operator_reason(request, self.name, "_int_mm", "2.9")]
+
+    def claim(self, request: Request) -> Claim:
+        """PyTorch's own kernel, and the instruction."""
+        return Claim(Evidence.DECLARED, f"{_INT}; {request.device.arch.source}")
+
+    def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
+        weight, scale = packed
+        assert spec.scheme.activation is not None  # serves refused it otherwise
+        q, token = self.quantize(x, spec.scheme.activation)
+        y = torch._int_mm(q, weight.t()) * token * scale.view(1, -1)
+        return (y if bias is None else y + bias).to(x.dtype)

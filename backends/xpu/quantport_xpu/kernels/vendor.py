@@ -1,0 +1,126 @@
+"""int4 and fp8 through ``vllm-xpu-kernels``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from quantport.backend import Canonical, Claim, Evidence, Kernel, Packed, Quant, Request, Scheme, WeightSpec, aten
+from quantport_xpu.kernels.weight_only import ZERO, Int4Groups
+from quantport_xpu.vendor import PREFIX, SCHEMAS, SOURCE
+
+_FP8 = "vllm-project/vllm-xpu-kernels csrc/xpu/onednn/fp8_gemm_w8a16.h at 07f4fbd668ca"
+_W8A8 = "vllm-project/vllm-xpu-kernels csrc/xpu/onednn/fp8_gemm_w8a8.h at 09c5374b2427"
+_INT4 = "vllm-project/vllm-xpu-kernels csrc/xpu/onednn/int4_gemm_w4a16.h at f8e6ad7c6f0c"
+
+
+def vendor_reasons(request: Request, kernel: str, operator: str) -> tuple[str, ...]:
+    """Why an operator of the package cannot be called: it is not here, or takes other activations."""
+    reasons = []
+    if PREFIX + operator not in request.device.features:
+        reasons.append(f"{kernel} needs {operator}{SCHEMAS[operator]} of vllm-xpu-kernels, which was not found [{SOURCE}]")
+    if request.dtype not in (torch.bfloat16, torch.float16):
+        reasons.append(f"{kernel} takes activations of 16 bits, not {request.dtype}")
+    return tuple(reasons)
+
+
+class XpuInt4W4A16(Int4Groups):
+    """W4A16 through ``_xpu_C.int4_gemm_w4a16``: int4 in groups, without offsets, the bias in the same launch."""
+
+    name = "xpu.int4_gemm_w4a16"
+
+    def reasons_against(self, request: Request) -> Sequence[str]:
+        reasons = [*super().reasons_against(request), *vendor_reasons(request, self.name, "int4_gemm_w4a16")]
+        if request.dtype is torch.float16:
+            reasons.append(f"{self.name} is tested by its vendor with scales in the dtype of the activations; ours are bfloat16")
+        return reasons
+
+    def claim(self, request: Request) -> Claim:
+        """The vendor's source."""
+        return Claim(Evidence.DECLARED, _INT4)
+
+    def zeros(self, scale: Tensor) -> Tensor:
+        """One code for all groups: int8 ``[1]``."""
+        return torch.full((1,), ZERO, dtype=torch.int8, device=scale.device)
+
+    def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
+        if not len(x):
+            return x.new_empty(0, spec.n)
+        words, scale, zero = packed
+        operator = torch.ops._xpu_C.int4_gemm_w4a16
+        y: Tensor = operator(x, words.t(), bias, scale, zero, spec.scheme.weight.cols, None)
+        return y
+
+
+class _Fp8(Kernel):
+    """e4m3fn weights with one scale, one for each output channel, or one for each 128x128.
+
+    The vendor tells the last from the others by scales that have more than one row: those of K in blocks, at least two.
+    """
+
+    def serves(self, scheme: Scheme) -> bool:
+        quant = scheme.weight
+        return quant.format == "e4m3fn" and quant.scale == "fp32" and (quant.rows, quant.cols) in ((0, 0), (1, 0), (128, 128))
+
+    def reasons_against(self, request: Request) -> Sequence[str]:
+        spec = request.weight
+        reasons = list(vendor_reasons(request, self.name, self.name.partition(".")[2]))
+        if spec.scheme.weight.cols and (spec.n % 128 or spec.k % 128 or spec.k < 256):
+            shape = f"{spec.n} x {spec.k}"
+            reasons.append(f"{self.name} needs N and K to be multiples of 128, and two blocks along K, not {shape} [{_FP8}]")
+        return reasons
+
+    def claim(self, request: Request) -> Claim:
+        """The vendor's source."""
+        return Claim(Evidence.DECLARED, _FP8)
+
+    def pack(self, canonical: Canonical, spec: WeightSpec) -> Packed:
+        scale = canonical["weight_scale"]
+        return canonical["weight"].view(torch.uint8), scale.t().contiguous() if spec.scheme.weight.cols else scale.view(-1)
+
+    def unpack(self, packed: Packed, spec: WeightSpec) -> Canonical:
+        weight, scale = packed
+        scale = scale.t().contiguous() if spec.scheme.weight.cols else scale.view(-1, 1)
+        return {"weight": weight.view(torch.float8_e4m3fn), "weight_scale": scale}
+
+
+class XpuFp8W8A16(_Fp8):
+    """W8A16 through ``_xpu_C.fp8_gemm_w8a16``: e4m3fn per tensor, per output channel, or per 128x128."""
+
+    name = "xpu.fp8_gemm_w8a16"
+    tolerance = 2.0**-7
+
+    def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
+        if not len(x):
+            return x.new_empty(0, spec.n)
+        weight, scale = packed
+        y: Tensor = torch.ops._xpu_C.fp8_gemm_w8a16(x, weight.view(torch.float8_e4m3fn).t(), scale, bias)
+        return y
+
+
+class XpuFp8Gemm(_Fp8, aten.Quantizing):
+    """W8A8 through ``_xpu_C.fp8_gemm``, where XMX multiplies e4m3fn: in both 16-bit types, and in blocks."""
+
+    name = "xpu.fp8_gemm"
+    tolerance = 2.0**-6
+
+    def serves(self, scheme: Scheme) -> bool:
+        return super().serves(scheme) and scheme.activation == Quant("e4m3fn", 1, scheme.weight.cols)
+
+    def reasons_against(self, request: Request) -> Sequence[str]:
+        return [*aten.native_reason(request, "e4m3fn"), *super().reasons_against(request)]
+
+    def claim(self, request: Request) -> Claim:
+        """The vendor's source, and the instruction."""
+        return Claim(Evidence.DECLARED, f"{_W8A8}; {request.device.arch.source}")
+
+    def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
+        if not len(x):
+            return x.new_empty(0, spec.n)
+        weight, scale = packed
+        assert spec.scheme.activation is not None  # serves refused it otherwise
+        q, token = self.quantize(x, spec.scheme.activation)
+        y: Tensor = torch.ops._xpu_C.fp8_gemm(q, weight.view(q.dtype).t(), x.dtype, token, scale, bias)
+        return y

@@ -1,0 +1,217 @@
+"""Kernels of ATen and of ``vllm-xpu-kernels``, on the CPU, against operators that read operands as their sources say.
+
+Where ATen has the operator for the CPU too (``_int_mm``, ``_scaled_mm``, ``_weight_int8pack_mm``), that runs. The others
+(``xpu_operators.py``) are registered with the schemas of the vendors, so that torch's dispatcher refuses a wrong keyword, type or
+number of arguments.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import xpu_operators
+
+from quantport import numerics
+from quantport.backend import Accepted, Kernel, Request, WeightSpec
+from quantport.catalog import BUILTIN
+from quantport.device import Device
+from quantport.testing import cases
+from quantport.testing.check_runs import compare, make_job
+from quantport_xpu import vendor
+from quantport_xpu.capabilities import ARCHS
+from quantport_xpu.kernels.scaled import XpuFp8Emulated, XpuIntMM, XpuScaledMM
+from quantport_xpu.kernels.vendor import XpuFp8Gemm, XpuFp8W8A16, XpuInt4W4A16
+from quantport_xpu.kernels.weight_only import XpuInt4Pack, XpuInt8Pack
+
+CPU = torch.device("cpu")
+BMG = Device(ARCHS["bmg"], torch_type="xpu", simulated=True, features=frozenset(vendor.PREFIX + name for name in vendor.SCHEMAS))
+XE3P = replace(BMG, arch=ARCHS["xe3p"])
+
+
+@pytest.fixture(autouse=True)
+def _operators(monkeypatch):
+    """The operators that the CPU lacks, registered for it, with the vendors' schemas."""
+    monkeypatch.setattr(torch.ops.aten, "_weight_int8pack_mm", xpu_operators.int8pack_mm)
+    ours = torch.library.Library("aten", "IMPL")
+    ours.impl("_weight_int4pack_mm_with_scales_and_zeros", xpu_operators.int4pack_mm, "CPU")
+    library = torch.library.Library("_xpu_C", "DEF")
+    for name, schema in vendor.SCHEMAS.items():
+        library.define(name + schema)
+        library.impl(name, getattr(xpu_operators, name), "CPU")
+    yield
+    library._destroy()
+    ours._destroy()
+
+
+RUNS: list[tuple[Kernel, str, Device, tuple[tuple[int, int], ...]]] = [
+    (XpuIntMM(), "int8", BMG, ((64, 256), (33, 97), (1, 704), (5, 2))),
+    (XpuScaledMM(), "fp8_per_tensor", XE3P, ((64, 256), (48, 208))),
+    (XpuScaledMM(), "fp8_per_channel", XE3P, ((64, 256), (48, 208))),
+    (XpuFp8Emulated(), "fp8_per_channel", BMG, ((64, 256), (48, 208))),
+    (XpuInt8Pack(), "int8_weight_only", BMG, ((64, 256), (33, 97), (48, 1))),
+    (XpuInt8Pack(), "int8", BMG, ((64, 256),)),
+    (XpuInt4Pack(), "int4_weight_only", BMG, ((64, 256), (7, 128))),
+    (XpuInt4Pack(), "int4_weight_only_g32", BMG, ((64, 256), (33, 96), (1, 32))),
+    (XpuInt4Pack(), "int4_w4a8", BMG, ((64, 256),)),
+    (XpuInt4W4A16(), "int4_weight_only", BMG, ((64, 256), (7, 128))),
+    (XpuInt4W4A16(), "int4_weight_only_g32", BMG, ((33, 96),)),
+    (XpuFp8W8A16(), "fp8_weight_only", BMG, ((64, 256), (33, 97), (1, 704), (256, 1))),
+    (XpuFp8W8A16(), "fp8_per_tensor", BMG, ((64, 256), (33, 97))),
+    (XpuFp8W8A16(), "fp8_per_block", BMG, ((128, 256), (384, 640))),
+    (XpuFp8Gemm(), "fp8_per_tensor", XE3P, ((64, 256), (33, 97))),
+    (XpuFp8Gemm(), "fp8_per_channel", XE3P, ((64, 256), (1, 704))),
+    (XpuFp8Gemm(), "fp8_per_block", XE3P, ((128, 256), (384, 640))),
+]
+IDS = [f"{kernel.name}-{scheme}" for kernel, scheme, *_ in RUNS]
+
+
+@pytest.mark.parametrize(("kernel", "scheme", "device", "shapes"), RUNS, ids=IDS)
+def test_meets_the_reference(kernel, scheme, device, shapes):
+    for n, k in shapes:
+        spec = WeightSpec(BUILTIN[scheme], n, k)
+        assert isinstance(kernel.verdict(Request(spec, "linear", device, torch.bfloat16)), Accepted)
+        jobs = [
+            make_job(spec, cases.plain(n, k), cases.activations(rows, k, torch.bfloat16), bias, kernel.quantizes_activations)
+            for rows, bias in ((1, None), (6, None), (17, cases.bias(n, torch.bfloat16)), (130, None))
+        ]
+        assert compare(kernel, jobs, CPU) == ""
+
+
+@pytest.mark.parametrize(("kernel", "scheme", "device", "shapes"), RUNS, ids=IDS)
+def test_special_weights(kernel, scheme, device, shapes):
+    (n, k), spec = shapes[0], WeightSpec(BUILTIN[scheme], *shapes[0])
+    for name, make in cases.specials(spec.scheme):
+        job = make_job(spec, make(n, k), cases.activations(5, k, torch.bfloat16), None, kernel.quantizes_activations)
+        assert compare(kernel, [job], CPU) == "", name
+
+
+@pytest.mark.parametrize(("kernel", "scheme", "device", "shapes"), RUNS, ids=IDS)
+def test_packing_loses_nothing_and_no_rows_are_no_rows(kernel, scheme, device, shapes):
+    for n, k in shapes:
+        spec = WeightSpec(BUILTIN[scheme], n, k)
+        stored = numerics.quantize_weight(cases.random(n, k), spec.scheme)
+        packed = kernel.pack({name: t.clone() for name, t in stored.items()}, spec)
+        back = kernel.unpack(packed, spec)
+        assert list(back) == list(stored)
+        assert all(cases.same_bits(back[name], stored[name]) for name in stored)
+        assert kernel.run(torch.empty(0, k, dtype=torch.bfloat16), packed, None, spec).shape == (0, n)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "scheme"), [(XpuIntMM(), "int8"), (XpuInt8Pack(), "int8_weight_only"), (XpuFp8W8A16(), "fp8_weight_only")]
+)
+def test_fp16(kernel, scheme):
+    spec = WeightSpec(BUILTIN[scheme], 64, 96)
+    assert isinstance(kernel.verdict(Request(spec, "linear", BMG, torch.float16)), Accepted)
+    x, bias = cases.activations(5, 96, torch.float16), cases.bias(64, torch.float16)
+    assert compare(kernel, [make_job(spec, cases.plain(64, 96), x, bias, kernel.quantizes_activations)], CPU) == ""
+
+
+def test_int4_agrees_with_the_operator_of_the_cpu():
+    """``_weight_int4pack_mm_for_cpu`` computes ``(code - 8) * scale + 0`` from codes that it packs itself: another layout."""
+    spec = WeightSpec(BUILTIN["int4_weight_only_g32"], 64, 256)
+    stored = numerics.quantize_weight(cases.plain(64, 256), spec.scheme)
+    codes = numerics.unpack_int4(stored["weight_packed"], 256).int() + 8
+    scale = stored["weight_scale"].t()
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    x = cases.activations(17, 256, torch.bfloat16)
+    expected = torch.ops.aten._weight_int4pack_mm_for_cpu(
+        x, packed, 32, torch.stack((scale, torch.zeros_like(scale)), -1).contiguous()
+    )
+    for kernel in (XpuInt4Pack(), XpuInt4W4A16()):
+        y = kernel.run(x, kernel.pack(stored, spec), None, spec)
+        assert cases.relative_error(y, expected) < kernel.tolerance
+
+
+def flipped_nibbles(packed):
+    return torch.stack([packed[0] >> 4 & 0x0F0F0F0F | (packed[0] & 0x0F0F0F0F) << 4]).view_as(packed[0]), *packed[1:]
+
+
+INT4 = (XpuInt4Pack(), "int4_weight_only_g32", (64, 256))
+MISTAKES = [
+    ("nibbles in the other order", *INT4, flipped_nibbles),
+    ("zero of 7", *INT4, lambda p: (p[0], p[1], p[2] - 1)),
+    ("zero of 0: signed codes", *INT4, lambda p: (p[0], p[1], p[2] * 0)),
+    ("scales not transposed", *INT4, lambda p: (p[0], p[1].t().contiguous(), p[2])),
+    ("scales in the order of the stored tensor", *INT4, lambda p: (p[0], p[1].t().contiguous().view_as(p[1]), p[2])),
+    ("scales with strides of the stored tensor", *INT4, lambda p: (p[0], p[1].t().contiguous().t(), p[2])),
+    ("scales in fp32", *INT4, lambda p: (p[0], p[1].float(), p[2])),
+    ("zeros in bf16, as CUDA has them", *INT4, lambda p: (p[0], p[1], p[2].bfloat16())),
+    ("zeros of another shape", *INT4, lambda p: (p[0], p[1], p[2][:1])),
+    ("codes in bytes", *INT4, lambda p: (p[0].view(torch.uint8), *p[1:])),
+    ("int8 scales in bf16", XpuInt8Pack(), "int8_weight_only", (64, 256), lambda p: (p[0], p[1].bfloat16())),
+    ("int8 transposed", XpuInt8Pack(), "int8_weight_only", (64, 256), lambda p: (p[0].t(), p[1])),
+    ("one zero for each group", XpuInt4W4A16(), "int4_weight_only", (64, 256), lambda p: (*p[:2], p[2].expand_as(p[1]))),
+    ("words along N", XpuInt4W4A16(), "int4_weight_only", (64, 256), lambda p: (p[0].t().contiguous().t(), *p[1:])),
+    ("fp8 scales of blocks by rows", XpuFp8W8A16(), "fp8_per_block", (384, 640), lambda p: (p[0], p[1].t().contiguous())),
+    ("fp8 scales by strides", XpuFp8W8A16(), "fp8_per_block", (256, 256), lambda p: (p[0], p[1].t().contiguous().t())),
+    ("fp8 scales of W8A8 by rows", XpuFp8Gemm(), "fp8_per_block", (384, 640), lambda p: (p[0], p[1].t().contiguous())),
+    ("row scales as a column", XpuScaledMM(), "fp8_per_channel", (64, 256), lambda p: (p[0], p[1].view(-1, 1))),
+    ("int8 codes as bytes", XpuIntMM(), "int8", (64, 256), lambda p: (p[0].view(torch.uint8), p[1])),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kernel", "scheme", "shape", "plant"), [m[1:] for m in MISTAKES], ids=[m[0] for m in MISTAKES])
+def test_a_planted_mistake_is_caught(kernel, scheme, shape, plant, monkeypatch):
+    """In packing: every one either fails the operator, or its result is not the reference's."""
+    spec, pack = WeightSpec(BUILTIN[scheme], *shape), type(kernel).pack
+    x = cases.activations(5, shape[1], torch.bfloat16)
+    job = make_job(spec, cases.plain(*shape), x, None, kernel.quantizes_activations)
+    assert compare(kernel, [job], CPU) == ""
+    planted = plant(pack(kernel, job.canonical, spec))
+    monkeypatch.setattr(type(kernel), "pack", lambda self, canonical, spec: planted)
+    assert caught(kernel, job)
+
+
+def caught(kernel, job):
+    try:
+        return compare(kernel, [job], CPU) != ""
+    except (AssertionError, RuntimeError, ValueError):  # of the operator
+        return True
+
+
+CALLS = {
+    "aten::_int_mm": "(Tensor self, Tensor mat2) -> Tensor",
+    "aten::_scaled_mm": (
+        "(Tensor self, Tensor mat2, Tensor scale_a, Tensor scale_b, Tensor? bias=None, Tensor? scale_result=None, "
+        "ScalarType? out_dtype=None, bool use_fast_accum=False) -> Tensor"
+    ),
+    "aten::_weight_int8pack_mm": "(Tensor self, Tensor mat2, Tensor scales) -> Tensor",
+    "aten::_weight_int4pack_mm_with_scales_and_zeros": (
+        "(Tensor self, Tensor mat2, int qGroupSize, Tensor qScale, Tensor qZeros) -> Tensor"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_torch_has_the_operators_as_they_are_called(name):
+    (schema,) = [s for s in torch._C._jit_get_schemas_for_operator(name) if not s.overload_name]
+    assert vendor.fits(schema, CALLS[name])
+
+
+def test_operators_of_the_vendor_are_found_by_their_signature():
+    assert vendor.features(torch.ops._xpu_C) == BMG.features
+    assert vendor.features(None) == frozenset()
+    expected = vendor.SCHEMAS["fp8_gemm_w8a16"]
+    parse = torch._C.parse_schema
+    assert vendor.fits(parse("f(Tensor A, Tensor B, Tensor? B_scale_, Tensor? bias_, Tensor? out=None) -> Tensor"), expected)
+    for other in (
+        "(Tensor A, Tensor B, bool trans_B, Tensor? B_scale_, Tensor? bias_) -> Tensor",  # that of Intel's archived extension
+        "(Tensor A, Tensor B, Tensor? B_scale_) -> Tensor",
+        "(Tensor A, Tensor B, Tensor? bias_, Tensor? B_scale_) -> Tensor",
+        "(Tensor A, Tensor B, Tensor? B_scale_, Tensor? bias_, Tensor out) -> Tensor",
+        "(Tensor A, Tensor B, Tensor B_scale_, Tensor? bias_) -> Tensor",
+        "(Tensor A, Tensor B, Tensor? B_scale_, Tensor? bias_) -> Tensor[]",
+    ):
+        assert not vendor.fits(parse(f"f{other}"), expected), other
+
+
+def test_a_package_that_does_not_load_is_named():
+    def fails(name):
+        raise ImportError("libsycl.so.9: cannot open shared object file\nand more")
+
+    assert vendor.load(lambda name: None, fails) == ""
+    assert vendor.load(lambda name: object(), lambda name: None) == ""
+    assert vendor.load(lambda name: object(), fails) == "ImportError: libsycl.so.9: cannot open shared object file"
