@@ -75,7 +75,8 @@ def compiled(launch: Any, arch: str) -> machine_code.Compiled:
 
 def entry(found: Sequence[Any], matrix: tuple[str, ...], arch: str) -> dict[str, Any]:
     """The evidence that the launches of one kernel for one scheme give."""
-    made = {launch.name: compiled(launch, arch) for launch in found}
+    made = {launch: compiled(launch, arch) for launch in found}
+    kernels = list(dict.fromkeys(launch.kernel.__name__ for launch in found))
     refused = [c.because for c in made.values() if c.because]
     instructions = sorted({i for c in made.values() for i in c.instructions})
     outcome = "native"
@@ -90,10 +91,15 @@ def entry(found: Sequence[Any], matrix: tuple[str, ...], arch: str) -> dict[str,
         "instruction": ", ".join(instructions),
         **({"because": refused[0]} if refused else {}),
         "fingerprint": machine_code.fingerprint(found),
-        "launches": {
-            name: {"instruction": ", ".join(c.instructions), "shared": c.shared, "spills": c.spills} for name, c in made.items()
-        },
+        "kernels": {name: _folded([c for launch, c in made.items() if launch.kernel.__name__ == name]) for name in kernels},
     }
+
+
+def _folded(made: Sequence[machine_code.Compiled]) -> dict[str, Any]:
+    """The launches of one kernel: how many, their matrix instructions, and the most shared memory and spills of any."""
+    instructions = sorted({i for c in made for i in c.instructions})
+    most = {"shared": max(c.shared for c in made), "spills": max(c.spills for c in made)}
+    return {"launches": len(made), "instruction": ", ".join(instructions), **most}
 
 
 def native(scheme: Scheme, arch: Arch) -> bool:
@@ -119,7 +125,7 @@ def of_target(name: str, filed: Mapping[str, Any], compile_all: bool, only_trace
         old = filed.get(family, {}).get(scheme)
         new = {"fingerprint": machine_code.fingerprint(found)}
         if name in WITHOUT and (family, scheme) in beyond:
-            new |= {"outcome": "not compiled", "instruction": "", "launches": {}}
+            new |= {"outcome": "not compiled", "instruction": "", "kernels": {}}
         elif old is not None and old.get("fingerprint") == new["fingerprint"] and not compile_all:
             new = old
         elif compile_all or not only_trace:
