@@ -129,7 +129,7 @@ def add(bench: Any) -> None:
     for peer, make, schemes in (("torchao", torchao, TORCHAO), ("gemlite", gemlite, [*GEMLITE, "int4_weight_only"])):
         try:
             importlib.import_module(peer)
-        except Exception as error:
+        except Exception as error:  # whatever a peer raises, it is not measured, and the page says why
             bench.absent[peer] = told(error)
             continue
         for scheme in list(schemes)[: 1 if bench.place.smoke else None]:

@@ -179,3 +179,28 @@ def test_an_older_triton_is_refused_where_it_does_not_compile(scheme, target, fi
     (kernel,) = (k for k in HOST.kernels("cuda") if getattr(k, "family", "") == family)
     told = [reason for reason in kernel.reasons_against(request) if "Triton 3.5 does not compile it" in reason]
     assert bool(told) is not fits
+
+
+CHANGES = """
+import triton.language as tl
+from quantport_triton.evidence import machine_code
+from quantport_triton.ops import decode, scaled, weight_only
+
+def seen(kernel):
+    machine_code._sources.cache_clear()
+    return machine_code._sources(kernel)
+
+before = seen(scaled.gemm), seen(weight_only.gemm)
+scaled.ORDER = tl.constexpr(4)
+assert seen(scaled.gemm) != before[0], "a constant of the module"
+assert seen(weight_only.gemm) == before[1], "which others do not read"
+decode.raw._src = decode.raw.src.replace("8388608", "8388609")
+assert seen(weight_only.gemm) != before[1], "a function that is called"
+"""
+
+
+@pinned
+def test_a_fingerprint_sees_what_a_kernel_is_made_of():
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", CHANGES], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]

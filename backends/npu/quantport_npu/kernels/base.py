@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from quantport.backend import Claim, Evidence, Kernel, Packed, Request, WeightSpec, aten
 from quantport_npu.vendor import LIMIT, SIMULATED, TEST, WHEEL, lacking
 
+Calls = Mapping[str, tuple[str, ...]]
 HALVES = (torch.float16, torch.bfloat16)
 PART = LIMIT // 128 * 128  # columns of one product: whole blocks of scales
 
@@ -40,8 +41,8 @@ class NpuKernel(Kernel):
         source: The vendor's documents.
     """
 
-    unit: ClassVar[str]
-    calls: ClassVar[dict[str, tuple[str, ...]]]
+    unit: str
+    calls: ClassVar[Calls]
     source: ClassVar[str]
     tolerance = 2.0**-6
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
 from quantport.backend import Packed, Quant, Scheme, WeightSpec
-from quantport_npu.kernels.base import NpuKernel
+from quantport_npu.kernels.base import Calls, NpuKernel
 from quantport_npu.vendor import NN, PLUGIN
 
 _E4M3 = torch.float8_e4m3fn
@@ -26,16 +29,16 @@ class _Fp8(NpuKernel):
         y = self.product(q, weight, packed[1], part, dtype, spec)
         return y if bias is None else y + bias
 
+    @abstractmethod
     def product(self, q: Packed, weight: Tensor, scale: Tensor, part: slice, dtype: torch.dtype, spec: WeightSpec) -> Tensor:
         """The operator, on ``weight`` ``[k, part]`` and the scales of the whole weight."""
-        raise NotImplementedError
 
 
 class NpuFp8(_Fp8):
     """A scale for each token, and one for each output channel or one for all."""
 
     name = "npu.quant_matmul_fp8"
-    calls = {"npu_dynamic_quant": ("dst_type",), "npu_quant_matmul": ("pertoken_scale", "x1_dtype")}  # noqa: RUF012
+    calls: ClassVar[Calls] = {"npu_dynamic_quant": ("dst_type",), "npu_quant_matmul": ("pertoken_scale", "x1_dtype")}
     source = f"{PLUGIN}/torch_npu-npu_dynamic_quant.md; {NN} matmul/quant_batch_matmul_v4/docs"
 
     def serves(self, scheme: Scheme) -> bool:
@@ -56,7 +59,7 @@ class NpuFp8Block(_Fp8):
     """A scale for each 1x128 of the activations and each 128x128 of the weight."""
 
     name = "npu.quant_matmul_fp8_blocks"
-    calls = {"npu_dynamic_block_quant": ("dst_type",), "npu_quant_matmul": ("group_sizes", "x1_dtype")}  # noqa: RUF012
+    calls: ClassVar[Calls] = {"npu_dynamic_block_quant": ("dst_type",), "npu_quant_matmul": ("group_sizes", "x1_dtype")}
     source = f"{PLUGIN}/torch_npu-npu_dynamic_block_quant.md; {NN} matmul/quant_batch_matmul_v5/docs"
 
     def serves(self, scheme: Scheme) -> bool:

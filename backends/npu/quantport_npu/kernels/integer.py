@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from quantport.backend import Canonical, Packed, Quant, Request, Scheme, WeightSpec, numerics
-from quantport_npu.kernels.base import NpuKernel, parts
+from quantport_npu.kernels.base import Calls, NpuKernel, parts
 from quantport_npu.vendor import FRACTAL_ND, FRACTAL_NZ, LIMIT, PLUGIN
 
 _SLAB = 1 << 24  # int4 codes that are widened to int32 at a time
@@ -24,7 +25,7 @@ class NpuInt8(NpuKernel):
 
     name = "npu.quant_matmul"
     unit = "int8"
-    calls = {"npu_dynamic_quant": (), "npu_quant_matmul": ("pertoken_scale",), "npu_format_cast": ()}  # noqa: RUF012
+    calls: ClassVar[Calls] = {"npu_dynamic_quant": (), "npu_quant_matmul": ("pertoken_scale",), "npu_format_cast": ()}
     source = f"{PLUGIN}/torch_npu-npu_quant_matmul.md, torch_npu-npu_dynamic_quant.md"
     deviation = "the scale of a token is amax / 127, where the scheme has amax / 127.5"
     quantizes_activations = True
@@ -64,7 +65,7 @@ class NpuInt8(NpuKernel):
 class _WeightOnly(NpuKernel):
     """16-bit activations: the operator makes 16-bit weights on the way into the cube unit."""
 
-    calls = {"npu_weight_quant_batchmatmul": ()}  # noqa: RUF012
+    calls: ClassVar[Calls] = {"npu_weight_quant_batchmatmul": ()}
     source = f"{PLUGIN}/torch_npu-npu_weight_quant_batchmatmul.md"
 
 
@@ -89,7 +90,7 @@ class NpuWeightInt4(_WeightOnly):
 
     name = "npu.weight_quant_int4"
     unit = "int4"
-    calls = {"npu_weight_quant_batchmatmul": (), "npu_convert_weight_to_int4pack": ()}  # noqa: RUF012
+    calls: ClassVar[Calls] = {"npu_weight_quant_batchmatmul": (), "npu_convert_weight_to_int4pack": ()}
     source = f"{PLUGIN}/torch_npu-npu_weight_quant_batchmatmul.md, torch_npu-npu_convert_weight_to_int4pack.md"
 
     def serves(self, scheme: Scheme) -> bool:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from quantport.backend import Canonical, Packed, Quant, Request, Scheme, WeightSpec
-from quantport_npu.kernels.base import NpuKernel, even, uneven
+from quantport_npu.kernels.base import Calls, NpuKernel, even, uneven
 from quantport_npu.vendor import E2M1, E8M0, FRACTAL_ND, FRACTAL_NZ, LIMIT, NN, PLUGIN
 
 _E4M3 = torch.float8_e4m3fn
-_MX = ("npu_dynamic_mx_quant", ("scale_alg", "dst_type_max"))
 
 
 def _one_level(quant: Quant | None, element: str) -> bool:
@@ -58,13 +57,16 @@ _EXACT = {(w.weight, w.activation, rule) for w in WAYS.values() for rule in w.ru
 class NpuMx(NpuKernel):
     """MXFP8, MXFP4, and MXFP4 weights with MXFP8 activations. Weights have the scales of the scheme, whatever its rule."""
 
-    calls = {"npu_dynamic_mx_quant": _MX[1], "npu_quant_matmul": ("group_sizes", "scale_dtype", "x2_dtype")}  # noqa: RUF012
+    calls: ClassVar[Calls] = {
+        "npu_dynamic_mx_quant": ("scale_alg", "dst_type_max"),
+        "npu_quant_matmul": ("group_sizes", "scale_dtype", "x2_dtype"),
+    }
     source = f"{NN} quant/dynamic_mx_quant/docs/aclnnDynamicMxQuantV2.md, matmul/quant_batch_matmul_v5/docs"
     quantizes_activations = True
 
     def __init__(self, name: str) -> None:
         self.name, self.way = name, WAYS[name]
-        self.unit = self.way.unit  # type: ignore[misc]  # each instance has one
+        self.unit = self.way.unit
         if not self.way.rules:
             self.deviation = "scales of activations are those of the OCP rule (floor), whatever the scheme's"
 
@@ -109,7 +111,11 @@ class NpuDualScale(NpuKernel):
 
     name = "npu.dual_level_quant_matmul"
     unit = "mxfp4"
-    calls = {"npu_dynamic_dual_level_mx_quant": (), "npu_dual_level_quant_matmul": (), "npu_format_cast": ("customize_dtype",)}  # noqa: RUF012
+    calls: ClassVar[Calls] = {
+        "npu_dynamic_dual_level_mx_quant": (),
+        "npu_dual_level_quant_matmul": (),
+        "npu_format_cast": ("customize_dtype",),
+    }
     source = f"{PLUGIN}/torch_npu-npu_dynamic_dual_level_mx_quant.md, torch_npu-npu_dual_level_quant_matmul.md"
     quantizes_activations = True
 

@@ -122,7 +122,9 @@ def fingerprint(launches: Sequence[Launch]) -> str:
 
 @cache
 def _sources(kernel: Any) -> frozenset[str]:
-    """The source of a kernel and of every jitted function that it calls, without comments, docstrings and layout."""
+    """The source of a kernel and of every jitted function that it calls, without comments, docstrings and layout; and the constants
+    of modules that they read."""
+    constants: set[str] = set()
     found, left = {}, [kernel]
     while left:
         function = left.pop()
@@ -130,6 +132,7 @@ def _sources(kernel: Any) -> frozenset[str]:
             continue
         tokens = tokenize.generate_tokens(io.StringIO(function.src).readline)
         found[function] = " ".join(t.string for t in tokens if t.type in _CODE and not t.string.startswith('"""'))
-        known = function.fn.__globals__
-        left += [known[name] for name in function.fn.__code__.co_names if hasattr(known.get(name), "src")]
-    return frozenset(found.values())
+        known = {name: function.fn.__globals__.get(name) for name in function.fn.__code__.co_names}
+        left += [value for value in known.values() if hasattr(value, "src")]
+        constants |= {f"{name} = {value!r}" for name, value in known.items() if hasattr(value, "value")}  # tl.constexpr
+    return frozenset(found.values()) | constants
