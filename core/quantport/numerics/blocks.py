@@ -21,7 +21,7 @@ from torch import Tensor
 from quantport.errors import WeightError
 from quantport.formats import E4M3FN
 from quantport.numerics import search
-from quantport.numerics.elements import decode, encode
+from quantport.numerics.elements import decode, encode, raw
 from quantport.numerics.scales import over, scale_of, scale_values, stored
 from quantport.scheme import Quant, blocks_of
 
@@ -76,7 +76,8 @@ def quantize_blocks(x: Tensor, quant: Quant, scale: Tensor | None = None, reduce
         scale = scale_of(reduce(amax, quant.rows, quant.cols) if reduce else amax, quant)
     out = _empty(x, quant, outer)
     if scale is not None:
-        out.scale.copy_(scale)
+        given = scale if scale.dtype is out.scale.dtype else stored(scale, quant.scale)
+        raw(out.scale).copy_(raw(given))
     if not x.numel():
         return out
     step = _chunk_rows(x.shape, quant, x.device)
@@ -87,8 +88,8 @@ def quantize_blocks(x: Tensor, quant: Quant, scale: Tensor | None = None, reduce
             chunk = _divided(chunk, outer[i : i + step], quant)
         factor = None if outer is None or quant.scale == "e8m0" else outer[i : i + step] if len(outer) > 1 else outer
         blocks = _blocks(chunk.to(torch.float32, copy=True), quant.rows, quant.cols, edge=quant.zero)
-        codes = _chunk(blocks, quant, out, r, scale is not None, factor)
-        out.codes[i : i + step].copy_(codes.view(-1, codes.shape[2] * codes.shape[3])[: chunk.shape[0], :k])
+        codes = raw(_chunk(blocks, quant, out, r, scale is not None, factor))
+        raw(out.codes)[i : i + step].copy_(codes.view(-1, codes.shape[2] * codes.shape[3])[: chunk.shape[0], :k])
     return out
 
 
@@ -101,11 +102,12 @@ def _chunk(blocks: Tensor, quant: Quant, out: Blocks, r: slice, given: bool, fac
     if not given:
         amax = blocks.abs().amax((1, 3))
         if factor is None:
-            out.scale[r] = scale_of(amax, quant)
+            scale = scale_of(amax, quant)
         else:
-            out.scale[r] = stored(factor.view(-1, 1) * over(amax, quant.element.half_range), quant.scale)
+            scale = stored(factor.view(-1, 1) * over(amax, quant.element.half_range), quant.scale)
         if quant.searched:
-            out.scale[r] = search.scale(blocks[:, 0], out.scale[r], quant, factor)
+            scale = search.scale(blocks[:, 0], scale, quant, factor)
+        raw(out.scale)[r] = raw(scale)
     divisor = scale_values(out.scale[r], quant.scale)
     if factor is not None:
         divisor = divisor / factor.view(-1, 1)
