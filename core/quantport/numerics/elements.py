@@ -69,13 +69,14 @@ def _encode_small(x: Tensor, element: Format) -> Tensor:
 
 
 def rounded(x: Tensor, element: Format) -> Tensor:
-    """``decode(encode(x))`` without the codes: fp32 values. Leaves x alone."""
+    """``decode(encode(x))`` without the codes, and with positive zeros: fp32 values. Leaves x alone."""
     if not element.exponent or element.is_float8:
         return decode(encode(x.clone(), element), element)
     shift, smallest = 23 - element.mantissa, 129 - 2 ** (element.exponent - 1)
-    a = x.abs().clamp_max_(element.high)
-    magic = ((a.view(torch.int32) >> 23).clamp_min_(smallest).add_(shift) << 23).view(torch.float32)
-    return a.add_(magic).sub_(magic).copysign_(x)
+    x = x.clamp(element.low, element.high)
+    e = x.abs().view(torch.int32).bitwise_right_shift_(23).clamp_min_(smallest).add_(shift)
+    magic = e.bitwise_left_shift_(23).view(torch.float32).mul_(1.5)  # in the middle of its octave, for both signs
+    return x.add_(magic).sub_(magic)
 
 
 def decode(codes: Tensor, element: Format) -> Tensor:
