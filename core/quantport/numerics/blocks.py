@@ -26,6 +26,7 @@ from quantport.numerics.scales import over, scale_of, scale_values, stored
 from quantport.scheme import Quant, blocks_of
 
 CHUNK = 1 << 18  # elements of fp32 scratch: 1 MiB, which fits the L2 cache of one core
+LARGE = CHUNK << 1  # of an accelerator, which wants few large kernels
 TINY = torch.finfo(torch.float32).tiny
 
 Reduce = Callable[[Tensor, int, int], Tensor]
@@ -134,7 +135,7 @@ def _outer(x: Tensor, quant: Quant, reduce: Reduce | None) -> Tensor:
         first = stored(over(amax, quant.element.half_range), "fp32")
         if not quant.searched:
             return first
-        step = max(1, CHUNK // x.shape[1])
+        step = max(1, CHUNK // padded(x.shape[1], quant))
         rows = range(0, x.shape[0], step)
         parts = [search.outer(_blocks(x[i : i + step].float(), *quant.outer)[:, 0], first[i : i + step], quant) for i in rows]
         return torch.cat(parts)
@@ -175,9 +176,13 @@ def _blocks(x: Tensor, rows: int, cols: int, edge: bool = False) -> Tensor:
 
 def _chunk_rows(shape: torch.Size, quant: Quant, device: torch.device) -> int:
     step = quant.rows or 1
-    if device.type != "cpu":  # an accelerator wants few large kernels: 64 MiB of scratch
-        return max(step, (CHUNK << 6) // max(1, shape[1]) // step * step)
-    return max(step, CHUNK // max(1, shape[1]) // step * step)
+    return max(step, (CHUNK if device.type == "cpu" else LARGE) // max(1, padded(shape[1], quant)) // step * step)
+
+
+def padded(k: int, quant: Quant) -> int:
+    """Width of rows of ``k`` elements in whole blocks."""
+    cols = max(quant.cols, quant.outer[1] if quant.outer else 0)
+    return -(-k // cols) * cols if cols else k
 
 
 def dequantize(

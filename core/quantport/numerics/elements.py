@@ -56,14 +56,14 @@ def _encode_small(x: Tensor, element: Format) -> Tensor:
     """
     shift = 23 - element.mantissa
     smallest = 129 - 2 ** (element.exponent - 1)  # biased fp32 exponent of the smallest normal number
-    sign = (x.view(torch.int32) >> 31) & (1 << element.bits - 1)
-    a = x.abs_()
-    e = (a.view(torch.int32) >> 23).clamp_min_(smallest)
-    magic = (e + shift) << 23
-    steps = (a + magic.view(torch.float32)).view(torch.int32) - magic
-    steps.add_((e - smallest) << element.mantissa)
-    if element.is_float8:
-        return torch.where(torch.isnan(a), 127, steps).bitwise_or_(sign).to(torch.uint8).view(element.storage)
+    sign = (x.view(torch.int32) >> 31).bitwise_and_(1 << element.bits - 1)
+    nan = torch.isnan(x) if element.is_float8 else None
+    e = (x.abs_().view(torch.int32) >> 23).clamp_min_(smallest)
+    magic = (e + shift).bitwise_left_shift_(23)
+    steps = x.add_(magic.view(torch.float32)).view(torch.int32).sub_(magic)
+    steps.add_(e.sub_(smallest).bitwise_left_shift_(element.mantissa))
+    if nan is not None:
+        return steps.masked_fill_(nan, 127).bitwise_or_(sign).to(torch.uint8).view(element.storage)
     codes = steps.bitwise_or_(sign).to(torch.uint8)
     return codes.bitwise_and_((1 << element.bits) - 1)  # NaN gets some code, and not one that spills over its neighbours
 

@@ -12,12 +12,10 @@ from simulator import register  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
 
 import quantport  # noqa: E402
-from quantport.modules import QuantModule  # noqa: E402
 
 MODELS = Path(__file__).parents[4] / "examples" / "models"
 PROMPT = "The old man went to the sea and"
 BUDGET = 16 << 20
-SEARCH = 16 << 20  # scratch of schemes whose scales are searched for, beside the stream
 TOLERANCE = 2.0**-3  # through all layers; of one product it is that of the kernel
 FOUR = 2.0**-2  # of 4-bit activations: what moves by a rounding to 16 bits may move by a whole code in the next layer
 ON_A2 = {
@@ -50,8 +48,7 @@ def test_a_model_runs_as_the_reference_says(model, scheme):
     torch.npu.reset_peak_memory_stats()
     here = quantport.load(model, scheme, device="npu", budget=BUDGET)
     kept = torch.npu.memory_allocated() - before
-    searched = any(spec.scheme.weight.searched for m in here.modules() if isinstance(m, QuantModule) for spec in m.specs.values())
-    assert torch.npu.max_memory_allocated() - before <= kept + BUDGET + (SEARCH if searched else 0)
+    assert torch.npu.max_memory_allocated() - before <= kept + BUDGET
     assert {step.choice.kernel for step in here.quantport_plan.steps if step.choice} == {HERE[scheme]}
     there = quantport.load(model, scheme, device="cpu", budget=BUDGET)
     register.CALLS.clear()
