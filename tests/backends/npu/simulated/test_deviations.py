@@ -38,9 +38,20 @@ def rounded(x, canonical, scheme):
     return numerics.linear(x, {**canonical, "weight_scale": scale}, scheme.weight_only)
 
 
+def divided(x, canonical, scheme):
+    """Offsets in steps of their scales, of the dtype of the activations, added to the codes."""
+    zero = canonical["weight_zero"]
+    offset = (zero.float() / canonical["weight_scale"].float()).to(x.dtype).float()
+    codes = numerics.unpack_int4(canonical["weight_packed"], K).double()
+    wide = (t.double().repeat_interleave(scheme.weight.cols, 1)[:, :K] for t in (offset, canonical["weight_scale"]))
+    return (x.double() @ ((codes + next(wide)) * next(wide)).t()).to(x.dtype)
+
+
 DECLARED = {
     "npu.quant_matmul": int8,
     "npu.weight_quant_int8": rounded,
+    "npu.weight_quant_fp8": rounded,
+    "npu.weight_quant_int4_offset": divided,
     "npu.quant_matmul_mxfp8": floor,
     "npu.quant_matmul_mxfp4_w4a8": floor,
 }
