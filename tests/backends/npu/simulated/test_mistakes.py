@@ -85,7 +85,7 @@ MISTAKES = {
     "int4 codes of int8": lambda: NPU.npu_convert_weight_to_int4pack(npu(K, N, dtype=torch.int8)),
     "scales of another dtype than the activations": lambda: int4(antiquant_scale=npu(K // 32, N)),
     "a group that the scales do not have": lambda: int4(antiquant_group_size=64),
-    "a bf16 bias where fp32 is asked": lambda: int4(bias=npu(N, dtype=torch.bfloat16)),
+    "an fp16 bias to bf16 activations": lambda: int4(bias=npu(N, dtype=torch.float16)),
     "weights in tiles outside of a graph": lambda: int4(
         weight=NPU.npu_format_cast(npu(K, N, dtype=torch.int8), 29),
         antiquant_scale=npu(N, dtype=torch.bfloat16),
