@@ -27,7 +27,24 @@ def native_reason(request: Request, format_name: str) -> tuple[str, ...]:
     return (f"{arch.name} ({arch.title}) has no {format_name} matrix instruction [{arch.source}]",)
 
 
-class Reference(Kernel):
+class Portable(Kernel):
+    """What needs nothing but elementwise operators and a matmul, of the dtypes that it meets."""
+
+    def reasons_against(self, request: Request) -> Sequence[str]:
+        """A dtype of the activations, or of the weight, with which the device does nothing."""
+        arch, met = request.device.arch, {"activations": request.dtype, "the weight": request.weight.scheme.weight.element.storage}
+        return [
+            f"{arch.name} ({arch.title}) only stores {str(dtype).removeprefix('torch.')}, the dtype of {name} [{arch.source}]"
+            for name, dtype in met.items()
+            if dtype in arch.opaque
+        ]
+
+    def claim(self, request: Request) -> Claim:
+        """The same code runs on the CPU."""
+        return DECLARED
+
+
+class Reference(Portable):
     """Exact emulation of the scheme, activations included: slow, right, everywhere."""
 
     name = "torch.reference"
@@ -38,12 +55,6 @@ class Reference(Kernel):
     def serves(self, scheme: Scheme) -> bool:
         return scheme.weight.format != "bf16"
 
-    def reasons_against(self, request: Request) -> Sequence[str]:
-        return ()
-
-    def claim(self, request: Request) -> Claim:
-        return DECLARED
-
     def slow(self, request: Request) -> str:
         return "it writes and reads an fp32 copy of the weight at every call"
 
@@ -51,7 +62,7 @@ class Reference(Kernel):
         return numerics.linear(x, self.unpack(packed, spec), replace(spec.scheme, rotation=0), bias)
 
 
-class Dequantize(Kernel):
+class Dequantize(Portable):
     """Weights as asked, dequantized to the activation dtype at each call, then the device's own BF16 matmul."""
 
     name = "torch.dequantize"
@@ -60,12 +71,6 @@ class Dequantize(Kernel):
 
     def serves(self, scheme: Scheme) -> bool:
         return scheme.weight.format != "bf16"
-
-    def reasons_against(self, request: Request) -> Sequence[str]:
-        return ()
-
-    def claim(self, request: Request) -> Claim:
-        return DECLARED
 
     def slow(self, request: Request) -> str:
         return "it writes and reads a 16-bit copy of the weight at every call"
@@ -76,7 +81,7 @@ class Dequantize(Kernel):
         return torch.nn.functional.linear(x, weight, bias)
 
 
-class Dense(Kernel):
+class Dense(Portable):
     """A layer that is not quantized: ``F.linear``."""
 
     name = "torch.linear"
@@ -84,12 +89,6 @@ class Dense(Kernel):
 
     def serves(self, scheme: Scheme) -> bool:
         return scheme.weight.format == "bf16"
-
-    def reasons_against(self, request: Request) -> Sequence[str]:
-        return ()
-
-    def claim(self, request: Request) -> Claim:
-        return DECLARED
 
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
         return torch.nn.functional.linear(x, packed[0].to(x.dtype), bias)

@@ -18,6 +18,7 @@ class Arch:
         native: Formats that its matrix or dot-product unit multiplies natively (names of ``quantport.formats``).
         source: Where ``native`` comes from (a vendor page, a tool and its version).
         family: The group under which published tables list it, for example ``Ampere``.
+        opaque: Dtypes of which it moves the bytes and can do nothing else with.
     """
 
     kind: str
@@ -26,6 +27,7 @@ class Arch:
     native: frozenset[str]
     source: str
     family: str = ""
+    opaque: frozenset[torch.dtype] = frozenset()
 
     def __str__(self) -> str:
         return f"{self.kind}:{self.name}"

@@ -56,9 +56,15 @@ def look_up(kernel: Kernel, ids: Tensor, packed: Packed, spec: WeightSpec, dtype
     """
     by_row = rows_of(spec.scheme, spec.k)
     flat = ids.reshape(-1)
-    taken = tuple(t.index_select(0, flat) if row else t for t, row in zip(packed, by_row, strict=True))
+    taken = tuple(_rows(t, flat) if row else t for t, row in zip(packed, by_row, strict=True))
     some = WeightSpec(spec.scheme, flat.numel(), spec.k)
     return numerics.dequantize_weight(kernel.unpack(taken, some), spec.scheme, spec.k, dtype).view(*ids.shape, spec.k)
+
+
+def _rows(tensor: Tensor, index: Tensor) -> Tensor:
+    """Rows of a tensor; those of bf16 as integers, which every device selects."""
+    plain = tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor
+    return plain.index_select(0, index).view(tensor.dtype)
 
 
 def lookup_kernels(kernels: Sequence[Kernel], multiplied: bool) -> list[Kernel]:

@@ -1,10 +1,10 @@
-"""float8 without a conversion of float8: what devices outside of PyTorch's tree get is bit for bit what the CPU converts."""
+"""float8 and bf16 without a conversion of them: what devices outside of PyTorch's tree get is bit for bit what the CPU converts."""
 
 import pytest
 import torch
 
 from quantport import numerics
-from quantport.formats import E4M3FN, E5M2
+from quantport.formats import BF16, E4M3FN, E5M2
 from quantport.host import host
 from quantport.numerics import elements
 from quantport.testing import cases
@@ -44,6 +44,13 @@ def test_decoding_equals_the_conversion(element, absent):
     assert torch.equal(got.isnan(), expected.isnan())
     assert torch.equal(torch.signbit(got), torch.signbit(expected))
     assert torch.equal(got.nan_to_num(nan=0), expected.nan_to_num(nan=0))
+
+
+def test_decoding_bf16_equals_the_conversion(absent):
+    codes = (torch.arange(1 << 16, dtype=torch.int32) - (1 << 15)).to(torch.int16).view(torch.bfloat16)
+    got = numerics.decode(codes, BF16)
+    assert torch.equal(got.view(torch.int32) >> 16, codes.view(torch.int16).int())
+    assert torch.equal(got.nan_to_num(nan=0), codes.float().nan_to_num(nan=0))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.name)

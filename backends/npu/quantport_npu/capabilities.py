@@ -1,9 +1,12 @@
 """What the cube unit of each Ascend NPU multiplies natively.
 
-Ascend950 also multiplies HiFloat8, which is not a format of quantport.
+Ascend950 also multiplies HiFloat8, which is not a format of quantport. A product whose cube unit has no bf16 has it nowhere: CANN's
+Cast does not convert it there (hicann/ops-math math/cast/docs/aclnnCast.md).
 """
 
 from __future__ import annotations
+
+import torch
 
 from quantport.backend import Arch
 
@@ -16,7 +19,8 @@ _A2 = ("fp16", "bf16", "int8", "int4")
 
 
 def _arch(name: str, family: str, title: str, native: tuple[str, ...], source: str = _SOURCE) -> Arch:
-    return Arch("npu", name, title, frozenset(native), source, family)
+    opaque = frozenset() if "bf16" in native else frozenset({torch.bfloat16})
+    return Arch("npu", name, title, frozenset(native), source, family, opaque)
 
 
 ARCHS = {

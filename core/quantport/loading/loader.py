@@ -161,7 +161,8 @@ class _Loader:
         return self.dtype if stored in HALVES or (self.explicit and stored is torch.float32) else stored
 
     def _fresh_tasks(self, step: Step, module: QuantModule) -> Iterable[Task]:
-        return quantize_tasks(step, module, self._read, self.plan.config.nonfinite, self.plan.device.kind, self.device)
+        target, nonfinite = self.plan.device, self.plan.config.nonfinite
+        return quantize_tasks(step, module, self._read, nonfinite, target.kind, self.device, opaque=target.arch.opaque)
 
     def _read(self, part: Part) -> tuple[Tensor, Callable[[], None]]:
         rows: Any = None if part.start is None else slice(part.start, part.stop)

@@ -21,7 +21,7 @@ Reader = Callable[[Part], tuple[Tensor, Callable[[], None]]]
 
 def quantize_tasks(
     step: Step, module: QuantModule, read: Reader, nonfinite: str, kind: str, device: torch.device | None = None,
-    owned: bool = False,
+    owned: bool = False, opaque: frozenset[torch.dtype] = frozenset(),
 ) -> Iterable[Task]:  # fmt: skip
     """The tasks that fill one module from 16-bit weights.
 
@@ -33,18 +33,20 @@ def quantize_tasks(
         kind: Kind of device whose backend quantizes.
         device: Where to; None to leave the weights where they are.
         owned: The caller holds the 16-bit weights anyway: they are no part of the stream.
+        opaque: ``Arch.opaque`` of the device: weights of these dtypes are quantized on the host.
     """
     fast = host().backends[kind].quantize_weight
     layer = step.layer
 
     def run(part: Part, weight: str) -> None:
         tensor, release = read(part)
-        on_device = tensor.detach().to(device) if device else tensor.detach()
+        here = device is not None and tensor.dtype in opaque
+        source = tensor.detach().to(device) if device and not here else tensor.detach()
         name = f"{layer.home}.{weight}".rstrip(".")
-        stored = numerics.quantize_weight(on_device, module.specs[weight].scheme, name, nonfinite, fast)
-        del tensor, on_device
+        stored = numerics.quantize_weight(source, module.specs[weight].scheme, name, nonfinite, None if here else fast)
+        del tensor, source
         release()
-        module.set_weight(weight, stored)
+        module.set_weight(weight, {key: t.to(device) for key, t in stored.items()} if here else stored)
 
     for weight, n, k in layer.each:
         part = layer.part(weight)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantport import aten, numerics
+from quantport import aten
 from quantport.choice import choose
 from quantport.errors import UnsupportedError, WeightError
 from quantport.host import host
@@ -185,7 +185,7 @@ class QuantModule(nn.Module):
 
 
 def _copy(tensor: Tensor, device: torch.device | None) -> Tensor:
-    return numerics.raw(tensor).to(device, copy=True).view(tensor.dtype)
+    return _bytes(_bytes(tensor).to(device, copy=True), tensor.dtype)
 
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
@@ -193,4 +193,4 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 def _bytes(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Views codes and scales as integers, which nothing casts and plain pickle knows; or views them back as ``dtype``."""
-    return tensor.view(dtype or _INTEGERS[tensor.element_size()])
+    return tensor.view(dtype or _INTEGERS.get(tensor.element_size(), tensor.dtype))

@@ -196,7 +196,7 @@ def dequantize(
         factor = factor / outer.view(-1, 1)
     value = decode(codes, quant.element) * _spread(factor, n, k, quant.rows, quant.cols)
     if zero is not None:
-        value += _spread(zero.float(), n, k, quant.rows, quant.cols)
+        value += _spread(scale_values(zero, quant.scale), n, k, quant.rows, quant.cols)
     if outer is not None and quant.scale == "e8m0":
         assert quant.outer
         value *= _spread(outer, n, k, *quant.outer)

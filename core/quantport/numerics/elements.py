@@ -5,7 +5,8 @@ beyond the largest value, infinities included, becomes the largest value. Subnor
 where the format has one. NaN stays NaN in the 8-bit float formats; the others have no NaN: it gets any of their codes.
 
 Devices outside of PyTorch's own tree need not convert float8 (Ascend's Cast does on its newest product only), nor copy it: there
-its bytes are computed as those of smaller floats are, and nothing but views makes them float8.
+its bytes are computed as those of smaller floats are, and nothing but views makes them float8. Some need not read bf16 either:
+there it is the upper half of an fp32.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantport.formats import E8M0, FORMATS, Format
+from quantport.formats import BF16, E8M0, FORMATS, Format
 from quantport.numerics.codebooks import codebook, lookup, nearest
 
 
@@ -40,7 +41,7 @@ def encode(x: Tensor, element: Format) -> Tensor:
 
 
 def converts(device: torch.device) -> bool:
-    """Whether a device is known to convert float8 from and to wider floats."""
+    """Whether a device is known to convert float8 and bf16 from and to wider floats."""
     return device.type != torch._C._get_privateuse1_backend_name()
 
 
@@ -87,6 +88,8 @@ def decode(codes: Tensor, element: Format) -> Tensor:
         bits = codes.to(torch.int32) << 23
         bits = torch.where(codes == 0, 1 << 22, bits)
         return torch.where(codes == 255, torch.nan, bits.view(torch.float32))
+    if element is BF16 and not converts(codes.device):
+        return (codes.view(torch.int16).to(torch.int32) << 16).view(torch.float32)
     return codes.float()
 
 
