@@ -60,6 +60,7 @@ DECLARED: dict[str, Linear] = {
     "npu.grouped_matmul_mxfp8": floor,
     "npu.grouped_weight_int8": rounded,
 }
+LATE = ("fp8", "mxfp8", "mxfp4")  # in the names of kernels that add a bias to the rounded product, which is rounded again
 
 
 class Declared(aten.Reference):
@@ -82,7 +83,9 @@ class Declared(aten.Reference):
     def product(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec, dtype: torch.dtype) -> Tensor:
         """Rounded once, to ``dtype``."""
         effective = spec.scheme if self.kernel.quantizes_activations else spec.scheme.weight_only
-        return self.linear(x, self.unpack(packed, spec), replace(effective, rotation=0), bias, dtype)
+        late = bias is not None and any(name in self.kernel.name for name in LATE)
+        y = self.linear(x, self.unpack(packed, spec), replace(effective, rotation=0), None if late else bias, dtype)
+        return y + bias if late else y
 
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
         return self.product(x, packed, bias, spec, x.dtype)
