@@ -222,6 +222,9 @@ class NpuGroupedWeightInt4(NpuGrouped, NpuWeightInt4):
     def slot(self, stack: Packed, group: int, which: int) -> Packed:
         return tuple(t[group, :, which] for t in stack)
 
+    def unpack(self, packed: Packed, spec: WeightSpec) -> Canonical:
+        return super().unpack(tuple(t.contiguous() for t in packed), spec)  # the operator that gives codes back takes no slots
+
     def grouped(self, q: Packed, stack: Packed, ends: Tensor, dtype: torch.dtype) -> Tensor:
         words, scale = stack[0].flatten(2), stack[1].flatten(2).to(dtype)
         return self.launch(q, words, ends, dtype, antiquant_scale=[scale], antiquant_offset=[torch.zeros_like(scale)])

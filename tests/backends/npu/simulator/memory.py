@@ -7,7 +7,7 @@ from torch import Tensor
 
 ND, NZ = 2, 29
 _HOST = torch.device("cpu")
-_PLAIN = (-1, 0, 2, 30)  # undefined, NCHW, ND, NCDHW: the elements lie as the strides say
+PLAIN = (-1, 0, 2, 30)  # undefined, NCHW, ND, NCDHW: the elements lie as the strides say
 
 
 class MisuseError(RuntimeError):
@@ -41,7 +41,7 @@ def lies(tensor: Tensor) -> Tensor:
 
 def over(tensor: Tensor) -> Tensor:
     """A CPU tensor over the memory of an NPU tensor; a write to one is a write to the other."""
-    check(layout(tensor) in _PLAIN, "memory", f"a tensor of format {layout(tensor)} was read as if its elements lay in rows")
+    check(layout(tensor) in PLAIN, "memory", f"a tensor of format {layout(tensor)} was read as if its elements lay in rows")
     if not tensor.untyped_storage().nbytes():
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
     return torch.empty(0, dtype=tensor.dtype).set_(_storage(tensor), tensor.storage_offset(), tensor.shape, tensor.stride())
