@@ -57,6 +57,7 @@ class Kernel(ABC):
             ``max|y - y_ref| / max|y_ref|`` over a whole output.
         deviation: Named difference from the scheme's numerics; empty when there is none.
         quantizes_activations: False for weight-only kernels.
+        layers: Kinds of layers that it is for.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Kernel(ABC):
     tolerance: float = 2.0**-6
     deviation: str = ""
     quantizes_activations: bool = False
+    layers: tuple[str, ...] = ("linear", "moe")
 
     def serves(self, scheme: Scheme) -> bool:
         """Whether the kernel is for this scheme at all; what it needs of hardware and shape is in ``reasons_against``."""
@@ -183,7 +185,9 @@ class Kernel(ABC):
         """Folds the methods above into a verdict; a kernel that raises here is a refusal that says so."""
         try:
             if not self.serves(request.weight.scheme):
-                return Rejected(self.name, (f"it does not run {request.weight.scheme.name}",), about_scheme=True)
+                return Rejected(self.name, (f"it does not run {request.weight.scheme.name}",), unrelated=True)
+            if request.layer not in self.layers:
+                return Rejected(self.name, (f"it is for {', '.join(self.layers)} layers",), unrelated=True)
             reasons = tuple(self.reasons_against(request))
             if reasons:
                 return Rejected(self.name, reasons)

@@ -33,14 +33,13 @@ class NpuGrouped(StackedKernel, NpuKernel):
     """
 
     families: ClassVar[tuple[str, ...]]
+    layers = ("moe",)
 
     def reasons_against(self, request: Request) -> Sequence[str]:
-        reasons, arch = list(super().reasons_against(request)), request.device.arch
-        if request.layer != "moe":
-            reasons.append(f"{self.name} multiplies groups of rows: it is for experts")
-        if arch.family not in self.families:
-            reasons.append(f"{self.name} is documented for {', '.join(self.families)}, not {arch.name} [{self.source}]")
-        return reasons
+        reasons, arch = super().reasons_against(request), request.device.arch
+        if reasons or arch.family in self.families:
+            return reasons
+        return [f"{self.name} is documented for {', '.join(self.families)}, not {arch.name} [{self.source}]"]
 
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
         """One group."""
@@ -210,7 +209,7 @@ class NpuGroupedWeightInt4(NpuGrouped, NpuWeightInt4):
     calls: ClassVar[Calls] = {**NpuWeightInt4.calls, "npu_grouped_matmul": ("antiquant_scale", "antiquant_offset", "output_dtype")}
     source = _PAGE
 
-    groups = "one group, or equal ones"
+    groups = "one group or several equal ones along K"
 
     def divides(self, group: int, k: int) -> bool:
         return group >= k or not k % group
