@@ -7,6 +7,7 @@ number of arguments.
 
 from __future__ import annotations
 
+from importlib import metadata
 from types import SimpleNamespace
 
 import pytest
@@ -163,3 +164,34 @@ def test_a_package_that_does_not_load_is_named():
     assert vendor.load(lambda name: None, fails) == ""
     assert vendor.load(lambda name: object(), lambda name: None) == ""
     assert vendor.load(lambda name: object(), fails) == "ImportError: libsycl.so.9: cannot open shared object file"
+
+
+@pytest.mark.parametrize(
+    ("found", "torch_version", "imported"),
+    [
+        ("2.10.10+xpu", "2.10.0+xpu", True),
+        ("2.8.0+cpu", "2.8.0+xpu", False),
+        ("2.10.10+xpu", "2.13.0+xpu", False),
+        (None, "2.10.0", False),
+    ],
+)
+def test_only_the_right_build_of_the_extension_is_imported(monkeypatch, found, torch_version, imported):
+    """Any other ends the process when it is imported (``os._exit``), or replaces operators of the CPU."""
+
+    def version(name):
+        if found is None:
+            raise metadata.PackageNotFoundError(name)
+        return found
+
+    names = []
+    monkeypatch.setattr(torch, "__version__", torch_version)
+    vendor.load_extension(version, names.append)
+    assert names == (["intel_extension_for_pytorch"] if imported else [])
+
+
+def test_an_extension_that_does_not_load_is_as_none():
+    def fails(name):
+        raise OSError("libsycl.so.8: cannot open shared object file")
+
+    vendor.load_extension(lambda name: torch.__version__.partition("+")[0] + "+xpu", fails)
+    assert vendor.overload(torch.ops, "torch_ipex.no_such_operator.xpu") is None

@@ -127,9 +127,9 @@ class XpuMxfp4(_Mx):
 
 
 class XpuMxfp4Quantized(XpuMxfp4):
-    """The same, with activations quantized by ``_C.per_token_group_quant_mxfp4`` in one launch, whose scales follow ``rceil``.
+    """W4A4 in ``mxfp4:rceil`` as vLLM runs it: activations quantized by ``_C.per_token_group_quant_mxfp4``, in one launch.
 
-    What vLLM runs on Intel GPUs. Ties go toward zero there: the comparisons with the middle of two codes are strict.
+    Its scales are those of ``rceil``. Ties go toward zero: its comparisons with the middle of two codes are strict.
     """
 
     name = "xpu.fp4_gemm_quantized"
