@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from threading import Lock
 
 import torch
 from torch import Tensor, nn
 
-from quantport.kernel import Kernel, WeightSpec
+from quantport.kernel import Kernel, Packed, WeightSpec
 from quantport.layers import PROJECTIONS
 from quantport.modules import routing
 from quantport.modules.base import QuantModule
 from quantport.modules.ops import Differentiable
 from quantport.scheme import Scheme
+from quantport.stacked import StackedKernel
 
+_ALLOCATING = Lock()  # weights are packed by several threads
 _NAMES = {
     "SiLU": "silu", "SiLUActivation": "silu", "GELU": "gelu", "GELUActivation": "gelu", "GELUTanh": "gelu_tanh",
     "PytorchGELUTanh": "gelu_tanh", "ReLU": "relu",
@@ -44,6 +47,30 @@ class QuantExperts(QuantModule):
         specs |= {name: replace(specs[name], scheme=scheme) for name, (_, scheme) in (others or {}).items()}
         super().__init__(kernel, specs, "moe", dtype, {name: other for name, (other, _) in (others or {}).items()})
         self.num_experts, self.gate_up, self.down, self.activation = experts, gate_up, down, activation
+        self._stacks: dict[str, Packed] = {}  # of a kernel that wants one, while weights are missing
+
+    def _install(self, name: str, packed: Packed) -> None:
+        if isinstance(self.kernel, StackedKernel) and not self.others:
+            packed = self._in_slot(self.kernel, name, packed)
+        super()._install(name, packed)
+        if len(self._packed) == len(self.specs):
+            self._stacks = {}
+
+    def _in_slot(self, kernel: StackedKernel, name: str, packed: Packed) -> Packed:
+        """Copies a packed weight into its slot of the stack."""
+        slot = self._packed.get(name)
+        if slot is None:
+            expert, _, projection = name.partition(".")
+            family, shared = ("down", 1) if projection == "down_proj" else ("gate_up", 2)
+            with _ALLOCATING:
+                if family not in self._stacks:
+                    self._stacks[family] = kernel.stack(packed, self.num_experts, shared)
+            slot = kernel.slot(self._stacks[family], int(expert), int(projection == "up_proj"))
+        if any(to.device != t.device for to, t in zip(slot, packed, strict=True)):
+            return packed  # moved from outside, tensor by tensor: ``bundle`` copies it when it runs
+        for to, t in zip(slot, packed, strict=True):
+            to.copy_(t)
+        return slot
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Routes ``[T, hidden]`` by ``top_k_index`` and ``top_k_weights`` ``[T, top_k]``; returns ``[T, hidden]``."""

@@ -36,7 +36,7 @@ class Group(NamedTuple):
     spec: WeightSpec
     first: int
     last: int
-    packed: tuple[Packed, ...]
+    packed: Sequence[Packed]
     shared: int
     column: int
 
@@ -80,8 +80,8 @@ def _runs(weights: Sequence[Weight], first: int, shared: int = 1, column: int = 
     for _, run in groupby(weights, key=_key):
         members = list(run)
         last = start + len(members) // shared
-        packed = tuple(w.packed for w in members)
-        yield Group(members[0].kernel, members[0].spec, start, last, packed, shared, column)
+        kernel, spec, _ = members[0]
+        yield Group(kernel, spec, start, last, kernel.bundle([w.packed for w in members], shared), shared, column)
         start = last
 
 
@@ -127,13 +127,25 @@ def run_experts(x: Tensor, index: Tensor, weights: Tensor, layer: Tables, activa
     order, offsets, bounds = _sort(index.reshape(-1), layer.experts)
     order = order[: bounds[-1]]
     rows = x[order // index.shape[1]]
-    width = layer.gate_up[0].spec.n
-    gate_up = apply(layer.gate_up, rows, offsets, bounds, 2 * width)
-    hidden = ACTIVATIONS[activation](gate_up[:, :width]) * gate_up[:, width:]
-    y = apply(layer.down, hidden, offsets, bounds, x.shape[1]) * weights.reshape(-1)[order, None]
+    y = _gated(layer, rows, offsets, activation)
+    if y is None:
+        width = layer.gate_up[0].spec.n
+        gate_up = apply(layer.gate_up, rows, offsets, bounds, 2 * width)
+        hidden = ACTIVATIONS[activation](gate_up[:, :width]) * gate_up[:, width:]
+        y = apply(layer.down, hidden, offsets, bounds, x.shape[1])
+    y = y * weights.reshape(-1)[order, None]
     out = y.new_empty(index.numel(), x.shape[1]) if bounds[-1] == index.numel() else y.new_zeros(index.numel(), x.shape[1])
     out[order] = y
     return out.view(*index.shape, x.shape[1]).sum(1, dtype=torch.float32).to(x.dtype)
+
+
+def _gated(layer: Tables, x: Tensor, offsets: Tensor, activation: str) -> Tensor | None:
+    """The whole of the experts by a kernel that can do so, or None."""
+    first, last = layer.gate_up[0], layer.down[0]
+    single = len(layer.gate_up) == len(layer.down) == 1 and first.kernel.name == last.kernel.name
+    if not single or first.shared != 2 or first.spec.scheme.rotation or not len(x):
+        return None
+    return first.kernel.run_gated(x, offsets, first.packed, last.packed, (first.spec, last.spec), activation)
 
 
 def _sort(flat: Tensor, experts: int) -> tuple[Tensor, Tensor, list[int]]:

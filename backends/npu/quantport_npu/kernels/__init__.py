@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from quantport.backend import Kernel, aten
+from quantport_npu.kernels import grouped
 from quantport_npu.kernels.floating import NpuFp8, NpuFp8Block
 from quantport_npu.kernels.integer import NpuInt8, NpuWeightInt4, NpuWeightInt8
 from quantport_npu.kernels.mx import WAYS, NpuDualScale, NpuMx
@@ -11,4 +12,4 @@ from quantport_npu.kernels.mx import WAYS, NpuDualScale, NpuMx
 def kernels() -> tuple[Kernel, ...]:
     """Every kernel of the room."""
     quantized = (NpuInt8(), NpuFp8(), NpuFp8Block(), *(NpuMx(name) for name in WAYS), NpuDualScale())
-    return (*quantized, NpuWeightInt8(), NpuWeightInt4(), *aten.portable())
+    return (*grouped.kernels(), *quantized, NpuWeightInt8(), NpuWeightInt4(), *aten.portable())
