@@ -13,14 +13,16 @@ from quantport_xpu.capabilities import ARCHS, arch_of
 
 
 def operators(lib: Any) -> frozenset[str]:
-    """The operators of ``vllm-xpu-kernels``, which is imported where it is installed."""
-    return frozenset() if vendor.load() else vendor.features(getattr(lib.ops, "_xpu_C", None))
+    """The operators of ``vllm-xpu-kernels`` and of Intel's extension, which are imported where they are installed."""
+    vendor.load()
+    vendor.load_extension()
+    return vendor.features(lib.ops)
 
 
 def devices(lib: Any) -> tuple[Device, ...]:
     """Reads every GPU of ``lib`` (the torch module). A driver that fails raises here.
 
-    The features of a device are the operators of ``vllm-xpu-kernels`` that can be called.
+    The features of a device are the operators of ``vllm-xpu-kernels`` and of Intel's extension that can be called.
     """
     if not hasattr(lib, "xpu") or not lib.xpu.is_available():
         return ()

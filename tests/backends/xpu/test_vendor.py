@@ -8,10 +8,10 @@ number of arguments.
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
-import xpu_operators
 
 from quantport import numerics
 from quantport.backend import Accepted, Kernel, Request, WeightSpec
@@ -21,28 +21,20 @@ from quantport.testing import cases
 from quantport.testing.check_runs import compare, make_job
 from quantport_xpu import vendor
 from quantport_xpu.capabilities import ARCHS
+from quantport_xpu.kernels.mx import XpuMxfp4, XpuMxfp4Marlin, XpuMxfp8
 from quantport_xpu.kernels.scaled import XpuFp8Emulated, XpuIntMM, XpuScaledMM
-from quantport_xpu.kernels.vendor import XpuFp8Gemm, XpuFp8W8A16, XpuInt4W4A16
+from quantport_xpu.kernels.vendor import XpuFp8Gemm, XpuFp8W8A16, XpuInt4W4A8, XpuInt4W4A16
 from quantport_xpu.kernels.weight_only import XpuInt4Pack, XpuInt8Pack
 
 CPU = torch.device("cpu")
-BMG = Device(ARCHS["bmg"], torch_type="xpu", simulated=True, features=frozenset(vendor.PREFIX + name for name in vendor.SCHEMAS))
+BMG = Device(ARCHS["bmg"], torch_type="xpu", simulated=True, features=frozenset(vendor.SCHEMAS))
 XE3P = replace(BMG, arch=ARCHS["xe3p"])
+PVC = replace(BMG, arch=ARCHS["pvc"])
 
 
 @pytest.fixture(autouse=True)
-def _operators(monkeypatch):
-    """The operators that the CPU lacks, registered for it, with the vendors' schemas."""
-    monkeypatch.setattr(torch.ops.aten, "_weight_int8pack_mm", xpu_operators.int8pack_mm)
-    ours = torch.library.Library("aten", "IMPL")
-    ours.impl("_weight_int4pack_mm_with_scales_and_zeros", xpu_operators.int4pack_mm, "CPU")
-    library = torch.library.Library("_xpu_C", "DEF")
-    for name, schema in vendor.SCHEMAS.items():
-        library.define(name + schema)
-        library.impl(name, getattr(xpu_operators, name), "CPU")
-    yield
-    library._destroy()
-    ours._destroy()
+def _operators(xpu_operators_registered):
+    """Emulations of the vendors' operators."""
 
 
 RUNS: list[tuple[Kernel, str, Device, tuple[tuple[int, int], ...]]] = [
@@ -63,6 +55,13 @@ RUNS: list[tuple[Kernel, str, Device, tuple[tuple[int, int], ...]]] = [
     (XpuFp8Gemm(), "fp8_per_tensor", XE3P, ((64, 256), (33, 97))),
     (XpuFp8Gemm(), "fp8_per_channel", XE3P, ((64, 256), (1, 704))),
     (XpuFp8Gemm(), "fp8_per_block", XE3P, ((128, 256), (384, 640))),
+    (XpuInt4W4A8(), "int4_w4a8", BMG, ((64, 256), (8, 128), (40, 1024))),
+    (XpuMxfp8(), "mxfp8", BMG, ((64, 256), (33, 96), (1, 704), (5, 32))),
+    (XpuMxfp4(), "mxfp4", BMG, ((64, 256), (33, 96), (1, 704), (5, 32))),
+    (XpuMxfp4(), "mxfp4:rceil", PVC, ((64, 256),)),
+    (XpuMxfp4Marlin(), "mxfp4_weight_only", PVC, ((128, 256), (384, 128))),
+    (XpuMxfp4Marlin(), "mxfp4", PVC, ((128, 256),)),
+    (XpuMxfp4Marlin(), "mxfp4_w4a8", PVC, ((128, 256),)),
 ]
 IDS = [f"{kernel.name}-{scheme}" for kernel, scheme, *_ in RUNS]
 
@@ -192,9 +191,9 @@ def test_torch_has_the_operators_as_they_are_called(name):
 
 
 def test_operators_of_the_vendor_are_found_by_their_signature():
-    assert vendor.features(torch.ops._xpu_C) == BMG.features
-    assert vendor.features(None) == frozenset()
-    expected = vendor.SCHEMAS["fp8_gemm_w8a16"]
+    assert vendor.features(torch.ops) == BMG.features
+    assert vendor.features(SimpleNamespace()) == frozenset()
+    expected = vendor.SCHEMAS["_xpu_C.fp8_gemm_w8a16"]
     parse = torch._C.parse_schema
     assert vendor.fits(parse("f(Tensor A, Tensor B, Tensor? B_scale_, Tensor? bias_, Tensor? out=None) -> Tensor"), expected)
     for other in (
