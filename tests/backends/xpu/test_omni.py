@@ -16,7 +16,7 @@ from quantport.capability import Evidence, Status
 from quantport.host import host
 
 DEVICES = ("xpu:bmg", "xpu:pvc")
-# Column of the table -> schemes, and what they come to on these GPUs: their matrix engines multiply int8, and no FP8, MXFP8 or MXFP4.
+# Column of the table -> schemes, and what they come to here: the matrix engines multiply int8, and no FP8, MXFP8 or MXFP4.
 COLUMNS = {
     "fp8": (("fp8_per_tensor", "fp8_per_channel", "fp8_per_block"), Status.WEIGHT_ONLY, "W8A16", "xpu.triton_weight_only"),
     "int8": (("int8",), Status.NATIVE, "W8A8", "xpu._int_mm"),
