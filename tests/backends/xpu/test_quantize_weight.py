@@ -17,7 +17,8 @@ from quantport_xpu.detect import XpuBackend
 
 # One scheme of each kind of scale and code: rows, tensors, squares, groups, offsets, powers of two, two levels, six bits, a code book.
 SCHEMES = [
-    "int8", "fp8_per_tensor", "fp8_per_block", "int4_weight_only", "int4_mse", "mxfp8", "mxfp4_dualscale", "nvfp4", "mxfp6_e2m3", "nf4",
+    "int8", "fp8_per_tensor", "fp8_per_block", "int4_weight_only", "int4_mse", "mxfp8", "mxfp4_dualscale", "nvfp4", "mxfp6_e2m3",
+    "nf4",
 ]  # fmt: skip
 DECLINED = ["q4_k", "int4_hqq", "nf4:double"]
 
