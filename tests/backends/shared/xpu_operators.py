@@ -57,6 +57,7 @@ def fp8_gemm_w8a16(a, b, b_scale, bias):
     """``dnnl_matmul_w8a16_fp8``: scales of blocks where they are 2-D with more than one row, else one, or one for each column."""
     k, n = b.shape
     assert a.numel()
+    assert a.dtype in (torch.bfloat16, torch.float16)
     assert b.dtype is torch.float8_e4m3fn
     assert b.stride(0) == 1
     assert b_scale.dtype is torch.float32

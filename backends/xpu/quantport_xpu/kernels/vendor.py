@@ -116,7 +116,8 @@ class _Fp8(Kernel):
     def reasons_against(self, request: Request) -> Sequence[str]:
         spec = request.weight
         reasons = list(vendor_reasons(request, self.name, f"_xpu_C.{self.name.partition('.')[2]}"))
-        if spec.scheme.weight.cols and (spec.n % 128 or spec.k % 128 or spec.k < 256):
+        several = spec.scheme.weight.cols and max(spec.n, spec.k) > 128  # one block has one scale, as a tensor has
+        if several and (spec.n % 128 or spec.k % 128 or spec.k < 256):
             shape = f"{spec.n} x {spec.k}"
             reasons.append(f"{self.name} needs N and K to be multiples of 128, and two blocks along K, not {shape} [{_FP8}]")
         return reasons
