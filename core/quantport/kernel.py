@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quantport.capability import Accepted, Claim, Rejected, Status, Verdict
 from quantport.device import Device
-from quantport.numerics import rotate
+from quantport.numerics import raw, rotate
 from quantport.scheme import Scheme
 
 Canonical = dict[str, Tensor]
@@ -92,8 +92,7 @@ class Kernel(ABC):
 
         The default keeps them, float8 viewed as uint8: torch compares, pickles and traces bytes better than float8.
         """
-        stored = (canonical[name] for name in spec.scheme.layout(spec.n, spec.k))
-        return tuple(t.view(torch.uint8) if t.dtype.itemsize == 1 and t.is_floating_point() else t for t in stored)
+        return tuple(raw(canonical[name]) for name in spec.scheme.layout(spec.n, spec.k))
 
     @property
     def keeps_layout(self) -> bool:
