@@ -26,7 +26,10 @@ def check(condition: object, operator: str, asked: str) -> None:
 
 def layout(tensor: Tensor) -> int:
     """The storage format of an NPU tensor."""
-    return int(torch.ops.npu.get_npu_format(tensor))  # the operator itself: torch_npu's function makes an enum of it, slowly
+    try:
+        return int(torch.ops.npu.get_npu_format(tensor))  # the operator itself: torch_npu's function makes an enum of it, slowly
+    except RuntimeError:  # a storage that torch made by itself, as for pickle, has bytes and no format
+        return ND
 
 
 def _storage(tensor: Tensor) -> torch.UntypedStorage:
