@@ -106,7 +106,7 @@ class NpuWeightInt4(_WeightOnly):
         if spec.n > LIMIT:
             reasons.append(f"{self.name} takes N up to {LIMIT}, not {spec.n} [{self.source}]")
         if not self.divides(group, spec.k):
-            reasons.append(f"{self.name} takes {self.groups}, not groups of {group} with K {spec.k} [{self.source}]")
+            reasons.append(f"{self.name} takes {self.groups}, not of {group} with K {spec.k} [{self.source}]")
         return reasons
 
     def divides(self, group: int, k: int) -> bool:

@@ -4,8 +4,6 @@ from simulator.need import simulated
 
 simulated()
 
-from typing import ClassVar  # noqa: E402
-
 import pytest  # noqa: E402
 
 from quantport.testing import BackendConformance  # noqa: E402
@@ -15,7 +13,6 @@ DECLARED = "another scale changes single codes: test_deviations.py holds the ker
 
 class TestSimulatedNpu(BackendConformance):
     kind = "npu"
-    policy: ClassVar = {"it is for experts": "one group is a linear layer, for which other kernels are better"}
 
     def test_accepted_runs(self, subject, kernel, scheme, dtype):
         if kernel.deviation.startswith("scales of activations"):

@@ -167,10 +167,10 @@ def npu_format_cast(
 ) -> Tensor:
     name = "npu_format_cast"
     allowed(name, "acl_format", acl_format, (2, NZ))
-    check(source.dim() == 2 and source.is_contiguous(), name, "a contiguous matrix is simulated")
     check(customize_dtype in (None, 1) and input_dtype is None, name, "other dtypes are not simulated")
     if acl_format == layout(source):
         return source
+    check(source.dim() == 2 and source.is_contiguous(), name, "a contiguous matrix is simulated")
     out = torch_npu.empty_with_format(list(source.shape), dtype=source.dtype, device=source.device, acl_format=acl_format)
     if acl_format == NZ:
         tiles = to_nz(over(source)).view(torch.uint8).flatten()
