@@ -164,6 +164,7 @@ def int4_gemm_w4a8(a, a_scale, a_zp, b, b_scale, b_zp, group_size, g_idx, bias):
     assert a.numel()
     assert a.dtype is torch.int8
     assert g_idx is None
+    assert n % 8 == 0, "as vLLM's XPUW4A8IntLinearKernel asks"
     assert b.stride(0) == 1, "words lie along K"
     assert a_scale.dtype is b_scale.dtype is torch.float16, "other scales are read as fp16"
     assert a_zp.dtype is torch.int32
