@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,42 +12,36 @@ import torch
 from quantport.backend import Arch, Backend, Device, Kernel
 from quantport_npu.capabilities import ARCHS, arch_of
 
-DEV = Path("/dev")
-
 
 def devices(lib: Any) -> tuple[Device, ...]:
-    """Reads every NPU of ``lib`` (the torch_npu module). A driver that fails raises here."""
+    """Reads every NPU of ``lib`` (the torch_npu module). A driver that fails raises here.
+
+    The features of a device are the version of CANN.
+    """
     if not lib.npu.is_available():
         return ()
     soc = lib._C._npu_get_soc_version()
+    features = frozenset(filter(None, [cann(lib)]))
     found = []
     for i in range(lib.npu.device_count()):
         name = lib.npu.get_device_name(i)
-        found.append(Device(arch_of(soc, name), i, name, lib.npu.get_device_properties(i).total_memory, "npu"))
+        memory = lib.npu.get_device_properties(i).total_memory
+        found.append(Device(arch_of(soc, name), i, name, memory, "npu", features=features))
     return tuple(found)
+
+
+def cann(lib: Any) -> str:
+    """The version of CANN, for example ``cann 8.5.0``; empty where torch_npu does not say."""
+    try:
+        version = lib.npu.utils.get_cann_version()
+    except Exception:  # of builds that have not this function, and of CANN that is not where it was: no reason to have no device
+        return ""
+    return f"cann {version}" if version else ""
 
 
 def installed(find: Callable[[str], object] = find_spec) -> bool:
     """Whether torch_npu is installed, without importing it."""
     return find("torch_npu") is not None
-
-
-def advice(version: str, has_torch_npu: bool, dev: Path = DEV) -> tuple[str, ...]:
-    """What keeps an NPU that the system shows from being used, with the command that mends it.
-
-    Args:
-        version: ``torch.__version__``; torch_npu has one build for each minor version.
-        has_torch_npu: Whether torch_npu is installed.
-        dev: Where the device nodes are.
-    """
-    nodes = sorted(dev.glob("davinci[0-9]*"))
-    if has_torch_npu or not nodes:
-        return ()
-    minor = ".".join(version.split(".")[:2])
-    return (
-        f'an Ascend NPU is here ({nodes[0]}), but torch_npu is not installed: pip install "torch-npu=={minor}.*"\n'
-        "(it needs CANN: source /usr/local/Ascend/ascend-toolkit/set_env.sh)",
-    )
 
 
 class NpuBackend(Backend):
@@ -69,5 +62,7 @@ class NpuBackend(Backend):
         return kernels()
 
     def advice(self) -> Sequence[str]:
-        """An NPU without torch_npu."""
-        return advice(torch.__version__, installed())
+        """What is missing to use an NPU: the driver, torch_npu of this torch, CANN."""
+        from quantport_npu.advice import Surroundings, advice
+
+        return advice(torch.__version__, Surroundings())

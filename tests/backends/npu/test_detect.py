@@ -9,7 +9,7 @@ import pytest
 
 from quantport_npu import detect
 from quantport_npu.capabilities import ARCHS
-from quantport_npu.detect import NpuBackend, advice, devices, installed
+from quantport_npu.detect import NpuBackend, devices, installed
 
 GIB = 1 << 30
 NUMBERS = {
@@ -94,12 +94,20 @@ def test_installed():
     assert not installed(lambda name: None)
 
 
-def test_advice(tmp_path):
-    assert advice("2.13.0+cpu", False, tmp_path) == ()
-    (tmp_path / "davinci_manager").touch()
-    assert advice("2.13.0+cpu", False, tmp_path) == ()
-    (tmp_path / "davinci0").touch()
-    (line,) = advice("2.13.0+cpu", False, tmp_path)
-    assert 'pip install "torch-npu==2.13.*"' in line
-    assert "davinci0" in line
-    assert advice("2.13.0+cpu", True, tmp_path) == ()
+@pytest.mark.parametrize(("said", "features"), [("8.5.0", {"cann 8.5.0"}), ("", set()), (None, set())])
+def test_the_version_of_cann_is_a_feature(said, features):
+    lib = fake_torch_npu(220)
+    lib.npu.utils = SimpleNamespace(get_cann_version=lambda: said)
+    (found,) = devices(lib)
+    assert found.features == features
+
+
+def test_a_version_that_cannot_be_read_is_no_feature():
+    lib = fake_torch_npu(220)
+    assert devices(lib)[0].features == frozenset()
+
+    def broken():
+        raise RuntimeError("no CANN here")
+
+    lib.npu.utils = SimpleNamespace(get_cann_version=broken)
+    assert devices(lib)[0].features == frozenset()

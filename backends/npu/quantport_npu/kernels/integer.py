@@ -90,6 +90,7 @@ class NpuWeightFp8(_WeightOnly):
 
     name = "npu.weight_quant_fp8"
     unit = "e4m3fn"
+    calls: ClassVar[Calls] = {"npu_weight_quant_batchmatmul": ("weight_dtype",)}  # that came with fp8
     source = f"{NN} matmul/weight_quant_batch_matmul_v2/docs/aclnnWeightQuantBatchMatmulV2.md"
     deviation = "scales are rounded to the dtype of the activations"
 

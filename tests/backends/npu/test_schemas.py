@@ -1,0 +1,109 @@
+"""Every call against every form that its operator has had: it is taken, or the kernel refuses and says what the build lacks.
+
+Forms: the registration strings of the wheels torch-npu 2.6.0.post5 to 2.14.0 on PyPI.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from quantport import numerics
+from quantport.backend import Request, WeightSpec
+from quantport.host import Host
+from quantport.testing import cases
+from quantport_npu import vendor
+from quantport_npu.kernels.base import NpuKernel
+
+M, N, K = 5, 64, 256
+HOST = Host(only=["npu"])
+DEVICE = replace(HOST.device("npu:ascend950"), simulated=False)
+
+NEW = (
+    'npu_dynamic_block_quant(Tensor x, *, float min_scale=0.0, str round_mode="rint", int dst_type=1, int row_block_size=1, '
+    "int col_block_size=128, float dst_type_max=0.0) -> (Tensor y, Tensor scale)",
+    'npu_dynamic_dual_level_mx_quant(Tensor input, *, Tensor? smooth_scale=None, str round_mode="rint") '
+    "-> (Tensor, Tensor, Tensor)",
+    'npu_dynamic_mx_quant(Tensor input, *, int axis=-1, str round_mode="rint", int dst_type=296, int block_size=32, '
+    "int? scale_alg=0, float dst_type_max=0.0, float max_low_bound=0.0) -> (Tensor, Tensor)",
+    "npu_dynamic_quant(Tensor input, *, Tensor? smooth_scales=None, Tensor? group_index=None, int? dst_type=None, "
+    'str quant_mode="pertoken", float dst_type_max=0.0) -> (Tensor, Tensor)',
+    "npu_dual_level_quant_matmul(Tensor x1, Tensor x2, Tensor x1_level0_scale, Tensor x2_level0_scale, Tensor x1_level1_scale, "
+    "Tensor x2_level1_scale, *, Tensor? bias=None, int output_dtype=15) -> Tensor",
+    "npu_quant_matmul(Tensor x1, Tensor x2, Tensor scale, *, Tensor? offset=None, Tensor? pertoken_scale=None, "
+    "Tensor? bias=None, int? output_dtype=None, int? x1_dtype=None, int? x2_dtype=None, int? pertoken_scale_dtype=None, "
+    "int? scale_dtype=None, int[]? group_sizes=None, Tensor? y_scale=None) -> Tensor",
+    "npu_weight_quant_batchmatmul(Tensor x, Tensor weight, Tensor antiquant_scale, Tensor? antiquant_offset=None, "
+    "Tensor? quant_scale=None, Tensor? quant_offset=None, Tensor? bias=None, int antiquant_group_size=0, int inner_precise=0, "
+    "int? weight_dtype=None) -> Tensor",
+    "npu_convert_weight_to_int4pack(Tensor weight, int inner_k_tiles=0) -> Tensor",
+    "npu_format_cast(Tensor input, int acl_format, *, int? customize_dtype=None, int? input_dtype=None) -> Tensor",
+)
+OLD = (
+    'npu_dynamic_block_quant(Tensor x, *, float min_scale=0.0, str round_mode="rint", int dst_type=1, int row_block_size=1, '
+    "int col_block_size=128) -> (Tensor y, Tensor scale)",
+    "npu_dynamic_quant(Tensor input, *, Tensor? smooth_scales=None, Tensor? group_index=None, ScalarType? dst_type=None) "
+    "-> (Tensor, Tensor)",
+    "npu_quant_matmul(Tensor x1, Tensor x2, Tensor scale, *, Tensor? offset=None, Tensor? pertoken_scale=None, "
+    "Tensor? bias=None, ScalarType? output_dtype=None, SymInt[]? group_sizes=None) -> Tensor",
+    "npu_weight_quant_batchmatmul(Tensor x, Tensor weight, Tensor antiquant_scale, Tensor? antiquant_offset=None, "
+    "Tensor? quant_scale=None, Tensor? quant_offset=None, Tensor? bias=None, int antiquant_group_size=0, int inner_precise=0) "
+    "-> Tensor",
+    "npu_convert_weight_to_int4pack(Tensor weight, int inner_k_tiles=0) -> Tensor",
+    "npu_format_cast(Tensor input, int acl_format, int? customize_dtype=None) -> Tensor",
+)
+BUILDS = {
+    "2.14.0": NEW,
+    "2.9.1": tuple(form.replace(", float max_low_bound=0.0", "") for form in NEW),
+    "2.8.0": OLD,
+}
+TAKEN_BY_OLD = {"npu.quant_matmul", "npu.weight_quant_int8", "npu.weight_quant_int4", "npu.weight_quant_int4_offset"}
+KERNELS = [kernel for kernel in HOST.kernels("npu") if isinstance(kernel, NpuKernel)]
+PAIRS = [(k, s) for k in KERNELS for s in HOST.schemes.values() if k.serves(s)]
+
+
+def bodies():
+    """Results of the right shapes: only how the operators are called is looked at here."""
+    y = torch.zeros(M, N, dtype=torch.bfloat16)
+    scale = torch.zeros(M, K // 32, 2, dtype=torch.uint8)
+    return {
+        "npu_dynamic_block_quant": lambda x, **_: (x.to(torch.float8_e4m3fn), torch.zeros(M, K // 128)),
+        "npu_dynamic_dual_level_mx_quant": lambda x, **_: (x.to(torch.uint8), torch.zeros(M, 1), scale),
+        "npu_dynamic_mx_quant": lambda x, **_: (x.to(torch.uint8), scale),
+        "npu_dynamic_quant": lambda x, **_: (x.to(torch.int8), torch.zeros(M)),
+        "npu_dual_level_quant_matmul": lambda *_, **__: y.clone(),
+        "npu_quant_matmul": lambda *_, **__: y.clone(),
+        "npu_weight_quant_batchmatmul": lambda *_, **__: y.clone(),
+        "npu_convert_weight_to_int4pack": lambda w, *_: torch.zeros(w.shape[0], w.shape[1] // 8, dtype=torch.int32),
+        "npu_format_cast": lambda x, *_, **__: x.clone(),
+    }
+
+
+@pytest.fixture(params=BUILDS)
+def build(request, monkeypatch):
+    """The operators of a build, under another name than torch_npu's, which may be installed."""
+    space = f"npu_of_{request.param.replace('.', '_')}"
+    library, made = torch.library.Library(space, "DEF"), bodies()
+    for form in BUILDS[request.param]:
+        library.define(form)
+        library.impl(form.partition("(")[0], made[form.partition("(")[0]], "CompositeExplicitAutograd")
+    monkeypatch.setattr(torch.ops, "npu", getattr(torch.ops, space), raising=False)
+    vendor.lacking.cache_clear()
+    yield request.param
+    vendor.lacking.cache_clear()
+    library._destroy()
+
+
+@pytest.mark.parametrize(("kernel", "scheme"), PAIRS, ids=[f"{k.name}-{s.name}" for k, s in PAIRS])
+def test_a_call_is_taken_or_refused_before(build, kernel, scheme):
+    spec = WeightSpec(scheme, N, K)
+    reasons = kernel.reasons_against(Request(spec, "linear", DEVICE, torch.bfloat16))
+    assert bool(reasons) == (build == "2.8.0" and kernel.name not in TAKEN_BY_OLD), reasons
+    if reasons:
+        assert all("torch_npu" in reason for reason in reasons)
+        return
+    packed = kernel.pack(numerics.quantize_weight(cases.plain(N, K), scheme), spec)
+    x, bias = cases.activations(M, K, torch.bfloat16), cases.bias(N, torch.bfloat16)
+    assert kernel.run(x, packed, bias, spec).shape == (M, N)
