@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from quantport.backend import Arch, Backend, Device, Kernel
 from quantport_rocm.capabilities import ARCHS, arch_of
 
 DRIVER = Path("/dev/kfd")
+PCI = Path("/sys/bus/pci/devices")
 _INSTALL = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/rocm7.2"
 
 
@@ -36,20 +38,35 @@ def devices(lib: Any) -> tuple[Device, ...]:
     return tuple(found)
 
 
-def advice(lib: Any, driver: Path = DRIVER) -> tuple[str, ...]:
-    """What keeps a GPU that the driver shows from being used, with the command that mends it."""
+def gpus(pci: Path) -> tuple[str, ...]:
+    """PCI addresses of AMD GPUs: VGA, 3D and other display controllers."""
+    found = [
+        (d.name, (d / "vendor").read_text(), (d / "class").read_text()) for d in sorted(pci.glob("*")) if (d / "vendor").exists()
+    ]
+    return tuple(name for name, vendor, kind in found if vendor.strip() == "0x1002" and kind.startswith("0x03"))
+
+
+def advice(
+    lib: Any,
+    driver: Path = DRIVER,
+    pci: Path = PCI,
+    opens: Callable[[Path], bool] = lambda path: os.access(path, os.R_OK | os.W_OK),
+) -> tuple[str, ...]:
+    """What keeps a GPU that PCI or the driver shows from being used, with the command that mends it."""
     if not driver.exists():
-        return ()
+        return tuple(
+            f"an AMD GPU is here (PCI {name}), but not its driver ({driver}): sudo modprobe amdgpu" for name in gpus(pci)[:1]
+        )
     if lib.version.hip is None:
         return (
             f"an AMD GPU driver is here ({driver}), but torch {lib.__version__} is built without ROCm; "
             f"this replaces it: {_INSTALL}",
         )
     if not lib.cuda.is_available():
-        return (
-            f"an AMD GPU driver is here ({driver}), but torch {lib.__version__} (HIP {lib.version.hip}) sees no GPU: "
-            "look at `rocminfo` and HIP_VISIBLE_DEVICES; if you may not open the device: sudo usermod -aG render,video $USER",
-        )
+        seen = f"an AMD GPU driver is here ({driver}), but torch {lib.__version__} (HIP {lib.version.hip}) sees no GPU: "
+        if not opens(driver):
+            return (f"{seen}you may not open {driver}: sudo usermod -aG render,video $USER, and log in again",)
+        return (f"{seen}look at `rocminfo`, and unset HIP_VISIBLE_DEVICES and ROCR_VISIBLE_DEVICES",)
     return ()
 
 

@@ -52,9 +52,20 @@ def rounded(x: Tensor, canonical: Canonical, asked: Scheme, bias: Tensor | None,
     return scheme(x, {**canonical, "weight_scale": canonical["weight_scale"].to(x.dtype).float()}, asked, bias, dtype)
 
 
+def divided(x: Tensor, canonical: Canonical, asked: Scheme, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Offsets in steps of their scales, of the dtype of the activations, added to the codes."""
+    offset = (canonical["weight_zero"].float() / canonical["weight_scale"].float()).to(x.dtype).float()
+    codes = numerics.unpack_int4(canonical["weight_packed"], x.shape[1]).double()
+    wide = (t.double().repeat_interleave(asked.weight.cols, 1)[:, : x.shape[1]] for t in (offset, canonical["weight_scale"]))
+    y = x.double() @ ((codes + next(wide)) * next(wide)).t()
+    return (y if bias is None else y + bias.double()).to(dtype)
+
+
 DECLARED: dict[str, Linear] = {
     "npu.quant_matmul": int8,
     "npu.weight_quant_int8": rounded,
+    "npu.weight_quant_fp8": rounded,
+    "npu.weight_quant_int4_offset": divided,
     "npu.quant_matmul_mxfp8": floor,
     "npu.quant_matmul_mxfp4_w4a8": floor,
     "npu.grouped_matmul": int8_rounded,

@@ -23,7 +23,8 @@ A2 = {
     "int8_weight_only": "native npu.weight_quant_int8",
     "int4_weight_only": "native npu.weight_quant_int4",
     "int4_w4a8": "weight_only npu.weight_quant_int4",
-    "int4_mse": "dequantize torch.dequantize",
+    "int4_mse": "native npu.weight_quant_int4_offset",
+    "int4_hqq": "native npu.weight_quant_int4_offset",
     "fp8_per_tensor": "weight_only torch.dequantize",
     "fp8_per_block": "weight_only torch.dequantize",
     "fp8_weight_only": "dequantize torch.dequantize",
@@ -37,6 +38,8 @@ CHOSEN = {
         **A2,
         "int8": "weight_only npu.weight_quant_int8",
         "int4_weight_only": "dequantize torch.dequantize",
+        "int4_mse": "dequantize torch.dequantize",
+        "int4_hqq": "dequantize torch.dequantize",
         "int4_w4a8": "weight_only torch.dequantize",
     },
     "ascend910b": A2,
@@ -46,6 +49,7 @@ CHOSEN = {
         "fp8_per_tensor": "native npu.quant_matmul_fp8",
         "fp8_per_channel": "native npu.quant_matmul_fp8",
         "fp8_per_block": "native npu.quant_matmul_fp8_blocks",
+        "fp8_weight_only": "native npu.weight_quant_fp8",
         "mxfp8": "native npu.quant_matmul_mxfp8",
         "mxfp8:floor": "native npu.quant_matmul_mxfp8_floor",
         "mxfp8:rceil": "native npu.quant_matmul_mxfp8_rceil",
@@ -89,6 +93,11 @@ def test_choices(name, scheme):
 def test_the_310p_has_no_scales_of_tokens():
     assert "no npu_dynamic_quant" in why_not("npu.quant_matmul", asked("ascend310p", "int8"))
     assert "no bfloat16" in why_not("npu.weight_quant_int8", asked("ascend310p", "int8", dtype=torch.bfloat16))
+
+
+def test_offsets_need_the_range_of_bf16():
+    said = why_not("npu.weight_quant_int4_offset", asked("ascend910b", "int4_mse", dtype=torch.float16))
+    assert "offsets beyond the range of float16" in said
 
 
 def test_a2_has_no_fp8_and_no_mx():
