@@ -14,6 +14,7 @@ from quantport.kernel import Canonical, Kernel, Packed, Request, WeightSpec
 from quantport.modules import QuantModule
 from quantport.scheme import Scheme
 from quantport.testing import cases
+from quantport_npu.vendor import family
 
 Linear = Callable[[Tensor, Canonical, Scheme, Tensor | None, torch.dtype], Tensor]
 
@@ -203,8 +204,8 @@ def as_declared(model: nn.Module, like: nn.Module) -> None:
     kernels = {name: module.kernel for name, module in modules(like).items()}
     for name, module in modules(model).items():
         kernel = Declared(kernels[name], module.kernel)
-        gates = getattr(kernels[name], "gates", lambda spec: False)
-        if not gates(next(iter(module.specs.values()))):
+        gates = getattr(kernels[name], "gates", None)
+        if gates is None or family() != "A5" or not gates(next(iter(module.specs.values()))):
             kernel.run_gated = lambda *given: None  # type: ignore[method-assign]  # it has no such launch here
         exchange(module, kernel)
 

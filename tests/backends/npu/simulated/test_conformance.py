@@ -16,6 +16,8 @@ from quantport.testing import BackendConformance, check_runs  # noqa: E402
 # torch_npu copies and pickles tensors by way of the old storages, of which torch warns.
 pytestmark = pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
 
+TILED = ("npu.quant_matmul", "npu.dual_level_quant_matmul")
+
 
 @pytest.fixture
 def by_declaration(kernel, monkeypatch):
@@ -46,6 +48,11 @@ class TestSimulatedNpu(BackendConformance):
     @pytest.mark.usefixtures("by_declaration")
     def test_special_weights(self, subject, kernel, scheme, dtype):
         super().test_special_weights(subject, kernel, scheme, dtype)
+
+    def test_opcheck(self, subject, kernel, scheme, layer, traced):
+        if kernel.name in TILED:
+            pytest.skip("opcheck compares elements one by one, and here they lie in tiles (FRACTAL_NZ); test_compile runs it")
+        super().test_opcheck(subject, kernel, scheme, layer, traced)
 
     def test_inductor(self, subject):
         pytest.skip("torch_npu's Inductor generates code with triton-ascend, whose compiler is part of CANN; aot_eager is tried")

@@ -23,9 +23,6 @@ from torch import Tensor
 
 _OURS = ("empty", "new_empty", "set_", "resize", "record_stream", "is_pinned", "_pin_memory", "is_set_to", "_reshape_alias", "npu_")
 
-# Of a tensor in tiles these see the matrix: a copy that leaves the format behind, and what opcheck finds writes with.
-_READS = (torch.ops.aten._to_copy.default, torch.ops.aten.equal.default)
-
 # torch_npu's own autograd of these leads to CANN at once; here they have no gradients.
 CUSTOM = (
     "scaled_dot_product_attention",
@@ -67,7 +64,7 @@ def _run(operator: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(value, Tensor) and value.device.type == "npu":
             if not crosses:
                 _known(str(operator), value)
-            plain = matrix(value) if operator in _READS else over(value)
+            plain = matrix(value) if copies else over(value)
             host[id(plain)] = value
             return plain
         return torch.device("cpu") if isinstance(value, torch.device) else value
