@@ -9,9 +9,11 @@ import torch
 
 from quantport.errors import BudgetError, ConfigError
 from quantport.kernel import WeightSpec
+from quantport.numerics.blocks import LARGE, padded
 
 BUDGET = 512 << 20  # bytes, where nobody says otherwise
-SCRATCH = 24 << 20  # bytes of fp32 chunks and block maxima that quantizing one weight holds at most: a search has some twenty
+PLAIN, SEARCH = 24, 36  # bytes of scratch for each element of a chunk: six fp32 copies; a search holds nine
+SCRATCH = SEARCH * LARGE  # bytes of scratch that quantizing one weight holds at most
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?B?)\s*", re.IGNORECASE)
 
@@ -43,11 +45,13 @@ def need(spec: WeightSpec, source: torch.dtype | None) -> int:
     Returns:
         The source, the stored tensors before they are packed, codes before several share a byte, and scratch.
     """
-    elements = spec.n * spec.k
+    quant, elements = spec.scheme.weight, spec.n * spec.k
     read = elements * source.itemsize if source else 0
-    codes = elements if spec.scheme.weight.element.bits < 8 else 0
-    whole = 12 * elements  # fp32: the weight, its rotation and the rotated blocks
-    return read + spec.scheme.bytes(spec.n, spec.k) + codes + (whole if spec.scheme.rotation else min(SCRATCH, 2 * whole))
+    codes = elements if quant.element.bits < 8 or quant.element.block else 0
+    scratch = min(SCRATCH, (SEARCH if quant.searched else PLAIN) * spec.n * padded(spec.k, quant))
+    if spec.scheme.rotation:  # in fp32: the weight, its rotation and the rotated blocks; then the rotation beside the scratch
+        scratch = max(12 * elements, 4 * elements + scratch)
+    return read + spec.scheme.bytes(spec.n, spec.k) + codes + scratch
 
 
 def settle(asked: int | None, needs: Mapping[str, int]) -> int:

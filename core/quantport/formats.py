@@ -22,7 +22,8 @@ class Format:
         storage: The torch dtype of one unpacked code.
         low: Smallest value.
         high: Largest value.
-        exponent: Exponent bits of a small float that torch has no dtype for; 0 for every other format.
+        exponent: Exponent bits of a float whose codes are a byte or less, and which has a zero of either sign; 0 for every
+            other format.
         mantissa: Its mantissa bits.
         block: Elements of one GGUF block; 0 for every other format.
     """
@@ -54,8 +55,8 @@ class Format:
 
 FP32 = Format("fp32", 32, torch.float32, -3.4028234663852886e38, 3.4028234663852886e38)
 BF16 = Format("bf16", 16, torch.bfloat16, -3.3895313892515355e38, 3.3895313892515355e38)
-E4M3FN = Format("e4m3fn", 8, torch.float8_e4m3fn, -448.0, 448.0)
-E5M2 = Format("e5m2", 8, torch.float8_e5m2, -57344.0, 57344.0)
+E4M3FN = Format("e4m3fn", 8, torch.float8_e4m3fn, -448.0, 448.0, exponent=4, mantissa=3)
+E5M2 = Format("e5m2", 8, torch.float8_e5m2, -57344.0, 57344.0, exponent=5, mantissa=2)
 E4M3FNUZ = Format("e4m3fnuz", 8, torch.float8_e4m3fnuz, -240.0, 240.0)
 E5M2FNUZ = Format("e5m2fnuz", 8, torch.float8_e5m2fnuz, -57344.0, 57344.0)
 E8M0 = Format("e8m0", 8, torch.uint8, 2.0**-127, 2.0**127)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quantport.capability import Accepted, Claim, Rejected, Status, Verdict
 from quantport.device import Device
-from quantport.numerics import rotate
+from quantport.numerics import raw, rotate
 from quantport.scheme import Scheme
 
 Canonical = dict[str, Tensor]
@@ -57,6 +57,7 @@ class Kernel(ABC):
             ``max|y - y_ref| / max|y_ref|`` over a whole output.
         deviation: Named difference from the scheme's numerics; empty when there is none.
         quantizes_activations: False for weight-only kernels.
+        layers: Kinds of layers that it is for.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Kernel(ABC):
     tolerance: float = 2.0**-6
     deviation: str = ""
     quantizes_activations: bool = False
+    layers: tuple[str, ...] = ("linear", "moe")
 
     def serves(self, scheme: Scheme) -> bool:
         """Whether the kernel is for this scheme at all; what it needs of hardware and shape is in ``reasons_against``."""
@@ -90,8 +92,7 @@ class Kernel(ABC):
 
         The default keeps them, float8 viewed as uint8: torch compares, pickles and traces bytes better than float8.
         """
-        stored = (canonical[name] for name in spec.scheme.layout(spec.n, spec.k))
-        return tuple(t.view(torch.uint8) if t.dtype.itemsize == 1 and t.is_floating_point() else t for t in stored)
+        return tuple(raw(canonical[name]) for name in spec.scheme.layout(spec.n, spec.k))
 
     @property
     def keeps_layout(self) -> bool:
@@ -183,7 +184,9 @@ class Kernel(ABC):
         """Folds the methods above into a verdict; a kernel that raises here is a refusal that says so."""
         try:
             if not self.serves(request.weight.scheme):
-                return Rejected(self.name, (f"it does not run {request.weight.scheme.name}",), about_scheme=True)
+                return Rejected(self.name, (f"it does not run {request.weight.scheme.name}",), unrelated=True)
+            if request.layer not in self.layers:
+                return Rejected(self.name, (f"it is for {', '.join(self.layers)} layers",), unrelated=True)
             reasons = tuple(self.reasons_against(request))
             if reasons:
                 return Rejected(self.name, reasons)

@@ -103,10 +103,10 @@ def join_shards(shards: Sequence[dict[str, Tensor]], scheme: Scheme, dim: int) -
     out = {}
     for key, along in shard_dims(scheme, dim).items():
         parts = [s[key] for s in shards]
-        if along is None and any(not torch.equal(_bytes(p), _bytes(parts[0])) for p in parts):
+        if along is None and any(not torch.equal(numerics.raw(p), numerics.raw(parts[0])) for p in parts):
             works = "shards that quantize_shard made together"
             raise WeightError(f"join {len(parts)} shards of {scheme.name}", f"{key} differs between them", works)
-        out[key] = parts[0] if along is None else torch.cat([_bytes(p) for p in parts], along).view(parts[0].dtype)
+        out[key] = parts[0] if along is None else torch.cat([numerics.raw(p) for p in parts], along).view(parts[0].dtype)
     return out
 
 
@@ -145,8 +145,3 @@ def _all_reduce(group: Any) -> Maximum:
         return reduced
 
     return maximum
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    """Views float8 as bytes, which torch compares and joins."""
-    return tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor

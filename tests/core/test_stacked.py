@@ -90,6 +90,22 @@ def build(kernel):
     return module.eval(), stored
 
 
+def test_experts_of_several_kernels_have_a_stack_for_each_run(kernel):
+    """Down of expert 1 has another kernel: down of expert 0, and of 2 and 3, stay side by side."""
+    scheme = BUILTIN["int8_weight_only"]
+    up, down = WeightSpec(scheme, WIDE, HIDDEN), WeightSpec(scheme, HIDDEN, WIDE)
+    other = host().kernel("torch.dequantize")
+    module = QuantExperts(kernel, up, down, EXPERTS, "silu", others={"1.down_proj": (other, scheme)})
+    _, stored = build(kernel)
+    for name, weight in stored.items():
+        module.set_weight(name, {key: t.clone() for key, t in weight.items()})
+    assert close(module(*given()), expected(stored, *given()))
+    assert [shape for _, shape in kernel.launches] == [(EXPERTS, HIDDEN, 2, WIDE), (1, WIDE, 1, HIDDEN), (2, WIDE, 1, HIDDEN)]
+    memory = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in module.buffers()}
+    assert sum(memory.values()) == sum(t.nbytes for w in stored.values() for t in w.values())
+    assert not module._slots
+
+
 def given(rows=7):
     index = torch.stack([torch.arange(rows) % 3, (torch.arange(rows) + 1) % 3], 1)
     x = torch.randn(rows, HIDDEN, generator=torch.Generator().manual_seed(9)).bfloat16()

@@ -207,7 +207,7 @@ def _groups(x: Tensor, quant: Quant, out: Quantized, swizzle: bool) -> None:
 
 def _up(quant: Quant) -> int:
     """What a rule of e8m0 scales adds to the bits of a maximum, so that its exponent is that of the scale; -1 for ``rceil``."""
-    mantissa = quant.element.mantissa or {"e4m3fn": 3}.get(quant.format, 0)
+    mantissa = quant.element.mantissa
     half = {"even": 1 << (22 - mantissa), "even1": 1 << 21, "ceil": (1 << 23) - 1, "rceil": -1}
     return half.get(quant.rule, 0)
 

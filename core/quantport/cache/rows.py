@@ -18,7 +18,7 @@ from torch import Tensor
 
 from quantport.errors import ConfigError, one_of
 from quantport.formats import BF16, E4M3FN, E5M2, INT4, INT8, Format
-from quantport.numerics import pack_bits, quantize, unpack_bits
+from quantport.numerics import converts, pack_bits, quantize, unpack_bits
 from quantport.scheme import Quant
 
 SCALE = BF16.storage
@@ -134,10 +134,10 @@ def decode(rows: Tensor, width: int, dtype: CacheDtype, out: torch.dtype) -> Ten
 def _widen(codes: Tensor, element: Format, work: torch.dtype) -> Tensor:
     """Bytes of codes as a new tensor of values.
 
-    The host converts fp8 one by one. Its bits moved to those of fp16 are exact and several times as fast: e5m2 is the upper byte,
-    e4m3fn (NaN apart, which the scale of its row is too) the value over 256.
+    The host converts fp8 one by one, and some devices cannot. Its bits moved to those of fp16 are exact and several times as
+    fast: e5m2 is the upper byte, e4m3fn (NaN apart, which the scale of its row is too) the value over 256.
     """
-    if not element.is_float8 or not codes.is_cpu:
+    if not element.is_float8 or (converts(codes.device) and not codes.is_cpu):
         return codes.view(element.storage).to(work)
     bits = codes.view(torch.int8).to(torch.int16)
     if element is E5M2:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantport import aten
+from quantport import aten, numerics
 from quantport.choice import choose
 from quantport.errors import UnsupportedError, WeightError
 from quantport.host import host
@@ -113,7 +113,7 @@ class QuantModule(nn.Module):
                 device = self.device if self.device.type != "meta" else None
                 if device is None:  # the kernel was chosen for no device, or not at all
                     self.kernel, self.others = self._kernels_for(rest[next(iter(keys.values()))].device, self.dtype)
-                self.set_weight(name, {key: rest.pop(full).detach().to(device, copy=True) for key, full in keys.items()})
+                self.set_weight(name, {key: _copy(rest.pop(full).detach(), device) for key, full in keys.items()})
             except WeightError as error:
                 error_msgs.append(f"{prefix.rstrip('.')}: {error}")
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
@@ -182,6 +182,10 @@ class QuantModule(nn.Module):
             spec = self.specs[name]
             layout = spec.scheme.layout(spec.n, spec.k)
             self.set_weight(name, {k: _bytes(t, layout[k][1]) for k, t in canonical.items()})
+
+
+def _copy(tensor: Tensor, device: torch.device | None) -> Tensor:
+    return numerics.raw(tensor).to(device, copy=True).view(tensor.dtype)
 
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from quantport.errors import RoutingError, ShapeError
-from quantport.kernel import Kernel, Packed, WeightSpec
+from quantport.kernel import Kernel, WeightSpec
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -26,7 +26,7 @@ class Weight(NamedTuple):
 
     kernel: Kernel
     spec: WeightSpec
-    packed: Packed
+    packed: Any  # ``Packed``, or a name where only the grouping is asked
 
 
 class Group(NamedTuple):
@@ -36,7 +36,7 @@ class Group(NamedTuple):
     spec: WeightSpec
     first: int
     last: int
-    packed: Sequence[Packed]
+    packed: Sequence[Any]
     shared: int
     column: int
 
@@ -50,10 +50,15 @@ class Tables(NamedTuple):
 
 
 def tables(weights: Sequence[Weight]) -> Tables:
-    """Groups gate, up and down of expert 0, then of expert 1, and so on. Where all share a kernel there are two groups."""
-    experts = len(weights) // 3
+    """Groups gate, up and down of expert 0, then of expert 1, and so on."""
+    gate_up, down = (tuple(g._replace(packed=g.kernel.bundle(g.packed, g.shared)) for g in part) for part in groups(weights))
+    return Tables(gate_up, down, len(weights) // 3)
+
+
+def groups(weights: Sequence[Weight]) -> tuple[list[Group], list[Group]]:
+    """Groups of gate and up, and of down, with the weights as they are. Where all share a kernel there is one of each."""
     gate, up, down = (weights[i::3] for i in range(3))
-    return Tables(tuple(_gate_up(gate, up)), tuple(_runs(down, 0)), experts)
+    return list(_gate_up(gate, up)), list(_runs(down, 0))
 
 
 def _key(weight: Weight) -> tuple[str, WeightSpec]:
@@ -81,7 +86,7 @@ def _runs(weights: Sequence[Weight], first: int, shared: int = 1, column: int = 
         members = list(run)
         last = start + len(members) // shared
         kernel, spec, _ = members[0]
-        yield Group(kernel, spec, start, last, kernel.bundle([w.packed for w in members], shared), shared, column)
+        yield Group(kernel, spec, start, last, [w.packed for w in members], shared, column)
         start = last
 
 

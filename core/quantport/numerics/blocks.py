@@ -21,11 +21,12 @@ from torch import Tensor
 from quantport.errors import WeightError
 from quantport.formats import E4M3FN
 from quantport.numerics import search
-from quantport.numerics.elements import decode, encode
+from quantport.numerics.elements import decode, encode, raw
 from quantport.numerics.scales import over, scale_of, scale_values, stored
 from quantport.scheme import Quant, blocks_of
 
 CHUNK = 1 << 18  # elements of fp32 scratch: 1 MiB, which fits the L2 cache of one core
+LARGE = CHUNK << 1  # of an accelerator, which wants few large kernels
 TINY = torch.finfo(torch.float32).tiny
 
 Reduce = Callable[[Tensor, int, int], Tensor]
@@ -76,7 +77,8 @@ def quantize_blocks(x: Tensor, quant: Quant, scale: Tensor | None = None, reduce
         scale = scale_of(reduce(amax, quant.rows, quant.cols) if reduce else amax, quant)
     out = _empty(x, quant, outer)
     if scale is not None:
-        out.scale.copy_(scale)
+        given = scale if scale.dtype is out.scale.dtype else stored(scale, quant.scale)
+        raw(out.scale).copy_(raw(given))
     if not x.numel():
         return out
     step = _chunk_rows(x.shape, quant, x.device)
@@ -87,8 +89,8 @@ def quantize_blocks(x: Tensor, quant: Quant, scale: Tensor | None = None, reduce
             chunk = _divided(chunk, outer[i : i + step], quant)
         factor = None if outer is None or quant.scale == "e8m0" else outer[i : i + step] if len(outer) > 1 else outer
         blocks = _blocks(chunk.to(torch.float32, copy=True), quant.rows, quant.cols, edge=quant.zero)
-        codes = _chunk(blocks, quant, out, r, scale is not None, factor)
-        out.codes[i : i + step].copy_(codes.view(-1, codes.shape[2] * codes.shape[3])[: chunk.shape[0], :k])
+        codes = raw(_chunk(blocks, quant, out, r, scale is not None, factor))
+        raw(out.codes)[i : i + step].copy_(codes.view(-1, codes.shape[2] * codes.shape[3])[: chunk.shape[0], :k])
     return out
 
 
@@ -101,11 +103,12 @@ def _chunk(blocks: Tensor, quant: Quant, out: Blocks, r: slice, given: bool, fac
     if not given:
         amax = blocks.abs().amax((1, 3))
         if factor is None:
-            out.scale[r] = scale_of(amax, quant)
+            scale = scale_of(amax, quant)
         else:
-            out.scale[r] = stored(factor.view(-1, 1) * over(amax, quant.element.half_range), quant.scale)
+            scale = stored(factor.view(-1, 1) * over(amax, quant.element.half_range), quant.scale)
         if quant.searched:
-            out.scale[r] = search.scale(blocks[:, 0], out.scale[r], quant, factor)
+            scale = search.scale(blocks[:, 0], scale, quant, factor)
+        raw(out.scale)[r] = raw(scale)
     divisor = scale_values(out.scale[r], quant.scale)
     if factor is not None:
         divisor = divisor / factor.view(-1, 1)
@@ -132,7 +135,7 @@ def _outer(x: Tensor, quant: Quant, reduce: Reduce | None) -> Tensor:
         first = stored(over(amax, quant.element.half_range), "fp32")
         if not quant.searched:
             return first
-        step = max(1, CHUNK // x.shape[1])
+        step = max(1, CHUNK // padded(x.shape[1], quant))
         rows = range(0, x.shape[0], step)
         parts = [search.outer(_blocks(x[i : i + step].float(), *quant.outer)[:, 0], first[i : i + step], quant) for i in rows]
         return torch.cat(parts)
@@ -173,9 +176,13 @@ def _blocks(x: Tensor, rows: int, cols: int, edge: bool = False) -> Tensor:
 
 def _chunk_rows(shape: torch.Size, quant: Quant, device: torch.device) -> int:
     step = quant.rows or 1
-    if device.type != "cpu":  # an accelerator wants few large kernels: 64 MiB of scratch
-        return max(step, (CHUNK << 6) // max(1, shape[1]) // step * step)
-    return max(step, CHUNK // max(1, shape[1]) // step * step)
+    return max(step, (CHUNK if device.type == "cpu" else LARGE) // max(1, padded(shape[1], quant)) // step * step)
+
+
+def padded(k: int, quant: Quant) -> int:
+    """Width of rows of ``k`` elements in whole blocks."""
+    cols = max(quant.cols, quant.outer[1] if quant.outer else 0)
+    return -(-k // cols) * cols if cols else k
 
 
 def dequantize(

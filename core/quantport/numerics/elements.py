@@ -3,6 +3,9 @@
 All formats round to the nearest code, ties to the even one (code books: ties to the lower value), and saturate: what is
 beyond the largest value, infinities included, becomes the largest value. Subnormals are kept, and so is the sign of zero
 where the format has one. NaN stays NaN in the 8-bit float formats; the others have no NaN: it gets any of their codes.
+
+Devices outside of PyTorch's own tree need not convert float8 (Ascend's Cast does on its newest product only), nor copy it: there
+its bytes are computed as those of smaller floats are, and nothing but views makes them float8.
 """
 
 from __future__ import annotations
@@ -31,9 +34,19 @@ def encode(x: Tensor, element: Format) -> Tensor:
     if element is E8M0:
         return (x.view(torch.int32) >> 23).to(torch.uint8)
     x = x.clamp_(element.low, element.high)
-    if element.exponent:
+    if element.exponent and not (element.is_float8 and converts(x.device)):
         return _encode_small(x, element)
     return x.to(element.storage) if element.is_float8 else x.round_().to(element.storage)
+
+
+def converts(device: torch.device) -> bool:
+    """Whether a device is known to convert float8 from and to wider floats."""
+    return device.type != torch._C._get_privateuse1_backend_name()
+
+
+def raw(codes: Tensor) -> Tensor:
+    """Views float8 as bytes, which torch copies, joins and compares everywhere; leaves the rest as it is."""
+    return codes.view(torch.uint8) if codes.dtype.itemsize == 1 and codes.is_floating_point() else codes
 
 
 def _encode_small(x: Tensor, element: Format) -> Tensor:
@@ -43,29 +56,33 @@ def _encode_small(x: Tensor, element: Format) -> Tensor:
     """
     shift = 23 - element.mantissa
     smallest = 129 - 2 ** (element.exponent - 1)  # biased fp32 exponent of the smallest normal number
-    sign = (x.view(torch.int32) >> 31) & (1 << element.bits - 1)
-    a = x.abs_()
-    e = (a.view(torch.int32) >> 23).clamp_min_(smallest)
-    magic = (e + shift) << 23
-    steps = (a + magic.view(torch.float32)).view(torch.int32) - magic
-    codes = steps.add_((e - smallest) << element.mantissa).bitwise_or_(sign).to(torch.uint8)
+    sign = (x.view(torch.int32) >> 31).bitwise_and_(1 << element.bits - 1)
+    nan = torch.isnan(x) if element.is_float8 else None
+    e = (x.abs_().view(torch.int32) >> 23).clamp_min_(smallest)
+    magic = (e + shift).bitwise_left_shift_(23)
+    steps = x.add_(magic.view(torch.float32)).view(torch.int32).sub_(magic)
+    steps.add_(e.sub_(smallest).bitwise_left_shift_(element.mantissa))
+    if nan is not None:
+        return steps.masked_fill_(nan, 127).bitwise_or_(sign).to(torch.uint8).view(element.storage)
+    codes = steps.bitwise_or_(sign).to(torch.uint8)
     return codes.bitwise_and_((1 << element.bits) - 1)  # NaN gets some code, and not one that spills over its neighbours
 
 
 def rounded(x: Tensor, element: Format) -> Tensor:
-    """``decode(encode(x))`` without the codes: fp32 values. Leaves x alone."""
-    if not element.exponent:
+    """``decode(encode(x))`` without the codes, and with positive zeros: fp32 values. Leaves x alone."""
+    if not element.exponent or element.is_float8:
         return decode(encode(x.clone(), element), element)
     shift, smallest = 23 - element.mantissa, 129 - 2 ** (element.exponent - 1)
-    a = x.abs().clamp_max_(element.high)
-    magic = ((a.view(torch.int32) >> 23).clamp_min_(smallest).add_(shift) << 23).view(torch.float32)
-    return a.add_(magic).sub_(magic).copysign_(x)
+    x = x.clamp(element.low, element.high)
+    e = x.abs().view(torch.int32).bitwise_right_shift_(23).clamp_min_(smallest).add_(shift)
+    magic = e.bitwise_left_shift_(23).view(torch.float32).mul_(1.5)  # in the middle of its octave, for both signs
+    return x.add_(magic).sub_(magic)
 
 
 def decode(codes: Tensor, element: Format) -> Tensor:
     """The inverse of ``encode``: fp32 values, exactly."""
-    if element.exponent or element.codebook:
-        return lookup(values_of(element.name, codes.device), codes)
+    if element.codebook or (element.exponent and not (element.is_float8 and converts(codes.device))):
+        return lookup(values_of(element.name, codes.device), raw(codes))
     if element is E8M0:  # 2**-127 is subnormal in fp32, 255 is NaN
         bits = codes.to(torch.int32) << 23
         bits = torch.where(codes == 0, 1 << 22, bits)
@@ -78,6 +95,8 @@ def values_of(name: str, device: torch.device | None = None) -> Tensor:
     element = FORMATS[name]
     if element.codebook:
         return codebook(name, device or torch.device("cpu"))
+    if element.is_float8:  # the CPU converts it
+        return torch.arange(256, dtype=torch.int32).to(torch.uint8).view(element.storage).float().to(device)
     codes = torch.arange(2**element.bits, dtype=torch.int32, device=device)
     if not element.exponent:
         if element.storage is torch.int8:  # two's complement

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from quantport.formats import E8M0, FORMATS, Format
-from quantport.numerics.elements import decode
+from quantport.numerics.elements import decode, encode
 from quantport.scheme import Quant
 
 EPS = 2.0**-23
@@ -54,15 +54,16 @@ def stored(scale: Tensor, name: str) -> Tensor:
     """Rounds fp32 scales to a format, saturating; 0 becomes the smallest usable scale of that format."""
     element = FORMATS[name]
     if element.is_float8:
-        scale = scale.clamp(element.low, element.high).to(element.storage).float()
-    elif element.storage is not torch.float32:
+        scale = decode(encode(scale.clone(), element), element)
+        return encode(torch.where(scale == 0, EPS_E4M3FN, scale), element)
+    if element.storage is not torch.float32:
         scale = scale.to(element.storage).float()
-    return torch.where(scale == 0, EPS_E4M3FN if element.is_float8 else EPS, scale).to(element.storage)
+    return torch.where(scale == 0, EPS, scale).to(element.storage)
 
 
 def scale_values(scale: Tensor, name: str) -> Tensor:
     """The inverse of storing: fp32 values of stored scales."""
-    return decode(scale, E8M0) if name == E8M0.name else scale.float()
+    return decode(scale, FORMATS[name])
 
 
 def e8m0_of(amax: Tensor, element: Format, rule: str) -> Tensor:
@@ -81,10 +82,6 @@ def e8m0_of(amax: Tensor, element: Format, rule: str) -> Tensor:
     elif rule == "ceil":
         bits = bits + _MANTISSA
     elif rule in ("even", "even1"):
-        bits = bits + (1 << (22 - (1 if rule == "even1" else _mantissa(element))))
+        bits = bits + (1 << (22 - (1 if rule == "even1" else element.mantissa)))
     exponent = ((bits >> 23) - emax).clamp_(0, 254)
     return torch.where(torch.isfinite(amax), exponent, 255).to(torch.uint8)
-
-
-def _mantissa(element: Format) -> int:
-    return element.mantissa or {"e4m3fn": 3, "e5m2": 2}.get(element.name, 0)

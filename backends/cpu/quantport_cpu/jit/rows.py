@@ -105,7 +105,7 @@ def rule(quant: Quant) -> tuple[int, int, float]:
     """What a rule of power-of-two scales adds to the bits of amax, the exponent it takes off, and what amax is divided by."""
     element = quant.element
     emax = math.frexp(element.high)[1] - 1
-    mantissa = {"e4m3fn": 3}.get(element.name, element.mantissa)
+    mantissa = element.mantissa
     if quant.rule == "rceil":
         return (1 << 23) - 1, 0, element.high
     added = {"ceil": (1 << 23) - 1, "even": 1 << (22 - mantissa), "even1": 1 << 21}

@@ -33,14 +33,13 @@ class NpuGrouped(StackedKernel, NpuKernel):
     """
 
     families: ClassVar[tuple[str, ...]]
+    layers = ("moe",)
 
     def reasons_against(self, request: Request) -> Sequence[str]:
-        reasons, arch = list(super().reasons_against(request)), request.device.arch
-        if request.layer != "moe":
-            reasons.append(f"{self.name} multiplies groups of rows: it is for experts")
-        if arch.family not in self.families:
-            reasons.append(f"{self.name} is documented for {', '.join(self.families)}, not {arch.name} [{self.source}]")
-        return reasons
+        reasons, arch = super().reasons_against(request), request.device.arch
+        if reasons or arch.family in self.families:
+            return reasons
+        return [f"{self.name} is documented for {', '.join(self.families)}, not {arch.name} [{self.source}]"]
 
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
         """One group."""
@@ -210,7 +209,7 @@ class NpuGroupedWeightInt4(NpuGrouped, NpuWeightInt4):
     calls: ClassVar[Calls] = {**NpuWeightInt4.calls, "npu_grouped_matmul": ("antiquant_scale", "antiquant_offset", "output_dtype")}
     source = _PAGE
 
-    groups = "one group, or equal ones"
+    groups = "one group or several equal ones along K"
 
     def divides(self, group: int, k: int) -> bool:
         return group >= k or not k % group
@@ -221,6 +220,9 @@ class NpuGroupedWeightInt4(NpuGrouped, NpuWeightInt4):
 
     def slot(self, stack: Packed, group: int, which: int) -> Packed:
         return tuple(t[group, :, which] for t in stack)
+
+    def unpack(self, packed: Packed, spec: WeightSpec) -> Canonical:
+        return super().unpack(tuple(t.contiguous() for t in packed), spec)  # the operator that gives codes back takes no slots
 
     def grouped(self, q: Packed, stack: Packed, ends: Tensor, dtype: torch.dtype) -> Tensor:
         words, scale = stack[0].flatten(2), stack[1].flatten(2).to(dtype)

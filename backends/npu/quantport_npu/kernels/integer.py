@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quantport.backend import Canonical, Packed, Quant, Request, Scheme, WeightSpec, numerics
 from quantport_npu.kernels.base import Calls, NpuKernel, parts
-from quantport_npu.vendor import FRACTAL_ND, FRACTAL_NZ, LIMIT, PLUGIN
+from quantport_npu.vendor import FRACTAL_ND, FRACTAL_NZ, LIMIT, NN, PLUGIN
 
 _SLAB = 1 << 24  # int4 codes that are widened to int32 at a time
 
@@ -85,6 +85,24 @@ class NpuWeightInt8(_WeightOnly):
         return y
 
 
+class NpuWeightFp8(_WeightOnly):
+    """FP8 by channel, of Ascend950; one scale for all is repeated. Scales and bias have the dtype of x."""
+
+    name = "npu.weight_quant_fp8"
+    unit = "e4m3fn"
+    source = f"{NN} matmul/weight_quant_batch_matmul_v2/docs/aclnnWeightQuantBatchMatmulV2.md"
+    deviation = "scales are rounded to the dtype of the activations"
+
+    def serves(self, scheme: Scheme) -> bool:
+        return scheme.weight in (Quant("e4m3fn", 0, 0), Quant("e4m3fn", 1, 0))
+
+    def multiply(self, q: Packed, packed: Packed, part: slice, bias: Tensor | None, dtype: torch.dtype, spec: WeightSpec) -> Tensor:
+        weight, scale = packed[0][part].view(torch.float8_e4m3fn).t(), packed[1].to(dtype).view(-1)
+        scale = scale[part] if spec.scheme.weight.rows else scale.repeat(part.stop - part.start)
+        y: Tensor = torch.ops.npu.npu_weight_quant_batchmatmul(q[0], weight, scale, bias=bias)
+        return y
+
+
 class NpuWeightInt4(_WeightOnly):
     """INT4 in groups. The order of the operator's eight codes in a word is the vendor's own: its products give them back."""
 
@@ -106,7 +124,7 @@ class NpuWeightInt4(_WeightOnly):
         if spec.n > LIMIT:
             reasons.append(f"{self.name} takes N up to {LIMIT}, not {spec.n} [{self.source}]")
         if not self.divides(group, spec.k):
-            reasons.append(f"{self.name} takes {self.groups}, not groups of {group} with K {spec.k} [{self.source}]")
+            reasons.append(f"{self.name} takes {self.groups}, not of {group} with K {spec.k} [{self.source}]")
         return reasons
 
     def divides(self, group: int, k: int) -> bool:
@@ -121,10 +139,10 @@ class NpuWeightInt4(_WeightOnly):
             slab = stored[:, i // 8 : (i + step) // 8].contiguous()
             codes = numerics.unpack_int4(slab, min(step, spec.k - i)).t().to(torch.int32, memory_format=torch.contiguous_format)
             words[i : i + step] = torch.ops.npu.npu_convert_weight_to_int4pack(codes.contiguous())
-        return words, canonical["weight_scale"].t().contiguous()
+        return words, *(canonical[key].t().contiguous() for key in ("weight_scale", "weight_zero") if key in canonical)
 
     def unpack(self, packed: Packed, spec: WeightSpec) -> Canonical:
-        words, scale = packed
+        words, scale, *zero = packed
         ones = scale.new_ones(1, spec.n)
         step = max(8, _SLAB // spec.k // 8 * 8)
         out = []
@@ -133,12 +151,28 @@ class NpuWeightInt4(_WeightOnly):
             unit = (torch.arange(spec.k, device=words.device) == rows[:, None]).to(scale.dtype)
             codes = torch.ops.npu.npu_weight_quant_batchmatmul(unit, words, ones)
             out.append(numerics.pack_int4(codes.t().contiguous().to(torch.int8)))
-        return {"weight_packed": torch.cat(out, 1), "weight_scale": scale.t().contiguous()}
+        rest = dict(zip(("weight_scale", "weight_zero"), (scale, *zero), strict=False))
+        return {"weight_packed": torch.cat(out, 1), **{key: t.t().contiguous() for key, t in rest.items()}}
 
     def multiply(self, q: Packed, packed: Packed, part: slice, bias: Tensor | None, dtype: torch.dtype, spec: WeightSpec) -> Tensor:
-        words, scale = packed
-        group = spec.scheme.weight.cols
+        words, scale, *zero = packed
+        offset = zero[0] / scale if zero else None  # the operator adds it to the codes, before it multiplies by the scale
         y: Tensor = torch.ops.npu.npu_weight_quant_batchmatmul(
-            q[0], words, scale.to(dtype), bias=added(bias, dtype), antiquant_group_size=group
+            q[0], words, scale.to(dtype), offset, bias=added(bias, dtype), antiquant_group_size=spec.scheme.weight.cols
         )
         return y
+
+
+class NpuWeightInt4Offset(NpuWeightInt4):
+    """INT4 in groups with offsets. Of fp16 their range is too small: a group of equal values has an offset of 2**23 steps."""
+
+    name = "npu.weight_quant_int4_offset"
+    deviation = "offsets are divided by their scales and rounded to the dtype of the activations"
+
+    def serves(self, scheme: Scheme) -> bool:
+        quant = scheme.weight
+        return quant == Quant("int4", 1, quant.cols, "bf16", quant.rule, zero=True) and quant.cols > 0
+
+    def reasons_against(self, request: Request) -> Sequence[str]:
+        few = request.dtype is torch.float16
+        return [*super().reasons_against(request), *([f"{self.name} has offsets beyond the range of float16"] if few else [])]

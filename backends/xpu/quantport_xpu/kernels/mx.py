@@ -29,7 +29,6 @@ _FP4 = f"{_KERNELS} csrc/xpu/onednn/fp4_gemm_w4a4.h at 67928905bfbd; vllm-projec
 _QUANTIZER = f"{_KERNELS} csrc/quantization/fp4/mxfp4_quant.h at 18fe6526b40a"
 _MARLIN = "intel/intel-extension-for-pytorch XEGEMM_MXFP4_marlin.cpp and test_marlin_mxfp4_linear.py at acaa1016cdba"
 _E2M1 = ("Xe-HPC", "Xe2", "Xe3", "Xe3p")  # families for which oneDNN's table has e2m1, be it by conversion
-_NIBBLES = (0, 4, 1, 5, 2, 6, 3, 7)  # which code each nibble of a word holds, the lowest first
 SMALLEST = 2.0**-126  # of scales
 
 
@@ -42,6 +41,13 @@ def block_reason(request: Request, kernel: str) -> tuple[str, ...]:
     """The reason against blocks that are cut off, or nothing."""
     k = request.weight.k
     return (f"{kernel} needs K to be a multiple of 32, not {k}",) if k % 32 else ()
+
+
+def _shuffled(weight: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Bytes of two codes ``[n, k / 2]`` with each eight codes transposed as a matrix of a shape."""
+    n, half = weight.shape
+    codes = numerics.unpack_bits(weight, 2 * half, 4).view(n, -1, *shape)
+    return numerics.pack_bits(codes.transpose(2, 3).reshape(n, -1), 4)
 
 
 class _Mx(aten.Quantizing):
@@ -127,9 +133,9 @@ class XpuMxfp4(_Mx):
 
 
 class XpuMxfp4Quantized(XpuMxfp4):
-    """The same, with activations quantized by ``_C.per_token_group_quant_mxfp4`` in one launch, whose scales follow ``rceil``.
+    """W4A4 in ``mxfp4:rceil`` as vLLM runs it: activations quantized by ``_C.per_token_group_quant_mxfp4``, in one launch.
 
-    What vLLM runs on Intel GPUs. Ties go toward zero there: the comparisons with the middle of two codes are strict.
+    Its scales are those of ``rceil``. Ties go toward zero: its comparisons with the middle of two codes are strict.
     """
 
     name = "xpu.fp4_gemm_quantized"
@@ -176,16 +182,13 @@ class XpuMxfp4Marlin(Kernel):
         return Claim(Evidence.DECLARED, _MARLIN)
 
     def pack(self, canonical: Canonical, spec: WeightSpec) -> Packed:
-        codes = numerics.unpack_bits(canonical["weight_packed"], spec.k, 4).view(spec.n, -1, 8)[:, :, list(_NIBBLES)]
-        words = numerics.pack_bits(codes.reshape(spec.n, spec.k), 4).view(torch.int32)
+        """Codes 0 4 1 5 2 6 3 7 of eight to a word, the lowest nibble first: int32 ``[K / 8, N]``."""
+        words = _shuffled(canonical["weight_packed"], (2, 4)).view(torch.int32)
         return words.t().contiguous(), canonical["weight_scale"].t().contiguous()
 
     def unpack(self, packed: Packed, spec: WeightSpec) -> Canonical:
-        words = packed[0].t().contiguous().view(torch.uint8)
-        places = [_NIBBLES.index(i) for i in range(8)]
-        codes = numerics.unpack_bits(words, spec.k, 4).view(spec.n, -1, 8)[:, :, places]
-        weight = numerics.pack_bits(codes.reshape(spec.n, spec.k), 4)
-        return {"weight_packed": weight, "weight_scale": packed[1].t().contiguous()}
+        words, scale = (t.t().contiguous() for t in packed)
+        return {"weight_packed": _shuffled(words.view(torch.uint8), (4, 2)), "weight_scale": scale}
 
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
         y = x.new_empty(len(x), spec.n)

@@ -45,6 +45,12 @@ def int4(**changed):
     )
 
 
+def fp8(**changed):
+    weight = torch.ones(N, K, dtype=torch.float8_e4m3fn).to("npu").t()
+    given = {"x": x(), "weight": weight, "antiquant_scale": torch.ones(N, dtype=torch.bfloat16, device="npu")}
+    return NPU.npu_weight_quant_batchmatmul(**given | changed)
+
+
 def dual(**changed):
     codes, level0, level1 = NPU.npu_dynamic_dual_level_mx_quant(x())
     tiles = NPU.npu_format_cast(torch.zeros(N, K // 2, dtype=torch.int8, device="npu"), 29, customize_dtype=torch.int8)
@@ -79,19 +85,25 @@ MISTAKES = {
     "int4 codes of int8": lambda: NPU.npu_convert_weight_to_int4pack(npu(K, N, dtype=torch.int8)),
     "scales of another dtype than the activations": lambda: int4(antiquant_scale=npu(K // 32, N)),
     "a group that the scales do not have": lambda: int4(antiquant_group_size=64),
-    "a bf16 bias where fp32 is asked": lambda: int4(bias=npu(N, dtype=torch.bfloat16)),
+    "an fp16 bias to bf16 activations": lambda: int4(bias=npu(N, dtype=torch.float16)),
     "weights in tiles outside of a graph": lambda: int4(
         weight=NPU.npu_format_cast(npu(K, N, dtype=torch.int8), 29),
         antiquant_scale=npu(N, dtype=torch.bfloat16),
         antiquant_group_size=0,
     ),
+    "offsets of another dtype than the scales": lambda: int4(antiquant_offset=npu(K // 32, N)),
+    "one offset for each channel where scales are in groups": lambda: int4(antiquant_offset=npu(N, dtype=torch.bfloat16)),
+    "fp8 weights in groups": lambda: fp8(antiquant_scale=npu(K // 32, N, dtype=torch.bfloat16), antiquant_group_size=32),
+    "fp8 weights with offsets": lambda: fp8(antiquant_offset=npu(N, dtype=torch.bfloat16)),
+    "one scale for all of an fp8 weight": lambda: fp8(antiquant_scale=npu(1, dtype=torch.bfloat16)),
+    "an fp32 bias to fp8 weights": lambda: fp8(bias=npu(N)),
     "a dual-scale weight that is not in tiles": lambda: dual(x2=npu(N, K // 2, dtype=torch.int8)),
     "outer scales along the inputs": lambda: dual(x2_level0_scale=npu(N, 1)),
     "a smoothing scale that is not implemented": lambda: NPU.npu_dynamic_dual_level_mx_quant(x(), smooth_scale=npu(K)),
 }
 
 
-@pytest.mark.parametrize("call", [int8, mx, int4, dual])
+@pytest.mark.parametrize("call", [int8, mx, int4, fp8, dual])
 def test_the_right_call_is_taken(call):
     assert call().shape == (M, N)
 

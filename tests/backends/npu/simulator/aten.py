@@ -1,21 +1,30 @@
 """PyTorch's own operators on the simulated NPU: each runs on CPU tensors that lie over the NPU's memory.
 
 torch_npu's kernels of these call CANN, which has no host version. What allocates, views and describes stays torch_npu's own.
+
+Dtypes that CANN's Cast and InplaceCopy do not list for a product are bytes there: they are allocated, viewed, and copied whole
+between host and device, and every other operator refuses them (hicann/ops-math math/cast/docs/aclnnCast.md and
+conversion/view_copy/docs/aclnnInplaceCopy.md; Ascend/pytorch torch_npu/csrc/aten/ops/op_api/CopyKernelOpApi.cpp, which converts on
+the host where a copy between the two changes the dtype).
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 import torch_npu
-from simulator.memory import NZ, layout, lies, matrix, over, place
+from simulator.memory import NZ, check, layout, lies, matrix, over, place
+from simulator.register import A5, family
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 _OURS = ("empty", "new_empty", "set_", "resize", "record_stream", "is_pinned", "_pin_memory", "is_set_to", "_reshape_alias", "npu_")
+
+# Of a tensor in tiles these see the matrix: a copy that leaves the format behind, and what opcheck finds writes with.
+_READS = (torch.ops.aten._to_copy.default, torch.ops.aten.equal.default)
 
 # torch_npu's own autograd of these leads to CANN at once; here they have no gradients.
 CUSTOM = (
@@ -29,18 +38,36 @@ CUSTOM = (
 )
 
 
+_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu)
+
+
+def _known(name: str, tensor: Tensor) -> None:
+    """Refuses a tensor of a dtype that the SoC computes nothing with."""
+    bytes_only = tensor.device.type == "npu" and tensor.dtype in _FLOAT8 and family() != A5
+    check(not bytes_only, name, f"{family()} has no {tensor.dtype}: it is viewed, or copied whole to and from the host")
+
+
 def _views(schema: Any) -> bool:
     return any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
+
+
+def _each(call: Callable[[Any], Any], value: Any) -> Any:
+    """``call`` on every part of an argument or a result: the lists and tuples that the dispatcher hands out hold no others."""
+    return type(value)(_each(call, v) for v in value) if type(value) in (list, tuple) else call(value)
 
 
 def _run(operator: Any, *args: Any, **kwargs: Any) -> Any:
     """Runs an operator on the host; what it makes goes where its arguments are."""
     device = kwargs.pop("device", None)
     host: dict[int, Tensor] = {}
+    copies = operator is torch.ops.aten._to_copy.default
+    crosses = copies and device is not None and torch.device(device).type != args[0].device.type and args[0].is_contiguous()
 
     def down(value: Any) -> Any:
         if isinstance(value, Tensor) and value.device.type == "npu":
-            plain = matrix(value) if operator is torch.ops.aten._to_copy.default else over(value)
+            if not crosses:
+                _known(str(operator), value)
+            plain = matrix(value) if operator in _READS else over(value)
             host[id(plain)] = value
             return plain
         return torch.device("cpu") if isinstance(value, torch.device) else value
@@ -50,16 +77,23 @@ def _run(operator: Any, *args: Any, **kwargs: Any) -> Any:
             return value
         if id(value) in host:
             return host[id(value)]
-        return place(value) if device is None or torch.device(device).type == "npu" else value
+        if device is not None and torch.device(device).type != "npu":
+            return value
+        out = place(value)
+        if not crosses:
+            _known(str(operator), out)
+        return out
 
     if "pin_memory" in kwargs:
         kwargs["pin_memory"] = False
-    inputs, named = tree_map(down, (args, kwargs))
-    return tree_map(up, operator(*inputs, **named))
+    return _each(up, operator(*_each(down, args), **{name: _each(down, value) for name, value in kwargs.items()}))
 
 
 def _copy(to: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     """Copies leave the format of the source behind, as torch_npu's do."""
+    if to.device == source.device or not (to.is_contiguous() and source.is_contiguous()):
+        _known("copy_", to)
+        _known("copy_", source)
     (over(to) if to.device.type == "npu" else to).copy_(matrix(source) if source.device.type == "npu" else source)
     return to
 
@@ -70,6 +104,7 @@ def _copy_back(source: Tensor, to: Tensor) -> Tensor:
 
 
 def _clone(tensor: Tensor, *, memory_format: torch.memory_format | None = None) -> Tensor:
+    _known("clone", tensor)
     if layout(tensor) == NZ:
         out = torch_npu.empty_with_format(list(tensor.shape), dtype=tensor.dtype, device=tensor.device, acl_format=NZ)
         lies(out).copy_(lies(tensor))

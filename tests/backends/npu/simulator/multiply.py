@@ -9,7 +9,7 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import torch
-from simulator.memory import ND, NZ, check, layout, matrix, over, place, read_nz
+from simulator.memory import NZ, PLAIN, check, layout, matrix, over, place, read_nz
 from simulator.quantize import HALVES, powers
 from simulator.register import A2, A3, A5, E2M1, E8M0, I310, OUTPUTS, allowed, family, operator
 from torch import Tensor
@@ -111,7 +111,7 @@ def _mx(
     check(four or eight or mixed, name, f"dtypes {dtypes}")
     check(list(sizes or ()) == ([0, 0, 32] if mixed else [1, 1, 32]), name, f"group_sizes {sizes}")
     check((x1.dtype in BYTES) if four else x1.dtype in FLOAT8, name, f"x1 of {x1.dtype}")
-    check(x2.dtype in (FLOAT8 if eight else BYTES) and layout(x2) == ND, name, f"x2 of {x2.dtype}")
+    check(x2.dtype in (FLOAT8 if eight else BYTES) and layout(x2) in PLAIN, name, f"x2 of {x2.dtype}")
     check(x2.stride(0) == 1 or eight, name, "e2m1 weights are packed along K: [N, K / 2], transposed")
     left = e2m1(over(x1)) if four else over(x1).float().numpy()
     right = over(x2).float().numpy() if eight else e2m1_columns(over(x2))
@@ -159,9 +159,11 @@ def npu_weight_quant_batchmatmul(
 ) -> Tensor:  # fmt: skip
     name = "npu_weight_quant_batchmatmul"
     check(x.dtype in HALVES and x.dim() == weight.dim() == 2 and x.numel(), name, "a matrix of 16-bit activations")
-    check(quant_scale is quant_offset is antiquant_offset is None and not inner_precise, name, "not simulated")
-    check(layout(weight) == ND, name, "weights of format FRACTAL_NZ run in graph mode only")
-    check(weight.dtype in (torch.int8, torch.int32) and weight_dtype is None, name, f"weights of {weight.dtype}")
+    check(quant_scale is quant_offset is None and not inner_precise, name, "not simulated")
+    check(layout(weight) in PLAIN, name, "weights of format FRACTAL_NZ run in graph mode only")
+    fp8 = weight.dtype is torch.float8_e4m3fn
+    check(weight.dtype in (torch.int8, torch.int32) or fp8, name, f"weights of {weight.dtype}")
+    check(weight_dtype is None and (not fp8 or family() == A5), name, f"weights of {weight.dtype} on {family()}")
     old = x.dtype is torch.float16 and weight.dtype is torch.int8
     check(old or family() != I310, name, "the 310P takes fp16 activations and int8 weights")
     check(antiquant_scale.dtype is x.dtype, name, f"scales of the dtype of x, not {antiquant_scale.dtype}")
@@ -173,10 +175,25 @@ def npu_weight_quant_batchmatmul(
     (k, n), group = codes.shape, antiquant_group_size
     check(x.shape[1] == k and max(k, n) <= LIMIT, name, f"{list(x.shape)} x {[k, n]}; K and N up to {LIMIT}")
     check(not group or (group % 32 == 0 and 32 <= group <= k - 1), name, f"groups of 32 to K - 1, not of {group}")
-    shapes = ((-(-k // group), n),) if group else ((1, n), (n,), (1,), (1, 1))
+    check(not fp8 or (not group and antiquant_offset is None), name, "fp8 has one scale for each channel, and no offsets")
+    shapes = ((-(-k // group), n),) if group else ((1, n), (n,), *(() if fp8 else ((1,), (1, 1))))
     allowed(name, "the shape of the scales", tuple(antiquant_scale.shape), shapes)
-    scale = over(antiquant_scale).float().numpy()
-    scale = np.repeat(scale, group, 0)[:k] if group else scale.reshape(1, -1)
-    y = over(x).float().numpy() @ (codes * scale)
-    wanted = torch.float32 if x.dtype is torch.bfloat16 else torch.float16
-    return _out(y + _bias(name, bias, n, (wanted,)), x.dtype)
+    if antiquant_offset is not None:
+        same = (antiquant_offset.shape, antiquant_offset.dtype) == (antiquant_scale.shape, antiquant_scale.dtype)
+        check(same, name, f"offsets as the scales, not {list(antiquant_offset.shape)} of {antiquant_offset.dtype}")
+        codes = codes + _spread(antiquant_offset, group, k)
+    y = over(x).float().numpy() @ (codes * _spread(antiquant_scale, group, k))
+    return _out(y + _bias(name, bias, n, _biases(x.dtype, fp8)), x.dtype)
+
+
+def _spread(values: Tensor, group: int, k: int) -> np.ndarray:
+    """Scales or offsets of weight-only products over their groups along K."""
+    rows = over(values).float().numpy()
+    return np.repeat(rows, group, 0)[:k] if group else rows.reshape(1, -1)
+
+
+def _biases(dtype: torch.dtype, fp8: bool) -> tuple[torch.dtype, ...]:
+    """Dtypes of the bias of weight-only products: that of x for fp8; else fp32 for bf16, and on the 950 also that of x."""
+    if fp8 or dtype is torch.float16:
+        return (dtype,)
+    return (torch.float32, dtype) if family() == A5 else (torch.float32,)

@@ -1,0 +1,29 @@
+"""What quantizing one weight holds on the device is what the budget counts for it, measured by the allocator of torch_npu."""
+
+from simulator.need import simulated
+
+simulated("A2", "950")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from quantport import numerics  # noqa: E402
+from quantport.backend import WeightSpec  # noqa: E402
+from quantport.budget import need  # noqa: E402
+from quantport.host import host  # noqa: E402
+from quantport.testing import cases  # noqa: E402
+
+SHAPES = ((768, 256), (512, 512), (1024, 1024))  # narrower than a block of 512; as wide; more than one chunk
+SCHEMES = [*host().schemes.values(), *(host().schemes[name] for name in ("mxfp8:mse", "mxfp4_weight_only:mse:hadamard"))]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.name)
+def test_a_weight_holds_no_more_than_it_needs(scheme):
+    for n, k in SHAPES:
+        torch.npu.empty_cache()
+        before = torch.npu.memory_allocated()
+        weight = cases.plain(n, k).to("npu")
+        torch.npu.reset_peak_memory_stats()
+        stored = numerics.quantize_weight(weight, scheme)
+        assert torch.npu.max_memory_allocated() - before <= need(WeightSpec(scheme, n, k), weight.dtype)
+        assert stored
