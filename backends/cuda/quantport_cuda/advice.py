@@ -32,10 +32,8 @@ class Surroundings:
 
 def gpus(pci: Path) -> tuple[str, ...]:
     """PCI addresses of NVIDIA GPUs."""
-    found = [
-        (d.name, (d / "vendor").read_text(), (d / "class").read_text()) for d in sorted(pci.glob("*")) if (d / "vendor").exists()
-    ]
-    return tuple(name for name, vendor, kind in found if vendor.strip() == NVIDIA and kind.startswith(DISPLAY))
+    found = [d for d in sorted(pci.glob("*")) if (d / "vendor").is_file() and (d / "vendor").read_text().strip() == NVIDIA]
+    return tuple(d.name for d in found if (d / "class").read_text().startswith(DISPLAY))
 
 
 def advice(lib: Any, here: Surroundings | None = None) -> tuple[str, ...]:

@@ -14,6 +14,8 @@ from quantport_rocm.capabilities import ARCHS, arch_of
 
 DRIVER = Path("/dev/kfd")
 PCI = Path("/sys/bus/pci/devices")
+AMD = "0x1002"
+DISPLAY = "0x03"  # of the PCI class: VGA, 3D and other display controllers
 _INSTALL = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/rocm7.2"
 
 
@@ -39,24 +41,20 @@ def devices(lib: Any) -> tuple[Device, ...]:
 
 
 def gpus(pci: Path) -> tuple[str, ...]:
-    """PCI addresses of AMD GPUs: VGA, 3D and other display controllers."""
-    found = [
-        (d.name, (d / "vendor").read_text(), (d / "class").read_text()) for d in sorted(pci.glob("*")) if (d / "vendor").exists()
-    ]
-    return tuple(name for name, vendor, kind in found if vendor.strip() == "0x1002" and kind.startswith("0x03"))
+    """PCI addresses of AMD GPUs."""
+    found = [d for d in sorted(pci.glob("*")) if (d / "vendor").is_file() and (d / "vendor").read_text().strip() == AMD]
+    return tuple(d.name for d in found if (d / "class").read_text().startswith(DISPLAY))
 
 
-def advice(
-    lib: Any,
-    driver: Path = DRIVER,
-    pci: Path = PCI,
-    opens: Callable[[Path], bool] = lambda path: os.access(path, os.R_OK | os.W_OK),
-) -> tuple[str, ...]:
+def _opens(path: Path) -> bool:
+    return os.access(path, os.R_OK | os.W_OK)
+
+
+def advice(lib: Any, driver: Path = DRIVER, pci: Path = PCI, opens: Callable[[Path], bool] = _opens) -> tuple[str, ...]:
     """What keeps a GPU that PCI or the driver shows from being used, with the command that mends it."""
     if not driver.exists():
-        return tuple(
-            f"an AMD GPU is here (PCI {name}), but not its driver ({driver}): sudo modprobe amdgpu" for name in gpus(pci)[:1]
-        )
+        mend = f"but not its driver ({driver}): sudo modprobe amdgpu"
+        return tuple(f"an AMD GPU is here (PCI {name}), {mend}" for name in gpus(pci)[:1])
     if lib.version.hip is None:
         return (
             f"an AMD GPU driver is here ({driver}), but torch {lib.__version__} is built without ROCm; "

@@ -15,7 +15,7 @@ from quantport_triton import weights
 from quantport_triton.launch import traced
 from quantport_xpu.detect import XpuBackend
 
-# Each kind of scale and code: rows, tensors, squares, groups, offsets, powers of two, two levels, six bits, a code book.
+# Scales of rows, tensors, squares and groups, offsets, powers of two, two levels; codes of six bits, and of a code book.
 SCHEMES = [
     "int8", "fp8_per_tensor", "fp8_per_block", "int4_weight_only", "int4_mse", "mxfp8", "mxfp4_dualscale", "nvfp4", "mxfp6_e2m3",
     "nf4",
