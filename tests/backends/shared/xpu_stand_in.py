@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from threading import Lock
 
 import numpy as np
 import pytest
@@ -34,6 +35,13 @@ def found(devices: Sequence[Device]) -> Iterator[None]:
     triton_emulation.install(pytest.importorskip("triton.runtime.interpreter"))
     room = XpuBackend()  # not a class of its own: the suite imports the room's class in a fresh process
     room.torch_type, room.detect = "cpu", lambda: devices
+    lock, quantize = Lock(), room.quantize_weight
+
+    def quantize_weight(weight, scheme):
+        with lock:  # loading asks from several threads, and the interpreter keeps one grid for all
+            return quantize(weight, scheme)
+
+    room.quantize_weight = quantize_weight
     with pytest.MonkeyPatch.context() as patch, np.errstate(all="ignore"):
         patch.setattr(torch, "_scaled_mm", scaled_mm)
         patch.setattr("quantport_xpu.kernels.operators.registered", lambda name: True)
