@@ -1,5 +1,5 @@
 # One target for each intent; the same for people and for CI.
-.PHONY: setup check test nightly demo build bench gpu npu docs models clean
+.PHONY: setup check test nightly demo build bench gpu npu ipex docs models clean
 
 setup: ; @ci/setup
 check: setup ; @ci/check
@@ -10,6 +10,7 @@ build: setup ; @ci/build
 bench: setup ; @ci/bench
 gpu: ; @ci/gpu
 npu: ; @ci/npu
+ipex: ; @ci/ipex
 docs: setup ; @ci/docs
 models: setup ; @ci/models
-clean: ; @rm -rf .venv .venv-npu dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean: ; @rm -rf .venv .venv-npu .venv-ipex dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis

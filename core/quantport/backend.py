@@ -12,6 +12,7 @@ from quantport.formats import FORMATS, Format
 from quantport.hookspecs import Backend, hookimpl
 from quantport.kernel import Canonical, Kernel, Packed, Request, WeightSpec
 from quantport.scheme import Quant, Scheme
+from quantport.stacked import StackedKernel
 
 __all__ = [
     "FORMATS",
@@ -32,6 +33,7 @@ __all__ = [
     "Rejected",
     "Request",
     "Scheme",
+    "StackedKernel",
     "Status",
     "Verdict",
     "WeightSpec",

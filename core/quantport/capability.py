@@ -70,11 +70,11 @@ class Accepted:
 
 @dataclass(frozen=True)
 class Rejected:
-    """A kernel refuses the request, for these reasons (never empty); ``about_scheme`` when it is for other schemes."""
+    """A kernel refuses the request, for these reasons (never empty); ``unrelated`` when it is for other schemes or layers."""
 
     kernel: str
     reasons: tuple[str, ...]
-    about_scheme: bool = False
+    unrelated: bool = False
 
 
 Verdict = Accepted | Rejected

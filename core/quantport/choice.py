@@ -107,7 +107,7 @@ def _reasons(request: Request, verdicts: Sequence[Verdict]) -> tuple[str, ...]:
     else:
         out.append(f"this version has no fused {scheme.precision} kernel for {arch.name}")
     for verdict in verdicts:
-        if isinstance(verdict, Rejected) and not verdict.about_scheme:
+        if isinstance(verdict, Rejected) and not verdict.unrelated:
             out += [f"{verdict.kernel}: {r}" for r in verdict.reasons if "no " + scheme.weight.format not in r]
     return tuple(dict.fromkeys(out))
 

@@ -57,6 +57,7 @@ class Kernel(ABC):
             ``max|y - y_ref| / max|y_ref|`` over a whole output.
         deviation: Named difference from the scheme's numerics; empty when there is none.
         quantizes_activations: False for weight-only kernels.
+        layers: Kinds of layers that it is for.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Kernel(ABC):
     tolerance: float = 2.0**-6
     deviation: str = ""
     quantizes_activations: bool = False
+    layers: tuple[str, ...] = ("linear", "moe")
 
     def serves(self, scheme: Scheme) -> bool:
         """Whether the kernel is for this scheme at all; what it needs of hardware and shape is in ``reasons_against``."""
@@ -136,20 +138,18 @@ class Kernel(ABC):
 
         Args:
             x: Activations ``[T, K]``, contiguous, sorted by group.
-            offsets: int32 ``[G + 1]`` on the device of ``x``, ascending, from 0 to at most T: group g has the rows
-                ``offsets[g]`` to ``offsets[g + 1]``, perhaps none.
-            packed: ``shared`` weights for each group, group by group.
+            offsets: int32 ``[G + 1]`` on the device of ``x``, ascending, from 0 to T: group g has the rows ``offsets[g]`` to
+                ``offsets[g + 1]``, perhaps none.
+            packed: What ``bundle`` made of ``shared`` weights for each group.
             bias: ``[G, shared * N]`` or None.
             spec: Scheme and shape of every weight.
             shared: Weights of a group that read the same rows: 2 for gate and up.
 
         Returns:
-            ``[T, shared * N]`` in the dtype of ``x``: the products of the weights of a group side by side; rows of no
-            group are zero.
+            ``[T, shared * N]`` in the dtype of ``x``: the products of the weights of a group side by side.
         """
         bounds = offsets.tolist()
         out = x.new_empty(x.shape[0], shared * spec.n)
-        out[bounds[-1] :] = 0
         for g, (start, stop) in enumerate(pairwise(bounds)):
             for j in range(shared if start < stop else 0):
                 columns = slice(j * spec.n, (j + 1) * spec.n)
@@ -157,11 +157,36 @@ class Kernel(ABC):
                 out[start:stop, columns] = self.run(x[start:stop], packed[shared * g + j], part, spec)
         return out
 
+    def bundle(self, packed: Sequence[Packed], shared: int = 1) -> Sequence[Packed]:
+        """What ``run_grouped`` reads: ``shared`` weights for each group, group by group. Called once for many runs."""
+        return packed
+
+    def run_gated(
+        self, x: Tensor, offsets: Tensor, gate_up: Sequence[Packed], down: Sequence[Packed], specs: tuple[WeightSpec, WeightSpec],
+        activation: str,
+    ) -> Tensor | None:  # fmt: skip
+        """Experts as a whole, ``down(activation(gate(x)) * up(x))``, where that takes fewer launches than ``run_grouped`` twice.
+
+        Args:
+            x: Activations ``[T, K]``, as in ``run_grouped``.
+            offsets: int32 ``[G + 1]``, as in ``run_grouped``.
+            gate_up: What ``bundle`` made of gate and up of each expert.
+            down: What ``bundle`` made of down of each expert.
+            specs: Scheme and shape of gate and up, and of down.
+            activation: A name in ``quantport.modules.routing.ACTIVATIONS``.
+
+        Returns:
+            ``[T, K]`` in the dtype of ``x``, or None (the default): there is no such way for these.
+        """
+        return None
+
     def verdict(self, request: Request) -> Verdict:
         """Folds the methods above into a verdict; a kernel that raises here is a refusal that says so."""
         try:
             if not self.serves(request.weight.scheme):
-                return Rejected(self.name, (f"it does not run {request.weight.scheme.name}",), about_scheme=True)
+                return Rejected(self.name, (f"it does not run {request.weight.scheme.name}",), unrelated=True)
+            if request.layer not in self.layers:
+                return Rejected(self.name, (f"it is for {', '.join(self.layers)} layers",), unrelated=True)
             reasons = tuple(self.reasons_against(request))
             if reasons:
                 return Rejected(self.name, reasons)

@@ -253,3 +253,11 @@ def test_an_embedding_is_one_whatever_it_is_called():
     plan = quantport.quantize_(model, "int8", config={"targets": {"emb": "int8_weight_only"}})
     assert plan.by_layer["emb"].asked == "int8_weight_only"
     assert model["emb"](torch.tensor([[1, 2]])).shape == (1, 2, 64)
+
+
+def test_a_linear_layer_is_one_whatever_it_is_called():
+    """As ``x_embedder`` of diffusion transformers: the name says embedding, the module says what it does."""
+    model = made(lambda: nn.ModuleDict({"x_embedder": nn.Linear(64, 32), "embed": nn.Embedding(8, 64)}))
+    plan = quantport.quantize_(model, "int8")
+    assert [step.layer.name for step in plan.quantized] == ["x_embedder"]
+    assert isinstance(model["x_embedder"], QuantLinear)

@@ -33,3 +33,20 @@ def test_no_extra_installs_another_triton_over_that_of_torch():
 def test_the_extra_for_intel_asks_for_a_torch_with_all_operators():
     assert not requirements("xpu")["torch"].specifier.contains("2.9.1")
     assert requirements("xpu")["torch"].specifier.contains("2.10.0")
+
+
+def test_the_oldest_triton_is_that_of_the_extra():
+    from quantport_triton import OLDEST
+
+    assert str(requirements("cuda")["triton"].specifier) == ">={}.{}".format(*OLDEST)
+
+
+@pytest.mark.parametrize(("extra", "index"), [("cuda", "cu130"), ("rocm", "rocm7.2"), ("xpu", "xpu")])
+def test_pages_and_advice_name_the_same_index(extra, index):
+    """Of builds of torch that PyPI has not, or not for every driver."""
+    room = house.ROOT / "backends" / extra
+    code = "".join(path.read_text(encoding="utf-8") for path in room.rglob("*.py"))
+    assert "https://download.pytorch.org/whl" in code
+    assert f"/{index}" in code
+    for page in (room / "README.md", house.ROOT / "docs" / "accelerators.md"):
+        assert f"--index-url https://download.pytorch.org/whl/{index}`" in page.read_text(encoding="utf-8"), page

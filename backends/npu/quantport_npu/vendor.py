@@ -6,8 +6,11 @@ Builds of one version differ (2.7.1 has no MX operator, 2.7.1.post11 has all): t
 from __future__ import annotations
 
 from functools import cache
+from importlib import import_module
 
 import torch
+
+from quantport_npu.capabilities import arch_of
 
 FRACTAL_ND, FRACTAL_NZ = 2, 29  # storage formats of CANN
 E8M0, E2M1 = 293, 296  # 256 + aclDataType (Ascend/pytorch torch_npu/csrc/custom_dtype/Init.h): what bytes stand for
@@ -28,3 +31,9 @@ def lacking(operator: str, arguments: tuple[str, ...] = ()) -> str:
         return f"this torch_npu has no {operator}"
     missing = set(arguments) - {argument.name for argument in found.default._schema.arguments}
     return f"{operator} of this torch_npu does not take {', '.join(sorted(missing))}" if missing else ""
+
+
+@cache
+def family() -> str:
+    """Family of the NPUs of this machine, as in ``capabilities.ARCHS``; torch_npu runs one kind of SoC in a process."""
+    return arch_of(import_module("torch_npu")._C._npu_get_soc_version(), "").family

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from quantport.backend import Arch, Backend, Device, Kernel
 from quantport_rocm.capabilities import ARCHS, arch_of
 
 DRIVER = Path("/dev/kfd")
+PCI = Path("/sys/bus/pci/devices")
+AMD = "0x1002"
+DISPLAY = "0x03"  # of the PCI class: VGA, 3D and other display controllers
 _INSTALL = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/rocm7.2"
 
 
@@ -36,20 +40,31 @@ def devices(lib: Any) -> tuple[Device, ...]:
     return tuple(found)
 
 
-def advice(lib: Any, driver: Path = DRIVER) -> tuple[str, ...]:
-    """What keeps a GPU that the driver shows from being used, with the command that mends it."""
+def gpus(pci: Path) -> tuple[str, ...]:
+    """PCI addresses of AMD GPUs."""
+    found = [d for d in sorted(pci.glob("*")) if (d / "vendor").is_file() and (d / "vendor").read_text().strip() == AMD]
+    return tuple(d.name for d in found if (d / "class").read_text().startswith(DISPLAY))
+
+
+def _opens(path: Path) -> bool:
+    return os.access(path, os.R_OK | os.W_OK)
+
+
+def advice(lib: Any, driver: Path = DRIVER, pci: Path = PCI, opens: Callable[[Path], bool] = _opens) -> tuple[str, ...]:
+    """What keeps a GPU that PCI or the driver shows from being used, with the command that mends it."""
     if not driver.exists():
-        return ()
+        mend = f"but not its driver ({driver}): sudo modprobe amdgpu"
+        return tuple(f"an AMD GPU is here (PCI {name}), {mend}" for name in gpus(pci)[:1])
     if lib.version.hip is None:
         return (
             f"an AMD GPU driver is here ({driver}), but torch {lib.__version__} is built without ROCm; "
             f"this replaces it: {_INSTALL}",
         )
     if not lib.cuda.is_available():
-        return (
-            f"an AMD GPU driver is here ({driver}), but torch {lib.__version__} (HIP {lib.version.hip}) sees no GPU: "
-            "look at `rocminfo` and HIP_VISIBLE_DEVICES; if you may not open the device: sudo usermod -aG render,video $USER",
-        )
+        seen = f"an AMD GPU driver is here ({driver}), but torch {lib.__version__} (HIP {lib.version.hip}) sees no GPU: "
+        if not opens(driver):
+            return (f"{seen}you may not open {driver}: sudo usermod -aG render,video $USER, and log in again",)
+        return (f"{seen}look at `rocminfo`, and unset HIP_VISIBLE_DEVICES and ROCR_VISIBLE_DEVICES",)
     return ()
 
 

@@ -18,6 +18,7 @@ OPERATORS = ("_int_mm", "_scaled_mm", "_weight_int8pack_mm", "_weight_int4pack_m
 INDEX = "--index-url https://download.pytorch.org/whl/xpu"
 _TORCH = f"pip install --force-reinstall torch {INDEX}"
 _DRIVER = "sudo apt install libze1 libze-intel-gpu1"
+_NEWER = "sudo add-apt-repository -y ppa:kobuk-team/intel-graphics"  # dgpu-docs.intel.com, Client GPUs
 _GROUP = "sudo usermod -aG render $USER, and log in again"
 _MASKS = ("ZE_AFFINITY_MASK", "ONEAPI_DEVICE_SELECTOR")
 
@@ -74,7 +75,10 @@ def _unseen(node: str, here: Surroundings) -> str:
         return f"{' and '.join(masks)} may hide it: unset {' '.join(mask.partition('=')[0] for mask in masks)}"
     if here.library("ze_intel_gpu") is None:
         return f"the Level Zero loader is here, but not its driver for Intel GPUs (libze_intel_gpu): {_DRIVER}"
-    return f"its driver may be older than this torch wants: sudo apt update && {_DRIVER}"
+    return (
+        f"its driver may be older than this GPU or this torch wants: sudo apt update && {_DRIVER}; "
+        f"on Ubuntu 24.04, before that, for newer ones: {_NEWER}"
+    )
 
 
 def _incomplete(lib: Any, here: Surroundings) -> tuple[str, ...]:

@@ -6,21 +6,24 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from quantport.backend import Arch, Backend, Device, Kernel
+from quantport.backend import Arch, Backend, Canonical, Device, Kernel, Scheme
 from quantport_xpu import vendor
 from quantport_xpu.capabilities import ARCHS, arch_of
 
 
 def operators(lib: Any) -> frozenset[str]:
-    """The operators of ``vllm-xpu-kernels``, which is imported where it is installed."""
-    return frozenset() if vendor.load() else vendor.features(getattr(lib.ops, "_xpu_C", None))
+    """The operators of ``vllm-xpu-kernels`` and of Intel's extension, which are imported where they are installed."""
+    vendor.load()
+    vendor.load_extension()
+    return vendor.features(lib.ops)
 
 
 def devices(lib: Any) -> tuple[Device, ...]:
     """Reads every GPU of ``lib`` (the torch module). A driver that fails raises here.
 
-    The features of a device are the operators of ``vllm-xpu-kernels`` that can be called.
+    The features of a device are the operators of ``vllm-xpu-kernels`` and of Intel's extension that can be called.
     """
     if not hasattr(lib, "xpu") or not lib.xpu.is_available():
         return ()
@@ -49,6 +52,16 @@ class XpuBackend(Backend):
         from quantport_xpu.kernels import kernels
 
         return kernels()
+
+    def quantize_weight(self, weight: Tensor, scheme: Scheme) -> Canonical | None:
+        """By Triton, where it has a backend for Intel GPUs and a kernel for the scheme; None else, and for weights elsewhere."""
+        from quantport_xpu.kernels.triton import backend_reason
+
+        if weight.device.type != self.torch_type or backend_reason():
+            return None
+        from quantport_triton.weights import quantize_weight
+
+        return quantize_weight(weight, scheme)
 
     def advice(self) -> Sequence[str]:
         """A GPU without a torch that can use it, or without what makes it fast."""

@@ -1,32 +1,71 @@
-"""Operators of ``vllm-xpu-kernels``, which registers them as ``torch.ops._xpu_C``: used where they are found, never needed."""
+"""Operators of packages beside torch: ``vllm-xpu-kernels``, and Intel's archived extension. Used where found, never needed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import import_module
+from importlib import import_module, metadata
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 
 PACKAGE = "vllm_xpu_kernels"
-SOURCE = "vllm-project/vllm-xpu-kernels csrc/xpu/torch_bindings.cpp at 00a477e3063f"
-PREFIX = "_xpu_C."  # of the features of a device
-SCHEMAS = {  # what this room calls, as SOURCE has it
-    "fp8_gemm": "(Tensor A, Tensor B, ScalarType? out_dtype, Tensor? A_scale_, Tensor? B_scale_, Tensor? bias_) -> Tensor",
-    "fp8_gemm_w8a16": "(Tensor A, Tensor B, Tensor? B_scale_, Tensor? bias_) -> Tensor",
-    "int4_gemm_w4a16": ("(Tensor A, Tensor B, Tensor? bias, Tensor B_scale, Tensor B_zp, int group_size, Tensor? g_idx) -> Tensor"),
+EXTENSION = "intel_extension_for_pytorch"
+_KERNELS = "vllm-project/vllm-xpu-kernels"
+_IPEX = "intel/intel-extension-for-pytorch"
+# What this room calls, as the sources below have it. The extension infers schemas from C++, so that its arguments have no names.
+SCHEMAS = {
+    "_xpu_C.fp8_gemm": "(Tensor A, Tensor B, ScalarType? out_dtype, Tensor? A_scale_, Tensor? B_scale_, Tensor? bias_) -> Tensor",
+    "_xpu_C.fp8_gemm_w8a16": "(Tensor A, Tensor B, Tensor? B_scale_, Tensor? bias_) -> Tensor",
+    "_xpu_C.fp4_gemm": "(Tensor A, Tensor B, Tensor A_scale, Tensor B_scale, ScalarType? out_dtype, Tensor? bias_) -> Tensor",
+    "_xpu_C.int4_gemm_w4a16": (
+        "(Tensor A, Tensor B, Tensor? bias, Tensor B_scale, Tensor B_zp, int group_size, Tensor? g_idx) -> Tensor"
+    ),
+    "_xpu_C.int4_gemm_w4a8": (
+        "(Tensor A_, Tensor A_scale, Tensor A_zp, Tensor B, Tensor B_scale, Tensor B_zp, int group_size, Tensor? g_idx, "
+        "Tensor? bias) -> Tensor"
+    ),
+    "_C.per_token_group_quant_mxfp4": (
+        "(Tensor input, Tensor(a!) output_q, Tensor(b!) output_s, int group_size, float eps) -> ()"
+    ),
+    "torch_ipex.mm_mxfp4_out_marlin.xpu": "(Tensor _0, Tensor _1, Tensor _2, Tensor _3, int _4) -> ()",
+}  # fmt: skip
+SOURCES = {
+    "_xpu_C": f"{_KERNELS} csrc/xpu/torch_bindings.cpp at 1d5b4f5e5ddd",
+    "_C": f"{_KERNELS} csrc/torch_bindings.cpp at f1c4861b9eff",
+    "torch_ipex": f"{_IPEX} csrc/gpu/aten/operators/XEGEMM_MXFP4_marlin.cpp at acaa1016cdba",
 }
 
 
+def missing(name: str, kernel: str) -> str:
+    """Why a kernel cannot call an operator that was not found: ``name`` as in ``SCHEMAS``."""
+    source = SOURCES[name.partition(".")[0]]
+    package = source.partition(" ")[0].partition("/")[2]
+    return f"{kernel} needs {name.partition('.')[2]}{SCHEMAS[name]} of {package}, which was not found [{source}]"
+
+
 def load(installed: Callable[[str], Any] = find_spec, load_module: Callable[[str], Any] = import_module) -> str:
-    """Imports the package where it is installed. Returns why it failed, or ''."""
+    """Imports ``vllm-xpu-kernels`` where it is installed. Returns why it failed, or ''."""
     try:
         if installed(PACKAGE) is not None:
+            load_module(f"{PACKAGE}._C")
             load_module(f"{PACKAGE}._xpu_C")
     except (ImportError, OSError, RuntimeError) as error:  # built for another torch, another oneAPI
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     return ""
+
+
+def load_extension(version: Callable[[str], str] = metadata.version, load_module: Callable[[str], Any] = import_module) -> None:
+    """Imports Intel's extension where its build for XPU and for this torch is installed.
+
+    Any other build ends the process, or changes how the CPU computes, so that it is not even imported.
+    """
+    try:
+        found = version(EXTENSION)
+        if "+xpu" in found and found.split(".")[:2] == torch.__version__.split(".")[:2]:
+            load_module(EXTENSION)
+    except (ImportError, OSError, RuntimeError):  # not installed (PackageNotFoundError), or built for another oneAPI
+        return
 
 
 def fits(schema: Any, expected: str) -> bool:
@@ -38,7 +77,13 @@ def fits(schema: Any, expected: str) -> bool:
     return same and [str(r.type) for r in schema.returns] == [str(r.type) for r in known.returns]
 
 
-def features(namespace: Any) -> frozenset[str]:
-    """``_xpu_C.<name>`` for every operator of a namespace of ``torch.ops`` that is there and has the expected signature."""
-    found = {name: getattr(namespace, name, None) for name in SCHEMAS}
-    return frozenset(PREFIX + n for n, op in found.items() if op is not None and fits(op.default._schema, SCHEMAS[n]))
+def overload(ops: Any, name: str) -> Any:
+    """The overload of a name in ``SCHEMAS``, in ``torch.ops``: None where it is not there."""
+    namespace, operator, which = [*name.split("."), "default"][:3]
+    return getattr(getattr(getattr(ops, namespace, None), operator, None), which, None)
+
+
+def features(ops: Any) -> frozenset[str]:
+    """The names in ``SCHEMAS`` of every operator in ``torch.ops`` that is there and has the expected signature."""
+    found = {name: overload(ops, name) for name in SCHEMAS}
+    return frozenset(name for name, op in found.items() if op is not None and fits(op._schema, SCHEMAS[name]))

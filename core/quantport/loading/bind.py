@@ -45,6 +45,8 @@ def _check(layer: Layer, model: nn.Module, place: Place, ties: Mapping[str, tupl
         return
     if layer.kind == "linear" and not layer.keep and type(module) is nn.Embedding:
         layer = replace(layer, keep=EMBEDDING)  # whatever it is called
+    if layer.lookup and type(module) is nn.Linear:
+        layer = replace(layer, keep="")  # as the ``x_embedder`` of diffusion transformers
     keep = layer.keep or _why_not(layer, module, path)
     tied = ties.get(path, ()) if layer.lookup else ()
     if layer.lookup and module is not None:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import chain
+from threading import Lock
 
 import torch
 from torch import Tensor, nn
 
-from quantport.kernel import Kernel, WeightSpec
+from quantport.kernel import Kernel, Packed, WeightSpec
 from quantport.layers import PROJECTIONS
 from quantport.modules import routing
 from quantport.modules.base import QuantModule
 from quantport.modules.ops import Differentiable
 from quantport.scheme import Scheme
+from quantport.stacked import StackedKernel
 
+_ALLOCATING = Lock()  # weights are packed by several threads
 _NAMES = {
     "SiLU": "silu", "SiLUActivation": "silu", "GELU": "gelu", "GELUActivation": "gelu", "GELUTanh": "gelu_tanh",
     "PytorchGELUTanh": "gelu_tanh", "ReLU": "relu",
@@ -44,6 +48,36 @@ class QuantExperts(QuantModule):
         specs |= {name: replace(specs[name], scheme=scheme) for name, (_, scheme) in (others or {}).items()}
         super().__init__(kernel, specs, "moe", dtype, {name: other for name, (other, _) in (others or {}).items()})
         self.num_experts, self.gate_up, self.down, self.activation = experts, gate_up, down, activation
+        self._slots: dict[str, Packed] = {}  # of weights that will lie side by side, while some are missing
+
+    def _install(self, name: str, packed: Packed) -> None:
+        kernel = self.kernel_of(name)
+        if isinstance(kernel, StackedKernel):
+            packed = self._in_slot(kernel, name, packed)
+        super()._install(name, packed)
+        if len(self._packed) == len(self.specs):
+            self._slots = {}
+
+    def _in_slot(self, kernel: StackedKernel, name: str, packed: Packed) -> Packed:
+        """Copies a packed weight into its slot of the stack, which the first weight of a group makes."""
+        slot = self._packed.get(name)
+        if slot is None:
+            with _ALLOCATING:
+                if name not in self._slots:
+                    self._slots |= self._room(kernel, name, packed)
+            slot = self._slots[name]
+        if any(to.device != t.device for to, t in zip(slot, packed, strict=True)):
+            return packed  # moved from outside, tensor by tensor: ``bundle`` copies it when it runs
+        for to, t in zip(slot, packed, strict=True):
+            to.copy_(t)
+        return slot
+
+    def _room(self, kernel: StackedKernel, name: str, packed: Packed) -> dict[str, Packed]:
+        """Slots for all weights that one call will multiply together with this one."""
+        named = [routing.Weight(self.kernel_of(n), spec, n) for n, spec in self.specs.items()]
+        group = next(g for g in chain(*routing.groups(named)) if name in g.packed)
+        stack = kernel.stack(packed, group.last - group.first, group.shared)
+        return {n: kernel.slot(stack, *divmod(i, group.shared)) for i, n in enumerate(group.packed)}
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Routes ``[T, hidden]`` by ``top_k_index`` and ``top_k_weights`` ``[T, top_k]``; returns ``[T, hidden]``."""

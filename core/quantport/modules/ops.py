@@ -141,7 +141,7 @@ def _embedding_fake(ids: Tensor, packed: list[Tensor], kernel: str, scheme: str,
 def run_grouped(
     kernel: Kernel, x: Tensor, offsets: Tensor, packed: Sequence[Packed], bias: Tensor | None, spec: WeightSpec, shared: int = 1
 ) -> Tensor:
-    """Checks the groups, and multiplies the rows of each by its weights: see ``Kernel.run_grouped``.
+    """Checks the groups, and multiplies the rows of each by its weights: see ``Kernel.run_grouped``. Rows of no group give zeros.
 
     Raises:
         RoutingError: offsets that do not rise from 0 to at most the number of rows, or weights for other groups.
@@ -154,7 +154,9 @@ def run_grouped(
         raise RoutingError("multiply rows by groups", found, f"offsets [groups + 1] that rise from 0, and rows of {spec.k}")
     if len(packed) != groups * shared:
         raise RoutingError(f"multiply {groups} groups by {shared} weights each", f"{len(packed)} weights", f"{groups * shared}")
-    return kernel.apply_grouped(x.contiguous(), offsets.to(torch.int32), packed, bias, spec, shared)
+    routed = x[: bounds[-1]].contiguous()
+    y = kernel.apply_grouped(routed, offsets.to(torch.int32), kernel.bundle(packed, shared), bias, spec, shared)
+    return torch.nn.functional.pad(y, (0, 0, 0, x.shape[0] - bounds[-1]))
 
 
 @torch.library.impl(_LIB, "grouped_linear", "CompositeExplicitAutograd")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from quantport.errors import RoutingError, ShapeError
-from quantport.kernel import Kernel, Packed, WeightSpec
+from quantport.kernel import Kernel, WeightSpec
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -26,7 +26,7 @@ class Weight(NamedTuple):
 
     kernel: Kernel
     spec: WeightSpec
-    packed: Packed
+    packed: Any  # ``Packed``, or a name where only the grouping is asked
 
 
 class Group(NamedTuple):
@@ -36,7 +36,7 @@ class Group(NamedTuple):
     spec: WeightSpec
     first: int
     last: int
-    packed: tuple[Packed, ...]
+    packed: Sequence[Any]
     shared: int
     column: int
 
@@ -50,10 +50,15 @@ class Tables(NamedTuple):
 
 
 def tables(weights: Sequence[Weight]) -> Tables:
-    """Groups gate, up and down of expert 0, then of expert 1, and so on. Where all share a kernel there are two groups."""
-    experts = len(weights) // 3
+    """Groups gate, up and down of expert 0, then of expert 1, and so on."""
+    gate_up, down = (tuple(g._replace(packed=g.kernel.bundle(g.packed, g.shared)) for g in part) for part in groups(weights))
+    return Tables(gate_up, down, len(weights) // 3)
+
+
+def groups(weights: Sequence[Weight]) -> tuple[list[Group], list[Group]]:
+    """Groups of gate and up, and of down, with the weights as they are. Where all share a kernel there is one of each."""
     gate, up, down = (weights[i::3] for i in range(3))
-    return Tables(tuple(_gate_up(gate, up)), tuple(_runs(down, 0)), experts)
+    return list(_gate_up(gate, up)), list(_runs(down, 0))
 
 
 def _key(weight: Weight) -> tuple[str, WeightSpec]:
@@ -80,8 +85,8 @@ def _runs(weights: Sequence[Weight], first: int, shared: int = 1, column: int = 
     for _, run in groupby(weights, key=_key):
         members = list(run)
         last = start + len(members) // shared
-        packed = tuple(w.packed for w in members)
-        yield Group(members[0].kernel, members[0].spec, start, last, packed, shared, column)
+        kernel, spec, _ = members[0]
+        yield Group(kernel, spec, start, last, [w.packed for w in members], shared, column)
         start = last
 
 
@@ -127,13 +132,25 @@ def run_experts(x: Tensor, index: Tensor, weights: Tensor, layer: Tables, activa
     order, offsets, bounds = _sort(index.reshape(-1), layer.experts)
     order = order[: bounds[-1]]
     rows = x[order // index.shape[1]]
-    width = layer.gate_up[0].spec.n
-    gate_up = apply(layer.gate_up, rows, offsets, bounds, 2 * width)
-    hidden = ACTIVATIONS[activation](gate_up[:, :width]) * gate_up[:, width:]
-    y = apply(layer.down, hidden, offsets, bounds, x.shape[1]) * weights.reshape(-1)[order, None]
+    y = _gated(layer, rows, offsets, activation)
+    if y is None:
+        width = layer.gate_up[0].spec.n
+        gate_up = apply(layer.gate_up, rows, offsets, bounds, 2 * width)
+        hidden = ACTIVATIONS[activation](gate_up[:, :width]) * gate_up[:, width:]
+        y = apply(layer.down, hidden, offsets, bounds, x.shape[1])
+    y = y * weights.reshape(-1)[order, None]
     out = y.new_empty(index.numel(), x.shape[1]) if bounds[-1] == index.numel() else y.new_zeros(index.numel(), x.shape[1])
     out[order] = y
     return out.view(*index.shape, x.shape[1]).sum(1, dtype=torch.float32).to(x.dtype)
+
+
+def _gated(layer: Tables, x: Tensor, offsets: Tensor, activation: str) -> Tensor | None:
+    """The whole of the experts by a kernel that can do so, or None."""
+    first, last = layer.gate_up[0], layer.down[0]
+    single = len(layer.gate_up) == len(layer.down) == 1 and first.kernel.name == last.kernel.name
+    if not single or first.shared != 2 or first.spec.scheme.rotation or not len(x):
+        return None
+    return first.kernel.run_gated(x, offsets, first.packed, last.packed, (first.spec, last.spec), activation)
 
 
 def _sort(flat: Tensor, experts: int) -> tuple[Tensor, Tensor, list[int]]:

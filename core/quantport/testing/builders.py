@@ -31,7 +31,12 @@ def device_here(subject: Subject) -> Device:
     return subject.here[0]
 
 
-def _need(kernel: Kernel, request: Request) -> None:
+def need(kernel: Kernel, request: Request) -> None:
+    """Checks that a kernel takes a request.
+
+    Raises:
+        NotHere: it does not.
+    """
     if not isinstance(kernel.verdict(request), Accepted):
         spec = request.weight
         raise NotHere(f"{kernel.name} refuses {spec.scheme.name} [{spec.n}, {spec.k}] for {request.layer} here")
@@ -46,7 +51,7 @@ def linear(subject: Subject, kernel: Kernel, scheme: Scheme) -> tuple[QuantLinea
     device = device_here(subject)
     dtype, where = device.arch.compute, device.torch_device
     spec = WeightSpec(scheme, INTERMEDIATE, HIDDEN)
-    _need(kernel, Request(spec, "linear", device, dtype))
+    need(kernel, Request(spec, "linear", device, dtype))
     bias = cases.bias(spec.n, dtype)
     module = QuantLinear(kernel, spec, nn.Parameter(bias.to(where), requires_grad=False), dtype)
     canonical = numerics.quantize_weight(cases.plain(spec.n, spec.k), scheme)
@@ -64,7 +69,7 @@ def experts(subject: Subject, kernel: Kernel, scheme: Scheme) -> tuple[QuantExpe
     device = device_here(subject)
     up, down = WeightSpec(scheme, INTERMEDIATE, HIDDEN), WeightSpec(scheme, HIDDEN, INTERMEDIATE)
     for spec in (up, down):
-        _need(kernel, Request(spec, "moe", device, device.arch.compute))
+        need(kernel, Request(spec, "moe", device, device.arch.compute))
     module = QuantExperts(kernel, up, down, EXPERTS, "silu", device.arch.compute)
     weights = {}
     for i, (name, spec) in enumerate(module.specs.items()):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from quantport import numerics
-from quantport.kernel import Kernel, WeightSpec
+from quantport.kernel import Kernel, Request, WeightSpec
 from quantport.modules.ops import run_grouped
 from quantport.scheme import Scheme
 from quantport.testing import builders, cases
@@ -21,9 +21,9 @@ def check_grouped(subject: Subject, kernel: Kernel, scheme: Scheme) -> None:
         AssertionError: they do not.
         NotHere: there is no device, or the kernel refuses.
     """
-    module, _ = builders.linear(subject, kernel, scheme)  # refuses what the kernel refuses
     device, spec = builders.device_here(subject), WeightSpec(scheme, builders.INTERMEDIATE, builders.HIDDEN)
     where, dtype = device.torch_device, device.arch.compute
+    builders.need(kernel, Request(spec, "moe", device, dtype))
     effective = scheme if kernel.quantizes_activations else scheme.weight_only
     starts = [sum(COUNTS[:g]) for g in range(len(COUNTS) + 1)]
     findings = []
@@ -45,7 +45,7 @@ def check_grouped(subject: Subject, kernel: Kernel, scheme: Scheme) -> None:
                 error = cases.relative_error(y[rows, columns], expected)
                 bad = f"weight {j} of group {g} of {COUNTS[g]} rows: relative error {error:.2e}"
                 findings += [bad] if error > kernel.tolerance else []
-    cases.fail(f"run_grouped of {kernel.name} with {module.scheme}", findings)
+    cases.fail(f"run_grouped of {kernel.name} with {scheme.name}", findings)
 
 
 def _weight(spec: WeightSpec, seed: int) -> torch.Tensor:

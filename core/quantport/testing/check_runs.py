@@ -139,7 +139,7 @@ def _refused(subject: Subject, kernel: Kernel, scheme: Scheme) -> Iterator[tuple
     for device in subject.here:
         for dtype in cases.DTYPES:
             asked = list(subject.requests(scheme, dtype, device))
-            for spec, layer in dict.fromkeys((r.weight, r.layer) for r in asked):
+            for spec, layer in dict.fromkeys((r.weight, r.layer) for r in asked if r.layer in kernel.layers):
                 verdicts = [kernel.verdict(r) for r in asked if (r.weight, r.layer) == (spec, layer)]
                 if all(isinstance(v, Rejected) for v in verdicts):
                     reasons = tuple(dict.fromkeys(r for v in verdicts if isinstance(v, Rejected) for r in v.reasons))

@@ -48,13 +48,13 @@ def check_verdicts(subject: Subject, device: Device) -> None:
 def _verdict(kernel: Kernel, request: Request) -> list[str]:
     shape = f"[{request.weight.n}, {request.weight.k}] {request.dtype}"
     try:
-        serves = kernel.serves(request.weight.scheme)
+        serves = kernel.serves(request.weight.scheme) and request.layer in kernel.layers
         reasons, verdict = tuple(kernel.reasons_against(request)) if serves else (), kernel.verdict(request)
     except Exception as error:
         return [f"its verdict raised {type(error).__name__}: {error} ({shape})"]
     if not serves:
-        refused = isinstance(verdict, Rejected) and verdict.about_scheme
-        return [] if refused else ["it accepts a scheme that it does not serve"]
+        refused = isinstance(verdict, Rejected) and verdict.unrelated
+        return [] if refused else ["it accepts a scheme or a layer that it is not for"]
     if isinstance(verdict, Accepted):
         if reasons:
             return [f"it accepts, against its own reasons {reasons} ({shape})"]

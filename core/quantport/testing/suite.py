@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -56,12 +56,15 @@ class BackendConformance:
         policy: Phrase in a refusal -> why the kernel would run all the same. Only such refusals may succeed when they are
             called on the device that is here; every other must be a fact.
         stand_in: Where kernels are run, to check their arithmetic, when their device is not here; None to leave that out.
+        stands_for: Kernel -> the only schemes that it is checked with: where it runs slowly here, and its other schemes take the
+            same paths. Verdicts are asked for every scheme all the same.
         fakes: Whether ``run`` traces on fake tensors. Kernels that launch code of their own cannot.
     """
 
     kind: ClassVar[str]
     policy: ClassVar[Mapping[str, str]] = {}
     stand_in: ClassVar[str | None] = "cpu"
+    stands_for: ClassVar[Mapping[str, Collection[str]]] = {}
     fakes: ClassVar[bool] = True
 
     @pytest.fixture
@@ -78,6 +81,7 @@ class BackendConformance:
         schemes = subject.schemes
         if "kernel" in wanted:
             pairs = [(k, s) for k in subject.kernels for s in schemes if k.serves(s)]
+            pairs = [(k, s) for k, s in pairs if s.name in self.stands_for.get(k.name, (s.name,))]
             if not subject.here:  # the shared kernels are tested where they run; here one scheme shows that they are offered
                 pairs = [(k, s) for k, s in pairs if type(k) not in _SHARED or s is next(t for t in schemes if k.serves(t))]
             if "traced" in wanted:  # the graph holds one opaque operator: the first scheme of a kernel will do

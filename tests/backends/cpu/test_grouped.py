@@ -28,16 +28,15 @@ def test_one_launch_equals_the_loop(kernel, name, shape, monkeypatch):
     packed = [kernel.pack(numerics.quantize_weight((torch.randn(shape) * 0.02).bfloat16(), spec.scheme), spec) for _ in range(18)]
     launched, few = [], type(kernel).few
     monkeypatch.setattr(type(kernel), "few", lambda self, *args: launched.append(args) or few(self, *args))
-    for groups, past in ((9, 0), (4, 2), (1, 0)):
+    for groups in (9, 4, 1):
         offsets = torch.tensor((0, *COUNTS[:groups])).cumsum(0).int()
-        x = torch.randn(int(offsets[-1]) + past, spec.k).bfloat16()
+        x = torch.randn(int(offsets[-1]), spec.k).bfloat16()
         for shared in (1, 2):
             found = kernel.run_grouped(x, offsets, packed[: groups * shared], None, spec, shared)
             expected = Kernel.run_grouped(kernel, x, offsets, packed[: groups * shared], None, spec, shared)
             assert found.shape == expected.shape
             assert found.dtype == x.dtype
             assert (found.float() - expected.float()).abs().max() <= kernel.tolerance * expected.float().abs().max()
-            assert not found[int(offsets[-1]) :].any()
     assert len(launched) == 6
 
 

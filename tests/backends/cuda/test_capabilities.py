@@ -242,5 +242,5 @@ def test_what_is_left_without_triton(name, scheme, kernel, monkeypatch):
         Request(WeightSpec(HOST.schemes[scheme], 4096, 4096), "linear", device, device.arch.compute), HOST.kernels("cuda")
     )
     assert found.kernel == kernel
-    refused = [v for v in found.verdicts if v.kernel.startswith("cuda.triton") and not getattr(v, "about_scheme", False)]
+    refused = [v for v in found.verdicts if v.kernel.startswith("cuda.triton") and not getattr(v, "unrelated", False)]
     assert all("not installed" in " ".join(v.reasons) for v in refused)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from quantport_cuda.capabilities import ARCHS
-from quantport_cuda.detect import CudaBackend, advice, devices, runs
+from quantport_cuda.detect import CudaBackend, devices
 
 GIB = 1 << 30
 ARCH_LIST = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120")
@@ -98,42 +98,3 @@ def test_a_broken_driver_raises():
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is built for CUDA")
 def test_the_backend_on_this_machine_finds_nothing():
     assert tuple(CudaBackend().detect()) == ()
-
-
-def test_advice_for_a_cpu_build_names_the_command(tmp_path):
-    driver = tmp_path / "version"
-    driver.write_text("NVRM version: 580.1")
-    (line,) = advice(fake_torch(cuda=None), driver, lambda name: None)
-    assert "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu130" in line
-    assert "2.13.0+fake" in line
-
-
-def test_advice_sees_nvidia_smi_without_proc(tmp_path):
-    assert advice(fake_torch(cuda=None), tmp_path / "none", lambda name: f"/usr/bin/{name}")
-
-
-def test_advice_is_silent_without_a_driver_and_when_all_is_well(tmp_path):
-    assert advice(fake_torch(cuda=None), tmp_path / "none", lambda name: None) == ()
-    assert advice(fake_torch((9, 0), (8, 9), (10, 3)), tmp_path) == ()
-
-
-def test_advice_when_torch_sees_no_gpu(tmp_path):
-    (line,) = advice(fake_torch(available=False), tmp_path)
-    assert "sees no GPU" in line
-
-
-def test_advice_for_a_gpu_without_machine_code(tmp_path):
-    (line,) = advice(fake_torch((9, 0), (7, 0)), tmp_path)
-    assert "cuda:1 (sm_70)" in line
-    assert "cu126" in line
-
-
-@pytest.mark.parametrize(
-    ("entry", "capability", "expected"),
-    [
-        ("sm_80", (8, 6), True), ("sm_86", (8, 0), False), ("sm_80", (9, 0), False), ("sm_90a", (9, 0), True),
-        ("sm_100a", (10, 3), False), ("sm_100f", (10, 3), True), ("compute_80", (13, 0), True), ("compute_120", (9, 0), False),
-    ],
-)  # fmt: skip
-def test_which_machine_code_runs(entry, capability, expected):
-    assert runs(entry, capability) is expected

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quantport.backend import Accepted, Evidence, Rejected, Request, Status, WeightSpec
+from quantport.backend import Evidence, Rejected, Request, Status, WeightSpec
 from quantport.choice import choose
 from quantport.host import Host
 from quantport_npu.capabilities import ARCHS
@@ -120,7 +120,7 @@ def test_limits(kernel, scheme, n, k, said):
 
 
 def test_many_output_channels_are_several_products():
-    assert isinstance(HOST.kernels("npu")[0].verdict(asked("ascend910b", "int8", 151936, 1024)), Accepted)
+    assert not why_not("npu.quant_matmul", asked("ascend910b", "int8", 151936, 1024))
     assert parts(65408) == [slice(0, 65408)]
     assert parts(151936) == [slice(0, 65408), slice(65408, 130816), slice(130816, 151936)]
 

@@ -89,11 +89,21 @@ def test_the_backend_on_this_machine_finds_nothing():
 
 
 def test_advice(tmp_path):
-    kfd = tmp_path / "kfd"
-    assert advice(fake_torch(hip=None), kfd) == ()
+    kfd, pci = tmp_path / "kfd", tmp_path / "pci"
+    assert advice(fake_torch(hip=None), kfd, pci) == ()
+    for name, vendor, kind in (("0", "0x8086", "0x030000"), ("1", "0x1002", "0x040300"), ("2", "0x1002", "0x038000")):
+        (pci / name).mkdir(parents=True)
+        (pci / name / "vendor").write_text(f"{vendor}\n")
+        (pci / name / "class").write_text(f"{kind}\n")
+    (line,) = advice(fake_torch(hip=None), kfd, pci)
+    assert "(PCI 2), but not its driver" in line
+    assert "sudo modprobe amdgpu" in line
     kfd.touch()
-    (line,) = advice(fake_torch(hip=None), kfd)
+    (line,) = advice(fake_torch(hip=None), kfd, pci)
     assert "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/rocm" in line
-    (line,) = advice(fake_torch(available=False), kfd)
-    assert "sees no GPU" in line
-    assert advice(fake_torch("gfx942"), kfd) == ()
+    (line,) = advice(fake_torch(available=False), kfd, pci, lambda path: False)
+    assert "sees no GPU: you may not open" in line
+    assert "sudo usermod -aG render,video $USER" in line
+    (line,) = advice(fake_torch(available=False), kfd, pci, lambda path: True)
+    assert "unset HIP_VISIBLE_DEVICES" in line
+    assert advice(fake_torch("gfx942"), kfd, pci) == ()

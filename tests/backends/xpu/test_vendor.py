@@ -7,63 +7,31 @@ number of arguments.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from importlib import metadata
+from types import SimpleNamespace
 
 import pytest
 import torch
-import xpu_operators
+from xpu_runs import BMG, RUNS
 
 from quantport import numerics
-from quantport.backend import Accepted, Kernel, Request, WeightSpec
+from quantport.backend import Accepted, Request, WeightSpec
 from quantport.catalog import BUILTIN
-from quantport.device import Device
 from quantport.testing import cases
 from quantport.testing.check_runs import compare, make_job
 from quantport_xpu import vendor
-from quantport_xpu.capabilities import ARCHS
-from quantport_xpu.kernels.scaled import XpuFp8Emulated, XpuIntMM, XpuScaledMM
+from quantport_xpu.kernels.scaled import XpuIntMM, XpuScaledMM
 from quantport_xpu.kernels.vendor import XpuFp8Gemm, XpuFp8W8A16, XpuInt4W4A16
 from quantport_xpu.kernels.weight_only import XpuInt4Pack, XpuInt8Pack
 
 CPU = torch.device("cpu")
-BMG = Device(ARCHS["bmg"], torch_type="xpu", simulated=True, features=frozenset(vendor.PREFIX + name for name in vendor.SCHEMAS))
-XE3P = replace(BMG, arch=ARCHS["xe3p"])
 
 
 @pytest.fixture(autouse=True)
-def _operators(monkeypatch):
-    """The operators that the CPU lacks, registered for it, with the vendors' schemas."""
-    monkeypatch.setattr(torch.ops.aten, "_weight_int8pack_mm", xpu_operators.int8pack_mm)
-    ours = torch.library.Library("aten", "IMPL")
-    ours.impl("_weight_int4pack_mm_with_scales_and_zeros", xpu_operators.int4pack_mm, "CPU")
-    library = torch.library.Library("_xpu_C", "DEF")
-    for name, schema in vendor.SCHEMAS.items():
-        library.define(name + schema)
-        library.impl(name, getattr(xpu_operators, name), "CPU")
-    yield
-    library._destroy()
-    ours._destroy()
+def _operators(xpu_operators_registered):
+    """Emulations of the vendors' operators."""
 
 
-RUNS: list[tuple[Kernel, str, Device, tuple[tuple[int, int], ...]]] = [
-    (XpuIntMM(), "int8", BMG, ((64, 256), (33, 97), (1, 704), (5, 2))),
-    (XpuScaledMM(), "fp8_per_tensor", XE3P, ((64, 256), (48, 208))),
-    (XpuScaledMM(), "fp8_per_channel", XE3P, ((64, 256), (48, 208))),
-    (XpuFp8Emulated(), "fp8_per_channel", BMG, ((64, 256), (48, 208))),
-    (XpuInt8Pack(), "int8_weight_only", BMG, ((64, 256), (33, 97), (48, 1))),
-    (XpuInt8Pack(), "int8", BMG, ((64, 256),)),
-    (XpuInt4Pack(), "int4_weight_only", BMG, ((64, 256), (7, 128))),
-    (XpuInt4Pack(), "int4_weight_only_g32", BMG, ((64, 256), (33, 96), (1, 32))),
-    (XpuInt4Pack(), "int4_w4a8", BMG, ((64, 256),)),
-    (XpuInt4W4A16(), "int4_weight_only", BMG, ((64, 256), (7, 128))),
-    (XpuInt4W4A16(), "int4_weight_only_g32", BMG, ((33, 96),)),
-    (XpuFp8W8A16(), "fp8_weight_only", BMG, ((64, 256), (33, 97), (1, 704), (256, 1))),
-    (XpuFp8W8A16(), "fp8_per_tensor", BMG, ((64, 256), (33, 97))),
-    (XpuFp8W8A16(), "fp8_per_block", BMG, ((128, 256), (384, 640))),
-    (XpuFp8Gemm(), "fp8_per_tensor", XE3P, ((64, 256), (33, 97))),
-    (XpuFp8Gemm(), "fp8_per_channel", XE3P, ((64, 256), (1, 704))),
-    (XpuFp8Gemm(), "fp8_per_block", XE3P, ((128, 256), (384, 640))),
-]
 IDS = [f"{kernel.name}-{scheme}" for kernel, scheme, *_ in RUNS]
 
 
@@ -172,29 +140,10 @@ def caught(kernel, job):
         return True
 
 
-CALLS = {
-    "aten::_int_mm": "(Tensor self, Tensor mat2) -> Tensor",
-    "aten::_scaled_mm": (
-        "(Tensor self, Tensor mat2, Tensor scale_a, Tensor scale_b, Tensor? bias=None, Tensor? scale_result=None, "
-        "ScalarType? out_dtype=None, bool use_fast_accum=False) -> Tensor"
-    ),
-    "aten::_weight_int8pack_mm": "(Tensor self, Tensor mat2, Tensor scales) -> Tensor",
-    "aten::_weight_int4pack_mm_with_scales_and_zeros": (
-        "(Tensor self, Tensor mat2, int qGroupSize, Tensor qScale, Tensor qZeros) -> Tensor"
-    ),
-}
-
-
-@pytest.mark.parametrize("name", CALLS)
-def test_torch_has_the_operators_as_they_are_called(name):
-    (schema,) = [s for s in torch._C._jit_get_schemas_for_operator(name) if not s.overload_name]
-    assert vendor.fits(schema, CALLS[name])
-
-
 def test_operators_of_the_vendor_are_found_by_their_signature():
-    assert vendor.features(torch.ops._xpu_C) == BMG.features
-    assert vendor.features(None) == frozenset()
-    expected = vendor.SCHEMAS["fp8_gemm_w8a16"]
+    assert vendor.features(torch.ops) == BMG.features
+    assert vendor.features(SimpleNamespace()) == frozenset()
+    expected = vendor.SCHEMAS["_xpu_C.fp8_gemm_w8a16"]
     parse = torch._C.parse_schema
     assert vendor.fits(parse("f(Tensor A, Tensor B, Tensor? B_scale_, Tensor? bias_, Tensor? out=None) -> Tensor"), expected)
     for other in (
@@ -215,3 +164,34 @@ def test_a_package_that_does_not_load_is_named():
     assert vendor.load(lambda name: None, fails) == ""
     assert vendor.load(lambda name: object(), lambda name: None) == ""
     assert vendor.load(lambda name: object(), fails) == "ImportError: libsycl.so.9: cannot open shared object file"
+
+
+@pytest.mark.parametrize(
+    ("found", "torch_version", "imported"),
+    [
+        ("2.10.10+xpu", "2.10.0+xpu", True),
+        ("2.8.0+cpu", "2.8.0+xpu", False),
+        ("2.10.10+xpu", "2.13.0+xpu", False),
+        (None, "2.10.0", False),
+    ],
+)
+def test_only_the_right_build_of_the_extension_is_imported(monkeypatch, found, torch_version, imported):
+    """Any other ends the process when it is imported (``os._exit``), or replaces operators of the CPU."""
+
+    def version(name):
+        if found is None:
+            raise metadata.PackageNotFoundError(name)
+        return found
+
+    names = []
+    monkeypatch.setattr(torch, "__version__", torch_version)
+    vendor.load_extension(version, names.append)
+    assert names == (["intel_extension_for_pytorch"] if imported else [])
+
+
+def test_an_extension_that_does_not_load_is_as_none():
+    def fails(name):
+        raise OSError("libsycl.so.8: cannot open shared object file")
+
+    vendor.load_extension(lambda name: torch.__version__.partition("+")[0] + "+xpu", fails)
+    assert vendor.overload(torch.ops, "torch_ipex.no_such_operator.xpu") is None

@@ -115,7 +115,7 @@ class CpuGrouped(CpuKernel):
         rows = torch.cat([torch.arange(a, b) for _, a, b in groups])
         starts = accumulate((b - a for _, a, b in groups), initial=0)
         moved = [Few(f.group, start, start + f.stop - f.start) for f, start in zip(groups, starts, strict=False)]
-        out = x.new_zeros(x.shape[0], shared * spec.n)
+        out = x.new_empty(x.shape[0], shared * spec.n)
         out[rows] = self.few(x[rows], moved, packed, spec, shared).to(x.dtype)
         for g in (g for g, many in enumerate(rest) if many):
             own = x[bounds[g] : bounds[g + 1]]

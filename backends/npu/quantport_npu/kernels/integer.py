@@ -111,6 +111,7 @@ class NpuWeightInt4(_WeightOnly):
     unit = "int4"
     calls: ClassVar[Calls] = {"npu_weight_quant_batchmatmul": (), "npu_convert_weight_to_int4pack": ()}
     source = f"{PLUGIN}/torch_npu-npu_weight_quant_batchmatmul.md, torch_npu-npu_convert_weight_to_int4pack.md"
+    groups: ClassVar[str] = "groups of 32, 64... up to K - 1"
 
     def serves(self, scheme: Scheme) -> bool:
         quant = scheme.weight
@@ -123,9 +124,13 @@ class NpuWeightInt4(_WeightOnly):
             reasons.append(f"{self.name} packs eight output channels to a word, and {spec.n} is no multiple of 8 [{self.source}]")
         if spec.n > LIMIT:
             reasons.append(f"{self.name} takes N up to {LIMIT}, not {spec.n} [{self.source}]")
-        if group % 32 or group >= spec.k:
-            reasons.append(f"{self.name} takes groups of 32, 64... up to K - 1, not of {group} with K {spec.k} [{self.source}]")
+        if not self.divides(group, spec.k):
+            reasons.append(f"{self.name} takes {self.groups}, not of {group} with K {spec.k} [{self.source}]")
         return reasons
+
+    def divides(self, group: int, k: int) -> bool:
+        """Whether the operator takes these groups along K."""
+        return not group % 32 and group < k
 
     def pack(self, canonical: Canonical, spec: WeightSpec) -> Packed:
         stored = canonical["weight_packed"]

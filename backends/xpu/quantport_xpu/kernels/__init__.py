@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from quantport.backend import Kernel, aten
+from quantport_xpu.kernels.mx import XpuMxfp4, XpuMxfp4Marlin, XpuMxfp4Quantized, XpuMxfp8
 from quantport_xpu.kernels.scaled import XpuFp8Emulated, XpuIntMM, XpuScaledMM
 from quantport_xpu.kernels.triton import XpuTritonInt4Int8, XpuTritonInt8, XpuTritonWeightOnly
-from quantport_xpu.kernels.vendor import XpuFp8Gemm, XpuFp8W8A16, XpuInt4W4A16
+from quantport_xpu.kernels.vendor import XpuFp8Gemm, XpuFp8W8A16, XpuInt4W4A8, XpuInt4W4A16
 from quantport_xpu.kernels.weight_only import XpuInt4Pack, XpuInt8Pack
 
 # Nothing is measured: among kernels that run a request equally natively the first one here wins. What torch itself calls is
@@ -17,13 +18,18 @@ ORDER: tuple[Callable[[], Kernel], ...] = (
     XpuFp8Gemm,  # fp8 in blocks, and in fp16
     XpuIntMM,
     lambda: XpuTritonInt8("xpu"),  # int8 where this torch has no operator for it
-    lambda: XpuTritonInt4Int8("xpu"),  # W4A8, which oneDNN lacks
+    XpuInt4W4A8,
+    lambda: XpuTritonInt4Int8("xpu"),  # the same where vllm-xpu-kernels is not, as for simulated GPUs
     XpuInt8Pack,
     XpuInt4Pack,
     XpuInt4W4A16,  # the same oneDNN, in fp16 too
     XpuFp8W8A16,  # fp8 weights, for which torch has no operator
+    XpuMxfp4Marlin,  # of an archived package: what neither torch nor vllm-xpu-kernels has
     lambda: XpuTritonWeightOnly("xpu"),  # every other format and shape
-    XpuFp8Emulated,  # only where the exact emulation is asked for
+    XpuFp8Emulated,  # from here on: only where the exact emulation is asked for
+    XpuMxfp8,
+    XpuMxfp4Quantized,  # one launch for the activations, for the rule of scales that it has
+    XpuMxfp4,
 )
 
 

@@ -9,18 +9,18 @@ from torch import Tensor
 
 from quantport.backend import Canonical, Claim, Evidence, Kernel, Packed, Quant, Request, Scheme, WeightSpec, aten
 from quantport_xpu.kernels.weight_only import ZERO, Int4Groups
-from quantport_xpu.vendor import PREFIX, SCHEMAS, SOURCE
+from quantport_xpu.vendor import missing
 
 _FP8 = "vllm-project/vllm-xpu-kernels csrc/xpu/onednn/fp8_gemm_w8a16.h at 07f4fbd668ca"
 _W8A8 = "vllm-project/vllm-xpu-kernels csrc/xpu/onednn/fp8_gemm_w8a8.h at 09c5374b2427"
+_W4A8 = "vllm-project/vllm-xpu-kernels csrc/xpu/onednn/int4_gemm_w4a8.h at 7671b1ca729f"
+_W4A8_USE = "vllm-project/vllm INCXPUW4A8LinearMethod (scales in fp16, the int8 datapath) and XPUW4A8IntLinearKernel"
 _INT4 = "vllm-project/vllm-xpu-kernels csrc/xpu/onednn/int4_gemm_w4a16.h at f8e6ad7c6f0c"
 
 
-def vendor_reasons(request: Request, kernel: str, operator: str) -> tuple[str, ...]:
-    """Why an operator of the package cannot be called: it is not here, or takes other activations."""
-    reasons = []
-    if PREFIX + operator not in request.device.features:
-        reasons.append(f"{kernel} needs {operator}{SCHEMAS[operator]} of vllm-xpu-kernels, which was not found [{SOURCE}]")
+def vendor_reasons(request: Request, kernel: str, *operators: str) -> tuple[str, ...]:
+    """Why operators (names in ``vendor.SCHEMAS``) cannot be called: they are not here, or take other activations."""
+    reasons = [missing(name, kernel) for name in operators if name not in request.device.features]
     if request.dtype not in (torch.bfloat16, torch.float16):
         reasons.append(f"{kernel} takes activations of 16 bits, not {request.dtype}")
     return tuple(reasons)
@@ -32,7 +32,7 @@ class XpuInt4W4A16(Int4Groups):
     name = "xpu.int4_gemm_w4a16"
 
     def reasons_against(self, request: Request) -> Sequence[str]:
-        reasons = [*super().reasons_against(request), *vendor_reasons(request, self.name, "int4_gemm_w4a16")]
+        reasons = [*super().reasons_against(request), *vendor_reasons(request, self.name, "_xpu_C.int4_gemm_w4a16")]
         if request.dtype is torch.float16:
             reasons.append(f"{self.name} is tested by its vendor with scales in the dtype of the activations; ours are bfloat16")
         return reasons
@@ -54,6 +54,55 @@ class XpuInt4W4A16(Int4Groups):
         return y
 
 
+class XpuInt4W4A8(XpuInt4W4A16, aten.Quantizing):
+    """W4A8 through ``_xpu_C.int4_gemm_w4a8``: XMX multiplies int8, the codes become int8 on the way.
+
+    The operator reads the scales as fp16, whatever they are, and returns fp16. So it gets weight scales that a power of two has
+    brought to [1, 2) at the largest, and for the tokens one scale, another power of two, with which no sum overflows; the scales of
+    tokens are multiplied afterwards, in fp32.
+    """
+
+    name = "xpu.int4_gemm_w4a8"
+
+    def serves(self, scheme: Scheme) -> bool:
+        return super().serves(scheme) and scheme.activation == Quant("int8", 1, 0)
+
+    def reasons_against(self, request: Request) -> Sequence[str]:
+        spec = request.weight
+        reasons = [*Int4Groups.reasons_against(self, request), *vendor_reasons(request, self.name, "_xpu_C.int4_gemm_w4a8")]
+        if spec.n % 8:
+            reasons.append(f"{self.name} needs N to be a multiple of 8, not {spec.n} [{_W4A8_USE}]")
+        return [*aten.native_reason(request, "int8"), *reasons]
+
+    def claim(self, request: Request) -> Claim:
+        """The vendor's source, vLLM's account of what it multiplies, and the instruction."""
+        return Claim(Evidence.DECLARED, f"{_W4A8}; {_W4A8_USE}; {request.device.arch.source}")
+
+    def pack(self, canonical: Canonical, spec: WeightSpec) -> Packed:
+        """Adds to what W4A16 needs: the scales in fp16, what they lack to the true ones, and the one scale of the tokens."""
+        words, scale, zero = super().pack(canonical, spec)
+        values = scale.float()
+        largest = torch.where(torch.isfinite(values), values, 0).amax()
+        exponent = torch.frexp(largest).exponent - 1
+        half = torch.ldexp(values, -exponent).half()
+        bound = torch.full((1,), 2.0 ** -max(0, (128 * 8 * 2 * spec.k).bit_length() - 15), dtype=torch.float16, device=scale.device)
+        return words, scale, zero, half, torch.ldexp(1 / bound.float(), exponent), bound
+
+    def unpack(self, packed: Packed, spec: WeightSpec) -> Canonical:
+        return super().unpack(packed[:3], spec)
+
+    def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
+        if not len(x):
+            return x.new_empty(0, spec.n)
+        words, _, zero, half, factor, bound = packed
+        assert spec.scheme.activation is not None  # serves refused it otherwise
+        q, token = self.quantize(x, spec.scheme.activation)
+        operator, none = torch.ops._xpu_C.int4_gemm_w4a8, torch.zeros_like(bound, dtype=torch.int32)
+        y: Tensor = operator(q, bound, none, words.t(), half, zero, spec.scheme.weight.cols, None, None)
+        y = y.float() * (token * factor)
+        return (y if bias is None else y + bias).to(x.dtype)
+
+
 class _Fp8(Kernel):
     """e4m3fn weights with one scale, one for each output channel, or one for each 128x128.
 
@@ -66,8 +115,9 @@ class _Fp8(Kernel):
 
     def reasons_against(self, request: Request) -> Sequence[str]:
         spec = request.weight
-        reasons = list(vendor_reasons(request, self.name, self.name.partition(".")[2]))
-        if spec.scheme.weight.cols and (spec.n % 128 or spec.k % 128 or spec.k < 256):
+        reasons = list(vendor_reasons(request, self.name, f"_xpu_C.{self.name.partition('.')[2]}"))
+        several = spec.scheme.weight.cols and max(spec.n, spec.k) > 128  # one block has one scale, as a tensor has
+        if several and (spec.n % 128 or spec.k % 128 or spec.k < 256):
             shape = f"{spec.n} x {spec.k}"
             reasons.append(f"{self.name} needs N and K to be multiples of 128, and two blocks along K, not {shape} [{_FP8}]")
         return reasons

@@ -4,10 +4,9 @@ from simulator.need import simulated
 
 simulated()
 
-from dataclasses import replace  # noqa: E402
-
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from declared import DECLARED, Declared  # noqa: E402
 
 from quantport import numerics  # noqa: E402
 from quantport.backend import Accepted, Request, WeightSpec  # noqa: E402
@@ -18,43 +17,6 @@ N, K = 48, 200
 CLOSE = 2.0**-7  # of one rounding to 16 bits, of another order of sums
 
 
-def int8(x, canonical, scheme):
-    """Tokens scaled by amax / 127."""
-    values = x.float()
-    scale = values.abs().amax(1, keepdim=True) / 127
-    codes = (values / torch.where(scale == 0, 1, scale)).round()
-    weight = canonical["weight"].double() * canonical["weight_scale"].double()
-    return ((codes.double() * scale.double()) @ weight.t()).to(x.dtype)
-
-
-def floor(x, canonical, scheme):
-    """Activations scaled by the rule of OCP."""
-    return numerics.linear(x, canonical, replace(scheme, activation=replace(scheme.activation, rule="floor")))
-
-
-def rounded(x, canonical, scheme):
-    """Weights with scales of the dtype of the activations."""
-    scale = canonical["weight_scale"].to(x.dtype).float()
-    return numerics.linear(x, {**canonical, "weight_scale": scale}, scheme.weight_only)
-
-
-def divided(x, canonical, scheme):
-    """Offsets in steps of their scales, of the dtype of the activations, added to the codes."""
-    zero = canonical["weight_zero"]
-    offset = (zero.float() / canonical["weight_scale"].float()).to(x.dtype).float()
-    codes = numerics.unpack_int4(canonical["weight_packed"], K).double()
-    wide = (t.double().repeat_interleave(scheme.weight.cols, 1)[:, :K] for t in (offset, canonical["weight_scale"]))
-    return (x.double() @ ((codes + next(wide)) * next(wide)).t()).to(x.dtype)
-
-
-DECLARED = {
-    "npu.quant_matmul": int8,
-    "npu.weight_quant_int8": rounded,
-    "npu.weight_quant_fp8": rounded,
-    "npu.weight_quant_int4_offset": divided,
-    "npu.quant_matmul_mxfp8": floor,
-    "npu.quant_matmul_mxfp4_w4a8": floor,
-}
 KERNELS = {kernel.name: kernel for kernel in host().kernels("npu")}
 CASES = [(name, scheme) for name in DECLARED for scheme in host().schemes.values() if KERNELS[name].serves(scheme)]
 
@@ -67,12 +29,13 @@ def test_every_deviation_is_here():
 @pytest.mark.parametrize(("name", "scheme"), CASES, ids=[f"{name}-{scheme.name}" for name, scheme in CASES])
 def test_it_is_what_is_declared(name, scheme, dtype):
     kernel, device, spec = KERNELS[name], host().device("npu"), WeightSpec(scheme, N, K)
-    if not isinstance(kernel.verdict(Request(spec, "linear", device, dtype)), Accepted):
+    layer = "moe" if "grouped" in name else "linear"
+    if not isinstance(kernel.verdict(Request(spec, layer, device, dtype)), Accepted):
         pytest.skip(f"{name} does not run on {device}")
-    x = cases.activations(5, K, dtype)
+    x, reference = cases.activations(5, K, dtype), Declared(kernel, kernel)
     for label, make in cases.specials(scheme):
         canonical = numerics.quantize_weight(make(N, K), scheme)
         packed = kernel.pack({key: t.to("npu") for key, t in canonical.items()}, spec)
-        y, expected = kernel.run(x.to("npu"), packed, None, spec).cpu(), DECLARED[name](x, canonical, scheme)
+        y, expected = kernel.run(x.to("npu"), packed, None, spec).cpu(), reference.run(x, packed, None, spec)
         if torch.isfinite(expected).all():
             assert cases.relative_error(y, expected) <= CLOSE, label

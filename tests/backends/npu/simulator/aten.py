@@ -11,6 +11,7 @@ the host where a copy between the two changes the dtype).
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,6 @@ import torch_npu
 from simulator.memory import NZ, check, layout, lies, matrix, over, place
 from simulator.register import A5, I310, family
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 _OURS = ("empty", "new_empty", "set_", "resize", "record_stream", "is_pinned", "_pin_memory", "is_set_to", "_reshape_alias", "npu_")
 
@@ -47,6 +47,11 @@ def _known(name: str, tensor: Tensor) -> None:
 
 def _views(schema: Any) -> bool:
     return any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
+
+
+def _each(call: Callable[[Any], Any], value: Any) -> Any:
+    """``call`` on every part of an argument or a result: the lists and tuples that the dispatcher hands out hold no others."""
+    return type(value)(_each(call, v) for v in value) if type(value) in (list, tuple) else call(value)
 
 
 def _run(operator: Any, *args: Any, **kwargs: Any) -> Any:
@@ -79,8 +84,7 @@ def _run(operator: Any, *args: Any, **kwargs: Any) -> Any:
 
     if "pin_memory" in kwargs:
         kwargs["pin_memory"] = False
-    inputs, named = tree_map(down, (args, kwargs))
-    return tree_map(up, operator(*inputs, **named))
+    return _each(up, operator(*_each(down, args), **{name: _each(down, value) for name, value in kwargs.items()}))
 
 
 def _copy(to: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch_npu
 from torch import Tensor
 
 ND, NZ = 2, 29
-_PLAIN = (-1, 0, 2, 30)  # undefined, NCHW, ND, NCDHW: the elements lie as the strides say
+_HOST = torch.device("cpu")
+PLAIN = (-1, 0, 2, 30)  # undefined, NCHW, ND, NCDHW: the elements lie as the strides say
 
 
 class MisuseError(RuntimeError):
@@ -26,27 +26,28 @@ def check(condition: object, operator: str, asked: str) -> None:
 
 def layout(tensor: Tensor) -> int:
     """The storage format of an NPU tensor."""
-    return (
-        int(torch_npu._C._get_npu_format(tensor))
-        if hasattr(torch_npu._C, "_get_npu_format")
-        else int(torch_npu.get_npu_format(tensor))
-    )
+    try:
+        return int(torch.ops.npu.get_npu_format(tensor))  # the operator itself: torch_npu's function makes an enum of it, slowly
+    except RuntimeError:  # a storage that torch made by itself, as for pickle, has bytes and no format
+        return ND
+
+
+def _storage(tensor: Tensor) -> torch.UntypedStorage:
+    storage = tensor.untyped_storage()
+    return torch._C._construct_storage_from_data_pointer(storage.data_ptr(), _HOST, storage.nbytes())
 
 
 def lies(tensor: Tensor) -> Tensor:
     """The bytes of an NPU tensor's storage as they lie, as a CPU tensor."""
-    storage = tensor.untyped_storage()
-    raw = torch._C._construct_storage_from_data_pointer(storage.data_ptr(), torch.device("cpu"), storage.nbytes())
-    return torch.empty(0, dtype=torch.uint8).set_(raw)
+    return torch.empty(0, dtype=torch.uint8).set_(_storage(tensor))
 
 
 def over(tensor: Tensor) -> Tensor:
     """A CPU tensor over the memory of an NPU tensor; a write to one is a write to the other."""
-    check(layout(tensor) in _PLAIN, "memory", f"a tensor of format {layout(tensor)} was read as if its elements lay in rows")
+    check(layout(tensor) in PLAIN, "memory", f"a tensor of format {layout(tensor)} was read as if its elements lay in rows")
     if not tensor.untyped_storage().nbytes():
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
-    raw = lies(tensor).untyped_storage()
-    return torch.empty(0, dtype=tensor.dtype).set_(raw, tensor.storage_offset(), tensor.shape, tensor.stride())
+    return torch.empty(0, dtype=tensor.dtype).set_(_storage(tensor), tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
 def place(tensor: Tensor) -> Tensor:

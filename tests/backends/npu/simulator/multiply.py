@@ -9,7 +9,7 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import torch
-from simulator.memory import ND, NZ, check, layout, matrix, over, place, read_nz
+from simulator.memory import NZ, PLAIN, check, layout, matrix, over, place, read_nz
 from simulator.quantize import HALVES, powers
 from simulator.register import A2, A3, A5, E2M1, E8M0, I310, OUTPUTS, allowed, family, operator
 from torch import Tensor
@@ -111,7 +111,7 @@ def _mx(
     check(four or eight or mixed, name, f"dtypes {dtypes}")
     check(list(sizes or ()) == ([0, 0, 32] if mixed else [1, 1, 32]), name, f"group_sizes {sizes}")
     check((x1.dtype in BYTES) if four else x1.dtype in FLOAT8, name, f"x1 of {x1.dtype}")
-    check(x2.dtype in (FLOAT8 if eight else BYTES) and layout(x2) == ND, name, f"x2 of {x2.dtype}")
+    check(x2.dtype in (FLOAT8 if eight else BYTES) and layout(x2) in PLAIN, name, f"x2 of {x2.dtype}")
     check(x2.stride(0) == 1 or eight, name, "e2m1 weights are packed along K: [N, K / 2], transposed")
     left = e2m1(over(x1)) if four else over(x1).float().numpy()
     right = over(x2).float().numpy() if eight else e2m1_columns(over(x2))
@@ -160,7 +160,7 @@ def npu_weight_quant_batchmatmul(
     name = "npu_weight_quant_batchmatmul"
     check(x.dtype in HALVES and x.dim() == weight.dim() == 2 and x.numel(), name, "a matrix of 16-bit activations")
     check(quant_scale is quant_offset is None and not inner_precise, name, "not simulated")
-    check(layout(weight) == ND, name, "weights of format FRACTAL_NZ run in graph mode only")
+    check(layout(weight) in PLAIN, name, "weights of format FRACTAL_NZ run in graph mode only")
     fp8 = weight.dtype is torch.float8_e4m3fn
     check(weight.dtype in (torch.int8, torch.int32) or fp8, name, f"weights of {weight.dtype}")
     check(weight_dtype is None and (not fp8 or family() == A5), name, f"weights of {weight.dtype} on {family()}")

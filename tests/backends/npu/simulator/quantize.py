@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import torch
 import torch_npu
-from simulator.memory import NZ, check, layout, lies, matrix, over, place, to_nz
+from simulator.memory import NZ, PLAIN, check, layout, lies, matrix, over, place, to_nz
 from simulator.register import A2, A3, A5, E2M1, ELEMENTS, I310, allowed, family, operator
 from torch import Tensor
 
@@ -166,9 +166,9 @@ def npu_format_cast(
     source: Tensor, acl_format: int, *, customize_dtype: int | None = None, input_dtype: int | None = None
 ) -> Tensor:
     name = "npu_format_cast"
-    allowed(name, "acl_format", acl_format, (2, NZ))
+    allowed(name, "acl_format", acl_format, (0, 2, NZ))
     check(customize_dtype in (None, 1) and input_dtype is None, name, "other dtypes are not simulated")
-    if acl_format == layout(source):
+    if acl_format == layout(source) or (acl_format in PLAIN and layout(source) in PLAIN):
         return source
     check(source.dim() == 2 and source.is_contiguous(), name, "a contiguous matrix is simulated")
     out = torch_npu.empty_with_format(list(source.shape), dtype=source.dtype, device=source.device, acl_format=acl_format)

@@ -6,11 +6,11 @@ import ctypes
 
 import torch
 import torch_npu
-from simulator import aten, multiply, quantize, register
+from simulator import aten, grouped, multiply, normalize, quantize, register
 
 DRIVER = ctypes.CDLL("libascendcl.so")
 DRIVER.simulated_peak.restype = DRIVER.simulated_used.restype = ctypes.c_size_t
-BODIES = (quantize, multiply)  # importing them registers their operators
+BODIES = (quantize, multiply, grouped, normalize)  # importing them registers their operators
 LIBRARIES = (torch.library.Library("aten", "IMPL"), torch.library.Library("npu", "IMPL"))  # kept: they end when they are freed
 
 torch.npu.init()

@@ -1,0 +1,197 @@
+"""MX formats through ``vllm-xpu-kernels`` and Intel's extension. No Intel GPU of the table multiplies blocks with e8m0 scales."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from quantport.backend import (
+    Canonical,
+    Claim,
+    Evidence,
+    Kernel,
+    Packed,
+    Quant,
+    Request,
+    Scheme,
+    Status,
+    WeightSpec,
+    aten,
+    numerics,
+)  # fmt: skip
+from quantport_xpu.kernels.vendor import vendor_reasons
+
+_KERNELS = "vllm-project/vllm-xpu-kernels"
+_FP8 = f"{_KERNELS} csrc/xpu/onednn/fp8_gemm_w8a8.h at dda91d171fbc, test_mxfp8_gemm (e8m0 scales [K / 32, N])"
+_FP4 = f"{_KERNELS} csrc/xpu/onednn/fp4_gemm_w4a4.h at 67928905bfbd; vllm-project/vllm XPUMxFp4LinearKernel (scales [K / 32, N])"
+_QUANTIZER = f"{_KERNELS} csrc/quantization/fp4/mxfp4_quant.h at 18fe6526b40a"
+_MARLIN = "intel/intel-extension-for-pytorch XEGEMM_MXFP4_marlin.cpp and test_marlin_mxfp4_linear.py at acaa1016cdba"
+_E2M1 = ("Xe-HPC", "Xe2", "Xe3", "Xe3p")  # families for which oneDNN's table has e2m1, be it by conversion
+SMALLEST = 2.0**-126  # of scales
+
+
+def is_mx(quant: Quant | None, name: str) -> bool:
+    """Whether an operand has a power-of-two scale for each 32 along K and no other."""
+    return quant is not None and (quant.format, quant.rows, quant.cols, quant.scale, quant.outer) == (name, 1, 32, "e8m0", None)
+
+
+def block_reason(request: Request, kernel: str) -> tuple[str, ...]:
+    """The reason against blocks that are cut off, or nothing."""
+    k = request.weight.k
+    return (f"{kernel} needs K to be a multiple of 32, not {k}",) if k % 32 else ()
+
+
+def _shuffled(weight: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Bytes of two codes ``[n, k / 2]`` with each eight codes transposed as a matrix of a shape."""
+    n, half = weight.shape
+    codes = numerics.unpack_bits(weight, 2 * half, 4).view(n, -1, *shape)
+    return numerics.pack_bits(codes.transpose(2, 3).reshape(n, -1), 4)
+
+
+class _Mx(aten.Quantizing):
+    """MX weights and activations of one format. Emulated: oneDNN converts both before it multiplies."""
+
+    status = Status.REFERENCE
+    tolerance = 2.0**-6
+    element = ""
+    operators: tuple[str, ...] = ()
+
+    def serves(self, scheme: Scheme) -> bool:
+        return is_mx(scheme.weight, self.element) and is_mx(scheme.activation, self.element)
+
+    def reasons_against(self, request: Request) -> Sequence[str]:
+        return [*vendor_reasons(request, self.name, *self.operators), *block_reason(request, self.name)]
+
+    def slow(self, request: Request) -> str:
+        arch, scheme = request.device.arch, request.weight.scheme
+        unit = scheme.activation.unit if scheme.activation else ""
+        return f"{arch.name} has no {unit} matrix instruction [{arch.source}], and activations are quantized first"
+
+    def pack(self, canonical: Canonical, spec: WeightSpec) -> Packed:
+        weight, scale = super().pack(canonical, spec)
+        return weight, scale.t().contiguous()
+
+    def unpack(self, packed: Packed, spec: WeightSpec) -> Canonical:
+        return super().unpack((packed[0], packed[1].t().contiguous()), spec)
+
+
+class XpuMxfp8(_Mx):
+    """W8A8 in MXFP8 through ``_xpu_C.fp8_gemm`` with e8m0 scales: the numbers of MXFP8, multiplied in a wider type."""
+
+    name = "xpu.fp8_gemm_mx"
+    element = "e4m3fn"
+    operators = ("_xpu_C.fp8_gemm",)
+
+    def claim(self, request: Request) -> Claim:
+        """The vendor's source and test."""
+        return Claim(Evidence.DECLARED, _FP8)
+
+    def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
+        if not len(x):
+            return x.new_empty(0, spec.n)
+        weight, scale = packed
+        assert spec.scheme.activation is not None  # serves refused it otherwise
+        q, token = self.quantize(x, spec.scheme.activation)
+        e8m0 = torch.float8_e8m0fnu
+        y: Tensor = torch.ops._xpu_C.fp8_gemm(q, weight.view(q.dtype).t(), x.dtype, token.view(e8m0), scale.view(e8m0), bias)
+        return y
+
+
+class XpuMxfp4(_Mx):
+    """W4A4 in MXFP4 through ``_xpu_C.fp4_gemm``: the numbers of MXFP4, multiplied in a wider type."""
+
+    name = "xpu.fp4_gemm"
+    element = "e2m1"
+    operators: tuple[str, ...] = ("_xpu_C.fp4_gemm",)
+
+    def reasons_against(self, request: Request) -> Sequence[str]:
+        """Adds: on the older GPUs oneDNN has no e2m1 at all."""
+        arch = request.device.arch
+        known = [] if arch.family in _E2M1 else [f"{self.name}: oneDNN has no e2m1 on {arch.name} [{arch.source}]"]
+        return [*super().reasons_against(request), *known]
+
+    def claim(self, request: Request) -> Claim:
+        """The vendor's source, and its caller."""
+        return Claim(Evidence.DECLARED, _FP4)
+
+    def quantize_packed(self, x: Tensor, quant: Quant) -> tuple[Tensor, Tensor]:
+        """Two codes to a byte, the even one low ``[M, K / 2]``, and e8m0 scales ``[M, K / 32]``."""
+        q, token = self.quantize(x, quant)
+        return numerics.pack_bits(q, 4), token.view(torch.float8_e8m0fnu)
+
+    def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
+        if not len(x):
+            return x.new_empty(0, spec.n)
+        weight, scale = packed
+        assert spec.scheme.activation is not None  # serves refused it otherwise
+        codes, token = self.quantize_packed(x, spec.scheme.activation)
+        e2m1, scale = torch.float4_e2m1fn_x2, scale.view(token.dtype)
+        y: Tensor = torch.ops._xpu_C.fp4_gemm(codes.view(e2m1), weight.view(e2m1).t(), token, scale, x.dtype, bias)
+        return y
+
+
+class XpuMxfp4Quantized(XpuMxfp4):
+    """W4A4 in ``mxfp4:rceil`` as vLLM runs it: activations quantized by ``_C.per_token_group_quant_mxfp4``, in one launch.
+
+    Its scales are those of ``rceil``. Ties go toward zero: its comparisons with the middle of two codes are strict.
+    """
+
+    name = "xpu.fp4_gemm_quantized"
+    deviation = "ties of activations go toward zero"
+    operators = (*XpuMxfp4.operators, "_C.per_token_group_quant_mxfp4")
+
+    def serves(self, scheme: Scheme) -> bool:
+        return super().serves(scheme) and scheme.activation is not None and scheme.activation.rule == "rceil"
+
+    def claim(self, request: Request) -> Claim:
+        """The vendor's sources, and their caller."""
+        return Claim(Evidence.DECLARED, f"{_FP4}; {_QUANTIZER}")
+
+    def quantize_packed(self, x: Tensor, quant: Quant) -> tuple[Tensor, Tensor]:
+        m, k = x.shape
+        codes, scale = x.new_empty(m, k // 2, dtype=torch.uint8), x.new_empty(m, k // 32, dtype=torch.float32)
+        torch.ops._C.per_token_group_quant_mxfp4(x, codes, scale, 32, SMALLEST)
+        return codes, scale.to(torch.float8_e8m0fnu)
+
+
+class XpuMxfp4Marlin(Kernel):
+    """W4A16 in MXFP4 through ``torch_ipex.mm_mxfp4_out_marlin`` of Intel's archived extension: codes become bf16 in registers."""
+
+    name = "xpu.mm_mxfp4_marlin"
+    tolerance = 2.0**-7
+    deviation = "a scale of 2**-127 is read as zero"  # its byte becomes the exponent of a bf16
+
+    def serves(self, scheme: Scheme) -> bool:
+        return is_mx(scheme.weight, "e2m1")
+
+    def reasons_against(self, request: Request) -> Sequence[str]:
+        spec, arch = request.weight, request.device.arch
+        reasons = list(vendor_reasons(request, self.name, "torch_ipex.mm_mxfp4_out_marlin.xpu"))
+        if arch.family != "Xe-HPC":
+            reasons.append(f"{self.name} is written for Xe-HPC, not for {arch.family} [{_MARLIN}]")
+        if request.dtype is not torch.bfloat16:
+            reasons.append(f"{self.name} reads activations as bfloat16, whatever they are: not {request.dtype}")
+        if spec.n % 128 or spec.k % 128:
+            reasons.append(f"{self.name} is tested by its vendor with N and K that are multiples of 128, not {spec.n} x {spec.k}")
+        return reasons
+
+    def claim(self, request: Request) -> Claim:
+        """The vendor's source and test."""
+        return Claim(Evidence.DECLARED, _MARLIN)
+
+    def pack(self, canonical: Canonical, spec: WeightSpec) -> Packed:
+        """Codes 0 4 1 5 2 6 3 7 of eight to a word, the lowest nibble first: int32 ``[K / 8, N]``."""
+        words = _shuffled(canonical["weight_packed"], (2, 4)).view(torch.int32)
+        return words.t().contiguous(), canonical["weight_scale"].t().contiguous()
+
+    def unpack(self, packed: Packed, spec: WeightSpec) -> Canonical:
+        words, scale = (t.t().contiguous() for t in packed)
+        return {"weight_packed": _shuffled(words.view(torch.uint8), (4, 2)), "weight_scale": scale}
+
+    def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
+        y = x.new_empty(len(x), spec.n)
+        if len(x):
+            torch.ops.torch_ipex.mm_mxfp4_out_marlin.xpu(y, x, *packed, 32)
+        return y if bias is None else y.add_(bias)

@@ -1,0 +1,219 @@
+"""The reference of each kernel of the NPU room: the scheme's, or, where a kernel declares a deviation, with just that in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from quantport import aten, numerics
+from quantport.capability import Claim
+from quantport.kernel import Canonical, Kernel, Packed, Request, WeightSpec
+from quantport.modules import QuantModule
+from quantport.scheme import Scheme
+from quantport.testing import cases
+from quantport_npu.vendor import family
+
+Linear = Callable[[Tensor, Canonical, Scheme, Tensor | None, torch.dtype], Tensor]
+
+
+def scheme(x: Tensor, canonical: Canonical, scheme: Scheme, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """What the scheme says, rounded once, to ``dtype``."""
+    return numerics.linear(x if x.dtype is dtype else x.float(), canonical, scheme, bias).to(dtype)
+
+
+def int8(x: Tensor, canonical: Canonical, scheme: Scheme, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Tokens scaled by amax / 127."""
+    values = x.float()
+    scale = values.abs().amax(1, keepdim=True) / 127
+    codes = (values / torch.where(scale == 0, 1, scale)).round()
+    sums = codes.double() @ canonical["weight"].double().t()
+    y = sums.float() * canonical["weight_scale"].view(-1).float() * scale
+    return (y if bias is None else y + bias.float()).to(dtype)
+
+
+def int8_rounded(x: Tensor, canonical: Canonical, scheme: Scheme, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The same, and scales of channels in bf16 where the result is."""
+    scale = canonical["weight_scale"]
+    scale = scale.to(dtype) if dtype is torch.bfloat16 else scale
+    return int8(x, {**canonical, "weight_scale": scale}, scheme, bias, dtype)
+
+
+def floor(x: Tensor, canonical: Canonical, asked: Scheme, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Activations scaled by the rule of OCP."""
+    assert asked.activation
+    return scheme(x, canonical, replace(asked, activation=replace(asked.activation, rule="floor")), bias, dtype)
+
+
+def rounded(x: Tensor, canonical: Canonical, asked: Scheme, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Weights with scales of the dtype of the activations."""
+    return scheme(x, {**canonical, "weight_scale": canonical["weight_scale"].to(x.dtype).float()}, asked, bias, dtype)
+
+
+def divided(x: Tensor, canonical: Canonical, asked: Scheme, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Offsets in steps of their scales, of the dtype of the activations, added to the codes."""
+    offset = (canonical["weight_zero"].float() / canonical["weight_scale"].float()).to(x.dtype).float()
+    codes = numerics.unpack_int4(canonical["weight_packed"], x.shape[1]).double()
+    wide = (t.double().repeat_interleave(asked.weight.cols, 1)[:, : x.shape[1]] for t in (offset, canonical["weight_scale"]))
+    y = x.double() @ ((codes + next(wide)) * next(wide)).t()
+    return (y if bias is None else y + bias.double()).to(dtype)
+
+
+DECLARED: dict[str, Linear] = {
+    "npu.quant_matmul": int8,
+    "npu.weight_quant_int8": rounded,
+    "npu.weight_quant_fp8": rounded,
+    "npu.weight_quant_int4_offset": divided,
+    "npu.quant_matmul_mxfp8": floor,
+    "npu.quant_matmul_mxfp4_w4a8": floor,
+    "npu.grouped_matmul": int8_rounded,
+    "npu.grouped_matmul_mxfp8": floor,
+    "npu.grouped_weight_int8": rounded,
+}
+LATE = ("fp8", "mxfp8", "mxfp4")  # in the names of kernels that add a bias to the rounded product, which is rounded again
+
+
+class Declared(aten.Reference):
+    """What a kernel of the room must compute, on the host, from weights that another kernel has packed."""
+
+    def __init__(self, kernel: Kernel, packer: Kernel) -> None:
+        self.kernel, self.packer = kernel, packer
+        self.linear = DECLARED.get(kernel.name, scheme)
+        self.stored: dict[int, tuple[Packed, Canonical]] = {}
+
+    def pack(self, canonical: Canonical, spec: WeightSpec) -> Packed:
+        return self.packer.pack(canonical, spec)
+
+    def unpack(self, packed: Packed, spec: WeightSpec) -> Canonical:
+        key = packed[0].data_ptr()
+        if key not in self.stored:  # unpacking is for saving: some kernels take a product for it
+            self.stored[key] = packed, {name: t.cpu() for name, t in self.packer.unpack(packed, spec).items()}
+        return self.stored[key][1]
+
+    def product(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec, dtype: torch.dtype) -> Tensor:
+        """Rounded once, to ``dtype``."""
+        effective = spec.scheme if self.kernel.quantizes_activations else spec.scheme.weight_only
+        late = bias is not None and any(name in self.kernel.name for name in LATE)
+        y = self.linear(x, self.unpack(packed, spec), replace(effective, rotation=0), None if late else bias, dtype)
+        return y + bias if late else y
+
+    def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
+        return self.product(x, packed, bias, spec, x.dtype)
+
+    def run_gated(
+        self, x: Tensor, offsets: Tensor, gate_up: Sequence[Packed], down: Sequence[Packed], specs: tuple[WeightSpec, WeightSpec],
+        activation: str,
+    ) -> Tensor:  # fmt: skip
+        """What lies between the products stays in fp32: where the kernel has one launch for gate, up and SwiGLU."""
+        y, exact = torch.empty_like(x), torch.float32
+        for i, second in enumerate(down):
+            rows = slice(int(offsets[i]), int(offsets[i + 1]))
+            if rows.start < rows.stop:
+                gate, up = (self.product(x[rows], packed, None, specs[0], exact) for packed in gate_up[2 * i : 2 * i + 2])
+                y[rows] = self.product(nn.functional.silu(gate) * up, second, None, specs[1], x.dtype)
+        return y
+
+
+class Checked(Kernel):
+    """A kernel each of whose products is compared with its reference, for the very activations that it got.
+
+    Attributes:
+        errors: The relative error of each call.
+    """
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel, self.name, self.errors = kernel, kernel.name, list[float]()
+        self.reference = Declared(kernel, kernel)
+
+    def reasons_against(self, request: Request) -> Sequence[str]:
+        """Those of the kernel."""
+        return self.kernel.reasons_against(request)
+
+    def claim(self, request: Request) -> Claim:
+        """That of the kernel."""
+        return self.kernel.claim(request)
+
+    def bundle(self, packed: Sequence[Packed], shared: int = 1) -> Sequence[Packed]:
+        """For the kernel, and for the reference."""
+        return Both(self.kernel.bundle(packed, shared), packed)
+
+    def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
+        """The kernel's own result."""
+        return self._same(self.kernel.run(x, packed, bias, spec), self.reference.run(x.cpu(), packed, _host(bias), spec))
+
+    def run_grouped(
+        self, x: Tensor, offsets: Tensor, packed: Sequence[Packed], bias: Tensor | None, spec: WeightSpec, shared: int = 1
+    ) -> Tensor:
+        """The kernel's own result."""
+        assert isinstance(packed, Both)
+        told = self.reference.run_grouped(x.cpu(), offsets.cpu(), packed.single, _host(bias), spec, shared)
+        return self._same(self.kernel.run_grouped(x, offsets, packed, bias, spec, shared), told)
+
+    def run_gated(
+        self, x: Tensor, offsets: Tensor, gate_up: Sequence[Packed], down: Sequence[Packed], specs: tuple[WeightSpec, WeightSpec],
+        activation: str,
+    ) -> Tensor | None:  # fmt: skip
+        """The kernel's own result."""
+        y = self.kernel.run_gated(x, offsets, gate_up, down, specs, activation)
+        if y is None:
+            return None
+        assert isinstance(gate_up, Both)
+        assert isinstance(down, Both)
+        return self._same(y, self.reference.run_gated(x.cpu(), offsets.cpu(), gate_up.single, down.single, specs, activation))
+
+    def _same(self, y: Tensor, told: Tensor) -> Tensor:
+        self.errors.append(cases.relative_error(y, told))
+        return y
+
+
+class Both(tuple[Packed, ...]):
+    """What a kernel made of the weights of experts, and those weights one by one.
+
+    Attributes:
+        single: The weights.
+    """
+
+    single: Sequence[Packed]
+
+    def __new__(cls, bundle: Sequence[Packed], single: Sequence[Packed]) -> Both:
+        """Of what ``Kernel.bundle`` gave."""
+        made = super().__new__(cls, bundle)
+        made.single = single
+        return made
+
+
+def _host(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.cpu()
+
+
+def modules(model: nn.Module) -> dict[str, QuantModule]:
+    """The quantized modules of a model, by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, QuantModule)}
+
+
+def exchange(module: QuantModule, kernel: Kernel) -> None:
+    """Exchanges the kernel of a module for another, which reads the same packed weights."""
+    assert not module.others
+    module.kernel, module._tables = kernel, None
+
+
+def as_declared(model: nn.Module, like: nn.Module) -> None:
+    """Makes a model on the host compute what the kernels of the same model on an NPU declare."""
+    kernels = {name: module.kernel for name, module in modules(like).items()}
+    for name, module in modules(model).items():
+        kernel = Declared(kernels[name], module.kernel)
+        gates = getattr(kernels[name], "gates", None)
+        if gates is None or family() != "A5" or not gates(next(iter(module.specs.values()))):
+            kernel.run_gated = lambda *given: None  # type: ignore[method-assign]  # it has no such launch here
+        exchange(module, kernel)
+
+
+def check_each(model: nn.Module) -> list[Checked]:
+    """Compares every product of a model on an NPU from now on."""
+    checked = []
+    for module in modules(model).values():
+        checked.append(Checked(module.kernel))
+        exchange(module, checked[-1])
+    return checked

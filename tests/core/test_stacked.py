@@ -1,0 +1,187 @@
+"""Kernels whose experts lie side by side: one allocation for each family of projections, filled slot by slot, found again."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from quantport import numerics
+from quantport.capability import Claim, Evidence
+from quantport.catalog import BUILTIN
+from quantport.host import host
+from quantport.kernel import WeightSpec
+from quantport.modules import QuantExperts
+from quantport.stacked import StackedKernel
+
+HIDDEN, WIDE, EXPERTS = 64, 32, 4
+
+
+class Side(StackedKernel):
+    """int8, dequantized: gate and up of an expert share a matrix ``[K, 2 * N]``, so that a slot has strides of its own."""
+
+    name = "side"
+    tolerance = 2.0**-6
+    gated = False
+
+    def __init__(self):
+        self.launches = []
+
+    def reasons_against(self, request):
+        return ()
+
+    def claim(self, request):
+        return Claim(Evidence.DECLARED, "a test")
+
+    def pack(self, canonical, spec):
+        return canonical["weight"].t().contiguous(), canonical["weight_scale"].view(-1)
+
+    def unpack(self, packed, spec):
+        return {"weight": packed[0].t().contiguous(), "weight_scale": packed[1].reshape(-1, 1)}
+
+    def stack(self, packed, groups, shared):
+        weight, scale = packed
+        k, n = weight.shape
+        return weight.new_empty(groups, k, shared, n), scale.new_empty(groups, shared, n)
+
+    def slot(self, stack, group, which):
+        return stack[0][group, :, which], stack[1][group, which]
+
+    def run(self, x, packed, bias, spec):
+        return self.run_grouped(x, torch.tensor([0, len(x)]), self.bundle([packed]), bias, spec)
+
+    def run_grouped(self, x, offsets, packed, bias, spec, shared=1):
+        ((weight, scale),) = packed
+        self.launches.append((weight.data_ptr(), tuple(weight.shape)))
+        out = [
+            x[a:b].float() @ (w.flatten(1) * s.flatten()) for a, b, w, s in zip(offsets, offsets[1:], weight, scale, strict=False)
+        ]
+        return torch.cat(out).to(x.dtype)
+
+    def run_gated(self, x, offsets, gate_up, down, specs, activation):
+        if not self.gated:
+            return None
+        assert activation == "silu"
+        y = self.run_grouped(x, offsets, gate_up, None, specs[0], 2)
+        self.launches.append("gated")
+        return self.run_grouped(F.silu(y[:, :WIDE]) * y[:, WIDE:], offsets, down, None, specs[1])
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    side = Side()
+    find = host().kernel
+    monkeypatch.setattr(type(host()), "kernel", lambda self, name: side if name == "side" else find(name))
+    return side
+
+
+def build(kernel):
+    scheme = BUILTIN["int8_weight_only"]
+    module = QuantExperts(kernel, WeightSpec(scheme, WIDE, HIDDEN), WeightSpec(scheme, HIDDEN, WIDE), EXPERTS, "silu")
+    stored = {}
+    for i, (name, spec) in enumerate(module.specs.items()):
+        weight = torch.randn(spec.n, spec.k, generator=torch.Generator().manual_seed(i)) * 0.05
+        stored[name] = numerics.quantize_weight(weight.bfloat16(), scheme)
+        module.set_weight(name, {key: t.clone() for key, t in stored[name].items()})
+    return module.eval(), stored
+
+
+def test_experts_of_several_kernels_have_a_stack_for_each_run(kernel):
+    """Down of expert 1 has another kernel: down of expert 0, and of 2 and 3, stay side by side."""
+    scheme = BUILTIN["int8_weight_only"]
+    up, down = WeightSpec(scheme, WIDE, HIDDEN), WeightSpec(scheme, HIDDEN, WIDE)
+    other = host().kernel("torch.dequantize")
+    module = QuantExperts(kernel, up, down, EXPERTS, "silu", others={"1.down_proj": (other, scheme)})
+    _, stored = build(kernel)
+    for name, weight in stored.items():
+        module.set_weight(name, {key: t.clone() for key, t in weight.items()})
+    assert close(module(*given()), expected(stored, *given()))
+    assert [shape for _, shape in kernel.launches] == [(EXPERTS, HIDDEN, 2, WIDE), (1, WIDE, 1, HIDDEN), (2, WIDE, 1, HIDDEN)]
+    memory = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in module.buffers()}
+    assert sum(memory.values()) == sum(t.nbytes for w in stored.values() for t in w.values())
+    assert not module._slots
+
+
+def given(rows=7):
+    index = torch.stack([torch.arange(rows) % 3, (torch.arange(rows) + 1) % 3], 1)
+    x = torch.randn(rows, HIDDEN, generator=torch.Generator().manual_seed(9)).bfloat16()
+    return x, index, torch.full((rows, 2), 0.5, dtype=torch.bfloat16)
+
+
+def expected(stored, x, index, routing):
+    out = torch.zeros(x.shape)
+    for t, e in [(t, e) for t, chosen in enumerate(index.tolist()) for e in chosen]:
+        kept = (stored[f"{e}.{p}"] for p in ("gate_proj", "up_proj", "down_proj"))
+        weights = [w["weight"].float() * w["weight_scale"] for w in kept]
+        out[t] += 0.5 * (F.silu(x[t].float() @ weights[0].t()) * (x[t].float() @ weights[1].t())) @ weights[2].t()
+    return out
+
+
+def close(y, want):
+    return (y.float() - want).abs().max() <= 2**-6 * want.abs().max()
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_experts_run_over_two_stacks_that_hold_every_weight_once(kernel, gated):
+    kernel.gated = gated
+    module, stored = build(kernel)
+    assert close(module(*given()), expected(stored, *given()))
+    (up, up_shape), (down, down_shape) = (launch for launch in kernel.launches if launch != "gated")
+    assert (up_shape, down_shape) == ((EXPERTS, HIDDEN, 2, WIDE), (EXPERTS, WIDE, 1, HIDDEN))
+    assert ("gated" in kernel.launches) is gated
+    memory = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in module.buffers()}
+    assert {up, down} <= set(memory)
+    assert sum(memory.values()) == sum(t.nbytes for w in stored.values() for t in w.values())
+    assert all(torch.equal(module.canonical(n)[k], t) for n, w in stored.items() for k, t in w.items())
+
+
+def test_what_is_loaded_again_goes_into_the_same_slots(kernel):
+    module, stored = build(kernel)
+    before = [t.data_ptr() for t in module.buffers()]
+    other, _ = build(kernel)
+    other.load_state_dict({k: torch.zeros_like(t) for k, t in module.state_dict().items()})
+    assert not other(*given()).any()
+    module.load_state_dict({k: t.clone() for k, t in module.state_dict().items()})
+    assert [t.data_ptr() for t in module.buffers()] == before
+    assert close(module(*given()), expected(stored, *given()))
+
+
+def test_copies_have_stacks_of_their_own(kernel):
+    module, stored = build(kernel)
+    buffer = io.BytesIO()
+    torch.save(module.state_dict(), buffer)
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        kernel.launches.clear()
+        assert close(twin(*given()), expected(stored, *given()))
+        mine = {t.untyped_storage().data_ptr() for t in module.buffers()}
+        assert not mine & {place for place, _ in kernel.launches}
+
+
+def test_weights_that_were_moved_one_by_one_are_gathered(kernel):
+    """As accelerate moves them: each buffer is exchanged."""
+    module, stored = build(kernel)
+    for key in list(module._buffers):
+        module._buffers[key] = module._buffers[key].clone()
+    assert close(module(*given()), expected(stored, *given()))
+
+
+@pytest.mark.parametrize("shared", [1, 2])
+def test_bundle_finds_its_stack_only_where_all_weights_are_slots(shared):
+    kernel = Side()
+    one = (torch.arange(12, dtype=torch.int8).view(4, 3), torch.ones(3))
+    stack = kernel.stack(one, 2, shared)
+    slots = [kernel.slot(stack, *divmod(i, shared)) for i in range(2 * shared)]
+    for i, slot in enumerate(slots):
+        slot[0].fill_(i)
+        slot[1].fill_(i)
+    ((weight, _),) = kernel.bundle(slots, shared)
+    assert weight.data_ptr() == stack[0].data_ptr()
+    for wrong in (slots[::-1], [*slots[:-1], tuple(t.clone() for t in slots[-1])], slots[: len(slots) // 2] * 2):
+        ((weight, scale),) = kernel.bundle(wrong, shared)
+        assert weight.data_ptr() != stack[0].data_ptr()
+        for i, slot in enumerate(wrong):
+            assert torch.equal(kernel.slot((weight, scale), *divmod(i, shared))[0], slot[0])
