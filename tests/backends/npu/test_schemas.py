@@ -60,7 +60,8 @@ BUILDS = {
     "2.8.0": OLD,
 }
 TAKEN_BY_OLD = {"npu.quant_matmul", "npu.weight_quant_int8", "npu.weight_quant_int4", "npu.weight_quant_int4_offset"}
-KERNELS = [kernel for kernel in HOST.kernels("npu") if isinstance(kernel, NpuKernel)]
+NAMES = {form.partition("(")[0] for form in NEW}
+KERNELS = [k for k in HOST.kernels("npu") if isinstance(k, NpuKernel) and k.calls.keys() <= NAMES]  # no grouped products
 PAIRS = [(k, s) for k in KERNELS for s in HOST.schemes.values() if k.serves(s)]
 
 
