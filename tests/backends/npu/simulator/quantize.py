@@ -166,7 +166,7 @@ def npu_format_cast(
     source: Tensor, acl_format: int, *, customize_dtype: int | None = None, input_dtype: int | None = None
 ) -> Tensor:
     name = "npu_format_cast"
-    allowed(name, "acl_format", acl_format, (0, 2, NZ))
+    allowed(name, "acl_format", acl_format, (*PLAIN, NZ))
     check(customize_dtype in (None, 1) and input_dtype is None, name, "other dtypes are not simulated")
     if acl_format == layout(source) or (acl_format in PLAIN and layout(source) in PLAIN):
         return source
