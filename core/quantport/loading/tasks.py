@@ -33,17 +33,19 @@ def quantize_tasks(
         kind: Kind of device whose backend quantizes.
         device: Where to; None to leave the weights where they are.
         owned: The caller holds the 16-bit weights anyway: they are no part of the stream.
-        opaque: ``Arch.opaque`` of the device: weights of these dtypes are quantized on the host.
+        opaque: ``Arch.opaque`` of the device: weights of these dtypes, or stored in them, are quantized on the host.
     """
     fast = host().backends[kind].quantize_weight
     layer = step.layer
 
     def run(part: Part, weight: str) -> None:
         tensor, release = read(part)
-        here = device is not None and tensor.dtype in opaque
+        scheme = module.specs[weight].scheme
+        dtypes = (tensor.dtype, *(dtype for _, dtype in scheme.layout(*tensor.shape).values()))
+        here = device is not None and not opaque.isdisjoint(dtypes)
         source = tensor.detach().to(device) if device and not here else tensor.detach()
         name = f"{layer.home}.{weight}".rstrip(".")
-        stored = numerics.quantize_weight(source, module.specs[weight].scheme, name, nonfinite, None if here else fast)
+        stored = numerics.quantize_weight(source, scheme, name, nonfinite, None if here else fast)
         del tensor, source
         release()
         module.set_weight(weight, {key: t.to(device) for key, t in stored.items()} if here else stored)

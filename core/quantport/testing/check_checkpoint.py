@@ -13,6 +13,7 @@ from quantport.loading import load, save
 from quantport.modules import QuantModule
 from quantport.scheme import Scheme
 from quantport.testing import builders, cases
+from quantport.testing.check_runs import NotHere
 from quantport.testing.subject import Subject
 
 
@@ -36,9 +37,11 @@ def check_checkpoint(subject: Subject, scheme: Scheme, directory: Path) -> None:
 
     Raises:
         AssertionError: a bit differs from the reference, or is lost on the way.
-        NotHere: there is no device.
+        NotHere: there is no device, or it only stores the dtype of the weights.
     """
     device = builders.device_here(subject)
+    if scheme.weight.element.storage in device.arch.opaque:
+        raise NotHere(f"{device} only stores {scheme.weight.format}")
     torch.manual_seed(0)
     source = Tiny().state_dict()
     save_tensors(directory / "source", iter(source.items()), max_shard_bytes=20_000, files={})

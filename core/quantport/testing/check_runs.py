@@ -68,7 +68,7 @@ def compare(kernel: Kernel, jobs: Sequence[Job], where: torch.device) -> str:
     """
     first = jobs[0]
     packed = kernel.pack({name: t.to(where, copy=True) for name, t in first.canonical.items()}, first.spec)
-    before = [t.clone() for t in packed]
+    before = [t.to("cpu", copy=True) for t in packed]
     for job in jobs:
         x, bias = job.x.to(where, copy=True), None if job.bias is None else job.bias.to(where, copy=True)
         wrong = _result(kernel.run(x, packed, bias, job.spec), job, where, kernel.tolerance)
@@ -189,7 +189,7 @@ def check_packing(subject: Subject, kernel: Kernel, scheme: Scheme) -> None:
 
 
 def _round_trip(kernel: Kernel, spec: WeightSpec, canonical: Canonical, request: Request) -> list[str]:
-    before = {name: t.clone() for name, t in canonical.items()}
+    before = {name: t.to("cpu", copy=True) for name, t in canonical.items()}
     try:
         packed: Packed = kernel.pack(canonical, spec)
         back = kernel.unpack(packed, spec)
@@ -209,11 +209,15 @@ def check_reference(subject: Subject, scheme: Scheme) -> None:
 
     Raises:
         AssertionError: a bit differs.
+        NotHere: a device only stores a dtype of the scheme: such weights are quantized on the host.
     """
     findings = []
     for device in subject.here:
+        if any(dtype in device.arch.opaque for _, dtype in scheme.layout(48, 200).values()):
+            raise NotHere(f"{device} only stores a dtype of {scheme.name}")
         for name, make in cases.specials(scheme):
             weight = make(48, 200)
+            weight = weight.float() if weight.dtype in device.arch.opaque else weight
             try:
                 there = numerics.quantize_weight(weight.to(device.torch_device), scheme)
             except WeightError as error:

@@ -128,7 +128,8 @@ class BackendConformance:
 
     def test_reference(self, subject: Subject, scheme: Scheme) -> None:
         """The devices here quantize to the same bits as the CPU."""
-        check_runs.check_reference(subject, scheme)
+        with _checking(threads=None):
+            check_runs.check_reference(subject, scheme)
 
     def test_accepted_runs(self, subject: Subject, kernel: Kernel, scheme: Scheme, dtype: torch.dtype) -> None:
         """What is accepted runs, and meets the reference."""
