@@ -15,11 +15,13 @@ from quantport.backend import Request, WeightSpec
 from quantport.host import Host
 from quantport.testing import cases
 from quantport_npu import vendor
+from quantport_npu.kernels import grouped
 from quantport_npu.kernels.base import NpuKernel
+from quantport_npu.kernels.grouped import NpuGrouped
 
 M, N, K = 5, 64, 256
 HOST = Host(only=["npu"])
-DEVICE = replace(HOST.device("npu:ascend950"), simulated=False)
+DEVICES = [replace(HOST.device(f"npu:{name}"), simulated=False) for name in ("ascend950", "ascend910b")]
 
 NEW = (
     'npu_dynamic_block_quant(Tensor x, *, float min_scale=0.0, str round_mode="rint", int dst_type=1, int row_block_size=1, '
@@ -40,6 +42,16 @@ NEW = (
     "int? weight_dtype=None) -> Tensor",
     "npu_convert_weight_to_int4pack(Tensor weight, int inner_k_tiles=0) -> Tensor",
     "npu_format_cast(Tensor input, int acl_format, *, int? customize_dtype=None, int? input_dtype=None) -> Tensor",
+    "npu_grouped_matmul(Tensor[] x, Tensor[] weight, *, Tensor[]? bias=None, Tensor[]? scale=None, Tensor[]? offset=None, "
+    "Tensor[]? antiquant_scale=None, Tensor[]? antiquant_offset=None, Tensor[]? per_token_scale=None, Tensor? group_list=None, "
+    "Tensor[]? activation_input=None, Tensor[]? activation_quant_scale=None, Tensor[]? activation_quant_offset=None, "
+    "int? split_item=0, int? group_type=None, int? group_list_type=0, int? act_type=0, int[]? tuning_config=None, "
+    "int? output_dtype=None, int? x_dtype=None, int? weight_dtype=None, int? scale_dtype=None, "
+    "int? per_token_scale_dtype=None) -> Tensor[]",
+    "npu_grouped_matmul_swiglu_quant_v2(Tensor x, Tensor[] weight, Tensor[] weight_scale, Tensor x_scale, Tensor group_list, *, "
+    "Tensor? smooth_scale=None, Tensor[]? weight_assist_matrix=None, Tensor? bias=None, int? dequant_mode=0, "
+    "int? dequant_dtype=6, int? quant_mode=0, int? quant_dtype=1, int? group_list_type=0, int[]? tuning_config=None, "
+    "int? x_dtype=None, int? weight_dtype=None, int? weight_scale_dtype=None, int? x_scale_dtype=None) -> (Tensor, Tensor)",
 )
 OLD = (
     'npu_dynamic_block_quant(Tensor x, *, float min_scale=0.0, str round_mode="rint", int dst_type=1, int row_block_size=1, '
@@ -53,15 +65,22 @@ OLD = (
     "-> Tensor",
     "npu_convert_weight_to_int4pack(Tensor weight, int inner_k_tiles=0) -> Tensor",
     "npu_format_cast(Tensor input, int acl_format, int? customize_dtype=None) -> Tensor",
+    "npu_grouped_matmul(Tensor[] x, Tensor[] weight, *, Tensor[]? bias=None, Tensor[]? scale=None, Tensor[]? offset=None, "
+    "Tensor[]? antiquant_scale=None, Tensor[]? antiquant_offset=None, Tensor[]? per_token_scale=None, Tensor? group_list=None, "
+    "Tensor[]? activation_input=None, Tensor[]? activation_quant_scale=None, Tensor[]? activation_quant_offset=None, "
+    "int? split_item=0, int? group_type=None, int? group_list_type=0, int? act_type=0, int[]? tuning_config=None, "
+    "ScalarType? output_dtype=None) -> Tensor[]",
 )
 BUILDS = {
     "2.14.0": NEW,
     "2.9.1": tuple(form.replace(", float max_low_bound=0.0", "") for form in NEW),
     "2.8.0": OLD,
 }
-TAKEN_BY_OLD = {"npu.quant_matmul", "npu.weight_quant_int8", "npu.weight_quant_int4", "npu.weight_quant_int4_offset"}
-NAMES = {form.partition("(")[0] for form in NEW}
-KERNELS = [k for k in HOST.kernels("npu") if isinstance(k, NpuKernel) and k.calls.keys() <= NAMES]  # no grouped products
+TAKEN_BY_OLD = {
+    "npu.quant_matmul", "npu.weight_quant_int8", "npu.weight_quant_int4", "npu.weight_quant_int4_offset", "npu.grouped_matmul",
+    "npu.grouped_weight_int8", "npu.grouped_weight_int4",
+}  # fmt: skip
+KERNELS = [k for k in HOST.kernels("npu") if isinstance(k, NpuKernel)]
 PAIRS = [(k, s) for k in KERNELS for s in HOST.schemes.values() if k.serves(s)]
 
 
@@ -79,6 +98,8 @@ def bodies():
         "npu_weight_quant_batchmatmul": lambda *_, **__: y.clone(),
         "npu_convert_weight_to_int4pack": lambda w, *_: torch.zeros(w.shape[0], w.shape[1] // 8, dtype=torch.int32),
         "npu_format_cast": lambda x, *_, **__: x.clone(),
+        "npu_grouped_matmul": lambda *_, **__: [y.clone()],
+        "npu_grouped_matmul_swiglu_quant_v2": lambda *_, **__: (torch.zeros(M, N, dtype=torch.int8), torch.zeros(M)),
     }
 
 
@@ -99,8 +120,9 @@ def build(request, monkeypatch):
 
 @pytest.mark.parametrize(("kernel", "scheme"), PAIRS, ids=[f"{k.name}-{s.name}" for k, s in PAIRS])
 def test_a_call_is_taken_or_refused_before(build, kernel, scheme):
-    spec = WeightSpec(scheme, N, K)
-    reasons = kernel.reasons_against(Request(spec, "linear", DEVICE, torch.bfloat16))
+    spec, layer = WeightSpec(scheme, N, K), kernel.layers[0]
+    device = next(d for d in DEVICES if not isinstance(kernel, NpuGrouped) or d.arch.family in kernel.families)
+    reasons = kernel.reasons_against(Request(spec, layer, device, torch.bfloat16))
     assert bool(reasons) == (build == "2.8.0" and kernel.name not in TAKEN_BY_OLD), reasons
     if reasons:
         assert all("torch_npu" in reason for reason in reasons)
@@ -108,3 +130,15 @@ def test_a_call_is_taken_or_refused_before(build, kernel, scheme):
     packed = kernel.pack(numerics.quantize_weight(cases.plain(N, K), scheme), spec)
     x, bias = cases.activations(M, K, torch.bfloat16), cases.bias(N, torch.bfloat16)
     assert kernel.run(x, packed, bias, spec).shape == (M, N)
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8", "mxfp8"])
+def test_the_launch_with_swiglu_is_taken_or_left_out(build, name, monkeypatch):
+    monkeypatch.setattr(grouped, "family", lambda: "A5")
+    scheme = HOST.schemes[name]
+    kernel = next(k for k in KERNELS if isinstance(k, NpuGrouped) and k.serves(scheme))
+    specs = WeightSpec(scheme, N, K), WeightSpec(scheme, N, N)
+    up, down = (kernel.pack(numerics.quantize_weight(cases.plain(s.n, s.k), scheme), s) for s in specs)
+    x, offsets = cases.activations(M, K, torch.bfloat16), torch.tensor([0, M], dtype=torch.int32)
+    y = kernel.run_gated(x, offsets, kernel.bundle([up, up], 2), kernel.bundle([down]), specs, "silu")
+    assert (y is None) if build == "2.8.0" else y.shape == (M, N)

@@ -136,6 +136,7 @@ class NpuGroupedFp8(_PerToken, NpuFp8):
 
     name = "npu.grouped_matmul_fp8"
     families = ("A5",)
+    calls: ClassVar[Calls] = {"npu_dynamic_quant": ("dst_type",), "npu_grouped_matmul": ("per_token_scale", "x_dtype")}
     source = _ON_950
     element = torch.float8_e4m3fn
 
