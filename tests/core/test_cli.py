@@ -99,6 +99,15 @@ def test_matrix_without_a_filter_is_an_overview():
     assert all(c["kernel"] for c in cells)
 
 
+def test_matrix_of_one_architecture_cites_its_sources():
+    text = " ".join(ask("matrix", "--device", "npu:ascend910b").stdout.split())
+    for cell in quantport.matrix(device="npu:ascend910b"):
+        claim = cell.choice.claim
+        assert claim
+        assert f"{cell.choice.kernel}: {claim.evidence}: {claim.source}" in text
+    assert "npu.quant_matmul: simulated: torch_npu" in text
+
+
 def test_matrix_filters():
     cells = json.loads(ask("matrix", "--scheme", "fp8", "--device", "cuda:sm_80", "--layer", "linear", "--json").stdout)
     assert [(c["scheme"], c["device"], c["layer"], c["effective" if "effective" in c else "precision"]) for c in cells] == [

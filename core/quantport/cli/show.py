@@ -58,6 +58,11 @@ def matrix_page(cells: Sequence[Cell], detailed: bool) -> Page:
     page = Page([c.to_dict() for c in cells], title="quantport matrix")
     if detailed:
         page.blocks.append(Grid(_DETAILS, [_details(c) for c in cells]))
+        if len({c.arch for c in cells}) == 1:
+            sources = dict.fromkeys(
+                f"{c.choice.kernel}: {c.choice.claim.evidence}: {c.choice.claim.source}" for c in cells if c.choice.claim
+            )
+            page.say("\n" + "\n".join(sources), "dim")
         return page
     for layer in dict.fromkeys(c.layer for c in cells):
         schemes, rows = _overview([c for c in cells if c.layer == layer])
