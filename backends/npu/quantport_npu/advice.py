@@ -89,7 +89,7 @@ def _driver(seen: str, nodes: bool, found: Surroundings) -> str:
 
 def _package(seen: str, torch_version: str, package: tuple[str, tuple[str, ...]]) -> str:
     minor, (version, requirements) = _minor(torch_version), package
-    command = f'pip install "torch-npu=={minor}.*"'
+    command = f'pip install "torch-npu=={minor}.*", or, before there is one, pip install torch-npu, which brings its own torch'
     if not version:
         return f"{seen}, but torch_npu is not installed: {command}" if seen else ""
     wanted = next((m[1] for line in requirements if (m := re.match(r"torch\s*\(?==\s*([\w.+]+)", line))), version)

@@ -56,7 +56,7 @@ class NpuBackend(Backend):
         return devices(import_module("torch_npu")) if installed() else ()
 
     def kernels(self) -> Sequence[Kernel]:
-        """The portable kernels."""
+        """Those of torch_npu's operators first; the portable ones run everything else."""
         from quantport_npu.kernels import kernels
 
         return kernels()

@@ -109,6 +109,11 @@ def relative_error(y: Tensor, expected: Tensor) -> float:
     return torch.where(worst == 0, 0.0, worst / largest).max().item()
 
 
+def kept(tensor: Tensor) -> Tensor:
+    """A copy on the CPU, to compare with later; in place for the opaque layouts of oneDNN."""
+    return tensor.to("cpu", copy=True) if tensor.layout is torch.strided else tensor.clone()
+
+
 def same_bits(left: Tensor, right: Tensor) -> bool:
     """Whether two tensors have the same shape, dtype and bits."""
     if left.shape != right.shape or left.dtype != right.dtype:

@@ -68,7 +68,7 @@ def compare(kernel: Kernel, jobs: Sequence[Job], where: torch.device) -> str:
     """
     first = jobs[0]
     packed = kernel.pack({name: t.to(where, copy=True) for name, t in first.canonical.items()}, first.spec)
-    before = [t.to("cpu", copy=True) for t in packed]
+    before = [cases.kept(t) for t in packed]
     for job in jobs:
         x, bias = job.x.to(where, copy=True), None if job.bias is None else job.bias.to(where, copy=True)
         wrong = _result(kernel.run(x, packed, bias, job.spec), job, where, kernel.tolerance)
@@ -189,7 +189,7 @@ def check_packing(subject: Subject, kernel: Kernel, scheme: Scheme) -> None:
 
 
 def _round_trip(kernel: Kernel, spec: WeightSpec, canonical: Canonical, request: Request) -> list[str]:
-    before = {name: t.to("cpu", copy=True) for name, t in canonical.items()}
+    before = {name: cases.kept(t) for name, t in canonical.items()}
     try:
         packed: Packed = kernel.pack(canonical, spec)
         back = kernel.unpack(packed, spec)

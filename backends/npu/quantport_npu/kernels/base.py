@@ -19,7 +19,7 @@ PART = LIMIT // 128 * 128  # columns of one product: whole blocks of scales
 
 def parts(n: int) -> list[slice]:
     """Slices of ``n`` output channels, each within the vendor's limit."""
-    return [slice(i, min(i + PART, n)) for i in range(0, n, PART)]
+    return [slice(0, n)] if n <= LIMIT else [slice(i, min(i + PART, n)) for i in range(0, n, PART)]
 
 
 def even(scale: Tensor) -> Tensor:

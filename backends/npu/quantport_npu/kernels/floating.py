@@ -10,9 +10,10 @@ from torch import Tensor
 
 from quantport.backend import Packed, Quant, Scheme, WeightSpec
 from quantport_npu.kernels.base import Calls, NpuKernel
-from quantport_npu.vendor import NN, PLUGIN
+from quantport_npu.vendor import NN
 
 _E4M3 = torch.float8_e4m3fn
+_V5 = "matmul/quant_batch_matmul_v4/docs/aclnnQuantMatmulV5.md"
 
 
 class _Fp8(NpuKernel):
@@ -39,7 +40,7 @@ class NpuFp8(_Fp8):
 
     name = "npu.quant_matmul_fp8"
     calls: ClassVar[Calls] = {"npu_dynamic_quant": ("dst_type",), "npu_quant_matmul": ("pertoken_scale", "x1_dtype")}
-    source = f"{PLUGIN}/torch_npu-npu_dynamic_quant.md; {NN} matmul/quant_batch_matmul_v4/docs"
+    source = f"{NN} quant/dynamic_quant_v2/docs/aclnnDynamicQuantV2.md, {_V5}"
 
     def serves(self, scheme: Scheme) -> bool:
         weights = (Quant("e4m3fn", 0, 0), Quant("e4m3fn", 1, 0))
@@ -60,7 +61,7 @@ class NpuFp8Block(_Fp8):
 
     name = "npu.quant_matmul_fp8_blocks"
     calls: ClassVar[Calls] = {"npu_dynamic_block_quant": ("dst_type",), "npu_quant_matmul": ("group_sizes", "x1_dtype")}
-    source = f"{PLUGIN}/torch_npu-npu_dynamic_block_quant.md; {NN} matmul/quant_batch_matmul_v5/docs"
+    source = f"{NN} quant/dynamic_block_quant/docs/aclnnDynamicBlockQuantV2.md, {_V5}"
 
     def serves(self, scheme: Scheme) -> bool:
         return (scheme.weight, scheme.activation) == (Quant("e4m3fn", 128, 128), Quant("e4m3fn", 1, 128))

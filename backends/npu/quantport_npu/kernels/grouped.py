@@ -18,10 +18,11 @@ from quantport_npu.kernels.base import Calls, NpuKernel
 from quantport_npu.kernels.floating import NpuFp8
 from quantport_npu.kernels.integer import NpuInt8, NpuWeightInt4, NpuWeightInt8
 from quantport_npu.kernels.mx import WAYS, NpuMx
-from quantport_npu.vendor import E2M1, E8M0, PLUGIN, family, lacking
+from quantport_npu.vendor import E2M1, E8M0, LIMIT, PLUGIN, family, lacking
 
 _PAGE = f"{PLUGIN}/torch_npu-npu_grouped_matmul.md"
-_ON_950 = "Ascend/op-plugin test/test_custom_ops/test_npu_grouped_matmul.py; vllm_ascend/device/device_op.py at 182b75ea"
+_ON_950 = "vllm-project/vllm-ascend at 182b75ea, vllm_ascend/device/device_op.py, as A5DeviceAdaptor calls it"
+_FUSED = "with SiLU on Ascend 950, the product of gate and up is quantized without a rounding to 16 bits"
 _GATED = "npu_grouped_matmul_swiglu_quant_v2"
 
 
@@ -36,10 +37,12 @@ class NpuGrouped(StackedKernel, NpuKernel):
     layers = ("moe",)
 
     def reasons_against(self, request: Request) -> Sequence[str]:
-        reasons, arch = super().reasons_against(request), request.device.arch
-        if reasons or arch.family in self.families:
-            return reasons
-        return [f"{self.name} is documented for {', '.join(self.families)}, not {arch.name} [{self.source}]"]
+        reasons, arch = list(super().reasons_against(request)), request.device.arch
+        if not reasons and arch.family not in self.families:
+            reasons.append(f"{self.name} is documented for {', '.join(self.families)}, not {arch.name} [{self.source}]")
+        if 2 * request.weight.n > LIMIT:
+            reasons.append(f"{self.name} takes up to {LIMIT} columns of gate and up, not 2 x {request.weight.n} [{self.source}]")
+        return reasons
 
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
         """One group."""
@@ -123,7 +126,7 @@ class NpuGroupedInt8(_PerToken, NpuInt8):
     name = "npu.grouped_matmul"
     families = ("A2", "A3", "A5")
     source = f"{_PAGE}; {_ON_950}"
-    deviation = f"{NpuInt8.deviation}; scales of output channels are rounded to bfloat16 where the result is bfloat16"
+    deviation = f"{NpuInt8.deviation}; scales of output channels are rounded to bfloat16 where the result is bfloat16; {_FUSED}"
     element = torch.int8
     pack, unpack = Kernel.pack, Kernel.unpack
 
@@ -135,6 +138,7 @@ class NpuGroupedFp8(_PerToken, NpuFp8):
     """FP8 by FP8, a scale for each token and each output channel."""
 
     name = "npu.grouped_matmul_fp8"
+    deviation = _FUSED
     families = ("A5",)
     calls: ClassVar[Calls] = {"npu_dynamic_quant": ("dst_type",), "npu_grouped_matmul": ("per_token_scale", "x_dtype")}
     source = _ON_950
@@ -161,6 +165,8 @@ class NpuGroupedMx(_Gated, NpuMx):
     def __init__(self, name: str) -> None:
         super().__init__(name)
         self.name = name.replace("quant_matmul", "grouped_matmul")
+        if self.fuses:
+            self.deviation = "; ".join(filter(None, (self.deviation, _FUSED)))
 
     def grouped(self, q: Packed, stack: Packed, ends: Tensor, dtype: torch.dtype) -> Tensor:
         weight, scale = self.sides(stack)
@@ -170,8 +176,16 @@ class NpuGroupedMx(_Gated, NpuMx):
         )
 
     def gates(self, spec: WeightSpec) -> bool:
-        """MXFP8 with the rule of OCP: builds differ about the shape of MXFP4 results, and there is no other rule."""
-        return self.way.weight == "e4m3fn" and self.way.options["scale_alg"] == 0 and not 2 * spec.n % 128
+        """It takes whole blocks of 128 of gate and up."""
+        return self.fuses and not 2 * spec.n % 128
+
+    @property
+    def fuses(self) -> bool:
+        """MXFP8 with the rule of OCP: builds differ about the shape of MXFP4 results, and there is no other rule.
+
+        The page writes the exponent of results with the brackets of rounding; it is read as that of npu_dynamic_mx_quant, a floor.
+        """
+        return self.way.weight == "e4m3fn" and self.way.options["scale_alg"] == 0
 
     def gated(self, q: Packed, stack: Packed, ends: Tensor) -> Packed:
         weight, scale = self.sides(stack)

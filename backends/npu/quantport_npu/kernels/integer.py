@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quantport.backend import Canonical, Packed, Quant, Request, Scheme, WeightSpec, numerics
 from quantport_npu.kernels.base import Calls, NpuKernel, parts
-from quantport_npu.vendor import FRACTAL_ND, FRACTAL_NZ, LIMIT, NN, PLUGIN
+from quantport_npu.vendor import FRACTAL_ND, LIMIT, NN, PLUGIN, tiles
 
 _SLAB = 1 << 24  # int4 codes that are widened to int32 at a time
 
@@ -42,12 +42,11 @@ class NpuInt8(NpuKernel):
 
     def pack(self, canonical: Canonical, spec: WeightSpec) -> Packed:
         weight, scale = canonical["weight"], canonical["weight_scale"]
-        tiles = (torch.ops.npu.npu_format_cast(weight[part].t().contiguous(), FRACTAL_NZ) for part in parts(spec.n))
-        return scale.view(-1), *tiles
+        return scale.view(-1), *(tiles(weight[part].t().contiguous()) for part in parts(spec.n))
 
     def unpack(self, packed: Packed, spec: WeightSpec) -> Canonical:
-        scale, *tiles = packed
-        rows = [torch.ops.npu.npu_format_cast(tile, FRACTAL_ND).t() for tile in tiles]
+        scale, *weights = packed
+        rows = [torch.ops.npu.npu_format_cast(tile, FRACTAL_ND).t() for tile in weights]
         return {"weight": torch.cat(rows).contiguous(), "weight_scale": scale.view(-1, 1)}
 
     def activations(self, x: Tensor, spec: WeightSpec) -> Packed:
@@ -55,8 +54,8 @@ class NpuInt8(NpuKernel):
         return q
 
     def multiply(self, q: Packed, packed: Packed, part: slice, bias: Tensor | None, dtype: torch.dtype, spec: WeightSpec) -> Tensor:
-        scale, *tiles = packed
-        tile = tiles[parts(spec.n).index(part)]
+        scale, *weights = packed
+        tile = weights[parts(spec.n).index(part)]
         bias = None if bias is None else bias.float()
         y: Tensor = torch.ops.npu.npu_quant_matmul(q[0], tile, scale[part], pertoken_scale=q[1], bias=bias, output_dtype=dtype)
         return y

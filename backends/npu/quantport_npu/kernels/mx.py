@@ -11,7 +11,7 @@ from torch import Tensor
 
 from quantport.backend import Canonical, Packed, Quant, Request, Scheme, WeightSpec
 from quantport_npu.kernels.base import Calls, NpuKernel, even, uneven
-from quantport_npu.vendor import E2M1, E8M0, FRACTAL_ND, FRACTAL_NZ, LIMIT, NN, PLUGIN
+from quantport_npu.vendor import E2M1, E8M0, FRACTAL_ND, LIMIT, NN, tiles
 
 _E4M3 = torch.float8_e4m3fn
 
@@ -61,7 +61,7 @@ class NpuMx(NpuKernel):
         "npu_dynamic_mx_quant": ("scale_alg", "dst_type_max"),
         "npu_quant_matmul": ("group_sizes", "scale_dtype", "x2_dtype"),
     }
-    source = f"{NN} quant/dynamic_mx_quant/docs/aclnnDynamicMxQuantV2.md, matmul/quant_batch_matmul_v5/docs"
+    source = f"{NN} quant/dynamic_mx_quant/docs/aclnnDynamicMxQuantV2.md, matmul/quant_batch_matmul_v4/docs/aclnnQuantMatmulV5.md"
     quantizes_activations = True
 
     def __init__(self, name: str) -> None:
@@ -79,8 +79,10 @@ class NpuMx(NpuKernel):
 
     def reasons_against(self, request: Request) -> Sequence[str]:
         reasons, spec = list(super().reasons_against(request)), request.weight
-        if "e2m1" in (self.way.weight, self.way.activation) and spec.k % 2:
-            reasons.append(f"{self.name} packs two elements to a byte along K, and {spec.k} is odd [{self.source}]")
+        if self.way.activation == "e2m1" and (spec.k % 2 or spec.k == 2):
+            reasons.append(f"{self.name} takes even K from 4 on, two elements to a byte, not {spec.k} [{self.source}]")
+        if self.way.activation != self.way.weight and spec.k % 8:
+            reasons.append(f"{self.name} takes K in multiples of 8, not {spec.k} [{self.source}]")
         return reasons
 
     def pack(self, canonical: Canonical, spec: WeightSpec) -> Packed:
@@ -116,7 +118,10 @@ class NpuDualScale(NpuKernel):
         "npu_dual_level_quant_matmul": (),
         "npu_format_cast": ("customize_dtype",),
     }
-    source = f"{PLUGIN}/torch_npu-npu_dynamic_dual_level_mx_quant.md, torch_npu-npu_dual_level_quant_matmul.md"
+    source = (
+        f"{NN} quant/dynamic_dual_level_mx_quant/docs/aclnnDynamicDualLevelMxQuant.md, "
+        "matmul/dual_level_quant_batch_matmul/docs/aclnnDualLevelQuantMatmulWeightNz.md"
+    )
     quantizes_activations = True
 
     def serves(self, scheme: Scheme) -> bool:
@@ -132,7 +137,7 @@ class NpuDualScale(NpuKernel):
         return reasons
 
     def pack(self, canonical: Canonical, spec: WeightSpec) -> Packed:
-        weight = torch.ops.npu.npu_format_cast(canonical["weight_packed"].view(torch.int8), FRACTAL_NZ, customize_dtype=torch.int8)
+        weight = tiles(canonical["weight_packed"].view(torch.int8), customize_dtype=torch.int8)
         return weight, even(canonical["weight_scale"]), canonical["weight_outer_scale"].t().contiguous()
 
     def unpack(self, packed: Packed, spec: WeightSpec) -> Canonical:

@@ -103,6 +103,7 @@ def _antiquant(
         codes = over(weight).float().numpy()
     groups, _ = _weights(name, weight, x.shape[1])
     k, n = codes.shape[1:]
+    check(n <= LIMIT, name, f"N up to {LIMIT}, not {n}")
     scale = _single(name, scales, "scales")
     parts = scale.shape[1] if scale.dim() == 3 else 0
     check(not parts or (weight.dtype is torch.int32 and k % parts == 0), name, f"{parts} groups along K of {k}: of int4, and whole")
@@ -137,6 +138,7 @@ def _mx(name: str, x: Tensor, weight: Tensor, scale: Tensor, token: Tensor, dtyp
     allowed(name, "the dtype of activations and weights", weight.dtype, BYTES if four else FLOAT8)
     check(not four or _transposed(weight), name, "e2m1 weights are packed along K: [groups, N, K / 2], transposed")
     groups, n = _weights(name, weight, x.shape[1])
+    check(not four or x.shape[1] > 1, name, "K of MXFP4 is not 2 (GroupedMatmulKernelNpuOpApi.cpp)")
     left = e2m1(over(x)) if four else over(x).float().numpy()
     right = e2m1(over(weight).transpose(1, 2)).transpose(0, 2, 1) if four else over(weight).float().numpy()
     k = left.shape[1]

@@ -116,6 +116,8 @@ def _mx(
     left = e2m1(over(x1)) if four else over(x1).float().numpy()
     right = over(x2).float().numpy() if eight else e2m1_columns(over(x2))
     (m, k), n = left.shape, right.shape[1]
+    check(not four or k > 2, name, "K of MXFP4 is more than 2")
+    check(not mixed or k % 8 == 0, name, f"K of W4A8 is a multiple of 8, not {k}")
     pairs = -(-k // 64)
     check(right.shape[0] == k, name, f"[{m}, {k}] x {list(right.shape)}")
     check(token.dtype is scale.dtype is torch.uint8, name, "scales are bytes")

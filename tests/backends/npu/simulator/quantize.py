@@ -170,6 +170,9 @@ def npu_format_cast(
     check(customize_dtype in (None, 1) and input_dtype is None, name, "other dtypes are not simulated")
     if acl_format == layout(source) or (acl_format in PLAIN and layout(source) in PLAIN):
         return source
+    allows = torch_npu._C._npu_getOption("ALLOW_INTERNAL_FORMAT") == b"enable"
+    if acl_format == NZ and family() != A5 and not allows:  # op_plugin/ops/aclops/FormatCastKernelNpu.cpp, before CANN 9.1
+        return source
     check(source.dim() == 2 and source.is_contiguous(), name, "a contiguous matrix is simulated")
     out = torch_npu.empty_with_format(list(source.shape), dtype=source.dtype, device=source.device, acl_format=acl_format)
     if acl_format == NZ:

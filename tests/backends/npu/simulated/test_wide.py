@@ -1,0 +1,74 @@
+"""More output channels than one product takes, and weights in tiles: what small weights never meet."""
+
+from simulator.need import simulated
+
+simulated()
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from declared import Declared  # noqa: E402
+from simulator.memory import NZ, layout  # noqa: E402
+
+from quantport import numerics  # noqa: E402
+from quantport.backend import Accepted, Request, WeightSpec  # noqa: E402
+from quantport.host import host  # noqa: E402
+from quantport.testing import cases  # noqa: E402
+from quantport_npu.kernels.base import PART, NpuKernel  # noqa: E402
+from quantport_npu.vendor import LIMIT  # noqa: E402
+
+N, K = PART + 200, 64  # a second part that is no whole block
+
+
+def takes():
+    """Every kernel with one scheme and the widest weight that it takes here."""
+    for kernel in (k for k in host().kernels("npu") if isinstance(k, NpuKernel)):
+        for scheme in (s for s in host().schemes.values() if kernel.serves(s)):
+            specs = [WeightSpec(scheme, n, 256 if scheme.weight.cols > 32 else K) for n in (N, LIMIT - 7)]
+            asked = [Request(s, "linear", host().device("npu"), t) for s in specs for t in (torch.bfloat16, torch.float16)]
+            if request := next((r for r in asked if isinstance(kernel.verdict(r), Accepted)), None):
+                yield kernel, request.weight, request.dtype
+                break
+
+
+TAKES = list(takes())
+
+
+def test_there_are_some():
+    assert {k.name: s.n for k, s, _ in TAKES}["npu.weight_quant_int8"] == N
+    assert all(s.n < N for k, s, _ in TAKES if "int4" in k.name or "dual" in k.name)
+
+
+@pytest.mark.parametrize(("kernel", "spec", "dtype"), TAKES, ids=[k.name for k, _, _ in TAKES])
+def test_several_products_are_right(kernel, spec, dtype):
+    weight = cases.plain(spec.n, spec.k)
+    weight *= torch.arange(1, spec.n + 1)[:, None] / spec.n + 0.5  # the scales of no two parts are alike
+    canonical = numerics.quantize_weight(weight, spec.scheme)
+    packed = kernel.pack({key: t.to("npu") for key, t in canonical.items()}, spec)
+    x, bias = cases.activations(3, spec.k, dtype), cases.bias(spec.n, dtype)
+    y = kernel.run(x.to("npu"), packed, bias.to("npu"), spec).cpu()
+    expected = Declared(kernel, kernel).run(x, packed, bias, spec)
+    assert (y.float() - expected.float()).abs().max() <= kernel.tolerance * expected.float().abs().max()
+    for part in (slice(0, 128), slice(PART, spec.n)):  # an error in few channels would not show among all
+        assert cases.relative_error(y[:, part], expected[:, part]) <= kernel.tolerance
+    back = kernel.unpack(packed, spec)
+    assert all(cases.same_bits(back[key].cpu(), t) for key, t in canonical.items())
+
+
+@pytest.mark.parametrize(("name", "scheme"), [("npu.quant_matmul", "int8"), ("npu.dual_level_quant_matmul", "mxfp4_dualscale")])
+def test_weights_lie_in_tiles(name, scheme):
+    """torch_npu allows no internal formats by default, and then gives a matrix in rows on A2 and A3."""
+    kernel, spec = next(k for k in host().kernels("npu") if k.name == name), WeightSpec(host().schemes[scheme], 64, 512)
+    if not isinstance(kernel.verdict(Request(spec, "linear", host().device("npu"))), Accepted):
+        pytest.skip(f"{name} does not run on {host().device('npu')}")
+    canonical = numerics.quantize_weight(cases.plain(64, 512), spec.scheme)
+    packed = kernel.pack({key: t.to("npu") for key, t in canonical.items()}, spec)
+    assert NZ in [layout(t) for t in packed]
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int8_weight_only", "fp8", "mxfp8", "mxfp4", "int4_weight_only"])
+def test_gate_and_up_together_have_the_limit_too(scheme):
+    device = host().device("npu")
+    for n, taken in ((32760, True), (32768, False)):
+        spec = WeightSpec(host().schemes[scheme], n, 256)
+        verdicts = [k.verdict(Request(spec, "moe", device)) for k in host().kernels("npu") if "grouped" in k.name]
+        assert any(isinstance(v, Accepted) for v in verdicts) <= taken
