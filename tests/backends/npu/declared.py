@@ -69,6 +69,8 @@ DECLARED: dict[str, Linear] = {
     "npu.quant_matmul_mxfp8": floor,
     "npu.quant_matmul_mxfp4_w4a8": floor,
     "npu.grouped_matmul": int8_rounded,
+    "npu.grouped_matmul_fp8": scheme,
+    "npu.grouped_matmul_mxfp8_floor": scheme,
     "npu.grouped_matmul_mxfp8": floor,
     "npu.grouped_weight_int8": rounded,
 }

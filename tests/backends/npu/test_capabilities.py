@@ -112,7 +112,7 @@ def test_a2_has_no_fp8_and_no_mx():
         ("npu.weight_quant_int4", "int4_weight_only", 65544, 256, "N up to 65535"),
         ("npu.weight_quant_int4", "int4_weight_only", 33, 256, "33 is no multiple of 8"),
         ("npu.weight_quant_int4", "int4_weight_only", 64, 128, "up to K - 1, not of 128"),
-        ("npu.quant_matmul_mxfp4", "mxfp4", 64, 201, "201 is odd"),
+        ("npu.quant_matmul_mxfp4", "mxfp4", 64, 201, "even K from 4 on, two elements to a byte, not 201"),
     ],
 )
 def test_limits(kernel, scheme, n, k, said):

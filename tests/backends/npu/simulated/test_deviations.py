@@ -7,6 +7,7 @@ simulated()
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from declared import DECLARED, Declared  # noqa: E402
+from declared import scheme as numbers  # noqa: E402
 
 from quantport import numerics  # noqa: E402
 from quantport.backend import Accepted, Request, WeightSpec  # noqa: E402
@@ -19,6 +20,25 @@ CLOSE = 2.0**-7  # of one rounding to 16 bits, of another order of sums
 
 KERNELS = {kernel.name: kernel for kernel in host().kernels("npu")}
 CASES = [(name, scheme) for name in DECLARED for scheme in host().schemes.values() if KERNELS[name].serves(scheme)]
+
+
+@pytest.mark.parametrize("name", [name for name, linear in DECLARED.items() if linear is not numbers])
+def test_it_is_told_from_the_scheme(name):
+    """One input at a time: nothing is added up, so that a result has the bits of what is declared, and of nothing else."""
+    kernel, scheme = KERNELS[name], next(s for s in host().schemes.values() if KERNELS[name].serves(s))
+    spec = WeightSpec(scheme, N, K)
+    layer = "moe" if "grouped" in name else "linear"
+    dtype = host().device("npu").arch.compute
+    if not isinstance(kernel.verdict(Request(spec, layer, host().device("npu"), dtype)), Accepted):
+        pytest.skip(f"{name} does not run on {host().device('npu')}")
+    canonical = numerics.quantize_weight(cases.plain(N, K), scheme)
+    packed = kernel.pack({key: t.to("npu") for key, t in canonical.items()}, spec)
+    x = (torch.eye(K) * 1.9).to(dtype)
+    y = kernel.run(x.to("npu"), packed, None, spec).cpu()
+    effective = scheme if kernel.quantizes_activations else scheme.weight_only
+    same, plain = ((y == linear(x, canonical, effective, None, x.dtype)).float().mean() for linear in (DECLARED[name], numbers))
+    assert same > 0.99
+    assert plain < 0.95
 
 
 def test_every_deviation_is_here():
