@@ -30,14 +30,19 @@ def scaled_mm(a, b, *args, product=torch._scaled_mm, **kwargs):
 
 
 @contextmanager
-def found(devices: Sequence[Device]) -> Iterator[None]:
-    """Inside, the process finds these devices and no other; torch has all operators, and Triton a backend: its interpreter."""
+def found(devices: Sequence[Device], quantizes: bool = True) -> Iterator[None]:
+    """Inside, the process finds these devices and no other; torch has all operators, and Triton a backend: its interpreter.
+
+    Without ``quantizes`` the reference quantizes weights: the interpreter takes minutes for those of a model.
+    """
     triton_emulation.install(pytest.importorskip("triton.runtime.interpreter"))
     room = XpuBackend()  # not a class of its own: the suite imports the room's class in a fresh process
     room.torch_type, room.detect = "cpu", lambda: devices
     lock, quantize = Lock(), room.quantize_weight
 
     def quantize_weight(weight, scheme):
+        if not quantizes:
+            return None
         with lock:  # loading asks from several threads, and the interpreter keeps one grid for all
             return quantize(weight, scheme)
 

@@ -78,7 +78,7 @@ def test_a_diffusion_transformer_computes_what_its_scheme_says(scheme, model, mo
     """On the CPU in place of the GPU: the planned kernels, and in a second run the portable ones."""
     if model in omni.DIFFUSERS:
         pytest.importorskip("diffusers")
-    with xpu_stand_in.found([replace(xpu_stand_in.gpu("bmg"), features=frozenset())]):
+    with xpu_stand_in.found([replace(xpu_stand_in.gpu("bmg"), features=frozenset())], quantizes=False):
         fused, portable = omni.build(model), omni.build(model)
         made = quantize_(fused, scheme, fallback="error" if scheme == "int8" else None)
         monkeypatch.setitem(vars(host())["_kernels"], "xpu", aten.portable())
