@@ -41,8 +41,11 @@ def test_no_row_of_a_plan_is_broken_at_80_columns(args):
 
 def test_a_pipe_gets_whole_rows():
     text = CliRunner().invoke(app, ["matrix", "--device", "cuda:sm_80"], env={"COLUMNS": ""}).stdout
-    rows = text.splitlines()[2:]
+    table, _, sources = text.partition("\n\n")
+    rows = table.splitlines()[2:]
+    assert rows
     assert all(row.startswith("cuda:sm_80") for row in rows)
+    assert sources.startswith("cuda.")
 
 
 GRID = Grid((Column("name"), Column("size", right=True), Column("why", 1, prose=True)), (("a|b", "1", "<b>\nc"),), "things")
