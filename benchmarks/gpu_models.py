@@ -7,6 +7,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -148,9 +149,9 @@ def run(place: Place, found: dict[str, Any], keep: Callable[[dict[str, Any]], No
     checks = (("compile", compiled), ("CUDA graph", replayed), ("no waiting", asynchronous))
     todo: list[tuple[str, Callable[[], dict[str, Any]]]] = []
     for scheme in schemes:
-        todo += [(f"{m}, {scheme}", lambda m=m, s=scheme: example(place, m, s)) for m in MODELS[: 1 if place.smoke else 2]]  # type: ignore[misc]  # a default
+        todo += [(f"{m}, {scheme}", partial(example, place, m, scheme)) for m in MODELS[: 1 if place.smoke else 2]]
     for scheme in schemes:
-        todo += [(f"{what}, {scheme}", lambda f=f, s=scheme: f(place, s)) for what, f in checks]  # type: ignore[misc]  # a default
+        todo += [(f"{what}, {scheme}", partial(f, place, scheme)) for what, f in checks]
     rows: list[dict[str, Any]] = []
     warnings.filterwarnings("ignore", category=UserWarning)
     with torch.no_grad():

@@ -156,7 +156,8 @@ def run_grouped(
         raise RoutingError(f"multiply {groups} groups by {shared} weights each", f"{len(packed)} weights", f"{groups * shared}")
     routed = x[: bounds[-1]].contiguous()
     y = kernel.apply_grouped(routed, offsets.to(torch.int32), kernel.bundle(packed, shared), bias, spec, shared)
-    return torch.nn.functional.pad(y, (0, 0, 0, x.shape[0] - bounds[-1]))
+    past = x.shape[0] - bounds[-1]
+    return torch.nn.functional.pad(y, (0, 0, 0, past)) if past else y
 
 
 @torch.library.impl(_LIB, "grouped_linear", "CompositeExplicitAutograd")

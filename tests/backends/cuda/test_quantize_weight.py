@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from agrees import quantizes_as_the_reference
 
-from quantport import numerics
 from quantport.catalog import BUILTIN
 from quantport.testing import cases
 from quantport.testing.fakes import fake_tensors
@@ -30,11 +30,7 @@ def _quiet():
 
 @pytest.mark.parametrize("scheme", ["fp8_per_block", "int4_weight_only", "mxfp8", "nvfp4", "nf4"])
 def test_the_bytes_of_the_reference(scheme):
-    weight, quantize = cases.plain(32, 256), Here().quantize_weight
-    assert quantize(weight, BUILTIN[scheme]) is not None
-    fast, slow = numerics.quantize_weight(weight, BUILTIN[scheme], fast=quantize), numerics.quantize_weight(weight, BUILTIN[scheme])
-    assert list(fast) == list(slow)
-    assert all(cases.same_bits(fast[name], slow[name]) for name in slow)
+    quantizes_as_the_reference(Here().quantize_weight, cases.plain(32, 256), scheme)
 
 
 def test_it_declines_what_has_no_kernel(monkeypatch):

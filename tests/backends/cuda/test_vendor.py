@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from agrees import packing_loses_nothing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -192,14 +193,7 @@ def test_special_weights(emulated, kernel, scheme, shapes):
 
 @pytest.mark.parametrize(("kernel", "scheme", "shapes"), RUNS, ids=IDS)
 def test_packing_loses_nothing_and_no_rows_are_no_rows(emulated, kernel, scheme, shapes):
-    for n, k in shapes:
-        spec = WeightSpec(BUILTIN[scheme], n, k)
-        stored = numerics.quantize_weight(cases.random(n, k), spec.scheme)
-        packed = kernel.pack({name: t.clone() for name, t in stored.items()}, spec)
-        back = kernel.unpack(packed, spec)
-        assert list(back) == list(stored)
-        assert all(cases.same_bits(back[name], stored[name]) for name in stored)
-    assert kernel.run(torch.empty(0, k, dtype=torch.bfloat16), packed, None, spec).shape == (0, n)
+    packing_loses_nothing(kernel, scheme, shapes)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ in its interpreter.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import xpu_stand_in
 
@@ -22,9 +24,9 @@ class TestXpu(BackendConformance):
     kind = "xpu"
     stand_in = None
     # The interpreter runs one program of Triton's after another: tests/backends/triton takes more schemes, and up to 257 rows.
-    stands_for = {"xpu.triton_weight_only": ("fp8_per_block", "int4_hqq", "mxfp4_dualscale")}  # noqa: RUF012
+    stands_for: ClassVar = {"xpu.triton_weight_only": ("fp8_per_block", "int4_hqq", "mxfp4_dualscale")}
     rows = (1, 17)
-    policy = {  # noqa: RUF012
+    policy: ClassVar = {
         "converts e4m3fn": "the operator runs, and only loses time",
         "multiplies e4m3fn natively": "the native kernel runs the same operator",
         "no e4m3fn matrix instruction": "the emulation runs there, for who asks for it",

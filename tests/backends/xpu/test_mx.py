@@ -127,7 +127,7 @@ def test_the_codes_of_every_tie():
     """Golden: 0.25 to 0, 0.75 to 0.5, 1.25 to 1, 1.75 to 1.5, 2.5 to 2, 3.5 to 3, 5 to 4; the scale 2 ** ceil(log2(amax / 6))."""
     x = torch.zeros(1, 32)
     x[0, :16] = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0, -0.25, -0.75, -1.25, -1.75, -2.5, -3.5, -5.0, -6.0])
-    codes, scale = XpuMxfp4Quantized().quantize_packed(x, HOST.schemes["mxfp4:rceil"].activation)
+    codes, scale = XpuMxfp4Quantized().quantize(x, HOST.schemes["mxfp4:rceil"].activation)
     assert scale.view(torch.uint8).tolist() == [[127]]
     assert bytes(codes[0].tolist()).hex() == "10325476" + "98badcfe" + "00" * 8
     q, _ = numerics.quantize(x, HOST.schemes["mxfp4:rceil"].activation)
@@ -137,7 +137,7 @@ def test_the_codes_of_every_tie():
 def test_the_scale_follows_rceil():
     x = torch.zeros(5, 32)
     x[:, 0] = torch.tensor([6.0, 6.25, 5.0, 6 * 2.0**-40, 0.0])
-    _, scale = XpuMxfp4Quantized().quantize_packed(x, HOST.schemes["mxfp4:rceil"].activation)
+    _, scale = XpuMxfp4Quantized().quantize(x, HOST.schemes["mxfp4:rceil"].activation)
     _, expected = numerics.quantize(x, HOST.schemes["mxfp4:rceil"].activation)
     assert scale[:4].view(torch.uint8).tolist() == expected[:4].tolist()
 

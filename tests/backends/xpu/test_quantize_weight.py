@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import xpu_stand_in
+from agrees import quantizes_as_the_reference
 
-from quantport import numerics, quantize_
+from quantport import quantize_
 from quantport.catalog import BUILTIN
 from quantport.host import host
 from quantport.testing import cases
@@ -33,11 +34,7 @@ def room():
 def test_the_bytes_of_the_reference(room, scheme):
     """tests/backends/triton takes every scheme, and more shapes and numbers."""
     for weight in (cases.plain(7, 160), cases.SPECIAL["zero rows"](7, 160), cases.SPECIAL["one outlier"](4, 33)):
-        fast = numerics.quantize_weight(weight, BUILTIN[scheme], fast=room.quantize_weight)
-        slow = numerics.quantize_weight(weight, BUILTIN[scheme])
-        assert room.quantize_weight(weight, BUILTIN[scheme]) is not None
-        assert list(fast) == list(slow)
-        assert all(cases.same_bits(fast[name], slow[name]) for name in slow)
+        quantizes_as_the_reference(room.quantize_weight, weight, scheme)
 
 
 def test_a_model_is_quantized_by_it(room, monkeypatch):

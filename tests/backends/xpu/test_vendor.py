@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from agrees import packing_loses_nothing
 from xpu_runs import BMG, RUNS
 
 from quantport import numerics
@@ -57,14 +58,7 @@ def test_special_weights(kernel, scheme, device, shapes):
 
 @pytest.mark.parametrize(("kernel", "scheme", "device", "shapes"), RUNS, ids=IDS)
 def test_packing_loses_nothing_and_no_rows_are_no_rows(kernel, scheme, device, shapes):
-    for n, k in shapes:
-        spec = WeightSpec(BUILTIN[scheme], n, k)
-        stored = numerics.quantize_weight(cases.random(n, k), spec.scheme)
-        packed = kernel.pack({name: t.clone() for name, t in stored.items()}, spec)
-        back = kernel.unpack(packed, spec)
-        assert list(back) == list(stored)
-        assert all(cases.same_bits(back[name], stored[name]) for name in stored)
-        assert kernel.run(torch.empty(0, k, dtype=torch.bfloat16), packed, None, spec).shape == (0, n)
+    packing_loses_nothing(kernel, scheme, shapes)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -76,6 +77,25 @@ class _Mx(aten.Quantizing):
     def unpack(self, packed: Packed, spec: WeightSpec) -> Canonical:
         return super().unpack((packed[0], packed[1].t().contiguous()), spec)
 
+    def quantize(self, x: Tensor, quant: Quant) -> tuple[Tensor, Tensor]:
+        """Codes as the operator takes them, and e8m0 scales ``[M, K / 32]``."""
+        codes, token = super().quantize(x, quant)
+        return codes, token.view(torch.float8_e8m0fnu)
+
+    def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
+        if not len(x):
+            return x.new_empty(0, spec.n)
+        weight, scale = packed
+        assert spec.scheme.activation is not None  # serves refused it otherwise
+        codes, token = self.quantize(x, spec.scheme.activation)
+        return self.multiply(codes, token, weight, scale.view(token.dtype), x.dtype, bias)
+
+    @abstractmethod
+    def multiply(
+        self, codes: Tensor, token: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype, bias: Tensor | None
+    ) -> Tensor:
+        """The operator, for results of ``dtype``."""
+
 
 class XpuMxfp8(_Mx):
     """W8A8 in MXFP8 through ``_xpu_C.fp8_gemm`` with e8m0 scales: the numbers of MXFP8, multiplied in a wider type."""
@@ -88,14 +108,10 @@ class XpuMxfp8(_Mx):
         """The vendor's source and test."""
         return Claim(Evidence.DECLARED, _FP8)
 
-    def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
-        if not len(x):
-            return x.new_empty(0, spec.n)
-        weight, scale = packed
-        assert spec.scheme.activation is not None  # serves refused it otherwise
-        q, token = self.quantize(x, spec.scheme.activation)
-        e8m0 = torch.float8_e8m0fnu
-        y: Tensor = torch.ops._xpu_C.fp8_gemm(q, weight.view(q.dtype).t(), x.dtype, token.view(e8m0), scale.view(e8m0), bias)
+    def multiply(
+        self, codes: Tensor, token: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype, bias: Tensor | None
+    ) -> Tensor:
+        y: Tensor = torch.ops._xpu_C.fp8_gemm(codes, weight.view(codes.dtype).t(), dtype, token, scale, bias)
         return y
 
 
@@ -116,19 +132,16 @@ class XpuMxfp4(_Mx):
         """The vendor's source, and its caller."""
         return Claim(Evidence.DECLARED, _FP4)
 
-    def quantize_packed(self, x: Tensor, quant: Quant) -> tuple[Tensor, Tensor]:
-        """Two codes to a byte, the even one low ``[M, K / 2]``, and e8m0 scales ``[M, K / 32]``."""
-        q, token = self.quantize(x, quant)
-        return numerics.pack_bits(q, 4), token.view(torch.float8_e8m0fnu)
+    def quantize(self, x: Tensor, quant: Quant) -> tuple[Tensor, Tensor]:
+        """Two codes to a byte, the even one low: ``[M, K / 2]``."""
+        codes, token = super().quantize(x, quant)
+        return numerics.pack_bits(codes, 4), token
 
-    def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
-        if not len(x):
-            return x.new_empty(0, spec.n)
-        weight, scale = packed
-        assert spec.scheme.activation is not None  # serves refused it otherwise
-        codes, token = self.quantize_packed(x, spec.scheme.activation)
-        e2m1, scale = torch.float4_e2m1fn_x2, scale.view(token.dtype)
-        y: Tensor = torch.ops._xpu_C.fp4_gemm(codes.view(e2m1), weight.view(e2m1).t(), token, scale, x.dtype, bias)
+    def multiply(
+        self, codes: Tensor, token: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype, bias: Tensor | None
+    ) -> Tensor:
+        left, right = (t.view(torch.float4_e2m1fn_x2) for t in (codes, weight))
+        y: Tensor = torch.ops._xpu_C.fp4_gemm(left, right.t(), token, scale, dtype, bias)
         return y
 
 
@@ -149,7 +162,7 @@ class XpuMxfp4Quantized(XpuMxfp4):
         """The vendor's sources, and their caller."""
         return Claim(Evidence.DECLARED, f"{_FP4}; {_QUANTIZER}")
 
-    def quantize_packed(self, x: Tensor, quant: Quant) -> tuple[Tensor, Tensor]:
+    def quantize(self, x: Tensor, quant: Quant) -> tuple[Tensor, Tensor]:
         m, k = x.shape
         codes, scale = x.new_empty(m, k // 2, dtype=torch.uint8), x.new_empty(m, k // 32, dtype=torch.float32)
         torch.ops._C.per_token_group_quant_mxfp4(x, codes, scale, 32, SMALLEST)

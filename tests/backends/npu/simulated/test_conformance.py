@@ -7,15 +7,15 @@ from simulator.need import simulated
 
 simulated()
 
-from types import SimpleNamespace  # noqa: E402
+from types import SimpleNamespace
 
-import declared  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from simulator import register  # noqa: E402
+import declared
+import pytest
+import torch
+from simulator import register
 
-from quantport import numerics  # noqa: E402
-from quantport.testing import BackendConformance, builders, check_grouped, check_runs  # noqa: E402
+from quantport import numerics
+from quantport.testing import BackendConformance, builders, check_grouped, check_runs
 
 # torch_npu copies and pickles tensors by way of the old storages, of which torch warns.
 pytestmark = pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")

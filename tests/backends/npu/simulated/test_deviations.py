@@ -4,15 +4,15 @@ from simulator.need import simulated
 
 simulated()
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from declared import DECLARED, Declared  # noqa: E402
-from declared import scheme as numbers  # noqa: E402
+import pytest
+import torch
+from declared import DECLARED, Declared
+from declared import scheme as numbers
 
-from quantport import numerics  # noqa: E402
-from quantport.backend import Accepted, Request, WeightSpec  # noqa: E402
-from quantport.host import host  # noqa: E402
-from quantport.testing import cases  # noqa: E402
+from quantport import numerics
+from quantport.backend import Accepted, Request, WeightSpec
+from quantport.host import host
+from quantport.testing import cases
 
 N, K = 48, 200
 CLOSE = 2.0**-7  # of one rounding to 16 bits, of another order of sums

@@ -4,17 +4,17 @@ from simulator.need import simulated
 
 simulated("A2", "A3", "950")
 
-from dataclasses import replace  # noqa: E402
+from dataclasses import replace
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from simulator import register  # noqa: E402
-from simulator.register import A5, E2M1, E8M0  # noqa: E402
+import pytest
+import torch
+from simulator import register
+from simulator.register import A5, E2M1, E8M0
 
-from quantport.backend import Accepted, Request, WeightSpec  # noqa: E402
-from quantport.host import host  # noqa: E402
-from quantport.testing import builders, cases  # noqa: E402
-from quantport.testing.subject import Subject  # noqa: E402
+from quantport.backend import Accepted, Request, WeightSpec
+from quantport.host import host
+from quantport.testing import builders, cases
+from quantport.testing.subject import Subject
 
 NPU = torch.ops.npu
 ON_950 = register.family() == A5

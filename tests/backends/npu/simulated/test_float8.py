@@ -4,23 +4,23 @@ from simulator.need import simulated
 
 simulated()
 
-from copy import deepcopy  # noqa: E402
-from pathlib import Path  # noqa: E402
+from copy import deepcopy
+from pathlib import Path
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from simulator import register  # noqa: E402
-from simulator.memory import MisuseError  # noqa: E402
+import pytest
+import torch
+from simulator import register
+from simulator.memory import MisuseError
 
-import quantport  # noqa: E402
-from quantport import aten, numerics  # noqa: E402
-from quantport.backend import WeightSpec  # noqa: E402
-from quantport.cache import rows  # noqa: E402
-from quantport.host import host  # noqa: E402
-from quantport.lookup import look_up, why_not_rows  # noqa: E402
-from quantport.testing import cases  # noqa: E402
-from quantport.testing.check_runs import check_reference  # noqa: E402
-from quantport.testing.subject import Subject  # noqa: E402
+import quantport
+from quantport import aten, numerics
+from quantport.backend import WeightSpec
+from quantport.cache import rows
+from quantport.host import host
+from quantport.lookup import look_up, why_not_rows
+from quantport.testing import cases
+from quantport.testing.check_runs import check_reference
+from quantport.testing.subject import Subject
 
 MODEL = Path(__file__).parents[4] / "examples" / "models" / "tiny-llama"
 N, K = 48, 200

@@ -4,15 +4,15 @@ from simulator.need import simulated
 
 simulated("A2", "950")
 
-import gc  # noqa: E402
+import gc
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from simulator import register  # noqa: E402
-from simulator.start import DRIVER  # noqa: E402
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM  # noqa: E402
+import pytest
+import torch
+from simulator import register
+from simulator.start import DRIVER
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-import quantport  # noqa: E402
+import quantport
 
 BUDGET = 30 << 20
 SEGMENT = 20 << 20  # torch_npu asks the driver for so much at a time, and splits it

@@ -4,12 +4,12 @@ from simulator.need import simulated
 
 simulated("950")
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from simulator import register  # noqa: E402
-from simulator.register import E2M1, E8M0  # noqa: E402
+import pytest
+import torch
+from simulator import register
+from simulator.register import E2M1, E8M0
 
-from quantport_npu import vendor  # noqa: E402
+from quantport_npu import vendor
 
 M, N, K = 4, 64, 256
 NPU = torch.ops.npu

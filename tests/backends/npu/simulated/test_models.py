@@ -8,17 +8,17 @@ from simulator.need import simulated
 
 simulated("A2", "950")
 
-from pathlib import Path  # noqa: E402
+from pathlib import Path
 
-import declared  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from simulator import register  # noqa: E402
-from simulator.start import DRIVER  # noqa: E402
-from transformers import AutoTokenizer  # noqa: E402
+import declared
+import pytest
+import torch
+from simulator import register
+from simulator.start import DRIVER
+from transformers import AutoTokenizer
 
-import quantport  # noqa: E402
-from quantport.modules import QuantExperts  # noqa: E402
+import quantport
+from quantport.modules import QuantExperts
 
 MODELS = Path(__file__).parents[4] / "examples" / "models"
 PROMPTS = (  # the models are of documentation of Python; here their BF16 logits leave little doubt

@@ -7,16 +7,16 @@ from simulator.need import simulated
 
 simulated("A2", "950")
 
-import declared  # noqa: E402
-import omni  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from simulator import register  # noqa: E402
-from torch import nn  # noqa: E402
+import declared
+import omni
+import pytest
+import torch
+from simulator import register
+from torch import nn
 
-import quantport  # noqa: E402
-from quantport.capability import Status  # noqa: E402
-from quantport.host import host  # noqa: E402
+import quantport
+from quantport.capability import Status
+from quantport.host import host
 
 ROW = omni.TABLE["npu"]
 OF_FAMILY = {"A2": ("int8",), "950": tuple(ROW)}  # MX and FP8 need the cube unit of the 950; FP8 is no promise of the table

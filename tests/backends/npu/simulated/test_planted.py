@@ -4,13 +4,13 @@ from simulator.need import simulated
 
 simulated("950")
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
-from quantport import numerics  # noqa: E402
-from quantport.backend import Accepted, Request, WeightSpec  # noqa: E402
-from quantport.host import host  # noqa: E402
-from quantport.testing import cases  # noqa: E402
+from quantport import numerics
+from quantport.backend import Accepted, Request, WeightSpec
+from quantport.host import host
+from quantport.testing import cases
 
 N, K, ROWS = 64, 256, 6
 SCHEMES = {

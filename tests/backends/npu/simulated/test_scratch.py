@@ -4,14 +4,14 @@ from simulator.need import simulated
 
 simulated("A2", "950")
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
-from quantport import numerics  # noqa: E402
-from quantport.backend import WeightSpec  # noqa: E402
-from quantport.budget import need  # noqa: E402
-from quantport.host import host  # noqa: E402
-from quantport.testing import cases  # noqa: E402
+from quantport import numerics
+from quantport.backend import WeightSpec
+from quantport.budget import need
+from quantport.host import host
+from quantport.testing import cases
 
 SHAPES = ((768, 256), (512, 512), (1024, 1024))  # narrower than a block of 512; as wide; more than one chunk
 SCHEMES = [*host().schemes.values(), *(host().schemes[name] for name in ("mxfp8:mse", "mxfp4_weight_only:mse:hadamard"))]
