@@ -1,6 +1,7 @@
 """What each class of host processor multiplies natively.
 
-Source: oneDNN ``doc/common_concepts/data_types.md`` and ``dev_guide_int8_computations``.
+Sources: oneDNN ``doc/common_concepts/data_types.md`` and ``dev_guide_int8_computations``; Intel's intrinsics guide for ``vpmaddwd``,
+which adds two products of 16 bits, those of bytes among them, to a lane of 32: exact where ``vpmaddubsw`` saturates.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ ARCHS = {
     arch.name: arch
     for arch in (
         _arch("generic", "any processor"),
-        _arch("x86_avx2", "x86-64 with AVX2"),
-        _arch("x86_avx512", "x86-64 with AVX-512, without VNNI"),
+        _arch("x86_avx2", "x86-64 with AVX2", "int8"),
+        _arch("x86_avx512", "x86-64 with AVX-512, without VNNI", "int8"),
         _arch("x86_vnni", "x86-64 with AVX512-VNNI or AVX2-VNNI", "int8"),
         _arch("x86_bf16", "x86-64 with AVX512-BF16 and VNNI", "int8", "bf16"),
         _arch("x86_amx", "x86-64 with AMX-INT8 and AMX-BF16", "int8", "bf16"),

@@ -33,6 +33,34 @@ def features(cpu: Any = torch.cpu) -> Features:
     return frozenset(found | ({"amx_int8", "amx_bf16"} if "amx_tile" in found else set()))
 
 
+# What ``ONEDNN_MAX_CPU_ISA`` leaves, beyond what every entry before it does. Source: oneDNN ``dev_guide_cpu_dispatcher_control``.
+_AVX512 = ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl")
+_ONEDNN = {
+    "SSE41": (), "AVX": (), "AVX2": ("avx2",), "AVX2_VNNI": ("avx2", "avx_vnni"), "AVX2_VNNI_2": ("avx2", "avx_vnni"),
+    "AVX512_CORE": ("avx2", *_AVX512), "AVX512_CORE_VNNI": ("avx2", *_AVX512, "avx512_vnni", "avx_vnni"),
+    "AVX512_CORE_BF16": ("avx2", *_AVX512, "avx512_vnni", "avx_vnni", "avx512_bf16"),
+    "AVX512_CORE_FP16": ("avx2", *_AVX512, "avx512_vnni", "avx_vnni", "avx512_bf16"),
+}  # fmt: skip
+_CHOSEN = {"avx2", *_AVX512, "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"}  # what architectures differ in
+
+
+def restricted(found: Features, capability: str, environment: Mapping[str, str]) -> Features:
+    """Instruction sets that torch and oneDNN may use: ``ATEN_CPU_CAPABILITY`` and ``ONEDNN_MAX_CPU_ISA`` take some away.
+
+    Args:
+        found: What the processor has.
+        capability: ``torch.backends.cpu.get_cpu_capability()``.
+        environment: Of the process.
+    """
+    limit = environment.get("ONEDNN_MAX_CPU_ISA", environment.get("DNNL_MAX_CPU_ISA", "")).upper()
+    hidden = _CHOSEN - set(_ONEDNN.get(limit, _CHOSEN))
+    if capability == "AVX2":
+        hidden |= {name for name in found if name.startswith(("avx512", "amx"))}
+    elif capability in ("DEFAULT", "NO AVX"):
+        hidden |= {name for name in found if name.startswith(("avx", "amx"))}
+    return found - hidden
+
+
 def arch_of(found: Features, machine: str) -> Arch:
     """Chooses the architecture class from instruction sets and ``platform.machine()``."""
     if machine.lower() in ("arm64", "aarch64"):
@@ -69,7 +97,7 @@ class CpuBackend(Backend):
 
     def detect(self) -> Sequence[Device]:
         """Always finds exactly one device."""
-        found = features()
+        found = restricted(features(), torch.backends.cpu.get_cpu_capability(), os.environ)
         name = platform.processor() or platform.machine()
         return (Device(arch_of(found, platform.machine()), name=name, memory=memory(), features=found),)
 

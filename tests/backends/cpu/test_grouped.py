@@ -41,7 +41,7 @@ def test_one_launch_equals_the_loop(kernel, name, shape, monkeypatch):
 
 
 def test_without_compiled_code_it_is_the_loop(monkeypatch):
-    monkeypatch.setattr(int8, "compiled", lambda: False)
+    monkeypatch.setattr(int8, "available", lambda: "off")
     monkeypatch.setattr(CpuGrouped, "few", lambda *args: pytest.fail("launched"))
     spec, kernel = WeightSpec(host().schemes["int8"], 32, 64), int8.CpuInt8()
     packed = [numerics.quantize_weight(torch.randn(32, 64).bfloat16(), spec.scheme) for _ in range(2)]

@@ -18,7 +18,7 @@ def routes(request, monkeypatch):
         for module in (fp8, int4, int8):
             monkeypatch.setattr(module, "available", lambda: "off")
         for module in (int4, int8):
-            monkeypatch.setattr(module, "compiled", lambda: False)
+            monkeypatch.setattr(module, "has_fast_dots", lambda: False)
     return request.param
 
 
@@ -83,6 +83,17 @@ def test_speed_and_claim_come_from_the_measurements(monkeypatch):
     assert kernel.claim(other).evidence is Evidence.DECLARED
 
 
-def test_one_column_is_refused():
-    request = Request(WeightSpec(host().schemes["int8"], 8, 1), "linear", host().device("cpu:x86_vnni"))
-    assert any("one column" in r for r in int8.CpuInt8().reasons_against(request))
+def test_one_column_takes_another_route():
+    codes, x = torch.arange(-128, 128, dtype=torch.int16).to(torch.int8)[:, None], torch.full((20, 1), -128, dtype=torch.int8)
+    assert torch.equal(int8.matmul(x, codes), x.float() @ codes.float().t())
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 40])
+@pytest.mark.parametrize("pair", [(127, 127), (127, -128), (-128, -128), (-128, 127)])
+def test_the_largest_bytes_do_not_saturate(pair, rows):
+    """oneDNN's int8 matmul saturates in pairs where the processor has no VNNI."""
+    x, weight = (torch.full((n, 704), value, dtype=torch.int8) for n, value in zip((rows, 48), pair, strict=True))
+    expected = torch.full((rows, 48), float(704 * pair[0] * pair[1]))
+    assert torch.equal(int8.matmul(x, weight), expected)
+    few = int8.CpuInt8().multiply_few(x.float(), weight)
+    assert few is None or torch.allclose(few, expected, rtol=2.0**-22, atol=0)  # a row is scaled, and scaled back

@@ -19,4 +19,8 @@ def available() -> str:
         import numba.extending  # noqa: F401 - imported to see whether it can be
     except Exception as error:  # numba refuses a numpy it does not know with ImportError, a broken llvmlite with OSError
         return f"numba cannot be imported: {error}"
-    return "NUMBA_DISABLE_JIT is set" if getattr(config, "DISABLE_JIT", 0) else ""
+    if getattr(config, "DISABLE_JIT", 0):
+        return "NUMBA_DISABLE_JIT is set"
+    from quantport_cpu.jit.target import host
+
+    return host().missing

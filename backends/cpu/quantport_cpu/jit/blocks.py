@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 from numba import literally, njit
 
-from quantport.backend import FORMATS
+from quantport_cpu.jit.elements import ELEMENTS, NUMBERS
 from quantport_cpu.jit.encode import bits32, f32, get8, get32, magnitude, put8, put32
 from quantport_cpu.jit.frame import Kernel, take, word
+from quantport_cpu.jit.once import once
 from quantport_cpu.jit.repack import move, wipe
 from quantport_cpu.jit.search import float_search, power_search
-from quantport_cpu.jit.small import NUMBERS, divided, e4m3_scale, e4m3_value, e8m0_of, f32_scale, multiplied
+from quantport_cpu.jit.small import divided, e4m3_scale, e4m3_value, e8m0_of, f32_scale, multiplied
 
 E8M0, E4M3, F32_SCALE = 0, 1, 2  # how scales are stored
 
@@ -67,7 +67,7 @@ def _body(n_format: int, group: int, n_lanes: int, kind: int, size: int, searche
     return rows
 
 
-@cache
+@once
 def kernel(name: str, group: int, scale_kind: int, searched: bool) -> Kernel:
     """The kernel of one format.
 
@@ -75,7 +75,7 @@ def kernel(name: str, group: int, scale_kind: int, searched: bool) -> Kernel:
     whether they are given), emax, the divisor of amax (fp32 bits), the global factor (fp32 bits), whether half a byte is
     left over.
     """
-    bits = FORMATS[name].bits
+    bits = ELEMENTS[name].bits
     return Kernel(_body(NUMBERS[name], group, min(group, 32), scale_kind, group * bits // 8, int(searched)))
 
 

@@ -16,6 +16,8 @@ from llvmlite import ir  # llvmlite has no types
 from numba.core import types
 from numba.extending import intrinsic
 
+from quantport_cpu.jit.target import Target, host
+
 cgutils: Any = numba.core.cgutils
 Value = Any  # an llvmlite value
 
@@ -39,7 +41,7 @@ def inline(returns: Any, *literal: int) -> Callable[[Callable[..., Value]], Any]
 
             def generate(context: Any, builder: Any, typed: Any, values: Sequence[Value]) -> Value:
                 given = [args[i].literal_value if i in literal else v for i, v in enumerate(values)]
-                out = emit(Simd(builder), *given)
+                out = emit(Simd(builder, host()), *given)
                 return context.get_dummy_value() if returns is types.void else out
 
             return returns(*wanted), generate
@@ -52,10 +54,13 @@ def inline(returns: Any, *literal: int) -> Callable[[Callable[..., Value]], Any]
 
 
 class Simd:
-    """Writes vector instructions where the builder stands. Addresses are int64 values; loads and stores need no alignment."""
+    """Writes vector instructions where the builder stands, those that the target has.
 
-    def __init__(self, builder: Any) -> None:
-        self.b = builder
+    Addresses are int64 values; loads and stores need no alignment.
+    """
+
+    def __init__(self, builder: Any, target: Target) -> None:
+        self.b, self.target = builder, target
 
     def call(self, name: str, returns: Any, *args: Value) -> Value:
         """Calls the LLVM function ``name``."""
@@ -130,9 +135,53 @@ class Simd:
             return self.b.extract_element(value, ir.Constant(I32, 0))
         return self.call(f"llvm.vector.reduce.{op}.v{kind.count}{_NAMES[str(kind.element)]}", kind.element, value)
 
+    def in_parts(self, op: Callable[..., Value], parts: int, *vectors: Value) -> Value:
+        """An operation of lane by lane, over vectors that are cut into so many parts, which must be 1 or 2."""
+        if parts == 1:
+            return op(*vectors)
+        halves = ([self.shuffle(v, v, range(i * v.type.count // 2, (i + 1) * v.type.count // 2)) for v in vectors] for i in (0, 1))
+        low, high = (op(*half) for half in halves)
+        return self.shuffle(low, high, range(2 * low.type.count))
+
+    def pairs(self, left: Value, right: Value) -> Value:
+        """Sums of two neighbouring products of int16: 32 lanes to 16 of int32, exact but for (-32768 * -32768) * 2."""
+        bits = self.target.pair_bits
+        if bits:
+            name = "llvm.x86.avx512.pmaddw.d.512" if bits == 512 else "llvm.x86.avx2.pmadd.wd"
+            into = ir.VectorType(I32, bits // 32)
+            return self.in_parts(lambda a, b: self.call(name, into, a, b), 512 // bits, left, right)
+        product = self.b.mul(self.widen(left, I32, signed=True), self.widen(right, I32, signed=True))
+        return self.b.add(*(self.shuffle(product, product, range(i, left.type.count, 2)) for i in (0, 1)))
+
     def dot4(self, total: Value, unsigned: Value, signed: Value) -> Value:
-        """VNNI: adds to each of 16 int32 lanes four products u8 x s8. Vectors of 64 bytes, given as 16 x i32."""
-        return self.call("llvm.x86.avx512.vpdpbusd.512", total.type, total, unsigned, signed)
+        """Adds to each of 16 int32 lanes four products u8 x s8, exactly. Vectors of 64 bytes, given as 16 x i32."""
+        bits = self.target.dot_bits
+        if bits:
+            name, into = f"llvm.x86.avx512.vpdpbusd.{bits}", ir.VectorType(I32, bits // 32)
+            return self.in_parts(lambda *parts: self.call(name, into, *parts), 512 // bits, total, unsigned, signed)
+        u, s = (self.bits(v, I16, 32) for v in (unsigned, signed))
+        even = self.pairs(self.integer("and_", u, 255), self.integer("ashr", self.integer("shl", s, 8), 8))
+        odd = self.pairs(self.integer("lshr", u, 8), self.integer("ashr", s, 8))
+        return self.b.add(total, self.b.add(even, odd))
+
+    def look_up(self, table: Value, index: Value) -> Value:
+        """Entries of a table of 16 fp32, by the low four bits of 16 lanes of int32."""
+        bits = self.target.lookup_bits
+        if bits == 512:
+            return self.call("llvm.x86.avx512.permvar.sf.512", table.type, table, index)
+        if bits == 256:
+            halves = [self.shuffle(table, table, range(i, i + 8)) for i in (0, 8)]
+            return self.in_parts(lambda part: self._of_two(halves, part), 2, index)
+        found = ir.Constant(table.type, ir.Undefined)
+        for lane in (ir.Constant(I32, i) for i in range(16)):
+            place = self.b.and_(self.b.extract_element(index, lane), ir.Constant(I32, 15))
+            found = self.b.insert_element(found, self.b.extract_element(table, place), lane)
+        return found
+
+    def _of_two(self, tables: Sequence[Value], index: Value) -> Value:
+        low, high = (self.call("llvm.x86.avx2.permps", table.type, table, index) for table in tables)
+        is_high = self.b.icmp_signed("!=", self.integer("and_", index, 8), self.splat(0, 8, I32))
+        return self.b.select(is_high, high, low)
 
     def variables(self, first: Value, count: int) -> list[Value]:
         """``count`` variables that start as ``first``; LLVM keeps them in registers."""

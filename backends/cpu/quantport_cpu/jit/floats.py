@@ -7,16 +7,15 @@ that unpacking gives them; activations are brought into the same order (``ORDER`
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 from numba.core import types
 
-from quantport.backend import FORMATS
 from quantport_cpu.jit.dots import AHEAD, halves
 from quantport_cpu.jit.emit import F16, F32, I8, I16, I32, I64, Simd, Value, cgutils, inline
+from quantport_cpu.jit.elements import ELEMENTS, NUMBERS, element_of
 from quantport_cpu.jit.frame import Kernel, take, word
-from quantport_cpu.jit.small import NUMBERS, format_of
+from quantport_cpu.jit.once import once
 
 ROWS = 2  # weight rows that one tile reads side by side
 STEP = 32  # weights of one row in one step
@@ -29,10 +28,10 @@ SCALE_UNIT = 2.0**8  # of e4m3fn scales
 
 def decode(simd: Simd, address: Value, table: Value, n_format: int) -> list[Value]:
     """32 codes as two vectors of fp32, over ``UNIT``."""
-    element = format_of(n_format)
+    element = element_of(n_format)
     if element.bits == 4:
         wide = simd.widen(simd.load(I8, 16, address), I32)
-        return [simd.call("llvm.x86.avx512.permvar.sf.512", table.type, table, v) for v in (wide, simd.integer("lshr", wide, 4))]
+        return [simd.look_up(table, v) for v in (wide, simd.integer("lshr", wide, 4))]
     if element.bits == 8:
         half = halves(simd, address)
     else:
@@ -68,7 +67,7 @@ def factors(simd: Simd, scale: Value, outer: Value, column: Value, n_kind: int, 
 
 
 def _place(simd: Simd, w: Value, column: Value, n_format: int) -> Value:
-    return simd.at(w, simd.b.lshr(simd.b.mul(column, I64(format_of(n_format).bits)), I64(3)))
+    return simd.at(w, simd.b.lshr(simd.b.mul(column, I64(element_of(n_format).bits)), I64(3)))
 
 
 @inline(types.void, 12, 13, 14, 15)
@@ -108,7 +107,7 @@ def plain(
 ) -> None:
     """One weight row as fp32, columns in order."""
     values = simd.load(F32, 16, table)
-    turn = ORDER[format_of(n_format).bits]
+    turn = ORDER[element_of(n_format).bits]
     order = [i % turn * (STEP // turn) + i // turn for i in range(STEP)]
     with cgutils.for_range_slice(simd.b, I64(0), k, I64(STEP), I64) as (column, _):
         factor = factors(simd, scale, outer, column, n_kind, n_group)
@@ -152,11 +151,11 @@ def _body(n_format: int, n_kind: int, n_group: int, bits: int) -> Any:
     return rows
 
 
-@cache
+@once
 def kernel(name: str, kind: int, group: int) -> Kernel:
     """The kernel of one format. A block is ``span`` weight rows; with no rows of x, the weights themselves are written.
 
     Words: x, its stride, weights, n, k, scales, their stride, outer scales, their stride, table, out, rows of x, span,
     stride of out.
     """
-    return Kernel(_body(NUMBERS[name], kind, group, FORMATS[name].bits))
+    return Kernel(_body(NUMBERS[name], kind, group, ELEMENTS[name].bits))

@@ -9,24 +9,28 @@ contend for cores; elsewhere they are a pool.
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numba
 import torch
 from llvmlite import ir
 from numba.core import types
 
+from quantport_cpu.jit import machine, store
 from quantport_cpu.jit.emit import I64, Simd, Value, inline
+from quantport_cpu.jit.memory import Array, has_memory
+from quantport_cpu.jit.once import once
+from quantport_cpu.jit.target import host
 
 SIZE = 16  # words of a frame
 SMALL = 1 << 18  # elements under which one thread is enough
 
 Body = Callable[[Any], None]
 _C = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_COMPILING = threading.RLock()
 
 
 @inline(types.int64)
@@ -43,42 +47,50 @@ def word(simd: Simd, frame: Value, index: Value) -> Value:
 
 
 class Kernel:
-    """A kernel that is compiled on its first call, once per machine where numba's cache can be written."""
+    """A kernel that is compiled on its first call, once per machine where the cache can be written."""
 
     def __init__(self, body: Body) -> None:
-        self._body = body
-        self._address = 0
-        self._call: Callable[[int], None] = self._first
+        self.body = body
+        self._code: tuple[Any, int] | None = None  # what owns the machine code, and its address
 
-    def compile(self) -> Any:
-        """Compiles, or loads from numba's cache, and returns numba's function."""
-        options: dict[str, Any] = {"error_model": "numpy", "boundscheck": False}
-        try:
-            return numba.cfunc("void(int64)", cache=True, **options)(self._body)
-        except (RuntimeError, OSError):  # no directory for the cache can be written
-            return numba.cfunc("void(int64)", **options)(self._body)
+    def _load(self) -> tuple[Any, int]:
+        name = store.key(self.body, host())
+        code = store.read(name)
+        if code is None:
+            code = machine.compiled(machine.assembly(self.body))
+            store.write(name, code)
+        return machine.load(code)
 
-    def _first(self, frame: int) -> None:
-        self._address = self.compile().address
-        self._call = _C(self._address)
-        self._call(frame)
+    @property
+    def address(self) -> int:
+        """Of the machine code, which is compiled or read on the first use."""
+        if self._code is None:
+            with _COMPILING:
+                if self._code is None:
+                    self._code = self._load()
+        return self._code[1]
 
-    def __call__(self, blocks: int, *words: int, threads: int = 1) -> None:
-        """Runs over ``blocks`` blocks; ``words`` are words 2 and up of the frame."""
-        frame = (ctypes.c_int64 * SIZE)(0, blocks, *words)
-        address = ctypes.addressof(frame)
-        if threads == 1 or blocks == 1:
-            self._call(address)
+    def __call__(self, blocks: int, *words: int | Array, threads: int = 1) -> None:
+        """Runs over ``blocks`` blocks. Over fake tensors, which have no memory, it does nothing.
+
+        Args:
+            blocks: How many.
+            words: Words 2 and up of the frame: sizes, and memory that was checked.
+            threads: Native threads that share them.
+        """
+        if not has_memory(words):
             return
-        if not self._address:
-            self._address = self.compile().address
-            self._call = _C(self._address)
+        frame = (ctypes.c_int64 * SIZE)(0, blocks, *(w.address if isinstance(w, Array) else w for w in words))
+        address, call = ctypes.addressof(frame), _C(self.address)
+        if threads == 1 or blocks == 1:
+            call(address)
+            return
         team = _team()
         if team is not None:
-            team(self._address, address, threads, 0)
+            team(self.address, address, threads, 0)
             return
-        others = [_pool(threads - 1).submit(self._call, address) for _ in range(threads - 1)]
-        self._call(address)
+        others = [_pool(threads - 1).submit(call, address) for _ in range(threads - 1)]
+        call(address)
         for other in others:
             other.result()
 
@@ -88,12 +100,12 @@ def threads_for(elements: int) -> int:
     return 1 if elements < SMALL else torch.get_num_threads()
 
 
-@cache
+@once
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, "quantport-jit")
 
 
-@cache
+@once
 def _team() -> Any:
     """``GOMP_parallel`` of the one OpenMP library that torch has loaded, or None."""
     maps = Path("/proc/self/maps")

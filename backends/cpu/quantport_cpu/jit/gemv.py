@@ -2,40 +2,34 @@
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numba.core.codegen
-import numba.core.config
 import torch
 from torch import Tensor
 
-from quantport.backend import FORMATS, numerics
 from quantport_cpu.jit import digits, dots, floats, nibbles
+from quantport_cpu.jit.elements import ELEMENTS
 from quantport_cpu.jit.frame import threads_for
+from quantport_cpu.jit.memory import Array, array, constants
+from quantport_cpu.jit.once import once
 
 MOST = 8  # rows of x
-_ONE = torch.ones(1)
+ONE = constants((1.0,))
 _SPAN = 32  # weight rows that a thread takes at a time; it divides the 128 rows of a block of scales
-
-
-@cache
-def vnni_reason() -> str:
-    """Why the integer kernels (int4, int8) cannot run on this processor: '' where they can."""
-    codegen: Any = numba.core.codegen
-    chosen = getattr(numba.core.config, "CPU_FEATURES", None)  # NUMBA_CPU_FEATURES
-    features = str(codegen.get_host_cpu_features() if chosen is None else chosen)
-    missing = [f for f in ("avx512f", "avx512bw", "avx512vnni") if f"+{f}" not in features.split(",")]
-    return f"the processor has no {', '.join(missing)}" if missing else ""
 
 
 def padded(x: Tensor, rows: int, columns: int) -> Tensor:
     """x as contiguous fp32 with zeros up to ``rows`` and ``columns``."""
     if x.shape == (rows, columns):
         return x.float().contiguous()
-    out = torch.zeros(rows, columns)
+    out = fp32(x, rows, columns).zero_()
     out[: x.shape[0], : x.shape[1]] = x
     return out
+
+
+def fp32(x: Tensor, *shape: int) -> Tensor:
+    """An uninitialized fp32 tensor where x is."""
+    return torch.empty(shape, dtype=torch.float32, device=x.device)
 
 
 def fp8(x: Tensor, codes: Tensor, scale: Tensor | None = None) -> Tensor:
@@ -43,7 +37,7 @@ def fp8(x: Tensor, codes: Tensor, scale: Tensor | None = None) -> Tensor:
 
     Args:
         x: ``[M, K]``, M from 1 to 8, any floating dtype.
-        codes: uint8 or float8_e4m3fn ``[N, K]``, contiguous.
+        codes: uint8 ``[N, K]``, contiguous.
         scale: fp32 ``[ceil(N/128), ceil(K/128)]``, contiguous, or None for scales that the caller multiplies.
 
     Returns:
@@ -52,18 +46,25 @@ def fp8(x: Tensor, codes: Tensor, scale: Tensor | None = None) -> Tensor:
     (m, k), n = x.shape, codes.shape[0]
     rows = 1 << (m - 1).bit_length()
     values = padded(x, rows, -(-k // dots.STEP) * dots.STEP)
-    out = torch.empty(rows, n)
-    step, stride, chunk = (0, 0, k) if scale is None else (4, 4 * scale.stride(0), 128)
-    scales = _ONE if scale is None else scale
+    out = fp32(x, rows, n)
+    scales, step, stride, chunk = blocks_of_128(scale, n, k)
     dots.fp8_kernel(
-        -(-n // _SPAN), values.data_ptr(), 4 * values.stride(0), codes.data_ptr(), n, k, scales.data_ptr(), step, stride, chunk,
-        out.data_ptr(), 4 * n, rows, _SPAN, threads=threads_for(n * k),
+        -(-n // _SPAN), array(values, torch.float32, *values.shape), 4 * values.shape[1], array(codes, torch.uint8, n, k), n, k,
+        scales, step, stride, chunk, array(out, torch.float32, rows, n), 4 * n, rows, _SPAN, threads=threads_for(n * k),
     )  # fmt: skip
     return out if rows == m else out[:m]
 
 
+def blocks_of_128(scale: Tensor | None, n: int, k: int) -> tuple[Array, int, int, int]:
+    """Scales of 128x128 blocks, the bytes from one to the next and from row to row, and the columns of a block; or ones."""
+    if scale is None:
+        return ONE, 0, 0, k
+    columns = -(-k // 128)
+    return array(scale, torch.float32, -(-n // 128), columns), 4, 4 * columns, 128
+
+
 def int8(x: Tensor, codes: Tensor) -> Tensor:
-    """int8 weights with 16-bit activations. Needs ``vnni_reason() == ''``.
+    """int8 weights with 16-bit activations.
 
     Args:
         x: ``[M, K]``, M from 1 to 8, any floating dtype.
@@ -74,17 +75,17 @@ def int8(x: Tensor, codes: Tensor) -> Tensor:
     """
     (m, k), n = x.shape, codes.shape[0]
     rows, columns = m + (m > 1 and m % 2), -(-k // 64) * 64
-    _memory, planes, scale, _ = digits_of(x, rows, columns, 0)
-    out = torch.empty(rows, n)
+    planes, scale, _ = digits_of(x, rows, columns, 0)
+    out = fp32(x, rows, n)
     dots.int8_kernel(
-        -(-n // _SPAN), planes, 3 * columns, scale, codes.data_ptr(), n, k, out.data_ptr(), 4 * n, rows,
-        _SPAN, threads=threads_for(n * k),
+        -(-n // _SPAN), planes, 3 * columns, scale, array(codes, torch.int8, n, k), n, k, array(out, torch.float32, rows, n), 4 * n,
+        rows, _SPAN, threads=threads_for(n * k),
     )  # fmt: skip
     return out if rows == m else out[:m]
 
 
 def int4(x: Tensor, packed: Tensor, pairs: Tensor, group: int) -> Tensor:
-    """int4 weights in ATen's layout for blocks of 64 channels. Needs ``vnni_reason() == ''``.
+    """int4 weights in ATen's layout for blocks of 64 channels.
 
     Args:
         x: ``[M, K]``, M from 1 to 8, any floating dtype.
@@ -97,11 +98,11 @@ def int4(x: Tensor, packed: Tensor, pairs: Tensor, group: int) -> Tensor:
     """
     m, n, k = x.shape[0], packed.shape[0], 2 * packed.shape[1]
     rows = m + (m > 1 and m % 2)
-    _memory, planes, scale, sums = digits_of(x, rows, k, group)
-    out = torch.empty(rows, n)
+    planes, scale, sums = digits_of(x, rows, k, group)
+    out = fp32(x, rows, n)
     nibbles.int4_kernel(
-        n // nibbles.BLOCK, planes, sums, scale, packed.data_ptr(), n, k, group,
-        pairs.data_ptr(), 4 * n, out.data_ptr(), rows, threads=threads_for(n * k),
+        n // nibbles.BLOCK, planes, sums, scale, array(packed, torch.uint8, n, k // 2), n, k, group,
+        array(pairs, torch.bfloat16, k // group, n, 2), 4 * n, array(out, torch.float32, rows, n), rows, threads=threads_for(n * k),
     )  # fmt: skip
     return out if rows == m else out[:m]
 
@@ -127,6 +128,12 @@ class Blocks(NamedTuple):
     outer: Tensor | None
     k: int
 
+    def rows(self, first: int, count: int) -> Blocks:
+        """``count`` rows from ``first`` on."""
+        part = slice(first, first + count)
+        outer = None if self.outer is None else self.outer[part]
+        return self._replace(codes=self.codes[part], scale=self.scale[part], outer=outer)
+
 
 def unit(weight: Blocks) -> float:
     """What the results of ``blocks`` and ``decode`` are to be multiplied with."""
@@ -134,7 +141,7 @@ def unit(weight: Blocks) -> float:
 
 
 def blocks(x: Tensor, weight: Blocks) -> Tensor:
-    """x times the weight over ``unit``. Needs ``vnni_reason() == ''``.
+    """x times the weight over ``unit``.
 
     Args:
         x: ``[M, K]``, M from 1, any floating dtype.
@@ -144,47 +151,50 @@ def blocks(x: Tensor, weight: Blocks) -> Tensor:
         fp32 ``[M, N]``.
     """
     m, n = x.shape[0], weight.codes.shape[0]
-    rows, turn = m if m <= 2 else -(-m // 4) * 4, floats.ORDER[FORMATS[weight.name].bits]
+    rows, turn = m if m <= 2 else -(-m // 4) * 4, floats.ORDER[ELEMENTS[weight.name].bits]
     values = padded(x, rows, weight.k)
     if turn > 1:
         values = values.view(rows, -1, floats.STEP // turn, turn).transpose(2, 3).contiguous()
-    out = torch.empty(rows, n)
-    _blocks(weight, values.data_ptr(), 0, n, out.data_ptr(), rows, _SPAN)
+    out = fp32(x, rows, n)
+    _blocks(weight, array(values.view(rows, weight.k), torch.float32, rows, weight.k), out, _SPAN)
     return out if rows == m else out[:m]
 
 
-def decode(weight: Blocks, first: int, out: Tensor) -> Tensor:
-    """Writes rows from ``first`` on, over ``unit``, to ``out`` fp32 ``[rows, K]``."""
-    _blocks(weight, 0, first, out.shape[0], out.data_ptr(), 0, 4)
+def decode(weight: Blocks, out: Tensor) -> Tensor:
+    """Writes the weight over ``unit`` to ``out`` fp32 ``[N, K]``."""
+    _blocks(weight, None, out, 4)
     return out
 
 
-def _blocks(weight: Blocks, x: int, first: int, n: int, out: int, m: int, span: int) -> None:
-    codes, scale, outer, k = weight.codes, weight.scale, weight.outer, weight.k
-    kind = (
-        floats.DUAL if outer is not None else {"e8m0": floats.E8M0, "e4m3fn": floats.E4M3}.get(weight.scale_name, floats.F32_SCALE)
-    )
-    stride, outers = scale.stride(0) * scale.element_size(), 0 if outer is None else 4 * outer.stride(0)
-    floats.kernel(weight.name, kind, weight.group)(
-        -(-n // span), x, 4 * k, codes.data_ptr() + first * codes.stride(0), n, k, scale.data_ptr() + first * stride, stride,
-        0 if outer is None else outer.data_ptr() + first * outers, outers, _table(weight.name).data_ptr(), out, m, span, 4 * n,
-        threads=threads_for(n * k),
+def _blocks(weight: Blocks, x: Array | None, out: Tensor, span: int) -> None:
+    """The products with rows of x, as many as ``out`` has, or the values of the weight."""
+    name, k, n, outer = weight.name, weight.k, weight.codes.shape[0], weight.outer
+    group, dtype = -(-k // weight.group), _SCALES.get(weight.scale_name, (floats.F32_SCALE, torch.float32))[1]
+    kind = floats.DUAL if outer is not None else _SCALES.get(weight.scale_name, (floats.F32_SCALE, dtype))[0]
+    outers = -(-k // floats.OUTER)
+    floats.kernel(name, kind, weight.group)(
+        -(-n // span), x or 0, 4 * k, array(weight.codes, torch.uint8, n, k * ELEMENTS[name].bits // 8), n, k,
+        array(weight.scale, dtype, n, group), group * dtype.itemsize,
+        0 if outer is None else array(outer, torch.float32, n, outers), 4 * outers, _table(name),
+        array(out, torch.float32, *out.shape), len(out) if x else 0, span, 4 * n, threads=threads_for(n * k),
     )  # fmt: skip
 
 
-@cache
-def _table(name: str) -> Tensor:
+_SCALES = {"e8m0": (floats.E8M0, torch.uint8), "e4m3fn": (floats.E4M3, torch.uint8)}
+
+
+@once
+def _table(name: str) -> Array:
     """The values of a 4-bit format; zeros for others."""
-    return numerics.values_of(name).float().contiguous() if FORMATS[name].bits == 4 else torch.zeros(16)
+    return constants(ELEMENTS[name].values or (0.0,) * 16)
 
 
-def digits_of(x: Tensor, rows: int, columns: int, group: int) -> tuple[Tensor, int, int, int]:
-    """Digits of x, their scale for each row, and the sums of each group: the memory, and the three addresses in it."""
-    values = padded(x, rows, columns)
+def digits_of(x: Tensor, rows: int, columns: int, group: int) -> tuple[Array, Array, Array]:
+    """Digits of x, uint8 ``[rows, 3, columns]``; their scale for each row, fp32; and the sums of each group, int32."""
+    values = array(padded(x, rows, columns), torch.float32, rows, columns)
     groups = columns // group if group else 0
-    memory = torch.empty(rows * (3 * columns + 4 + 48 * groups), dtype=torch.uint8)
-    planes = memory.data_ptr()
-    scale = planes + rows * 3 * columns
-    sums = scale + 4 * rows
-    digits.kernel(rows, values.data_ptr(), columns, planes, scale, group, sums, threads=threads_for(rows * columns))
-    return memory, planes, scale, sums
+    planes = array(torch.empty(rows, 3, columns, dtype=torch.uint8, device=x.device), torch.uint8, rows, 3, columns)
+    scale = array(fp32(x, rows), torch.float32, rows)
+    sums = array(torch.empty(rows, groups, 3, 4, dtype=torch.int32, device=x.device), torch.int32, rows, groups, 3, 4)
+    digits.kernel(rows, values, columns, planes, scale, group, sums, threads=threads_for(rows * columns))
+    return planes, scale, sums

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 from llvmlite import ir
@@ -10,6 +9,7 @@ from numba.core import types
 
 from quantport_cpu.jit.emit import F16, F32, I8, I16, I32, I64, Simd, Value, inline
 from quantport_cpu.jit.frame import Kernel, take, word
+from quantport_cpu.jit.once import once
 from quantport_cpu.jit.repack import move, wipe
 from quantport_cpu.jit.small import floats
 
@@ -85,7 +85,7 @@ def _body(n_kind: int, size: int) -> Any:
     return rows
 
 
-@cache
+@once
 def kernel(name: str) -> Kernel:
     """The kernel of one block type. Words: source, its stride, k, blocks, buffer of 64 bytes."""
     return Kernel(_body({"q4_0": Q4_0, "q8_0": Q8_0}[name], BYTES[name]))

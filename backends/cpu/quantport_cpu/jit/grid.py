@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from numba.core import types
 from quantport_cpu.jit.emit import F32, I32, Simd, Value, inline
 from quantport_cpu.jit.encode import bits32, clear, end_row, f32, get32, magnitude, put16
 from quantport_cpu.jit.frame import Kernel, take, word
+from quantport_cpu.jit.once import once
 from quantport_cpu.jit.repack import move
 from quantport_cpu.jit.small import floats, pack
 
@@ -75,7 +75,7 @@ def bf16(value):
     return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16 & 0xFFFF
 
 
-@cache
+@once
 def solver(size: int, top: int) -> Any:
     """``numerics.search.least_squares_grid`` for one block of ``size`` values, which it moves to their middle."""
     one, half, size_, top_ = np.float32(1), np.float32(2), np.float32(size), np.float32(top)

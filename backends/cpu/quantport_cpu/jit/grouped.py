@@ -14,9 +14,9 @@ from torch import Tensor
 
 from quantport_cpu.jit import dots, nibbles
 from quantport_cpu.jit.frame import Kernel, take, threads_for, word
-from quantport_cpu.jit.gemv import digits_of, padded
+from quantport_cpu.jit.gemv import blocks_of_128, digits_of, fp32, padded
+from quantport_cpu.jit.memory import array, table
 
-_ONE = torch.ones(1)
 _SPAN = 32  # weight rows that a thread takes at a time; it divides the 128 rows of a block of scales
 _MOST = 8  # rows of a job
 
@@ -43,62 +43,57 @@ def fp8(x: Tensor, jobs: Sequence[Job], codes: Sequence[Tensor], scales: Sequenc
     Returns:
         fp32 ``[M, width]``.
     """
-    n, k = codes[0].shape
-    values, out = padded(x, x.shape[0], -(-k // dots.STEP) * dots.STEP), torch.empty(x.shape[0], width)
-    stride = 4 * values.stride(0)
-    table = _table(
-        (values.data_ptr() + stride * a, codes[w].data_ptr(), (scales[w] if scales else _ONE).data_ptr(), _at(out, a, c), b - a)
-        for a, b, w, c in _short(jobs)
-    )
-    step, scale_stride, chunk = (0, 0, k) if scales is None else (4, 4 * scales[0].stride(0), 128)
+    (m, _), (n, k) = x.shape, codes[0].shape
+    columns, jobs = -(-k // dots.STEP) * dots.STEP, _short(jobs)
+    values, out = array(padded(x, m, columns), torch.float32, m, columns), fp32(x, m, width)
+    to, stride = array(out, torch.float32, m, width), 4 * columns
+    _, step, scale_stride, chunk = blocks_of_128(scales[0] if scales else None, n, k)
+    lines = table(
+        (values.at(stride * a), array(codes[w], torch.uint8, n, k), blocks_of_128(scales[w] if scales else None, n, k)[0],
+         to.at(4 * (a * width + c)), b - a) for a, b, w, c in jobs
+    )  # fmt: skip
     blocks = -(-n // _SPAN)
     fp8_kernel(
-        blocks * len(table), table.data_ptr(), blocks, stride, n, k, step, scale_stride, chunk, 4 * width, _SPAN,
-        threads=threads_for(n * k * len(table)),
+        blocks * len(jobs), lines, blocks, stride, n, k, step, scale_stride, chunk, 4 * width, _SPAN,
+        threads=threads_for(n * k * len(jobs)),
     )  # fmt: skip
     return out
 
 
 def int8(x: Tensor, jobs: Sequence[Job], codes: Sequence[Tensor], width: int) -> Tensor:
-    """int8 weights, as ``fp8`` without scales. Needs ``gemv.vnni_reason() == ''``."""
-    n, k = codes[0].shape
-    columns = -(-k // 64) * 64
-    _memory, planes, scale, _ = digits_of(x, x.shape[0], columns, 0)
-    out = torch.empty(x.shape[0], width)
-    table = _table(
-        (planes + 3 * columns * a, scale + 4 * a, codes[w].data_ptr(), _at(out, a, c), b - a) for a, b, w, c in _short(jobs)
+    """int8 weights, as ``fp8`` without scales."""
+    (m, _), (n, k) = x.shape, codes[0].shape
+    columns, jobs = -(-k // 64) * 64, _short(jobs)
+    planes, scale, _ = digits_of(x, m, columns, 0)
+    out = fp32(x, m, width)
+    to = array(out, torch.float32, m, width)
+    lines = table(
+        (planes.at(3 * columns * a), scale.at(4 * a), array(codes[w], torch.int8, n, k), to.at(4 * (a * width + c)), b - a)
+        for a, b, w, c in jobs
     )
     blocks = -(-n // _SPAN)
-    int8_kernel(
-        blocks * len(table), table.data_ptr(), blocks, 3 * columns, n, k, 4 * width, _SPAN, threads=threads_for(n * k * len(table))
-    )
+    int8_kernel(blocks * len(jobs), lines, blocks, 3 * columns, n, k, 4 * width, _SPAN, threads=threads_for(n * k * len(jobs)))
     return out
 
 
 def int4(x: Tensor, jobs: Sequence[Job], packed: Sequence[Tensor], pairs: Sequence[Tensor], group: int, width: int) -> Tensor:
-    """int4 weights in ATen's layout for blocks of 64 channels, see ``gemv.int4``. Needs ``gemv.vnni_reason() == ''``."""
-    n, k = packed[0].shape[0], 2 * packed[0].shape[1]
-    _memory, planes, scale, sums = digits_of(x, x.shape[0], k, group)
-    out, each = torch.empty(x.shape[0], width), k // group * 48
-    table = _table(
-        (planes + 3 * k * a, sums + each * a, scale + 4 * a, packed[w].data_ptr(), pairs[w].data_ptr(), _at(out, a, c), b - a)
-        for a, b, w, c in _short(jobs)
-    )
+    """int4 weights in ATen's layout for blocks of 64 channels, see ``gemv.int4``."""
+    m, n, k = x.shape[0], packed[0].shape[0], 2 * packed[0].shape[1]
+    groups, jobs = k // group, _short(jobs)
+    planes, scale, sums = digits_of(x, m, k, group)
+    out = fp32(x, m, width)
+    to = array(out, torch.float32, m, width)
+    lines = table(
+        (planes.at(3 * k * a), sums.at(48 * groups * a), scale.at(4 * a), array(packed[w], torch.uint8, n, k // 2),
+         array(pairs[w], torch.bfloat16, groups, n, 2), to.at(4 * (a * width + c)), b - a) for a, b, w, c in jobs
+    )  # fmt: skip
     blocks = n // nibbles.BLOCK
-    int4_kernel(blocks * len(table), table.data_ptr(), blocks, n, k, group, 4 * width, threads=threads_for(n * k * len(table)))
+    int4_kernel(blocks * len(jobs), lines, blocks, n, k, group, 4 * width, threads=threads_for(n * k * len(jobs)))
     return out
 
 
 def _short(jobs: Sequence[Job]) -> list[Job]:
     return [Job(a, min(a + _MOST, j.stop), j.weight, j.column) for j in jobs for a in range(j.start, j.stop, _MOST)]
-
-
-def _table(rows: object) -> Tensor:
-    return torch.tensor(list(rows), dtype=torch.int64)  # type: ignore[call-overload]  # an iterable of tuples
-
-
-def _at(out: Tensor, row: int, column: int) -> int:
-    return out.data_ptr() + 4 * (row * out.shape[1] + column)
 
 
 def _fp8(frame):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from quantport_cpu.jit.emit import F16, F32, I8, I16, I32, I64, Simd, Value, inl
 from quantport_cpu.jit.encode import bits32, f32, get8, get32, magnitude, put8, put16, put32
 from quantport_cpu.jit.frame import Kernel, take, word
 from quantport_cpu.jit.grid import INFINITE, solver, spread, whole
+from quantport_cpu.jit.once import once
 from quantport_cpu.jit.repack import move, wipe
 from quantport_cpu.jit.small import floats
 
@@ -128,7 +128,7 @@ def _body(n_top: int, size: int) -> Any:
     return rows
 
 
-@cache
+@once
 def kernel(name: str) -> Kernel:
     """The kernel of one block type. Words: source, its stride, k, blocks, trials (fp32), 1 KiB."""
     return Kernel(_body({"q4_k": 15, "q5_k": 31}[name], BYTES[name]))

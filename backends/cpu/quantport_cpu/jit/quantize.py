@@ -11,6 +11,8 @@ from torch import Tensor
 from quantport.backend import Quant, Scheme, numerics
 from quantport_cpu.jit import encode, repack, rows
 from quantport_cpu.jit.frame import threads_for
+from quantport_cpu.jit.memory import array
+from quantport_cpu.jit.memory import rows as memory_rows
 
 _KINDS = {"e4m3fn": encode.FP8, "int8": encode.INT8, "int4": encode.INT4}
 
@@ -32,9 +34,7 @@ def quantize_weight(weight: Tensor, scheme: Scheme) -> dict[str, Tensor] | None:
         return None
     if quant.format not in _KINDS or not quant.plain or quant.cols % 8:
         return rows.quantize(weight, scheme)
-    n, k = weight.shape
-    layout = scheme.layout(n, k)
-    stored = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in layout.items()}
+    stored = rows.empty(weight, scheme)
     codes, scale = stored.values()
     _run(weight, quant, codes, scale, 1)
     return stored
@@ -53,12 +53,12 @@ def pack_int4(words: Tensor, block: int, n_pad: int, k_pad: int, threads: int = 
     Returns:
         uint8 ``[n_pad, k_pad/2]``: for each block and column, byte j holds channel j and, high, channel ``j + block/2``.
     """
-    out = torch.empty(n_pad, k_pad // 2, dtype=torch.uint8)
-    blocks, width = n_pad // block, min(4 * words.shape[1], k_pad // 2)
-    buffers = torch.empty(1024 * blocks, dtype=torch.uint8)
+    n, size = words.shape
+    out = torch.empty(n_pad, k_pad // 2, dtype=torch.uint8, device=words.device)
+    blocks, width = n_pad // block, min(4 * size, k_pad // 2)
     repack.kernel(
-        blocks, words.data_ptr(), 4 * words.stride(0), words.shape[0], width, out.data_ptr(), k_pad, block // 2,
-        buffers.data_ptr(), threads=threads,
+        blocks, memory_rows(words, torch.int32, n, size), 4 * words.stride(0), n, width,
+        array(out, torch.uint8, n_pad, k_pad // 2), k_pad, block // 2, rows.scratch(words, 1024 * blocks), threads=threads,
     )  # fmt: skip
     return out
 
@@ -75,7 +75,8 @@ def rows_int8(x: Tensor) -> tuple[Tensor, Tensor]:
     quant = Quant("int8", 1, 0)
     if not _served(x):
         return numerics.quantize(x, quant)
-    codes, scale = torch.empty(x.shape, dtype=torch.int8), torch.empty(x.shape[0], 1)
+    codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    scale = torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device)
     _run(x, quant, codes, scale, threads_for(x.numel()))
     return codes, scale
 
@@ -86,13 +87,14 @@ def _served(x: Tensor) -> bool:
 
 def _run(x: Tensor, quant: Quant, codes: Tensor, scale: Tensor, threads: int) -> None:
     n, k = x.shape
-    rows, cols = quant.rows or n, quant.cols or k
-    panels, blocks = math.ceil(n / rows), math.ceil(k / cols)
-    scratch = torch.empty((panels if threads > 1 else 1) * 3 * blocks, dtype=torch.int32)
+    rows_, cols = quant.rows or n, quant.cols or k
+    panels, blocks = math.ceil(n / rows_), math.ceil(k / cols)
+    codes_dtype, width = (torch.int32, math.ceil(k / 8)) if quant.format == "int4" else (quant.element.storage, k)
+    size = 12 * blocks  # bytes of scratch of one thread at a time
     half_range = int.from_bytes(struct.pack("<f", quant.element.half_range), "little")
     encode.kernel(
-        panels, x.data_ptr(), 2 * x.stride(0), n, k, rows, cols,
-        codes.data_ptr(), codes.stride(0) * codes.element_size(), scale.data_ptr(),
-        scratch.data_ptr(), 12 * blocks if threads > 1 else 0, _KINDS[quant.format], half_range,
-        threads=threads,
+        panels, memory_rows(x, torch.bfloat16, n, k), 2 * x.stride(0), n, k, rows_, cols,
+        array(codes, codes_dtype, n, width), width * codes_dtype.itemsize,
+        array(scale, quant.scale_dtype, panels, blocks), rows.scratch(x, (panels if threads > 1 else 1) * size),
+        size if threads > 1 else 0, _KINDS[quant.format], half_range, threads=threads,
     )  # fmt: skip

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import struct
 from dataclasses import replace
-from functools import cache
 from itertools import product
 
 import torch
 from torch import Tensor
 
 from quantport.backend import FORMATS, Quant, Scheme, numerics
-from quantport_cpu.jit import blocks, gguf, grid, kquants, q6k, search
+from quantport_cpu.jit import blocks, gguf, grid, kquants, memory, q6k, search
+from quantport_cpu.jit.memory import Array, array, constants
+from quantport_cpu.jit.once import once
 
 _TINY = torch.finfo(torch.float32).tiny
 _KINDS = {"e8m0": blocks.E8M0, "e4m3fn": blocks.E4M3, "fp32": blocks.F32_SCALE}
@@ -36,64 +37,72 @@ def quantize(weight: Tensor, scheme: Scheme) -> dict[str, Tensor] | None:
         return None
     stored = empty(weight, scheme)
     if quant.double:  # the codes of the second pass are those that count
-        plain = {**stored, "weight_scale": torch.empty(stored["weight_scale"].shape)}
-        _blocks(weight, quant, plain)
-        stored |= numerics.quantize_scales(plain["weight_scale"])
-        plain["weight_scale"] = numerics.dequantize_scales(stored)
-        _blocks(weight, quant, plain, given=True)
+        scale = torch.empty(stored["weight_scale"].shape, dtype=torch.float32, device=weight.device)
+        _blocks(weight, quant, {**stored, "weight_scale": scale})
+        stored |= numerics.quantize_scales(scale)
+        _blocks(weight, quant, {**stored, "weight_scale": numerics.dequantize_scales(stored)}, given=True)
     else:
         _blocks(weight, quant, stored)
     return stored
 
 
-@cache
-def trials(top: int) -> Tensor:
+@once
+def trials(top: int) -> Array:
     """What ``search.least_squares_grid`` tries, as fractions of the reach: where a grid starts, and how long it is."""
     ends = [1 - i * 0.8 / top for i in range(3)]
-    return torch.tensor([value for down, up in product(ends, ends) for value in (down, down + up)])
+    return constants([value for down, up in product(ends, ends) for value in (down, down + up)])
 
 
 def _int4(weight: Tensor, scheme: Scheme) -> dict[str, Tensor]:
-    n, k = weight.shape
     stored = empty(weight, scheme)
-    codes, scale, zero = stored.values()
-    work = torch.empty(768, dtype=torch.uint8)
-    grid.kernel(
-        n, weight.data_ptr(), 2 * weight.stride(0), k, codes.data_ptr(), 4 * codes.stride(0), scale.data_ptr(), zero.data_ptr(),
-        trials(15).data_ptr(), work.data_ptr(),
-    )  # fmt: skip
+    codes, scale, zero = _arrays(stored, weight, scheme)
+    grid.kernel(*_source(weight), codes, 4 * stored["weight_packed"].stride(0), scale, zero, trials(15), scratch(weight, 768))
     return stored
 
 
 def _dual(weight: Tensor, scheme: Scheme) -> dict[str, Tensor]:
-    n, k = weight.shape
     stored = empty(weight, scheme)
-    codes, scale, outer = stored.values()
+    codes, scale, outer = _arrays(stored, weight, scheme)
     add, emax, high = rule(scheme.weight)
-    work = torch.empty(4 * search.OUTER + 3 * search.OUTER, dtype=torch.uint8)
     search.dual_kernel(
-        n, weight.data_ptr(), 2 * weight.stride(0), k, codes.data_ptr(), codes.stride(0), scale.data_ptr(), outer.data_ptr(),
-        work.data_ptr(), int(scheme.weight.searched), add, emax, bits(high),
+        *_source(weight), codes, stored["weight_packed"].stride(0), scale, outer, scratch(weight, 7 * search.OUTER),
+        int(scheme.weight.searched), add, emax, bits(high),
     )  # fmt: skip
     return stored
 
 
 def _gguf(weight: Tensor, scheme: Scheme) -> dict[str, Tensor]:
-    name, (n, k) = scheme.weight.format, weight.shape
-    stored, work = empty(weight, scheme), torch.empty(1024, dtype=torch.uint8)
-    words = (n, weight.data_ptr(), 2 * weight.stride(0), k, stored["weight_blocks"].data_ptr())
+    name, stored, work = scheme.weight.format, empty(weight, scheme), scratch(weight, 1024)
+    words = (*_source(weight), *_arrays(stored, weight, scheme))
     if name in gguf.BYTES:
-        gguf.kernel(name)(*words, work.data_ptr())
+        gguf.kernel(name)(*words, work)
     elif name in kquants.BYTES:
-        kquants.kernel(name)(*words, trials(15 if name == "q4_k" else 31).data_ptr(), work.data_ptr())
+        kquants.kernel(name)(*words, trials(15 if name == "q4_k" else 31), work)
     else:
-        q6k.kernel(*words, work.data_ptr())
+        q6k.kernel(*words, work)
     return stored
 
 
 def empty(weight: Tensor, scheme: Scheme) -> dict[str, Tensor]:
     """Uninitialized tensors of the layout."""
-    return {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in scheme.layout(*weight.shape).items()}
+    layout = scheme.layout(*weight.shape)
+    return {name: torch.empty(shape, dtype=dtype, device=weight.device) for name, (shape, dtype) in layout.items()}
+
+
+def scratch(near: Tensor, size: int) -> Array:
+    """Uninitialized bytes where a tensor is."""
+    return array(torch.empty(size, dtype=torch.uint8, device=near.device), torch.uint8, size)
+
+
+def _arrays(stored: dict[str, Tensor], weight: Tensor, scheme: Scheme) -> list[Array]:
+    layout = scheme.layout(*weight.shape)
+    return [array(stored[name], dtype, *shape) for name, (shape, dtype) in layout.items()]
+
+
+def _source(weight: Tensor) -> tuple[int, Array, int, int]:
+    """Blocks of one row each, the weight, the bytes from row to row, and columns: with these all frames here begin."""
+    n, k = weight.shape
+    return n, memory.rows(weight, torch.bfloat16, n, k), 2 * weight.stride(0), k
 
 
 def bits(value: float) -> int:
@@ -116,21 +125,23 @@ def _blocks(weight: Tensor, quant: Quant, stored: dict[str, Tensor], given: bool
     n, k = weight.shape
     codes, scale = stored.get("weight", stored.get("weight_packed")), stored["weight_scale"]
     assert codes is not None  # every layout without GGUF blocks has one of them
+    width = k if quant.element.bits == 8 else codes.shape[1]
     add, emax, high = rule(quant) if quant.scale == "e8m0" else (int(given), 0, quant.element.half_range)
     factor = 1.0
     if quant.outer:
         factor = _global(weight, quant)
         stored["weight_global_scale"][0] = factor
-    bounce = torch.empty(3 * quant.cols, dtype=torch.uint8)
     blocks.kernel(quant.format, quant.cols, _KINDS[quant.scale], quant.searched)(
-        n, weight.data_ptr(), 2 * weight.stride(0), k, codes.data_ptr(), codes.stride(0) * codes.element_size(),
-        scale.data_ptr(), bounce.data_ptr(), add, emax, bits(high), bits(factor), int(quant.element.bits == 4 and k % 2 == 1),
+        *_source(weight), array(codes, quant.element.storage, n, width), width * codes.element_size(),
+        array(scale, quant.scale_dtype, *quant.scale_shape(n, k)), scratch(weight, 3 * quant.cols), add, emax, bits(high),
+        bits(factor), int(quant.element.bits == 4 and k % 2 == 1),
     )  # fmt: skip
 
 
 def _global(weight: Tensor, quant: Quant) -> float:
     """The factor of NVFP4's block scales, from the largest magnitude of the weight."""
-    tops = torch.empty(weight.shape[0])
-    blocks.tops_kernel(weight.shape[0], weight.data_ptr(), 2 * weight.stride(0), weight.shape[1], tops.data_ptr())
+    n = weight.shape[0]
+    tops = torch.empty(n, dtype=torch.float32, device=weight.device)
+    blocks.tops_kernel(*_source(weight), array(tops, torch.float32, n))
     factor = FORMATS["e4m3fn"].high * quant.element.high / tops.amax().clamp_min(_TINY)
     return 1.0 if torch.isposinf(factor) else float(factor)

@@ -6,7 +6,7 @@ import numpy as np
 from numba import literally, njit
 from numba.core import types
 
-from quantport.backend import FORMATS
+from quantport_cpu.jit.elements import ELEMENTS, NUMBERS, element_of
 from quantport_cpu.jit.emit import F32, I16, I32, I64, Simd, Value, inline
 from quantport_cpu.jit.encode import bits32, f32, magnitude, put8, put32
 from quantport_cpu.jit.frame import Kernel, take, word
@@ -14,11 +14,9 @@ from quantport_cpu.jit.repack import move, wipe
 from quantport_cpu.jit.small import (
     DIVIDE,
     MULTIPLY,
-    NUMBERS,
     e4m3_value,
     e8m0_of,
     floats,
-    format_of,
     multiplied,
     power_value,
     rounded,
@@ -33,12 +31,12 @@ _INFINITY = np.float32(np.inf)
 @inline(types.float32, 3, 4, 5)
 def loss(simd: Simd, source: Value, scale: Value, inverse: Value, n_format: int, n_size: int, how: int) -> Value:
     """Squared error of bf16 under one scale."""
-    if format_of(n_format).codebook:
+    if element_of(n_format).codebook:
         return F32(0)  # typed, and never run
     x = floats(simd, source, n_size)
     scales = simd.splat(scale, n_size)
     q = simd.b.fmul(x, simd.splat(inverse, n_size)) if how == MULTIPLY else simd.b.fdiv(x, scales)
-    error = simd.b.fsub(x, simd.b.fmul(rounded(simd, q, format_of(n_format)), scales))
+    error = simd.b.fsub(x, simd.b.fmul(rounded(simd, q, element_of(n_format)), scales))
     return simd.total(simd.b.fmul(error, error))
 
 
@@ -74,7 +72,7 @@ def float_search(source, start, factor, n_format, n_size):
 @inline(types.float32)
 def outer_loss(simd: Simd, source: Value, candidate: Value, squares: Value) -> Value:
     """Squared error of 512 bf16 under an outer scale, with scales of rule ``even`` inside; ``squares`` is 2 KiB of memory."""
-    element = FORMATS["e2m1"]
+    element = ELEMENTS["e2m1"]
     outer = simd.splat(candidate, INNER)
     with simd.steps(I64(OUTER), INNER) as i:
         x = floats(simd, simd.at(source, simd.b.mul(i, I64(2))), INNER)

@@ -6,25 +6,15 @@ Arguments that choose the code are literals: intrinsics take them as such, and c
 
 from __future__ import annotations
 
-from functools import cache
-
 import numpy as np
-import torch
 from numba import literally, njit
 from numba.core import types
 
-from quantport.backend import FORMATS, Format, numerics
+from quantport_cpu.jit.elements import ELEMENTS, Element, element_of
 from quantport_cpu.jit.emit import F32, I8, I16, I32, I64, Simd, Value, inline
 from quantport_cpu.jit.encode import SAFE, bits32, f32, quotient
 
-NUMBERS = {name: i for i, name in enumerate(FORMATS)}  # formats as literals of compiled code
 MULTIPLY, NEWTON, DIVIDE = 0, 1, 2
-_BITS = {"e4m3fn": (4, 3), "e2m1": (2, 1), "e2m3": (2, 3), "e3m2": (3, 2)}
-
-
-def format_of(number: int) -> Format:
-    """The format behind a literal."""
-    return list(FORMATS.values())[number]
 
 
 def floats(simd: Simd, source: Value, lanes: int) -> Value:
@@ -32,12 +22,12 @@ def floats(simd: Simd, source: Value, lanes: int) -> Value:
     return simd.bits(simd.integer("shl", simd.widen(simd.load(I16, lanes, source), I32), 16), F32)
 
 
-def _magic(simd: Simd, x: Value, element: Format) -> tuple[Value, Value, Value]:
+def _magic(simd: Simd, x: Value, element: Element) -> tuple[Value, Value, Value]:
     """Magnitude of x, saturated; its exponent bits, at least those of the smallest normal; and what rounds it when added.
 
     Adding 2**(e + 23 - m) rounds to steps of 2**(e - m), to nearest even, in the low bits of the sum.
     """
-    exponent, mantissa = _BITS[element.name]
+    exponent, mantissa = element.exponent, element.mantissa
     lanes = x.type.count
     a = simd.same("minnum", simd.same("fabs", x), simd.splat(element.high, lanes, F32))
     power = simd.integer("and_", simd.bits(a, I32), 0x7F800000)
@@ -49,9 +39,9 @@ def _smallest(exponent: int) -> int:
     return 129 - (1 << exponent - 1)
 
 
-def small(simd: Simd, x: Value, element: Format) -> Value:
+def small(simd: Simd, x: Value, element: Element) -> Value:
     """fp32 to the codes of a small float, in int32 lanes."""
-    exponent, mantissa = _BITS[element.name]
+    exponent, mantissa = element.exponent, element.mantissa
     a, power, magic = _magic(simd, x, element)
     steps = simd.b.sub(simd.bits(simd.b.fadd(a, simd.bits(magic, F32)), I32), magic)
     rest = simd.integer("sub", simd.integer("lshr", power, 23 - mantissa), _smallest(exponent) << mantissa)
@@ -59,29 +49,19 @@ def small(simd: Simd, x: Value, element: Format) -> Value:
     return simd.b.or_(simd.b.add(steps, rest), sign)
 
 
-def rounded(simd: Simd, x: Value, element: Format) -> Value:
+def rounded(simd: Simd, x: Value, element: Element) -> Value:
     """fp32 rounded to the values of a small float."""
     a, _, magic = _magic(simd, x, element)
     magic = simd.bits(magic, F32)
     return simd.same("copysign", simd.b.fsub(simd.b.fadd(a, magic), magic), x)
 
 
-@cache
-def _midpoints(name: str) -> tuple[list[float], list[int]]:
-    """Midpoints between the values of a code book in ascending order, and the code of each value; of two zeros the first."""
-    values, codes = numerics.values_of(name).sort(stable=True)
-    keep = torch.ones(len(values), dtype=torch.bool)
-    keep[1:] = values[1:] != values[:-1]
-    values, codes = values[keep], codes[keep]
-    return ((values[1:] + values[:-1]) / 2).tolist(), codes.tolist()
-
-
-def nearest(simd: Simd, x: Value, element: Format) -> Value:
+def nearest(simd: Simd, x: Value, element: Element) -> Value:
     """fp32 to indices into a code book: every midpoint that x passes turns one code into the next."""
-    midpoints, codes = _midpoints(element.name)
+    codes = element.codes
     lanes = x.type.count
     out, none = simd.splat(codes[0], lanes, I32), simd.splat(0, lanes, I32)
-    for i, midpoint in enumerate(midpoints):
+    for i, midpoint in enumerate(element.midpoints):
         passed = simd.b.fcmp_ordered(">", x, simd.splat(midpoint, lanes, F32))
         out = simd.b.xor(out, simd.b.select(passed, simd.splat(codes[i] ^ codes[i + 1], lanes, I32), none))
     return out
@@ -107,7 +87,7 @@ def codes_of(
     simd: Simd, source: Value, to: Value, count: Value, scale: Value, inverse: Value, n_format: int, n_lanes: int, how: int
 ) -> None:
     """Codes of ``count`` bf16, a multiple of the lanes. ``how``: ``inverse`` is exact, or a Newton step mends it, or divide."""
-    element = format_of(n_format)
+    element = element_of(n_format)
     scales, inverses = simd.splat(scale, n_lanes), simd.splat(inverse, n_lanes)
     with simd.steps(count, n_lanes) as i:
         x = floats(simd, simd.at(source, simd.b.mul(i, I64(2))), n_lanes)
@@ -121,7 +101,7 @@ def codes_of(
 @inline(types.int64)
 def e4m3_of(simd: Simd, value: Value) -> Value:
     """One fp32 as an e4m3fn code; NaN is not looked for."""
-    codes = small(simd, simd.splat(value, 4), FORMATS["e4m3fn"])
+    codes = small(simd, simd.splat(value, 4), ELEMENTS["e4m3fn"])
     return simd.b.zext(simd.b.extract_element(codes, I32(0)), I64)
 
 

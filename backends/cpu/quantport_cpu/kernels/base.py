@@ -16,6 +16,7 @@ from torch import Tensor
 
 from quantport.backend import Claim, Evidence, Kernel, Packed, Request, WeightSpec
 from quantport_cpu.jit import available
+from quantport_cpu.kernels.scratch import scratch
 
 TINY = torch.finfo(torch.float32).tiny
 
@@ -23,6 +24,7 @@ TINY = torch.finfo(torch.float32).tiny
 SMALLEST = 16  # a layer with fewer elements than the measured one by this factor has no known speed
 COMPILED = 64  # up to this many rows, compiled kernels that take a few rows at a time beat decoding a whole block
 _AT_ONCE = 8  # rows that they take at a time
+_PANEL = 128  # rows of a panel: 2 MiB of fp32 at K = 4096
 
 
 def by_few(x: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
@@ -33,13 +35,28 @@ def by_few(x: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 @cache
-def compiled() -> bool:
-    """Whether the compiled integer kernels run here: numba, and AVX512-VNNI."""
+def has_fast_dots() -> bool:
+    """Whether compiled kernels run here, and one instruction of theirs sums four products of bytes."""
     if available():
         return False
-    from quantport_cpu.jit.gemv import vnni_reason
+    from quantport_cpu.jit.target import host
 
-    return not vnni_reason()
+    return host().dot_bits > 0
+
+
+def by_panels(x: Tensor, n: int, decode: Callable[[int, Tensor], Tensor]) -> Tensor:
+    """x fp32 ``[M, K]`` times a weight that is decoded to fp32 in panels of rows which stay in cache: fp32 ``[M, N]``.
+
+    Args:
+        x: Activations.
+        n: Rows of the weight.
+        decode: Writes the rows from a first one on into ``[rows, K]``, and returns them.
+    """
+    y = torch.empty(x.shape[0], n, dtype=torch.float32, device=x.device)
+    for r in range(0, n, _PANEL):
+        panel = scratch(torch.float32, min(_PANEL, n - r), x.shape[1])
+        y[:, r : r + _PANEL] = torch.mm(x, decode(r, panel).t())
+    return y
 
 
 @cache
@@ -112,7 +129,7 @@ class CpuGrouped(CpuKernel):
         if count == x.shape[0]:
             return self.few(x, groups, packed, spec, shared).to(x.dtype)
         rest = [0 if b - a <= limit else b - a for a, b in pairwise(bounds)]
-        rows = torch.cat([torch.arange(a, b) for _, a, b in groups])
+        rows = torch.cat([torch.arange(a, b, dtype=torch.int64, device=x.device) for _, a, b in groups])
         starts = accumulate((b - a for _, a, b in groups), initial=0)
         moved = [Few(f.group, start, start + f.stop - f.start) for f, start in zip(groups, starts, strict=False)]
         out = x.new_empty(x.shape[0], shared * spec.n)
@@ -143,4 +160,4 @@ def by_group(values: Sequence[Tensor], groups: Sequence[Few]) -> Tensor:
     """Scales of output channels, ``[N]`` for each weight used, as fp32 ``[M, shared * N]``: a line for each row."""
     lines = torch.cat([v.view(-1) for v in values]).view(len(groups), -1)
     counts = [f.stop - f.start for f in groups]
-    return lines if max(counts) == 1 else lines.repeat_interleave(torch.tensor(counts), 0)
+    return lines if max(counts) == 1 else lines.repeat_interleave(torch.tensor(counts, dtype=torch.int64, device=lines.device), 0)

@@ -13,19 +13,17 @@ from torch import Tensor
 
 from quantport.backend import Device, Packed, Request, Scheme, WeightSpec, numerics
 from quantport_cpu.jit import available
-from quantport_cpu.kernels.base import CpuKernel, compiled
-from quantport_cpu.kernels.scratch import scratch
+from quantport_cpu.kernels.base import CpuKernel, by_panels
 
 _FORMATS = ("e2m1", "e2m3", "e3m2", "e4m3fn", "nf4", "fp4")
 _FEW = 32  # up to this many rows, multiplying codes beats decoding panels
-_PANEL = 128  # rows of a panel: 2 MiB of fp32 at K = 4096
 
 
 def _reason(device: Device) -> str:
     """Why the compiled kernel does not run on a device: '' where it does."""
-    if device.simulated:
-        return "" if device.arch.name in ("x86_vnni", "x86_bf16", "x86_amx") else "it needs AVX-512 with VNNI"
-    return "" if compiled() else available() or "it needs AVX-512 with VNNI"
+    if not device.simulated:
+        return available()
+    return "" if device.arch.name.startswith("x86") else f"the compiled kernels were never run on {device.arch.title}"
 
 
 class CpuBlocks(CpuKernel):
@@ -56,10 +54,7 @@ class CpuBlocks(CpuKernel):
         if rows <= _FEW:
             y = gemv.blocks(x, weight) if rows else x.new_zeros(0, spec.n, dtype=torch.float32)
         else:
-            y, values = torch.empty(rows, spec.n), x.float()
-            for r in range(0, spec.n, _PANEL):
-                panel = scratch(torch.float32, min(_PANEL, spec.n - r), spec.k)
-                y[:, r : r + _PANEL] = torch.mm(values, gemv.decode(weight, r, panel).t())
+            y = by_panels(x.float(), spec.n, lambda r, panel: gemv.decode(weight.rows(r, len(panel)), panel))
         if (unit := gemv.unit(weight)) != 1:
             y.mul_(unit)
         if quant.outer == (0, 0):

@@ -68,7 +68,7 @@ class CpuFp8WeightOnly(CpuGrouped):
     def _few(self, x: Tensor, codes: Tensor) -> Tensor:
         """Rows scaled into fp16 by a power of two, which is exact for all but the tiniest elements of a row."""
         n = codes.shape[0]
-        out = torch.empty(x.shape[0], n)
+        out = torch.empty(x.shape[0], n, dtype=torch.float32, device=x.device)
         exponent = torch.frexp(x.abs().amax(-1, keepdim=True).clamp_min_(TINY))[1]
         half = torch.ldexp(x, -exponent).half()
         for r in range(0, n, _ROWS):
@@ -80,7 +80,7 @@ class CpuFp8WeightOnly(CpuGrouped):
     def _many(self, x: Tensor, codes: Tensor, scale: Tensor, blocks: int) -> Tensor:
         """Row blocks as fp32, with the scales of 128x128 blocks multiplied in, and one matmul for each."""
         n, k = codes.shape
-        out = torch.empty(x.shape[0], n)
+        out = torch.empty(x.shape[0], n, dtype=torch.float32, device=x.device)
         for r in range(0, n, _ROWS):
             half = _halves(codes[r : r + _ROWS])
             weight = scratch(torch.float32, *half.shape).copy_(half)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quantport.backend import Canonical, Device, Packed, Quant, Request, Scheme, WeightSpec, aten
 from quantport_cpu.jit import available
-from quantport_cpu.kernels.base import COMPILED, CpuGrouped, Few, by_few, compiled, jobs_of
+from quantport_cpu.kernels.base import COMPILED, CpuGrouped, Few, by_few, has_fast_dots, jobs_of
 from quantport_cpu.kernels.int8 import per_token
 
 
@@ -57,8 +57,8 @@ def pack_nibbles(nibbles: Tensor, block: int) -> Tensor:
     """
     n, half_k = nibbles.shape
     half = block // 2
-    out = torch.empty(n // block, half_k, 2, half // 4, dtype=torch.int32)
-    wide = torch.empty(block, half_k, dtype=torch.int16)
+    out = torch.empty(n // block, half_k, 2, half // 4, dtype=torch.int32, device=nibbles.device)
+    wide = torch.empty(block, half_k, dtype=torch.int16, device=nibbles.device)
     for b in range(n // block):
         wide.copy_(nibbles[b * block : (b + 1) * block])
         for parity, code in enumerate((wide & 15, wide >> 4)):
@@ -94,7 +94,7 @@ class CpuInt4(CpuGrouped):
 
     def pack(self, canonical: Canonical, spec: WeightSpec) -> Packed:
         n, k = _padded(spec)
-        pairs = torch.zeros(k // spec.scheme.weight.cols, n, 2, dtype=torch.bfloat16)
+        pairs = torch.zeros(k // spec.scheme.weight.cols, n, 2, dtype=torch.bfloat16, device=canonical["weight_scale"].device)
         pairs[:, : spec.n, 0] = canonical["weight_scale"].t()
         if spec.scheme.weight.zero:
             pairs[:, : spec.n, 1] = canonical["weight_zero"].t()
@@ -118,7 +118,7 @@ class CpuInt4(CpuGrouped):
 
     def limit(self, spec: WeightSpec) -> int:
         fits = spec.scheme.weight.cols % 64 == 0 and not spec.scheme.weight.zero and block_rows() == 64
-        return COMPILED if fits and compiled() else 0
+        return COMPILED if fits and has_fast_dots() else 0
 
     def few(self, x: Tensor, groups: Sequence[Few], packed: Sequence[Packed], spec: WeightSpec, shared: int) -> Tensor:
         from quantport_cpu.jit import grouped
@@ -140,7 +140,7 @@ class CpuInt4(CpuGrouped):
         if k != spec.k:
             x = torch.nn.functional.pad(x, (0, k - spec.k))
         group = spec.scheme.weight.cols
-        if 0 < x.shape[0] <= COMPILED and group % 64 == 0 and block_rows() == 64 and compiled():
+        if 0 < x.shape[0] <= COMPILED and group % 64 == 0 and block_rows() == 64 and has_fast_dots():
             from quantport_cpu.jit import gemv
 
             y = by_few(x, lambda part: gemv.int4(part, packed[0], packed[1], group))

@@ -1,4 +1,7 @@
-"""int8 through oneDNN's VNNI matmul behind ``torch._int_mm``, on the weight as it is stored: nothing to pack.
+"""int8 weights as they are stored: nothing to pack.
+
+Few rows go through a compiled kernel. Many go through oneDNN's int8 matmul behind ``torch._int_mm`` where its sums are exact, and
+elsewhere through fp32 matmuls over panels of the weight, whose products of bytes are exact too.
 
 oneDNN's prepacked linear is faster above a few rows, but its packing (``onednn.qlinear_prepack``) is a scalar loop of
 several seconds per GB, which no load can afford.
@@ -10,10 +13,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from quantport.backend import Packed, Request, Scheme, WeightSpec, aten
 from quantport_cpu.jit import available
-from quantport_cpu.kernels.base import COMPILED, TINY, CpuGrouped, Few, by_group, compiled, jobs_of
+from quantport_cpu.jit.once import once
+from quantport_cpu.kernels.base import COMPILED, TINY, CpuGrouped, Few, by_group, by_panels, has_fast_dots, jobs_of
 
 _SINGLE = 3  # up to this many rows, one matrix-vector call for each beats one matmul
 _COMPILED = 8  # up to this many rows the compiled kernel is fastest
@@ -22,11 +27,35 @@ _DIGIT = 0x808080  # 128 in each of three base-256 digits
 _FULL = 2.0**22 * 0.98  # largest magnitude of a row as a 23-bit integer; the margin keeps rounding inside three digits
 
 
+@once
+def int_mm_is_exact() -> bool:
+    """Whether oneDNN sums int8 products exactly on this processor.
+
+    Without VNNI it adds them in pairs that saturate at 16 bits: 127 * 127 * 64 becomes 8160 instead of 1032256. Source: oneDNN
+    ``dev_guide_int8_computations``; it depends on what ``ONEDNN_MAX_CPU_ISA`` leaves, which torch does not tell, so it is tried.
+    """
+    with _disable_current_modes():  # whatever is traced by whoever asks first
+        largest = torch.full((32, 64), 127, dtype=torch.int8, device="cpu")
+        return bool((torch._int_mm(largest, largest.t()) == 127 * 127 * 64).all())
+
+
 def matmul(q: Tensor, weight: Tensor) -> Tensor:
-    """Exact int32 ``q @ weight.T`` for int8 ``[M, K]`` and ``[N, K]``."""
+    """fp32 ``q @ weight.T`` for int8 ``[M, K]`` and ``[N, K]``: sums of exact products, exact themselves where int32 has them."""
+    if not takes_int_mm(weight):
+        return panels(q.float(), weight)
     if 1 < q.shape[0] <= _SINGLE:
-        return torch.cat([torch._int_mm(row, weight.t()) for row in q.split(1)])
-    return torch._int_mm(q, weight.t())
+        return torch.cat([torch._int_mm(row, weight.t()) for row in q.split(1)]).float()
+    return torch._int_mm(q, weight.t()).float()
+
+
+def takes_int_mm(weight: Tensor) -> bool:
+    """Whether ``torch._int_mm`` is exact for a weight; it misreads the strides of one with a single column."""
+    return weight.shape[1] > 1 and int_mm_is_exact()
+
+
+def panels(x: Tensor, weight: Tensor) -> Tensor:
+    """fp32 ``x @ weight.T`` for fp32 ``[M, K]`` and int8 ``[N, K]``."""
+    return by_panels(x, weight.shape[0], lambda r, panel: panel.copy_(weight[r : r + len(panel)]))
 
 
 def per_token(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,7 +73,7 @@ class _Int8(CpuGrouped):
     grouped = COMPILED  # rows of a group up to which one launch for all groups beats a matmul for each
 
     def limit(self, spec: WeightSpec) -> int:
-        return self.grouped if compiled() else 0
+        return self.grouped if has_fast_dots() else 0 if available() else _COMPILED
 
     def few(self, x: Tensor, groups: Sequence[Few], packed: Sequence[Packed], spec: WeightSpec, shared: int) -> Tensor:
         from quantport_cpu.jit import grouped
@@ -53,15 +82,17 @@ class _Int8(CpuGrouped):
         y = grouped.int8(x, [grouped.Job(*j) for j in jobs], [packed[i][0] for i in used], shared * spec.n)
         return y.mul_(by_group([packed[i][1] for i in used], groups))
 
-    def reasons_against(self, request: Request) -> Sequence[str]:
-        reasons = list(aten.native_reason(request, "int8"))
-        if request.weight.k == 1:
-            reasons.append("torch._int_mm misreads the strides of a weight with one column")
-        return reasons
+    def multiply_few(self, x: Tensor, weight: Tensor) -> Tensor | None:
+        """fp32 ``x @ weight.T`` by the compiled kernel, read at the speed of memory, or None where there are too many rows."""
+        if available() or not 0 < x.shape[0] <= _COMPILED:
+            return None
+        from quantport_cpu.jit import gemv
+
+        return gemv.int8(x, weight)
 
 
 class CpuInt8(_Int8):
-    """W8A8: per-token dynamic activations, exact int32 sums, scales in fp32."""
+    """W8A8: per-token dynamic activations, exact products, scales in fp32."""
 
     name = "cpu.int8"
     grouped = 32
@@ -71,6 +102,9 @@ class CpuInt8(_Int8):
     def serves(self, scheme: Scheme) -> bool:
         return scheme.weight.format == "int8" and scheme.activation is not None
 
+    def reasons_against(self, request: Request) -> Sequence[str]:
+        return aten.native_reason(request, "int8")
+
     def few(self, x: Tensor, groups: Sequence[Few], packed: Sequence[Packed], spec: WeightSpec, shared: int) -> Tensor:
         q, token = per_token(x)  # once for all weights that share the rows
         return super().few(q.float(), groups, packed, spec, shared).mul_(token)
@@ -78,20 +112,15 @@ class CpuInt8(_Int8):
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
         weight, channel = packed
         q, token = per_token(x)
-        if 0 < x.shape[0] <= _COMPILED and compiled():
-            from quantport_cpu.jit import gemv
-
-            y = gemv.int8(q.float(), weight)  # the same sums, read at the speed of memory
-        else:
-            y = matmul(q, weight).float()
-        y = y.mul_(token).mul_(channel.view(-1))
+        y = self.multiply_few(q.float(), weight)
+        y = (matmul(q, weight) if y is None else y).mul_(token).mul_(channel.view(-1))
         return (y if bias is None else y.add_(bias)).to(x.dtype)
 
 
 class CpuInt8WeightOnly(_Int8):
-    """W8A16. Few rows go through ATen's kernel; many through three exact int8 matmuls.
+    """W8A16. Few rows go through a compiled kernel or ATen's; many through three exact int8 matmuls, or fp32 ones.
 
-    For the latter each row becomes 23-bit integers, that is three balanced base-256 digits: the low three bytes of the
+    For the former each row becomes 23-bit integers, that is three balanced base-256 digits: the low three bytes of the
     integer + 0x808080, each less 128.
     """
 
@@ -101,14 +130,14 @@ class CpuInt8WeightOnly(_Int8):
     def serves(self, scheme: Scheme) -> bool:
         return scheme.weight.format == "int8"
 
+    def reasons_against(self, request: Request) -> Sequence[str]:
+        return ()
+
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
         weight, channel = packed
         few = x.shape[0] <= _FEW and x.dtype is torch.bfloat16 and spec.k % 16 == 0  # ATen reads past the end otherwise
-        if 0 < x.shape[0] <= _COMPILED and compiled():
-            from quantport_cpu.jit import gemv
-
-            y = gemv.int8(x, weight)
-        else:
+        y = self.multiply_few(x, weight)
+        if y is None:
             y = self._few(x, weight) if few else self._many(x.float(), weight)
         y = y.mul_(channel.view(-1))
         return (y if bias is None else y.add_(bias)).to(x.dtype)
@@ -119,6 +148,8 @@ class CpuInt8WeightOnly(_Int8):
         return y.float()
 
     def _many(self, x: Tensor, weight: Tensor) -> Tensor:
+        if not takes_int_mm(weight):
+            return panels(x, weight)
         m, k = x.shape
         scale = x.abs().amax(-1, keepdim=True).div_(_FULL).clamp_min_(TINY)
         digits = (x / scale).round_().add_(_DIGIT).to(torch.int32).view(torch.uint8).view(m, k, 4)

@@ -16,7 +16,7 @@ def scratch(dtype: torch.dtype, rows: int, cols: int) -> Tensor:
     buffers: dict[Any, Tensor] = _local.__dict__
     size = rows * cols
     if dtype not in buffers or buffers[dtype].numel() < size:
-        fresh = torch.empty(size, dtype=dtype)
+        fresh = torch.empty(size, dtype=dtype, device="cpu")
         if type(fresh) is not Tensor:  # a fake tensor of a trace must not outlive it
             return fresh.view(rows, cols)
         buffers[dtype] = fresh

@@ -1,0 +1,72 @@
+"""From a Python body to machine code in memory: numba writes LLVM's assembly, LLVM compiles it, and the linker loads it.
+
+What is loaded holds one function and calls nothing but ``RUNTIME``. numba's wrapper, which raises Python's errors, is left behind:
+bodies raise none.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import llvmlite.binding as llvm
+import numba
+
+from quantport_cpu.jit.target import host
+
+ENTRY = "kernel"
+RUNTIME = ("memcpy", "memmove", "memset")
+
+
+def machine(triple: str = "", name: str = "", features: str = "") -> Any:
+    """LLVM's compiler, for the processor that numba compiles for by default."""
+    if not triple:
+        triple, name, features = llvm.get_process_triple(), host().name, host().listed
+    make = llvm.Target.from_triple(triple).create_target_machine
+    return make(cpu=name, features=features, opt=3, reloc="static", codemodel="jitdefault", jit=True)
+
+
+def assembly(body: Callable[[Any], None]) -> str:
+    """LLVM's assembly of ``void kernel(int64)`` for the processor of ``target.host``.
+
+    Raises:
+        RuntimeError: the body would call something that is not in ``RUNTIME``.
+    """
+    made = numba.cfunc("void(int64)", error_model="numpy", boundscheck=False)(body)
+    native = made.native_name.removeprefix("cfunc.")
+    entry = f"""
+define void @{ENTRY}(i64 %frame) {{
+  %value = alloca ptr
+  %error = alloca ptr
+  %status = call i32 @"{native}"(ptr %value, ptr %error, i64 %frame)
+  ret void
+}}
+"""
+    module = llvm.parse_assembly(made.inspect_llvm() + entry)
+    for function in module.functions:
+        if not function.is_declaration and function.name != ENTRY:
+            function.linkage = "internal"
+    passes = llvm.create_new_module_pass_manager()
+    passes.add_global_dead_code_eliminate_pass()
+    passes.run(module, llvm.create_pass_builder(machine(), llvm.create_pipeline_tuning_options()))
+    called = {f.name for f in module.functions if f.is_declaration and not f.name.startswith("llvm.")}
+    if not called <= set(RUNTIME):
+        raise RuntimeError(f"{body.__qualname__} calls {', '.join(sorted(called - set(RUNTIME)))}")
+    return str(module)
+
+
+def compiled(text: str) -> bytes:
+    """An object file."""
+    code: bytes = machine().emit_object(llvm.parse_assembly(text))
+    return code
+
+
+def load(code: bytes) -> tuple[Any, int]:
+    """What keeps the machine code of an object file in memory, and the address of its ``kernel``."""
+    for name in RUNTIME:
+        llvm.add_symbol(name, ctypes.cast(getattr(ctypes.CDLL(None), name), ctypes.c_void_p).value)
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine())
+    engine.set_object_cache(getbuffer_func=lambda module: code)  # in place of compiling the empty module
+    engine.finalize_object()
+    return engine, engine.get_function_address(ENTRY)

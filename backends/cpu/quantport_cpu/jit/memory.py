@@ -1,0 +1,100 @@
+"""What compiled code may touch: memory that was checked, and is held for the whole call.
+
+Compiled code believes every address that it is given. Addresses are made here and nowhere else, from tensors whose dtype,
+shape, strides and device were compared with what the kernel reads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from quantport.backend import BackendError
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+class Array(NamedTuple):
+    """Checked memory.
+
+    Attributes:
+        address: Of the first element; 0 for fake and meta tensors, which have no memory.
+        owner: What keeps the memory.
+        has_memory: False for fake and meta tensors: a kernel that is given them runs over nothing.
+    """
+
+    address: int
+    owner: object
+    has_memory: bool = True
+
+    def at(self, offset: int) -> Array:
+        """The same memory from ``offset`` bytes on."""
+        return self._replace(address=self.address + offset)
+
+
+def array(tensor: Tensor, dtype: torch.dtype, *shape: int) -> Array:
+    """A contiguous tensor of just this dtype and shape.
+
+    Raises:
+        BackendError: it is another, on another device, or of a class without memory of its own.
+    """
+    if tensor.dtype is not dtype or tensor.shape != shape or not tensor.is_contiguous():
+        raise _wrong(tensor, f"contiguous {dtype} {list(shape)}")
+    return _of(tensor)
+
+
+def rows(tensor: Tensor, dtype: torch.dtype, count: int, size: int) -> Array:
+    """Rows of ``size`` elements, each contiguous, ``tensor.stride(0)`` apart.
+
+    Raises:
+        BackendError: as for ``array``.
+    """
+    if tensor.dtype is not dtype or tensor.shape != (count, size) or (size > 1 and tensor.stride(1) != 1):
+        raise _wrong(tensor, f"{dtype} [{count}, {size}] with contiguous rows")
+    return _of(tensor)
+
+
+def constants(values: Sequence[float]) -> Array:
+    """fp32 numbers that no default dtype, default device or trace can touch: made once, kept with the module that names them."""
+    owner = (ctypes.c_float * len(values))(*values)
+    return Array(ctypes.addressof(owner), owner)
+
+
+def table(lines: Iterable[Sequence[Array | int]]) -> Array:
+    """Lines of addresses and sizes, int64 one after another, for kernels that walk over several weights."""
+    words = [word for line in lines for word in line]
+    arrays = [w for w in words if isinstance(w, Array)]
+    owner = (ctypes.c_int64 * len(words))(*(w.address if isinstance(w, Array) else w for w in words))
+    return Array(ctypes.addressof(owner), (owner, arrays), has_memory(arrays))
+
+
+def has_memory(words: Iterable[Any]) -> bool:
+    """Whether kernels have something to run over.
+
+    Raises:
+        BackendError: some tensors are fake and some are real: results would be whatever lay in fresh memory.
+    """
+    kinds = {w.has_memory for w in words if isinstance(w, Array) and not isinstance(w.owner, ctypes.Array)}
+    if len(kinds) > 1:
+        found = "some of them are fake or meta tensors, and some are real"
+        raise BackendError("run a compiled kernel over tensors", found, "all of them real, or all of them fake")
+    return kinds != {False}
+
+
+def _of(tensor: Tensor) -> Array:
+    if type(tensor) in _PLAIN and tensor.is_cpu:
+        return Array(tensor.data_ptr(), tensor)
+    if tensor.is_meta or (isinstance(tensor, FakeTensor) and tensor.device.type == "cpu"):
+        return Array(0, tensor, False)
+    raise _wrong(tensor, "a plain tensor on the CPU")
+
+
+def _wrong(tensor: Tensor, wanted: str) -> BackendError:
+    layout = "contiguous" if tensor.is_contiguous() else f"strides {tensor.stride()}"
+    found = f"a {type(tensor).__name__} of {tensor.dtype} {list(tensor.shape)}, {layout}, on {tensor.device}"
+    return BackendError("hand memory to a compiled kernel", found, wanted)

@@ -1,0 +1,96 @@
+"""Machine code of kernels on disk, so that each is compiled once per machine and not once per process.
+
+The key of an entry covers all that its code was made from: every source file of this package, the constants that come from elsewhere
+(``ELEMENTS``), the numbers that the kernel captures, the versions of the compilers, and the processor. An entry that is damaged is
+compiled again. Where no folder can be written, kernels are compiled in each process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import platform
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import llvmlite
+import numba
+
+from quantport_cpu.jit.elements import ELEMENTS
+from quantport_cpu.jit.target import Target
+
+_MAGIC = b"quantport machine code 1\n"
+_KEPT = 8  # entries of one kernel, for other processors or older sources; the oldest goes first
+
+
+def folder() -> Path:
+    """Where entries are: ``QUANTPORT_CACHE_DIR``, or ``quantport`` in the user's cache."""
+    chosen = os.environ.get("QUANTPORT_CACHE_DIR")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quantport"
+
+
+def captured(body: Callable[..., Any]) -> tuple[Any, ...]:
+    """The numbers that a kernel captures, which are part of its key.
+
+    Raises:
+        TypeError: it captures something else, which the key could not tell apart.
+    """
+    values = tuple(cell.cell_contents for cell in body.__closure__ or ())
+    if not all(type(v) in (int, float, str) for v in values):
+        raise TypeError(f"{body.__qualname__} captures {values!r}: kernels are made from plain numbers")
+    return values
+
+
+@cache
+def _sources(package: Path) -> str:
+    digest = hashlib.sha256(repr(sorted(ELEMENTS.items())).encode())
+    for path in sorted(package.glob("*.py")):
+        content = path.read_bytes()
+        digest.update(f"{path.name} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
+
+
+def key(body: Callable[..., Any], target: Target) -> str:
+    """The name of the entry of a kernel."""
+    numbers = "_".join(map(str, captured(body)))
+    kernel = f"{body.__module__.rpartition('.')[2]}.{body.__qualname__.partition('.')[0].strip('_')}.{numbers}".rstrip(".")
+    made_of = (
+        _sources(Path(__file__).parent), body.__module__, body.__qualname__, captured(body), target,
+        platform.machine(), platform.python_version(), numba.__version__, llvmlite.__version__,
+    )  # fmt: skip
+    return f"{kernel}-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:40]}"
+
+
+def read(name: str) -> bytes | None:
+    """The object file of an entry, or None where there is none that is whole."""
+    try:
+        content = (folder() / name).read_bytes()
+    except OSError:
+        return None
+    start = len(_MAGIC) + 32
+    whole = content[:start] == _MAGIC + hashlib.sha256(content[start:]).digest()
+    return content[start:] if whole else None
+
+
+def write(name: str, code: bytes) -> None:
+    """Adds an entry, whole or not at all; nothing where the folder cannot be written."""
+    place = folder()
+    with contextlib.suppress(OSError):
+        place.mkdir(parents=True, exist_ok=True, mode=0o700)
+        handle, fresh = tempfile.mkstemp(dir=place, prefix=".")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(_MAGIC + hashlib.sha256(code).digest() + code)
+            os.replace(fresh, place / name)
+        except BaseException:
+            os.unlink(fresh)
+            raise
+        others = sorted(place.glob(f"{name.rpartition('-')[0]}-*"), key=lambda path: path.stat().st_mtime)
+        for path in others[:-_KEPT]:
+            path.unlink(missing_ok=True)
