@@ -95,6 +95,7 @@ def _of(tensor: Tensor) -> Array:
 
 
 def _wrong(tensor: Tensor, wanted: str) -> BackendError:
-    layout = "contiguous" if tensor.is_contiguous() else f"strides {tensor.stride()}"
+    is_strided = tensor.layout is torch.strided
+    layout = f"strides {tensor.stride()}" if is_strided else str(tensor.layout)
     found = f"a {type(tensor).__name__} of {tensor.dtype} {list(tensor.shape)}, {layout}, on {tensor.device}"
     return BackendError("hand memory to a compiled kernel", found, wanted)

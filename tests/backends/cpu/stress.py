@@ -1,0 +1,135 @@
+"""Loads every scheme in fresh processes, with eight workers beside a thread that builds models, and compares every byte.
+
+    python tests/backends/cpu/stress.py --processes 50
+
+Half of the processes find a clean cache of machine code, half that of the one before. Each has another order of schemes, so that each
+scheme is the first in some. What they must store is told by the reference, in a process without compiled code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import quantport
+from quantport.catalog import BUILTIN
+from quantport.checkpoint import save_tensors
+
+SHAPES = ((320, 512), (200, 320), (64, 200), (512, 64), (129, 512), (640, 129), (256, 640), (48, 256))
+
+
+def names() -> list[str]:
+    """Every scheme, with each of its options but the rotation, which is applied before."""
+    schemes = [s for s in BUILTIN.values() if s.name != "bf16"]
+    return [s.name for s in (*schemes, *(s.option(o) for s in schemes for o in s.options if o != "hadamard"))]
+
+
+def model() -> nn.Module:
+    """Linear layers of odd and even shapes."""
+    layers = [nn.Linear(k, n, bias=False, dtype=torch.bfloat16, device="cpu") for n, k in SHAPES]
+    return nn.Sequential(*layers)
+
+
+def checkpoint(folder: Path) -> None:
+    """Writes the 16-bit model."""
+    torch.manual_seed(0)
+    save_tensors(folder, iter(model().state_dict().items()), max_shard_bytes=1 << 20, files={})
+
+
+def digest(folder: Path, scheme: str, workers: int) -> str:
+    """What is stored, and what the model then computes for few and many rows where the reference has run nothing."""
+    loaded = quantport.load(folder, scheme, model=model, device="cpu", workers=workers)
+    content = hashlib.sha256()
+    for name, tensor in sorted(loaded.state_dict().items()):
+        content.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return content.hexdigest()
+
+
+def build_models(stop: threading.Event) -> None:
+    """Builds models of Transformers, which change the default dtype of the whole process meanwhile."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, vocab_size=128
+    )
+    while not stop.is_set():
+        LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+
+
+def child(folder: Path, seed: int, workers: int, build: bool) -> None:
+    """Prints what each scheme stores, as JSON."""
+    order, stop = names(), threading.Event()
+    random.Random(seed).shuffle(order)
+    beside = threading.Thread(target=build_models, args=(stop,))
+    if build:
+        sys.setswitchinterval(1e-6)
+        beside.start()
+    try:
+        found = {scheme: digest(folder, scheme, workers) for scheme in order}
+    finally:
+        stop.set()
+        if build:
+            beside.join()
+    print(json.dumps(found))
+
+
+def fresh(folder: Path, seed: int, **environment: str) -> tuple[int, dict[str, str], str]:
+    """Exit status, digests and standard error of a fresh process."""
+    reference = "NUMBA_DISABLE_JIT" in environment
+    call = [sys.executable, __file__, "--child", str(folder), "--seed", str(seed), "--workers", "1" if reference else "8"]
+    done = subprocess.run(
+        call + ([] if reference else ["--build"]), env=os.environ | environment, capture_output=True, text=True, check=False
+    )
+    lines = done.stdout.splitlines()
+    return done.returncode, json.loads(lines[-1]) if lines and not done.returncode else {}, done.stderr
+
+
+def run(processes: int, **environment: str) -> list[str]:
+    """Findings of so many processes."""
+    findings = []
+    with tempfile.TemporaryDirectory() as place:
+        folder, cache = Path(place) / "model", Path(place) / "cache"
+        checkpoint(folder)
+        _, expected, said = fresh(folder, 0, NUMBA_DISABLE_JIT="1")
+        assert len(expected) == len(names()), said
+        for i in range(processes):
+            if i % 2 == 0:
+                shutil.rmtree(cache, ignore_errors=True)
+            code, found, said = fresh(folder, i, QUANTPORT_CACHE_DIR=str(cache), **environment)
+            wrong = [scheme for scheme in expected if found.get(scheme) != expected[scheme]]
+            if code or wrong:
+                findings.append(f"process {i}: status {code}, other bytes for {wrong}: {said[-500:]}")
+            print(f"process {i}: status {code}, {len(wrong)} of {len(expected)} schemes differ", file=sys.stderr, flush=True)
+    return findings
+
+
+def main() -> None:
+    """Runs many processes, or is one of them."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--processes", type=int, default=50)
+    parser.add_argument("--child", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=8)
+    parser.add_argument("--build", action="store_true")
+    told = parser.parse_args()
+    if told.child:
+        return child(told.child, told.seed, told.workers, told.build)
+    findings = run(told.processes)
+    print("\n".join(findings) or f"{told.processes} processes, {len(names())} schemes each: no byte differs, none aborted")
+    raise SystemExit(bool(findings))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""What the machine code of kernels holds, compiled for processors that are not here: instructions that they have, and no others."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from quantport_cpu import jit
+
+pytestmark = pytest.mark.skipif(bool(jit.available()), reason=jit.available() or "numba is installed")
+
+SCRIPT = Path(__file__).parent / "machine_code.py"
+X86 = "+avx2,+fma,+f16c"
+WIDE = f"{X86},+avx512f,+avx512bw,+avx512dq,+avx512vl"
+# name and instruction sets; then instructions that int8 and nf4 hold, and that nothing holds
+PROCESSORS = {
+    "avx2": ("haswell", X86, {"vpmaddwd"}, {"vpdpbusd"}),
+    "avx-vnni": ("alderlake", f"{X86},+avxvnni", {"vpdpbusd"}, {"vpmaddwd"}),
+    "avx512": ("skylake-avx512", WIDE, {"vpmaddwd"}, {"vpdpbusd"}),
+    "avx512-vnni": ("cascadelake", f"{WIDE},+avx512vnni", {"vpdpbusd"}, {"vpmaddwd"}),
+    "arm": ("generic", "+neon", {"smull"}, {"vpmaddwd", "vpdpbusd"}),
+}
+CALLABLE = {"memcpy", "memmove", "memset"}
+
+
+def compiled(processor: str, *flags: str) -> dict[str, dict]:
+    name, features, *_ = PROCESSORS[processor]
+    call = [sys.executable, str(SCRIPT), *flags, *(["--arm"] if processor == "arm" else [])]
+    environment = os.environ | {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": features}
+    done = subprocess.run(call, env=environment, capture_output=True, text=True, check=False)
+    assert not done.returncode, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def check(processor: str, found: dict[str, dict]) -> None:
+    """The instructions of a processor, and no others."""
+    _, features, wanted, foreign = PROCESSORS[processor]
+    is_wide = "avx512" in features
+    assert wanted <= set(found["dots.int8"]["instructions"])
+    assert wanted <= set(found["nibbles.int4"]["instructions"])
+    multiply = "fmla" if processor == "arm" else "vfmadd231ps"
+    for kernel, code in found.items():
+        assert set(code["calls"]) <= CALLABLE, kernel
+        assert not foreign & set(code["instructions"]), kernel
+        assert is_wide or not code["zmm"], kernel
+        assert processor != "arm" or not code["foreign"], kernel
+        assert not kernel.startswith(("dots.fp8", "floats")) or multiply in code["instructions"], kernel
+
+
+needs_x86 = pytest.mark.skipif(sys.platform != "linux" or os.uname().machine != "x86_64", reason="numba compiles for x86 on x86 only")
+
+
+@needs_x86
+@pytest.mark.parametrize("processor", PROCESSORS)
+def test_a_processor_gets_its_own_instructions(processor: str) -> None:
+    check(processor, compiled(processor))
+
+
+@needs_x86
+@pytest.mark.slow
+@pytest.mark.parametrize("processor", PROCESSORS)
+def test_every_kernel_gets_its_own_instructions(processor: str) -> None:
+    found = compiled(processor, "--all")
+    assert len(found) > 40
+    check(processor, found)
+
+
+def test_a_processor_without_avx2_is_told_so() -> None:
+    call = [sys.executable, "-c", "from quantport_cpu.jit import available; print(available())"]
+    environment = os.environ | {"NUMBA_CPU_NAME": "nehalem", "NUMBA_CPU_FEATURES": "+sse4.2"}
+    if os.uname().machine != "x86_64":
+        pytest.skip("needs an x86")
+    done = subprocess.run(call, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "the compiled kernels need AVX2, FMA and F16C: nehalem has no AVX2, FMA, F16C"

@@ -1,0 +1,303 @@
+"""What compiled code may touch, and where its machine code comes from: defaults of torch, threads, guard pages, the cache on disk."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from quantport import numerics
+from quantport.backend import BackendError, Request, Scheme, WeightSpec
+from quantport.catalog import BUILTIN
+from quantport.host import host
+from quantport.testing.fakes import fake_tensors
+from quantport_cpu import jit
+from quantport_cpu.kernels import kernels
+
+pytestmark = pytest.mark.skipif(bool(jit.available()), reason=jit.available() or "numba is installed")
+
+if not jit.available():
+    import stress
+    from quantport_cpu.jit import encode, frame, gemv, memory, quantize, store, target
+    from quantport_cpu.jit.memory import Array, array
+
+SCHEMES = [s for s in BUILTIN.values() if s.name not in ("bf16", "int4_hqq")]
+DEFAULTS = [torch.bfloat16, torch.float16, torch.float64]
+
+
+def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    return list(left) == list(right) and all(torch.equal(left[k].view(torch.uint8), right[k].view(torch.uint8)) for k in right)
+
+
+def weight() -> Tensor:
+    return torch.randn(48, 320, generator=torch.Generator().manual_seed(1)).bfloat16()
+
+
+def accepted(scheme: Scheme) -> list[tuple[object, WeightSpec]]:
+    """The compiled kernels of the room that run a scheme here."""
+    spec = WeightSpec(scheme, 48, 320)
+    requests = [(k, Request(spec, "linear", host().device("cpu"))) for k in kernels() if k.name.startswith("cpu.")]
+    return [(k, spec) for k, r in requests if k.serves(scheme) and not k.reasons_against(r)]
+
+
+@pytest.fixture
+def defaults():
+    """Puts torch's defaults back."""
+    yield
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: s.name)
+def test_no_default_of_torch_changes_a_byte(scheme: Scheme, defaults: None) -> None:
+    w, x = weight(), torch.randn(12, 320, generator=torch.Generator().manual_seed(2)).bfloat16()
+    expected = numerics.quantize_weight(w, scheme)
+    runs = [(k, spec, k.pack(expected, spec)) for k, spec in accepted(scheme)]
+    results = [k.run(x[:rows], packed, None, spec) for k, spec, packed in runs for rows in (1, 3, 12)]
+    for dtype, device in [*((d, None) for d in DEFAULTS), (torch.float32, "meta")]:
+        torch.set_default_dtype(dtype)
+        torch.set_default_device(device)
+        assert same(quantize.quantize_weight(w, scheme), expected)
+        again = [k.run(x[:rows], k.pack(expected, spec), None, spec) for k, spec, _ in runs for rows in (1, 3, 12)]
+        assert all(map(torch.equal, again, results))
+        torch.set_default_device(None)
+
+
+@pytest.mark.parametrize("scheme", [s for s in SCHEMES if accepted(s)], ids=lambda s: s.name)
+def test_fake_tensors_give_shapes_and_touch_nothing(scheme: Scheme) -> None:
+    for kernel, spec in accepted(scheme):
+        with fake_tensors():
+            layout = scheme.layout(spec.n, spec.k)
+            stored = {name: torch.empty(shape, dtype=dtype, device="cpu") for name, (shape, dtype) in layout.items()}
+            for rows in (1, 17, 130):
+                y = kernel.run(torch.empty(rows, spec.k, dtype=torch.bfloat16, device="cpu"), kernel.pack(stored, spec), None, spec)
+                assert (y.shape, y.dtype) == ((rows, spec.n), torch.bfloat16)
+
+
+def test_fake_and_real_memory_do_not_meet() -> None:
+    codes = torch.zeros(8, 64, dtype=torch.int8)
+    with fake_tensors():
+        x = torch.empty(1, 64, device="cpu")
+    with pytest.raises(BackendError, match="some of them are fake"):
+        frame.Kernel(encode._quantize)(1, array(x, torch.float32, 1, 64), array(codes, torch.int8, 8, 64))
+
+
+@pytest.mark.parametrize(
+    ("tensor", "found"),
+    [
+        (torch.zeros(4, 8, dtype=torch.float16), "float16"),
+        (torch.zeros(4, 9), r"\[4, 9\]"),
+        (torch.zeros(8, 4).t(), "strides"),
+        (torch.zeros(4, 8, dtype=torch.float32).to_sparse(), "sparse"),
+    ],
+    ids=["dtype", "shape", "strides", "sparse"],
+)
+def test_another_memory_is_refused(tensor: Tensor, found: str) -> None:
+    with pytest.raises((BackendError, RuntimeError), match=found):
+        array(tensor, torch.float32, 4, 8)
+
+
+def test_a_tensor_subclass_is_refused() -> None:
+    class Mine(Tensor):
+        pass
+
+    with pytest.raises(BackendError, match="a Mine of"):
+        array(torch.zeros(4, 8).as_subclass(Mine), torch.float32, 4, 8)
+
+
+def test_a_kernel_takes_no_bare_tensor_and_no_address_of_one() -> None:
+    with pytest.raises(TypeError):
+        encode.kernel(1, torch.zeros(4))
+    source = Path(jit.__file__).parent
+    uses = [path.name for path in (*source.glob("*.py"), *(source.parent / "kernels").glob("*.py")) if "data_ptr" in path.read_text()]
+    assert uses == ["memory.py"]
+
+
+def guarded(tensor: Tensor) -> Tensor:
+    """A copy of a contiguous tensor that ends where an unreadable page begins."""
+    size, page = tensor.numel() * tensor.element_size(), mmap.PAGESIZE
+    whole = -(-size // page) * page
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+    libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    base = libc.mmap(None, whole + page, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+    assert libc.mprotect(base + whole, page, 0) == 0
+    memory_ = (ctypes.c_uint8 * size).from_address(base + whole - size)
+    out = torch.frombuffer(memory_, dtype=torch.uint8).view(tensor.dtype).view(tensor.shape)
+    return out.copy_(tensor)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="guard pages are made by Linux's mmap")
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: s.name)
+@pytest.mark.parametrize("shape", [(5, 33), (48, 320), (129, 96)], ids=str)
+def test_nothing_is_read_past_the_end(scheme: Scheme, shape: tuple[int, int]) -> None:
+    w = torch.randn(shape, generator=torch.Generator().manual_seed(3)).bfloat16()
+    expected = numerics.quantize_weight(w, scheme)
+    assert same(quantize.quantize_weight(guarded(w), scheme), expected)
+    spec = WeightSpec(scheme, *shape)
+    for kernel in (k for k in kernels() if k.name.startswith("cpu.") and k.serves(scheme)):
+        if kernel.reasons_against(Request(spec, "linear", host().device("cpu"))):
+            continue
+        for rows in (1, 2, 5, 40):
+            x = torch.randn(rows, shape[1], generator=torch.Generator().manual_seed(4)).bfloat16()
+            packed = kernel.pack(dict(expected), spec)
+            y = kernel.run(guarded(x), tuple(map(guarded, packed)), None, spec)
+            assert torch.equal(y, kernel.run(x, packed, None, spec))
+
+
+def test_constants_are_made_once_whoever_asks() -> None:
+    from quantport_cpu.jit.once import once
+
+    made, start = [], threading.Barrier(8)
+
+    @once
+    def table(size: int) -> Array:
+        made.append(size)
+        return memory.constants((1.0,) * size)
+
+    def ask() -> None:
+        start.wait()
+        table(3)
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert made == [3]
+
+
+def test_a_kernel_is_compiled_once_by_many_threads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("QUANTPORT_CACHE_DIR", str(tmp_path))
+    compiled = []
+    made = frame.machine.compiled
+    monkeypatch.setattr(frame.machine, "compiled", lambda text: compiled.append(text) or made(text))
+    kernel, found = frame.Kernel(encode._quantize), []
+    threads = [threading.Thread(target=lambda: found.append(kernel.address)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(compiled) == 1
+    assert len(set(found)) == 1
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:100], lambda b: b"", lambda b: b[:-1] + bytes([b[-1] ^ 1]), lambda b: b + b"x"])
+def test_a_damaged_entry_is_compiled_again(damage, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("QUANTPORT_CACHE_DIR", str(tmp_path))
+    name = store.key(encode._quantize, target.host())
+    assert frame.Kernel(encode._quantize).address
+    whole = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(damage(whole))
+    assert store.read(name) is None
+    assert frame.Kernel(encode._quantize).address
+    assert store.read(name) is not None
+
+
+def test_a_whole_entry_is_not_compiled_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("QUANTPORT_CACHE_DIR", str(tmp_path))
+    assert frame.Kernel(encode._quantize).address
+    monkeypatch.setattr(frame.machine, "assembly", lambda body: pytest.fail("compiled"))
+    assert frame.Kernel(encode._quantize).address
+
+
+def test_without_a_folder_kernels_are_compiled_in_each_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("QUANTPORT_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    assert frame.Kernel(encode._quantize).address
+
+
+def test_old_entries_of_a_kernel_go(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("QUANTPORT_CACHE_DIR", str(tmp_path))
+    for i in range(12):
+        store.write(f"one.kernel-{i:02}", b"code")
+        os.utime(tmp_path / f"one.kernel-{i:02}", (i, i))
+    store.write("other.kernel-0", b"code")
+    assert len(list(tmp_path.glob("one.kernel-*"))) <= store._KEPT + 1
+    assert store.read("one.kernel-11") == b"code"
+    assert store.read("other.kernel-0") == b"code"
+
+
+KEY = "from quantport_cpu.jit import {0} as m, store, target; print(store.key(m.kernel.body, target.host()))"
+
+
+def keys(room: Path, module: str = "encode", **environment: str) -> str:
+    """The key of a kernel, asked of a copy of the room in a fresh process."""
+    call = [sys.executable, "-c", KEY.format(module)]
+    path = os.pathsep.join([str(room), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(call, env={**os.environ, "PYTHONPATH": path, **environment}, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def test_the_key_covers_every_source_and_the_processor(tmp_path: Path) -> None:
+    room = tmp_path / "room"
+    shutil.copytree(Path(jit.__file__).parents[1], room / "quantport_cpu", ignore=shutil.ignore_patterns("__pycache__"))
+    first = keys(room)
+    assert first == keys(room)
+    other = {"NUMBA_CPU_FEATURES": "+avx2,+fma,+f16c"} if target.host().is_x86 else {"NUMBA_CPU_FEATURES": "+neon"}
+    assert keys(room, **other) != first
+    for helper in ("emit.py", "small.py", "elements.py", "target.py"):
+        before = keys(room)
+        with (room / "quantport_cpu" / "jit" / helper).open("a") as file:
+            file.write("\n# another constant\n")
+        assert keys(room) != before
+
+
+def test_the_key_covers_constants_of_other_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = store.key(encode._quantize, target.host())
+    store._sources.cache_clear()
+    monkeypatch.setitem(store.ELEMENTS, "nf4", store.ELEMENTS["nf4"]._replace(values=(0.0,) * 16))
+    try:
+        assert store.key(encode._quantize, target.host()) != first
+    finally:
+        store._sources.cache_clear()
+
+
+def test_kernels_capture_plain_numbers_only() -> None:
+    table = torch.zeros(3)
+
+    def body(frame):
+        return table
+
+    with pytest.raises(TypeError, match="plain numbers"):
+        store.captured(body)
+
+
+@pytest.mark.parametrize("perturbed", [False, True], ids=["", "MALLOC_PERTURB_"])
+def test_fresh_processes_store_the_bytes_of_the_reference(perturbed: bool) -> None:
+    """Eight workers, a clean and a warm cache, beside a thread that builds models."""
+    assert stress.run(2, **({"MALLOC_PERTURB_": "165"} if perturbed else {})) == []
+
+
+@pytest.mark.slow
+def test_fifty_fresh_processes_store_the_bytes_of_the_reference() -> None:
+    assert stress.run(50) == []
+
+
+def test_forwards_beside_loads() -> None:
+    """A forward in one thread while another changes the default dtype, as building a model does."""
+    x, codes = torch.randn(5, 512), torch.randint(0, 120, (256, 512), dtype=torch.uint8)
+    expected, stop = gemv.fp8(x, codes), threading.Event()
+
+    def toggle() -> None:
+        while not stop.is_set():
+            torch.set_default_dtype(torch.bfloat16)
+            torch.set_default_dtype(torch.float32)
+
+    beside = threading.Thread(target=toggle)
+    beside.start()
+    try:
+        assert all(torch.equal(gemv.fp8(x, codes), expected) for _ in range(2000))
+    finally:
+        stop.set()
+        beside.join()
