@@ -18,10 +18,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 from quantport.backend import Packed, Request, Scheme, WeightSpec, aten
 from quantport_cpu.jit import available
 from quantport_cpu.jit.once import once
-from quantport_cpu.kernels.base import COMPILED, TINY, CpuGrouped, Few, by_group, by_panels, has_fast_dots, jobs_of
+from quantport_cpu.kernels.base import COMPILED, TINY, CpuGrouped, Few, by_few, by_group, by_panels, has_fast_dots, jobs_of
 
 _SINGLE = 3  # up to this many rows, one matrix-vector call for each beats one matmul
 _COMPILED = 8  # up to this many rows the compiled kernel is fastest
+_WITHOUT_INT_MM = 32  # and up to this many, a few at a time, where the next best is fp32 panels
 _FEW = 16  # up to this many rows, ATen's W8A16 kernel beats three int8 matmuls
 _DIGIT = 0x808080  # 128 in each of three base-256 digits
 _FULL = 2.0**22 * 0.98  # largest magnitude of a row as a 23-bit integer; the margin keeps rounding inside three digits
@@ -73,7 +74,7 @@ class _Int8(CpuGrouped):
     grouped = COMPILED  # rows of a group up to which one launch for all groups beats a matmul for each
 
     def limit(self, spec: WeightSpec) -> int:
-        return self.grouped if has_fast_dots() else 0 if available() else _COMPILED
+        return 0 if available() else self.grouped if has_fast_dots() else _COMPILED
 
     def few(self, x: Tensor, groups: Sequence[Few], packed: Sequence[Packed], spec: WeightSpec, shared: int) -> Tensor:
         from quantport_cpu.jit import grouped
@@ -84,11 +85,11 @@ class _Int8(CpuGrouped):
 
     def multiply_few(self, x: Tensor, weight: Tensor) -> Tensor | None:
         """fp32 ``x @ weight.T`` by the compiled kernel, read at the speed of memory, or None where there are too many rows."""
-        if available() or not 0 < x.shape[0] <= _COMPILED:
+        if available() or not 0 < x.shape[0] <= (_COMPILED if int_mm_is_exact() else _WITHOUT_INT_MM):
             return None
         from quantport_cpu.jit import gemv
 
-        return gemv.int8(x, weight)
+        return by_few(x, lambda part: gemv.int8(part, weight))
 
 
 class CpuInt8(_Int8):

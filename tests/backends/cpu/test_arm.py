@@ -1,0 +1,131 @@
+"""The machine code for 64-bit Arm, run on an emulated core: what it writes is what this processor's writes, to the bit.
+
+Each call of a kernel is recorded here, replayed by a C program with the kernel's object file for Arm linked in, under qemu. In the
+nightly target, where Debian's ``qemu-user-static`` and ``gcc-aarch64-linux-gnu`` are installed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from quantport import numerics
+from quantport.catalog import BUILTIN
+from quantport_cpu import jit
+
+TOOLS = ("qemu-aarch64-static", "aarch64-linux-gnu-gcc")
+MISSING = [tool for tool in TOOLS if shutil.which(tool) is None]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(jit.available()), reason=jit.available() or "numba is installed"),
+    pytest.mark.skipif(bool(MISSING), reason=f"no emulated Arm core here: {', '.join(MISSING)} not installed"),
+]
+
+if not jit.available():
+    import machine_code
+    from quantport_cpu.jit import frame, gemv, quantize
+    from quantport_cpu.jit.memory import Array
+
+X, W = torch.randn(3, 320, generator=torch.Generator().manual_seed(5)), torch.randn(64, 320, generator=torch.Generator().manual_seed(6))
+
+
+def blocks(name: str) -> Any:
+    """A call of the kernel for few rows of one scheme."""
+    scheme = BUILTIN[name]
+    stored = numerics.quantize_weight(W.bfloat16(), scheme)
+    codes, scale = stored["weight_packed"], stored["weight_scale"]
+    weight = gemv.Blocks(scheme.weight.format, scheme.weight.scale, scheme.weight.cols, codes, scale, None, 320)
+    return lambda: gemv.blocks(X, weight)
+
+
+def int4() -> Any:
+    """A call of the int4 kernel for few rows."""
+    packed = torch.randint(0, 256, (64, 160), dtype=torch.uint8, generator=torch.Generator().manual_seed(7))
+    return lambda: gemv.int4(X, packed, torch.randn(5, 64, 2).bfloat16(), 64)
+
+
+def quantizer(name: str) -> Any:
+    return lambda: quantize.quantize_weight(W.bfloat16(), BUILTIN[name])
+
+
+CALLS = {
+    "dots.fp8": lambda: gemv.fp8(X, W.to(torch.float8_e4m3fn).view(torch.uint8)),
+    "dots.int8": lambda: gemv.int8(X, (W * 40).to(torch.int8)),
+    "digits": lambda: gemv.int8(X, (W * 40).to(torch.int8)),
+    "nibbles.int4": int4, "floats.nf4": lambda: blocks("nf4")(), "floats.e2m3": lambda: blocks("mxfp6_e2m3")(),
+    "encode": quantizer("fp8_per_block"), "grid": quantizer("int4_mse"), "q6_k": quantizer("q6_k"), "q4_k": quantizer("q4_k"),
+    "dual": quantizer("mxfp4_dualscale"), "tops": quantizer("nvfp4"), "blocks.e2m1": quantizer("nvfp4:mse"), "gguf.q4_0": quantizer("q4_0"),
+    "repack": lambda: quantize.pack_int4(torch.randint(-(2**31), 2**31, (100, 40)).int(), 64, 128, 384),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A program for Arm for each kernel."""
+    folder = tmp_path_factory.mktemp("arm")
+    call = [sys.executable, machine_code.__file__, "--arm", "--objects", str(folder)]
+    environment = os.environ | {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "+neon"}
+    subprocess.run(call, env=environment, capture_output=True, check=True)
+    for file in folder.glob("*.o"):
+        link = [TOOLS[1], "-static", "-O1", "-o", str(file.with_suffix(".program")), str(Path(__file__).parent / "replay.c"), str(file)]
+        subprocess.run(link, check=True)
+    return folder
+
+
+def region(array: Array) -> tuple[int, bytes]:
+    """Where the memory of a word begins, and its bytes."""
+    owner = array.owner
+    if isinstance(owner, ctypes.Array):
+        return ctypes.addressof(owner), bytes(owner)
+    assert isinstance(owner, Tensor)
+    storage = owner.untyped_storage()
+    return storage.data_ptr(), ctypes.string_at(storage.data_ptr(), storage.nbytes())
+
+
+class Recorder:
+    """Records the first call of one kernel: its input for the program, and the memory afterwards."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel, self.native, self.given, self.after = kernel, frame.Kernel.__call__, b"", b""
+
+    def call(self, kernel: Any, blocks_: int, *words: int | Array, threads: int = 1) -> None:
+        """Stands in for ``Kernel.__call__``."""
+        arrays = [w for w in words if isinstance(w, Array)]
+        wanted = kernel is self.kernel and not self.given
+        if wanted:
+            regions = dict(region(a) for a in arrays)
+            places = list(regions)
+            lines = [(-1, 0), (-1, blocks_)]
+            for w in words:
+                start = region(w)[0] if isinstance(w, Array) else 0
+                lines.append((places.index(start), w.address - start) if isinstance(w, Array) else (-1, w))
+            numbers = [len(places), *map(len, regions.values()), len(lines), *(n for line in lines for n in line)]
+            self.given = struct.pack(f"<{len(numbers)}q", *numbers) + b"".join(regions.values())
+        self.native(kernel, blocks_, *words, threads=1)
+        if wanted:
+            self.after = b"".join(dict(region(a) for a in arrays).values())
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_the_same_bytes_on_an_emulated_core(name: str, objects: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder(dict(machine_code.kernels(whole=False))[name])
+    monkeypatch.setattr(frame.Kernel, "__call__", lambda kernel, *args, **kw: recorder.call(kernel, *args, **kw))
+    made = CALLS[name]()
+    if callable(made):
+        made()
+    assert recorder.given, f"{name} was not called"
+    program = [TOOLS[0], str(objects / f"{name}.program")]
+    found = subprocess.run(program, input=recorder.given, capture_output=True, check=True).stdout
+    assert recorder.after not in recorder.given  # it wrote something
+    differing = sum(a != b for a, b in zip(found, recorder.after, strict=True))
+    assert differing == 0, f"{differing} of {len(found)} bytes differ"
