@@ -23,8 +23,8 @@ import torch
 from quantport.loading import stream
 
 torch.set_num_threads(3)
-ran, pools, go, running = [], [], threading.Event(), threading.Semaphore(0)
-PLAIN = stream.ThreadPoolExecutor
+ran, pools, go, submitted, running = [], [], threading.Event(), threading.Event(), threading.Semaphore(0)
+PLAIN, WAIT = stream.ThreadPoolExecutor, stream.wait
 
 
 class Pool(PLAIN):
@@ -40,12 +40,18 @@ def held():
     go.wait()
 
 
+def wait(*args, **options):
+    submitted.set()
+    return WAIT(*args, **options)
+
+
 def first():
+    submitted.wait()
     running.acquire(), running.acquire()
-    signal.raise_signal(signal.SIGINT)
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
 
-stream.ThreadPoolExecutor = Pool
+stream.ThreadPoolExecutor, stream.wait = Pool, wait
 late = stream.Task("late", 1, lambda: ran.append("late"), 40)
 threading.Thread(target=first).start()
 try:

@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import cache
 from typing import NamedTuple
@@ -16,6 +16,8 @@ import torch
 
 from quantport.errors import BudgetError, ConfigError
 from quantport.loading.threads import one_native_thread
+
+LOOK = 0.5  # seconds: an interrupt that comes just before Python waits is seen when it ends to wait
 
 Progress = Callable[[int, int, str], None]
 
@@ -135,7 +137,7 @@ def run_tasks(
 def _wait(futures: Mapping[Future[None], Task], progress: Progress | None) -> None:
     total, done, pending = sum(t.size for t in futures.values()), 0, set(futures)
     while pending:
-        finished, pending = wait(pending, return_when=FIRST_EXCEPTION if progress is None else "FIRST_COMPLETED")
+        finished, pending = wait(pending, LOOK, FIRST_EXCEPTION if progress is None else FIRST_COMPLETED)
         for future in finished:
             future.result()
             done += futures[future].size
