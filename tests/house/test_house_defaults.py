@@ -7,6 +7,7 @@ import house_source as house
 import pytest
 
 NAMED = {
+    "core/quantport/loading/building.py": "gives the thread that builds a model a default dtype of its own",
     "core/quantport/loading/threads.py": "sets the number of one thread, and puts that of the process back",
     "core/quantport/testing/suite.py": "checks of small tensors run on one thread",
 }
