@@ -70,9 +70,9 @@ def _typed(leaf: Any) -> bool:
 def building() -> Iterator[None]:
     """Inside, parameters of new modules are on the meta device, and a default dtype that is set is that of this thread.
 
-    Buffers stay real: they are not all in checkpoints.
+    Buffers stay real, whatever the default device: they are not all in checkpoints.
     """
-    with _BUILDING, _patched(), _Defaults() as defaults:
+    with _BUILDING, _patched(), torch.device("cpu"), _Defaults() as defaults:
         token = _INSIDE.set(defaults)
         try:
             yield
