@@ -11,6 +11,7 @@ from quantport.errors import BackendError, DeviceError, QuantportError
 from quantport.formats import FORMATS, Format
 from quantport.hookspecs import Backend, hookimpl
 from quantport.kernel import Canonical, Kernel, Packed, Request, WeightSpec
+from quantport.once import once
 from quantport.scheme import Quant, Scheme
 from quantport.stacked import StackedKernel
 
@@ -40,4 +41,5 @@ __all__ = [
     "aten",
     "hookimpl",
     "numerics",
+    "once",
 ]

@@ -6,7 +6,6 @@ import os
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache, cached_property
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -19,6 +18,7 @@ from quantport.device import Device
 from quantport.errors import BackendError, ConfigError, DeviceError, did_you_mean, one_of
 from quantport.hookspecs import Backend
 from quantport.kernel import Kernel
+from quantport.once import once, once_property
 
 GROUPS = ("quantport.backends", "quantport.plugins")
 
@@ -107,13 +107,13 @@ class Host:
                 "give the new backend a kind of its own, or restrict with QUANTPORT_BACKENDS",
             )
 
-    @cached_property
+    @once_property
     def devices(self) -> tuple[Device, ...]:
         """Every device found, best rank first. A detection that raises is a problem, not an error."""
         ordered = sorted(self.backends.values(), key=lambda backend: -backend.rank)
         return tuple(d for backend in ordered for d in self._ask(backend, "detection", backend.detect, Device))
 
-    @cached_property
+    @once_property
     def _kernels(self) -> dict[str, tuple[Kernel, ...]]:
         out: dict[str, tuple[Kernel, ...]] = {}
         owners: dict[str, Kernel] = {}
@@ -220,7 +220,7 @@ def _allowed(only: Iterable[str] | None, known: set[str]) -> set[str] | None:
     return names or None
 
 
-@cache
+@once
 def host() -> Host:
     """The host of this process, made at first use."""
     return Host()

@@ -125,7 +125,7 @@ def _refusal(shard: Tensor, scheme: Scheme, dim: int, name: str, whole: bool) ->
 
 def _agree(maximum: Maximum, error: QuantportError | None, shard: Tensor, name: str) -> None:
     """Raises on every rank when there is an error on any: its own, or the news of another's."""
-    failed = maximum(torch.tensor([0.0 if error is None else 1.0], device=shard.device))
+    failed = maximum(torch.tensor([0.0 if error is None else 1.0], dtype=torch.float32, device=shard.device))
     if error is not None:
         raise error
     if failed.item():

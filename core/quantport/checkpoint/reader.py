@@ -85,7 +85,7 @@ class Checkpoint:
         info = self._info(name, "read")
         start, end, shape = _span(info, rows)
         if start == end:  # torch.frombuffer takes no empty buffer
-            return torch.empty(shape, dtype=info.dtype)
+            return torch.empty(shape, dtype=info.dtype, device="cpu")
         mapped = self._mapped(info)
         return mapped.view(info.dtype, shape, start, end)
 

@@ -80,7 +80,9 @@ def read_bandwidth(device: torch.device, effort: Effort | None = None) -> float:
     """Bytes per second of reading a buffer that no cache holds: the limit of one row."""
     effort = effort or Effort()
     buffer = torch.ones(effort.cold // 4, dtype=torch.float32, device=device)
-    t = interleaved({"read": lambda _i, _x: buffer.sum()}, torch.empty(1, device=device), effort.rounds, effort.seconds)
+    t = interleaved(
+        {"read": lambda _i, _x: buffer.sum()}, torch.empty(1, dtype=torch.float32, device=device), effort.rounds, effort.seconds
+    )
     return effort.cold / t["read"]
 
 
@@ -130,7 +132,7 @@ class _Bench:
             raise BudgetError(f"bench {n} x {k} on {target}", found, "a smaller --size")
         self.device, self.dtype = target.torch_device, target.arch.compute
         self.bandwidth = read_bandwidth(self.device, effort)
-        self.weight = torch.randn(n, k, device=self.device).div_(max(k, 1) ** 0.5).to(self.dtype)
+        self.weight = torch.randn(n, k, dtype=torch.float32, device=self.device).div_(max(k, 1) ** 0.5).to(self.dtype)
         self.dense = [self.weight.clone() for _ in range(effort.copies(2 * n * k))]
         self.prepacked: dict[str, list[QuantLinear]] = {}
 
@@ -177,7 +179,7 @@ class _Bench:
         if not layers:
             nothing = dict.fromkeys(("seconds", "seconds_bf16", "vs_bf16", "vs_prepacked", "of_limit"))
             return {**told, **nothing, "cold": False, "reason": "; ".join(choice.reasons)}
-        x = torch.randn(rows, self.size[1], device=self.device).to(self.dtype)
+        x = torch.randn(rows, self.size[1], dtype=torch.float32, device=self.device).to(self.dtype)
         dense, packed = self.dense, self.baseline(rows)
         calls: dict[str, Call] = {
             "bf16": lambda i, x: linear(x, dense[i % len(dense)]),

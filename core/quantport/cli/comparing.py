@@ -26,7 +26,7 @@ def cut(ids: list[int], count: int, positions: int | None) -> Tensor:
     found = min(len(ids) // length, count)
     if not found:
         raise ConfigError("--compare", f"a text of {len(ids)} tokens", f"a text of at least {length} tokens: --text FILE")
-    return torch.tensor(ids[: found * length]).view(found, length)
+    return torch.tensor(ids[: found * length], dtype=torch.int64, device="cpu").view(found, length)
 
 
 @torch.no_grad()
@@ -42,7 +42,7 @@ def quality(model: Any, base: Any, windows: Tensor, report: Callable[[int, int, 
         windows: Tokens ``[windows, length]`` on the models' device.
         report: Called with (windows done, windows, "").
     """
-    sums = torch.zeros(4, dtype=torch.float64)
+    sums = torch.zeros(4, dtype=torch.float64, device="cpu")
     for i, window in enumerate(windows):
         found, expected = (_log_probs(m, window) for m in (model, base))
         target = window[1:, None]
@@ -68,7 +68,7 @@ def _log_probs(model: Any, window: Tensor) -> Tensor:
 
 
 def _exp(value: float) -> float:
-    return torch.tensor(value, dtype=torch.float64).exp().item()  # of a large value: infinity, where math.exp raises
+    return torch.tensor(value, dtype=torch.float64, device="cpu").exp().item()  # of a large value: infinity, where math.exp raises
 
 
 @torch.no_grad()

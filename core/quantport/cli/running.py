@@ -136,7 +136,7 @@ def _prompt(tokenizer: Any, prompt: str) -> Tensor:
         ids = [tokenizer.bos_token_id]
     if not ids:
         raise ConfigError(f"--prompt {prompt!r}", "it has no tokens", "some text to continue")
-    return torch.tensor([ids])
+    return torch.tensor([ids], dtype=torch.int64, device="cpu")
 
 
 def _fits(model: Any, ids: Tensor, tokens: int) -> None:

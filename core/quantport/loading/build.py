@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,32 +12,9 @@ import torch
 from torch import nn
 
 from quantport.errors import CheckpointError, QuantportError
+from quantport.loading.building import building
 
 Factory = Callable[[], nn.Module]
-_BUILDING = threading.Lock()
-
-
-@contextmanager
-def parameters_on_meta() -> Iterator[None]:
-    """Inside, parameters of new modules are on the meta device. Buffers stay real: they are not all in checkpoints."""
-    with _BUILDING:
-        yield from _patched()
-
-
-def _patched() -> Iterator[None]:
-    original, builder = nn.Module.register_parameter, threading.get_ident()
-
-    def register(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        mine = threading.get_ident() == builder  # other threads go on making real modules
-        if mine and param is not None and param.device.type != "meta":
-            param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
-        original(module, name, param)
-
-    nn.Module.register_parameter = register  # type: ignore[method-assign,assignment]  # restored below
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = original  # type: ignore[method-assign]
 
 
 def build(
@@ -60,7 +35,7 @@ def build(
         CheckpointError: no factory, and no ``config.json`` that Transformers can build.
     """
     if factory is not None:
-        with parameters_on_meta():
+        with building():
             made = factory()
         if not isinstance(made, nn.Module):
             found = f"it returned a {type(made).__name__}: {made!r}"
@@ -101,7 +76,7 @@ def _transformers(directory: Path, dtype: torch.dtype, names: Mapping[str, Any])
         for part in (config, *(v for v in vars(config).values() if hasattr(v, "quantization_config"))):
             vars(part).pop("quantization_config", None)  # ours: the modules are placed by quantport
         cls = getattr(transformers, next(iter(config.architectures or ()), "<no architecture in config.json>"))
-        with parameters_on_meta():
+        with building():
             model = cls._from_config(config, dtype=dtype)
     except Exception as error:  # Transformers raises a zoo of types on a config that it cannot build
         found = f"Transformers says {type(error).__name__}: {error}"

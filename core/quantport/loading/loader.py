@@ -18,6 +18,7 @@ from quantport.layers import Layer, Part, find_layers
 from quantport.loading import saved
 from quantport.loading.bind import NO_MODULE, by_module, check, make_module, put
 from quantport.loading.build import Factory, build, read_json
+from quantport.loading.building import as_usual
 from quantport.loading.copying import SLAB, copy_into
 from quantport.loading.planning import Source, merge, refuse_nothing
 from quantport.loading.source import locate, refuse_quantized
@@ -68,7 +69,7 @@ def load(
     target = _usable(device)
     directory = locate(path_or_id)
     parsed = merge(scheme, config, {"fallback": fallback})
-    with Checkpoint.open(directory) as checkpoint:
+    with as_usual(), Checkpoint.open(directory) as checkpoint:
         record = saved.read(checkpoint.directory)
         if record is None:
             refuse_quantized(checkpoint)
@@ -98,9 +99,9 @@ def load(
         _fits(decided, target)
         tasks = _Loader(checkpoint, built, decided, names, place, compute, dtype is not None, record is not None).tasks()
         run_tasks(tasks, progress, workers, decided.budget)
-    _finish(built, decided, target)
-    if cache:
-        cache.install()
+        _finish(built, decided, target)
+        if cache:
+            cache.install()
     return built
 
 

@@ -6,8 +6,8 @@ import ctypes
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import cache
 from typing import NamedTuple
@@ -15,6 +15,9 @@ from typing import NamedTuple
 import torch
 
 from quantport.errors import BudgetError, ConfigError
+from quantport.loading.threads import one_native_thread
+
+LOOK = 0.5  # seconds: an interrupt that comes just before Python waits is seen when it ends to wait
 
 Progress = Callable[[int, int, str], None]
 
@@ -41,10 +44,14 @@ class Gate:
     Tasks enter in the order in which they come: a large one is never overtaken for ever. One that needs more than the
     whole budget would wait for ever, so it is refused. What a task has freed still counts until the allocator has given it
     back to the system: small tensors of many experts, freed between others that stay, leave holes that nothing else fits.
+
+    It is open while ``opened`` is held. Nothing but leaving a ``with`` releases a lock in one step, so that no interrupt can
+    come before the gate is shut, as one can at the beginning of a ``finally``.
     """
 
     def __init__(self, budget: int) -> None:
         self.budget, self.used, self.loose = budget, 0, 0
+        self.opened = threading.Lock()
         self._turn = threading.Lock()
         self._freed = threading.Condition()
 
@@ -54,12 +61,15 @@ class Gate:
 
         Raises:
             BudgetError: it can never fit.
+            CancelledError: the gate was shut before it fitted.
         """
         if task.need > self.budget:
             found = f"{task.name} alone needs {task.need / 1e6:.1f} MB"
             raise BudgetError(f"stream within {self.budget / 1e6:.1f} MB", found, f"budget={task.need} or more")
         with self._turn, self._freed:
-            self._freed.wait_for(lambda: self.used + task.need <= self.budget)
+            self._freed.wait_for(lambda: not self.opened.locked() or self.used + task.need <= self.budget)
+            if not self.opened.locked():
+                raise CancelledError
             if self.used + self.loose + task.need > self.budget:
                 give_back()
                 self.loose = 0
@@ -71,6 +81,11 @@ class Gate:
                 self.used -= task.need
                 self.loose += task.need
                 self._freed.notify_all()
+
+    def wake(self) -> None:
+        """Tells tasks that wait that the gate was shut, which they would see when the next task ends."""
+        with self._freed:
+            self._freed.notify_all()
 
 
 @cache
@@ -92,7 +107,9 @@ def give_back() -> None:
 def run_tasks(
     tasks: Sequence[Task], progress: Progress | None = None, workers: int | None = None, budget: int | None = None
 ) -> None:
-    """Runs every task; the first error stops the rest and is raised.
+    """Runs every task; the first error, or an interrupt, stops the rest and is raised.
+
+    Tasks that run are waited for; a second interrupt ends that too, and then they are the last to run.
 
     Args:
         tasks: In the order in which they should read.
@@ -105,25 +122,27 @@ def run_tasks(
     """
     if workers is not None and workers < 1:
         raise ConfigError(f"workers={workers}", "not a number of threads", "1 or more; by default the number of cores")
-    total, done = sum(t.size for t in tasks), 0
     count = workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     gate = Gate(sys.maxsize if budget is None else budget)
-    before = torch.get_num_threads()
-    pool = ThreadPoolExecutor(count, "quantport", initializer=torch.set_num_threads, initargs=(1,))
+    pool = ThreadPoolExecutor(count, "quantport", initializer=one_native_thread)
     try:
-        futures = {pool.submit(_quiet, task, gate): task for task in tasks}
-        pending = set(futures)
-        while pending:
-            finished, pending = wait(pending, return_when=FIRST_EXCEPTION if progress is None else "FIRST_COMPLETED")
-            for future in finished:
-                future.result()
-                done += futures[future].size
-                if progress:
-                    progress(done, total, futures[future].name)
+        with gate.opened:
+            _wait({pool.submit(_quiet, task, gate): task for task in tasks}, progress)
     finally:
+        gate.wake()
         pool.shutdown(wait=True, cancel_futures=True)
         give_back()
-        torch.set_num_threads(before)
+
+
+def _wait(futures: Mapping[Future[None], Task], progress: Progress | None) -> None:
+    total, done, pending = sum(t.size for t in futures.values()), 0, set(futures)
+    while pending:
+        finished, pending = wait(pending, LOOK, FIRST_EXCEPTION if progress is None else FIRST_COMPLETED)
+        for future in finished:
+            future.result()
+            done += futures[future].size
+            if progress:
+                progress(done, total, futures[future].name)
 
 
 def _quiet(task: Task, gate: Gate) -> None:

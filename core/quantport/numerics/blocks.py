@@ -119,10 +119,10 @@ def _empty(x: Tensor, quant: Quant, outer: Tensor | None) -> Blocks:
     n, k = x.shape
     codes = torch.empty((n, k), dtype=quant.element.storage, device=x.device)
     shape = quant.scale_shape(n, k)
-    empty = stored(torch.zeros(shape, device=x.device), quant.scale) if quant.scale != "e8m0" else None
+    empty = stored(torch.zeros(shape, dtype=torch.float32, device=x.device), quant.scale) if quant.scale != "e8m0" else None
     scale = torch.zeros(shape, dtype=torch.uint8, device=x.device) if empty is None else empty
     if quant.outer and outer is None:
-        outer = torch.ones(blocks_of(n, k, *quant.outer), device=x.device)
+        outer = torch.ones(blocks_of(n, k, *quant.outer), dtype=torch.float32, device=x.device)
     return Blocks(codes, scale, torch.zeros_like(scale) if quant.zero else None, outer)
 
 

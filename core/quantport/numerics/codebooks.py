@@ -21,7 +21,7 @@ def _dynamic() -> tuple[float, ...]:
     """The signed dynamic 8-bit code: 7 decades, and in decade i the midpoints of 2**i equal parts of [0.1, 1]."""
     values = [0.0, 1.0]
     for i in range(7):
-        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
+        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32, device="cpu")
         means = ((edges[:-1] + edges[1:]) / 2.0) * 10 ** (i - 6)
         values += [*means.tolist(), *(-means).tolist()]
     return tuple(sorted(values))
@@ -36,7 +36,7 @@ CODEBOOKS: dict[str, tuple[float, ...]] = {
 
 def codebook(name: str, device: torch.device) -> Tensor:
     """Value of every code: fp32. Made anew at each call, since a tensor that is kept may outlive the mode it was made in."""
-    return torch.tensor(CODEBOOKS[name], device=device)
+    return torch.tensor(CODEBOOKS[name], dtype=torch.float32, device=device)
 
 
 def lookup(table: Tensor, index: Tensor) -> Tensor:

@@ -27,9 +27,9 @@ def quantize_double(weight: Tensor, quant: Quant, reduce: Reduce | None = None) 
     n, k = weight.shape
     if not weight.numel():
         index = torch.empty(quant.scale_shape(n, k), dtype=torch.uint8, device=weight.device)
-        one = {"weight_scale_scale": torch.ones(n, 1, device=weight.device)}
+        one = {"weight_scale_scale": torch.ones(n, 1, dtype=torch.float32, device=weight.device)}
         return quantize_blocks(weight, quant).codes, {
-            "weight_scale": index, **one, "weight_scale_offset": torch.zeros(1, device=weight.device)
+            "weight_scale": index, **one, "weight_scale_offset": torch.zeros(1, dtype=torch.float32, device=weight.device)
         }  # fmt: skip
     scale = scale_of(block_amax(weight, quant.rows, quant.cols), quant)
     extra = quantize_scales(scale, reduce)

@@ -99,8 +99,9 @@ def values_of(name: str, device: torch.device | None = None) -> Tensor:
     if element.codebook:
         return codebook(name, device or torch.device("cpu"))
     if element.is_float8:  # the CPU converts it
-        return torch.arange(256, dtype=torch.int32).to(torch.uint8).view(element.storage).float().to(device)
-    codes = torch.arange(2**element.bits, dtype=torch.int32, device=device)
+        codes = torch.arange(256, dtype=torch.int32, device="cpu").to(torch.uint8)
+        return codes.view(element.storage).float().to(device)
+    codes = torch.arange(2**element.bits, dtype=torch.int32, device=device or "cpu")
     if not element.exponent:
         if element.storage is torch.int8:  # two's complement
             return torch.where(codes > element.high, codes - 2**element.bits, codes).float()
@@ -108,5 +109,6 @@ def values_of(name: str, device: torch.device | None = None) -> Tensor:
     m, bias = element.mantissa, 2 ** (element.exponent - 1) - 1
     magnitude = codes & (2 ** (element.bits - 1) - 1)
     e, fraction = magnitude >> m, (magnitude & (2**m - 1)).float()
-    value = torch.ldexp(fraction + torch.where(e > 0, 2.0**m, 0.0), e.clamp_min(1) - bias - m)
+    power = (e.clamp_min(1) - bias - m).float()  # of integers, ldexp takes the power in the default dtype
+    value = torch.ldexp(fraction + (e > 0) * 2**m, power)
     return torch.where(codes >> (element.bits - 1) > 0, -value, value)

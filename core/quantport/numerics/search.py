@@ -148,7 +148,7 @@ def scale(x: Tensor, first: Tensor, quant: Quant, factor: Tensor | None = None) 
     power = quant.scale == "e8m0"
     start = first.view(torch.uint8).int()
     steps = (0, -1, 1) if power else (0, -1, 1, -2, 2, -3, 3, 4, 5, 6)
-    best, kept = torch.full(first.shape, torch.inf, device=x.device), start
+    best, kept = torch.full(first.shape, torch.inf, dtype=torch.float32, device=x.device), start
     for step in steps:
         code = (start + step).clamp_(0 if power else 1, 254 if power else 126)
         candidate = code.to(torch.uint8).view(first.dtype)

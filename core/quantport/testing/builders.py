@@ -79,7 +79,7 @@ def experts(subject: Subject, kernel: Kernel, scheme: Scheme) -> tuple[QuantExpe
     effective = scheme if kernel.quantizes_activations else scheme.weight_only
 
     def reference(x: Tensor, index: Tensor, routing: Tensor) -> Tensor:
-        out = torch.zeros(x.shape, dtype=torch.float32)
+        out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         for t, j in ((t, j) for t in range(x.shape[0]) for j in range(TOP_K)):
             gate, up_, down_ = (weights[f"{int(index[t, j])}.{p}"] for p in ("gate_proj", "up_proj", "down_proj"))
             row = x[t : t + 1]
@@ -92,7 +92,8 @@ def experts(subject: Subject, kernel: Kernel, scheme: Scheme) -> tuple[QuantExpe
 
 def routed(rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Activations ``[rows, HIDDEN]``, the experts of each token, and their weights; one expert gets no token."""
-    index = torch.stack([torch.arange(rows) % (EXPERTS - 1), (torch.arange(rows) + 1) % (EXPERTS - 1)], dim=1)
+    token = torch.arange(rows, dtype=torch.int64, device="cpu")
+    index = torch.stack([token % (EXPERTS - 1), (token + 1) % (EXPERTS - 1)], dim=1)
     weights = torch.softmax(cases.random(rows, TOP_K, seed=3), dim=1).to(dtype)
     return cases.random(rows, HIDDEN, seed=4).to(dtype), index, weights
 

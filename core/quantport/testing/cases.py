@@ -31,7 +31,7 @@ MAX_TOLERANCE = 2.0**-5
 
 def random(*shape: int, seed: int = 0) -> Tensor:
     """Normal fp32 numbers, the same on every machine."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(*shape, generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.float32, device="cpu")
 
 
 def activations(rows: int, k: int, dtype: torch.dtype, seed: int = 1) -> Tensor:
@@ -74,20 +74,20 @@ def _one_sided(n: int, k: int) -> Tensor:
 
 
 def _only_last_column(n: int, k: int) -> Tensor:
-    weight = torch.zeros(n, k, dtype=torch.bfloat16)
+    weight = torch.zeros(n, k, dtype=torch.bfloat16, device="cpu")
     weight[:, -1] = plain(n, 1)[:, 0]
     return weight
 
 
 SPECIAL: dict[str, Callable[[int, int], Tensor]] = {
-    "all zero": lambda n, k: torch.zeros(n, k, dtype=torch.bfloat16),
+    "all zero": lambda n, k: torch.zeros(n, k, dtype=torch.bfloat16, device="cpu"),
     "zero rows": _zero_rows,
     "one outlier": _outlier,
     "negative only": _one_sided,
     "last column only": _only_last_column,
     "huge (1e30)": lambda n, k: random(n, k) * 1e30,
     "tiny (1e-30)": lambda n, k: random(n, k) * 1e-30,
-    "equal values": lambda n, k: torch.full((n, k), 0.5, dtype=torch.float16),
+    "equal values": lambda n, k: torch.full((n, k), 0.5, dtype=torch.float16, device="cpu"),
 }
 
 

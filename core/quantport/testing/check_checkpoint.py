@@ -22,9 +22,9 @@ class Tiny(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first = nn.Linear(128, 200, bias=False, dtype=torch.bfloat16)
-        self.norm = nn.LayerNorm(200, dtype=torch.bfloat16)
-        self.second = nn.Linear(200, 48, dtype=torch.bfloat16)
+        self.first = nn.Linear(128, 200, bias=False, dtype=torch.bfloat16, device="cpu")
+        self.norm = nn.LayerNorm(200, dtype=torch.bfloat16, device="cpu")
+        self.second = nn.Linear(200, 48, dtype=torch.bfloat16, device="cpu")
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., 128]`` to ``[..., 48]``."""

@@ -33,7 +33,9 @@ def check_grouped(subject: Subject, kernel: Kernel, scheme: Scheme) -> None:
         packed = [kernel.pack({name: t.to(where, copy=True) for name, t in w.items()}, spec) for w in stored]
         bias = cases.bias(len(COUNTS) * shared * spec.n, dtype).view(len(COUNTS), -1) if past else None
         given = None if bias is None else bias.to(where)
-        y = run_grouped(kernel, x.to(where), torch.tensor(starts, device=where), packed, given, spec, shared).cpu()
+        y = run_grouped(
+            kernel, x.to(where), torch.tensor(starts, dtype=torch.int64, device=where), packed, given, spec, shared
+        ).cpu()
         if tuple(y.shape) != (x.shape[0], shared * spec.n) or y[starts[-1] :].any():
             findings.append(f"{shared} weights: returned {list(y.shape)}, or rows of no group are not zero")
             continue

@@ -51,7 +51,7 @@ def allowed(torch_type: str) -> bool:
     """Whether this torch makes fake tensors of a device type."""
     try:
         with FakeTensorMode():
-            torch.empty(1, device=torch_type)
+            torch.empty(1, dtype=torch.float32, device=torch_type)
     except RuntimeError:  # a type that needs its own package, which is not installed
         return False
     return True

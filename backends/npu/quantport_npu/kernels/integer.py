@@ -147,8 +147,8 @@ class NpuWeightInt4(_WeightOnly):
         step = max(8, _SLAB // spec.k // 8 * 8)
         out = []
         for i in range(0, spec.k, step):  # rows of the identity: each product is one row of codes, exact in bf16
-            rows = torch.arange(i, min(i + step, spec.k), device=words.device)
-            unit = (torch.arange(spec.k, device=words.device) == rows[:, None]).to(scale.dtype)
+            rows = torch.arange(i, min(i + step, spec.k), dtype=torch.int64, device=words.device)
+            unit = (torch.arange(spec.k, dtype=torch.int64, device=words.device) == rows[:, None]).to(scale.dtype)
             codes = torch.ops.npu.npu_weight_quant_batchmatmul(unit, words, ones)
             out.append(numerics.pack_int4(codes.t().contiguous().to(torch.int8)))
         rest = dict(zip(("weight_scale", "weight_zero"), (scale, *zero), strict=False))

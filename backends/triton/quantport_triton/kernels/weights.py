@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from quantport.backend import Packed, WeightSpec, numerics
+from quantport.backend import Packed, WeightSpec, numerics, once
 
 FORMATS = ("e4m3fn", "int8", "int4", "e2m1", "e2m3", "e3m2", "nf4", "fp4")
 
@@ -67,6 +66,6 @@ def _table(name: str, codes: Tensor) -> Tensor:
     return codes.new_empty(272, dtype=torch.float32) if isinstance(codes, FakeTensor) else _kept(name, codes.device)
 
 
-@cache
+@once
 def _kept(name: str, device: torch.device) -> Tensor:
     return torch.cat([numerics.codebook(name, device), numerics.codebook("dynamic8", device)])

@@ -1,0 +1,163 @@
+"""Interrupts while weights are streamed, once and twice: what runs is the last to run. Threads keep their numbers."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from core_models import MOE
+
+import quantport
+from quantport.loading import threads
+from quantport.loading.stream import Task, run_tasks
+
+# The second interrupt strikes where it did most harm: before anything was cancelled.
+TWICE = """
+import json, signal, threading
+import torch
+from quantport.loading import stream
+
+torch.set_num_threads(3)
+ran, pools, go, submitted, running = [], [], threading.Event(), threading.Event(), threading.Semaphore(0)
+PLAIN, WAIT = stream.ThreadPoolExecutor, stream.wait
+
+
+class Pool(PLAIN):
+    def shutdown(self, *args, **options):
+        pools.append(self)
+        signal.raise_signal(signal.SIGINT)
+        super().shutdown(*args, **options)
+
+
+def held():
+    ran.append("held")
+    running.release()
+    go.wait()
+
+
+def wait(*args, **options):
+    submitted.set()
+    return WAIT(*args, **options)
+
+
+def first():
+    submitted.wait()
+    running.acquire(), running.acquire()
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+
+stream.ThreadPoolExecutor, stream.wait = Pool, wait
+late = stream.Task("late", 1, lambda: ran.append("late"), 40)
+threading.Thread(target=first).start()
+try:
+    stream.run_tasks([stream.Task("held", 1, held, 40)] * 2 + [late] * 50, workers=4, budget=90)
+except KeyboardInterrupt:
+    told = ["interrupted", torch.get_num_threads()]
+    new = threading.Thread(target=lambda: told.append(torch.get_num_threads()))
+    new.start(), new.join(), go.set()
+PLAIN.shutdown(pools[0])  # waits until everything that is still queued has run or was refused
+print(json.dumps([told, ran]))
+"""
+LOAD = """
+import sys, threading
+import quantport
+from quantport.loading import loader, stream
+
+pause = threading.Event()
+
+
+def tasks(self):
+    def slow(task):
+        return task._replace(run=lambda: (task.run(), pause.wait(0.05)))
+    return [*map(slow, plain(self)), *[slow(stream.Task("more", 1, lambda: None))] * 4000]
+
+
+plain, loader._Loader.tasks = loader._Loader.tasks, tasks
+try:
+    quantport.load(sys.argv[1], "int8", workers=2, progress=lambda *_: print("loading", flush=True))
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+"""
+
+
+def python(code, *arguments):
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def here_and_new():
+    """Native threads of this thread, and of one that is new."""
+    told = [torch.get_num_threads()]
+    new = threading.Thread(target=lambda: told.append(torch.get_num_threads()))
+    new.start()
+    new.join()
+    return told
+
+
+@pytest.fixture
+def three():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_second_interrupt_leaves_no_task_that_starts_and_no_number_of_threads():
+    with python(TWICE) as child:
+        out, err = child.communicate(timeout=120)
+    assert child.returncode == 0, err
+    told, ran = json.loads(out)
+    assert told == ["interrupted", 3, 3]
+    assert ran == ["held", "held"], "those at the gate and in the queue never run"
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_an_interrupted_load_ends(times):
+    with python(LOAD, MOE) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "loading\n"
+        for _ in range(times):
+            child.send_signal(signal.SIGINT)
+        out, err = child.communicate(timeout=120)
+    assert "interrupted" in out or child.returncode in (-signal.SIGINT, 130), err
+    assert out.count("loading") < 1000, "of thousands"
+
+
+def test_workers_have_one_native_thread_and_threads_that_start_meanwhile_have_theirs(three):
+    seen, meanwhile = [], []
+
+    def work():
+        seen.append(torch.get_num_threads())
+        meanwhile.extend(here_and_new()[1:])
+
+    run_tasks([Task(str(i), 1, work) for i in range(4)], workers=2)
+    assert seen == [1] * 4
+    assert meanwhile == [3] * 4
+    assert here_and_new() == [3, 3]
+
+
+def test_without_the_function_of_openmp_the_number_of_the_process_is_put_back(monkeypatch, three):
+    monkeypatch.setattr(threads, "_openmp", lambda: None)
+    told = []
+
+    def work():
+        threads.one_native_thread()
+        told.append(torch.get_num_threads())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert told == [1]
+    assert here_and_new() == [3, 3]
+
+
+def test_on_linux_nothing_of_the_process_is_set(monkeypatch):
+    if not (sys.platform == "linux" and torch.backends.openmp.is_available()):
+        pytest.skip("OpenMP of torch is looked up by name in Linux's loader")
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: pytest.fail(f"set to {n}"))
+    quantport.load(MOE, "int8", workers=2)
