@@ -11,14 +11,6 @@ NAMED = {
     "core/quantport/loading/threads.py": "sets the number of one thread, and puts that of the process back",
     "core/quantport/testing/suite.py": "checks of small tensors run on one thread",
 }
-# The room of host processors, until each of these is mended.
-FOLLOWS = {
-    f"backends/cpu/quantport_cpu/{name}.py": "its tensors follow"
-    for name in (
-        "jit/gemv", "jit/grouped", "jit/quantize", "jit/rows", "jit/small", "kernels/base", "kernels/blocks", "kernels/fp8",
-        "kernels/int4", "kernels/scratch",
-    )
-}  # fmt: skip
 
 
 def name(path):
@@ -28,12 +20,12 @@ def name(path):
 @pytest.mark.parametrize("path", house.files(*house.SHIPPED), ids=name)
 def test_nothing_depends_on_the_defaults_of_the_process(path):
     found = [f"{house.where(path, line)} {what}" for line, what in defaults.findings(path)]
-    if name(path) not in {**NAMED, **FOLLOWS}:
+    if name(path) not in NAMED:
         assert not found
 
 
 def test_exceptions_are_still_needed():
-    for place in {**NAMED, **FOLLOWS}:
+    for place in NAMED:
         assert list(defaults.findings(house.ROOT / place)), place
 
 

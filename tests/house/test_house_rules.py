@@ -49,8 +49,8 @@ def test_imports_are_absolute_and_named(path):
 
 @pytest.mark.parametrize("path", SHIPPED, ids=ids)
 def test_files_and_functions_are_small(path):
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 300
-    assert not [f"{house.where(path, n)} {name}: {size} lines" for n, name, size in house.functions(path) if size > 40]
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
+    assert not [f"{house.where(path, n)} {name}: {size} lines" for n, name, size in house.functions(path) if size > 60]
 
 
 def test_the_rules_can_fail(tmp_path):

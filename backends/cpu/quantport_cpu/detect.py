@@ -41,7 +41,8 @@ _ONEDNN = {
     "AVX512_CORE_BF16": ("avx2", *_AVX512, "avx512_vnni", "avx_vnni", "avx512_bf16"),
     "AVX512_CORE_FP16": ("avx2", *_AVX512, "avx512_vnni", "avx_vnni", "avx512_bf16"),
 }  # fmt: skip
-_CHOSEN = {"avx2", *_AVX512, "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"}  # what architectures differ in
+# What architectures differ in.
+_CHOSEN = {"avx2", *_AVX512, "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"}
 
 
 def restricted(found: Features, capability: str, environment: Mapping[str, str]) -> Features:

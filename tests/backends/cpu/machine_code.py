@@ -15,7 +15,22 @@ from pathlib import Path
 
 import llvmlite.binding as llvm
 
-from quantport_cpu.jit import blocks, digits, dots, encode, floats, gguf, grid, grouped, kquants, machine, nibbles, q6k, repack, search
+from quantport_cpu.jit import (
+    blocks,
+    digits,
+    dots,
+    encode,
+    floats,
+    gguf,
+    grid,
+    grouped,
+    kquants,
+    machine,
+    nibbles,
+    q6k,
+    repack,
+    search,
+)
 from quantport_cpu.jit.frame import Kernel
 
 ARM = ("aarch64-linux-gnu", "generic", "+neon,+fp-armv8")
@@ -34,7 +49,9 @@ def kernels(whole: bool) -> Iterator[tuple[str, Kernel]]:
     yield "gguf.q4_0", gguf.kernel("q4_0")
     yield "q4_k", kquants.kernel("q4_k")
     if whole:
-        yield from {"grouped.fp8": grouped.fp8_kernel, "grouped.int8": grouped.int8_kernel, "grouped.int4": grouped.int4_kernel}.items()
+        yield "grouped.fp8", grouped.fp8_kernel
+        yield "grouped.int8", grouped.int8_kernel
+        yield "grouped.int4", grouped.int4_kernel
         for name in ("e2m1", "e3m2", "e2m3", "e4m3fn", "fp4", "nf4"):
             for scale, group in ((floats.E8M0, 32), (floats.E4M3, 16), (floats.F32_SCALE, 64), (floats.DUAL, 32)):
                 yield f"floats.{name}.{scale}", floats.kernel(name, scale, group)

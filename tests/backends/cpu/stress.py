@@ -2,8 +2,8 @@
 
     python tests/backends/cpu/stress.py --processes 50
 
-Half of the processes find a clean cache of machine code, half that of the one before. Each has another order of schemes, so that each
-scheme is the first in some. What they must store is told by the reference, in a process without compiled code.
+Half of the processes find a clean cache of machine code, half that of the one before. Each has another order of schemes, so that
+each scheme is the first in some. What they must store is told by the reference, in a process without compiled code.
 """
 
 from __future__ import annotations

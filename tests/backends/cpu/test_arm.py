@@ -33,10 +33,12 @@ pytestmark = [
 
 if not jit.available():
     import machine_code
+
     from quantport_cpu.jit import frame, gemv, quantize
     from quantport_cpu.jit.memory import Array
 
-X, W = torch.randn(3, 320, generator=torch.Generator().manual_seed(5)), torch.randn(64, 320, generator=torch.Generator().manual_seed(6))
+X = torch.randn(3, 320, generator=torch.Generator().manual_seed(5))
+W = torch.randn(64, 320, generator=torch.Generator().manual_seed(6))
 
 
 def blocks(name: str) -> Any:
@@ -64,7 +66,8 @@ CALLS = {
     "digits": lambda: gemv.int8(X, (W * 40).to(torch.int8)),
     "nibbles.int4": int4, "floats.nf4": lambda: blocks("nf4")(), "floats.e2m3": lambda: blocks("mxfp6_e2m3")(),
     "encode": quantizer("fp8_per_block"), "grid": quantizer("int4_mse"), "q6_k": quantizer("q6_k"), "q4_k": quantizer("q4_k"),
-    "dual": quantizer("mxfp4_dualscale"), "tops": quantizer("nvfp4"), "blocks.e2m1": quantizer("nvfp4:mse"), "gguf.q4_0": quantizer("q4_0"),
+    "dual": quantizer("mxfp4_dualscale"), "tops": quantizer("nvfp4"), "blocks.e2m1": quantizer("nvfp4:mse"),
+    "gguf.q4_0": quantizer("q4_0"),
     "repack": lambda: quantize.pack_int4(torch.randint(-(2**31), 2**31, (100, 40)).int(), 64, 128, 384),
 }  # fmt: skip
 
@@ -77,8 +80,8 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> Path:
     environment = os.environ | {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "+neon"}
     subprocess.run(call, env=environment, capture_output=True, check=True)
     for file in folder.glob("*.o"):
-        link = [TOOLS[1], "-static", "-O1", "-o", str(file.with_suffix(".program")), str(Path(__file__).parent / "replay.c"), str(file)]
-        subprocess.run(link, check=True)
+        program, source = file.with_suffix(".program"), Path(__file__).parent / "replay.c"
+        subprocess.run([TOOLS[1], "-static", "-O1", "-o", program, source, file], check=True)
     return folder
 
 

@@ -18,8 +18,7 @@ from quantport_cpu.kernels.int4 import pack_nibbles
 pytestmark = pytest.mark.skipif(bool(jit.available()), reason=jit.available() or "numba is installed")
 
 if not jit.available():
-    from quantport_cpu.jit import encode, gemv, quantize
-    from quantport_cpu.jit.frame import Kernel
+    from quantport_cpu.jit import gemv, quantize
 
 DECLINED = {"bf16", "int4_hqq"}  # the reference quantizes them
 

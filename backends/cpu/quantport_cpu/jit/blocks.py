@@ -6,10 +6,10 @@ from typing import Any
 
 from numba import literally, njit
 
+from quantport.backend import once
 from quantport_cpu.jit.elements import ELEMENTS, NUMBERS
 from quantport_cpu.jit.encode import bits32, f32, get8, get32, magnitude, put8, put32
 from quantport_cpu.jit.frame import Kernel, take, word
-from quantport_cpu.jit.once import once
 from quantport_cpu.jit.repack import move, wipe
 from quantport_cpu.jit.search import float_search, power_search
 from quantport_cpu.jit.small import divided, e4m3_scale, e4m3_value, e8m0_of, f32_scale, multiplied

@@ -11,11 +11,11 @@ from typing import Any
 
 from numba.core import types
 
+from quantport.backend import once
 from quantport_cpu.jit.dots import AHEAD, halves
-from quantport_cpu.jit.emit import F16, F32, I8, I16, I32, I64, Simd, Value, cgutils, inline
 from quantport_cpu.jit.elements import ELEMENTS, NUMBERS, element_of
+from quantport_cpu.jit.emit import F16, F32, I8, I16, I32, I64, Simd, Value, cgutils, inline
 from quantport_cpu.jit.frame import Kernel, take, word
-from quantport_cpu.jit.once import once
 
 ROWS = 2  # weight rows that one tile reads side by side
 STEP = 32  # weights of one row in one step

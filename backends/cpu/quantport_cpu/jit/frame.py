@@ -19,10 +19,10 @@ import torch
 from llvmlite import ir
 from numba.core import types
 
+from quantport.backend import once
 from quantport_cpu.jit import machine, store
 from quantport_cpu.jit.emit import I64, Simd, Value, inline
 from quantport_cpu.jit.memory import Array, has_memory
-from quantport_cpu.jit.once import once
 from quantport_cpu.jit.target import host
 
 SIZE = 16  # words of a frame

@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from quantport.backend import once
 from quantport_cpu.jit import digits, dots, floats, nibbles
 from quantport_cpu.jit.elements import ELEMENTS
 from quantport_cpu.jit.frame import threads_for
 from quantport_cpu.jit.memory import Array, array, constants
-from quantport_cpu.jit.once import once
 
 MOST = 8  # rows of x
 ONE = constants((1.0,))

@@ -7,9 +7,9 @@ from typing import Any
 from llvmlite import ir
 from numba.core import types
 
+from quantport.backend import once
 from quantport_cpu.jit.emit import F16, F32, I8, I16, I32, I64, Simd, Value, inline
 from quantport_cpu.jit.frame import Kernel, take, word
-from quantport_cpu.jit.once import once
 from quantport_cpu.jit.repack import move, wipe
 from quantport_cpu.jit.small import floats
 

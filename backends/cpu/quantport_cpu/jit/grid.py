@@ -8,10 +8,10 @@ import numpy as np
 from numba import njit
 from numba.core import types
 
+from quantport.backend import once
 from quantport_cpu.jit.emit import F32, I32, Simd, Value, inline
 from quantport_cpu.jit.encode import bits32, clear, end_row, f32, get32, magnitude, put16
 from quantport_cpu.jit.frame import Kernel, take, word
-from quantport_cpu.jit.once import once
 from quantport_cpu.jit.repack import move
 from quantport_cpu.jit.small import floats, pack
 

@@ -8,11 +8,11 @@ import numpy as np
 from numba import literally, njit
 from numba.core import types
 
+from quantport.backend import once
 from quantport_cpu.jit.emit import F16, F32, I8, I16, I32, I64, Simd, Value, inline
 from quantport_cpu.jit.encode import bits32, f32, get8, get32, magnitude, put8, put16, put32
 from quantport_cpu.jit.frame import Kernel, take, word
 from quantport_cpu.jit.grid import INFINITE, solver, spread, whole
-from quantport_cpu.jit.once import once
 from quantport_cpu.jit.repack import move, wipe
 from quantport_cpu.jit.small import floats
 

@@ -67,6 +67,6 @@ def load(code: bytes) -> tuple[Any, int]:
     for name in RUNTIME:
         llvm.add_symbol(name, ctypes.cast(getattr(ctypes.CDLL(None), name), ctypes.c_void_p).value)
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine())
-    engine.set_object_cache(getbuffer_func=lambda module: code)  # in place of compiling the empty module
+    engine.set_object_cache(getbuffer_func=lambda _: code)  # in place of compiling the empty module
     engine.finalize_object()
     return engine, engine.get_function_address(ENTRY)

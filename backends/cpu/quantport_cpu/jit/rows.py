@@ -10,10 +10,9 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from quantport.backend import FORMATS, Quant, Scheme, numerics
+from quantport.backend import FORMATS, Quant, Scheme, numerics, once
 from quantport_cpu.jit import blocks, gguf, grid, kquants, memory, q6k, search
 from quantport_cpu.jit.memory import Array, array, constants
-from quantport_cpu.jit.once import once
 
 _TINY = torch.finfo(torch.float32).tiny
 _KINDS = {"e8m0": blocks.E8M0, "e4m3fn": blocks.E4M3, "fp32": blocks.F32_SCALE}
@@ -73,20 +72,20 @@ def _dual(weight: Tensor, scheme: Scheme) -> dict[str, Tensor]:
 
 def _gguf(weight: Tensor, scheme: Scheme) -> dict[str, Tensor]:
     name, stored, work = scheme.weight.format, empty(weight, scheme), scratch(weight, 1024)
-    words = (*_source(weight), *_arrays(stored, weight, scheme))
+    (blocks_,) = _arrays(stored, weight, scheme)
     if name in gguf.BYTES:
-        gguf.kernel(name)(*words, work)
+        gguf.kernel(name)(*_source(weight), blocks_, work)
     elif name in kquants.BYTES:
-        kquants.kernel(name)(*words, trials(15 if name == "q4_k" else 31), work)
+        kquants.kernel(name)(*_source(weight), blocks_, trials(15 if name == "q4_k" else 31), work)
     else:
-        q6k.kernel(*words, work)
+        q6k.kernel(*_source(weight), blocks_, work)
     return stored
 
 
 def empty(weight: Tensor, scheme: Scheme) -> dict[str, Tensor]:
     """Uninitialized tensors of the layout."""
-    layout = scheme.layout(*weight.shape)
-    return {name: torch.empty(shape, dtype=dtype, device=weight.device) for name, (shape, dtype) in layout.items()}
+    n, k = weight.shape
+    return {name: torch.empty(shape, dtype=dtype, device=weight.device) for name, (shape, dtype) in scheme.layout(n, k).items()}
 
 
 def scratch(near: Tensor, size: int) -> Array:

@@ -1,8 +1,8 @@
 """Machine code of kernels on disk, so that each is compiled once per machine and not once per process.
 
-The key of an entry covers all that its code was made from: every source file of this package, the constants that come from elsewhere
-(``ELEMENTS``), the numbers that the kernel captures, the versions of the compilers, and the processor. An entry that is damaged is
-compiled again. Where no folder can be written, kernels are compiled in each process.
+The key of an entry covers all that its code was made from: every source file of this package, the constants that come from
+elsewhere (``ELEMENTS``), the numbers that the kernel captures, the versions of the compilers, and the processor. An entry that is
+damaged is compiled again. Where no folder can be written, kernels are compiled in each process.
 """
 
 from __future__ import annotations

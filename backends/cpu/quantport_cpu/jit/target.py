@@ -1,4 +1,4 @@
-"""The processor that kernels are compiled for: what numba compiles for, which ``NUMBA_CPU_NAME`` and ``NUMBA_CPU_FEATURES`` restrict.
+"""The processor that kernels are compiled for: numba's, which ``NUMBA_CPU_NAME`` and ``NUMBA_CPU_FEATURES`` restrict.
 
 Code is chosen by instruction sets, never by the name of a processor, and only by those that are listed: an empty
 ``NUMBA_CPU_FEATURES`` promises nothing, whatever the processor of that name has.

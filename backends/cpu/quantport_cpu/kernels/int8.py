@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from quantport.backend import Packed, Request, Scheme, WeightSpec, aten
+from quantport.backend import Packed, Request, Scheme, WeightSpec, aten, once
 from quantport_cpu.jit import available
-from quantport_cpu.jit.once import once
 from quantport_cpu.kernels.base import COMPILED, TINY, CpuGrouped, Few, by_few, by_group, by_panels, has_fast_dots, jobs_of
 
 _SINGLE = 3  # up to this many rows, one matrix-vector call for each beats one matmul
