@@ -1,9 +1,10 @@
 # One target for each intent; the same for people and for CI.
-.PHONY: setup check test nightly demo build bench gpu npu ipex docs models clean
+.PHONY: setup check test cpu nightly demo build bench gpu npu ipex docs models clean
 
 setup: ; @ci/setup
 check: setup ; @ci/check
 test: setup ; @ci/test
+cpu: setup ; @ci/cpu
 nightly: setup ; @ci/nightly
 demo: setup ; @ci/demo
 build: setup ; @ci/build
