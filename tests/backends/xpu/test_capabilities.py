@@ -219,7 +219,6 @@ def test_an_unknown_gpu_gets_16_bits(here):
 @pytest.mark.parametrize(
     ("scheme", "kernel", "request_", "reason"),
     [
-        ("int8", "xpu._int_mm", {"k": 1}, "one column"),
         ("fp8_per_channel", "xpu._scaled_mm", {"n": 72}, "multiples of 16"),
         ("fp8_per_channel", "xpu._scaled_mm", {"dtype": torch.float16}, "bfloat16 only"),
         ("int4_weight_only", "xpu._weight_int4pack_mm", {"k": 200}, "a multiple of the group of 128, not 200"),

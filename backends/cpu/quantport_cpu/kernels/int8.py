@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from quantport.backend import Packed, Request, Scheme, WeightSpec, aten, once
+from quantport_cpu.features import usable_features
 from quantport_cpu.jit import available
 from quantport_cpu.kernels.base import COMPILED, TINY, CpuGrouped, Few, by_few, by_group, by_panels, has_fast_dots, jobs_of
 
@@ -28,12 +29,14 @@ _FULL = 2.0**22 * 0.98  # largest magnitude of a row as a 23-bit integer; the ma
 
 
 @once
-def int_mm_is_exact() -> bool:
-    """Whether oneDNN sums int8 products exactly on this processor.
+def int_mm_is_exact_and_fast() -> bool:
+    """Whether oneDNN's int8 matmul is one of dot products here: elsewhere it is a loop, or saturates, which is tried too.
 
-    Without VNNI it adds them in pairs that saturate at 16 bits: 127 * 127 * 64 becomes 8160 instead of 1032256. Source: oneDNN
-    ``dev_guide_int8_computations``; it depends on what ``ONEDNN_MAX_CPU_ISA`` leaves, which torch does not tell, so it is tried.
+    Without VNNI it may add products in pairs that saturate at 16 bits: 127 * 127 * 64 becomes 8160 instead of 1032256. Source:
+    oneDNN ``dev_guide_int8_computations``.
     """
+    if not {"avx512_vnni", "avx_vnni", "i8mm"} & usable_features():
+        return False
     with _disable_current_modes():  # whatever is traced by whoever asks first
         largest = torch.full((32, 64), 127, dtype=torch.int8, device="cpu")
         return bool((torch._int_mm(largest, largest.t()) == 127 * 127 * 64).all())
@@ -49,8 +52,8 @@ def matmul(q: Tensor, weight: Tensor) -> Tensor:
 
 
 def takes_int_mm(weight: Tensor) -> bool:
-    """Whether ``torch._int_mm`` is exact for a weight; it misreads the strides of one with a single column."""
-    return weight.shape[1] > 1 and int_mm_is_exact()
+    """Whether ``torch._int_mm`` is the way for a weight; it misreads the strides of one with a single column."""
+    return weight.shape[1] > 1 and int_mm_is_exact_and_fast()
 
 
 def panels(x: Tensor, weight: Tensor) -> Tensor:
@@ -84,7 +87,7 @@ class _Int8(CpuGrouped):
 
     def multiply_few(self, x: Tensor, weight: Tensor) -> Tensor | None:
         """fp32 ``x @ weight.T`` by the compiled kernel, read at the speed of memory, or None where there are too many rows."""
-        if available() or not 0 < x.shape[0] <= (_COMPILED if int_mm_is_exact() else _WITHOUT_INT_MM):
+        if available() or not 0 < x.shape[0] <= (_COMPILED if int_mm_is_exact_and_fast() else _WITHOUT_INT_MM):
             return None
         from quantport_cpu.jit import gemv
 

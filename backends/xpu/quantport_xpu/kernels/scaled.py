@@ -67,9 +67,8 @@ class XpuIntMM(aten.IntMM):
     name = "xpu._int_mm"
 
     def reasons_against(self, request: Request) -> Sequence[str]:
-        """The matrix instruction, and the operator. Its only limit is that oneDNN on the CPU misreads a column."""
-        column = [f"{self.name}: a weight with one column has strides that oneDNN misreads"] if request.weight.k == 1 else []
-        return [*aten.native_reason(request, "int8"), *column, *operator_reason(request, self.name, "_int_mm", "2.9")]
+        """The matrix instruction, and the operator."""
+        return [*aten.native_reason(request, "int8"), *operator_reason(request, self.name, "_int_mm", "2.9")]
 
     def claim(self, request: Request) -> Claim:
         """PyTorch's own kernel, and the instruction."""
@@ -79,5 +78,7 @@ class XpuIntMM(aten.IntMM):
         weight, scale = packed
         assert spec.scheme.activation is not None  # serves refused it otherwise
         q, token = self.quantize(x, spec.scheme.activation)
+        if spec.k == 1:  # a column of one element has strides that oneDNN misreads
+            q, weight = (torch.nn.functional.pad(t, (0, 1)) for t in (q, weight))
         y = torch._int_mm(q, weight.t()) * token * scale.view(1, -1)
         return (y if bias is None else y + bias).to(x.dtype)
