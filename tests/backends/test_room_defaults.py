@@ -20,13 +20,15 @@ N, K = 64, 256
 
 def packed(kernel, scheme):
     """Packed tensors, and those that come back; None where an operator of the vendor is needed."""
-    spec = WeightSpec(BUILTIN[scheme], N, K)
-    stored = numerics.quantize_weight(cases.plain(N, K), spec.scheme)
-    try:
-        held = kernel.pack({name: t.clone() for name, t in stored.items()}, spec)
-        return [*held, *kernel.unpack(held, spec).values()]
-    except (AttributeError, ImportError, NotImplementedError, RuntimeError):
-        return None
+    spec, out = WeightSpec(BUILTIN[scheme], N, K), []
+    for size in (1, 1e-30):  # powers beyond what fp16 holds, too
+        stored = numerics.quantize_weight(cases.plain(N, K) * size, spec.scheme)
+        try:
+            held = kernel.pack({name: t.clone() for name, t in stored.items()}, spec)
+            out += [*held, *kernel.unpack(held, spec).values()]
+        except (AttributeError, ImportError, NotImplementedError, RuntimeError):
+            return None
+    return out
 
 
 @cache
