@@ -128,11 +128,26 @@ def test_a_default_that_a_factory_sets_is_that_of_its_thread():
     assert seen == {(torch.float32, torch.float32, "cpu")}
 
 
+def test_inside_a_factory_a_load_is_as_usual():
+    with building():
+        torch.set_default_dtype(torch.float64)
+        with as_usual():
+            assert nn.Linear(1, 1).weight.device.type == "cpu"
+            assert torch.ones(1).dtype is torch.get_default_dtype() is torch.float32
+        assert nn.Linear(1, 1).weight.is_meta
+    assert not nn.Linear(1, 1).weight.is_meta
+
+
 def test_a_factory_may_load_a_model_itself(tmp_path):
+    class Tied(Tiny):
+        def tie_weights(self):
+            self.again = self.norm.weight
+
     folder, inner = write(tmp_path / "c", made()), []
 
     def factory():
-        inner.append(quantport.load(folder, "int8", model=Tiny))
+        torch.set_default_dtype(torch.bfloat16)
+        inner.append(quantport.load(folder, "int8", model=Tied))
         return Tiny()
 
     def load():
@@ -144,4 +159,6 @@ def test_a_factory_may_load_a_model_itself(tmp_path):
     thread.join(60)
     assert outer, "it waits for itself"
     assert not any(p.is_meta for p in inner[0].parameters())
+    assert inner[0].again is inner[0].norm.weight
+    del inner[0].again
     same_state(inner[0], outer[0])

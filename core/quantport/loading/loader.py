@@ -257,8 +257,7 @@ def _assign(model: nn.Module, name: str, value: Tensor) -> None:
         return
     if leaf in module._parameters:
         old = module._parameters[leaf]
-        grad = old.requires_grad if old is not None else False
-        module._parameters[leaf] = nn.Parameter(value, requires_grad=grad and value.is_floating_point())
+        module._parameters[leaf] = nn.Parameter(value, old is not None and old.requires_grad and value.is_floating_point())
     elif leaf in module._buffers:
         module._buffers[leaf] = value
 

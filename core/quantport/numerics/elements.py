@@ -109,6 +109,6 @@ def values_of(name: str, device: torch.device | None = None) -> Tensor:
     m, bias = element.mantissa, 2 ** (element.exponent - 1) - 1
     magnitude = codes & (2 ** (element.bits - 1) - 1)
     e, fraction = magnitude >> m, (magnitude & (2**m - 1)).float()
-    power = (e.clamp_min(1) - bias - m).float()  # of integers, ldexp takes the power in the default dtype
+    power = (e.clamp_min(1) - bias - m).float()  # older torch takes a power of integers in the default dtype
     value = torch.ldexp(fraction + (e > 0) * 2**m, power)
     return torch.where(codes >> (element.bits - 1) > 0, -value, value)

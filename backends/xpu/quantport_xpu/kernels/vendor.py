@@ -84,7 +84,7 @@ class XpuInt4W4A8(XpuInt4W4A16, aten.Quantizing):
         values = scale.float()
         largest = torch.where(torch.isfinite(values), values, 0).amax()
         exponent = torch.frexp(largest).exponent - 1
-        exponent = exponent.float()  # of integers, ldexp takes the power in the default dtype
+        exponent = exponent.float()  # older torch takes a power of integers in the default dtype
         half = torch.ldexp(values, -exponent).half()
         bound = torch.full((1,), 2.0 ** -max(0, (128 * 8 * 2 * spec.k).bit_length() - 15), dtype=torch.float16, device=scale.device)
         return words, scale, zero, half, torch.ldexp(1 / bound.float(), exponent), bound
