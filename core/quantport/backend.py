@@ -5,7 +5,7 @@ Example:
 """
 
 from quantport import aten, numerics
-from quantport.capability import Accepted, Claim, Evidence, Rejected, Status, Verdict
+from quantport.capability import Accepted, Claim, Evidence, Reason, Refusal, Rejected, Status, Verdict
 from quantport.device import Arch, Device
 from quantport.errors import BackendError, DeviceError, QuantportError
 from quantport.formats import FORMATS, Format
@@ -30,6 +30,8 @@ __all__ = [
     "Packed",
     "Quant",
     "QuantportError",
+    "Reason",
+    "Refusal",
     "Rejected",
     "Request",
     "Scheme",

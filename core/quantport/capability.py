@@ -37,6 +37,34 @@ class Status(str, Enum):
         return self.value
 
 
+class Refusal(str, Enum):
+    """What would happen if a refused call were made all the same. Only ``impossible`` is put to the test of truth.
+
+    ``impossible``: it raises, or its result is wrong. ``unsafe``: it must not be made: it reads past its operands, crashes or
+    hangs, or nobody knows what it does. ``slower``: it runs, and another path is known to be faster. ``not_offered``: it may run,
+    and nobody wants it.
+    """
+
+    IMPOSSIBLE = "impossible"
+    UNSAFE = "unsafe"
+    SLOWER = "slower"
+    NOT_OFFERED = "not_offered"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why a kernel refuses a request: code decides by the kind, people read the text."""
+
+    text: str
+    kind: Refusal = Refusal.IMPOSSIBLE
+
+    def __str__(self) -> str:
+        return self.text
+
+
 @dataclass(frozen=True)
 class Claim:
     """Evidence with where to check it: a results file, a test, or a vendor page."""
@@ -73,7 +101,7 @@ class Rejected:
     """A kernel refuses the request, for these reasons (never empty); ``unrelated`` when it is for other schemes or layers."""
 
     kernel: str
-    reasons: tuple[str, ...]
+    reasons: tuple[Reason, ...]
     unrelated: bool = False
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quantport.backend import Packed, Request, Scheme, WeightSpec, aten
+from quantport.backend import Packed, Reason, Request, Scheme, WeightSpec, aten
 from quantport_cpu.jit import available
 from quantport_cpu.kernels.base import COMPILED, TINY, CpuGrouped, Few, by_group, compiled, jobs_of
 
@@ -53,10 +53,10 @@ class _Int8(CpuGrouped):
         y = grouped.int8(x, [grouped.Job(*j) for j in jobs], [packed[i][0] for i in used], shared * spec.n)
         return y.mul_(by_group([packed[i][1] for i in used], groups))
 
-    def reasons_against(self, request: Request) -> Sequence[str]:
+    def reasons_against(self, request: Request) -> Sequence[Reason]:
         reasons = list(aten.native_reason(request, "int8"))
         if request.weight.k == 1:
-            reasons.append("torch._int_mm misreads the strides of a weight with one column")
+            reasons.append(Reason("torch._int_mm misreads the strides of a weight with one column"))
         return reasons
 
 
