@@ -5,7 +5,18 @@ Example:
 """
 
 from quantport import aten, numerics
-from quantport.capability import Accepted, Claim, Evidence, Reason, Refusal, Rejected, Status, Verdict
+from quantport.capability import (
+    Accepted,
+    Claim,
+    Evidence,
+    MachineCode,
+    Measurement,
+    Reason,
+    Refusal,
+    Rejected,
+    Status,
+    Verdict,
+)
 from quantport.device import Arch, Device
 from quantport.errors import BackendError, DeviceError, QuantportError
 from quantport.formats import FORMATS, Format
@@ -27,6 +38,8 @@ __all__ = [
     "Evidence",
     "Format",
     "Kernel",
+    "MachineCode",
+    "Measurement",
     "Packed",
     "Quant",
     "QuantportError",

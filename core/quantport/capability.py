@@ -66,11 +66,52 @@ class Reason:
 
 
 @dataclass(frozen=True)
+class Measurement:
+    """What ``measured`` rests on: a file that says so of the kernel with the scheme.
+
+    Attributes:
+        file: Its path from a package that is installed (``quantport_cpu/tuned/x86_vnni.json``), or from the root of the sources.
+        device: Name of the device, as in the file.
+        date: When, as in the file.
+        commit: Of the sources that were measured, as in the file.
+    """
+
+    file: str
+    device: str
+    date: str
+    commit: str
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """What ``compiled`` rests on: a file that says so of the architecture.
+
+    Attributes:
+        file: Its path, as in ``Measurement``.
+        compiler: Name of the compiler.
+        version: Its version, as in the file.
+        instruction: The matrix instruction in the machine code, as in the file.
+    """
+
+    file: str
+    compiler: str
+    version: str
+    instruction: str
+
+
+@dataclass(frozen=True)
 class Claim:
-    """Evidence with where to check it: a results file, a test, or a vendor page."""
+    """Evidence with where to check it: a results file, a test, or a vendor page.
+
+    Attributes:
+        evidence: How it is known.
+        source: Where to check it, for people.
+        proof: The same for programs: ``measured`` needs a ``Measurement``, ``compiled`` needs ``MachineCode``.
+    """
 
     evidence: Evidence
     source: str
+    proof: Measurement | MachineCode | None = None
 
 
 @dataclass(frozen=True)

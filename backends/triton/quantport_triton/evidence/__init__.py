@@ -17,7 +17,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from quantport.backend import Claim, Evidence, Reason, Refusal
+from quantport.backend import Claim, Evidence, MachineCode, Reason, Refusal
 
 
 @cache
@@ -57,7 +57,8 @@ def claim(kind: str, arch: str, family: str, scheme: str, kernel: str) -> Claim:
     if entry is None or entry["outcome"] != "native":
         return Claim(Evidence.INTERPRETED, f"{tests}; not compiled for {arch}")
     seen = entry["kernels"].get(kernel, {}).get("instruction", "")
-    file = f"{arch}, Triton {read(kind)['triton']}: quantport_triton/evidence/{kind}.json"
+    version, place = read(kind)["triton"], f"quantport_triton/evidence/{kind}.json"
+    file = f"{arch}, Triton {version}: {place}"
     if not seen:  # it needs none: one row, or values for the vendor's own matmul
         return Claim(Evidence.INTERPRETED, f"{tests}; machine code without matrix instructions for {file}")
-    return Claim(Evidence.COMPILED, f"{seen} in the machine code for {file}")
+    return Claim(Evidence.COMPILED, f"{seen} in the machine code for {file}", MachineCode(place, "Triton", version, seen))

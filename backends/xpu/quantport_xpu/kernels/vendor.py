@@ -125,10 +125,9 @@ class _Fp8(Kernel):
         reasons = list(vendor_reasons(request, self.name, f"_xpu_C.{self.name.partition('.')[2]}"))
         several = spec.scheme.weight.cols and max(spec.n, spec.k) > 128  # one block has one scale, as a tensor has
         if several and (spec.n % 128 or spec.k % 128 or spec.k < 256):
-            shape = f"{spec.n} x {spec.k}"
-            reasons.append(
-                Reason(f"{self.name} needs N and K to be multiples of 128, and two blocks along K, not {shape} [{_FP8}]")
-            )
+            needs = f"{self.name} needs N and K to be multiples of 128, and two blocks along K, not {spec.n} x {spec.k} [{_FP8}]"
+            whole = spec.k % 128 == 0 and spec.k >= 256  # what it does with blocks that are cut off along N only is not known
+            reasons.append(Reason(needs, Refusal.UNSAFE if whole else Refusal.IMPOSSIBLE))
         return reasons
 
     def claim(self, request: Request) -> Claim:
@@ -169,7 +168,8 @@ class XpuFp8Gemm(_Fp8, aten.Quantizing):
         return super().serves(scheme) and scheme.activation == Quant("e4m3fn", 1, scheme.weight.cols)
 
     def reasons_against(self, request: Request) -> Sequence[Reason]:
-        return [*aten.native_reason(request, "e4m3fn"), *super().reasons_against(request)]
+        # Elsewhere oneDNN converts both operands first.
+        return [*aten.native_reason(request, "e4m3fn", Refusal.SLOWER), *super().reasons_against(request)]
 
     def claim(self, request: Request) -> Claim:
         """The vendor's source, and the instruction."""
