@@ -12,29 +12,31 @@ import torch
 from torch import Tensor
 
 from quantport import numerics
-from quantport.capability import Claim, Evidence, Status
+from quantport.capability import Claim, Evidence, Reason, Refusal, Status
 from quantport.kernel import Canonical, Kernel, Packed, Request, WeightSpec
 from quantport.scheme import Quant, Scheme
 
 DECLARED = Claim(Evidence.DECLARED, "pure torch operators; the same code is tested on the CPU")
 
 
-def native_reason(request: Request, format_name: str) -> tuple[str, ...]:
-    """The reason against a kernel that needs a matrix unit for ``format_name``, or nothing."""
+def native_reason(request: Request, format_name: str, kind: Refusal = Refusal.IMPOSSIBLE) -> tuple[Reason, ...]:
+    """The reason against a kernel that needs a matrix unit for ``format_name``, or nothing. ``kind``: what it does without."""
     arch = request.device.arch
     if format_name in arch.native:
         return ()
-    return (f"{arch.name} ({arch.title}) has no {format_name} matrix instruction [{arch.source}]",)
+    return (Reason(f"{arch.name} ({arch.title}) has no {format_name} matrix instruction [{arch.source}]", kind),)
 
 
 class Portable(Kernel):
     """What needs nothing but elementwise operators and a matmul, of the dtypes that it meets."""
 
-    def reasons_against(self, request: Request) -> Sequence[str]:
+    def reasons_against(self, request: Request) -> Sequence[Reason]:
         """A dtype of the activations, or of the weight, with which the device does nothing."""
         arch, met = request.device.arch, {"activations": request.dtype, "the weight": request.weight.scheme.weight.element.storage}
         return [
-            f"{arch.name} ({arch.title}) only stores {str(dtype).removeprefix('torch.')}, the dtype of {name} [{arch.source}]"
+            Reason(
+                f"{arch.name} ({arch.title}) only stores {str(dtype).removeprefix('torch.')}, the dtype of {name} [{arch.source}]"
+            )
             for name, dtype in met.items()
             if dtype in arch.opaque
         ]
@@ -118,15 +120,15 @@ class ScaledMM(Quantizing):
         per_token = activation is not None and (activation.rows, activation.cols) == (1, 0)
         return weight.format == "e4m3fn" and per_token and weight.rows <= 1 and not weight.cols
 
-    def reasons_against(self, request: Request) -> Sequence[str]:
+    def reasons_against(self, request: Request) -> Sequence[Reason]:
         spec = request.weight
         reasons = list(native_reason(request, "e4m3fn"))
         if spec.n % 16 or spec.k % 16:
-            reasons.append(f"{self.name} needs N and K to be multiples of 16, not {spec.n} x {spec.k}")
+            reasons.append(Reason(f"{self.name} needs N and K to be multiples of 16, not {spec.n} x {spec.k}"))
         if request.dtype is not torch.bfloat16:
-            reasons.append(f"{self.name} with row scales returns bfloat16 only, not {request.dtype}")
+            reasons.append(Reason(f"{self.name} with row scales returns bfloat16 only, not {request.dtype}"))
         if not hasattr(torch, "_scaled_mm"):
-            reasons.append("this torch has no _scaled_mm")
+            reasons.append(Reason("this torch has no _scaled_mm"))
         return reasons
 
     def claim(self, request: Request) -> Claim:
@@ -160,11 +162,11 @@ class IntMM(Quantizing):
     def serves(self, scheme: Scheme) -> bool:
         return scheme.weight.format == "int8" and scheme.activation is not None and not scheme.weight.cols
 
-    def reasons_against(self, request: Request) -> Sequence[str]:
+    def reasons_against(self, request: Request) -> Sequence[Reason]:
         spec = request.weight
         reasons = list(native_reason(request, "int8"))
         if spec.n % 8 or spec.k % 8:
-            reasons.append(f"{self.name} needs N and K to be multiples of 8, not {spec.n} x {spec.k}")
+            reasons.append(Reason(f"{self.name} needs N and K to be multiples of 8, not {spec.n} x {spec.k}"))
         return reasons
 
     def claim(self, request: Request) -> Claim:

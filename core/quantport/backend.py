@@ -5,7 +5,18 @@ Example:
 """
 
 from quantport import aten, numerics
-from quantport.capability import Accepted, Claim, Evidence, Rejected, Status, Verdict
+from quantport.capability import (
+    Accepted,
+    Claim,
+    Evidence,
+    MachineCode,
+    Measurement,
+    Reason,
+    Refusal,
+    Rejected,
+    Status,
+    Verdict,
+)
 from quantport.device import Arch, Device
 from quantport.errors import BackendError, DeviceError, QuantportError
 from quantport.formats import FORMATS, Format
@@ -28,9 +39,13 @@ __all__ = [
     "Evidence",
     "Format",
     "Kernel",
+    "MachineCode",
+    "Measurement",
     "Packed",
     "Quant",
     "QuantportError",
+    "Reason",
+    "Refusal",
     "Rejected",
     "Request",
     "Scheme",

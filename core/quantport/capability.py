@@ -37,12 +37,81 @@ class Status(str, Enum):
         return self.value
 
 
+class Refusal(str, Enum):
+    """What would happen if a refused call were made all the same. Only ``impossible`` is put to the test of truth.
+
+    ``impossible``: it raises, or its result is wrong. ``unsafe``: it must not be made: it reads past its operands, crashes or
+    hangs, or nobody knows what it does. ``slower``: it runs, and another path is known to be faster. ``not_offered``: it may run,
+    and nobody wants it.
+    """
+
+    IMPOSSIBLE = "impossible"
+    UNSAFE = "unsafe"
+    SLOWER = "slower"
+    NOT_OFFERED = "not_offered"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why a kernel refuses a request: code decides by the kind, people read the text."""
+
+    text: str
+    kind: Refusal = Refusal.IMPOSSIBLE
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What ``measured`` rests on: a file that says so of the kernel with the scheme.
+
+    Attributes:
+        file: Its path from a package that is installed (``quantport_cpu/tuned/x86_vnni.json``), or from the root of the sources.
+        device: Name of the device, as in the file.
+        date: When, as in the file.
+        commit: Of the sources that were measured, as in the file.
+    """
+
+    file: str
+    device: str
+    date: str
+    commit: str
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """What ``compiled`` rests on: a file that says so of the architecture.
+
+    Attributes:
+        file: Its path, as in ``Measurement``.
+        compiler: Name of the compiler.
+        version: Its version, as in the file.
+        instruction: The matrix instruction in the machine code, as in the file.
+    """
+
+    file: str
+    compiler: str
+    version: str
+    instruction: str
+
+
 @dataclass(frozen=True)
 class Claim:
-    """Evidence with where to check it: a results file, a test, or a vendor page."""
+    """Evidence with where to check it: a results file, a test, or a vendor page.
+
+    Attributes:
+        evidence: How it is known.
+        source: Where to check it, for people.
+        proof: The same for programs: ``measured`` needs a ``Measurement``, ``compiled`` needs ``MachineCode``.
+    """
 
     evidence: Evidence
     source: str
+    proof: Measurement | MachineCode | None = None
 
 
 @dataclass(frozen=True)
@@ -73,7 +142,7 @@ class Rejected:
     """A kernel refuses the request, for these reasons (never empty); ``unrelated`` when it is for other schemes or layers."""
 
     kernel: str
-    reasons: tuple[str, ...]
+    reasons: tuple[Reason, ...]
     unrelated: bool = False
 
 

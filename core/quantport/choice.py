@@ -49,7 +49,9 @@ def choice_dict(choice: Choice) -> dict[str, Any]:
     out["evidence"] = str(choice.claim.evidence) if choice.claim else ""
     out["source"] = choice.claim.source if choice.claim else ""
     out["status"] = str(choice.status)
-    out["verdicts"] = [{"kernel": v.kernel, "reasons": list(v.reasons) if isinstance(v, Rejected) else []} for v in choice.verdicts]
+    out["verdicts"] = [
+        {"kernel": v.kernel, "reasons": [str(r) for r in v.reasons] if isinstance(v, Rejected) else []} for v in choice.verdicts
+    ]
     del out["claim"]
     return out
 
@@ -108,7 +110,7 @@ def _reasons(request: Request, verdicts: Sequence[Verdict]) -> tuple[str, ...]:
         out.append(f"this version has no fused {scheme.precision} kernel for {arch.name}")
     for verdict in verdicts:
         if isinstance(verdict, Rejected) and not verdict.unrelated:
-            out += [f"{verdict.kernel}: {r}" for r in verdict.reasons if "no " + scheme.weight.format not in r]
+            out += [f"{verdict.kernel}: {r}" for r in verdict.reasons if "no " + scheme.weight.format not in r.text]
     return tuple(dict.fromkeys(out))
 
 

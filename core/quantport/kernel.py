@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from quantport.capability import Accepted, Claim, Rejected, Status, Verdict
+from quantport.capability import Accepted, Claim, Reason, Rejected, Status, Verdict
 from quantport.device import Device
 from quantport.numerics import raw, rotate
 from quantport.scheme import Scheme
@@ -72,7 +72,7 @@ class Kernel(ABC):
         return True
 
     @abstractmethod
-    def reasons_against(self, request: Request) -> Sequence[str]:
+    def reasons_against(self, request: Request) -> Sequence[Reason]:
         """Returns why the request cannot run; empty means that it can."""
 
     @abstractmethod
@@ -184,10 +184,10 @@ class Kernel(ABC):
         """Folds the methods above into a verdict; a kernel that raises here is a refusal that says so."""
         try:
             if not self.serves(request.weight.scheme):
-                return Rejected(self.name, (f"it does not run {request.weight.scheme.name}",), unrelated=True)
+                return Rejected(self.name, (Reason(f"it does not run {request.weight.scheme.name}"),), unrelated=True)
             if request.layer not in self.layers:
-                return Rejected(self.name, (f"it is for {', '.join(self.layers)} layers",), unrelated=True)
-            reasons = tuple(self.reasons_against(request))
+                return Rejected(self.name, (Reason(f"it is for {', '.join(self.layers)} layers"),), unrelated=True)
+            reasons = _reasons(self.reasons_against(request))
             if reasons:
                 return Rejected(self.name, reasons)
             scheme = request.weight.scheme
@@ -198,4 +198,17 @@ class Kernel(ABC):
             claim, speed = self.claim(request), self.speed(request)
             return Accepted(self.name, status, effective.precision, claim, speed, self.slow(request), self.deviation)
         except Exception as error:  # a stranger's code: its failure is a reason, never a crash of the plan
-            return Rejected(self.name, (f"the kernel raised {type(error).__name__}: {error}",))
+            return Rejected(self.name, (Reason(f"the kernel raised {type(error).__name__}: {error}"),))
+
+
+def _reasons(given: Sequence[Reason]) -> tuple[Reason, ...]:
+    """What ``reasons_against`` returned, if that is what it must be: a kernel of a stranger may have been written for texts.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    reasons = (given,) if isinstance(given, str) else tuple(given)
+    for one in reasons:
+        if not isinstance(one, Reason):
+            raise TypeError(f"reasons_against returned {one!r}, a {type(one).__name__}: return a sequence of Reason(text, kind)")
+    return reasons

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from quantport.backend import Arch, Backend, Claim, Device, Evidence, Kernel, Request, Status, hookimpl
+from quantport.backend import Arch, Backend, Claim, Device, Evidence, Kernel, Reason, Request, Status, hookimpl
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class FakeKernel(Kernel):
         self._accepts, self._speed, self._slow = accepts, speed, slow
 
     def reasons_against(self, request):
-        return () if self._accepts(request) else (f"{self.name} refuses {request.weight.n} x {request.weight.k}",)
+        return () if self._accepts(request) else (Reason(f"{self.name} refuses {request.weight.n} x {request.weight.k}"),)
 
     def claim(self, request):
         return Claim(Evidence.DECLARED, "acme.example/kernels")

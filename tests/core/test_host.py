@@ -12,7 +12,7 @@ import torch
 from core_fakes import FakeBackend, FakeKernel, arch, backend_plugin, device, plugin
 from core_references import check_parts
 
-from quantport.capability import Rejected
+from quantport.capability import Reason, Rejected
 from quantport.catalog import BUILTIN
 from quantport.device import Device
 from quantport.errors import BackendError, ConfigError, DeviceError
@@ -125,7 +125,16 @@ def test_a_kernel_that_raises_is_a_reason(method, monkeypatch):
     monkeypatch.setattr(kernel, method, broken)
     verdict = kernel.verdict(Request(WeightSpec(BUILTIN["int8"], 64, 64), "linear", device()))
     assert isinstance(verdict, Rejected)
-    assert "ZeroDivisionError: tuned table" in verdict.reasons[0]
+    assert "ZeroDivisionError: tuned table" in verdict.reasons[0].text
+
+
+@pytest.mark.parametrize("given", ["N must be even", ("N must be even",), [Reason("N must be even"), None]])
+def test_reasons_that_are_texts_are_a_refusal_that_says_what_to_return(given, monkeypatch):
+    kernel = FakeKernel("old.k")
+    monkeypatch.setattr(kernel, "reasons_against", lambda request: given)
+    (reason,) = kernel.verdict(Request(WeightSpec(BUILTIN["int8"], 64, 64), "linear", device())).reasons
+    assert repr(given if isinstance(given, str) else given[-1]) in reason.text
+    assert "Reason(text, kind)" in reason.text
 
 
 def test_two_plugins_of_one_name(good, monkeypatch):

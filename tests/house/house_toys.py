@@ -2,9 +2,26 @@
 
 from __future__ import annotations
 
-import torch
+import os
+import time
 
-from quantport.backend import Arch, Backend, Claim, Device, Evidence, Kernel, Rejected, numerics
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+from quantport.backend import (
+    Arch,
+    Backend,
+    Claim,
+    Device,
+    Evidence,
+    Kernel,
+    MachineCode,
+    Measurement,
+    Reason,
+    Refusal,
+    Rejected,
+    numerics,
+)
 from quantport.catalog import BUILTIN
 from quantport.host import Host
 from quantport.testing import Subject
@@ -24,7 +41,7 @@ class Toy(Kernel):
         return scheme.name == "int8"
 
     def reasons_against(self, request):
-        return ("N must be even",) if request.weight.n % 2 else ()
+        return (Reason("N must be even"),) if request.weight.n % 2 else ()
 
     def claim(self, request):
         return Claim(Evidence.DECLARED, "the manual of the toy")
@@ -51,10 +68,10 @@ class ToyBackend(Backend):
         return self._kernels
 
 
-def subject(*kernels, policy=None, **overrides) -> Subject:
+def subject(*kernels, limit=60.0, **overrides) -> Subject:
     """A subject with a toy backend of these kernels."""
     hosted: Host = alone(ToyBackend(*kernels, **overrides))
-    return Subject(hosted, "toy", policy or {})
+    return Subject(hosted, "toy", limit=limit)
 
 
 class WrongScale(Toy):
@@ -94,9 +111,72 @@ class WritesActivations(Toy):
         return y
 
 
+class LeavesTransposed(Toy):
+    """The weight of a square layer lies the other way round: no shape tells."""
+
+    def run(self, x, packed, bias, spec):
+        return super().run(x, (packed[0].t().contiguous(), packed[1]) if spec.n == spec.k else packed, bias, spec)
+
+
 class RefusesWhatWorks(Toy):
+    """``kind`` is how it calls that."""
+
+    kind = Refusal.IMPOSSIBLE
+
     def reasons_against(self, request):
-        return ("N must be even",) if request.weight.n % 2 else ("it is Monday",) if request.weight.k == 256 else ()
+        if request.weight.n % 2:
+            return (Reason("N must be even"),)
+        return (Reason("it is Monday", self.kind),) if request.weight.k == 256 else ()
+
+
+class RefusesTooMuch(Toy):
+    """It says multiples of 32, of K, where 16 do."""
+
+    def reasons_against(self, request):
+        return (Reason("K must be a multiple of 32"),) if request.weight.k % 32 else super().reasons_against(request)
+
+    def run(self, x, packed, bias, spec):
+        if spec.k % 16:
+            raise RuntimeError("K must be a multiple of 16")
+        return super().run(x, packed, bias, spec)
+
+
+class RefusesHalf(Toy):
+    """It says multiples of 16, of N, where 8 do."""
+
+    def reasons_against(self, request):
+        return (Reason("N must be a multiple of 16"),) if request.weight.n % 16 else ()
+
+    def run(self, x, packed, bias, spec):
+        if spec.n % 8:
+            raise RuntimeError("N must be a multiple of 8")
+        return numerics.linear(x, self.unpack(packed, spec), spec.scheme, bias)
+
+
+class Crashes(Toy):
+    """What it rightly refuses ends the process; then it refuses what works."""
+
+    def reasons_against(self, request):
+        return super().reasons_against(request) or ((Reason("it is Monday"),) if request.weight.k == 272 else ())
+
+    def run(self, x, packed, bias, spec):
+        if spec.n % 2:
+            os.abort()
+        return super().run(x, packed, bias, spec)
+
+
+class Aborts(Crashes):
+    """It refuses nothing else."""
+
+    def reasons_against(self, request):
+        return Toy.reasons_against(self, request)
+
+
+class Hangs(Toy):
+    def run(self, x, packed, bias, spec):
+        if spec.n % 2:
+            time.sleep(600)
+        return super().run(x, packed, bias, spec)
 
 
 class LosesBits(Toy):
@@ -121,7 +201,19 @@ class NoReasons(Toy):
 
 class EmptyReason(Toy):
     def reasons_against(self, request):
-        return ("",)
+        return (Reason(""),)
+
+
+class TextReasons(Toy):
+    """Written for texts."""
+
+    def reasons_against(self, request):
+        return ("N must be even",)
+
+
+class NoKind(Toy):
+    def reasons_against(self, request):
+        return (Reason("N must be even", "impossible"),)
 
 
 class NoSource(Toy):
@@ -129,9 +221,18 @@ class NoSource(Toy):
         return Claim(Evidence.DECLARED, " ")
 
 
-class MeasuredNowhere(Toy):
+RESULTS = Measurement("tests/house/toy_results.json", "a toy in a box", "2026-11-29", "1a2b3c4")
+CODE = MachineCode("tests/house/toy_results.json", "toycc", "3.1", "TMMA.16x16")
+
+
+class Claims(Toy):
+    """Evidence of its own."""
+
+    def __init__(self, evidence, proof=None):
+        self.evidence, self.proof = evidence, proof
+
     def claim(self, request):
-        return Claim(Evidence.MEASURED, "we did")
+        return Claim(self.evidence, "we did", self.proof)
 
 
 class Careless(Toy):
@@ -143,6 +244,22 @@ class KnowsOneArch(Toy):
 
     def reasons_against(self, request):
         return {"box": ()}[request.device.arch.name]
+
+
+class WrongFake(Toy):
+    """Right, but for what it tells of shapes where nothing is computed."""
+
+    def run(self, x, packed, bias, spec):
+        y = super().run(x, packed, bias, spec)
+        return y.new_empty(len(y), spec.n + 1) if isinstance(y, FakeTensor) else y
+
+
+class HangingBackend(ToyBackend):
+    """Its driver does not answer."""
+
+    def detect(self):
+        time.sleep(600)
+        return ()
 
 
 def raising_detect():

@@ -20,7 +20,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from quantport.backend import Claim, Evidence, Kernel, Request
+from quantport.backend import Claim, Evidence, Kernel, Measurement, Request
 from quantport_triton import available
 
 SMALLEST = 16  # a layer with fewer elements than the measured one by this factor has no known speed
@@ -61,7 +61,8 @@ class Measured(Kernel):
         table = measurements(request.device.arch.name)
         run = table["run"]
         where = f"{run['device']}, {run['date']}, commit {run['commit']}, torch {run['torch']}, triton {run['triton']}"
-        return Claim(Evidence.MEASURED, f"{table['results']} ({where}, relative error {row['error']:.1e})")
+        proof = Measurement(f"quantport_cuda/tuned/{request.device.arch.name}.json", run["device"], run["date"], run["commit"])
+        return Claim(Evidence.MEASURED, f"{table['results']} ({where}, relative error {row['error']:.1e})", proof)
 
 
 def measured(kernel: type[Kernel]) -> type[Kernel]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from quantport import numerics
-from quantport.capability import Claim
+from quantport.capability import Claim, Reason
 from quantport.errors import RoutingError, ShapeError, UnsupportedError
 from quantport.host import host
 from quantport.kernel import Kernel, Packed, Request, WeightSpec
@@ -53,7 +53,7 @@ class Differentiable(Kernel):
     def __init__(self, kernel: Kernel) -> None:
         self.kernel, self.name = kernel, kernel.name
 
-    def reasons_against(self, request: Request) -> Sequence[str]:
+    def reasons_against(self, request: Request) -> Sequence[Reason]:
         """Those of the kernel."""
         return self.kernel.reasons_against(request)
 

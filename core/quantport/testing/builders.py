@@ -13,75 +13,62 @@ from quantport.device import Device
 from quantport.kernel import Kernel, Request, WeightSpec
 from quantport.modules import QuantExperts, QuantLinear
 from quantport.scheme import Scheme
-from quantport.testing import cases
-from quantport.testing.check_runs import NotHere
-from quantport.testing.subject import Subject
+from quantport.testing import cases, weights
+from quantport.testing.subject import NotHere, Subject
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 128, 64, 4, 2
 
 
-def device_here(subject: Subject) -> Device:
-    """The first device that is here.
+def requests(scheme: Scheme, layer: str, device: Device) -> list[Request]:
+    """What the weights of a module of a layer kind need of a device."""
+    shapes = [(INTERMEDIATE, HIDDEN)] if layer == "linear" else [(INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE)]
+    return [Request(WeightSpec(scheme, n, k), layer, device, device.arch.compute) for n, k in shapes]
+
+
+def takes(kernel: Kernel, scheme: Scheme, layer: str, device: Device) -> bool:
+    """Whether a kernel takes all weights of such a module."""
+    return all(isinstance(kernel.verdict(request), Accepted) for request in requests(scheme, layer, device))
+
+
+def device_for(subject: Subject, kernel: Kernel, scheme: Scheme, layer: str) -> Device:
+    """The first device that is here and takes such a module.
 
     Raises:
         NotHere: there is none.
     """
     if not subject.here:
         raise NotHere(f"no device of kind {subject.kind} here")
-    return subject.here[0]
+    for device in subject.here:
+        if takes(kernel, scheme, layer, device):
+            return device
+    raise NotHere(f"{kernel.name} refuses {scheme.name} for {layer} here")
 
 
-def need(kernel: Kernel, request: Request) -> None:
-    """Checks that a kernel takes a request.
-
-    Raises:
-        NotHere: it does not.
-    """
-    if not isinstance(kernel.verdict(request), Accepted):
-        spec = request.weight
-        raise NotHere(f"{kernel.name} refuses {spec.scheme.name} [{spec.n}, {spec.k}] for {request.layer} here")
-
-
-def linear(subject: Subject, kernel: Kernel, scheme: Scheme) -> tuple[QuantLinear, Callable[[Tensor], Tensor]]:
-    """A linear layer with bias on the device here, and its reference on the CPU.
-
-    Raises:
-        NotHere: there is no device, or the kernel refuses.
-    """
-    device = device_here(subject)
+def linear(kernel: Kernel, scheme: Scheme, device: Device) -> tuple[QuantLinear, Callable[[Tensor], Tensor]]:
+    """A linear layer with bias on a device that takes it, and its reference on the CPU."""
     dtype, where = device.arch.compute, device.torch_device
     spec = WeightSpec(scheme, INTERMEDIATE, HIDDEN)
-    need(kernel, Request(spec, "linear", device, dtype))
     bias = cases.bias(spec.n, dtype)
     module = QuantLinear(kernel, spec, nn.Parameter(bias.to(where), requires_grad=False), dtype)
-    canonical = numerics.quantize_weight(cases.plain(spec.n, spec.k), scheme)
+    canonical = weights.plain(spec)
     module.set_weight("", {name: t.to(where, copy=True) for name, t in canonical.items()})
     effective = scheme if kernel.quantizes_activations else scheme.weight_only
     return module.eval(), lambda x: numerics.linear(x, canonical, effective, bias)
 
 
-def experts(subject: Subject, kernel: Kernel, scheme: Scheme) -> tuple[QuantExperts, Callable[[Tensor, Tensor, Tensor], Tensor]]:
-    """The experts of a MoE layer on the device here, and their reference on the CPU: one token at a time.
-
-    Raises:
-        NotHere: there is no device, or the kernel refuses.
-    """
-    device = device_here(subject)
+def experts(kernel: Kernel, scheme: Scheme, device: Device) -> tuple[QuantExperts, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+    """The experts of a MoE layer on a device that takes them, and their reference on the CPU: one token at a time."""
     up, down = WeightSpec(scheme, INTERMEDIATE, HIDDEN), WeightSpec(scheme, HIDDEN, INTERMEDIATE)
-    for spec in (up, down):
-        need(kernel, Request(spec, "moe", device, device.arch.compute))
     module = QuantExperts(kernel, up, down, EXPERTS, "silu", device.arch.compute)
-    weights = {}
-    for i, (name, spec) in enumerate(module.specs.items()):
-        weight = (cases.random(spec.n, spec.k, seed=i) * 0.05).to(torch.bfloat16)
-        weights[name] = numerics.quantize_weight(weight, scheme)
-        module.set_weight(name, {key: t.to(device.torch_device, copy=True) for key, t in weights[name].items()})
+    stored = {name: weights.normal(spec, i, 0.05, 0.0) for i, (name, spec) in enumerate(module.specs.items())}
+    for name, canonical in stored.items():
+        module.set_weight(name, {key: t.to(device.torch_device, copy=True) for key, t in canonical.items()})
     effective = scheme if kernel.quantizes_activations else scheme.weight_only
 
     def reference(x: Tensor, index: Tensor, routing: Tensor) -> Tensor:
         out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         for t, j in ((t, j) for t in range(x.shape[0]) for j in range(TOP_K)):
-            gate, up_, down_ = (weights[f"{int(index[t, j])}.{p}"] for p in ("gate_proj", "up_proj", "down_proj"))
+            gate, up_, down_ = (stored[f"{int(index[t, j])}.{p}"] for p in ("gate_proj", "up_proj", "down_proj"))
             row = x[t : t + 1]
             hidden = nn.functional.silu(numerics.linear(row, gate, effective)) * numerics.linear(row, up_, effective)
             out[t] += (numerics.linear(hidden, down_, effective) * routing[t, j])[0].float()

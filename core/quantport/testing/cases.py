@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from random import Random
 
 import torch
 from torch import Tensor
@@ -10,12 +11,14 @@ from torch import Tensor
 from quantport.formats import FORMATS
 from quantport.scheme import Scheme
 
-# (n, k): round; no multiple of 16; one output; one input; half a group of 128; several blocks of 128x128.
-SHAPES = ((64, 256), (48, 200), (1, 704), (48, 1), (33, 96), (256, 384))
+# (n, k): round; no multiple of 16; one output; one input; half a group of 128; several blocks of 128x128; square, which shows a
+# weight that is left transposed; 16 times an odd number along K.
+SHAPES = ((64, 256), (48, 200), (1, 704), (48, 1), (33, 96), (256, 384), (128, 128), (64, 272))
 PLANNED = (*SHAPES, (1, 1), (4096, 4096), (151936, 1024))  # for verdicts, which touch no memory
 ROWS = (1, 2, 5, 16, 17, 64, 130)  # both sides of the usual tile sizes
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LAYERS = ("linear", "moe")
+POWERS = tuple(2**i for i in range(8))
 EXPECTED = (1, 130)  # ``Request.rows`` of a decode step and of a prompt
 
 # What an architecture may list as native: our formats, the wider ones, and those of the vendors' tables.
@@ -27,6 +30,16 @@ FORMAT_OF = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32
 
 # A kernel that needs more than this is another scheme: bf16 rounds at 2**-9, an int8 activation at 2**-8 of the largest.
 MAX_TOLERANCE = 2.0**-5
+
+
+def beyond() -> list[tuple[int, int]]:
+    """Shapes that no table lists, the same in every run: odd multiples of each power of two up to 128, along K and along N.
+
+    A refusal that speaks of one multiple must be true of these as well.
+    """
+    draw = Random(0)
+    sizes = [[p * (2 * draw.randrange(max(1, 32 // p), max(3, 160 // p)) + 1) for p in POWERS] for _ in "nk"]
+    return [(n, 256) for n in sizes[0]] + [(64, k) for k in sizes[1]]
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -126,14 +139,3 @@ def _flat(tensor: Tensor) -> Tensor:
     if tensor.layout is not torch.strided:  # an opaque layout of oneDNN
         tensor = tensor.to_dense()
     return tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
-
-
-def fail(title: str, findings: Sequence[str]) -> None:
-    """Raises for findings, if there are any.
-
-    Raises:
-        AssertionError: with the title, the first ten findings, and how many there are.
-    """
-    if findings:
-        lines = "\n".join(f"- {finding}" for finding in findings[:10])
-        raise AssertionError(f"{title}: {len(findings)} finding(s)\n{lines}")

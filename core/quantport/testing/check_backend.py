@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import warnings
+from functools import lru_cache
 
 from quantport.device import Arch, Device
 from quantport.hookspecs import Backend
@@ -14,7 +15,8 @@ from quantport.testing import cases
 from quantport.testing.subject import Subject, alone
 
 _PROBE = """
-import importlib, json, sys, time
+import faulthandler, importlib, json, sys, time
+sys.path[:], limit = json.loads(sys.argv.pop()), float(sys.argv.pop())
 start = time.perf_counter()
 import torch
 torch_s = time.perf_counter() - start
@@ -25,6 +27,7 @@ backend = getattr(importlib.import_module(module), name)()
 fresh = sorted(m for m in set(sys.modules) - before if "." not in m)
 kind = backend.torch_type
 awake = [kind] if kind != "cpu" and hasattr(torch, kind) and getattr(torch, kind).is_initialized() else []
+faulthandler.dump_traceback_later(limit, exit=True)
 start = time.perf_counter()
 found = backend.detect()
 print(json.dumps([torch_s, time.perf_counter() - start, fresh, awake, len(found)]))
@@ -48,7 +51,7 @@ def check_archs(subject: Subject) -> None:
             findings.append(f"archs[{key!r}] is called {arch.name!r}: the key must be the name")
         if key.isdigit():
             findings.append(f"archs[{key!r}]: a number reads as a device index in {subject.kind}:{key}")
-    cases.fail(f"architectures of {subject.kind}", findings)
+    subject.conclude(f"architectures of {subject.kind}", len(backend.archs), findings)
 
 
 def _arch(arch: Arch, kind: str) -> list[str]:
@@ -63,9 +66,10 @@ def check_detection(subject: Subject) -> None:
     """Detection works on this machine, twice alike, and gives devices of its own kind.
 
     Raises:
-        AssertionError: it raised, or a device is wrong.
+        AssertionError: it raised, hangs, or a device is wrong.
     """
     backend = subject.hosted.backends[subject.kind]
+    _probed(type(backend).__module__, type(backend).__qualname__, subject.limit)
     with warnings.catch_warnings(record=True):
         warnings.simplefilter("always")
         hosted = alone(backend)  # anew, so that devices found earlier, or by others, hide nothing
@@ -77,7 +81,7 @@ def check_detection(subject: Subject) -> None:
         findings.append("two devices have one index")
     for device in found:
         findings += [f"{device}: {finding}" for finding in _device(device, backend)]
-    cases.fail(f"detection of {subject.kind}", findings)
+    subject.conclude(f"detection of {subject.kind}", 1 + len(found), findings)
 
 
 def _device(device: Device, backend: Backend) -> list[str]:
@@ -94,23 +98,36 @@ def _device(device: Device, backend: Backend) -> list[str]:
     return findings
 
 
+@lru_cache(maxsize=16)
+def _probed(module: str, name: str, limit: float) -> tuple[float, float, list[str], list[str], int]:
+    """What a fresh process says that imports a backend and detects.
+
+    Raises:
+        AssertionError: it fails, or detection takes longer than the limit.
+    """
+    call = [sys.executable, "-c", _PROBE, module, name, str(limit), json.dumps(sys.path)]
+    done = subprocess.run(call, capture_output=True, text=True, check=False, env=dict(os.environ))
+    if "Timeout (" in done.stderr:
+        raise AssertionError(f"{module}.{name}().detect() hangs: it takes longer than {limit:g} s\n{done.stderr[-2000:]}")
+    if done.returncode:
+        raise AssertionError(f"{module}.{name}() and detect() fail in a fresh process:\n{done.stderr[-2000:]}")
+    torch_s, detect_s, fresh, awake, found = json.loads(done.stdout.splitlines()[-1])
+    return torch_s, detect_s, fresh, awake, found
+
+
 def check_import(subject: Subject) -> None:
     """Importing the room is light: no vendor runtime, no driver awake; and detection costs less than importing torch.
 
     Raises:
-        AssertionError: the import loads a runtime or wakes a driver, or detection is slow or raises.
+        AssertionError: the import loads a runtime or wakes a driver, or detection is slow, hangs or raises.
     """
     cls = type(subject.hosted.backends[subject.kind])
-    call = [sys.executable, "-c", _PROBE, cls.__module__, cls.__qualname__]
-    done = subprocess.run(call, capture_output=True, text=True, check=False, env=dict(os.environ))
-    if done.returncode:
-        raise AssertionError(f"{cls.__module__}.{cls.__qualname__}() and detect() fail in a fresh process:\n{done.stderr[-2000:]}")
-    torch_s, detect_s, fresh, awake, _ = json.loads(done.stdout.splitlines()[-1])
+    torch_s, detect_s, fresh, awake, _ = _probed(cls.__module__, cls.__qualname__, subject.limit)
     findings = [f"it imports {name}" for name in sorted(RUNTIMES & set(fresh))]
     findings += [f"it wakes the {name} driver" for name in awake]
     if detect_s > torch_s:
         findings.append(f"detect() took {detect_s:.2f} s, more than importing torch ({torch_s:.2f} s)")
-    cases.fail(f"import of {cls.__module__}", findings)
+    subject.conclude(f"import of {cls.__module__}", 1, findings)
 
 
 def check_kernels(subject: Subject) -> None:
@@ -129,4 +146,4 @@ def check_kernels(subject: Subject) -> None:
         others = {k: b.kernels() for k, b in subject.hosted.backends.items() if k != subject.kind}
         taken = [k for k, theirs in others.items() if any(t.name == kernel.name and type(t) is not type(kernel) for t in theirs)]
         findings += [f"{kernel.name}: a kernel of {k} has this name" for k in taken]
-    cases.fail(f"kernels of {subject.kind}", findings)
+    subject.conclude(f"kernels of {subject.kind}", len(kernels), findings)

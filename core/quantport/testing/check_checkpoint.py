@@ -12,9 +12,8 @@ from quantport.checkpoint import save_tensors
 from quantport.loading import load, save
 from quantport.modules import QuantModule
 from quantport.scheme import Scheme
-from quantport.testing import builders, cases
-from quantport.testing.check_runs import NotHere
-from quantport.testing.subject import Subject
+from quantport.testing import cases
+from quantport.testing.subject import NotHere, Subject
 
 
 class Tiny(nn.Module):
@@ -39,7 +38,9 @@ def check_checkpoint(subject: Subject, scheme: Scheme, directory: Path) -> None:
         AssertionError: a bit differs from the reference, or is lost on the way.
         NotHere: there is no device, or it only stores the dtype of the weights.
     """
-    device = builders.device_here(subject)
+    if not subject.here:
+        raise NotHere(f"no device of kind {subject.kind} here")
+    device = subject.here[0]
     if scheme.weight.element.storage in device.arch.opaque:
         raise NotHere(f"{device} only stores {scheme.weight.format}")
     torch.manual_seed(0)
@@ -63,4 +64,4 @@ def check_checkpoint(subject: Subject, scheme: Scheme, directory: Path) -> None:
         ]
     x = cases.random(5, 128).to(device.torch_device, device.arch.compute)
     findings += [] if cases.same_bits(first(x), second(x)) else ["the saved model computes another result"]
-    cases.fail(f"load and save of {scheme.name} on {device}", findings)
+    subject.conclude(f"load and save of {scheme.name} on {device}", len(one), findings)

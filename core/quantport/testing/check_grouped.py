@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from quantport import numerics
-from quantport.kernel import Kernel, Request, WeightSpec
+from quantport.kernel import Kernel, WeightSpec
 from quantport.modules.ops import run_grouped
 from quantport.scheme import Scheme
-from quantport.testing import builders, cases
+from quantport.testing import builders, cases, weights
 from quantport.testing.subject import Subject
 
 COUNTS = (1, 0, 2, 5, 8, 0, 19)
@@ -21,15 +21,14 @@ def check_grouped(subject: Subject, kernel: Kernel, scheme: Scheme) -> None:
         AssertionError: they do not.
         NotHere: there is no device, or the kernel refuses.
     """
-    device, spec = builders.device_here(subject), WeightSpec(scheme, builders.INTERMEDIATE, builders.HIDDEN)
+    device, spec = builders.device_for(subject, kernel, scheme, "moe"), WeightSpec(scheme, builders.INTERMEDIATE, builders.HIDDEN)
     where, dtype = device.torch_device, device.arch.compute
-    builders.need(kernel, Request(spec, "moe", device, dtype))
     effective = scheme if kernel.quantizes_activations else scheme.weight_only
     starts = [sum(COUNTS[:g]) for g in range(len(COUNTS) + 1)]
-    findings = []
+    findings, compared = [], 0
     for shared, past in ((1, 0), (2, 3)):
         x = cases.activations(starts[-1] + past, spec.k, dtype)
-        stored = [numerics.quantize_weight(_weight(spec, i), scheme) for i in range(shared * len(COUNTS))]
+        stored = [weights.normal(spec, i, 0.02, 0.02) for i in range(shared * len(COUNTS))]
         packed = [kernel.pack({name: t.to(where, copy=True) for name, t in w.items()}, spec) for w in stored]
         bias = cases.bias(len(COUNTS) * shared * spec.n, dtype).view(len(COUNTS), -1) if past else None
         given = None if bias is None else bias.to(where)
@@ -44,11 +43,8 @@ def check_grouped(subject: Subject, kernel: Kernel, scheme: Scheme) -> None:
             rows = slice(starts[g], starts[g + 1])
             if COUNTS[g]:
                 expected = numerics.linear(x[rows], weight, effective, None if bias is None else bias[g, columns])
+                compared += 1
                 error = cases.relative_error(y[rows, columns], expected)
                 bad = f"weight {j} of group {g} of {COUNTS[g]} rows: relative error {error:.2e}"
                 findings += [bad] if error > kernel.tolerance else []
-    cases.fail(f"run_grouped of {kernel.name} with {scheme.name}", findings)
-
-
-def _weight(spec: WeightSpec, seed: int) -> torch.Tensor:
-    return (cases.random(spec.n, spec.k, seed=seed) * 0.02 + 0.02).bfloat16()
+    subject.conclude(f"run_grouped of {kernel.name} with {scheme.name}", compared, findings)

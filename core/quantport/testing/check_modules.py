@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from quantport.device import Device
 from quantport.kernel import Kernel
 from quantport.modules import QuantModule
 from quantport.scheme import Scheme
@@ -19,13 +20,9 @@ from quantport.testing.subject import Subject
 Call = Callable[..., Tensor]
 
 
-def build(subject: Subject, kernel: Kernel, scheme: Scheme, layer: str) -> tuple[QuantModule, Call]:
-    """A module of a layer kind and its reference.
-
-    Raises:
-        NotHere: there is no device, or the kernel refuses.
-    """
-    return builders.linear(subject, kernel, scheme) if layer == "linear" else builders.experts(subject, kernel, scheme)
+def build(kernel: Kernel, scheme: Scheme, layer: str, device: Device) -> tuple[QuantModule, Call]:
+    """A module of a layer kind, on a device that takes it, and its reference."""
+    return builders.linear(kernel, scheme, device) if layer == "linear" else builders.experts(kernel, scheme, device)
 
 
 def check_forward(subject: Subject, kernel: Kernel, scheme: Scheme, layer: str) -> None:
@@ -35,19 +32,19 @@ def check_forward(subject: Subject, kernel: Kernel, scheme: Scheme, layer: str) 
         AssertionError: it does not.
         NotHere: there is no device, or the kernel refuses.
     """
-    module, reference = build(subject, kernel, scheme, layer)
-    device = builders.device_here(subject)
+    device = builders.device_for(subject, kernel, scheme, layer)
+    module, reference = build(kernel, scheme, layer, device)
     # Experts multiply three times in a row, and round to 16 bits in between.
     tolerance = kernel.tolerance if layer == "linear" else 4 * kernel.tolerance
-    findings = []
-    for rows in (1, 7) if layer == "moe" else (1, 7, 40):
+    findings, counts = [], (1, 7) if layer == "moe" else (1, 7, 40)
+    for rows in counts:
         given = builders.inputs(layer, rows, device)
         y = module(*given)
         error = cases.relative_error(y, reference(*(t.cpu() for t in given)))
         findings += [f"{rows} rows: relative error {error:.2e} is over {tolerance:.2e}"] if error > tolerance else []
     if layer == "linear":
         findings += _views(module, device.torch_device, device.arch.compute)
-    cases.fail(f"{layer} module of {kernel.name} with {scheme.name}", findings)
+    subject.conclude(f"{layer} module of {kernel.name} with {scheme.name}", len(counts), findings)
 
 
 def _views(module: QuantModule, where: torch.device, dtype: torch.dtype) -> list[str]:
@@ -74,9 +71,9 @@ def check_copies(subject: Subject, kernel: Kernel, scheme: Scheme, layer: str) -
         AssertionError: something is lost.
         NotHere: there is no device, or the kernel refuses.
     """
-    module, _ = build(subject, kernel, scheme, layer)
-    given = builders.inputs(layer, 5, builders.device_here(subject))
-    other, _ = build(subject, kernel, scheme, layer)
+    device = builders.device_for(subject, kernel, scheme, layer)
+    given = builders.inputs(layer, 5, device)
+    (module, _), (other, _) = (build(kernel, scheme, layer, device) for _ in range(2))
     other.load_state_dict({name: torch.zeros_like(t, device="cpu") for name, t in module.state_dict().items()})
     buffer = io.BytesIO()
     torch.save(module.state_dict(), buffer)
@@ -88,7 +85,7 @@ def check_copies(subject: Subject, kernel: Kernel, scheme: Scheme, layer: str) -
     shared = _addresses(module) & _addresses(twin)
     findings += ["deepcopy: it shares memory with the original"] if shared else []
     findings += _layout(module, scheme)
-    cases.fail(f"copies of a {layer} module of {kernel.name} with {scheme.name}", findings)
+    subject.conclude(f"copies of a {layer} module of {kernel.name} with {scheme.name}", len(made), findings)
 
 
 def _addresses(module: QuantModule) -> set[int]:
@@ -114,8 +111,8 @@ def check_moves(subject: Subject, kernel: Kernel, scheme: Scheme, layer: str) ->
         AssertionError: they do not.
         NotHere: there is no device, or the kernel refuses.
     """
-    module, reference = build(subject, kernel, scheme, layer)
-    device = builders.device_here(subject)
+    device = builders.device_for(subject, kernel, scheme, layer)
+    module, reference = build(kernel, scheme, layer, device)
     given = builders.inputs(layer, 5, device)
     state = {name: t.to("cpu", copy=True) for name, t in module.state_dict().items()}  # a device may only move some dtypes
     findings = []
@@ -134,4 +131,4 @@ def check_moves(subject: Subject, kernel: Kernel, scheme: Scheme, layer: str) ->
     # The kernel is chosen anew for the device, perhaps one with 16-bit activations: coarse ones then make the difference.
     coarse = scheme.activation is not None and scheme.activation.element.bits < 8
     findings += [f"relative error {error:.2e} after meta and back"] if error > (1 if coarse else 4 * cases.MAX_TOLERANCE) else []
-    cases.fail(f"moves of a {layer} module of {kernel.name} with {scheme.name}", findings)
+    subject.conclude(f"moves of a {layer} module of {kernel.name} with {scheme.name}", len(state), findings)

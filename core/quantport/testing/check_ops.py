@@ -10,8 +10,7 @@ from quantport.modules.experts import QuantExperts
 from quantport.scheme import Scheme
 from quantport.testing import builders, cases
 from quantport.testing.check_modules import build
-from quantport.testing.check_runs import NotHere
-from quantport.testing.subject import Subject
+from quantport.testing.subject import NotHere, Subject
 
 
 def check_compile(subject: Subject, kernel: Kernel, scheme: Scheme, layer: str, backend: str = "aot_eager") -> None:
@@ -21,8 +20,8 @@ def check_compile(subject: Subject, kernel: Kernel, scheme: Scheme, layer: str, 
         AssertionError: it gives another.
         NotHere: there is no device, or the kernel refuses.
     """
-    module, _ = build(subject, kernel, scheme, layer)
-    device = builders.device_here(subject)
+    device = builders.device_for(subject, kernel, scheme, layer)
+    module, _ = build(kernel, scheme, layer, device)
     torch._dynamo.reset()
     compiled = torch.compile(module, fullgraph=True, backend=backend)
     findings = []
@@ -34,7 +33,7 @@ def check_compile(subject: Subject, kernel: Kernel, scheme: Scheme, layer: str, 
             findings += [] if same else [f"{rows} rows give another result than eager mode"]
     finally:
         torch._dynamo.reset()
-    cases.fail(f"torch.compile({backend}) of {kernel.name} with {scheme.name} as {layer}", findings)
+    subject.conclude(f"torch.compile({backend}) of {kernel.name} with {scheme.name} as {layer}", 2, findings)
 
 
 def check_op(subject: Subject, kernel: Kernel, scheme: Scheme, layer: str) -> None:
@@ -44,14 +43,15 @@ def check_op(subject: Subject, kernel: Kernel, scheme: Scheme, layer: str) -> No
         AssertionError: it does.
         NotHere: there is no device, the kernel refuses, or its packed weight has no storage of its own.
     """
-    module, _ = build(subject, kernel, scheme, layer)
-    args = op_arguments(module, builders.inputs(layer, 5, builders.device_here(subject)))
+    device = builders.device_for(subject, kernel, scheme, layer)
+    module, _ = build(kernel, scheme, layer, device)
+    args = op_arguments(module, builders.inputs(layer, 5, device))
     if any(t.layout is not torch.strided for t in module.buffers()):
         raise NotHere(f"{kernel.name} packs into an opaque layout, which opcheck cannot hash; check_compile runs it")
     op = getattr(torch.ops.quantport, layer if layer == "linear" else "experts").default
     results = torch.library.opcheck(op, args, raise_exception=False)
     findings = [f"{name}: {result}" for name, result in results.items() if result != "SUCCESS"]
-    cases.fail(f"opcheck of {op} with {kernel.name} and {scheme.name}", findings)
+    subject.conclude(f"opcheck of {op} with {kernel.name} and {scheme.name}", len(results), findings)
 
 
 def op_arguments(module: QuantModule, given: tuple[torch.Tensor, ...]) -> tuple[object, ...]:

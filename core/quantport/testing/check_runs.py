@@ -1,8 +1,8 @@
-"""Checks of what kernels compute: what they accept runs and is right, what they refuse fails, packing loses nothing."""
+"""Checks of what kernels compute: what they accept runs and is right, and packing loses nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -10,16 +10,11 @@ import torch
 from torch import Tensor
 
 from quantport import numerics
-from quantport.capability import Rejected
 from quantport.errors import WeightError
 from quantport.kernel import Canonical, Kernel, Packed, Request, WeightSpec
 from quantport.scheme import Scheme
-from quantport.testing import cases
-from quantport.testing.subject import Subject
-
-
-class NotHere(Exception):  # noqa: N818  # not an error: the suite skips
-    """Nothing to check here: the kernel takes no such request, or its device is absent and the stand-in cannot run it."""
+from quantport.testing import cases, weights
+from quantport.testing.subject import NotHere, Subject
 
 
 class Job(NamedTuple):
@@ -32,31 +27,31 @@ class Job(NamedTuple):
     expected: Tensor
 
 
-def make_job(spec: WeightSpec, weight: Tensor, x: Tensor, bias: Tensor | None, quantizes: bool) -> Job:
+def make_job(spec: WeightSpec, canonical: Canonical, x: Tensor, bias: Tensor | None, quantizes: bool) -> Job:
     """Asks the reference. A kernel that leaves activations in 16 bits is judged by the weight-only numerics."""
-    canonical = numerics.quantize_weight(weight, spec.scheme)
     scheme = spec.scheme if quantizes else spec.scheme.weight_only
     return Job(spec, canonical, x, bias, numerics.linear(x, canonical, scheme, bias))
-
-
-@lru_cache(maxsize=1024)
-def special(spec: WeightSpec, name: str) -> Canonical:
-    """The stored tensors of a special weight, shared by the checks: whoever hands them on copies them."""
-    return numerics.quantize_weight(cases.SPECIAL[name](spec.n, spec.k), spec.scheme)
 
 
 @lru_cache(maxsize=256)
 def _plain(spec: WeightSpec, dtype: torch.dtype, biased: bool, rows: int, quantizes: bool) -> Job:
     bias = cases.bias(spec.n, dtype) if biased else None
-    return make_job(spec, cases.plain(spec.n, spec.k), cases.activations(rows, spec.k, dtype), bias, quantizes)
+    return make_job(spec, weights.plain(spec), cases.activations(rows, spec.k, dtype), bias, quantizes)
 
 
-def plain_job(request: Request, biased: bool, rows: int, quantizes: bool) -> Job:
-    """An ordinary weight. Tokens are independent in most schemes: then fewer rows are a part of the most rows."""
+def plain_jobs(request: Request, quantizes: bool, rows: Sequence[int]) -> list[Job]:
+    """An ordinary weight with and without a bias, for each number of rows.
+
+    Tokens are independent in most schemes: then fewer rows are a part of the most rows.
+    """
     activation = request.weight.scheme.activation
     whole = activation is not None and activation.rows != 1
-    job = _plain(request.weight, request.dtype, biased, rows if whole else max(cases.ROWS), quantizes)
-    return job._replace(x=job.x[:rows], expected=job.expected[:rows])
+    jobs = []
+    for biased in (False, True):
+        for count in rows:
+            job = _plain(request.weight, request.dtype, biased, count if whole else max(rows), quantizes)
+            jobs.append(job._replace(x=job.x[:count], expected=job.expected[:count]))
+    return jobs
 
 
 def compare(kernel: Kernel, jobs: Sequence[Job], where: torch.device) -> str:
@@ -86,10 +81,7 @@ def _result(y: Tensor, job: Job, where: torch.device, tolerance: float) -> str:
     return "" if error <= tolerance else f"relative error {error:.2e} is over the tolerance {tolerance:.2e}"
 
 
-def _judge(subject: Subject, kernel: Kernel, request: Request, jobs: Sequence[Job]) -> str:
-    where = subject.place(request.device)
-    if where is None:
-        raise NotHere(f"no device of kind {subject.kind} here, and no stand-in")
+def _judge(kernel: Kernel, request: Request, jobs: Sequence[Job], where: torch.device) -> str:
     try:
         return compare(kernel, jobs, where)
     except Exception as error:
@@ -98,8 +90,32 @@ def _judge(subject: Subject, kernel: Kernel, request: Request, jobs: Sequence[Jo
         return f"[{request.weight.n}, {request.weight.k}] {request.dtype}: raised {type(error).__name__}: {error}"
 
 
-def _plain_jobs(request: Request, kernel: Kernel) -> list[Job]:
-    return [plain_job(request, biased, rows, kernel.quantizes_activations) for biased in (False, True) for rows in cases.ROWS]
+def _judge_all(subject: Subject, kernel: Kernel, batches: Iterable[tuple[str, Request, Sequence[Job]]], title: str) -> None:
+    """Judges batches of jobs, each with a name that goes before what is found.
+
+    Raises:
+        AssertionError: something is wrong.
+        NotHere: nothing is, and the stand-in ran none of them.
+    """
+    findings, compared, absent = [], 0, ""
+    for name, request, jobs in batches:
+        try:
+            wrong = _judge(kernel, request, jobs, subject.place(request.device))
+        except NotHere as reason:
+            absent = str(reason)
+            continue
+        compared += len(jobs)
+        findings += [name + wrong] if wrong else []
+    if absent and not compared:
+        raise NotHere(absent)
+    subject.conclude(title, compared, findings)
+
+
+def _accepted(subject: Subject, kernel: Kernel, scheme: Scheme, *dtypes: torch.dtype) -> dict[WeightSpec, Request]:
+    takes = {spec: r for dtype in dtypes for spec, r in subject.accepted(kernel, scheme, dtype).items()}
+    if not takes:
+        raise NotHere(f"{kernel.name} takes no {scheme.name} in {', '.join(map(str, dtypes))} here")
+    return takes
 
 
 def check_accepted(subject: Subject, kernel: Kernel, scheme: Scheme, dtype: torch.dtype) -> None:
@@ -109,11 +125,9 @@ def check_accepted(subject: Subject, kernel: Kernel, scheme: Scheme, dtype: torc
         AssertionError: it raised, or is wrong.
         NotHere: it accepts nothing of this scheme and dtype, or cannot run here.
     """
-    takes = subject.accepted(kernel, scheme, dtype)
-    if not takes:
-        raise NotHere(f"{kernel.name} takes no {scheme.name} in {dtype} here")
-    findings = [wrong for r in takes.values() if (wrong := _judge(subject, kernel, r, _plain_jobs(r, kernel)))]
-    cases.fail(f"{kernel.name} accepts {scheme.name} in {dtype}", findings)
+    takes = _accepted(subject, kernel, scheme, dtype)
+    batches = (("", r, plain_jobs(r, kernel.quantizes_activations, subject.rows)) for r in takes.values())
+    _judge_all(subject, kernel, batches, f"{kernel.name} accepts {scheme.name} in {dtype}")
 
 
 def check_special(subject: Subject, kernel: Kernel, scheme: Scheme, dtype: torch.dtype) -> None:
@@ -123,48 +137,12 @@ def check_special(subject: Subject, kernel: Kernel, scheme: Scheme, dtype: torch
         AssertionError: it raised, or is wrong.
         NotHere: as for ``check_accepted``.
     """
-    takes = subject.accepted(kernel, scheme, dtype)
-    if not takes:
-        raise NotHere(f"{kernel.name} takes no {scheme.name} in {dtype} here")
+    takes = _accepted(subject, kernel, scheme, dtype)
     spec, request = min(takes.items(), key=lambda item: abs(item[0].n * item[0].k - 9600))  # [48, 200] where it may
-    findings = []
-    for name, make in cases.specials(scheme):
-        job = make_job(spec, make(spec.n, spec.k), cases.activations(5, spec.k, dtype), None, kernel.quantizes_activations)
-        wrong = _judge(subject, kernel, request, [job])
-        findings += [f"{name}: {wrong}"] if wrong else []
-    cases.fail(f"{kernel.name} on special weights of {scheme.name} in {dtype}", findings)
-
-
-def _refused(subject: Subject, kernel: Kernel, scheme: Scheme) -> Iterator[tuple[Request, tuple[str, ...]]]:
-    for device in subject.here:
-        for dtype in cases.DTYPES:
-            asked = list(subject.requests(scheme, dtype, device))
-            for spec, layer in dict.fromkeys((r.weight, r.layer) for r in asked if r.layer in kernel.layers):
-                verdicts = [kernel.verdict(r) for r in asked if (r.weight, r.layer) == (spec, layer)]
-                if all(isinstance(v, Rejected) for v in verdicts):
-                    reasons = tuple(dict.fromkeys(r for v in verdicts if isinstance(v, Rejected) for r in v.reasons))
-                    yield Request(spec, layer, device, dtype), reasons
-
-
-def check_refused(subject: Subject, kernel: Kernel, scheme: Scheme) -> None:
-    """What the kernel refuses on a device that is here does fail, unless policy refuses it.
-
-    The kernel is called all the same. It must raise or be wrong; a refusal that would succeed is an untrue reason.
-
-    Raises:
-        AssertionError: a refused call succeeds for every number of rows.
-        NotHere: the kernel is for other schemes.
-    """
-    if not kernel.serves(scheme):
-        raise NotHere(f"{kernel.name} is not for {scheme.name}")
-    findings = []
-    for request, reasons in _refused(subject, kernel, scheme):
-        if any(phrase in reason for reason in reasons for phrase in subject.policy):
-            continue
-        if not _judge(subject, kernel, request, _plain_jobs(request, kernel)):
-            spec = request.weight
-            findings.append(f"[{spec.n}, {spec.k}] {request.dtype} for {request.layer} runs and is right, against {list(reasons)}")
-    cases.fail(f"{kernel.name} refuses {scheme.name}, yet it works (if that is policy, say so in `policy`)", findings)
+    x, quantizes = cases.activations(5, spec.k, dtype), kernel.quantizes_activations
+    jobs = {name: make_job(spec, weights.special(spec, name), x, None, quantizes) for name, _ in cases.specials(scheme)}
+    batches = ((f"{name}: ", request, [job]) for name, job in jobs.items())
+    _judge_all(subject, kernel, batches, f"{kernel.name} on special weights of {scheme.name} in {dtype}")
 
 
 def check_packing(subject: Subject, kernel: Kernel, scheme: Scheme) -> None:
@@ -174,18 +152,16 @@ def check_packing(subject: Subject, kernel: Kernel, scheme: Scheme) -> None:
         AssertionError: a bit differs.
         NotHere: as for ``check_accepted``.
     """
-    takes = {spec: r for dtype in cases.DTYPES for spec, r in subject.accepted(kernel, scheme, dtype).items()}
-    if not takes:
-        raise NotHere(f"{kernel.name} takes no {scheme.name} here")
+    takes = _accepted(subject, kernel, scheme, *cases.DTYPES)
     findings: list[str] = []
+    compared = 0
     for spec, request in takes.items():
         where = subject.place(request.device)
-        if where is None:
-            raise NotHere(f"no device of kind {subject.kind} here, and no stand-in")
         for name, _ in cases.specials(scheme):
-            canonical = {key: t.to(where, copy=True) for key, t in special(spec, name).items()}
+            canonical = {key: t.to(where, copy=True) for key, t in weights.special(spec, name).items()}
             findings += [f"[{spec.n}, {spec.k}] {name}: {wrong}" for wrong in _round_trip(kernel, spec, canonical, request)]
-    cases.fail(f"packing of {scheme.name} by {kernel.name}", list(dict.fromkeys(findings)))
+            compared += len(canonical)
+    subject.conclude(f"packing of {scheme.name} by {kernel.name}", compared, list(dict.fromkeys(findings)))
 
 
 def _round_trip(kernel: Kernel, spec: WeightSpec, canonical: Canonical, request: Request) -> list[str]:
@@ -209,9 +185,11 @@ def check_reference(subject: Subject, scheme: Scheme) -> None:
 
     Raises:
         AssertionError: a bit differs.
-        NotHere: a device only stores a dtype of the scheme: such weights are quantized on the host.
+        NotHere: no device is here, or one only stores a dtype of the scheme: such weights are quantized on the host.
     """
-    findings = []
+    findings, compared = [], 0
+    if not subject.here:
+        raise NotHere(f"no device of kind {subject.kind} here")
     for device in subject.here:
         if any(dtype in device.arch.opaque for _, dtype in scheme.layout(48, 200).values()):
             raise NotHere(f"{device} only stores a dtype of {scheme.name}")
@@ -224,5 +202,6 @@ def check_reference(subject: Subject, scheme: Scheme) -> None:
                 findings.append(f"{name} on {device}: {error}")
                 continue
             here = numerics.quantize_weight(weight, scheme)
+            compared += len(here)
             findings += [f"{name} on {device}: {key} differs" for key in here if not cases.same_bits(here[key], there[key])]
-    cases.fail(f"reference of {scheme.name}", findings)
+    subject.conclude(f"reference of {scheme.name}", compared, findings)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 
-from quantport.capability import Accepted, Evidence, Rejected, Status
+from quantport.capability import Accepted, Reason, Refusal, Rejected, Status
 from quantport.device import Device
 from quantport.kernel import Kernel, Request, WeightSpec
 from quantport.testing import cases
+from quantport.testing.check_claims import claim_findings
 from quantport.testing.subject import Subject
 
 
@@ -39,10 +39,12 @@ def check_verdicts(subject: Subject, device: Device) -> None:
         AssertionError: a kernel raised, refused without a reason, or accepted without evidence.
     """
     findings: dict[str, None] = {}
+    compared = 0
     for kernel in subject.kernels:
         for request in requests(subject, device):
+            compared += 1
             findings |= dict.fromkeys(f"{kernel.name}, {request.weight.scheme.name}: {f}" for f in _verdict(kernel, request))
-    cases.fail(f"verdicts of {subject.kind} on {device.arch.name}", list(findings))
+    subject.conclude(f"verdicts of {subject.kind} on {device.arch.name}", compared, list(findings))
 
 
 def _verdict(kernel: Kernel, request: Request) -> list[str]:
@@ -61,9 +63,12 @@ def _verdict(kernel: Kernel, request: Request) -> list[str]:
         return _accepted(kernel, request, verdict)
     if not isinstance(verdict, Rejected):
         return [f"verdict is a {type(verdict).__name__}, neither Accepted nor Rejected"]
-    if any("the kernel raised" in reason for reason in verdict.reasons):
+    told = (*reasons, *verdict.reasons)
+    if wrong := [r for r in told if not isinstance(r, Reason) or not isinstance(r.kind, Refusal)]:
+        return [f"a reason must be Reason(text, kind), with a kind of Refusal, not {wrong[0]!r} ({shape})"]
+    if any("the kernel raised" in reason.text for reason in verdict.reasons):
         return [f"{verdict.reasons[0]} ({shape})"]
-    if not verdict.reasons or not all(isinstance(r, str) and r.strip() for r in (*reasons, *verdict.reasons)):
+    if not verdict.reasons or not all(r.text.strip() for r in told):
         return [f"it refuses without a reason ({shape})"]
     return []
 
@@ -77,11 +82,7 @@ def _accepted(kernel: Kernel, request: Request, verdict: Accepted) -> list[str]:
         findings.append(f"precision {verdict.precision} is neither {scheme.precision} nor {scheme.weight_only.precision}")
     if verdict.speed is not None and not verdict.speed > 0:
         findings.append(f"speed {verdict.speed} is not a ratio")
-    source = verdict.claim.source.strip()
-    if not source:
-        findings.append("the claim has no source")
-    if verdict.claim.evidence is Evidence.MEASURED and not re.search(r"\w\.(json|md|csv|txt|log)\b|https?://", source):
-        findings.append(f"a measured claim must name its results file, not {source!r}")
+    findings += claim_findings(verdict.claim, kernel, scheme.name, request.device.arch.name)
     return findings + _status(kernel, request, verdict)
 
 
@@ -99,20 +100,3 @@ def _status(kernel: Kernel, request: Request, verdict: Accepted) -> list[str]:
         return []
     needed = scheme.activation.unit
     return [] if needed in arch.native else [f"status native, but {arch} does not list {needed}"]
-
-
-def check_policy(subject: Subject) -> None:
-    """Every refusal of policy is still one that some kernel makes, and says why.
-
-    Raises:
-        AssertionError: an entry is stale or has no reason.
-    """
-    unsaid = dict.fromkeys(subject.policy)
-    for kernel, device in product(subject.kernels, devices(subject).values() if subject.policy else ()):
-        for request in requests(subject, device) if unsaid else ():
-            verdict = kernel.verdict(request)
-            said = verdict.reasons if isinstance(verdict, Rejected) else ()
-            unsaid = {phrase: None for phrase in unsaid if not any(phrase in reason for reason in said)}
-    findings = [f"{phrase!r}: no refusal says so any more" for phrase in unsaid]
-    findings += [f"{phrase!r} has no reason" for phrase, why in subject.policy.items() if not why.strip()]
-    cases.fail(f"policy of {subject.kind}", findings)

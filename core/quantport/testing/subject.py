@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.metadata import EntryPoint
+from threading import Thread
 from types import ModuleType
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 
@@ -19,6 +21,18 @@ from quantport.host import GROUPS, Host, host
 from quantport.kernel import Kernel, Request, WeightSpec
 from quantport.scheme import Scheme
 from quantport.testing import cases
+
+
+class NotHere(Exception):  # noqa: N818  # not an error: the suite skips
+    """Nothing to check here: the kernel takes no such request, or its device is absent and the stand-in cannot run it."""
+
+
+class Check(NamedTuple):
+    """A check that found nothing wrong: its title, how many comparisons it made, and what else is worth telling."""
+
+    title: str
+    compared: int
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -49,20 +63,23 @@ class Subject:
     Attributes:
         hosted: The host that holds it.
         kind: Kind of its devices.
-        policy: Phrase in a refusal -> why the kernel would run all the same: a refusal of policy, reviewed by people.
-            Such a call is not tried, so that a kernel that reads past its operands belongs here too.
         stand_in: Where kernels run when no device of the kind is here; None for nowhere.
         schemes: The schemes to ask about.
+        rows: Numbers of rows of activations that kernels are run with.
+        limit: Seconds that detection, or one refused call, may take.
+        record: The checks that found nothing wrong.
     """
 
     hosted: Host
     kind: str
-    policy: Mapping[str, str] = field(default_factory=dict)
     stand_in: str | None = "cpu"
     schemes: tuple[Scheme, ...] = tuple(BUILTIN.values())
+    rows: tuple[int, ...] = cases.ROWS
+    limit: float = 60.0
+    record: list[Check] = field(default_factory=list, compare=False, repr=False)
 
     @classmethod
-    def installed(cls, kind: str, policy: Mapping[str, str] | None = None, stand_in: str | None = "cpu") -> Subject:
+    def installed(cls, kind: str, stand_in: str | None = "cpu", limit: float = 60.0) -> Subject:
         """The installed backend of a kind.
 
         Raises:
@@ -72,19 +89,45 @@ class Subject:
         if kind not in found.backends:
             problems = "; ".join(f"{p.plugin} at {p.stage}: {p.error}" for p in found.problems) or "none was set aside"
             raise AssertionError(f"no installed backend has kind {kind!r} (found: {', '.join(found.backends)}; {problems})")
-        return cls(found, kind, policy or {}, stand_in, tuple(found.schemes.values()))
+        return cls(found, kind, stand_in, tuple(found.schemes.values()), limit=limit)
+
+    def conclude(self, title: str, compared: int, findings: Sequence[str], notes: Sequence[str] = ()) -> None:
+        """The end of every check: what was found, or what was compared.
+
+        Raises:
+            AssertionError: with the title, the first ten findings and how many there are; or nothing was compared.
+        """
+        if findings:
+            lines = "\n".join(f"- {finding}" for finding in findings[:10])
+            raise AssertionError(f"{title}: {len(findings)} finding(s)\n{lines}")
+        if compared < 1:
+            raise AssertionError(f"{title}: nothing was compared")
+        self.record.append(Check(title, compared, tuple(notes)))
 
     @property
     def kernels(self) -> tuple[Kernel, ...]:
         """Its kernels."""
         return self.hosted.kernels(self.kind)
 
-    @property
+    @cached_property
     def here(self) -> tuple[Device, ...]:
-        """One found device of each architecture."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a detection that raises is the business of check_detection
-            found = [d for d in self.hosted.devices if d.kind == self.kind]
+        """One found device of each architecture.
+
+        Raises:
+            AssertionError: detection takes longer than the limit.
+        """
+        found: list[Device] = []
+
+        def look() -> None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # a detection that raises is the business of check_detection
+                found.extend(d for d in self.hosted.devices if d.kind == self.kind)
+
+        looking = Thread(target=look, daemon=True)  # so that one that hangs stops neither the tests nor the end of Python
+        looking.start()
+        looking.join(self.limit)
+        if looking.is_alive():
+            raise AssertionError(f"detection of {self.kind} hangs: it takes longer than {self.limit:g} s")
         return tuple({d.arch.name: d for d in reversed(found)}.values())
 
     @property
@@ -97,15 +140,23 @@ class Subject:
         """What kernels are run for: the devices here, or the simulated ones."""
         return self.here or self.simulated
 
-    def place(self, device: Device) -> torch.device | None:
-        """Where to put tensors for a target."""
+    def place(self, device: Device) -> torch.device:
+        """Where to put tensors for a target.
+
+        Raises:
+            NotHere: the device is simulated, and there is no stand-in.
+        """
         if not device.simulated:
             return device.torch_device
-        return torch.device(self.stand_in) if self.stand_in else None
+        if not self.stand_in:
+            raise NotHere(f"no device of kind {self.kind} here, and no stand-in")
+        return torch.device(self.stand_in)
 
-    def requests(self, scheme: Scheme, dtype: torch.dtype, device: Device) -> Iterator[Request]:
+    def requests(
+        self, scheme: Scheme, dtype: torch.dtype, device: Device, shapes: Sequence[tuple[int, int]] = cases.SHAPES
+    ) -> Iterator[Request]:
         """Every request that the run checks make of a device, all rows of one shape and layer together."""
-        for n, k in cases.SHAPES:
+        for n, k in shapes:
             for layer in cases.LAYERS:
                 for rows in cases.EXPECTED:
                     yield Request(WeightSpec(scheme, n, k), layer, device, dtype, rows)
@@ -114,3 +165,8 @@ class Subject:
         """Every weight that the kernel takes on a target, with one request that it accepts."""
         requests = [r for device in self.targets for r in self.requests(scheme, dtype, device)]
         return {r.weight: r for r in reversed(requests) if isinstance(kernel.verdict(r), Accepted)}
+
+    def takes(self, kernel: Kernel, scheme: Scheme, dtype: torch.dtype) -> bool:
+        """Whether there is any such weight."""
+        requests = (r for device in self.targets for r in self.requests(scheme, dtype, device))
+        return any(isinstance(kernel.verdict(r), Accepted) for r in requests)

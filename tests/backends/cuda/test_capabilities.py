@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from quantport.backend import Accepted, Evidence, Rejected, Request, Status, WeightSpec
+from quantport.backend import Accepted, Evidence, Reason, Rejected, Request, Status, WeightSpec
 from quantport.choice import choose
 from quantport.host import Host
 from quantport_cuda import measured
@@ -133,7 +133,7 @@ def test_blocks_on_sm_90_in_a_build_whose_cublaslt_has_none():
     request = Request(WeightSpec(HOST.schemes["fp8_per_block"], 4096, 4096), "linear", device, torch.bfloat16)
     found = choose(request, HOST.kernels("cuda"))
     assert (found.kernel, found.status) == ("cuda.triton_fp8_block", Status.NATIVE)
-    assert any("CUDA 12.9 or later" in r for v in found.verdicts if v.kernel == "cuda._scaled_mm_blocks" for r in v.reasons)
+    assert any("CUDA 12.9 or later" in r.text for v in found.verdicts if v.kernel == "cuda._scaled_mm_blocks" for r in v.reasons)
 
 
 @pytest.mark.parametrize(
@@ -158,22 +158,28 @@ def test_blocks_on_sm_90_in_a_build_whose_cublaslt_has_none():
 def test_refusals_say_why(name, scheme, kernel, reason):
     verdict = verdicts(simulated(name), scheme)[kernel]
     assert isinstance(verdict, Rejected)
-    assert any(reason in r for r in verdict.reasons)
+    assert any(reason in r.text for r in verdict.reasons)
 
 
 def test_shapes_and_dtypes_that_torch_refuses():
     device = simulated("sm_90")
-    assert any("multiples of 16" in r for r in verdicts(device, "fp8_per_channel", n=72)["cuda._scaled_mm"].reasons)
-    assert any("bfloat16 only" in r for r in verdicts(device, "fp8_per_channel", dtype=torch.float16)["cuda._scaled_mm"].reasons)
-    assert any("multiples of 8" in r for r in verdicts(device, "int8", k=252)["cuda._int_mm"].reasons)
+    assert any("multiples of 16" in r.text for r in verdicts(device, "fp8_per_channel", n=72)["cuda._scaled_mm"].reasons)
+    assert any(
+        "bfloat16 only" in r.text for r in verdicts(device, "fp8_per_channel", dtype=torch.float16)["cuda._scaled_mm"].reasons
+    )
+    assert any("multiples of 8" in r.text for r in verdicts(device, "int8", k=252)["cuda._int_mm"].reasons)
     for shape in ((64, 256), (256, 192)):
-        assert any("multiples of 128" in r for r in verdicts(device, "fp8_per_block", *shape)["cuda._scaled_mm_blocks"].reasons)
+        assert any(
+            "multiples of 128" in r.text for r in verdicts(device, "fp8_per_block", *shape)["cuda._scaled_mm_blocks"].reasons
+        )
     for shape in ((72, 256), (64, 48)):
-        assert any("of 16 and K of 32" in r for r in verdicts(simulated("sm_100"), "mxfp8", *shape)["cuda._scaled_mm_mx"].reasons)
+        assert any(
+            "of 16 and K of 32" in r.text for r in verdicts(simulated("sm_100"), "mxfp8", *shape)["cuda._scaled_mm_mx"].reasons
+        )
     pack = "cuda._weight_int4pack_mm"
-    assert any("bfloat16 only" in r for r in verdicts(device, "int4_weight_only", dtype=torch.float16)[pack].reasons)
-    assert any("and N of 8" in r for r in verdicts(device, "int4_weight_only", n=60)[pack].reasons)
-    assert any("the group of 128" in r for r in verdicts(device, "int4_weight_only", k=200)[pack].reasons)
+    assert any("bfloat16 only" in r.text for r in verdicts(device, "int4_weight_only", dtype=torch.float16)[pack].reasons)
+    assert any("and N of 8" in r.text for r in verdicts(device, "int4_weight_only", n=60)[pack].reasons)
+    assert any("the group of 128" in r.text for r in verdicts(device, "int4_weight_only", k=200)[pack].reasons)
 
 
 def test_int4_groups_that_torch_does_not_have():
@@ -181,7 +187,7 @@ def test_int4_groups_that_torch_does_not_have():
     odd = replace(scheme, weight=replace(scheme.weight, cols=512))
     kernel = next(k for k in HOST.kernels("cuda") if k.name == "cuda._weight_int4pack_mm")
     verdict = kernel.verdict(Request(WeightSpec(odd, 64, 512), "linear", simulated("sm_90")))
-    assert verdict.reasons == ("cuda._weight_int4pack_mm takes groups of 32, 64, 128, 256, not of 512",)
+    assert verdict.reasons == (Reason("cuda._weight_int4pack_mm takes groups of 32, 64, 128, 256, not of 512"),)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +195,7 @@ def test_int4_groups_that_torch_does_not_have():
 )
 def test_what_torch_has_from_2_10_on(name, scheme, kernel, monkeypatch):
     monkeypatch.delattr(torch.nn.functional, "scaled_mm", raising=False)
-    assert any("2.10" in r for r in verdicts(simulated(name), scheme)[kernel].reasons)
+    assert any("2.10" in r.text for r in verdicts(simulated(name), scheme)[kernel].reasons)
 
 
 @pytest.mark.parametrize("name", ["sm_100", "sm_103"])
@@ -203,7 +209,7 @@ def test_mxfp4_in_a_build_that_has_it(name):
 def test_block_formats_need_a_build_that_knows_them(scheme, kernel):
     for name, feature, least in (("sm_100", "cuda>=12.8", "12.8"), ("sm_103", "cuda>=12.9", "12.9")):
         old = replace(simulated(name), simulated=False)
-        assert any(f"CUDA {least} or later on {name}" in r for r in verdicts(old, scheme)[kernel].reasons)
+        assert any(f"CUDA {least} or later on {name}" in r.text for r in verdicts(old, scheme)[kernel].reasons)
         assert isinstance(verdicts(replace(old, features=frozenset({feature})), scheme)[kernel], Accepted)
 
 
@@ -211,7 +217,7 @@ def test_block_formats_need_a_build_that_knows_them(scheme, kernel):
 def test_new_blackwell_needs_a_build_for_cuda_12_9(name):
     old = replace(simulated(name), simulated=False)
     new = replace(old, features=frozenset({"cuda>=12.9"}))
-    assert any("CUDA 12.9" in r for r in verdicts(old, "fp8_per_channel")["cuda._scaled_mm"].reasons)
+    assert any("CUDA 12.9" in r.text for r in verdicts(old, "fp8_per_channel")["cuda._scaled_mm"].reasons)
     assert isinstance(verdicts(new, "fp8_per_channel")["cuda._scaled_mm"], Accepted)
 
 
@@ -243,4 +249,4 @@ def test_what_is_left_without_triton(name, scheme, kernel, monkeypatch):
     )
     assert found.kernel == kernel
     refused = [v for v in found.verdicts if v.kernel.startswith("cuda.triton") and not getattr(v, "unrelated", False)]
-    assert all("not installed" in " ".join(v.reasons) for v in refused)
+    assert all("not installed" in " ".join(map(str, v.reasons)) for v in refused)

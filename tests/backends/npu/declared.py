@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from quantport import aten, numerics
-from quantport.capability import Claim
+from quantport.capability import Claim, Reason
 from quantport.kernel import Canonical, Kernel, Packed, Request, WeightSpec
 from quantport.modules import QuantModule
 from quantport.scheme import Scheme
@@ -129,7 +129,7 @@ class Checked(Kernel):
         self.kernel, self.name, self.errors = kernel, kernel.name, list[float]()
         self.reference = Declared(kernel, kernel)
 
-    def reasons_against(self, request: Request) -> Sequence[str]:
+    def reasons_against(self, request: Request) -> Sequence[Reason]:
         """Those of the kernel."""
         return self.kernel.reasons_against(request)
 

@@ -68,7 +68,7 @@ def asked(name: str, scheme: str, n: int = 64, k: int = 256, dtype: torch.dtype 
 
 def why_not(kernel: str, request: Request) -> str:
     verdict = next(k for k in HOST.kernels("npu") if k.name == kernel).verdict(request)
-    return " ".join(verdict.reasons) if isinstance(verdict, Rejected) else ""
+    return " ".join(map(str, verdict.reasons)) if isinstance(verdict, Rejected) else ""
 
 
 @pytest.mark.parametrize("name", ARCHS)

@@ -75,8 +75,8 @@ def test_weight_only_runs_everywhere(name, scheme):
 
 
 def test_gfx942_is_told_apart_from_hardware_without_fp8():
-    fnuz = verdicts(simulated("gfx942"), "fp8_per_channel")["rocm._scaled_mm"].reasons
-    none = verdicts(simulated("gfx90a"), "fp8_per_channel")["rocm._scaled_mm"].reasons
+    fnuz = [str(r) for r in verdicts(simulated("gfx942"), "fp8_per_channel")["rocm._scaled_mm"].reasons]
+    none = [str(r) for r in verdicts(simulated("gfx90a"), "fp8_per_channel")["rocm._scaled_mm"].reasons]
     assert any("gfx942 multiplies e4m3fnuz" in r and "not in this version" in r for r in fnuz)
     assert not any("fnuz" in r for r in none)
     assert any("has no e4m3fn matrix instruction" in r for r in none)
@@ -86,15 +86,17 @@ def test_gfx942_is_told_apart_from_hardware_without_fp8():
 def test_e4m3fn_needs_rocm_6_5(name):
     old = replace(simulated(name), simulated=False)
     new = replace(old, features=frozenset({"rocm>=6.5"}))
-    assert any("ROCm 6.5" in r for r in verdicts(old, "fp8_per_channel")["rocm._scaled_mm"].reasons)
+    assert any("ROCm 6.5" in r.text for r in verdicts(old, "fp8_per_channel")["rocm._scaled_mm"].reasons)
     assert isinstance(verdicts(new, "fp8_per_channel")["rocm._scaled_mm"], Accepted)
 
 
 def test_shapes_and_dtypes_that_torch_refuses():
     device = simulated("gfx950")
-    assert any("multiples of 16" in r for r in verdicts(device, "fp8_per_channel", n=72)["rocm._scaled_mm"].reasons)
-    assert any("bfloat16 only" in r for r in verdicts(device, "fp8_per_channel", dtype=torch.float16)["rocm._scaled_mm"].reasons)
-    assert any("multiples of 8" in r for r in verdicts(device, "int8", k=252)["rocm._int_mm"].reasons)
+    assert any("multiples of 16" in r.text for r in verdicts(device, "fp8_per_channel", n=72)["rocm._scaled_mm"].reasons)
+    assert any(
+        "bfloat16 only" in r.text for r in verdicts(device, "fp8_per_channel", dtype=torch.float16)["rocm._scaled_mm"].reasons
+    )
+    assert any("multiples of 8" in r.text for r in verdicts(device, "int8", k=252)["rocm._int_mm"].reasons)
 
 
 def test_kernel_names_are_unique():

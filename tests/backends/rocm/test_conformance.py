@@ -3,3 +3,4 @@ from quantport.testing import BackendConformance
 
 class TestRocm(BackendConformance):
     kind = "rocm"
+    every_kernel = True

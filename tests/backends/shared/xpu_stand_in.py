@@ -1,4 +1,4 @@
-"""Intel GPUs on the CPU: devices that count as found, whose tensors are the CPU's. ``xpu_operators`` are what they call."""
+"""Intel GPUs on the CPU: devices that count as found, whose tensors are the CPU's, and the operators that they call."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 import torch
 import triton_emulation
+import xpu_operators
 
 from quantport.device import Device
 from quantport.host import host
 from quantport_xpu import vendor
 from quantport_xpu.capabilities import ARCHS
 from quantport_xpu.detect import XpuBackend
+
+ARCHS_HERE = ("bmg", "xe3p", "pvc")  # the others have the facts of one of these
 
 
 def gpu(arch: str, index: int = 0) -> Device:
@@ -53,4 +56,42 @@ def found(devices: Sequence[Device], quantizes: bool = True) -> Iterator[None]:
         patch.setattr("quantport_xpu.kernels.triton.backend_reason", lambda: "")
         patch.setitem(host().backends, room.kind, room)
         patch.setitem(vars(host()), "devices", tuple(devices))
+        yield
+
+
+class Emulated:
+    """An operator of torch's own: a call emulates it, whoever looks at it sees the real one."""
+
+    def __init__(self, real, emulation):
+        self.real, self.emulation = real, emulation
+
+    def __call__(self, *args):
+        return self.emulation(*args)
+
+    def __getattr__(self, name):
+        return getattr(self.real, name)
+
+
+@contextmanager
+def operators() -> Iterator[None]:
+    """Inside, the operators that the CPU lacks are registered for it, with the vendors' schemas."""
+    emulated = Emulated(torch.ops.aten._weight_int8pack_mm, xpu_operators.int8pack_mm)
+    ours = torch.library.Library("aten", "IMPL")
+    ours.impl("_weight_int4pack_mm_with_scales_and_zeros", xpu_operators.int4pack_mm, "CPU")
+    libraries = {name: torch.library.Library(name, "FRAGMENT") for name in ("_xpu_C", "_C", "torch_ipex")}
+    for name, schema in vendor.SCHEMAS.items():
+        namespace, _, operator = name.partition(".")
+        libraries[namespace].define(operator + schema)
+        libraries[namespace].impl(operator, getattr(xpu_operators, operator.partition(".")[0]), "CPU")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.ops.aten, "_weight_int8pack_mm", emulated)
+        yield
+    for library in (*libraries.values(), ours):
+        library._destroy()
+
+
+@contextmanager
+def gpus() -> Iterator[None]:
+    """Inside, a GPU of each kind is found that has facts of its own, with its operators: the setting of the conformance suite."""
+    with operators(), found([gpu(arch, i) for i, arch in enumerate(ARCHS_HERE)]):
         yield

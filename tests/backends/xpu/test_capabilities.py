@@ -80,7 +80,7 @@ def simulated(name):
 def refusal(device, scheme, kernel, **request):
     verdict = verdicts(device, scheme, **request)[kernel]
     assert isinstance(verdict, Rejected)
-    return " | ".join(verdict.reasons)
+    return " | ".join(map(str, verdict.reasons))
 
 
 @pytest.fixture
@@ -171,7 +171,7 @@ def test_operators_of_the_vendor_are_used_where_they_are_found(here, scheme, ker
     assert found.status is not Status.NATIVE or scheme in ("fp8_weight_only", "int4_weight_only", "int8")
     if kernel == "xpu.fp8_gemm_w8a16":
         reasons = next(v for v in less.verdicts if v.kernel == kernel).reasons
-        assert any("fp8_gemm_w8a16(Tensor A" in r and "of vllm-xpu-kernels, which was not found" in r for r in reasons)
+        assert any("fp8_gemm_w8a16(Tensor A" in r.text and "of vllm-xpu-kernels, which was not found" in r.text for r in reasons)
 
 
 @pytest.mark.parametrize("scheme", ["fp8_per_tensor", "fp8_per_channel", "fp8_per_block"])
@@ -244,7 +244,7 @@ def test_int4_groups_that_onednn_does_not_take(here):
         weight = replace(HOST.schemes["int4_weight_only"].weight, cols=group)
         scheme = replace(HOST.schemes["int4_weight_only"], weight=weight)
         kernel = next(k for k in HOST.kernels("xpu") if k.name == "xpu._weight_int4pack_mm")
-        assert any(said in r for r in kernel.verdict(Request(WeightSpec(scheme, 64, 512), "linear", here)).reasons)
+        assert any(said in r.text for r in kernel.verdict(Request(WeightSpec(scheme, 64, 512), "linear", here)).reasons)
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def ask(scheme, arch="bmg", fallback="weight_only", **request):
 def refusal(scheme, kernel, arch="bmg", n=128, k=256, dtype=torch.bfloat16):
     verdict = KERNELS[kernel].verdict(Request(WeightSpec(HOST.schemes[scheme], n, k), "linear", here(arch), dtype))
     assert isinstance(verdict, Rejected)
-    return " | ".join(verdict.reasons)
+    return " | ".join(map(str, verdict.reasons))
 
 
 def test_every_deviation_is_tested_here():

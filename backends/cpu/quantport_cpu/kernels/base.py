@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from quantport.backend import Claim, Evidence, Kernel, Packed, Request, WeightSpec
+from quantport.backend import Claim, Evidence, Kernel, Measurement, Packed, Request, WeightSpec
 from quantport_cpu.jit import available
 from quantport_cpu.kernels.scratch import scratch
 
@@ -104,7 +104,8 @@ class CpuKernel(Kernel):
         run = measured(request.device.arch.name)["run"]
         how = ", with numba" if measured(request.device.arch.name).get("compiled") else ""
         where = f"{run['device']}, {run['date']}, commit {run['commit']}{how}, relative error {row['error']:.1e}"
-        return Claim(Evidence.MEASURED, f"benchmarks/results/linear-{request.device.arch.name}.md ({where})")
+        proof = Measurement(f"quantport_cpu/tuned/{request.device.arch.name}.json", run["device"], run["date"], run["commit"])
+        return Claim(Evidence.MEASURED, f"benchmarks/results/linear-{request.device.arch.name}.md ({where})", proof)
 
 
 class CpuGrouped(CpuKernel):

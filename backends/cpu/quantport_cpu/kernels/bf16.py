@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quantport.backend import Canonical, Packed, Request, Scheme, WeightSpec
+from quantport.backend import Canonical, Packed, Reason, Request, Scheme, WeightSpec
 from quantport_cpu.kernels.base import CpuKernel
 
 
@@ -20,14 +20,14 @@ class CpuBf16(CpuKernel):
     def serves(self, scheme: Scheme) -> bool:
         return scheme.weight.format == "bf16"
 
-    def reasons_against(self, request: Request) -> Sequence[str]:
+    def reasons_against(self, request: Request) -> Sequence[Reason]:
         reasons = []
         if not hasattr(torch.ops.mkldnn, "_linear_pointwise") or not torch.backends.mkldnn.is_available():
-            reasons.append("this torch has no mkldnn._linear_pointwise")
+            reasons.append(Reason("this torch has no mkldnn._linear_pointwise"))
         elif not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            reasons.append("oneDNN has no bf16 matmul on this processor")
+            reasons.append(Reason("oneDNN has no bf16 matmul on this processor"))
         if request.dtype is not torch.bfloat16:
-            reasons.append(f"it takes bfloat16 activations, not {request.dtype}")
+            reasons.append(Reason(f"it takes bfloat16 activations, not {request.dtype}"))
         return reasons
 
     def pack(self, canonical: Canonical, spec: WeightSpec) -> Packed:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quantport.backend import Device, Packed, Request, Scheme, WeightSpec, numerics
+from quantport.backend import Device, Packed, Reason, Request, Scheme, WeightSpec, numerics
 from quantport_cpu.jit import available
 from quantport_cpu.kernels.base import CpuKernel, by_panels
 
@@ -38,10 +38,10 @@ class CpuBlocks(CpuKernel):
         blocks = quant.scale == "e8m0" or (quant.scale == "e4m3fn" and quant.cols == 16) or quant.format != "e4m3fn"
         return quant.format in _FORMATS and quant.rows == 1 and blocks
 
-    def reasons_against(self, request: Request) -> Sequence[str]:
-        reasons = [reason] if (reason := _reason(request.device)) else []
+    def reasons_against(self, request: Request) -> Sequence[Reason]:
+        reasons = [Reason(reason)] if (reason := _reason(request.device)) else []
         if request.weight.k % 32:
-            reasons.append(f"it takes K in multiples of 32, not {request.weight.k}")
+            reasons.append(Reason(f"it takes K in multiples of 32, not {request.weight.k}"))
         return reasons
 
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quantport.backend import Packed, Request, Scheme, WeightSpec
+from quantport.backend import Packed, Reason, Request, Scheme, WeightSpec
 from quantport_cpu.jit import available
 from quantport_cpu.kernels.base import COMPILED, TINY, CpuGrouped, Few, by_few, by_group, jobs_of
 from quantport_cpu.kernels.scratch import scratch
@@ -35,7 +35,7 @@ class CpuFp8WeightOnly(CpuGrouped):
     def serves(self, scheme: Scheme) -> bool:
         return scheme.weight.format == "e4m3fn" and scheme.weight.plain
 
-    def reasons_against(self, request: Request) -> Sequence[str]:
+    def reasons_against(self, request: Request) -> Sequence[Reason]:
         return ()
 
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quantport.backend import Canonical, Device, Packed, Quant, Request, Scheme, WeightSpec, aten
+from quantport.backend import Canonical, Device, Packed, Quant, Reason, Request, Scheme, WeightSpec, aten
 from quantport_cpu.jit import available
 from quantport_cpu.kernels.base import COMPILED, CpuGrouped, Few, by_few, has_fast_dots, jobs_of
 from quantport_cpu.kernels.int8 import per_token
@@ -30,13 +30,13 @@ def _block_of(device: Device) -> int:
     return 0 if not name.startswith("x86") else 32 if name == "x86_avx2" else 64
 
 
-def _layout_reasons(device: Device) -> list[str]:
+def _layout_reasons(device: Device) -> list[Reason]:
     """Why weights cannot be packed for a device."""
     reasons = []
     if not hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
-        reasons.append("this torch has no _weight_int4pack_mm_for_cpu")
+        reasons.append(Reason("this torch has no _weight_int4pack_mm_for_cpu"))
     if not _block_of(device):
-        reasons.append("the packed int4 layout is known for AVX2 and AVX-512 only")
+        reasons.append(Reason("the packed int4 layout is known for AVX2 and AVX-512 only"))
     return reasons
 
 
@@ -86,10 +86,10 @@ class CpuInt4(CpuGrouped):
     def serves(self, scheme: Scheme) -> bool:
         return scheme.weight.format == "int4"
 
-    def reasons_against(self, request: Request) -> Sequence[str]:
+    def reasons_against(self, request: Request) -> Sequence[Reason]:
         reasons = _layout_reasons(request.device)
         if request.dtype is not torch.bfloat16:
-            reasons.append(f"the packed int4 kernel is scalar for {request.dtype} activations; it takes bfloat16")
+            reasons.append(Reason(f"the packed int4 kernel is scalar for {request.dtype} activations; it takes bfloat16"))
         return reasons
 
     def pack(self, canonical: Canonical, spec: WeightSpec) -> Packed:
@@ -158,7 +158,7 @@ class CpuInt4Int8(CpuInt4):
     def serves(self, scheme: Scheme) -> bool:
         return scheme.weight.format == "int4" and scheme.activation == Quant("int8", 1, 0)
 
-    def reasons_against(self, request: Request) -> Sequence[str]:
+    def reasons_against(self, request: Request) -> Sequence[Reason]:
         return [*aten.native_reason(request, "int8"), *_layout_reasons(request.device)]
 
     def limit(self, spec: WeightSpec) -> int:

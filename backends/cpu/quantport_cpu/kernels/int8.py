@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from quantport.backend import Packed, Request, Scheme, WeightSpec, aten, once
+from quantport.backend import Packed, Reason, Refusal, Request, Scheme, WeightSpec, aten, once
 from quantport_cpu.features import usable_features
 from quantport_cpu.jit import available
 from quantport_cpu.kernels.base import COMPILED, TINY, CpuGrouped, Few, by_few, by_group, by_panels, has_fast_dots, jobs_of
@@ -105,8 +105,8 @@ class CpuInt8(_Int8):
     def serves(self, scheme: Scheme) -> bool:
         return scheme.weight.format == "int8" and scheme.activation is not None
 
-    def reasons_against(self, request: Request) -> Sequence[str]:
-        return aten.native_reason(request, "int8")
+    def reasons_against(self, request: Request) -> Sequence[Reason]:
+        return [Reason(r.text, Refusal.NOT_OFFERED) for r in aten.native_reason(request, "int8")]  # it would run, and win nothing
 
     def few(self, x: Tensor, groups: Sequence[Few], packed: Sequence[Packed], spec: WeightSpec, shared: int) -> Tensor:
         q, token = per_token(x)  # once for all weights that share the rows
@@ -133,7 +133,7 @@ class CpuInt8WeightOnly(_Int8):
     def serves(self, scheme: Scheme) -> bool:
         return scheme.weight.format == "int8"
 
-    def reasons_against(self, request: Request) -> Sequence[str]:
+    def reasons_against(self, request: Request) -> Sequence[Reason]:
         return ()
 
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:

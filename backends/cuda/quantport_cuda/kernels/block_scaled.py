@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quantport.backend import Canonical, Claim, Evidence, Kernel, Packed, Request, Scheme, WeightSpec, aten
+from quantport.backend import Canonical, Claim, Evidence, Kernel, Packed, Reason, Request, Scheme, WeightSpec, aten
 from quantport_cuda.kernels.scaled import BLAS, NEW, build_reasons
 from quantport_triton.quantize import Quantized, quantize, swizzled, unswizzled
 
@@ -27,14 +27,14 @@ class _BlockScaled(Kernel):
     tolerance = 2.0**-6
     quantizes_activations = True
 
-    def reasons_against(self, request: Request) -> Sequence[str]:
+    def reasons_against(self, request: Request) -> Sequence[Reason]:
         spec, activation = request.weight, request.weight.scheme.activation
         assert activation is not None  # serves refused it otherwise
         reasons = list(aten.native_reason(request, activation.unit))
         if not reasons:
             reasons += build_reasons(request, self.name, "cuda>=12.9" if request.device.arch.name in NEW else "cuda>=12.8")
         if spec.n % 16 or spec.k % 32:
-            reasons.append(f"{self.name} needs N to be a multiple of 16 and K of 32, not {spec.n} x {spec.k}")
+            reasons.append(Reason(f"{self.name} needs N to be a multiple of 16 and K of 32, not {spec.n} x {spec.k}"))
         return reasons
 
     def claim(self, request: Request) -> Claim:
@@ -78,16 +78,16 @@ class CudaScaledMX(_BlockScaled):
             return False
         return activation.unit == weight.unit and weight.scale == "e8m0"
 
-    def reasons_against(self, request: Request) -> Sequence[str]:
+    def reasons_against(self, request: Request) -> Sequence[Reason]:
         """Adds what torch asks for MXFP4."""
         reasons, arch = list(super().reasons_against(request)), request.device.arch
         if "mxfp4" in arch.native and request.weight.scheme.weight.format == "e2m1":
             if arch.name not in ("sm_100", "sm_103"):
-                reasons.append(f"torch multiplies mxfp4 on compute capability 10.x only, not on {arch.name} [{BLAS}]")
+                reasons.append(Reason(f"torch multiplies mxfp4 on compute capability 10.x only, not on {arch.name} [{BLAS}]"))
             if "mslk" not in request.device.features:
-                reasons.append(f"torch multiplies mxfp4 only when built with MSLK [{BLAS}]")
+                reasons.append(Reason(f"torch multiplies mxfp4 only when built with MSLK [{BLAS}]"))
             if not hasattr(torch.nn.functional, "scaled_mm"):
-                reasons.append("torch multiplies mxfp4 from 2.10 on")
+                reasons.append(Reason("torch multiplies mxfp4 from 2.10 on"))
         return reasons
 
     def multiply(self, x: Quantized, packed: Packed, spec: WeightSpec) -> Tensor:

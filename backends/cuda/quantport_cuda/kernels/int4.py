@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quantport.backend import Canonical, Claim, Evidence, Kernel, Packed, Request, Scheme, WeightSpec, numerics
+from quantport.backend import Canonical, Claim, Evidence, Kernel, Packed, Reason, Request, Scheme, WeightSpec, numerics
 
 _SOURCE = "PyTorch aten/src/ATen/native/cuda/int4mm.cu at 05f814fecfca (compute capability 8.0 and later)"
 _GROUPS = (32, 64, 128, 256)
@@ -53,18 +53,20 @@ class CudaInt4Pack(Kernel):
         quant = scheme.weight
         return quant.format == "int4" and quant.rows == 1 and quant.scale == "bf16" and not quant.outer
 
-    def reasons_against(self, request: Request) -> Sequence[str]:
+    def reasons_against(self, request: Request) -> Sequence[Reason]:
         spec, arch = request.weight, request.device.arch
         group = spec.scheme.weight.cols
         reasons = []
         if "bf16" not in arch.native:
-            reasons.append(f"{arch.name} ({arch.title}) has no bf16 matrix instruction, which {self.name} uses [{_SOURCE}]")
+            reasons.append(Reason(f"{arch.name} ({arch.title}) has no bf16 matrix instruction, which {self.name} uses [{_SOURCE}]"))
         if request.dtype is not torch.bfloat16:
-            reasons.append(f"{self.name} takes bfloat16 only, not {request.dtype}")
+            reasons.append(Reason(f"{self.name} takes bfloat16 only, not {request.dtype}"))
         if group not in _GROUPS:
-            reasons.append(f"{self.name} takes groups of {', '.join(map(str, _GROUPS))}, not of {group}")
+            reasons.append(Reason(f"{self.name} takes groups of {', '.join(map(str, _GROUPS))}, not of {group}"))
         elif spec.k % group or spec.n % 8:
-            reasons.append(f"{self.name} needs K to be a multiple of the group of {group}, and N of 8, not {spec.n} x {spec.k}")
+            reasons.append(
+                Reason(f"{self.name} needs K to be a multiple of the group of {group}, and N of 8, not {spec.n} x {spec.k}")
+            )
         return reasons
 
     def claim(self, request: Request) -> Claim:

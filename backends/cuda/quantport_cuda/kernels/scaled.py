@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quantport.backend import Canonical, Claim, Evidence, Kernel, Packed, Quant, Request, Scheme, WeightSpec, aten
+from quantport.backend import Canonical, Claim, Evidence, Kernel, Packed, Quant, Reason, Refusal, Request, Scheme, WeightSpec, aten
 from quantport_triton.quantize import quantize
 
 BLAS = "PyTorch aten/src/ATen/native/cuda/ScaledBlas.cpp at 0174dfabc023"
@@ -19,12 +19,12 @@ _BLOCKS = f"{BLAS}, _check_deepseek_support (compute capability 9.x, cublasLt 12
 NEW = ("sm_103", "sm_121")  # builds hold code for them from CUDA 12.9 on (PyTorch cmake/Codegen.cmake)
 
 
-def build_reasons(request: Request, name: str, feature: str = "cuda>=12.9") -> list[str]:
+def build_reasons(request: Request, name: str, feature: str = "cuda>=12.9") -> list[Reason]:
     """Why the build of torch lacks what a kernel needs. Of a simulated device no build is known: nothing."""
     device = request.device
     if device.simulated or feature in device.features:
         return []
-    return [f"{name} needs a torch built for CUDA {feature.removeprefix('cuda>=')} or later on {device.arch.name}"]
+    return [Reason(f"{name} needs a torch built for CUDA {feature.removeprefix('cuda>=')} or later on {device.arch.name}")]
 
 
 class CudaScaledMM(aten.ScaledMM):
@@ -36,7 +36,7 @@ class CudaScaledMM(aten.ScaledMM):
 
     name = "cuda._scaled_mm"
 
-    def reasons_against(self, request: Request) -> Sequence[str]:
+    def reasons_against(self, request: Request) -> Sequence[Reason]:
         """Adds: the row-wise kernel holds code for sm_103 and sm_121 only in builds for CUDA 12.9 and later."""
         old = build_reasons(request, self.name) if request.device.arch.name in NEW else []
         return [*super().reasons_against(request), *old]
@@ -66,16 +66,18 @@ class CudaScaledBlocks(Kernel):
     def serves(self, scheme: Scheme) -> bool:
         return (scheme.weight, scheme.activation) == (Quant("e4m3fn", 128, 128), Quant("e4m3fn", 1, 128))
 
-    def reasons_against(self, request: Request) -> Sequence[str]:
+    def reasons_against(self, request: Request) -> Sequence[Reason]:
         spec, arch = request.weight, request.device.arch
         reasons = list(aten.native_reason(request, "e4m3fn"))
         if not reasons and arch.name != "sm_90":
-            reasons.append(f"torch multiplies 128x128 blocks on sm_90 only, not on {arch.name} [{BLAS}]")
+            reasons.append(Reason(f"torch multiplies 128x128 blocks on sm_90 only, not on {arch.name} [{BLAS}]"))
         reasons = reasons or build_reasons(request, self.name)
         if spec.n % 128 or spec.k % 128:
-            reasons.append(f"{self.name} needs N and K to be multiples of 128, not {spec.n} x {spec.k}")
+            # torch's shape function counts whole blocks only; what cuBLASLt does with the others is not known.
+            needs = f"{self.name} needs N and K to be multiples of 128, not {spec.n} x {spec.k}"
+            reasons.append(Reason(needs, Refusal.UNSAFE))
         if not hasattr(torch.nn.functional, "scaled_mm"):
-            reasons.append(f"{self.name} is torch.nn.functional.scaled_mm, of torch 2.10 and later")
+            reasons.append(Reason(f"{self.name} is torch.nn.functional.scaled_mm, of torch 2.10 and later"))
         return reasons
 
     def claim(self, request: Request) -> Claim:

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quantport.backend import Claim, Evidence, Kernel, Packed, Request, WeightSpec, aten
+from quantport.backend import Claim, Evidence, Kernel, Packed, Reason, Request, WeightSpec, aten
 from quantport_npu.vendor import LIMIT, SIMULATED, TEST, WHEEL, lacking
 
 Calls = Mapping[str, tuple[str, ...]]
@@ -46,18 +46,18 @@ class NpuKernel(Kernel):
     source: ClassVar[str]
     tolerance = 2.0**-6
 
-    def reasons_against(self, request: Request) -> Sequence[str]:
+    def reasons_against(self, request: Request) -> Sequence[Reason]:
         """The format, the dtype of activations, the limit of K, and operators that the installed build lacks."""
         spec, arch = request.weight, request.device.arch
         reasons = list(aten.native_reason(request, self.unit))
         if request.dtype not in HALVES:
-            reasons.append(f"{self.name} takes float16 and bfloat16, not {request.dtype}")
+            reasons.append(Reason(f"{self.name} takes float16 and bfloat16, not {request.dtype}"))
         elif request.dtype is torch.bfloat16 and "bf16" not in arch.native:
-            reasons.append(f"{arch.name} ({arch.title}) has no bfloat16 [{arch.source}]")
+            reasons.append(Reason(f"{arch.name} ({arch.title}) has no bfloat16 [{arch.source}]"))
         if spec.k > LIMIT:
-            reasons.append(f"{self.name} takes K up to {LIMIT}, not {spec.k} [{self.source}]")
+            reasons.append(Reason(f"{self.name} takes K up to {LIMIT}, not {spec.k} [{self.source}]"))
         if not request.device.simulated:
-            reasons += [reason for call, arguments in self.calls.items() if (reason := lacking(call, arguments))]
+            reasons += [Reason(why) for call, arguments in self.calls.items() if (why := lacking(call, arguments))]
         return reasons
 
     def claim(self, request: Request) -> Claim:

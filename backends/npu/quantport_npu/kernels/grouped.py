@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from quantport.backend import Canonical, Kernel, Packed, Request, StackedKernel, WeightSpec
+from quantport.backend import Canonical, Kernel, Packed, Reason, Request, StackedKernel, WeightSpec
 from quantport_npu.kernels.base import Calls, NpuKernel
 from quantport_npu.kernels.floating import NpuFp8
 from quantport_npu.kernels.integer import NpuInt8, NpuWeightInt4, NpuWeightInt8
@@ -36,12 +36,14 @@ class NpuGrouped(StackedKernel, NpuKernel):
     families: ClassVar[tuple[str, ...]]
     layers = ("moe",)
 
-    def reasons_against(self, request: Request) -> Sequence[str]:
+    def reasons_against(self, request: Request) -> Sequence[Reason]:
         reasons, arch = list(super().reasons_against(request)), request.device.arch
         if not reasons and arch.family not in self.families:
-            reasons.append(f"{self.name} is documented for {', '.join(self.families)}, not {arch.name} [{self.source}]")
+            reasons.append(Reason(f"{self.name} is documented for {', '.join(self.families)}, not {arch.name} [{self.source}]"))
         if 2 * request.weight.n > LIMIT:
-            reasons.append(f"{self.name} takes up to {LIMIT} columns of gate and up, not 2 x {request.weight.n} [{self.source}]")
+            reasons.append(
+                Reason(f"{self.name} takes up to {LIMIT} columns of gate and up, not 2 x {request.weight.n} [{self.source}]")
+            )
         return reasons
 
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:

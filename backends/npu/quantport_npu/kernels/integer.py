@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quantport.backend import Canonical, Packed, Quant, Request, Scheme, WeightSpec, numerics
+from quantport.backend import Canonical, Packed, Quant, Reason, Request, Scheme, WeightSpec, numerics
 from quantport_npu.kernels.base import Calls, NpuKernel, parts
 from quantport_npu.vendor import FRACTAL_ND, LIMIT, NN, PLUGIN, tiles
 
@@ -34,10 +34,12 @@ class NpuInt8(NpuKernel):
         token = Quant("int8", 1, 0)
         return scheme.activation == token == scheme.weight
 
-    def reasons_against(self, request: Request) -> Sequence[str]:
+    def reasons_against(self, request: Request) -> Sequence[Reason]:
         reasons, arch = list(super().reasons_against(request)), request.device.arch
         if arch.family == "310P":
-            reasons.append(f"{arch.name} has no npu_dynamic_quant, and no per-token scales in npu_quant_matmul [{self.source}]")
+            reasons.append(
+                Reason(f"{arch.name} has no npu_dynamic_quant, and no per-token scales in npu_quant_matmul [{self.source}]")
+            )
         return reasons
 
     def pack(self, canonical: Canonical, spec: WeightSpec) -> Packed:
@@ -116,15 +118,17 @@ class NpuWeightInt4(_WeightOnly):
         quant = scheme.weight
         return quant == Quant("int4", 1, quant.cols, "bf16", quant.rule) and quant.cols > 0
 
-    def reasons_against(self, request: Request) -> Sequence[str]:
+    def reasons_against(self, request: Request) -> Sequence[Reason]:
         reasons, spec = list(super().reasons_against(request)), request.weight
         group = spec.scheme.weight.cols
         if spec.n % 8:
-            reasons.append(f"{self.name} packs eight output channels to a word, and {spec.n} is no multiple of 8 [{self.source}]")
+            reasons.append(
+                Reason(f"{self.name} packs eight output channels to a word, and {spec.n} is no multiple of 8 [{self.source}]")
+            )
         if spec.n > LIMIT:
-            reasons.append(f"{self.name} takes N up to {LIMIT}, not {spec.n} [{self.source}]")
+            reasons.append(Reason(f"{self.name} takes N up to {LIMIT}, not {spec.n} [{self.source}]"))
         if not self.divides(group, spec.k):
-            reasons.append(f"{self.name} takes {self.groups}, not of {group} with K {spec.k} [{self.source}]")
+            reasons.append(Reason(f"{self.name} takes {self.groups}, not of {group} with K {spec.k} [{self.source}]"))
         return reasons
 
     def divides(self, group: int, k: int) -> bool:
@@ -173,6 +177,8 @@ class NpuWeightInt4Offset(NpuWeightInt4):
         quant = scheme.weight
         return quant == Quant("int4", 1, quant.cols, "bf16", quant.rule, zero=True) and quant.cols > 0
 
-    def reasons_against(self, request: Request) -> Sequence[str]:
-        few = request.dtype is torch.float16
-        return [*super().reasons_against(request), *([f"{self.name} has offsets beyond the range of float16"] if few else [])]
+    def reasons_against(self, request: Request) -> Sequence[Reason]:
+        reasons = list(super().reasons_against(request))
+        if request.dtype is torch.float16:
+            reasons.append(Reason(f"{self.name} has offsets beyond the range of float16"))
+        return reasons

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from quantport.backend import Canonical, Packed, Quant, Request, Scheme, WeightSpec
+from quantport.backend import Canonical, Packed, Quant, Reason, Request, Scheme, WeightSpec
 from quantport_npu.kernels.base import Calls, NpuKernel, even, uneven
 from quantport_npu.vendor import E2M1, E8M0, FRACTAL_ND, LIMIT, NN, tiles
 
@@ -77,12 +77,12 @@ class NpuMx(NpuKernel):
         exact = (way.weight, way.activation, activation.rule)
         return activation.rule in way.rules if way.rules else exact not in _EXACT
 
-    def reasons_against(self, request: Request) -> Sequence[str]:
+    def reasons_against(self, request: Request) -> Sequence[Reason]:
         reasons, spec = list(super().reasons_against(request)), request.weight
         if self.way.activation == "e2m1" and (spec.k % 2 or spec.k == 2):
-            reasons.append(f"{self.name} takes even K from 4 on, two elements to a byte, not {spec.k} [{self.source}]")
+            reasons.append(Reason(f"{self.name} takes even K from 4 on, two elements to a byte, not {spec.k} [{self.source}]"))
         if self.way.activation != self.way.weight and spec.k % 8:
-            reasons.append(f"{self.name} takes K in multiples of 8, not {spec.k} [{self.source}]")
+            reasons.append(Reason(f"{self.name} takes K in multiples of 8, not {spec.k} [{self.source}]"))
         return reasons
 
     def pack(self, canonical: Canonical, spec: WeightSpec) -> Packed:
@@ -128,12 +128,12 @@ class NpuDualScale(NpuKernel):
         dual = Quant("e2m1", 1, 32, "e8m0", "floor", outer=(1, 512))
         return scheme.activation == dual == Quant("e2m1", 1, 32, "e8m0", "floor", outer=scheme.weight.outer)
 
-    def reasons_against(self, request: Request) -> Sequence[str]:
+    def reasons_against(self, request: Request) -> Sequence[Reason]:
         reasons, spec = list(super().reasons_against(request)), request.weight
         if spec.k % 2:
-            reasons.append(f"{self.name} packs two elements to a byte along K, and {spec.k} is odd [{self.source}]")
+            reasons.append(Reason(f"{self.name} packs two elements to a byte along K, and {spec.k} is odd [{self.source}]"))
         if spec.n > LIMIT:
-            reasons.append(f"{self.name} takes N up to {LIMIT}, not {spec.n} [{self.source}]")
+            reasons.append(Reason(f"{self.name} takes N up to {LIMIT}, not {spec.n} [{self.source}]"))
         return reasons
 
     def pack(self, canonical: Canonical, spec: WeightSpec) -> Packed:

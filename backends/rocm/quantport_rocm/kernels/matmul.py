@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from quantport.backend import Claim, Evidence, Request, aten
+from quantport.backend import Claim, Evidence, Reason, Request, aten
 
 _BLAS = "PyTorch aten/src/ATen/native/cuda/ScaledBlas.cpp at 0174dfabc023"
 _INT = "PyTorch aten/src/ATen/native/cuda/Blas.cpp, _int_mm_out_cuda (more than 16 rows, K and N multiples of 8)"
@@ -15,16 +15,15 @@ class RocmScaledMM(aten.ScaledMM):
 
     name = "rocm._scaled_mm"
 
-    def reasons_against(self, request: Request) -> Sequence[str]:
+    def reasons_against(self, request: Request) -> Sequence[Reason]:
         """Adds: e4m3fnuz is another format, and e4m3fn needs ROCm 6.5."""
         device = request.device
         reasons = list(super().reasons_against(request))
         if "e4m3fnuz" in device.arch.native:
-            reasons.append(
-                f"{device.arch.name} multiplies e4m3fnuz, not e4m3fn, and the conversion of the weights is not in this version"
-            )
+            lacks = "the conversion of the weights is not in this version"
+            reasons.append(Reason(f"{device.arch.name} multiplies e4m3fnuz, not e4m3fn, and {lacks}"))
         elif "e4m3fn" in device.arch.native and not device.simulated and "rocm>=6.5" not in device.features:
-            reasons.append(f"{self.name} takes e4m3fn only in a torch built for ROCm 6.5 or later [{_BLAS}]")
+            reasons.append(Reason(f"{self.name} takes e4m3fn only in a torch built for ROCm 6.5 or later [{_BLAS}]"))
         return reasons
 
     def claim(self, request: Request) -> Claim:

@@ -17,7 +17,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from quantport.backend import Claim, Evidence
+from quantport.backend import Claim, Evidence, MachineCode, Reason, Refusal
 
 
 @cache
@@ -37,15 +37,16 @@ def found(kind: str, arch: str, family: str, scheme: str) -> Mapping[str, Any] |
     return families.get(":".join((name, *search, *double)))
 
 
-def refusals(kind: str, arch: str, family: str, scheme: str) -> tuple[str, ...]:
+def refusals(kind: str, arch: str, family: str, scheme: str) -> tuple[Reason, ...]:
     """Why a kernel cannot run there, or would gain nothing: empty where it compiled as it should, or was never compiled."""
     entry = found(kind, arch, family, scheme)
     if entry is None or entry["outcome"] in ("native", "not compiled"):
         return ()
     version = read(kind)["triton"]
     if entry["outcome"] == "refused":
-        return (f"Triton {version} refuses it for {arch}: {entry['because']}",)
-    return (f"for {arch}, Triton {version} makes {entry['instruction'] or 'ordinary multiplications'} of it: {entry['outcome']}",)
+        return (Reason(f"Triton {version} refuses it for {arch}: {entry['because']}"),)
+    made = entry["instruction"] or "ordinary multiplications"
+    return (Reason(f"for {arch}, Triton {version} makes {made} of it: {entry['outcome']}", Refusal.SLOWER),)
 
 
 def claim(kind: str, arch: str, family: str, scheme: str, kernel: str) -> Claim:
@@ -56,7 +57,8 @@ def claim(kind: str, arch: str, family: str, scheme: str, kernel: str) -> Claim:
     if entry is None or entry["outcome"] != "native":
         return Claim(Evidence.INTERPRETED, f"{tests}; not compiled for {arch}")
     seen = entry["kernels"].get(kernel, {}).get("instruction", "")
-    file = f"{arch}, Triton {read(kind)['triton']}: quantport_triton/evidence/{kind}.json"
+    version, place = read(kind)["triton"], f"quantport_triton/evidence/{kind}.json"
+    file = f"{arch}, Triton {version}: {place}"
     if not seen:  # it needs none: one row, or values for the vendor's own matmul
         return Claim(Evidence.INTERPRETED, f"{tests}; machine code without matrix instructions for {file}")
-    return Claim(Evidence.COMPILED, f"{seen} in the machine code for {file}")
+    return Claim(Evidence.COMPILED, f"{seen} in the machine code for {file}", MachineCode(place, "Triton", version, seen))

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from quantport.backend import Claim, Kernel, Request
+from quantport.backend import Claim, Kernel, Reason, Refusal, Request
 from quantport_triton import FIRST, OLDEST, available, evidence, version
 from quantport_triton.tuned import way
 
@@ -27,19 +27,19 @@ class TritonKernel(Kernel):
     def __init__(self, room: str) -> None:
         self.name = f"{room}.triton_{self.family}"
 
-    def reasons_against(self, request: Request) -> Sequence[str]:
+    def reasons_against(self, request: Request) -> Sequence[Reason]:
         """Why Triton is not here, or does not compile the kernel for this architecture."""
-        reasons = [reason] if (reason := available()) and not request.device.simulated else []
+        reasons = [Reason(why)] if (why := available()) and not request.device.simulated else []
         scheme, arch = request.weight.scheme.name, request.device.arch
         oldest = self.oldest.get(arch.name, OLDEST)
         if not reasons and not request.device.simulated and version() < oldest:
-            reasons.append(
-                f"Triton {version()[0]}.{version()[1]} does not compile it for {arch.name}: {oldest[0]}.{oldest[1]} does"
-            )
+            have, need = (".".join(map(str, numbers)) for numbers in (version(), oldest))
+            reasons.append(Reason(f"Triton {have} does not compile it for {arch.name}: {need} does"))
         if request.dtype not in (torch.bfloat16, torch.float16):
-            reasons.append(f"{self.name} takes activations of 16 bits, not {request.dtype}")
+            # Triton may multiply them all the same, on other units or as something narrower.
+            reasons.append(Reason(f"{self.name} takes activations of 16 bits, not {request.dtype}", Refusal.NOT_OFFERED))
         elif request.dtype is torch.bfloat16 and "bf16" not in arch.native:
-            reasons.append(f"{arch.name} ({arch.title}) has no bf16: activations must be float16 [{arch.source}]")
+            reasons.append(Reason(f"{arch.name} ({arch.title}) has no bf16: activations must be float16 [{arch.source}]"))
         return [*reasons, *evidence.refusals(arch.kind, arch.name, self.family, scheme)]
 
     def claim(self, request: Request) -> Claim:

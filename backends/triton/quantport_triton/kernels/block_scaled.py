@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from quantport.backend import Packed, Quant, Request, Scheme, WeightSpec, aten
+from quantport.backend import Packed, Quant, Reason, Refusal, Request, Scheme, WeightSpec, aten
 from quantport_triton.kernels.base import TritonKernel
 from quantport_triton.kernels.tiling import multiply, unaligned
 from quantport_triton.launch import Config, target_of
@@ -40,10 +40,11 @@ class TritonBlockScaled(TritonKernel):
         plain = [replace(quant, rule="amax") for quant in (scheme.weight, scheme.activation) if quant]
         return tuple(plain) in self.pairs
 
-    def reasons_against(self, request: Request) -> Sequence[str]:
+    def reasons_against(self, request: Request) -> Sequence[Reason]:
         scheme = request.weight.scheme
         units = {quant.unit: None for quant in (scheme.weight, scheme.activation) if quant}
-        native = [reason for unit in units for reason in aten.native_reason(request, unit)]
+        # Elsewhere Triton would multiply in bf16, which weight-only kernels do with less work.
+        native = [reason for unit in units for reason in aten.native_reason(request, unit, Refusal.NOT_OFFERED)]
         return native or super().reasons_against(request)  # one reason is enough
 
     def slow(self, request: Request) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quantport.backend import Packed, Quant, Request, Scheme, WeightSpec, aten
+from quantport.backend import Packed, Quant, Reason, Request, Scheme, WeightSpec, aten
 from quantport_triton import FIRST
 from quantport_triton.kernels.base import TritonKernel
 from quantport_triton.kernels.tiling import multiply, unaligned
@@ -39,7 +39,7 @@ class TritonScaled(TritonKernel):
     def serves(self, scheme: Scheme) -> bool:
         return scheme.weight in self.weights and scheme.activation == self.activation
 
-    def reasons_against(self, request: Request) -> Sequence[str]:
+    def reasons_against(self, request: Request) -> Sequence[Reason]:
         return aten.native_reason(request, self.activation.format) or super().reasons_against(request)  # one reason is enough
 
     def slow(self, request: Request) -> str:

@@ -15,6 +15,8 @@ from quantport.backend import (
     Kernel,
     Packed,
     Quant,
+    Reason,
+    Refusal,
     Request,
     Scheme,
     Status,
@@ -38,10 +40,11 @@ def is_mx(quant: Quant | None, name: str) -> bool:
     return quant is not None and (quant.format, quant.rows, quant.cols, quant.scale, quant.outer) == (name, 1, 32, "e8m0", None)
 
 
-def block_reason(request: Request, kernel: str) -> tuple[str, ...]:
-    """The reason against blocks that are cut off, or nothing."""
+def block_reason(request: Request, kernel: str) -> tuple[Reason, ...]:
+    """The reason against blocks that are cut off, or nothing. One alone may count as one scale for a row: nobody tests that."""
     k = request.weight.k
-    return (f"{kernel} needs K to be a multiple of 32, not {k}",) if k % 32 else ()
+    kind = Refusal.UNSAFE if k < 32 else Refusal.IMPOSSIBLE
+    return (Reason(f"{kernel} needs K to be a multiple of 32, not {k}", kind),) if k % 32 else ()
 
 
 def _shuffled(weight: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -62,7 +65,7 @@ class _Mx(aten.Quantizing):
     def serves(self, scheme: Scheme) -> bool:
         return is_mx(scheme.weight, self.element) and is_mx(scheme.activation, self.element)
 
-    def reasons_against(self, request: Request) -> Sequence[str]:
+    def reasons_against(self, request: Request) -> Sequence[Reason]:
         return [*vendor_reasons(request, self.name, *self.operators), *block_reason(request, self.name)]
 
     def slow(self, request: Request) -> str:
@@ -122,10 +125,10 @@ class XpuMxfp4(_Mx):
     element = "e2m1"
     operators: tuple[str, ...] = ("_xpu_C.fp4_gemm",)
 
-    def reasons_against(self, request: Request) -> Sequence[str]:
+    def reasons_against(self, request: Request) -> Sequence[Reason]:
         """Adds: on the older GPUs oneDNN has no e2m1 at all."""
         arch = request.device.arch
-        known = [] if arch.family in _E2M1 else [f"{self.name}: oneDNN has no e2m1 on {arch.name} [{arch.source}]"]
+        known = [] if arch.family in _E2M1 else [Reason(f"{self.name}: oneDNN has no e2m1 on {arch.name} [{arch.source}]")]
         return [*super().reasons_against(request), *known]
 
     def claim(self, request: Request) -> Claim:
@@ -179,15 +182,16 @@ class XpuMxfp4Marlin(Kernel):
     def serves(self, scheme: Scheme) -> bool:
         return is_mx(scheme.weight, "e2m1")
 
-    def reasons_against(self, request: Request) -> Sequence[str]:
+    def reasons_against(self, request: Request) -> Sequence[Reason]:
         spec, arch = request.weight, request.device.arch
         reasons = list(vendor_reasons(request, self.name, "torch_ipex.mm_mxfp4_out_marlin.xpu"))
         if arch.family != "Xe-HPC":
-            reasons.append(f"{self.name} is written for Xe-HPC, not for {arch.family} [{_MARLIN}]")
+            reasons.append(Reason(f"{self.name} is written for Xe-HPC, not for {arch.family} [{_MARLIN}]", Refusal.UNSAFE))
         if request.dtype is not torch.bfloat16:
-            reasons.append(f"{self.name} reads activations as bfloat16, whatever they are: not {request.dtype}")
+            reasons.append(Reason(f"{self.name} reads activations as bfloat16, whatever they are: not {request.dtype}"))
         if spec.n % 128 or spec.k % 128:
-            reasons.append(f"{self.name} is tested by its vendor with N and K that are multiples of 128, not {spec.n} x {spec.k}")
+            tested = f"{self.name} is tested by its vendor with N and K that are multiples of 128, not {spec.n} x {spec.k}"
+            reasons.append(Reason(tested, Refusal.UNSAFE))
         return reasons
 
     def claim(self, request: Request) -> Claim:

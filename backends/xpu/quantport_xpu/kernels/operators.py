@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from quantport.backend import Request
+from quantport.backend import Reason, Request
 
 _YAML = "PyTorch native_functions.yaml"
 
@@ -15,7 +15,7 @@ def registered(operator: str) -> bool:
     return known and bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{operator}", "XPU"))
 
 
-def operator_reason(request: Request, kernel: str, operator: str, since: str) -> tuple[str, ...]:
+def operator_reason(request: Request, kernel: str, operator: str, since: str) -> tuple[Reason, ...]:
     """The reason against an operator that torch lacks on XPU, or nothing.
 
     Of a GPU that is here, torch's dispatcher knows; for a simulated one, the version of this torch tells what it would have.
@@ -28,7 +28,8 @@ def operator_reason(request: Request, kernel: str, operator: str, since: str) ->
     """
     asked = f"{kernel} needs torch {since} or later on XPU"
     if not request.device.simulated:
-        return () if registered(operator) else (f"{asked}: torch {torch.__version__} has no aten::{operator} there [{_YAML}]",)
+        lacks = f"{asked}: torch {torch.__version__} has no aten::{operator} there [{_YAML}]"
+        return () if registered(operator) else (Reason(lacks),)
     if torch.__version__ >= since:  # TorchVersion compares as a version, not as text
         return ()
-    return (f"{asked}, not {torch.__version__} [{_YAML}]",)
+    return (Reason(f"{asked}, not {torch.__version__} [{_YAML}]"),)

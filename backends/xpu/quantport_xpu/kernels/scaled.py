@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quantport.backend import Claim, Evidence, Packed, Request, Status, WeightSpec, aten
+from quantport.backend import Claim, Evidence, Packed, Reason, Refusal, Request, Status, WeightSpec, aten
 from quantport_xpu.kernels.operators import operator_reason
 
 _SCALED = "PyTorch aten/src/ATen/native/mkldnn/xpu/ScaledBlas.cpp at 00d8108f3608, _scaled_mm_out_xpu"
@@ -27,10 +27,11 @@ class XpuScaledMM(aten.ScaledMM):
 
     name = "xpu._scaled_mm"
 
-    def reasons_against(self, request: Request) -> Sequence[str]:
+    def reasons_against(self, request: Request) -> Sequence[Reason]:
         """Adds: before Xe3p the operator runs, but converts both operands first, so that it only loses time."""
         gate = operator_reason(request, self.name, "_scaled_mm", "2.10")
-        return [*super().reasons_against(request), *gate, *filter(None, [converts(request)])]
+        slower = [Reason(why, Refusal.SLOWER)] if (why := converts(request)) else []
+        return [*super().reasons_against(request), *gate, *slower]
 
     def claim(self, request: Request) -> Claim:
         """PyTorch's own kernel, and the instruction."""
@@ -51,11 +52,12 @@ class XpuFp8Emulated(XpuScaledMM):
     name = "xpu._scaled_mm_emulated"
     status = Status.REFERENCE
 
-    def reasons_against(self, request: Request) -> Sequence[str]:
+    def reasons_against(self, request: Request) -> Sequence[Reason]:
         """All but the need for a matrix instruction; and nothing is emulated where there is one."""
         unit = aten.native_reason(request, "e4m3fn")
-        native = [] if unit else [f"{request.device.arch.name} multiplies e4m3fn natively: {XpuScaledMM.name} does"]
-        return [*native, *(r for r in super().reasons_against(request) if r not in (*unit, converts(request)))]
+        native = Reason(f"{request.device.arch.name} multiplies e4m3fn natively: {XpuScaledMM.name} does", Refusal.NOT_OFFERED)
+        others = [r for r in super().reasons_against(request) if r not in unit and r.kind is not Refusal.SLOWER]
+        return others if unit else [native, *others]
 
     def slow(self, request: Request) -> str:
         return f"{converts(request)}, and activations are quantized first"
@@ -66,7 +68,7 @@ class XpuIntMM(aten.IntMM):
 
     name = "xpu._int_mm"
 
-    def reasons_against(self, request: Request) -> Sequence[str]:
+    def reasons_against(self, request: Request) -> Sequence[Reason]:
         """The matrix instruction, and the operator."""
         return [*aten.native_reason(request, "int8"), *operator_reason(request, self.name, "_int_mm", "2.9")]
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from quantport.backend import Request
+from quantport.backend import Reason, Request
 from quantport_triton.kernels.base import TritonKernel
 from quantport_triton.kernels.scaled import TritonInt4Int8, TritonInt8
 from quantport_triton.kernels.weight_only import TritonWeightOnly
@@ -30,10 +30,10 @@ def backend_reason() -> str:
 class _XpuTriton(TritonKernel):
     """A Triton kernel, where Triton compiles for Intel GPUs."""
 
-    def reasons_against(self, request: Request) -> Sequence[str]:
+    def reasons_against(self, request: Request) -> Sequence[Reason]:
         """That comes first; of the Triton beside a simulated GPU nothing is known."""
         missing = "" if request.device.simulated else backend_reason()
-        return [missing] if missing else super().reasons_against(request)
+        return [Reason(missing)] if missing else super().reasons_against(request)
 
 
 class XpuTritonInt8(_XpuTriton, TritonInt8):

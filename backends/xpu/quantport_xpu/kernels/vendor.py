@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quantport.backend import Canonical, Claim, Evidence, Kernel, Packed, Quant, Request, Scheme, WeightSpec, aten
+from quantport.backend import Canonical, Claim, Evidence, Kernel, Packed, Quant, Reason, Refusal, Request, Scheme, WeightSpec, aten
 from quantport_xpu.kernels.weight_only import ZERO, Int4Groups
 from quantport_xpu.vendor import missing
 
@@ -18,11 +18,14 @@ _W4A8_USE = "vllm-project/vllm INCXPUW4A8LinearMethod (scales in fp16, the int8 
 _INT4 = "vllm-project/vllm-xpu-kernels csrc/xpu/onednn/int4_gemm_w4a16.h at f8e6ad7c6f0c"
 
 
-def vendor_reasons(request: Request, kernel: str, *operators: str) -> tuple[str, ...]:
-    """Why operators (names in ``vendor.SCHEMAS``) cannot be called: they are not here, or take other activations."""
-    reasons = [missing(name, kernel) for name in operators if name not in request.device.features]
+def vendor_reasons(request: Request, kernel: str, *operators: str, wide: Refusal = Refusal.IMPOSSIBLE) -> tuple[Reason, ...]:
+    """Why operators (names in ``vendor.SCHEMAS``) are not called: they are not here, or take other activations.
+
+    ``wide`` says what they do with fp32.
+    """
+    reasons = [Reason(missing(name, kernel)) for name in operators if name not in request.device.features]
     if request.dtype not in (torch.bfloat16, torch.float16):
-        reasons.append(f"{kernel} takes activations of 16 bits, not {request.dtype}")
+        reasons.append(Reason(f"{kernel} takes activations of 16 bits, not {request.dtype}", wide))
     return tuple(reasons)
 
 
@@ -31,10 +34,12 @@ class XpuInt4W4A16(Int4Groups):
 
     name = "xpu.int4_gemm_w4a16"
 
-    def reasons_against(self, request: Request) -> Sequence[str]:
+    def reasons_against(self, request: Request) -> Sequence[Reason]:
         reasons = [*super().reasons_against(request), *vendor_reasons(request, self.name, "_xpu_C.int4_gemm_w4a16")]
         if request.dtype is torch.float16:
-            reasons.append(f"{self.name} is tested by its vendor with scales in the dtype of the activations; ours are bfloat16")
+            reasons.append(
+                Reason(f"{self.name} is tested by its vendor with scales in the dtype of the activations; ours are bfloat16")
+            )
         return reasons
 
     def claim(self, request: Request) -> Claim:
@@ -67,11 +72,13 @@ class XpuInt4W4A8(XpuInt4W4A16, aten.Quantizing):
     def serves(self, scheme: Scheme) -> bool:
         return super().serves(scheme) and scheme.activation == Quant("int8", 1, 0)
 
-    def reasons_against(self, request: Request) -> Sequence[str]:
+    def reasons_against(self, request: Request) -> Sequence[Reason]:
         spec = request.weight
-        reasons = [*Int4Groups.reasons_against(self, request), *vendor_reasons(request, self.name, "_xpu_C.int4_gemm_w4a8")]
+        # It returns fp16, which is less than who has fp32 asks for.
+        lacking = vendor_reasons(request, self.name, "_xpu_C.int4_gemm_w4a8", wide=Refusal.NOT_OFFERED)
+        reasons = [*Int4Groups.reasons_against(self, request), *lacking]
         if spec.n % 8:
-            reasons.append(f"{self.name} needs N to be a multiple of 8, not {spec.n} [{_W4A8_USE}]")
+            reasons.append(Reason(f"{self.name} needs N to be a multiple of 8, not {spec.n} [{_W4A8_USE}]"))
         return [*aten.native_reason(request, "int8"), *reasons]
 
     def claim(self, request: Request) -> Claim:
@@ -114,13 +121,14 @@ class _Fp8(Kernel):
         quant = scheme.weight
         return quant.format == "e4m3fn" and quant.scale == "fp32" and (quant.rows, quant.cols) in ((0, 0), (1, 0), (128, 128))
 
-    def reasons_against(self, request: Request) -> Sequence[str]:
+    def reasons_against(self, request: Request) -> Sequence[Reason]:
         spec = request.weight
         reasons = list(vendor_reasons(request, self.name, f"_xpu_C.{self.name.partition('.')[2]}"))
         several = spec.scheme.weight.cols and max(spec.n, spec.k) > 128  # one block has one scale, as a tensor has
         if several and (spec.n % 128 or spec.k % 128 or spec.k < 256):
-            shape = f"{spec.n} x {spec.k}"
-            reasons.append(f"{self.name} needs N and K to be multiples of 128, and two blocks along K, not {shape} [{_FP8}]")
+            needs = f"{self.name} needs N and K to be multiples of 128, and two blocks along K, not {spec.n} x {spec.k} [{_FP8}]"
+            whole = spec.k % 128 == 0 and spec.k >= 256  # what it does with blocks that are cut off along N only is not known
+            reasons.append(Reason(needs, Refusal.UNSAFE if whole else Refusal.IMPOSSIBLE))
         return reasons
 
     def claim(self, request: Request) -> Claim:
@@ -160,8 +168,9 @@ class XpuFp8Gemm(_Fp8, aten.Quantizing):
     def serves(self, scheme: Scheme) -> bool:
         return super().serves(scheme) and scheme.activation == Quant("e4m3fn", 1, scheme.weight.cols)
 
-    def reasons_against(self, request: Request) -> Sequence[str]:
-        return [*aten.native_reason(request, "e4m3fn"), *super().reasons_against(request)]
+    def reasons_against(self, request: Request) -> Sequence[Reason]:
+        # Elsewhere oneDNN converts both operands first.
+        return [*aten.native_reason(request, "e4m3fn", Refusal.SLOWER), *super().reasons_against(request)]
 
     def claim(self, request: Request) -> Claim:
         """The vendor's source, and the instruction."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quantport.backend import Canonical, Claim, Evidence, Kernel, Packed, Request, Scheme, WeightSpec
+from quantport.backend import Canonical, Claim, Evidence, Kernel, Packed, Reason, Request, Scheme, WeightSpec
 from quantport_xpu.kernels.operators import operator_reason
 
 _BLAS = "PyTorch aten/src/ATen/native/mkldnn/xpu/Blas.cpp at 003d1b101f9e"
@@ -25,7 +25,7 @@ class XpuInt8Pack(Kernel):
     def serves(self, scheme: Scheme) -> bool:
         return scheme.weight.format == "int8" and (scheme.weight.rows, scheme.weight.cols) == (1, 0)
 
-    def reasons_against(self, request: Request) -> Sequence[str]:
+    def reasons_against(self, request: Request) -> Sequence[Reason]:
         return operator_reason(request, self.name, "_weight_int8pack_mm", "2.10")
 
     def claim(self, request: Request) -> Claim:
@@ -53,14 +53,14 @@ class Int4Groups(Kernel):
         quant = scheme.weight
         return (quant.format, quant.rows, quant.scale, quant.zero, quant.outer) == ("int4", 1, "bf16", False, None)
 
-    def reasons_against(self, request: Request) -> Sequence[str]:
+    def reasons_against(self, request: Request) -> Sequence[Reason]:
         spec = request.weight
         group = spec.scheme.weight.cols
         reasons = []
         if not group or group % 32:
-            reasons.append(f"{self.name} takes groups that are multiples of 32, not of {group or 'all of K'}")
+            reasons.append(Reason(f"{self.name} takes groups that are multiples of 32, not of {group or 'all of K'}"))
         elif spec.k % group:
-            reasons.append(f"{self.name} needs K to be a multiple of the group of {group}, not {spec.k}")
+            reasons.append(Reason(f"{self.name} needs K to be a multiple of the group of {group}, not {spec.k}"))
         return reasons
 
     def pack(self, canonical: Canonical, spec: WeightSpec) -> Packed:
@@ -80,10 +80,10 @@ class XpuInt4Pack(Int4Groups):
 
     name = "xpu._weight_int4pack_mm"
 
-    def reasons_against(self, request: Request) -> Sequence[str]:
+    def reasons_against(self, request: Request) -> Sequence[Reason]:
         reasons = list(super().reasons_against(request))
         if request.dtype is not torch.bfloat16:  # the dtype of the scales, which would be rounded
-            reasons.append(f"{self.name} takes activations in the dtype of the scales, bfloat16, not {request.dtype}")
+            reasons.append(Reason(f"{self.name} takes activations in the dtype of the scales, bfloat16, not {request.dtype}"))
         return [*reasons, *operator_reason(request, self.name, "_weight_int4pack_mm_with_scales_and_zeros", "2.8")]
 
     def claim(self, request: Request) -> Claim:

@@ -1,0 +1,76 @@
+"""What there is to check of a backend: a fold over what its kernels accept and refuse, made before any test runs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from quantport import aten
+from quantport.kernel import Kernel
+from quantport.scheme import Scheme
+from quantport.testing import builders, cases
+from quantport.testing.check_refused import refused
+from quantport.testing.subject import Subject
+
+_SHARED = {type(kernel) for kernel in aten.portable()}
+Row = TypeVar("Row", bound="tuple[Kernel, Scheme] | tuple[Kernel, Scheme, Any]")
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What the tests of a backend are about.
+
+    Where no device is here, what needs one is a single row for each kernel: a skip that says so.
+
+    Attributes:
+        subject: The backend.
+        schemes: Schemes of weights, for what is asked of no kernel.
+        accepted: Kernel, scheme and dtype of the activations, where the kernel takes any weight of them.
+        packed: Kernel and scheme of these.
+        refused: Kernel and scheme, where something is impossible on a device that is here.
+        layers: Kernel, scheme and layer of a module, where a device that is here takes it.
+    """
+
+    subject: Subject
+    schemes: list[Scheme]
+    accepted: list[tuple[Kernel, Scheme, torch.dtype]]
+    packed: list[tuple[Kernel, Scheme]]
+    refused: list[tuple[Kernel, Scheme]]
+    layers: list[tuple[Kernel, Scheme, str]]
+
+    @classmethod
+    def of(cls, subject: Subject, every_kernel: bool = False, stands_for: Mapping[str, Collection[str]] | None = None) -> Offer:
+        """Asks the kernels.
+
+        Args:
+            subject: The backend.
+            every_kernel: Whether the shared kernels have all their schemes, where a device is here, and not one each.
+            stands_for: Kernel -> its only schemes.
+        """
+        only, here = stands_for or {}, bool(subject.here)
+        served = [(k, s) for k in subject.kernels for s in subject.schemes if k.serves(s) and s.name in only.get(k.name, (s.name,))]
+        if not (every_kernel and here):
+            portable = [(k, s) for k, s in served if type(k) in _SHARED and any(subject.takes(k, s, d) for d in cases.DTYPES)]
+            served = [(k, s) for k, s in served if type(k) not in _SHARED or (k, s) in first(portable)]
+        takes = [(k, s, d) for k, s in served for d in cases.DTYPES if subject.takes(k, s, d)]
+        own = {s.name for k, s, _ in takes if type(k) not in _SHARED}
+        schemes = [s for s in subject.schemes if every_kernel or s.name in own] or list(subject.schemes)
+        packed = list(dict.fromkeys((k, s) for k, s, _ in takes))
+        asked = [(k, s, layer) for k, s in packed for layer in cases.LAYERS]
+        layers = [(k, s, layer) for k, s, layer in asked if any(builders.takes(k, s, layer, d) for d in subject.targets)]
+        return cls(
+            subject,
+            schemes if here else schemes[:1],
+            takes if here or subject.stand_in else first(takes),
+            packed if here or subject.stand_in else first(packed),
+            [(k, s) for k, s in served if next(refused(subject, k, s), None)],
+            layers if here else first(layers),
+        )
+
+
+def first(rows: Iterable[Row]) -> list[Row]:
+    """The first row of each kernel."""
+    return list({row[0].name: row for row in reversed(list(rows))}.values())[::-1]
