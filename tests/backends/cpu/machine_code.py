@@ -37,29 +37,26 @@ ARM = ("aarch64-linux-gnu", "generic", "+neon,+fp-armv8")
 
 
 def kernels(whole: bool) -> Iterator[tuple[str, Kernel]]:
-    """Every kind of kernel of the room, or every kernel."""
+    """A kernel for each kind of code, or every kernel."""
     yield from {
-        "dots.fp8": dots.fp8_kernel, "dots.int8": dots.int8_kernel, "nibbles.int4": nibbles.int4_kernel, "digits": digits.kernel,
-        "encode": encode.kernel, "repack": repack.kernel, "grid": grid.kernel, "q6_k": q6k.kernel, "dual": search.dual_kernel,
-        "tops": blocks.tops_kernel,
+        "dots.fp8": dots.fp8_kernel, "dots.int8": dots.int8_kernel, "nibbles.int4": nibbles.int4_kernel,
+        "floats.nf4": floats.kernel("nf4", floats.F32_SCALE, 64), "blocks.e2m1": blocks.kernel("e2m1", 16, blocks.E4M3, True),
+        "encode": encode.kernel, "q4_k": kquants.kernel("q4_k"),
     }.items()  # fmt: skip
-    for name, scale, group in (("nf4", floats.F32_SCALE, 64), ("e2m3", floats.E8M0, 32)):
-        yield f"floats.{name}", floats.kernel(name, scale, group)
-    yield "blocks.e2m1", blocks.kernel("e2m1", 16, blocks.E4M3, True)
-    yield "gguf.q4_0", gguf.kernel("q4_0")
-    yield "q4_k", kquants.kernel("q4_k")
-    if whole:
-        yield "grouped.fp8", grouped.fp8_kernel
-        yield "grouped.int8", grouped.int8_kernel
-        yield "grouped.int4", grouped.int4_kernel
-        for name in ("e2m1", "e3m2", "e2m3", "e4m3fn", "fp4", "nf4"):
-            for scale, group in ((floats.E8M0, 32), (floats.E4M3, 16), (floats.F32_SCALE, 64), (floats.DUAL, 32)):
-                yield f"floats.{name}.{scale}", floats.kernel(name, scale, group)
-            for scale, group in ((blocks.E8M0, 32), (blocks.E4M3, 16), (blocks.F32_SCALE, 64)):
-                if name not in ("fp4", "nf4") or scale == blocks.F32_SCALE:
-                    yield f"blocks.{name}.{scale}", blocks.kernel(name, group, scale, False)
-        yield "gguf.q8_0", gguf.kernel("q8_0")
-        yield "q5_k", kquants.kernel("q5_k")
+    if not whole:
+        return
+    yield from {
+        "digits": digits.kernel, "repack": repack.kernel, "grid": grid.kernel, "q6_k": q6k.kernel, "dual": search.dual_kernel,
+        "tops": blocks.tops_kernel, "gguf.q4_0": gguf.kernel("q4_0"), "gguf.q8_0": gguf.kernel("q8_0"),
+        "q5_k": kquants.kernel("q5_k"),
+        "grouped.fp8": grouped.fp8_kernel, "grouped.int8": grouped.int8_kernel, "grouped.int4": grouped.int4_kernel,
+    }.items()  # fmt: skip
+    for name in ("e2m1", "e3m2", "e2m3", "e4m3fn", "fp4", "nf4"):
+        for scale, group in ((floats.E8M0, 32), (floats.E4M3, 16), (floats.F32_SCALE, 64), (floats.DUAL, 32)):
+            yield f"floats.{name}.{scale}", floats.kernel(name, scale, group)
+        for scale, group in ((blocks.E8M0, 32), (blocks.E4M3, 16), (blocks.F32_SCALE, 64)):
+            if name not in ("fp4", "nf4") or scale == blocks.F32_SCALE:
+                yield f"blocks.{name}.{scale}", blocks.kernel(name, group, scale, False)
 
 
 def retargeted(text: str, target: tuple[str, str, str]) -> str:

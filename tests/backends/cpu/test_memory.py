@@ -6,10 +6,10 @@ import ctypes
 import mmap
 import os
 import shutil
-import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -226,29 +226,25 @@ def test_old_entries_of_a_kernel_go(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert store.read("other.kernel-0") == b"code"
 
 
-KEY = "from quantport_cpu.jit import {0} as m, store, target; print(store.key(m.kernel.body, target.host()))"
+def test_the_key_covers_every_source_and_the_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "jit"
+    shutil.copytree(Path(store.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(store, "__file__", str(package / "store.py"))
 
+    def key(**processor: Any) -> str:
+        store._sources.cache_clear()
+        return store.key(encode._quantize, target.host()._replace(**processor))
 
-def keys(room: Path, module: str = "encode", **environment: str) -> str:
-    """The key of a kernel, asked of a copy of the room in a fresh process."""
-    call = [sys.executable, "-c", KEY.format(module)]
-    path = os.pathsep.join([str(room), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(call, env={**os.environ, "PYTHONPATH": path, **environment}, capture_output=True, text=True, check=True)
-    return done.stdout.strip()
-
-
-def test_the_key_covers_every_source_and_the_processor(tmp_path: Path) -> None:
-    room = tmp_path / "room"
-    shutil.copytree(Path(jit.__file__).parents[1], room / "quantport_cpu", ignore=shutil.ignore_patterns("__pycache__"))
-    first = keys(room)
-    assert first == keys(room)
-    other = {"NUMBA_CPU_FEATURES": "+avx2,+fma,+f16c"} if target.host().is_x86 else {"NUMBA_CPU_FEATURES": "+neon"}
-    assert keys(room, **other) != first
-    for helper in ("emit.py", "small.py", "elements.py", "target.py"):
-        before = keys(room)
-        with (room / "quantport_cpu" / "jit" / helper).open("a") as file:
+    first = key()
+    assert first == key()
+    assert key(listed="+avx2") != first
+    assert key(name="another") != first
+    for helper in sorted(package.glob("*.py")):
+        before = key()
+        with helper.open("a") as file:
             file.write("\n# another constant\n")
-        assert keys(room) != before
+        assert key() != before
+    store._sources.cache_clear()
 
 
 def test_the_key_covers_constants_of_other_packages(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,10 +267,9 @@ def test_kernels_capture_plain_numbers_only() -> None:
         store.captured(body)
 
 
-@pytest.mark.parametrize("perturbed", [False, True], ids=["", "MALLOC_PERTURB_"])
-def test_fresh_processes_store_the_bytes_of_the_reference(perturbed: bool) -> None:
-    """Eight workers, a clean and a warm cache, beside a thread that builds models."""
-    assert stress.run(2, **({"MALLOC_PERTURB_": "165"} if perturbed else {})) == []
+def test_fresh_processes_store_the_bytes_of_the_reference() -> None:
+    """Eight workers, a clean and a warm cache, beside a thread that builds models, and fresh memory full of noise."""
+    assert stress.run(2, MALLOC_PERTURB_="165") == []
 
 
 @pytest.mark.slow

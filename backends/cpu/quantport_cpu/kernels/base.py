@@ -54,7 +54,7 @@ def by_panels(x: Tensor, n: int, decode: Callable[[int, Tensor], Tensor]) -> Ten
     """
     y = torch.empty(x.shape[0], n, dtype=torch.float32, device=x.device)
     for r in range(0, n, _PANEL):
-        panel = scratch(torch.float32, min(_PANEL, n - r), x.shape[1])
+        panel = scratch(x, torch.float32, min(_PANEL, n - r), x.shape[1])
         y[:, r : r + _PANEL] = torch.mm(x, decode(r, panel).t())
     return y
 

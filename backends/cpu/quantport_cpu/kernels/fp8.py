@@ -22,7 +22,7 @@ _FEW = 4  # up to this many rows, and without it, fp16 matrix-vector products be
 
 def _halves(codes: Tensor) -> Tensor:
     """int8 view of e4m3fn ``[R, K]`` to fp16 ``[R, K]`` in scratch, value / 256."""
-    out = scratch(torch.int16, *codes.shape)
+    out = scratch(codes, torch.int16, *codes.shape)
     return out.copy_(codes).mul_(128).bitwise_and_(~0x4000).view(torch.float16)
 
 
@@ -69,7 +69,7 @@ class CpuFp8WeightOnly(CpuGrouped):
         """Rows scaled into fp16 by a power of two, which is exact for all but the tiniest elements of a row."""
         n = codes.shape[0]
         out = torch.empty(x.shape[0], n, dtype=torch.float32, device=x.device)
-        exponent = torch.frexp(x.abs().amax(-1, keepdim=True).clamp_min_(TINY))[1]
+        exponent = torch.frexp(x.abs().amax(-1, keepdim=True).clamp_min_(TINY))[1].float()
         half = torch.ldexp(x, -exponent).half()
         for r in range(0, n, _ROWS):
             weight = _halves(codes[r : r + _ROWS])
@@ -83,7 +83,7 @@ class CpuFp8WeightOnly(CpuGrouped):
         out = torch.empty(x.shape[0], n, dtype=torch.float32, device=x.device)
         for r in range(0, n, _ROWS):
             half = _halves(codes[r : r + _ROWS])
-            weight = scratch(torch.float32, *half.shape).copy_(half)
+            weight = scratch(codes, torch.float32, *half.shape).copy_(half)
             if blocks:
                 rows = scale[r // blocks : (r + half.shape[0] + blocks - 1) // blocks]
                 wide = rows.repeat_interleave(blocks, 1)[:, :k]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,13 +10,15 @@ from torch import Tensor
 _local = threading.local()
 
 
-def scratch(dtype: torch.dtype, rows: int, cols: int) -> Tensor:
-    """An uninitialized ``[rows, cols]`` buffer of this thread, valid until the next call with the same dtype."""
-    buffers: dict[Any, Tensor] = _local.__dict__
+def scratch(near: Tensor, dtype: torch.dtype, rows: int, cols: int) -> Tensor:
+    """An uninitialized ``[rows, cols]`` buffer of this thread, valid until the next call with the same dtype.
+
+    Where ``near`` is a fake or meta tensor it is a fresh one of that kind, which must not outlive the trace.
+    """
     size = rows * cols
+    if type(near) is not Tensor or not near.is_cpu:
+        return torch.empty(rows, cols, dtype=dtype, device=near.device)
+    buffers: dict[torch.dtype, Tensor] = _local.__dict__.setdefault("buffers", {})
     if dtype not in buffers or buffers[dtype].numel() < size:
-        fresh = torch.empty(size, dtype=dtype, device="cpu")
-        if type(fresh) is not Tensor:  # a fake tensor of a trace must not outlive it
-            return fresh.view(rows, cols)
-        buffers[dtype] = fresh
+        buffers[dtype] = torch.empty(size, dtype=dtype, device="cpu")
     return buffers[dtype][:size].view(rows, cols)
