@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from xml.etree import ElementTree
 
 import pytest
 from docs_pages import ROOT, blocks
@@ -32,7 +33,8 @@ def site(tmp_path_factory):
 
 def installed(site, *call: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Runs Python where the plugin is installed."""
-    environment = {**os.environ, "PYTHONPATH": str(site), **variables}
+    path = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path, **variables}
     return subprocess.run([sys.executable, *call], cwd=site, capture_output=True, text=True, check=False, env=environment)
 
 
@@ -50,12 +52,44 @@ def test_it_is_found_and_chosen(site):
     assert kernels == "{'toy.int8'}"
 
 
-def test_it_passes_the_conformance_suite(site):
-    """All of it but the slow inductor check, which is of the portable kernels."""
-    chosen = ("-k", "not test_inductor and not torch.", "-p", "no:cacheprovider", "-p", "no:xdist", "-q", "-rs")
+TRIPLES = """
+import itertools, torch
+from quantport.backend import Accepted, Request, WeightSpec
+from quantport.host import host
+from quantport.testing import cases
+(device,) = host().devices
+(kernel,) = [k for k in host().kernels("toy") if k.name == "toy.int8"]
+for scheme, dtype in itertools.product(host().schemes.values(), cases.DTYPES):
+    asked = [Request(WeightSpec(scheme, n, k), layer, device, dtype, 1) for n, k in cases.SHAPES for layer in cases.LAYERS]
+    if any(isinstance(kernel.verdict(request), Accepted) for request in asked):
+        print(f"toy.int8-{scheme.name}-{cases.FORMAT_OF[dtype]}")
+"""
+
+
+def test_it_passes_the_conformance_suite(site, tmp_path):
+    """All of it but the slow inductor check, which is of the portable kernels; and each test that passes says what it compared."""
+    report = tmp_path / "report.xml"
+    chosen = ("-k", "not test_inductor", "-p", "no:cacheprovider", "-p", "no:xdist", "-q", f"--junitxml={report}")
     done = installed(site, "-m", "pytest", "test_conformance.py", *chosen, QUANTPORT_BACKENDS="toy")
     assert done.returncode == 0, done.stdout[-4000:]
-    assert "toy.int8" not in done.stdout.partition("short test summary info")[2], "nothing of the kernel was skipped"
+    tests = {case.attrib["name"]: case for case in ElementTree.parse(report).iter("testcase")}
+    skipped = {name for name, case in tests.items() if case.find("skipped") is not None}
+    assert not skipped
+    compared = {
+        name: int(value.attrib["value"])
+        for name, case in tests.items()
+        for value in case.iter("property")
+        if value.attrib["name"] == "checked"
+    }
+    assert set(compared) == set(tests)
+    assert min(compared.values()) > 0
+    triples = installed(site, "-c", TRIPLES, QUANTPORT_BACKENDS="toy").stdout.split()
+    assert len(triples) == 3
+    for check in ("test_accepted_runs", "test_special_weights"):
+        assert [name for name in tests if name.startswith(f"{check}[toy.")] == [f"{check}[{triple}]" for triple in triples]
+    own = [name for name in tests if "[torch." not in name]
+    assert len(own) > len(tests) / 2, "most of a newcomer's tests are of their own kernels"
+    assert len(tests) < 100
 
 
 def test_it_is_not_installed_here():

@@ -51,23 +51,29 @@ class Offer:
             stands_for: Kernel -> its only schemes.
         """
         only, here = stands_for or {}, bool(subject.here)
+
+        def some(rows: Iterable[Row], runs: bool) -> list[Row]:
+            """One row of each shared kernel, unless all were asked for; one of every kernel, where none runs."""
+            shown = list(rows)
+            fewer = first(shown)
+            return [row for row in shown if row in fewer or (runs and (all_of_them or type(row[0]) not in _SHARED))]
+
+        all_of_them = every_kernel and here
         served = [(k, s) for k in subject.kernels for s in subject.schemes if k.serves(s) and s.name in only.get(k.name, (s.name,))]
-        if not (every_kernel and here):
-            portable = [(k, s) for k, s in served if type(k) in _SHARED and any(subject.takes(k, s, d) for d in cases.DTYPES)]
-            served = [(k, s) for k, s in served if type(k) not in _SHARED or (k, s) in first(portable)]
         takes = [(k, s, d) for k, s in served for d in cases.DTYPES if subject.takes(k, s, d)]
         own = {s.name for k, s, _ in takes if type(k) not in _SHARED}
-        schemes = [s for s in subject.schemes if every_kernel or s.name in own] or list(subject.schemes)
+        schemes = [s for s in subject.schemes if all_of_them or (here and s.name in own)] or list(subject.schemes[:1])
         packed = list(dict.fromkeys((k, s) for k, s, _ in takes))
         asked = [(k, s, layer) for k, s in packed for layer in cases.LAYERS]
         layers = [(k, s, layer) for k, s, layer in asked if any(builders.takes(k, s, layer, d) for d in subject.targets)]
+        runs = here or subject.stand_in is not None
         return cls(
             subject,
-            schemes if here else schemes[:1],
-            takes if here or subject.stand_in else first(takes),
-            packed if here or subject.stand_in else first(packed),
+            schemes,
+            some(takes, runs),
+            some(packed, runs),
             [(k, s) for k, s in served if next(refused(subject, k, s), None)],
-            layers if here else first(layers),
+            some(layers, here),
         )
 
 

@@ -46,6 +46,8 @@ def by_declaration(kernel, monkeypatch, request):
 
 class TestSimulatedNpu(BackendConformance):
     kind = "npu"
+    every_kernel = True
+    setting = "simulator.need:running"
 
     @pytest.mark.usefixtures("by_declaration")
     def test_accepted_runs(self, subject, kernel, scheme, dtype):
@@ -60,8 +62,8 @@ class TestSimulatedNpu(BackendConformance):
         super().test_forward(subject, kernel, scheme, layer)
 
     @pytest.mark.usefixtures("by_declaration")
-    def test_grouped(self, subject, kernel, scheme):
-        super().test_grouped(subject, kernel, scheme)
+    def test_grouped(self, subject, kernel, scheme, experts):
+        super().test_grouped(subject, kernel, scheme, experts)
 
     def test_opcheck(self, subject, kernel, scheme, layer, traced):
         if kernel.name in TILED:

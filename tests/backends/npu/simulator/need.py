@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
 from importlib.util import find_spec
 
 import pytest
@@ -16,3 +19,10 @@ def simulated(*families: str) -> None:
     assert start.DRIVER
     if families and register.family() not in families:
         pytest.skip(f"for {', '.join(families)}; this is {register.family()}", allow_module_level=True)
+
+
+@contextmanager
+def running() -> Iterator[None]:
+    """Inside, the simulated NPU is here: it is started once in a process, and never stops."""
+    import_module("simulator.start")
+    yield
