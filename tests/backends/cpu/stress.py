@@ -1,4 +1,4 @@
-"""Loads every scheme in fresh processes, with eight workers beside a thread that builds models, and compares every byte.
+"""Loads every scheme in fresh processes, three loads of eight workers beside a thread that builds models, and compares every byte.
 
     python tests/backends/cpu/stress.py --processes 50
 
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -49,7 +50,7 @@ def checkpoint(folder: Path) -> None:
 
 
 def digest(folder: Path, scheme: str, workers: int) -> str:
-    """What is stored, and what the model then computes for few and many rows where the reference has run nothing."""
+    """A digest of what a load stores, in the layout of the scheme."""
     loaded = quantport.load(folder, scheme, model=model, device="cpu", workers=workers)
     content = hashlib.sha256()
     for name, tensor in sorted(loaded.state_dict().items()):
@@ -77,7 +78,8 @@ def child(folder: Path, seed: int, workers: int, build: bool) -> None:
         sys.setswitchinterval(1e-6)
         beside.start()
     try:
-        found = {scheme: digest(folder, scheme, workers) for scheme in order}
+        with ThreadPoolExecutor(3 if build else 1) as loads:  # several at once
+            found = dict(zip(order, loads.map(lambda scheme: digest(folder, scheme, workers), order), strict=True))
     finally:
         stop.set()
         if build:

@@ -9,7 +9,6 @@ import shutil
 import sys
 import threading
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -28,7 +27,7 @@ pytestmark = pytest.mark.skipif(bool(jit.available()), reason=jit.available() or
 if not jit.available():
     import stress
 
-    from quantport_cpu.jit import encode, frame, gemv, memory, quantize, store, target
+    from quantport_cpu.jit import encode, frame, gemv, grid, memory, quantize, store, target
     from quantport_cpu.jit.memory import Array, array
 
 SCHEMES = [s for s in BUILTIN.values() if s.name not in ("bf16", "int4_hqq")]
@@ -181,7 +180,7 @@ def test_a_kernel_is_compiled_once_by_many_threads(monkeypatch: pytest.MonkeyPat
     made = frame.machine.compiled
     monkeypatch.setattr(frame.machine, "compiled", lambda text: compiled.append(text) or made(text))
     kernel, found = frame.Kernel(encode._quantize), []
-    threads = [threading.Thread(target=lambda: found.append(kernel.address)) for _ in range(8)]
+    threads = [threading.Thread(target=lambda: found.append(kernel.code[1])) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -194,25 +193,36 @@ def test_a_kernel_is_compiled_once_by_many_threads(monkeypatch: pytest.MonkeyPat
 def test_a_damaged_entry_is_compiled_again(damage, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("QUANTPORT_CACHE_DIR", str(tmp_path))
     name = store.key(encode._quantize, target.host())
-    assert frame.Kernel(encode._quantize).address
+    assert frame.Kernel(encode._quantize).code
     whole = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(damage(whole))
     assert store.read(name) is None
-    assert frame.Kernel(encode._quantize).address
+    assert frame.Kernel(encode._quantize).code
     assert store.read(name) is not None
 
 
 def test_a_whole_entry_is_not_compiled_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("QUANTPORT_CACHE_DIR", str(tmp_path))
-    assert frame.Kernel(encode._quantize).address
+    assert frame.Kernel(encode._quantize).code
     monkeypatch.setattr(frame.machine, "assembly", lambda body: pytest.fail("compiled"))
-    assert frame.Kernel(encode._quantize).address
+    assert frame.Kernel(encode._quantize).code
 
 
 def test_without_a_folder_kernels_are_compiled_in_each_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("QUANTPORT_CACHE_DIR", str(tmp_path / "file" / "cache"))
-    assert frame.Kernel(encode._quantize).address
+    assert frame.Kernel(encode._quantize).code
+
+
+def test_a_user_without_a_home_has_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("QUANTPORT_CACHE_DIR", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(store.Path, "home", homeless)
+    store.write("one", b"code")
+    assert store.read("one") is None
 
 
 def test_old_entries_of_a_kernel_go(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -227,34 +237,33 @@ def test_old_entries_of_a_kernel_go(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 
 def test_the_key_covers_every_source_and_the_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = store.key(encode._quantize, target.host())
+    assert store.key(encode._quantize, target.host()._replace(listed="+avx2")) != first
+    assert store.key(encode._quantize, target.host()._replace(name="another")) != first
+    assert store.key(grid._rows, target.host()) != first
     package = tmp_path / "jit"
     shutil.copytree(Path(store.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(store, "__file__", str(package / "store.py"))
-
-    def key(**processor: Any) -> str:
-        store._sources.cache_clear()
-        return store.key(encode._quantize, target.host()._replace(**processor))
-
-    first = key()
-    assert first == key()
-    assert key(listed="+avx2") != first
-    assert key(name="another") != first
+    assert store.sources(package) == store._IMPORTED
     for helper in sorted(package.glob("*.py")):
-        before = key()
+        before = store.sources(package)
         with helper.open("a") as file:
             file.write("\n# another constant\n")
-        assert key() != before
-    store._sources.cache_clear()
+        assert store.sources(package) != before
+    monkeypatch.setattr(store, "_IMPORTED", store.sources(package))
+    assert store.key(encode._quantize, target.host()) != first
 
 
 def test_the_key_covers_constants_of_other_packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    first = store.key(encode._quantize, target.host())
-    store._sources.cache_clear()
     monkeypatch.setitem(store.ELEMENTS, "nf4", store.ELEMENTS["nf4"]._replace(values=(0.0,) * 16))
-    try:
-        assert store.key(encode._quantize, target.host()) != first
-    finally:
-        store._sources.cache_clear()
+    assert store.sources(Path(store.__file__).parent) != store._IMPORTED
+
+
+def test_code_of_edited_sources_is_not_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What runs was imported before the edit: its code must not be found by the next process, which imports the edited files."""
+    monkeypatch.setenv("QUANTPORT_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(store, "_IMPORTED", "another digest")
+    assert frame.Kernel(encode._quantize).code
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_kernels_capture_plain_numbers_only() -> None:

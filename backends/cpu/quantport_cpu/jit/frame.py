@@ -51,24 +51,25 @@ class Kernel:
 
     def __init__(self, body: Body) -> None:
         self.body = body
-        self._code: tuple[Any, int] | None = None  # what owns the machine code, and its address
+        self._code: tuple[Any, int, Callable[[int], None]] | None = None  # what owns the machine code, its address, and the call
 
-    def _load(self) -> tuple[Any, int]:
+    def _load(self) -> tuple[Any, int, Callable[[int], None]]:
         name = store.key(self.body, host())
         code = store.read(name)
         if code is None:
             code = machine.compiled(machine.assembly(self.body))
             store.write(name, code)
-        return machine.load(code)
+        owner, address = machine.load(code)
+        return owner, address, _C(address)
 
     @property
-    def address(self) -> int:
-        """Of the machine code, which is compiled or read on the first use."""
+    def code(self) -> tuple[Any, int, Callable[[int], None]]:
+        """The machine code, which is compiled or read on the first use: what owns it, its address, and the call."""
         if self._code is None:
             with _COMPILING:
                 if self._code is None:
                     self._code = self._load()
-        return self._code[1]
+        return self._code
 
     def __call__(self, blocks: int, *words: int | Array, threads: int = 1) -> None:
         """Runs over ``blocks`` blocks. Over fake tensors, which have no memory, it does nothing.
@@ -81,13 +82,13 @@ class Kernel:
         if not has_memory(words):
             return
         frame = (ctypes.c_int64 * SIZE)(0, blocks, *(w.address if isinstance(w, Array) else w for w in words))
-        address, call = ctypes.addressof(frame), _C(self.address)
+        address, (_, start, call) = ctypes.addressof(frame), self.code
         if threads == 1 or blocks == 1:
             call(address)
             return
         team = _team()
         if team is not None:
-            team(self.address, address, threads, 0)
+            team(start, address, threads, 0)
             return
         others = [_pool(threads - 1).submit(call, address) for _ in range(threads - 1)]
         call(address)

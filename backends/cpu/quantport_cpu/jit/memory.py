@@ -26,11 +26,13 @@ class Array(NamedTuple):
         address: Of the first element; 0 for fake and meta tensors, which have no memory.
         owner: What keeps the memory.
         has_memory: False for fake and meta tensors: a kernel that is given them runs over nothing.
+        is_tensor: False for constants, which go with either.
     """
 
     address: int
     owner: object
     has_memory: bool = True
+    is_tensor: bool = True
 
     def at(self, offset: int) -> Array:
         """The same memory from ``offset`` bytes on."""
@@ -62,7 +64,7 @@ def rows(tensor: Tensor, dtype: torch.dtype, count: int, size: int) -> Array:
 def constants(values: Sequence[float]) -> Array:
     """fp32 numbers that no default dtype, default device or trace can touch: made once, kept with the module that names them."""
     owner = (ctypes.c_float * len(values))(*values)
-    return Array(ctypes.addressof(owner), owner)
+    return Array(ctypes.addressof(owner), owner, is_tensor=False)
 
 
 def table(lines: Iterable[Sequence[Array | int]]) -> Array:
@@ -79,7 +81,7 @@ def has_memory(words: Iterable[Any]) -> bool:
     Raises:
         BackendError: some tensors are fake and some are real: results would be whatever lay in fresh memory.
     """
-    kinds = {w.has_memory for w in words if isinstance(w, Array) and not isinstance(w.owner, ctypes.Array)}
+    kinds = {w.has_memory for w in words if isinstance(w, Array) and w.is_tensor}
     if len(kinds) > 1:
         found = "some of them are fake or meta tensors, and some are real"
         raise BackendError("run a compiled kernel over tensors", found, "all of them real, or all of them fake")

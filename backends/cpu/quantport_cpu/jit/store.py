@@ -13,7 +13,6 @@ import os
 import platform
 import tempfile
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +27,18 @@ _KEPT = 8  # entries of one kernel, for other processors or older sources; the o
 
 
 def folder() -> Path:
-    """Where entries are: ``QUANTPORT_CACHE_DIR``, or ``quantport`` in the user's cache."""
+    """Where entries are: ``QUANTPORT_CACHE_DIR``, or ``quantport`` in the user's cache.
+
+    Raises:
+        OSError: this user has no home.
+    """
     chosen = os.environ.get("QUANTPORT_CACHE_DIR")
     if chosen:
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quantport"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quantport"
+    except RuntimeError as error:
+        raise OSError(str(error)) from None
 
 
 def captured(body: Callable[..., Any]) -> tuple[Any, ...]:
@@ -47,8 +53,8 @@ def captured(body: Callable[..., Any]) -> tuple[Any, ...]:
     return values
 
 
-@cache
-def _sources(package: Path) -> str:
+def sources(package: Path) -> str:
+    """A digest of every source file of a package, and of the constants that come from elsewhere."""
     digest = hashlib.sha256(repr(sorted(ELEMENTS.items())).encode())
     for path in sorted(package.glob("*.py")):
         content = path.read_bytes()
@@ -56,12 +62,16 @@ def _sources(package: Path) -> str:
     return digest.hexdigest()
 
 
+_PACKAGE = Path(__file__).parent
+_IMPORTED = sources(_PACKAGE)
+
+
 def key(body: Callable[..., Any], target: Target) -> str:
     """The name of the entry of a kernel."""
     numbers = "_".join(map(str, captured(body)))
     kernel = f"{body.__module__.rpartition('.')[2]}.{body.__qualname__.partition('.')[0].strip('_')}.{numbers}".rstrip(".")
     made_of = (
-        _sources(Path(__file__).parent), body.__module__, body.__qualname__, captured(body), target,
+        _IMPORTED, body.__module__, body.__qualname__, captured(body), target,
         platform.machine(), platform.python_version(), numba.__version__, llvmlite.__version__,
     )  # fmt: skip
     return f"{kernel}-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:40]}"
@@ -79,9 +89,11 @@ def read(name: str) -> bytes | None:
 
 
 def write(name: str, code: bytes) -> None:
-    """Adds an entry, whole or not at all; nothing where the folder cannot be written."""
-    place = folder()
+    """Adds an entry, whole or not at all; nothing where the folder cannot be written, or sources were edited since their import."""
     with contextlib.suppress(OSError):
+        if sources(_PACKAGE) != _IMPORTED:
+            return
+        place = folder()
         place.mkdir(parents=True, exist_ok=True, mode=0o700)
         handle, fresh = tempfile.mkstemp(dir=place, prefix=".")
         try:
