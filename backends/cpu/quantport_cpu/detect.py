@@ -12,7 +12,7 @@ from torch import Tensor
 from quantport.backend import Arch, Backend, Canonical, Device, Kernel, Scheme
 from quantport_cpu.capabilities import ARCHS
 from quantport_cpu.features import Features, usable_features
-from quantport_cpu.jit import available
+from quantport_cpu.jit import available, is_installed
 
 
 def arch_of(found: Features, machine: str) -> Arch:
@@ -66,7 +66,10 @@ class CpuBackend(Backend):
     def advice(self) -> Sequence[str]:
         """Names the reason when the compiled kernels are missing."""
         why = available()
-        return (f"{why}: FP8 and INT4 decode slower and loading takes longer; pip install 'quantport[jit]'",) if why else ()
+        if not why:
+            return ()
+        mend = "" if is_installed() else "; pip install 'quantport[jit]'"
+        return (f"{why}: FP8 and INT4 decode slower and loading takes longer{mend}",)
 
     def kernels(self) -> Sequence[Kernel]:
         """Fast kernels first; the portable ones run everything else."""

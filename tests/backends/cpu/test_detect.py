@@ -81,8 +81,10 @@ def test_memory(tmp_path):
 
 
 def test_advice_names_what_is_missing(monkeypatch):
-    monkeypatch.setattr(detect, "available", lambda: "numba is not installed")
+    monkeypatch.setattr(detect, "available", lambda: "the compiled kernels need AVX2")
     backend = detect.CpuBackend()
+    assert "pip install" not in backend.advice()[0]
+    monkeypatch.setattr(detect, "is_installed", lambda: False)
     assert "pip install 'quantport[jit]'" in backend.advice()[0]
     assert backend.quantize_weight(None, None) is None
     monkeypatch.setattr(detect, "available", lambda: "")

@@ -9,10 +9,15 @@ from functools import cache
 from importlib.util import find_spec
 
 
+def is_installed() -> bool:
+    """Whether numba is there to be imported."""
+    return find_spec("numba") is not None
+
+
 @cache
 def available() -> str:
     """Why the compiled kernels cannot be used: '' where they can, else the reason. Imports numba on the first call."""
-    if find_spec("numba") is None:
+    if not is_installed():
         return "numba is not installed"
     try:
         import numba.core.config as config
