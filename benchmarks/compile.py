@@ -4,7 +4,8 @@
 every scheme that it takes; what it would launch is compiled, and the matrix instruction is looked for in the machine code.
 The result is ``backends/triton/quantport_triton/evidence/cuda.json``. An entry whose fingerprint (sources, types, constants,
 version of Triton) is on file is kept, but with ``--all``. ``--check`` writes nothing, compiles nothing, and fails where an entry
-is missing, left over or stale; with ``--all`` it compiles everything, and compares.
+is missing, left over or stale; with ``--all`` it compiles everything, and compares. With ``--filed`` nothing is missing: what nobody
+compiled, such as a scheme that is new in the core, is claimed as interpreted until this is run again.
 """
 
 from __future__ import annotations
@@ -134,6 +135,11 @@ def of_target(name: str, filed: Mapping[str, Any], compile_all: bool, only_trace
     return out
 
 
+def _filed(new: Mapping[str, Entries], old: Mapping[str, Any]) -> dict[str, Entries]:
+    """What is in the other too: family -> scheme -> entry."""
+    return {f: {s: e for s, e in entries.items() if s in old[f]} for f, entries in new.items() if f in old}
+
+
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> list[str]:
     """What differs between two trees of plain data, one line each."""
     lines = []
@@ -156,6 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--file", type=Path, default=FILE, help="another file than that of the package")
     parser.add_argument("--all", action="store_true", help="compile what is on file too")
     parser.add_argument("--check", action="store_true", help="compare with the file, and write nothing")
+    parser.add_argument("--filed", action="store_true", help="only what is on file, with --check")
     args = parser.parse_args(arguments)
     if args.family and not args.check:
         parser.error("--family goes with --check: a file that is written is whole")
@@ -167,6 +174,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     work = partial(of_target, compile_all=args.all, only_trace=args.check, only=args.family)
     with ProcessPoolExecutor(min(len(targets), os.cpu_count() or 1)) as pool:
         made = dict(zip(targets, pool.map(work, targets, old.values()), strict=True))
+    if args.filed:
+        made = {name: _filed(families, old[name]) for name, families in made.items()}
     if args.check:
         lines = differences({"triton": filed.get("triton"), **old}, {"triton": triton.__version__, **made})
         print("\n".join(lines) or f"fresh: {', '.join(targets)}")

@@ -28,6 +28,7 @@ ROOT = Path(__file__).parents[3]
 HOST = Host(only=["cuda"])
 TARGETS = evidence.read("cuda")["targets"]
 SCHEMES = [*HOST.schemes.values(), HOST.schemes["nf4:double"], HOST.schemes["fp4:double"]]
+NOT_COMPILED = {"outcome": "nobody compiled it", "kernels": {}}
 OUTCOMES = {"native", "up-cast", "no matrix instruction", "refused", "not compiled"}
 # The compiler's own words change with its version: with another one the file is not stale, it is about something else.
 pinned = pytest.mark.skipif(
@@ -46,7 +47,7 @@ def check(*arguments: str) -> tuple[int, str]:
 @pinned
 @pytest.mark.parametrize("target", ARCHS)
 def test_what_is_launched_is_what_was_compiled(target):
-    code, told = check("--target", target)
+    code, told = check("--filed", "--target", target)
     assert code == 0, f"{told}\nrun `python benchmarks/compile.py` and commit what it writes"
 
 
@@ -59,7 +60,7 @@ def test_what_is_launched_is_what_was_compiled(target):
     ],
 )  # fmt: skip
 def test_a_sample_compiles_to_what_is_on_file(target, family):
-    code, told = check("--all", "--target", target, "--family", family)
+    code, told = check("--all", "--filed", "--target", target, "--family", family)
     assert code == 0, told
 
 
@@ -67,15 +68,18 @@ def test_a_sample_compiles_to_what_is_on_file(target, family):
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ARCHS)
 def test_everything_compiles_to_what_is_on_file(target):
-    code, told = check("--all", "--target", target)
+    code, told = check("--all", "--filed", "--target", target)
     assert code == 0, told
 
 
-def test_every_kernel_scheme_and_architecture_has_an_entry():
+def test_every_kernel_and_architecture_has_entries_and_no_entry_is_of_something_else():
+    """A scheme that is new in the core may lack one: its claims are then no more than interpreted, see below."""
     assert set(TARGETS) == set(ARCHS)
     served = {(k.family, s.name) for k in HOST.kernels("cuda") if hasattr(k, "family") for s in SCHEMES if k.serves(s)}
     for target, families in TARGETS.items():
-        assert {(f, s) for f, schemes in families.items() for s in schemes if f != "quantize"} == served, target
+        entries = {(f, s) for f, schemes in families.items() for s in schemes if f != "quantize"}
+        assert entries <= served, target
+        assert {family for family, _ in entries} == {family for family, _ in served}, target
         assert {entry["outcome"] for schemes in families.values() for entry in schemes.values()} <= OUTCOMES
 
 
@@ -109,7 +113,7 @@ def test_a_claim_is_no_stronger_than_its_evidence(target):
     device = HOST.device(f"cuda:{target}")
     for kernel in (k for k in HOST.kernels("cuda") if hasattr(k, "family")):
         for scheme in (s for s in SCHEMES if kernel.serves(s)):
-            entry = TARGETS[target][kernel.family][scheme.name]
+            entry = TARGETS[target][kernel.family].get(scheme.name, NOT_COMPILED)
             for rows in (1, 64, 4096):
                 holds(kernel, Request(WeightSpec(scheme, 4096, 4096), "linear", device, device.arch.compute, rows), entry)
 
@@ -117,7 +121,7 @@ def test_a_claim_is_no_stronger_than_its_evidence(target):
 def holds(kernel, request, entry):
     """What is claimed for a request is what the launches that it makes were seen to hold."""
     reasons = kernel.reasons_against(request)
-    assert reasons or entry["outcome"] == "native"
+    assert reasons or entry["outcome"] == "native" or entry is NOT_COMPILED
     lacking = "matrix instruction [" in " ".join(map(str, reasons))  # says the table, and nothing needs to be added
     assert any(entry.get("because", "\n") in reason.text for reason in reasons) is (entry["outcome"] == "refused" and not lacking)
     way = kernel.way_of(request)

@@ -106,8 +106,9 @@ def test_facts(name):
     assert arch.family.startswith("Xe")
 
 
-def test_the_table_is_whole():
-    assert set(EXPECTED) == set(HOST.schemes)
+def test_the_table_is_of_what_there_is():
+    """A scheme that is new in the core needs no line: what must follow from its facts is in the conformance suite."""
+    assert set(EXPECTED) <= set(HOST.schemes)
     assert set(LINES[0]) == set(ARCHS)
 
 
@@ -127,7 +128,7 @@ def test_what_a_linear_layer_gets(scheme):
             assert f"not compiled for {name}" in found.claim.source
 
 
-@pytest.mark.parametrize("scheme", EXPECTED)
+@pytest.mark.parametrize("scheme", HOST.schemes)
 def test_something_runs_everywhere(scheme):
     for name in ARCHS:
         for shape in ((1, 1), (33, 96), (4096, 4096)):
