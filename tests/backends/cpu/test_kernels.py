@@ -7,6 +7,8 @@ from quantport import numerics
 from quantport.capability import Evidence
 from quantport.host import host
 from quantport.kernel import Request, WeightSpec
+from quantport.scheme import Quant, Scheme
+from quantport_cpu.detect import CpuBackend
 from quantport_cpu.kernels import base, fp8, int4, int8, kernels
 
 SCHEMES = [s for s in host().schemes if s != "bf16"]
@@ -39,6 +41,38 @@ def test_every_route_meets_the_reference(routes, name, rows):
         expected = numerics.linear(x, stored, scheme if kernel.quantizes_activations else scheme.weight_only, bias).float()
         error = (kernel.run(x, packed, bias, spec).float() - expected).abs().max() / expected.abs().max()
         assert error <= kernel.tolerance, kernel.name
+
+
+TOKEN = Quant("int8", 1, 0)
+STRANGE = [  # schemes that a plugin could add, near those that the kernels are for
+    Scheme(f"strange{i}", weight, activation, "", ())
+    for i, (weight, activation) in enumerate([
+        (Quant("int8", 1, 64), None), (Quant("int8", 0, 0), TOKEN), (Quant("int8", 128, 128), TOKEN),
+        (Quant("int8", 1, 0, "bf16"), None), (Quant("int4", 1, 128), None), (Quant("e4m3fn", 1, 128, "bf16"), None),
+        (Quant("int8", 1, 0), Quant("int8", 0, 0)), (Quant("e4m3fn", 1, 64), None), (Quant("e4m3fn", 64, 64), None),
+        (Quant("e4m3fn", 1, 0, "bf16"), None), (Quant("e4m3fn", 1, 16, "e8m0"), None), (Quant("int4", 1, 16, "bf16"), None),
+        (Quant("int4", 1, 0, "bf16"), None), (Quant("int4", 32, 32, "bf16"), TOKEN), (Quant("e2m1", 1, 32, "fp32"), None),
+        (Quant("e2m1", 1, 16, "e8m0"), None), (Quant("e2m1", 1, 64, "e4m3fn"), None), (Quant("e2m1", 1, 16, "fp32"), None),
+        (Quant("nf4", 1, 16), None), (Quant("nf4", 1, 128), None), (Quant("e2m3", 1, 96, "fp32"), None),
+        (Quant("e3m2", 1, 64, "e8m0"), None), (Quant("e2m1", 1, 32, "e8m0", outer=(1, 256)), None),
+    ])
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("scheme", STRANGE, ids=lambda s: f"{s.weight}, {s.weight.scale} scales, {s.activation}")
+def test_a_scheme_that_nobody_has_is_left_alone_or_right(routes, scheme):
+    spec, weight = WeightSpec(scheme, 192, 384), torch.randn(192, 384).bfloat16()
+    stored = numerics.quantize_weight(weight, scheme)
+    fast = CpuBackend().quantize_weight(weight, scheme)
+    assert fast is None or all(torch.equal(bits(fast[k]), bits(v)) for k, v in stored.items())
+    for kernel in (k for k in kernels() if k.serves(scheme)):
+        if kernel.reasons_against(Request(spec, "linear", host().device("cpu"))):
+            continue
+        for rows in (1, 9, 70):
+            x = torch.randn(rows, 384).bfloat16()
+            expected = numerics.linear(x, stored, scheme if kernel.quantizes_activations else scheme.weight_only).float()
+            y = kernel.run(x, kernel.pack(dict(stored), spec), None, spec).float()
+            assert (y - expected).abs().max() <= kernel.tolerance * expected.abs().max(), kernel.name
 
 
 def bits(tensor):

@@ -14,7 +14,12 @@ from quantport_cpu.jit.frame import threads_for
 from quantport_cpu.jit.memory import array
 from quantport_cpu.jit.memory import rows as memory_rows
 
-_KINDS = {"e4m3fn": encode.FP8, "int8": encode.INT8, "int4": encode.INT4}
+# By format: the kind of the kernel, the scales that it writes, and the words that hold its codes.
+_KINDS = {
+    "e4m3fn": (encode.FP8, torch.float32, torch.float8_e4m3fn),
+    "int8": (encode.INT8, torch.float32, torch.int8),
+    "int4": (encode.INT4, torch.bfloat16, torch.int32),
+}
 
 
 def quantize_weight(weight: Tensor, scheme: Scheme) -> dict[str, Tensor] | None:
@@ -32,7 +37,7 @@ def quantize_weight(weight: Tensor, scheme: Scheme) -> dict[str, Tensor] | None:
     quant = scheme.weight
     if not _served(weight):
         return None
-    if quant.format not in _KINDS or not quant.plain or quant.cols % 8:
+    if quant.format not in _KINDS or not quant.plain or quant.cols % 8 or quant.scale_dtype is not _KINDS[quant.format][1]:
         return rows.quantize(weight, scheme)
     stored = rows.empty(weight, scheme)
     codes, scale = stored.values()
@@ -89,12 +94,13 @@ def _run(x: Tensor, quant: Quant, codes: Tensor, scale: Tensor, threads: int) ->
     n, k = x.shape
     rows_, cols = quant.rows or n, quant.cols or k
     panels, blocks = math.ceil(n / rows_), math.ceil(k / cols)
-    codes_dtype, width = (torch.int32, math.ceil(k / 8)) if quant.format == "int4" else (quant.element.storage, k)
+    kind, scale_dtype, code_dtype = _KINDS[quant.format]
+    width = math.ceil(k / 8) if quant.format == "int4" else k
     size = 12 * blocks  # bytes of scratch of one thread at a time
     half_range = int.from_bytes(struct.pack("<f", quant.element.half_range), "little")
     encode.kernel(
         panels, memory_rows(x, torch.bfloat16, n, k), 2 * x.stride(0), n, k, rows_, cols,
-        array(codes, codes_dtype, n, width), width * codes_dtype.itemsize,
-        array(scale, quant.scale_dtype, panels, blocks), rows.scratch(x, (panels if threads > 1 else 1) * size),
-        size if threads > 1 else 0, _KINDS[quant.format], half_range, threads=threads,
+        array(codes, code_dtype, n, width), width * code_dtype.itemsize,
+        array(scale, scale_dtype, panels, blocks), rows.scratch(x, (panels if threads > 1 else 1) * size),
+        size if threads > 1 else 0, kind, half_range, threads=threads,
     )  # fmt: skip

@@ -28,7 +28,7 @@ def quantize(weight: Tensor, scheme: Scheme) -> dict[str, Tensor] | None:
         return _gguf(weight, scheme)
     if quant == _INT4_MSE:
         return _int4(weight, scheme)
-    if quant.format not in _BLOCKS or quant.rows != 1 or quant.cols % 16 or not quant.cols:
+    if quant.format not in _BLOCKS or quant.rows != 1 or quant.cols % 16 or not quant.cols or quant.zero:
         return None
     if replace(quant, rule=_DUAL.rule) == _DUAL:
         return _dual(weight, scheme)

@@ -16,6 +16,7 @@ from quantport_cpu.jit import available
 from quantport_cpu.kernels.base import CpuKernel, by_panels
 
 _FORMATS = ("e2m1", "e2m3", "e3m2", "e4m3fn", "nf4", "fp4")
+_OUTER = 512  # columns that share a scale of the second level
 _FEW = 32  # up to this many rows, multiplying codes beats decoding panels
 
 
@@ -35,8 +36,12 @@ class CpuBlocks(CpuKernel):
 
     def serves(self, scheme: Scheme) -> bool:
         quant = scheme.weight
-        blocks = quant.scale == "e8m0" or (quant.scale == "e4m3fn" and quant.cols == 16) or quant.format != "e4m3fn"
-        return quant.format in _FORMATS and quant.rows == 1 and blocks
+        if quant.format not in _FORMATS or quant.rows != 1 or quant.zero or (quant.format, quant.scale) == ("e4m3fn", "fp32"):
+            return False
+        if quant.scale == "e4m3fn":
+            return quant.cols == 16 and quant.outer in (None, (0, 0))
+        outer = quant.outer is None or (quant.scale == "e8m0" and quant.outer == (1, _OUTER))
+        return quant.scale in ("e8m0", "fp32") and quant.cols > 0 and quant.cols % 32 == 0 and outer
 
     def reasons_against(self, request: Request) -> Sequence[Reason]:
         reasons = [Reason(reason)] if (reason := _reason(request.device)) else []

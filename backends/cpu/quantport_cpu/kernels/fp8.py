@@ -33,7 +33,9 @@ class CpuFp8WeightOnly(CpuGrouped):
     tolerance = 2.0**-7
 
     def serves(self, scheme: Scheme) -> bool:
-        return scheme.weight.format == "e4m3fn" and scheme.weight.plain
+        quant = scheme.weight
+        blocks = (quant.rows, quant.cols) in ((0, 0), (1, 0), (128, 128))
+        return quant.format == "e4m3fn" and quant.plain and quant.scale == "fp32" and blocks
 
     def reasons_against(self, request: Request) -> Sequence[Reason]:
         return ()

@@ -8,10 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quantport.backend import Canonical, Device, Packed, Quant, Reason, Request, Scheme, WeightSpec, aten
+from quantport.backend import Canonical, Device, Packed, Reason, Request, Scheme, WeightSpec, aten
 from quantport_cpu.jit import available
 from quantport_cpu.kernels.base import COMPILED, CpuGrouped, Few, by_few, has_fast_dots, jobs_of
-from quantport_cpu.kernels.int8 import per_token
+from quantport_cpu.kernels.int8 import PER_TOKEN, per_token
+
+_GROUPS = (32, 64, 128, 256)  # columns that share a scale, as ATen's kernel takes them
 
 
 def block_rows() -> int:
@@ -84,7 +86,8 @@ class CpuInt4(CpuGrouped):
     tolerance = 2.0**-6
 
     def serves(self, scheme: Scheme) -> bool:
-        return scheme.weight.format == "int4"
+        quant = scheme.weight
+        return quant.format == "int4" and quant.rows == 1 and quant.cols in _GROUPS and quant.scale == "bf16" and not quant.outer
 
     def reasons_against(self, request: Request) -> Sequence[Reason]:
         reasons = _layout_reasons(request.device)
@@ -156,7 +159,7 @@ class CpuInt4Int8(CpuInt4):
     quantizes_activations = True
 
     def serves(self, scheme: Scheme) -> bool:
-        return scheme.weight.format == "int4" and scheme.activation == Quant("int8", 1, 0)
+        return super().serves(scheme) and scheme.activation == PER_TOKEN
 
     def reasons_against(self, request: Request) -> Sequence[Reason]:
         return [*aten.native_reason(request, "int8"), *_layout_reasons(request.device)]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from quantport.backend import Packed, Reason, Refusal, Request, Scheme, WeightSpec, aten, once
+from quantport.backend import Packed, Quant, Reason, Refusal, Request, Scheme, WeightSpec, aten, once
 from quantport_cpu.features import usable_features
 from quantport_cpu.jit import available
 from quantport_cpu.kernels.base import COMPILED, TINY, CpuGrouped, Few, by_few, by_group, by_panels, has_fast_dots, jobs_of
@@ -24,6 +24,7 @@ _SINGLE = 3  # up to this many rows, one matrix-vector call for each beats one m
 _COMPILED = 8  # up to this many rows the compiled kernel is fastest
 _WITHOUT_INT_MM = 32  # and up to this many, a few at a time, where the next best is fp32 panels
 _FEW = 16  # up to this many rows, ATen's W8A16 kernel beats three int8 matmuls
+PER_TOKEN = Quant("int8", 1, 0)
 _DIGIT = 0x808080  # 128 in each of three base-256 digits
 _FULL = 2.0**22 * 0.98  # largest magnitude of a row as a 23-bit integer; the margin keeps rounding inside three digits
 
@@ -75,6 +76,10 @@ def per_token(x: Tensor) -> tuple[Tensor, Tensor]:
 class _Int8(CpuGrouped):
     grouped = COMPILED  # rows of a group up to which one launch for all groups beats a matmul for each
 
+    def serves(self, scheme: Scheme) -> bool:
+        quant = scheme.weight
+        return quant.format == "int8" and quant.plain and quant.rows <= 1 and not quant.cols and quant.scale == "fp32"
+
     def limit(self, spec: WeightSpec) -> int:
         return 0 if available() else self.grouped if has_fast_dots() else _COMPILED
 
@@ -83,7 +88,7 @@ class _Int8(CpuGrouped):
 
         jobs, used = jobs_of(groups, shared, spec.n)
         y = grouped.int8(x, [grouped.Job(*j) for j in jobs], [packed[i][0] for i in used], shared * spec.n)
-        return y.mul_(by_group([packed[i][1] for i in used], groups))
+        return y.mul_(by_group([packed[i][1].view(-1).expand(spec.n) for i in used], groups))
 
     def multiply_few(self, x: Tensor, weight: Tensor) -> Tensor | None:
         """fp32 ``x @ weight.T`` by the compiled kernel, read at the speed of memory, or None where there are too many rows."""
@@ -103,7 +108,7 @@ class CpuInt8(_Int8):
     quantizes_activations = True
 
     def serves(self, scheme: Scheme) -> bool:
-        return scheme.weight.format == "int8" and scheme.activation is not None
+        return super().serves(scheme) and scheme.activation == PER_TOKEN
 
     def reasons_against(self, request: Request) -> Sequence[Reason]:
         return [Reason(r.text, Refusal.NOT_OFFERED) for r in aten.native_reason(request, "int8")]  # it would run, and win nothing
@@ -129,9 +134,6 @@ class CpuInt8WeightOnly(_Int8):
 
     name = "cpu.int8_weight_only"
     tolerance = 2.0**-7
-
-    def serves(self, scheme: Scheme) -> bool:
-        return scheme.weight.format == "int8"
 
     def reasons_against(self, request: Request) -> Sequence[Reason]:
         return ()
