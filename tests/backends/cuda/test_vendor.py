@@ -177,7 +177,13 @@ def test_meets_the_reference(emulated, kernel, scheme, shapes):
     for n, k in shapes:
         spec = WeightSpec(BUILTIN[scheme], n, k)
         jobs = [
-            make_job(spec, cases.plain(n, k), cases.activations(rows, k, torch.bfloat16), bias, kernel.quantizes_activations)
+            make_job(
+                spec,
+                numerics.quantize_weight(cases.plain(n, k), spec.scheme),
+                cases.activations(rows, k, torch.bfloat16),
+                bias,
+                kernel.quantizes_activations,
+            )
             for rows, bias in ((1, None), (6, None), (17, cases.bias(n, torch.bfloat16)), (130, None))
         ]
         assert compare(kernel, jobs, CPU) == ""
@@ -187,7 +193,13 @@ def test_meets_the_reference(emulated, kernel, scheme, shapes):
 def test_special_weights(emulated, kernel, scheme, shapes):
     (n, k), spec = shapes[0], WeightSpec(BUILTIN[scheme], *shapes[0])
     for name, make in cases.specials(spec.scheme):
-        job = make_job(spec, make(n, k), cases.activations(5, k, torch.bfloat16), None, kernel.quantizes_activations)
+        job = make_job(
+            spec,
+            numerics.quantize_weight(make(n, k), spec.scheme),
+            cases.activations(5, k, torch.bfloat16),
+            None,
+            kernel.quantizes_activations,
+        )
         assert compare(kernel, [job], CPU) == "", name
 
 
@@ -204,22 +216,42 @@ def test_meets_the_reference_by_the_operators_of_the_cpu(kernel, scheme):
     for n, k in ((64, 256), (48, 208)):
         spec = WeightSpec(BUILTIN[scheme], n, k)
         for rows, bias in ((1, None), (16, None), (17, cases.bias(n, torch.bfloat16))):
-            job = make_job(spec, cases.plain(n, k), cases.activations(rows, k, torch.bfloat16), bias, True)
+            job = make_job(
+                spec,
+                numerics.quantize_weight(cases.plain(n, k), spec.scheme),
+                cases.activations(rows, k, torch.bfloat16),
+                bias,
+                True,
+            )
             assert compare(kernel, [job], CPU) == ""
     for name, make in cases.specials(spec.scheme):
-        job = make_job(spec, make(48, 208), cases.activations(5, 208, torch.bfloat16), None, True)
+        job = make_job(
+            spec, numerics.quantize_weight(make(48, 208), spec.scheme), cases.activations(5, 208, torch.bfloat16), None, True
+        )
         assert compare(kernel, [job], CPU) == "", name
 
 
 def test_int8_answers_in_fp16_where_bf16_does_not_exist():
     spec = WeightSpec(BUILTIN["int8"], 64, 96)
-    job = make_job(spec, cases.plain(64, 96), cases.activations(5, 96, torch.float16), cases.bias(64, torch.float16), True)
+    job = make_job(
+        spec,
+        numerics.quantize_weight(cases.plain(64, 96), spec.scheme),
+        cases.activations(5, 96, torch.float16),
+        cases.bias(64, torch.float16),
+        True,
+    )
     assert compare(CudaIntMM(), [job], CPU) == ""
 
 
 def test_more_rows_than_int32_indices_allow(emulated, monkeypatch):
     spec = WeightSpec(BUILTIN["int4_weight_only"], 64, 256)
-    job = make_job(spec, cases.plain(64, 256), cases.activations(40, 256, torch.bfloat16), cases.bias(64, torch.bfloat16), False)
+    job = make_job(
+        spec,
+        numerics.quantize_weight(cases.plain(64, 256), spec.scheme),
+        cases.activations(40, 256, torch.bfloat16),
+        cases.bias(64, torch.bfloat16),
+        False,
+    )
     monkeypatch.setattr("quantport_cuda.kernels.int4._LONGEST", 256 * 16 + 1)
     assert compare(CudaInt4Pack(), [job], CPU) == ""
 

@@ -42,7 +42,13 @@ def test_meets_the_reference(kernel, scheme, device, shapes):
         spec = WeightSpec(BUILTIN[scheme], n, k)
         assert isinstance(kernel.verdict(Request(spec, "linear", device, torch.bfloat16)), Accepted)
         jobs = [
-            make_job(spec, cases.plain(n, k), cases.activations(rows, k, torch.bfloat16), bias, kernel.quantizes_activations)
+            make_job(
+                spec,
+                numerics.quantize_weight(cases.plain(n, k), spec.scheme),
+                cases.activations(rows, k, torch.bfloat16),
+                bias,
+                kernel.quantizes_activations,
+            )
             for rows, bias in ((1, None), (6, None), (17, cases.bias(n, torch.bfloat16)), (130, None))
         ]
         assert compare(kernel, jobs, CPU) == ""
@@ -52,7 +58,13 @@ def test_meets_the_reference(kernel, scheme, device, shapes):
 def test_special_weights(kernel, scheme, device, shapes):
     (n, k), spec = shapes[0], WeightSpec(BUILTIN[scheme], *shapes[0])
     for name, make in cases.specials(spec.scheme):
-        job = make_job(spec, make(n, k), cases.activations(5, k, torch.bfloat16), None, kernel.quantizes_activations)
+        job = make_job(
+            spec,
+            numerics.quantize_weight(make(n, k), spec.scheme),
+            cases.activations(5, k, torch.bfloat16),
+            None,
+            kernel.quantizes_activations,
+        )
         assert compare(kernel, [job], CPU) == "", name
 
 
@@ -68,7 +80,14 @@ def test_fp16(kernel, scheme):
     spec = WeightSpec(BUILTIN[scheme], 64, 96)
     assert isinstance(kernel.verdict(Request(spec, "linear", BMG, torch.float16)), Accepted)
     x, bias = cases.activations(5, 96, torch.float16), cases.bias(64, torch.float16)
-    assert compare(kernel, [make_job(spec, cases.plain(64, 96), x, bias, kernel.quantizes_activations)], CPU) == ""
+    assert (
+        compare(
+            kernel,
+            [make_job(spec, numerics.quantize_weight(cases.plain(64, 96), spec.scheme), x, bias, kernel.quantizes_activations)],
+            CPU,
+        )
+        == ""
+    )
 
 
 def test_int4_agrees_with_the_operator_of_the_cpu():
@@ -120,7 +139,7 @@ def test_a_planted_mistake_is_caught(kernel, scheme, shape, plant, monkeypatch):
     """In packing: every one either fails the operator, or its result is not the reference's."""
     spec, pack = WeightSpec(BUILTIN[scheme], *shape), type(kernel).pack
     x = cases.activations(5, shape[1], torch.bfloat16)
-    job = make_job(spec, cases.plain(*shape), x, None, kernel.quantizes_activations)
+    job = make_job(spec, numerics.quantize_weight(cases.plain(*shape), spec.scheme), x, None, kernel.quantizes_activations)
     assert compare(kernel, [job], CPU) == ""
     planted = plant(pack(kernel, job.canonical, spec))
     monkeypatch.setattr(type(kernel), "pack", lambda self, canonical, spec: planted)
