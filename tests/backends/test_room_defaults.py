@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from quantport import numerics
-from quantport.backend import WeightSpec
+from quantport.backend import WeightSpec, aten
 from quantport.catalog import BUILTIN
 from quantport.host import host
 from quantport.testing import cases
@@ -34,7 +34,8 @@ def packed(kernel, scheme):
 @cache
 def here(room):
     """(kernel, scheme, what it packs) for each kernel of a room that packs without its device."""
-    served = [(k, s.name) for k in host().kernels(room) for s in BUILTIN.values() if k.serves(s)]
+    shared = {type(kernel) for kernel in aten.portable()}  # they keep tensors as they are
+    served = [(k, s.name) for k in host().kernels(room) if type(k) not in shared for s in BUILTIN.values() if k.serves(s)]
     return [(kernel, scheme, out) for kernel, scheme in served if (out := packed(kernel, scheme)) is not None]
 
 

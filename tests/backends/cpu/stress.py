@@ -31,10 +31,10 @@ from quantport.checkpoint import save_tensors
 SHAPES = ((320, 512), (200, 320), (64, 200), (512, 64), (129, 512), (640, 129), (256, 640), (48, 256))
 
 
-def names() -> list[str]:
-    """Every scheme, with each of its options but the rotation, which is applied before."""
+def names(options: bool) -> list[str]:
+    """Every scheme, and with each of its options but the rotation, which is applied before."""
     schemes = [s for s in BUILTIN.values() if s.name != "bf16"]
-    return [s.name for s in (*schemes, *(s.option(o) for s in schemes for o in s.options if o != "hadamard"))]
+    return [s.name for s in (*schemes, *(s.option(o) for s in schemes for o in s.options if options and o != "hadamard"))]
 
 
 def model() -> nn.Module:
@@ -69,9 +69,9 @@ def build_models(stop: threading.Event) -> None:
         LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
 
 
-def child(folder: Path, seed: int, workers: int, build: bool) -> None:
+def child(folder: Path, seed: int, workers: int, build: bool, options: bool) -> None:
     """Prints what each scheme stores, as JSON."""
-    order, stop = names(), threading.Event()
+    order, stop = names(options), threading.Event()
     random.Random(seed).shuffle(order)
     beside = threading.Thread(target=build_models, args=(stop,))
     if build:
@@ -87,10 +87,11 @@ def child(folder: Path, seed: int, workers: int, build: bool) -> None:
     print(json.dumps(found))
 
 
-def fresh(folder: Path, seed: int, **environment: str) -> tuple[int, dict[str, str], str]:
+def fresh(folder: Path, seed: int, options: bool, **environment: str) -> tuple[int, dict[str, str], str]:
     """Exit status, digests and standard error of a fresh process."""
     reference = "NUMBA_DISABLE_JIT" in environment
     call = [sys.executable, __file__, "--child", str(folder), "--seed", str(seed), "--workers", "1" if reference else "8"]
+    call += ["--options"] if options else []
     done = subprocess.run(
         call + ([] if reference else ["--build"]), env=os.environ | environment, capture_output=True, text=True, check=False
     )
@@ -98,18 +99,18 @@ def fresh(folder: Path, seed: int, **environment: str) -> tuple[int, dict[str, s
     return done.returncode, json.loads(lines[-1]) if lines and not done.returncode else {}, done.stderr
 
 
-def run(processes: int, **environment: str) -> list[str]:
+def run(processes: int, options: bool = True, **environment: str) -> list[str]:
     """Findings of so many processes."""
     findings = []
     with tempfile.TemporaryDirectory() as place:
         folder, cache = Path(place) / "model", Path(place) / "cache"
         checkpoint(folder)
-        _, expected, said = fresh(folder, 0, NUMBA_DISABLE_JIT="1")
-        assert len(expected) == len(names()), said
+        _, expected, said = fresh(folder, 0, options, NUMBA_DISABLE_JIT="1")
+        assert len(expected) == len(names(options)), said
         for i in range(processes):
             if i % 2 == 0:
                 shutil.rmtree(cache, ignore_errors=True)
-            code, found, said = fresh(folder, i, QUANTPORT_CACHE_DIR=str(cache), **environment)
+            code, found, said = fresh(folder, i, options, QUANTPORT_CACHE_DIR=str(cache), **environment)
             wrong = [scheme for scheme in expected if found.get(scheme) != expected[scheme]]
             if code or wrong:
                 findings.append(f"process {i}: status {code}, other bytes for {wrong}: {said[-500:]}")
@@ -125,11 +126,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--build", action="store_true")
+    parser.add_argument("--options", action="store_true")
     told = parser.parse_args()
     if told.child:
-        return child(told.child, told.seed, told.workers, told.build)
+        return child(told.child, told.seed, told.workers, told.build, told.options)
     findings = run(told.processes)
-    print("\n".join(findings) or f"{told.processes} processes, {len(names())} schemes each: no byte differs, none aborted")
+    print(
+        "\n".join(findings) or f"{told.processes} processes, {len(names(options=True))} schemes each: no byte differs, none aborted"
+    )
     raise SystemExit(bool(findings))
 
 

@@ -278,7 +278,7 @@ def test_kernels_capture_plain_numbers_only() -> None:
 
 def test_fresh_processes_store_the_bytes_of_the_reference() -> None:
     """Eight workers, a clean and a warm cache, beside a thread that builds models, and fresh memory full of noise."""
-    assert stress.run(2, MALLOC_PERTURB_="165") == []
+    assert stress.run(2, options=False, MALLOC_PERTURB_="165") == []
 
 
 @pytest.mark.slow

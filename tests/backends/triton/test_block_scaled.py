@@ -55,7 +55,7 @@ def test_any_shape_with_bias_in_fp16(scheme, shape):
     check(x / 64, stored, spec, torch.randn(n, dtype=torch.float16))
 
 
-@pytest.mark.parametrize("rows", [5, 40, 130])
+@pytest.mark.parametrize("rows", [5, *(pytest.param(rows, marks=pytest.mark.slow) for rows in (40, 130))])
 @pytest.mark.parametrize("target", ["sm_100", "sm_120"])
 @pytest.mark.parametrize("scheme", KERNELS)
 def test_with_the_tiles_of_every_architecture(scheme, target, rows):

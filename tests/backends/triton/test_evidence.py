@@ -55,8 +55,11 @@ def test_what_is_launched_is_what_was_compiled(target):
 @pytest.mark.parametrize(
     ("target", "family"),
     [
-        ("sm_75", "weight_only"), ("sm_80", "int8"), ("sm_86", "int4_int8"), ("sm_89", "fp8_block"), ("sm_90", "fp8"),
-        ("sm_100", "nvfp4"), ("sm_103", "quantize"), ("sm_120", "mx"), ("sm_121", "nvfp4"),
+        ("sm_80", "int8"), ("sm_90", "fp8"), ("sm_100", "nvfp4"),
+        *(pytest.param(*pair, marks=pytest.mark.slow) for pair in (
+            ("sm_75", "weight_only"), ("sm_86", "int4_int8"), ("sm_89", "fp8_block"), ("sm_103", "quantize"), ("sm_120", "mx"),
+            ("sm_121", "nvfp4"),
+        )),
     ],
 )  # fmt: skip
 def test_a_sample_compiles_to_what_is_on_file(target, family):

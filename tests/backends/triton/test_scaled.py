@@ -59,7 +59,7 @@ def test_any_shape_with_bias_in_fp16(scheme, shape):
     check(x, stored, spec, torch.randn(n, dtype=torch.float16))
 
 
-@pytest.mark.parametrize("rows", [5, 130])
+@pytest.mark.parametrize("rows", [5, pytest.param(130, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_90", "sm_100", "sm_120"])
 @pytest.mark.parametrize("scheme", KERNELS)
 def test_with_the_tiles_of_every_architecture(scheme, target, rows):

@@ -1,6 +1,10 @@
 """Mends Triton's interpreter, where GPUs compute otherwise: products and rounding of bf16, fused multiplication, and
-``tl.dot_scaled``, with ml_dtypes as the judge of every format, summed in fp64.
+``tl.dot_scaled``, with ml_dtypes as the judge of every format, summed in fp64. And spares it work that changes nothing.
 """
+
+import dataclasses
+import inspect
+from functools import cache
 
 import ml_dtypes
 import numpy as np
@@ -28,9 +32,30 @@ def install(interpreter):
     builder = interpreter.InterpreterBuilder
     if not hasattr(builder, "mended"):
         builder.mended = True
+        _patching(interpreter)
         _bf16(interpreter, builder)
         if not hasattr(builder, "create_dot_scaled"):
             _dot_scaled(interpreter, builder)
+
+
+def _patching(interpreter):
+    """At every launch all members of the language are looked through for builtins, whose names do not change. And each sum of
+    integers is made twice more, to assert that it does not overflow, which nothing checks without ``debug``."""
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=builder.options.debug)
+    is_builtin = interpreter.tl.core.is_builtin
+
+    @cache
+    def names(package):
+        return [name for name, member in inspect.getmembers(package) if is_builtin(member)]
+
+    def patch(package, builder, scope):
+        for name in names(package):
+            member = getattr(package, name)
+            if is_builtin(member):  # and is not patched already
+                interpreter._patch_attr(package, name, member, builder, scope)
+
+    interpreter._patch_builtin = patch
 
 
 def _bf16(interpreter, builder):
