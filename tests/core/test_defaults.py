@@ -22,7 +22,8 @@ from quantport import aten
 from quantport.catalog import BUILTIN
 from quantport.host import host
 
-ROOMS = ("reference",)
+ROOMS = ("reference", pytest.param("room", marks=pytest.mark.slow))
+pytestmark = pytest.mark.xdist_group("defaults")  # one worker asks the processes for all
 PLAIN = ("float32", "cpu")
 DEFAULTS = (("bfloat16", "cpu"), ("float16", "meta"), ("float64", "context"))
 RESULTS = ("stored", "values", "empty", "linear", "forward", "experts")

@@ -23,7 +23,10 @@ COLUMNS = {
     "mxfp8": (("mxfp8",), Status.WEIGHT_ONLY, "W8A16", "xpu.triton_weight_only"),
     "mxfp4": (("mxfp4",), Status.WEIGHT_ONLY, "W4A16", "xpu.triton_weight_only"),
 }
-RUN = [("dit", "fp8_per_channel"), ("dit", "mxfp4"), *((model, s) for model in omni.FACTORIES for s in ("int8", "mxfp8"))]
+RUN = [
+    ("dit", "fp8_per_channel"), ("dit", "mxfp4"), ("dit", "int8"), ("dit", "mxfp8"),
+    *(pytest.param(m, s, marks=pytest.mark.slow) for m in omni.FACTORIES if m != "dit" for s in ("int8", "mxfp8")),
+]  # fmt: skip
 CASES = [(column, scheme, *rest) for column, (schemes, *rest) in COLUMNS.items() for scheme in schemes]
 
 
