@@ -58,32 +58,41 @@ def digest(folder: Path, scheme: str, workers: int) -> str:
     return content.hexdigest()
 
 
-def build_models(stop: threading.Event) -> None:
-    """Builds models of Transformers, which change the default dtype of the whole process meanwhile."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def build_models(started: threading.Event, stop: threading.Event) -> int:
+    """Builds models of Transformers, which change the default dtype of the whole process meanwhile; how many."""
+    built = 0
+    try:
+        from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, vocab_size=128
-    )
-    while not stop.is_set():
-        LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+        config = LlamaConfig(
+            hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, vocab_size=128
+        )
+        while not stop.is_set():
+            LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+            built += 1
+            started.set()
+    finally:
+        started.set()
+    return built
 
 
 def child(folder: Path, seed: int, workers: int, build: bool, options: bool) -> None:
     """Prints what each scheme stores, as JSON."""
-    order, stop = names(options), threading.Event()
+    order, started, stop = names(options), threading.Event(), threading.Event()
     random.Random(seed).shuffle(order)
-    beside = threading.Thread(target=build_models, args=(stop,))
     if build:
         sys.setswitchinterval(1e-6)
-        beside.start()
-    try:
-        with ThreadPoolExecutor(3 if build else 1) as loads:  # several at once
-            found = dict(zip(order, loads.map(lambda scheme: digest(folder, scheme, workers), order), strict=True))
-    finally:
-        stop.set()
-        if build:
-            beside.join()
+    with ThreadPoolExecutor(1) as beside:
+        building = beside.submit(build_models, started, stop) if build else None
+        try:
+            if build:
+                started.wait()
+            with ThreadPoolExecutor(3 if build else 1) as loads:  # several at once
+                found = dict(zip(order, loads.map(lambda scheme: digest(folder, scheme, workers), order), strict=True))
+        finally:
+            stop.set()
+    if building is not None and building.result() == 0:
+        raise RuntimeError("no model was built meanwhile")
     print(json.dumps(found))
 
 

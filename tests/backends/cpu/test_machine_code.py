@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(bool(jit.available()), reason=jit.available() or
 SCRIPT = Path(__file__).parent / "machine_code.py"
 X86 = "+avx2,+fma,+f16c"
 WIDE = f"{X86},+avx512f,+avx512bw,+avx512dq,+avx512vl"
-# name and instruction sets; then instructions that int8 and nf4 hold, and that nothing holds
+# name and instruction sets; then instructions that int8 and int4 hold, and that nothing holds
 PROCESSORS = {
     "avx2": ("haswell", X86, {"vpmaddwd"}, {"vpdpbusd"}),
     "avx-vnni": ("alderlake", f"{X86},+avxvnni", {"vpdpbusd"}, {"vpmaddwd"}),

@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,20 +16,20 @@ import torch
 from torch import Tensor
 
 from quantport import numerics
-from quantport.backend import BackendError, Request, Scheme, WeightSpec, once
+from quantport.backend import BackendError, Request, Scheme, WeightSpec
 from quantport.catalog import BUILTIN
 from quantport.host import host
 from quantport.testing.fakes import fake_tensors
 from quantport_cpu import jit
-from quantport_cpu.kernels import kernels
+from quantport_cpu.kernels import int8, kernels
 
 pytestmark = pytest.mark.skipif(bool(jit.available()), reason=jit.available() or "numba is installed")
 
 if not jit.available():
     import stress
 
-    from quantport_cpu.jit import encode, frame, gemv, grid, memory, quantize, store, target
-    from quantport_cpu.jit.memory import Array, array
+    from quantport_cpu.jit import encode, frame, gemv, grid, grouped, quantize, store, target
+    from quantport_cpu.jit.memory import array
 
 SCHEMES = [s for s in BUILTIN.values() if s.name not in ("bf16", "int4_hqq")]
 DEFAULTS = [torch.bfloat16, torch.float16, torch.float64]
@@ -154,24 +155,48 @@ def test_nothing_is_read_past_the_end(scheme: Scheme, shape: tuple[int, int]) ->
             assert torch.equal(y, kernel.run(x, packed, None, spec))
 
 
-def test_constants_are_made_once_whoever_asks() -> None:
-    made, start = [], threading.Barrier(8)
+def test_a_part_of_memory_is_inside_of_it() -> None:
+    whole = array(torch.zeros(4, 8), torch.float32, 4, 8)
+    assert whole.at(32, 96).address == whole.address + 32
+    for offset, size in ((0, 132), (96, 36), (-4, 8), (128, 4)):
+        with pytest.raises(BackendError, match="128 bytes"):
+            whole.at(offset, size)
 
-    @once
-    def table(size: int) -> Array:
-        made.append(size)
-        return memory.constants((1.0,) * size)
 
-    def ask() -> None:
-        start.wait()
-        table(3)
+def test_jobs_outside_of_the_activations_or_of_the_result_are_refused() -> None:
+    codes = [torch.zeros(16, 64, dtype=torch.uint8)]
+    for job in (grouped.Job(2, 6, 0, 0), grouped.Job(0, 2, 0, 8)):
+        with pytest.raises(BackendError):
+            grouped.fp8(torch.zeros(4, 64), [job], codes, None, 16)
+        with pytest.raises(BackendError):
+            grouped.int8(torch.zeros(4, 64), [job], [codes[0].view(torch.int8)], 16)
 
-    threads = [threading.Thread(target=ask) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert made == [3]
+
+def test_a_panel_of_another_size_is_refused() -> None:
+    scheme = BUILTIN["mxfp4"]
+    stored = numerics.quantize_weight(torch.randn(32, 256).bfloat16(), scheme)
+    weight = gemv.Blocks("e2m1", "e8m0", 32, stored["weight_packed"], stored["weight_scale"], None, 256)
+    with pytest.raises(BackendError, match=r"\[32, 256\]"):
+        gemv.decode(weight, torch.empty(32, 32))
+
+
+@pytest.mark.parametrize("rows", [0, 9])
+def test_more_than_few_rows_are_refused(rows: int) -> None:
+    with pytest.raises(BackendError, match="M from 1 to 8"):
+        gemv.fp8(torch.zeros(rows, 64), torch.zeros(16, 64, dtype=torch.uint8))
+
+
+def test_buffers_of_inference_mode_are_not_kept() -> None:
+    x, codes = torch.ones(40, 96), torch.ones(48, 96, dtype=torch.int8)
+
+    def both() -> list[Tensor]:  # in a thread without buffers yet
+        with torch.inference_mode():
+            first = int8.panels(x, codes)
+        return [first, int8.panels(x, codes)]
+
+    with ThreadPoolExecutor(1) as fresh:
+        first, second = fresh.submit(both).result()
+    assert torch.equal(first, second)
 
 
 def test_a_kernel_is_compiled_once_by_many_threads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -258,10 +283,20 @@ def test_the_key_covers_constants_of_other_packages(monkeypatch: pytest.MonkeyPa
     assert store.sources(Path(store.__file__).parent) != store._IMPORTED
 
 
+def test_a_package_without_sources_has_no_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert store.sources(tmp_path) == ""
+    monkeypatch.setattr(store, "_IMPORTED", "")
+    assert not store.is_known()
+
+
 def test_code_of_edited_sources_is_not_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What runs was imported before the edit: its code must not be found by the next process, which imports the edited files."""
     monkeypatch.setenv("QUANTPORT_CACHE_DIR", str(tmp_path))
+    assert frame.Kernel(grid._rows).code
+    entry = next(tmp_path.iterdir())
     monkeypatch.setattr(store, "_IMPORTED", "another digest")
+    assert store.read(entry.name) is None
+    entry.unlink()
     assert frame.Kernel(encode._quantize).code
     assert list(tmp_path.iterdir()) == []
 
@@ -286,20 +321,33 @@ def test_fifty_fresh_processes_store_the_bytes_of_the_reference() -> None:
     assert stress.run(50) == []
 
 
-def test_forwards_beside_loads() -> None:
-    """A forward in one thread while another changes the default dtype, as building a model does."""
-    x, codes = torch.randn(5, 512), torch.randint(0, 120, (256, 512), dtype=torch.uint8)
-    expected, stop = gemv.fp8(x, codes), threading.Event()
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("stress") / "model"
+    stress.checkpoint(folder)
+    return folder
 
-    def toggle() -> None:
-        while not stop.is_set():
-            torch.set_default_dtype(torch.bfloat16)
-            torch.set_default_dtype(torch.float32)
 
-    beside = threading.Thread(target=toggle)
-    beside.start()
+@pytest.mark.parametrize("threads", [1, 2])
+def test_forwards_beside_loads(model_folder: Path, threads: int) -> None:
+    """Forwards of fp8 and int8 in one thread, while another loads and one more builds models."""
+    x, codes = torch.randn(5, 512), torch.randint(0, 120, (1024, 512), dtype=torch.uint8)  # large enough for several threads
+    before, started, stop = torch.get_num_threads(), threading.Event(), threading.Event()
+    torch.set_num_threads(threads)
+    calls = [lambda: gemv.fp8(x, codes), lambda: gemv.int8(x, codes.view(torch.int8))]
+    expected = [call() for call in calls]
     try:
-        assert all(torch.equal(gemv.fp8(x, codes), expected) for _ in range(2000))
+        with ThreadPoolExecutor(2) as beside:
+            building = beside.submit(stress.build_models, started, stop)
+            started.wait()
+            loading = beside.submit(lambda: [stress.digest(model_folder, "nvfp4", 2) for _ in range(3)])
+            same_ = []
+            while not loading.done() or len(same_) < 200:
+                same_ += [torch.equal(call(), e) for call, e in zip(calls, expected, strict=True)]
+            stop.set()
+            assert building.result() > 0
+            assert len(set(loading.result())) == 1
     finally:
         stop.set()
-        beside.join()
+        torch.set_num_threads(before)
+    assert all(same_)

@@ -11,6 +11,7 @@ import pytest
 import torch
 import triton_emulation
 import xpu_operators
+from exact_int_mm import exact_int_mm
 
 from quantport.device import Device
 from quantport.host import host
@@ -93,5 +94,5 @@ def operators() -> Iterator[None]:
 @contextmanager
 def gpus() -> Iterator[None]:
     """Inside, a GPU of each kind is found that has facts of its own, with its operators: the setting of the conformance suite."""
-    with operators(), found([gpu(arch, i) for i, arch in enumerate(ARCHS_HERE)]):
+    with exact_int_mm(), operators(), found([gpu(arch, i) for i, arch in enumerate(ARCHS_HERE)]):
         yield

@@ -90,10 +90,15 @@ class Kernel:
         if team is not None:
             team(start, address, threads, 0)
             return
-        others = [_pool(threads - 1).submit(call, address) for _ in range(threads - 1)]
+        # An interrupt may end this call before theirs: each holds what it works on.
+        others = [_pool(threads - 1).submit(_call, call, address, frame, words) for _ in range(threads - 1)]
         call(address)
         for other in others:
             other.result()
+
+
+def _call(call: Callable[[int], None], address: int, *_held: object) -> None:
+    call(address)
 
 
 def threads_for(elements: int) -> int:

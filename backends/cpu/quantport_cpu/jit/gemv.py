@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from quantport.backend import once
+from quantport.backend import BackendError, once
 from quantport_cpu.jit import digits, dots, floats, nibbles
 from quantport_cpu.jit.elements import ELEMENTS
 from quantport_cpu.jit.frame import threads_for
@@ -27,6 +27,19 @@ def padded(x: Tensor, rows: int, columns: int) -> Tensor:
     return out
 
 
+def few(x: Tensor) -> torch.Size:
+    """The shape of activations that are few enough.
+
+    Raises:
+        BackendError: they are none, or more than ``MOST`` rows.
+    """
+    if x.dim() != 2 or not 0 < x.shape[0] <= MOST:
+        raise BackendError(
+            "multiply few rows by a compiled kernel", f"activations {list(x.shape)}", f"[M, K] with M from 1 to {MOST}"
+        )
+    return x.shape
+
+
 def fp32(x: Tensor, *shape: int) -> Tensor:
     """An uninitialized fp32 tensor where x is."""
     return torch.empty(shape, dtype=torch.float32, device=x.device)
@@ -43,7 +56,7 @@ def fp8(x: Tensor, codes: Tensor, scale: Tensor | None = None) -> Tensor:
     Returns:
         fp32 ``[M, N]``.
     """
-    (m, k), n = x.shape, codes.shape[0]
+    (m, k), n = few(x), codes.shape[0]
     rows = 1 << (m - 1).bit_length()
     values = padded(x, rows, -(-k // dots.STEP) * dots.STEP)
     out = fp32(x, rows, n)
@@ -73,7 +86,7 @@ def int8(x: Tensor, codes: Tensor) -> Tensor:
     Returns:
         fp32 ``[M, N]``, without the scales of the channels.
     """
-    (m, k), n = x.shape, codes.shape[0]
+    (m, k), n = few(x), codes.shape[0]
     rows, columns = m + (m > 1 and m % 2), -(-k // 64) * 64
     planes, scale, _ = digits_of(x, rows, columns, 0)
     out = fp32(x, rows, n)
@@ -96,7 +109,7 @@ def int4(x: Tensor, packed: Tensor, pairs: Tensor, group: int) -> Tensor:
     Returns:
         fp32 ``[M, N]``.
     """
-    m, n, k = x.shape[0], packed.shape[0], 2 * packed.shape[1]
+    m, n, k = few(x)[0], packed.shape[0], 2 * packed.shape[1]
     rows = m + (m > 1 and m % 2)
     planes, scale, sums = digits_of(x, rows, k, group)
     out = fp32(x, rows, n)
@@ -169,6 +182,7 @@ def decode(weight: Blocks, out: Tensor) -> Tensor:
 def _blocks(weight: Blocks, x: Array | None, out: Tensor, span: int) -> None:
     """The products with rows of x, as many as ``out`` has, or the values of the weight."""
     name, k, n, outer = weight.name, weight.k, weight.codes.shape[0], weight.outer
+    rows = out.shape[0] if x else n
     group, dtype = -(-k // weight.group), _SCALES.get(weight.scale_name, (floats.F32_SCALE, torch.float32))[1]
     kind = floats.DUAL if outer is not None else _SCALES.get(weight.scale_name, (floats.F32_SCALE, dtype))[0]
     outers = -(-k // floats.OUTER)
@@ -176,7 +190,7 @@ def _blocks(weight: Blocks, x: Array | None, out: Tensor, span: int) -> None:
         -(-n // span), x or 0, 4 * k, array(weight.codes, torch.uint8, n, k * ELEMENTS[name].bits // 8), n, k,
         array(weight.scale, dtype, n, group), group * dtype.itemsize,
         0 if outer is None else array(outer, torch.float32, n, outers), 4 * outers, _table(name),
-        array(out, torch.float32, *out.shape), len(out) if x else 0, span, 4 * n, threads=threads_for(n * k),
+        array(out, torch.float32, rows, n if x else k), rows if x else 0, span, 4 * n, threads=threads_for(n * k),
     )  # fmt: skip
 
 

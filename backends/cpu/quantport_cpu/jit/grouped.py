@@ -12,10 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from quantport.backend import BackendError
 from quantport_cpu.jit import dots, nibbles
 from quantport_cpu.jit.frame import Kernel, take, threads_for, word
 from quantport_cpu.jit.gemv import blocks_of_128, digits_of, fp32, padded
-from quantport_cpu.jit.memory import array, table
+from quantport_cpu.jit.memory import Array, array, table
 
 _SPAN = 32  # weight rows that a thread takes at a time; it divides the 128 rows of a block of scales
 _MOST = 8  # rows of a job
@@ -49,8 +50,8 @@ def fp8(x: Tensor, jobs: Sequence[Job], codes: Sequence[Tensor], scales: Sequenc
     to, stride = array(out, torch.float32, m, width), 4 * columns
     _, step, scale_stride, chunk = blocks_of_128(scales[0] if scales else None, n, k)
     lines = table(
-        (values.at(stride * a), array(codes[w], torch.uint8, n, k), blocks_of_128(scales[w] if scales else None, n, k)[0],
-         to.at(4 * (a * width + c)), b - a) for a, b, w, c in jobs
+        (values.at(stride * a, stride * (b - a)), array(codes[w], torch.uint8, n, k),
+         blocks_of_128(scales[w] if scales else None, n, k)[0], _part(to, width, a, b, c, n), b - a) for a, b, w, c in jobs
     )  # fmt: skip
     blocks = -(-n // _SPAN)
     fp8_kernel(
@@ -68,9 +69,9 @@ def int8(x: Tensor, jobs: Sequence[Job], codes: Sequence[Tensor], width: int) ->
     out = fp32(x, m, width)
     to = array(out, torch.float32, m, width)
     lines = table(
-        (planes.at(3 * columns * a), scale.at(4 * a), array(codes[w], torch.int8, n, k), to.at(4 * (a * width + c)), b - a)
-        for a, b, w, c in jobs
-    )
+        (planes.at(3 * columns * a, 3 * columns * (b - a)), scale.at(4 * a, 4 * (b - a)), array(codes[w], torch.int8, n, k),
+         _part(to, width, a, b, c, n), b - a) for a, b, w, c in jobs
+    )  # fmt: skip
     blocks = -(-n // _SPAN)
     int8_kernel(blocks * len(jobs), lines, blocks, 3 * columns, n, k, 4 * width, _SPAN, threads=threads_for(n * k * len(jobs)))
     return out
@@ -84,12 +85,20 @@ def int4(x: Tensor, jobs: Sequence[Job], packed: Sequence[Tensor], pairs: Sequen
     out = fp32(x, m, width)
     to = array(out, torch.float32, m, width)
     lines = table(
-        (planes.at(3 * k * a), sums.at(48 * groups * a), scale.at(4 * a), array(packed[w], torch.uint8, n, k // 2),
-         array(pairs[w], torch.bfloat16, groups, n, 2), to.at(4 * (a * width + c)), b - a) for a, b, w, c in jobs
+        (planes.at(3 * k * a, 3 * k * (b - a)), sums.at(48 * groups * a, 48 * groups * (b - a)), scale.at(4 * a, 4 * (b - a)),
+         array(packed[w], torch.uint8, n, k // 2), array(pairs[w], torch.bfloat16, groups, n, 2),
+         _part(to, width, a, b, c, n), b - a) for a, b, w, c in jobs
     )  # fmt: skip
     blocks = n // nibbles.BLOCK
     int4_kernel(blocks * len(jobs), lines, blocks, n, k, group, 4 * width, threads=threads_for(n * k * len(jobs)))
     return out
+
+
+def _part(out: Array, width: int, start: int, stop: int, column: int, n: int) -> Array:
+    """Where ``n`` columns of rows ``start`` to ``stop - 1`` begin, in an fp32 result of ``width`` columns."""
+    if column < 0 or column + n > width:
+        raise BackendError("write products to a group", f"columns {column} to {column + n} of {width}", "columns of the result")
+    return out.at(4 * (start * width + column), 4 * ((stop - start - 1) * width + n))
 
 
 def _short(jobs: Sequence[Job]) -> list[Job]:

@@ -24,19 +24,28 @@ class Array(NamedTuple):
 
     Attributes:
         address: Of the first element; 0 for fake and meta tensors, which have no memory.
+        size: Bytes from there on.
         owner: What keeps the memory.
         has_memory: False for fake and meta tensors: a kernel that is given them runs over nothing.
         is_tensor: False for constants, which go with either.
     """
 
     address: int
+    size: int
     owner: object
     has_memory: bool = True
     is_tensor: bool = True
 
-    def at(self, offset: int) -> Array:
-        """The same memory from ``offset`` bytes on."""
-        return self._replace(address=self.address + offset)
+    def at(self, offset: int, size: int) -> Array:
+        """``size`` bytes of it, from ``offset`` on.
+
+        Raises:
+            BackendError: there are fewer.
+        """
+        if offset < 0 or size < 0 or offset + size > self.size:
+            found = f"{self.size} bytes"
+            raise BackendError(f"hand bytes {offset} to {offset + size} to a compiled kernel", found, "a part of the memory")
+        return self._replace(address=self.address + offset, size=size)
 
 
 def array(tensor: Tensor, dtype: torch.dtype, *shape: int) -> Array:
@@ -64,7 +73,7 @@ def rows(tensor: Tensor, dtype: torch.dtype, count: int, size: int) -> Array:
 def constants(values: Sequence[float]) -> Array:
     """fp32 numbers that no default dtype, default device or trace can touch: made once, kept with the module that names them."""
     owner = (ctypes.c_float * len(values))(*values)
-    return Array(ctypes.addressof(owner), owner, is_tensor=False)
+    return Array(ctypes.addressof(owner), ctypes.sizeof(owner), owner, is_tensor=False)
 
 
 def table(lines: Iterable[Sequence[Array | int]]) -> Array:
@@ -72,7 +81,7 @@ def table(lines: Iterable[Sequence[Array | int]]) -> Array:
     words = [word for line in lines for word in line]
     arrays = [w for w in words if isinstance(w, Array)]
     owner = (ctypes.c_int64 * len(words))(*(w.address if isinstance(w, Array) else w for w in words))
-    return Array(ctypes.addressof(owner), (owner, arrays), has_memory(arrays))
+    return Array(ctypes.addressof(owner), ctypes.sizeof(owner), (owner, arrays), has_memory(arrays))
 
 
 def has_memory(words: Iterable[Any]) -> bool:
@@ -89,10 +98,11 @@ def has_memory(words: Iterable[Any]) -> bool:
 
 
 def _of(tensor: Tensor) -> Array:
+    size = tensor.numel() * tensor.element_size()
     if type(tensor) in _PLAIN and tensor.is_cpu:
-        return Array(tensor.data_ptr(), tensor)
+        return Array(tensor.data_ptr(), size, tensor)
     if tensor.is_meta or (isinstance(tensor, FakeTensor) and tensor.device.type == "cpu"):
-        return Array(0, tensor, False)
+        return Array(0, size, tensor, False)
     raise _wrong(tensor, "a plain tensor on the CPU")
 
 

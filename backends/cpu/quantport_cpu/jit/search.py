@@ -140,7 +140,7 @@ def _dual(source, to, count, out, outer, index, work, rule):
 
 
 def _dual_rows(frame):
-    """A block is a row. Words: source, its stride, k, codes, their stride, scales, outer scales, 4 KiB, and what the
+    """A block is a row. Words: source, its stride, k, codes, their stride, scales, outer scales, 3584 bytes, and what the
     rule of the scales is: whether to search, what it adds, emax, and the divisor of amax (fp32 bits)."""
     source, source_stride, k, to, to_stride = word(frame, 2), word(frame, 3), word(frame, 4), word(frame, 5), word(frame, 6)
     out, outer, work = word(frame, 7), word(frame, 8), word(frame, 9)

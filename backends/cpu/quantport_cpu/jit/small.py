@@ -1,7 +1,7 @@
 """BF16 to the codes of small floats and code books, and their block scales: what the quantizers of blocks are made of.
 
 Arguments that choose the code are literals: intrinsics take them as such, and compiled functions pass them on with
-``literally``. So a kernel needs nothing but integers in its closure, by which numba finds it in its cache.
+``literally``. So a kernel needs nothing but integers in its closure, which are part of its key on disk.
 """
 
 from __future__ import annotations

@@ -54,12 +54,13 @@ def captured(body: Callable[..., Any]) -> tuple[Any, ...]:
 
 
 def sources(package: Path) -> str:
-    """A digest of every source file of a package, and of the constants that come from elsewhere."""
+    """A digest of every source file of a package, and of the constants that come from elsewhere; '' where there are no sources."""
+    files = sorted(package.glob("*.py"))
     digest = hashlib.sha256(repr(sorted(ELEMENTS.items())).encode())
-    for path in sorted(package.glob("*.py")):
+    for path in files:
         content = path.read_bytes()
         digest.update(f"{path.name} {len(content)}\n".encode() + content)
-    return digest.hexdigest()
+    return digest.hexdigest() if files else ""
 
 
 _PACKAGE = Path(__file__).parent
@@ -77,8 +78,15 @@ def key(body: Callable[..., Any], target: Target) -> str:
     return f"{kernel}-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:40]}"
 
 
+def is_known() -> bool:
+    """Whether what was imported is what lies there: sources were not edited since, and there are some."""
+    return bool(_IMPORTED) and sources(_PACKAGE) == _IMPORTED
+
+
 def read(name: str) -> bytes | None:
     """The object file of an entry, or None where there is none that is whole."""
+    if not is_known():
+        return None
     try:
         content = (folder() / name).read_bytes()
     except OSError:
@@ -90,9 +98,9 @@ def read(name: str) -> bytes | None:
 
 def write(name: str, code: bytes) -> None:
     """Adds an entry, whole or not at all; nothing where the folder cannot be written, or sources were edited since their import."""
+    if not is_known():
+        return
     with contextlib.suppress(OSError):
-        if sources(_PACKAGE) != _IMPORTED:
-            return
         place = folder()
         place.mkdir(parents=True, exist_ok=True, mode=0o700)
         handle, fresh = tempfile.mkstemp(dir=place, prefix=".")

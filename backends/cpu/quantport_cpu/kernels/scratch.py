@@ -20,5 +20,6 @@ def scratch(near: Tensor, dtype: torch.dtype, rows: int, cols: int) -> Tensor:
         return torch.empty(rows, cols, dtype=dtype, device=near.device)
     buffers: dict[torch.dtype, Tensor] = _local.__dict__.setdefault("buffers", {})
     if dtype not in buffers or buffers[dtype].numel() < size:
-        buffers[dtype] = torch.empty(size, dtype=dtype, device="cpu")
+        with torch.inference_mode(False):  # a buffer that was made inside could not be written outside of it
+            buffers[dtype] = torch.empty(size, dtype=dtype, device="cpu")
     return buffers[dtype][:size].view(rows, cols)
