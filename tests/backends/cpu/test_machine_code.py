@@ -57,7 +57,7 @@ needs_x86 = pytest.mark.skipif(not is_x86, reason="numba compiles for x86 on an 
 
 
 @needs_x86
-@pytest.mark.parametrize("processor", ["avx2", "avx-vnni", "arm"])
+@pytest.mark.parametrize("processor", ["avx2", "arm"])
 def test_a_processor_gets_its_own_instructions(processor: str) -> None:
     check(processor, compiled(processor))
 

@@ -58,9 +58,10 @@ def test_what_is_launched_is_what_was_compiled(target):
 @pytest.mark.parametrize(
     ("target", "family"),
     [
-        ("sm_80", "int8"), ("sm_90", "fp8"), ("sm_100", "nvfp4"),
+        ("sm_90", "fp8"), ("sm_100", "nvfp4"),
         *(pytest.param(*pair, marks=pytest.mark.slow) for pair in (
-            ("sm_75", "weight_only"), ("sm_86", "int4_int8"), ("sm_89", "fp8_block"), ("sm_103", "quantize"), ("sm_120", "mx"),
+            ("sm_75", "weight_only"), ("sm_80", "int8"), ("sm_86", "int4_int8"), ("sm_89", "fp8_block"), ("sm_103", "quantize"),
+            ("sm_120", "mx"),
             ("sm_121", "nvfp4"),
         )),
     ],

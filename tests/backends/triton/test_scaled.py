@@ -60,7 +60,9 @@ def test_any_shape_with_bias_in_fp16(scheme, shape):
 
 
 @pytest.mark.parametrize("rows", [5, pytest.param(130, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_90", "sm_100", "sm_120"])
+@pytest.mark.parametrize(
+    "target", ["sm_80", "sm_90", *(pytest.param(t, marks=pytest.mark.slow) for t in ("sm_89", "sm_100", "sm_120"))]
+)
 @pytest.mark.parametrize("scheme", KERNELS)
 def test_with_the_tiles_of_every_architecture(scheme, target, rows):
     """Whatever ``tuned`` asks for there; launches with real tensors are made in the interpreter."""

@@ -86,7 +86,7 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("directory", [shared.DENSE, shared.MOE], ids=lambda path: path.name)
+@pytest.mark.parametrize("directory", [shared.DENSE, pytest.param(shared.MOE, marks=pytest.mark.slow)], ids=lambda path: path.name)
 @pytest.mark.parametrize(("arch", "scheme", "names", "product"), ASKED)
 def test_every_layer_runs_its_kernel(directory, arch, scheme, names, product, monkeypatch):
     monkeypatch.setattr(QuantExperts, "forward", shared.as_compiled)
@@ -100,7 +100,7 @@ def test_every_layer_runs_its_kernel(directory, arch, scheme, names, product, mo
 
 
 @pytest.mark.usefixtures("_vendor")
-@pytest.mark.parametrize("directory", [shared.DENSE, shared.MOE], ids=lambda path: path.name)
+@pytest.mark.parametrize("directory", [shared.DENSE, pytest.param(shared.MOE, marks=pytest.mark.slow)], ids=lambda path: path.name)
 @pytest.mark.parametrize(("arch", "scheme", "fallback", "name", "products"), VENDOR)
 def test_every_layer_runs_the_operators_of_the_vendor(directory, arch, scheme, fallback, name, products, monkeypatch):
     monkeypatch.setattr(QuantExperts, "forward", shared.as_compiled)
