@@ -20,6 +20,7 @@ import torch_npu
 from simulator.memory import NZ, check, layout, lies, matrix, over, place
 from simulator.register import A5, I310, family
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 _OURS = ("empty", "new_empty", "set_", "resize", "record_stream", "is_pinned", "_pin_memory", "is_set_to", "_reshape_alias", "npu_")
 
@@ -87,6 +88,13 @@ def _run(operator: Any, *args: Any, **kwargs: Any) -> Any:
     return _each(up, operator(*_each(down, args), **{name: _each(down, value) for name, value in kwargs.items()}))
 
 
+def _composed(operator: Any, *args: Any, **kwargs: Any) -> Any:
+    """An operator that torch composes of others: on the host; of fake tensors, which have no memory, as torch composes it."""
+    if any(isinstance(value, FakeTensor) for value in (*args, *kwargs.values())):
+        return operator.decompose(*args, **kwargs)
+    return _run(operator, *args, **kwargs)
+
+
 def _copy(to: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     """Copies leave the format of the source behind, as torch_npu's do."""
     if to.device == source.device or not (to.is_contiguous() and source.is_contiguous()):
@@ -125,4 +133,4 @@ def install(library: torch.library.Library) -> None:
         for name in CUSTOM:
             base, _, overload = name.partition(".")
             operator = getattr(getattr(torch.ops.aten, base), overload or "default")
-            library.impl(name, partial(_run, operator), "AutogradPrivateUse1")
+            library.impl(name, partial(_composed, operator), "AutogradPrivateUse1")
