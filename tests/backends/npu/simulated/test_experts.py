@@ -14,11 +14,9 @@ from simulator.register import A5, E2M1, E8M0
 from quantport.backend import Accepted, Request, WeightSpec
 from quantport.host import host
 from quantport.testing import builders, cases
-from quantport.testing.subject import Subject
 
 NPU = torch.ops.npu
 ON_950 = register.family() == A5
-SUBJECT = Subject.installed("npu")
 PLAIN = ["npu_dynamic_quant", "npu_grouped_matmul"] * 2
 WEIGHTS = ["npu_grouped_matmul"] * 2
 GATED = ["npu_grouped_matmul_swiglu_quant_v2", "npu_grouped_matmul"]
@@ -47,7 +45,7 @@ def layer(name, activation="silu"):
     scheme = host().schemes[name]
     request = Request(WeightSpec(scheme, builders.INTERMEDIATE, builders.HIDDEN), "moe", host().device("npu"))
     kernel = next(k for k in host().kernels("npu") if isinstance(k.verdict(request), Accepted))
-    module, reference = builders.experts(SUBJECT, kernel, scheme)
+    module, reference = builders.experts(kernel, scheme, request.device)
     module.activation = activation
     return module, reference
 
@@ -194,4 +192,4 @@ def test_a_grouped_kernel_refuses_linear_layers_by_name():
     kernel = next(k for k in host().kernels("npu") if k.name == "npu.grouped_matmul")
     request = Request(WeightSpec(host().schemes["int8"], 64, 64), "moe", host().device("npu"))
     assert isinstance(kernel.verdict(request), Accepted)
-    assert "it is for moe layers" in " ".join(kernel.verdict(replace(request, layer="linear")).reasons)
+    assert "it is for moe layers" in " ".join(map(str, kernel.verdict(replace(request, layer="linear")).reasons))

@@ -58,7 +58,7 @@ def test_only_bytes_move_where_there_is_no_float8(mistake):
 def test_the_reference_quantizes_to_the_same_bytes(scheme):
     if register.family() == "310P":
         pytest.skip("no bf16 on the 310P: weights are quantized on the host there")
-    check_reference(Subject.installed("npu", {}, None), scheme)
+    check_reference(Subject.installed("npu"), scheme)
 
 
 @parametrized([*SCHEMES, *BF16_SCALES])
