@@ -20,7 +20,11 @@ def cpu_name() -> str:
     """Model name of the processor, as the system says it."""
     info = Path("/proc/cpuinfo")
     names = (
-        [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        [
+            line.partition(":")[2].strip()
+            for line in info.read_text().splitlines()
+            if line.startswith("model name")
+        ]
         if info.exists()
         else []
     )
@@ -29,7 +33,9 @@ def cpu_name() -> str:
 
 def describe() -> dict[str, str]:
     """Device, date, commit and versions of this run."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     return {
         "device": cpu_name(),
         "date": date.today().isoformat(),
@@ -40,7 +46,9 @@ def describe() -> dict[str, str]:
     }
 
 
-def interleaved(calls: Mapping[str, Callable[[int], object]], rounds: int = 9, seconds: float = 0.08) -> dict[str, float]:
+def interleaved(
+    calls: Mapping[str, Callable[[int], object]], rounds: int = 9, seconds: float = 0.08
+) -> dict[str, float]:
     """Median seconds of one call of each, all measured in turn in every round.
 
     Args:
@@ -66,7 +74,9 @@ def interleaved(calls: Mapping[str, Callable[[int], object]], rounds: int = 9, s
     return {name: statistics.median(t) for name, t in times.items()}
 
 
-def markdown(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], notes: Sequence[str] = ()) -> str:
+def markdown(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], notes: Sequence[str] = ()
+) -> str:
     """A page with the run's description, one table and notes."""
     run = ", ".join(f"{k} {v}" for k, v in describe().items())
     lines = [f"# {title}", "", run, "", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]

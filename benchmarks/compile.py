@@ -26,8 +26,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from quantport.device import Arch
-from quantport.host import Host
-from quantport.kernel import WeightSpec
+from quantport.kernels.base import WeightSpec
+from quantport.plugins.registry import Registry
 from quantport.scheme import Scheme
 from quantport_triton.evidence import machine_code
 from quantport_triton.launch import traced
@@ -37,7 +37,10 @@ from quantport_triton.weights import quantize_weight
 FILE = Path(__file__).parents[1] / "backends/triton/quantport_triton/evidence/cuda.json"
 SHAPES = ((4096, 4096), (28672, 4096))  # of Llama-3.1-8B: out, in
 ROWS = (1, 16, 64, 512, 4096)
-WITHOUT = ("sm_70", "sm_75")  # Triton has no matrix instruction for them: what it makes of ``tl.dot`` takes minutes to assemble
+WITHOUT = (
+    "sm_70",
+    "sm_75",
+)  # Triton has no matrix instruction for them: what it makes of ``tl.dot`` takes minutes to assemble
 Entries = dict[str, dict[str, Any]]
 
 
@@ -46,7 +49,10 @@ def launches(kernel: Any, scheme: Scheme, arch: Arch) -> list[Any]:
     with FakeTensorMode(), traced(arch.name) as found:
         for n, k in SHAPES:
             spec = WeightSpec(scheme, n, k)
-            stored = {key: torch.empty(shape, dtype=dtype, device="cuda") for key, (shape, dtype) in scheme.layout(n, k).items()}
+            stored = {
+                key: torch.empty(shape, dtype=dtype, device="cuda")
+                for key, (shape, dtype) in scheme.layout(n, k).items()
+            }
             packed = kernel.pack(stored, spec)
             for m in ROWS:
                 kernel.run(torch.empty(m, k, dtype=arch.compute, device="cuda"), packed, None, spec)
@@ -64,7 +70,7 @@ def quantizing(scheme: Scheme, arch: Arch) -> list[Any]:
             for m in ROWS if scheme.activation else ():
                 x = torch.empty(m, k, dtype=arch.compute, device="cuda")
                 quantize(x, scheme.activation, swizzle=scheme.activation.scale in ("e8m0", "e4m3fn"))
-                quantize(x, scheme.activation, transposed=scheme.activation.cols == 128)
+                quantize(x, scheme.activation, transposed=scheme.activation.group_size == 128)
     return list(dict.fromkeys(found))
 
 
@@ -92,7 +98,10 @@ def entry(found: Sequence[Any], matrix: tuple[str, ...], arch: str) -> dict[str,
         "instruction": ", ".join(instructions),
         **({"because": refused[0]} if refused else {}),
         "fingerprint": machine_code.fingerprint(found),
-        "kernels": {name: _folded([c for launch, c in made.items() if launch.kernel.__name__ == name]) for name in kernels},
+        "kernels": {
+            name: _folded([c for launch, c in made.items() if launch.kernel.__name__ == name])
+            for name in kernels
+        },
     }
 
 
@@ -108,15 +117,27 @@ def native(scheme: Scheme, arch: Arch) -> bool:
     return scheme.activation is not None and scheme.activation.unit in arch.native
 
 
-def of_target(name: str, filed: Mapping[str, Any], compile_all: bool, only_trace: bool, only: str | None) -> dict[str, Entries]:
+def of_target(
+    name: str, filed: Mapping[str, Any], compile_all: bool, only_trace: bool, only: str | None
+) -> dict[str, Entries]:
     """Family -> scheme -> entry for one architecture; of an entry that is only traced, nothing but its fingerprint."""
-    host = Host(only=["cuda"])
+    host = Registry(only=["cuda"])
     arch = host.backends["cuda"].archs[name]
     kernels = [k for k in host.kernels("cuda") if hasattr(k, "family")]
     known = host.schemes.values()
-    schemes = [*known, *(s.option("double") for s in known if "double" in s.options)]  # other options change no code
-    work = {(k.family, s.name): (launches(k, s, arch), k.matrix) for k in kernels for s in schemes if k.serves(s)}
-    beyond = {(k.family, s.name) for k in kernels for s in schemes if k.quantizes_activations and not native(s, arch)}
+    schemes = [
+        *known,
+        *(s.option("double") for s in known if "double" in s.options),
+    ]  # other options change no code
+    work = {
+        (k.family, s.name): (launches(k, s, arch), k.matrix) for k in kernels for s in schemes if k.serves(s)
+    }
+    beyond = {
+        (k.family, s.name)
+        for k in kernels
+        for s in schemes
+        if k.quantizes_activations and not native(s, arch)
+    }
     schemes += [s.option("mse") for s in known if "mse" in s.options]
     work |= {("quantize", s.name): (found, ()) for s in schemes if (found := quantizing(s, arch))}
     out: dict[str, Entries] = {}
@@ -166,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if args.family and not args.check:
         parser.error("--family goes with --check: a file that is written is whole")
-    targets = args.target or list(Host(only=["cuda"]).backends["cuda"].archs)
+    targets = args.target or list(Registry(only=["cuda"]).backends["cuda"].archs)
     filed = json.loads(args.file.read_text(encoding="utf-8")) if args.file.is_file() else {"targets": {}}
     old = {name: filed["targets"].get(name, {}) for name in targets}
     if args.check and args.family:

@@ -69,7 +69,12 @@ def stage(name: str, args: argparse.Namespace, found: Data, seconds: float, fold
     save(before, found)
     start = time.monotonic()
     told_ = {"--stage": name, "--until": str(start + seconds), "--out": str(out), "--found": str(before)}
-    command = [sys.executable, __file__, *(word for pair in told_.items() for word in pair), *["--smoke"] * args.smoke]
+    command = [
+        sys.executable,
+        __file__,
+        *(word for pair in told_.items() for word in pair),
+        *["--smoke"] * args.smoke,
+    ]
     process = subprocess.Popen(command, start_new_session=True)
     why = ""
     try:
@@ -147,14 +152,22 @@ def measure(args: argparse.Namespace) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--smoke", action="store_true", help="without a GPU, tiny; needs TRITON_INTERPRET=1")
-    parser.add_argument("--only", nargs="+", choices=list(STAGES), help="these stages; the others are not measured")
+    parser.add_argument(
+        "--only", nargs="+", choices=list(STAGES), help="these stages; the others are not measured"
+    )
     parser.add_argument("--total", type=float, default=TOTAL, help="seconds for all stages")
     parser.add_argument("--out", type=Path, help="where the JSON goes")
-    parser.add_argument("--render", type=Path, metavar="FILE", help="page and plot (and evidence) of a JSON that is there")
+    parser.add_argument(
+        "--render", type=Path, metavar="FILE", help="page and plot (and evidence) of a JSON that is there"
+    )
     parser.add_argument("--evidence", action="store_true", help="write the measured evidence of the room")
-    parser.add_argument("--tune", type=float, metavar="SECONDS", help="search configurations of the Triton kernels, and end")
+    parser.add_argument(
+        "--tune", type=float, metavar="SECONDS", help="search configurations of the Triton kernels, and end"
+    )
     for name, kind in (("--stage", str), ("--found", Path), ("--until", float)):
         parser.add_argument(name, type=kind, help=argparse.SUPPRESS)
     args = parser.parse_args()

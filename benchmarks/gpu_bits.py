@@ -47,9 +47,12 @@ def equal(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> str:
 def weights(place: Place, name: str) -> dict[str, str]:
     """One scheme: by the room's quantizer where it does not decline, and by the reference on the device."""
     from quantport import numerics
-    from quantport.host import host
+    from quantport.plugins.registry import default_registry
 
-    scheme, fast = host().schemes[name], host().backends[place.device.kind].quantize_weight
+    scheme, fast = (
+        default_registry().schemes[name],
+        default_registry().backends[place.device.kind].quantize_weight,
+    )
     wrong: list[str] = []
     asked: list[bool] = []
 
@@ -62,7 +65,9 @@ def weights(place: Place, name: str) -> dict[str, str]:
         for dtype in place.dtypes:
             dense = hard(*shape, dtype)
             want = numerics.quantize_weight(dense, scheme)
-            got = numerics.quantize_weight(dense.to(place.torch), scheme, fast=noting)  # it rotates before it asks the room
+            got = numerics.quantize_weight(
+                dense.to(place.torch), scheme, fast=noting
+            )  # it rotates before it asks the room
             wrong.append(equal(got, want))
     failures = "; ".join(w for w in wrong if w)
     return {"by": "room" if all(asked) else "reference", "state": failures or "equal"}
@@ -78,27 +83,40 @@ def activations(place: Place, quant: Any) -> dict[str, str]:
         for dtype in place.dtypes:
             x = hard(max(7, shape[0]), shape[1], dtype)[-shape[0] :]
             blocks = numerics.quantize_blocks(x, quant)
-            codes = blocks.codes if quant.element.bits == 8 else numerics.pack_bits(blocks.codes, quant.element.bits)
+            codes = (
+                blocks.codes
+                if quant.element.bits == 8
+                else numerics.pack_bits(blocks.codes, quant.element.bits)
+            )
             got = quantize(x.to(place.torch), quant)
             outer = {} if blocks.outer is None else {"outer": blocks.outer}
             there = {} if got.outer is None else {"outer": got.outer}
-            wrong.append(equal({"codes": got.codes, "scale": got.scale, **there}, {"codes": codes, "scale": blocks.scale, **outer}))
+            wrong.append(
+                equal(
+                    {"codes": got.codes, "scale": got.scale, **there},
+                    {"codes": codes, "scale": blocks.scale, **outer},
+                )
+            )
     failures = "; ".join(w for w in wrong if w)
     return {"by": "quantport_triton", "state": failures or "equal"}
 
 
 def items(place: Place) -> list[str | Any]:
     """Names of schemes, for their weights; then every activation quantization that one of them has."""
-    from quantport.host import host
+    from quantport.plugins.registry import default_registry
 
-    schemes = host().schemes
+    schemes = default_registry().schemes
     names = SMOKE if place.smoke else [n for n in (*schemes, *OPTIONS) if n != "bf16"]
     return [*names, *dict.fromkeys(schemes[n].activation for n in names if schemes[n].activation)]
 
 
 def row(item: Any) -> dict[str, Any]:
     """Name of an item."""
-    return {"name": f"weights, {item}" if isinstance(item, str) else f"activations, {item}, {item.scale}, {item.rule}"}
+    return {
+        "name": f"weights, {item}"
+        if isinstance(item, str)
+        else f"activations, {item}, {item.scale}, {item.rule}"
+    }
 
 
 def rows(place: Place, item: Any) -> Iterator[dict[str, Any]]:
@@ -110,7 +128,13 @@ def summary(lines: list[dict[str, Any]]) -> dict[str, Any]:
     """The rows by name, as the page has them."""
     out = []
     for line in sorted(lines, key=lambda r: r["name"], reverse=True):
-        state = {"state": line["failure"]} if "failure" in line else {"missing": line["skipped"]} if "skipped" in line else {}
+        state = (
+            {"state": line["failure"]}
+            if "failure" in line
+            else {"missing": line["skipped"]}
+            if "skipped" in line
+            else {}
+        )
         out.append({**{k: line[k] for k in ("name", "by", "state") if k in line}, **state})
     return {"rows": out, "failed": sum(r.get("state", "equal") != "equal" for r in out)}
 

@@ -16,9 +16,20 @@ OPTIONS = ("nf4:double", "fp4:double", "mxfp4:mse", "nvfp4:mse", "int4_weight_on
 FEW = (1, 2, 16, 17, 64, 257)
 ODD = ((160, 256), (67, 200), (1024, 1408))  # of whole blocks, of none, and of a small model
 TIMED = (
-    "fp8_per_channel", "fp8_per_tensor", "fp8_per_block", "int8", "int4_weight_only", "int8_weight_only", "fp8_weight_only", "nf4",
-    "mxfp4_weight_only", "nvfp4_weight_only", "mxfp8", "mxfp4", "nvfp4",
-)  # fmt: skip
+    "fp8_per_channel",
+    "fp8_per_tensor",
+    "fp8_per_block",
+    "int8",
+    "int4_weight_only",
+    "int8_weight_only",
+    "fp8_weight_only",
+    "nf4",
+    "mxfp4_weight_only",
+    "nvfp4_weight_only",
+    "mxfp8",
+    "mxfp4",
+    "nvfp4",
+)
 
 
 class Case(NamedTuple):
@@ -32,9 +43,9 @@ class Case(NamedTuple):
 
 def items(place: Place) -> list[Case]:
     """The first measured shape, small shapes for every scheme, the other measured shapes; then the second dtype."""
-    from quantport.host import host
+    from quantport.plugins.registry import default_registry
 
-    names = [n for n in host().schemes if n != "bf16"] + list(OPTIONS)
+    names = [n for n in default_registry().schemes if n != "bf16"] + list(OPTIONS)
     main, *others = place.dtypes
     if place.smoke:
         return [Case(n, (16, 160), main, (1, 17)) for n in SMOKE]
@@ -53,20 +64,28 @@ def row(case: Case) -> Row:
 def rows(place: Place, case: Case) -> Iterator[Row]:
     """The rows of one case. The reference is ``numerics.linear`` in fp32 on the same device, TF32 off."""
     from quantport import numerics
-    from quantport.capability import Accepted
-    from quantport.host import host
-    from quantport.kernel import Request, WeightSpec
+    from quantport.kernels.base import Request, WeightSpec
+    from quantport.kernels.verdict import Accepted
+    from quantport.plugins.registry import default_registry
 
-    scheme, (n, k) = host().schemes[case.scheme], case.shape
+    scheme, (n, k) = default_registry().schemes[case.scheme], case.shape
     spec = WeightSpec(scheme, n, k)
     big = case.shape in SHAPES  # torch's own operators are checked at small shapes, where they are quick
     kernels = [x for x in place.kernels if not (big and x.name.startswith("torch."))]
-    taken = [x for x in kernels if isinstance(x.verdict(Request(spec, "linear", place.device, case.dtype)), Accepted)]
+    taken = [
+        x
+        for x in kernels
+        if isinstance(x.verdict(Request(spec, "linear", place.device, case.dtype)), Accepted)
+    ]
     if not taken:
         return
     dense = weight(n, k, case.dtype, place.torch)
-    stored = numerics.quantize_weight(dense, scheme, fast=host().backends[place.device.kind].quantize_weight)
-    bias = None if big else torch.randn(n, device=place.torch).to(case.dtype)  # without: the launches that are timed later
+    stored = numerics.quantize_weight(
+        dense, scheme, fast=default_registry().backends[place.device.kind].quantize_weight
+    )
+    bias = (
+        None if big else torch.randn(n, device=place.torch).to(case.dtype)
+    )  # without: the launches that are timed later
     for m in case.rows:
         if place.over(2):
             yield {**row(case), "skipped": "out of time"}
@@ -79,13 +98,20 @@ def rows(place: Place, case: Case) -> Iterator[Row]:
         }
         for kernel in taken:
             told_case = f"{n}x{k}, M={m}, {str(case.dtype).removeprefix('torch.')}"
-            line: Row = {"kernel": kernel.name, "scheme": case.scheme, "case": told_case, "tolerance": kernel.tolerance}
+            line: Row = {
+                "kernel": kernel.name,
+                "scheme": case.scheme,
+                "case": told_case,
+                "tolerance": kernel.tolerance,
+            }
             try:
                 y = kernel.apply(x, kernel.pack(stored, spec), bias, spec).float()
                 want = expected[kernel.quantizes_activations]
                 line["error"] = ((y - want).abs().max() / want.abs().max()).item()
                 line["ok"] = y.shape == want.shape and line["error"] <= kernel.tolerance  # a NaN is not ok
-            except Exception as error:  # a kernel that fails is a row that says so, and the others are checked
+            except (
+                Exception
+            ) as error:  # a kernel that fails is a row that says so, and the others are checked
                 line |= {"ok": False, "failure": told(error)}
             yield line
 

@@ -11,7 +11,15 @@ from gpu_llama import TINY, Glue, Llama, Make, Sizes
 from gpu_place import Place, Timer, told
 from torch import nn
 
-SCHEMES = ("fp8_per_channel", "int8", "int4_weight_only", "fp8_weight_only", "int8_weight_only", "nf4", "mxfp4_weight_only")
+SCHEMES = (
+    "fp8_per_channel",
+    "int8",
+    "int4_weight_only",
+    "fp8_weight_only",
+    "int8_weight_only",
+    "nf4",
+    "mxfp4_weight_only",
+)
 
 
 def maker(place: Place, scheme: str | None, dtype: torch.dtype, used: list[str]) -> Make:
@@ -20,27 +28,34 @@ def maker(place: Place, scheme: str | None, dtype: torch.dtype, used: list[str])
 
         def dense(n: int, k: int) -> nn.Module:
             layer = nn.Linear(k, n, bias=False, device="meta", dtype=dtype)
-            layer.weight = nn.Parameter(torch.randn(n, k, device=place.torch, dtype=dtype) * 0.02, requires_grad=False)
+            layer.weight = nn.Parameter(
+                torch.randn(n, k, device=place.torch, dtype=dtype) * 0.02, requires_grad=False
+            )
             return layer
 
         return dense
 
     from quantport import numerics
-    from quantport.choice import choose
-    from quantport.host import host
-    from quantport.kernel import Request, WeightSpec
+    from quantport.kernels.base import Request, WeightSpec
     from quantport.modules import QuantLinear
+    from quantport.planning.select_kernel import select_kernel
+    from quantport.plugins.registry import default_registry
 
-    fast = host().backends[place.device.kind].quantize_weight
-    known = {kernel.name for kernel in host().kernels(place.device.kind)}
-    table = {kernel.name: kernel for kernel in place.kernels if kernel.name in known}  # compiled graphs find kernels by name
+    fast = default_registry().backends[place.device.kind].quantize_weight
+    known = {kernel.name for kernel in default_registry().kernels(place.device.kind)}
+    table = {
+        kernel.name: kernel for kernel in place.kernels if kernel.name in known
+    }  # compiled graphs find kernels by name
 
     def quantized(n: int, k: int) -> nn.Module:
-        spec = WeightSpec(host().schemes[scheme], n, k)
-        chosen = choose(Request(spec, "linear", place.device, dtype), list(table.values()))
+        spec = WeightSpec(default_registry().schemes[scheme], n, k)
+        chosen = select_kernel(Request(spec, "linear", place.device, dtype), list(table.values()))
         layer = QuantLinear(table[chosen.kernel], spec, dtype=dtype)
         layer.set_weight(
-            "", numerics.quantize_weight(torch.randn(n, k, device=place.torch, dtype=dtype) * 0.02, spec.scheme, fast=fast)
+            "",
+            numerics.quantize_weight(
+                torch.randn(n, k, device=place.torch, dtype=dtype) * 0.02, spec.scheme, fast=fast
+            ),
         )
         used.append(chosen.kernel)
         return layer

@@ -33,7 +33,9 @@ def evidence(data: Mapping[str, Any], results: str, shape: tuple[int, int] = SHA
     for row in rows:
         kernel, scheme = row["kernel"], row["scheme"]
         if row["kind"] == "ours" and (kernel, scheme) in right and row["m"] in base:
-            cell = kernels.setdefault(kernel, {}).setdefault(scheme, {"error": right[kernel, scheme], "speeds": {}})
+            cell = kernels.setdefault(kernel, {}).setdefault(
+                scheme, {"error": right[kernel, scheme], "speeds": {}}
+            )
             cell["speeds"][str(row["m"])] = round(base[row["m"]] / row["seconds"], 3)
     run = {key: data["run"][key] for key in KEYS}
     return {"results": results, "run": run, "shape": list(shape), "kernels": kernels}

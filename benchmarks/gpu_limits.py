@@ -31,7 +31,9 @@ def host(place: Place) -> float:
         raise LookupError("needs a GPU")
     source = torch.empty(1 << 30, dtype=torch.uint8).random_().pin_memory()
     target = torch.empty_like(source, device=place.torch)
-    return source.numel() / median(place, lambda _: target.copy_(source, non_blocking=True), graph=False, rounds=3)
+    return source.numel() / median(
+        place, lambda _: target.copy_(source, non_blocking=True), graph=False, rounds=3
+    )
 
 
 def operands(place: Place, dtype: torch.dtype) -> tuple[int, torch.Tensor, torch.Tensor]:
@@ -64,7 +66,13 @@ def int_mm(place: Place) -> float:
 def run(place: Place, found: dict[str, Any], keep: Keep) -> None:
     """Measures each; one that does not run here is left out, with the reason."""
     absent: dict[str, str] = {}
-    for name, measure in (("copy", copy), ("bf16", matmul), ("fp8", scaled_mm), ("int8", int_mm), ("host", host)):
+    for name, measure in (
+        ("copy", copy),
+        ("bf16", matmul),
+        ("fp8", scaled_mm),
+        ("int8", int_mm),
+        ("host", host),
+    ):
         try:
             keep({name: measure(place), "rows": []})
         except Exception as error:  # a limit that does not run here is a cell that says so

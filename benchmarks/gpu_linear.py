@@ -16,7 +16,11 @@ Layers = list[Callable[[torch.Tensor], Any]]
 Row = dict[str, Any]
 BASE = "BF16 F.linear"
 EACH = 6.0  # seconds that one shape needs at least
-NATIVE = ("mxfp8", "mxfp4", "nvfp4")  # measured only where a matrix unit multiplies them: weight-only they are in the list already
+NATIVE = (
+    "mxfp8",
+    "mxfp4",
+    "nvfp4",
+)  # measured only where a matrix unit multiplies them: weight-only they are in the list already
 SMALL = (32, 256)
 SMOKE = ("fp8_per_channel", "int4_weight_only")
 
@@ -37,7 +41,9 @@ class Bench:
         self.absent: dict[str, str] = {}
         self.dense = weight(n, k, self.dtype, place.torch)
 
-    def add(self, name: str, make: Callable[[], Callable[[torch.Tensor], Any]], size: int, **about: Any) -> None:
+    def add(
+        self, name: str, make: Callable[[], Callable[[torch.Tensor], Any]], size: int, **about: Any
+    ) -> None:
         """Makes and copies a layer; a layer that cannot be made here is absent, with the reason."""
         try:
             first = make()
@@ -59,7 +65,9 @@ class Bench:
 
     def base(self) -> None:
         """BF16 ``F.linear``."""
-        copies = iter([self.dense] + [self.dense.clone() for _ in range(self.place.copies(self.dense.nbytes) - 1)])
+        copies = iter(
+            [self.dense] + [self.dense.clone() for _ in range(self.place.copies(self.dense.nbytes) - 1)]
+        )
 
         def make() -> Callable[[torch.Tensor], Any]:
             held = next(copies)
@@ -70,23 +78,31 @@ class Bench:
     def scheme(self, name: str) -> None:
         """Every kernel of the room that takes the scheme, but for the exact emulation."""
         from quantport import numerics
-        from quantport.capability import Accepted, Status
-        from quantport.host import host
-        from quantport.kernel import Request, WeightSpec
+        from quantport.kernels.base import Request, WeightSpec
+        from quantport.kernels.verdict import Accepted, Status
+        from quantport.plugins.registry import default_registry
 
-        scheme = host().schemes[name]
+        scheme = default_registry().schemes[name]
         spec = WeightSpec(scheme, self.n, self.k)
         request = Request(spec, "linear", self.place.device, self.dtype)
-        if name in NATIVE and scheme.weight.unit not in self.place.device.arch.native and not self.place.smoke:
+        if (
+            name in NATIVE
+            and scheme.weight.unit not in self.place.device.arch.native
+            and not self.place.smoke
+        ):
             self.absent[name] = f"{self.place.device.arch.name} does not multiply {scheme.weight.unit}"
             return
         taken = [
-            (x, v) for x in self.place.kernels if isinstance(v := x.verdict(request), Accepted) and v.status is not Status.REFERENCE
+            (x, v)
+            for x in self.place.kernels
+            if isinstance(v := x.verdict(request), Accepted) and v.status is not Status.REFERENCE
         ]
         if not taken:
             self.absent[name] = "no kernel of the room takes it here"
             return
-        stored = numerics.quantize_weight(self.dense, scheme, fast=host().backends[self.place.device.kind].quantize_weight)
+        stored = numerics.quantize_weight(
+            self.dense, scheme, fast=default_registry().backends[self.place.device.kind].quantize_weight
+        )
         for kernel, verdict in taken:
             if kernel.name.startswith("torch.") and (self.n, self.k) not in (SHAPES[0], SMALL):
                 continue  # plain torch operators: what they cost is seen at one shape
@@ -96,9 +112,14 @@ class Bench:
                 return lambda x: kernel.apply(x, packed, None, spec)
 
             self.add(
-                f"{name}, {kernel.name}", make, scheme.bytes(self.n, self.k), scheme=name, kernel=kernel.name,
-                asked=verdict.precision == scheme.precision, unit=_unit(scheme, kernel),
-            )  # fmt: skip
+                f"{name}, {kernel.name}",
+                make,
+                scheme.bytes(self.n, self.k),
+                scheme=name,
+                kernel=kernel.name,
+                asked=verdict.precision == scheme.precision,
+                unit=_unit(scheme, kernel),
+            )
 
     def rows(self, m: int, found: dict[str, Any]) -> list[Row]:
         """Times at m rows."""
@@ -110,7 +131,9 @@ class Bench:
                 continue
             try:
                 prepared = layers[0].prepare(x)
-                calls[name] = lambda i, layers=layers, prepared=prepared: layers[i % len(layers)].run(prepared)  # type: ignore[misc,attr-defined]
+                calls[name] = lambda i, layers=layers, prepared=prepared: layers[i % len(layers)].run(
+                    prepared
+                )  # type: ignore[misc,attr-defined]
             except Exception as error:  # as below
                 self.absent[f"{name}, {self.n}x{self.k}, M={m}"] = told(error)
         failed: dict[str, str] = {}

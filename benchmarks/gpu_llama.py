@@ -87,13 +87,21 @@ class Layer(nn.Module):
         super().__init__()
         self.s = s
         self.qkv = make((s.heads + 2 * s.kv_heads) * s.head, s.hidden)
-        self.o, self.gate_up, self.down = make(s.hidden, s.hidden), make(2 * s.middle, s.hidden), make(s.hidden, s.middle)
+        self.o, self.gate_up, self.down = (
+            make(s.hidden, s.hidden),
+            make(2 * s.middle, s.hidden),
+            make(s.hidden, s.middle),
+        )
         self.norms = nn.ParameterList([torch.ones(s.hidden, device=device, dtype=dtype) for _ in range(2)])
         self.register_buffer(
-            "cache", torch.zeros(2, 1, s.kv_heads, s.context, s.head, device=device, dtype=dtype), persistent=False
+            "cache",
+            torch.zeros(2, 1, s.kv_heads, s.context, s.head, device=device, dtype=dtype),
+            persistent=False,
         )
 
-    def forward(self, x: Tensor, residual: Tensor, place: Tensor, turn: Tensor, glue: Glue) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, residual: Tensor, place: Tensor, turn: Tensor, glue: Glue
+    ) -> tuple[Tensor, Tensor]:
         """One token: ``x`` and ``residual`` are ``[1, hidden]``, ``place`` its position ``[1]``."""
         s = self.s
         residual, x = glue.add_norm(x, residual, self.norms[0])
@@ -101,7 +109,9 @@ class Layer(nn.Module):
         k, v = kv.chunk(2, 1)
         self.cache[0].index_copy_(2, place, glue.rotate(k, turn))
         self.cache[1].index_copy_(2, place, v)
-        y = F.scaled_dot_product_attention(glue.rotate(q, turn), self.cache[0], self.cache[1], enable_gqa=True)
+        y = F.scaled_dot_product_attention(
+            glue.rotate(q, turn), self.cache[0], self.cache[1], enable_gqa=True
+        )
         residual, x = glue.add_norm(self.o(y.reshape(1, -1)), residual, self.norms[1])
         return self.down(glue.gated(self.gate_up(x))), residual
 

@@ -18,13 +18,19 @@ from gpu_place import Place, told
 from gpu_targets import LOADED
 
 ROUNDS = 3
-PREFIX = "quantport-bench-"  # then the process that started the stage, which clears up after one that it ended
+PREFIX = (
+    "quantport-bench-"  # then the process that started the stage, which clears up after one that it ended
+)
 
 
 def home(size: int) -> Path:
     """A folder that the checkpoint fits in: in memory where half of it is free, else on the disk."""
     for place in (Path("/dev/shm"), Path(tempfile.gettempdir())):
-        if place.is_dir() and shutil.disk_usage(place).free > 1.5 * size and (place.name != "shm" or _free() > 2.5 * size):
+        if (
+            place.is_dir()
+            and shutil.disk_usage(place).free > 1.5 * size
+            and (place.name != "shm" or _free() > 2.5 * size)
+        ):
             return place
     raise OSError(f"no folder has {1.5 * size / 1e9:.0f} GB free")
 
@@ -58,7 +64,7 @@ def make(directory: Path, sizes: Sizes) -> None:
 def copying(place: Place, directory: Path) -> dict[str, float]:
     """The limit: every tensor read and copied to the device, as many at a time as loading does."""
     from quantport.checkpoint import Checkpoint
-    from quantport.loading.stream import Task, run_tasks
+    from quantport.loading.executor import Task, run_tasks
 
     kept = []
     with Checkpoint.open(directory) as checkpoint:
@@ -106,8 +112,17 @@ def run(place: Place, found: dict[str, Any], keep: Callable[[dict[str, Any]], No
     try:
         start = time.perf_counter()
         make(directory / "model", sizes)
-        keep({"rows": [], "written_in": time.perf_counter() - start, "where": str(directory.parent), "bytes": size})
-        cases: dict[str, Callable[[], dict[str, float]]] = {"copying BF16": lambda: copying(place, directory / "model")}
+        keep(
+            {
+                "rows": [],
+                "written_in": time.perf_counter() - start,
+                "where": str(directory.parent),
+                "bytes": size,
+            }
+        )
+        cases: dict[str, Callable[[], dict[str, float]]] = {
+            "copying BF16": lambda: copying(place, directory / "model")
+        }
         cases |= {s: (lambda s=s: loading(place, directory / "model", sizes, s)) for s in LOADED}  # type: ignore[misc]  # a default
         _rounds(place, cases, size, keep)
     finally:
@@ -115,7 +130,10 @@ def run(place: Place, found: dict[str, Any], keep: Callable[[dict[str, Any]], No
 
 
 def _rounds(
-    place: Place, cases: dict[str, Callable[[], dict[str, float]]], size: int, keep: Callable[[dict[str, Any]], None]
+    place: Place,
+    cases: dict[str, Callable[[], dict[str, float]]],
+    size: int,
+    keep: Callable[[dict[str, Any]], None],
 ) -> None:
     times: dict[str, list[dict[str, float]]] = {name: [] for name in cases}
     failed: dict[str, str] = {}
@@ -132,7 +150,9 @@ def _rounds(
             keep({"rows": table(times, failed, size)})
 
 
-def table(times: dict[str, list[dict[str, float]]], failed: dict[str, str], size: int) -> list[dict[str, Any]]:
+def table(
+    times: dict[str, list[dict[str, float]]], failed: dict[str, str], size: int
+) -> list[dict[str, Any]]:
     """A row for each case; the first of several rounds is left out."""
 
     def seconds(name: str) -> float | None:

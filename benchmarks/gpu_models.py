@@ -17,7 +17,15 @@ from gpu_place import ROOT, Place, capture, told
 from torch import nn
 
 MODELS = ("tiny-llama", "tiny-qwen3-moe")
-SCHEMES = ("fp8_per_channel", "int8", "int4_weight_only", "fp8_per_block", "nf4", "mxfp4_weight_only", "nvfp4")
+SCHEMES = (
+    "fp8_per_channel",
+    "int8",
+    "int4_weight_only",
+    "fp8_per_block",
+    "nf4",
+    "mxfp4_weight_only",
+    "nvfp4",
+)
 PROMPT = "The following exceptions are"
 TOKENS = 24
 KL = 2e-2  # nats: BF16 arithmetic alone differs by about a thousandth between devices
@@ -33,7 +41,7 @@ def reference(model: nn.Module, like: nn.Module) -> nn.Module:
     for name, module in model.named_modules():
         if not isinstance(module, QuantModule) or module.scheme == "bf16":
             continue
-        stored = {weight: module.canonical(weight) for weight in module.specs}
+        stored = {weight: module.stored_weight(weight) for weight in module.specs}
         kernel = aten.Reference() if there[name].kernel.quantizes_activations else aten.Dequantize()
         module.kernel, module.others = kernel, {}
         for weight, tensors in stored.items():
@@ -54,7 +62,9 @@ def example(place: Place, name: str, scheme: str) -> dict[str, Any]:
     device = next(model.parameters()).device
     text = (path.parent / "eval.txt").read_text(encoding="utf-8")
     window = torch.tensor([tokenizer(text, verbose=False).input_ids[: 64 if place.smoke else 256]])
-    got, want = (m(window.to(d)).logits[0].float().cpu().log_softmax(-1) for m, d in ((model, device), (base, "cpu")))
+    got, want = (
+        m(window.to(d)).logits[0].float().cpu().log_softmax(-1) for m, d in ((model, device), (base, "cpu"))
+    )
     kl = torch.nn.functional.kl_div(got, want, log_target=True, reduction="none").sum(-1).mean().item()
     settings = {"max_new_tokens": 4 if place.smoke else TOKENS, "do_sample": False, "num_beams": 1}
     ids = torch.tensor([tokenizer(PROMPT).input_ids])
@@ -65,8 +75,16 @@ def example(place: Place, name: str, scheme: str) -> dict[str, Any]:
     length = min(len(told_), len(expected))
     same = int((told_[:length] != expected[:length]).int().cumsum(0).eq(0).sum()) - ids.shape[1]
     kernels = sorted({m.kernel.name for m in model.modules() if hasattr(m, "kernel")})
-    found = f"KL {kl:.1e}; first {same} of {length - ids.shape[1]} greedy tokens equal; by {', '.join(kernels)}"
-    return {"found": found, "kl": kl, "same": same, "text": tokenizer.decode(told_), "state": "ok" if kl <= KL else "too far"}
+    found = (
+        f"KL {kl:.1e}; first {same} of {length - ids.shape[1]} greedy tokens equal; by {', '.join(kernels)}"
+    )
+    return {
+        "found": found,
+        "kl": kl,
+        "same": same,
+        "text": tokenizer.decode(told_),
+        "state": "ok" if kl <= KL else "too far",
+    }
 
 
 def block(place: Place, scheme: str) -> nn.Module:
@@ -81,7 +99,9 @@ def compiled(place: Place, scheme: str) -> dict[str, Any]:
     Inductor for one scheme, since it takes seconds: whether there is one graph depends on what comes before it.
     """
     plain = block(place, scheme)
-    run = torch.compile(plain, fullgraph=True, dynamic=True, backend="inductor" if scheme == SCHEMES[0] else "aot_eager")
+    run = torch.compile(
+        plain, fullgraph=True, dynamic=True, backend="inductor" if scheme == SCHEMES[0] else "aot_eager"
+    )
     torch._dynamo.config.error_on_recompile = True
     try:
         worst = 0.0
@@ -92,7 +112,10 @@ def compiled(place: Place, scheme: str) -> dict[str, Any]:
     finally:
         torch._dynamo.config.error_on_recompile = False
         torch._dynamo.reset()
-    return {"found": f"one graph for batches {BATCHES}; {worst:.1e} off eager", "state": "ok" if worst <= 2**-6 else "too far"}
+    return {
+        "found": f"one graph for batches {BATCHES}; {worst:.1e} off eager",
+        "state": "ok" if worst <= 2**-6 else "too far",
+    }
 
 
 def replayed(place: Place, scheme: str) -> dict[str, Any]:
@@ -149,7 +172,9 @@ def run(place: Place, found: dict[str, Any], keep: Callable[[dict[str, Any]], No
     checks = (("compile", compiled), ("CUDA graph", replayed), ("no waiting", asynchronous))
     todo: list[tuple[str, Callable[[], dict[str, Any]]]] = []
     for scheme in schemes:
-        todo += [(f"{m}, {scheme}", partial(example, place, m, scheme)) for m in MODELS[: 1 if place.smoke else 2]]
+        todo += [
+            (f"{m}, {scheme}", partial(example, place, m, scheme)) for m in MODELS[: 1 if place.smoke else 2]
+        ]
     for scheme in schemes:
         todo += [(f"{what}, {scheme}", partial(f, place, scheme)) for what, f in checks]
     rows: list[dict[str, Any]] = []

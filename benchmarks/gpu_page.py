@@ -23,7 +23,9 @@ def grid(columns: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
     """A table in Markdown."""
     columns = list(columns)
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    return "\n".join([*lines, *("| " + " | ".join(str(c).replace("|", "/") for c in row) + " |" for row in rows)])
+    return "\n".join(
+        [*lines, *("| " + " | ".join(str(c).replace("|", "/") for c in row) + " |" for row in rows)]
+    )
 
 
 def reason(data: Data, stage: str) -> str:
@@ -42,8 +44,17 @@ def target_row(target: Target) -> list[str]:
     """One line of the table of targets."""
     number = MISSING if target.found is None else f"{target.found:.2f}{target.unit}"
     bound = f"{'<=' if target.at_most else '>='} {target.need:g}{target.unit}"
-    cells = [f"{target.beside[p]:.2f}x" if p in target.beside else MISSING for p in ("torchao", "gemlite", "limit")]
-    return [target.what, number, bound, target.state, target.where, *(cells if target.compared else ["", "", ""])]
+    cells = [
+        f"{target.beside[p]:.2f}x" if p in target.beside else MISSING for p in ("torchao", "gemlite", "limit")
+    ]
+    return [
+        target.what,
+        number,
+        bound,
+        target.state,
+        target.where,
+        *(cells if target.compared else ["", "", ""]),
+    ]
 
 
 def linear(data: Data) -> list[str]:
@@ -63,7 +74,8 @@ def linear(data: Data) -> list[str]:
                 cells.append(f"{base[m] / row['seconds']:.2f}x{share}" if row and m in base else MISSING)
             lines.append([name, *cells])
         out.append(
-            f"### {shape[0]} x {shape[1]}\n\n" + (grid(["", *(f"M={m}" for m in ROWS)], lines) if lines else reason(data, "linear"))
+            f"### {shape[0]} x {shape[1]}\n\n"
+            + (grid(["", *(f"M={m}" for m in ROWS)], lines) if lines else reason(data, "linear"))
         )
     absent = data.get("linear", {}).get("absent", {})
     return [*out, *(f"- {name}: {MISSING}: {why}" for name, why in absent.items())]
@@ -78,7 +90,11 @@ def checks(data: Data) -> str:
         state = "; ".join(row["failures"])[:300] or ("ok" if row["cases"] else MISSING)
         skipped = f"; {row['skipped']} cases {MISSING}: no time or no memory" if row["skipped"] else ""
         lines.append([row["kernel"], row["scheme"], row["cases"], error, bound, state + skipped])
-    return grid(("kernel", "scheme", "cases", "error", "tolerance", ""), lines) if lines else reason(data, "checks")
+    return (
+        grid(("kernel", "scheme", "cases", "error", "tolerance", ""), lines)
+        if lines
+        else reason(data, "checks")
+    )
 
 
 def plain(data: Data, stage: str, columns: Mapping[str, str]) -> str:
@@ -91,7 +107,13 @@ def plain(data: Data, stage: str, columns: Mapping[str, str]) -> str:
         value = row.get(key)
         return MISSING if value is None else format(value, form) if form else str(value)
 
-    lines = [[*(cell(r, k, f) for k, f in columns.items()), f"{MISSING}: {r['missing']}" if r.get("missing") else ""] for r in rows]
+    lines = [
+        [
+            *(cell(r, k, f) for k, f in columns.items()),
+            f"{MISSING}: {r['missing']}" if r.get("missing") else "",
+        ]
+        for r in rows
+    ]
     return grid([*columns, ""], lines)
 
 
@@ -111,9 +133,13 @@ def quantize(data: Data) -> str:
 
 def limits(data: Data) -> str:
     """What the device reaches without us."""
-    names = {"copy": ("copy on the device, read and written", 1e-9, "GB/s"), "host": ("pinned host memory to the device", 1e-9, "GB/s"),
-             "bf16": ("16-bit matmul", 1e-12, "TFLOP/s"), "fp8": ("bare _scaled_mm, e4m3fn", 1e-12, "TFLOP/s"),
-             "int8": ("bare _int_mm", 1e-12, "TOP/s")}  # fmt: skip
+    names = {
+        "copy": ("copy on the device, read and written", 1e-9, "GB/s"),
+        "host": ("pinned host memory to the device", 1e-9, "GB/s"),
+        "bf16": ("16-bit matmul", 1e-12, "TFLOP/s"),
+        "fp8": ("bare _scaled_mm, e4m3fn", 1e-12, "TFLOP/s"),
+        "int8": ("bare _int_mm", 1e-12, "TOP/s"),
+    }
     found = data.get("limits", {})
     absent = {key: f"{MISSING}: {why}" for key, why in found.get("absent", {}).items()}
     lines = [
@@ -130,7 +156,11 @@ def bar(y: int, label: str, value: float | None, limit: float | None = None) -> 
         return f'{text}<text x="{LEFT + 4}" y="{y + 12}" fill="#777">{MISSING}</text>'
     shape = f'<rect x="{LEFT}" y="{y + 2}" width="{value * SCALE:.1f}" height="{LINE - 5}" fill="#4c78a8"/>'
     number = f'<text x="{LEFT + value * SCALE + 4:.1f}" y="{y + 12}">{value:.2f}x</text>'
-    mark = f'<rect x="{LEFT + limit * SCALE:.1f}" y="{y}" width="2" height="{LINE - 1}" fill="#e45756"/>' if limit else ""
+    mark = (
+        f'<rect x="{LEFT + limit * SCALE:.1f}" y="{y}" width="2" height="{LINE - 1}" fill="#e45756"/>'
+        if limit
+        else ""
+    )
     return text + shape + number + mark
 
 
@@ -140,7 +170,9 @@ def plot(data: Data) -> str:
     for m in ROWS:
         parts.append(f'<text x="10" y="{y + 12}" font-weight="bold">M = {m}</text>')
         y += LINE
-        for scheme in dict.fromkeys(r["scheme"] for r in data.get("linear", {}).get("rows", []) if r.get("kind") == "ours"):
+        for scheme in dict.fromkeys(
+            r["scheme"] for r in data.get("linear", {}).get("rows", []) if r.get("kind") == "ours"
+        ):
             case = best(data, SHAPES[0], m, scheme)
             parts.append(bar(y, scheme, case.speed if case else None, case.limit if case else None))
             y += LINE
@@ -154,22 +186,48 @@ def plot(data: Data) -> str:
         y += LINE
     title = f"Speed over BF16, {SHAPES[0][0]} x {SHAPES[0][1]}, {data.get('run', {}).get('device', MISSING)}"
     head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{y + 10}" font-family="sans-serif" font-size="12">'
-    one = f'<line x1="{LEFT + SCALE}" x2="{LEFT + SCALE}" y1="24" y2="{y}" stroke="#999" stroke-dasharray="3"/>'
-    return "\n".join([head, f'<text x="10" y="18" font-size="14">{escape(title)}</text>', one, *parts, "</svg>\n"])
+    one = (
+        f'<line x1="{LEFT + SCALE}" x2="{LEFT + SCALE}" y1="24" y2="{y}" stroke="#999" stroke-dasharray="3"/>'
+    )
+    return "\n".join(
+        [head, f'<text x="10" y="18" font-size="14">{escape(title)}</text>', one, *parts, "</svg>\n"]
+    )
 
 
 def render(data: Data) -> tuple[str, str]:
     """The page in Markdown and the plot as SVG, from the JSON of a run; of nothing, everything is ``not measured``."""
-    run = ", ".join(f"{k} {v}" for k, v in data.get("run", {}).items()) or f"{MISSING}: no run on a GPU is committed"
-    parts = ["# GPU kernels", run, " ".join(ABOUT), grid(TARGETS, map(target_row, targets(data))), "## Limits", limits(data)]
+    run = (
+        ", ".join(f"{k} {v}" for k, v in data.get("run", {}).items())
+        or f"{MISSING}: no run on a GPU is committed"
+    )
+    parts = [
+        "# GPU kernels",
+        run,
+        " ".join(ABOUT),
+        grid(TARGETS, map(target_row, targets(data))),
+        "## Limits",
+        limits(data),
+    ]
     parts += ["## Linear layers", "Speed over BF16 `F.linear`, and the share of the limit.", *linear(data)]
     for title, stage, table in (
         ("Quantizing a weight at load", "quantize", quantize(data)),
         ("Loading a checkpoint", "load", plain(data, "load", LOAD)),
-        ("Decoding", "decode", plain(data, "decode", {"name": "", "kernel": "", "ms": ".3f", "speed": ".2f"})),
+        (
+            "Decoding",
+            "decode",
+            plain(data, "decode", {"name": "", "kernel": "", "ms": ".3f", "speed": ".2f"}),
+        ),
         ("Kernels against the reference, on the device", "checks", checks(data)),
-        ("Bits of quantization on the device against the CPU", "bits", plain(data, "bits", {"name": "", "by": "", "state": ""})),
-        ("Models, compiled graphs, CUDA graphs", "models", plain(data, "models", {"name": "", "found": "", "state": ""})),
+        (
+            "Bits of quantization on the device against the CPU",
+            "bits",
+            plain(data, "bits", {"name": "", "by": "", "state": ""}),
+        ),
+        (
+            "Models, compiled graphs, CUDA graphs",
+            "models",
+            plain(data, "models", {"name": "", "found": "", "state": ""}),
+        ),
     ):
         parts += [f"## {title}", noted(data, stage, table)]
     return "\n\n".join(parts) + "\n", plot(data)
@@ -177,7 +235,9 @@ def render(data: Data) -> tuple[str, str]:
 
 def runs(folder: Path) -> dict[str, Data]:
     """The runs on GPUs whose JSON is in a folder: file name without its ending -> data."""
-    found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+    found = {
+        path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))
+    }
     return {name: data for name, data in found.items() if data.get("kind") == "gpu"}
 
 

@@ -37,13 +37,19 @@ class Bare:
 
     def __init__(self, weight: torch.Tensor, kind: str) -> None:
         from quantport import numerics
-        from quantport.host import host
+        from quantport.plugins.registry import default_registry
 
         names = {"tensor": "fp8_per_tensor", "row": "fp8_per_channel", "block": "fp8_per_block"}
-        self.kind, self.scheme = kind, host().schemes[names[kind]]
+        self.kind, self.scheme = kind, default_registry().schemes[names[kind]]
         stored = numerics.quantize_weight(weight, self.scheme)
         self.weight, scale = stored["weight"].t(), stored["weight_scale"]
-        self.scale = scale.view(()) if kind == "tensor" else scale.t() if kind == "block" else scale.view(1, -1).contiguous()
+        self.scale = (
+            scale.view(())
+            if kind == "tensor"
+            else scale.t()
+            if kind == "block"
+            else scale.view(1, -1).contiguous()
+        )
 
     def prepare(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes and scales of activations: per token, per 1x128 block (scales column by column), or one for all."""
@@ -59,7 +65,9 @@ class Bare:
     def run(self, prepared: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """The product, in BF16."""
         codes, scale = prepared
-        y: torch.Tensor = torch._scaled_mm(codes, self.weight, scale_a=scale, scale_b=self.scale, out_dtype=torch.bfloat16)
+        y: torch.Tensor = torch._scaled_mm(
+            codes, self.weight, scale_a=scale, scale_b=self.scale, out_dtype=torch.bfloat16
+        )
         return y
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -100,7 +108,9 @@ def gemlite(bench: Any, scheme: str) -> Callable[[torch.Tensor], Any]:
         scale = wide.abs().amax(2, keepdim=True) / 7
         codes = (wide / scale).round().clamp(-8, 7).add(8).to(torch.uint8).view(bench.n, bench.k)
         scale = scale.view(bench.n, -1).to(bench.dtype)
-        made = helper.A16Wn(device=str(bench.place.torch)).from_weights(codes, scale, torch.full_like(scale, 8), 4, 128)
+        made = helper.A16Wn(device=str(bench.place.torch)).from_weights(
+            codes, scale, torch.full_like(scale, 8), 4, 128
+        )
     else:
         name = next(n for n in GEMLITE[scheme] if hasattr(helper, n))
         try:
@@ -114,7 +124,7 @@ def gemlite(bench: Any, scheme: str) -> Callable[[torch.Tensor], Any]:
 
 def add(bench: Any) -> None:
     """Adds the peers to a bench; one that does not run here is absent, with the reason."""
-    from quantport.host import host
+    from quantport.plugins.registry import default_registry
 
     if hasattr(torch, "_scaled_mm"):
         for kind, label in (
@@ -123,18 +133,28 @@ def add(bench: Any) -> None:
             ("block", "bare blockwise _scaled_mm"),
         ):
             bench.add(
-                label, lambda kind=kind: Bare(bench.dense, kind), bench.n * bench.k, kind="bare", scheme=f"fp8_{kind}", unit="fp8"
+                label,
+                lambda kind=kind: Bare(bench.dense, kind),
+                bench.n * bench.k,
+                kind="bare",
+                scheme=f"fp8_{kind}",
+                unit="fp8",
             )
     logging.getLogger("torchao").setLevel(logging.ERROR)
-    for peer, make, schemes in (("torchao", torchao, TORCHAO), ("gemlite", gemlite, [*GEMLITE, "int4_weight_only"])):
+    for peer, make, schemes in (
+        ("torchao", torchao, TORCHAO),
+        ("gemlite", gemlite, [*GEMLITE, "int4_weight_only"]),
+    ):
         try:
             importlib.import_module(peer)
         except Exception as error:  # whatever a peer raises, it is not measured, and the page says why
             bench.absent[peer] = told(error)
             continue
         for scheme in list(schemes)[: 1 if bench.place.smoke else None]:
-            name, size = f"{peer} {scheme}", host().schemes[scheme].bytes(bench.n, bench.k)
-            bench.add(name, lambda make=make, scheme=scheme: make(bench, scheme), size, kind="peer", scheme=scheme)
+            name, size = f"{peer} {scheme}", default_registry().schemes[scheme].bytes(bench.n, bench.k)
+            bench.add(
+                name, lambda make=make, scheme=scheme: make(bench, scheme), size, kind="peer", scheme=scheme
+            )
 
 
 def versions() -> dict[str, str]:

@@ -23,7 +23,7 @@ import torch
 
 if TYPE_CHECKING:
     from quantport.device import Device
-    from quantport.kernel import Kernel
+    from quantport.kernels.base import Kernel
 
 ROOT = Path(__file__).resolve().parent.parent
 GROUP = "quantport.backends"
@@ -32,7 +32,10 @@ Call = Callable[[int], object]
 
 def find_quantport() -> None:
     """Makes the source tree importable, and its rooms findable, where the package is not installed."""
-    folders = [str(ROOT / "core"), *(str(room) for room in sorted((ROOT / "backends").iterdir()) if any(room.glob("quantport_*")))]
+    folders = [
+        str(ROOT / "core"),
+        *(str(room) for room in sorted((ROOT / "backends").iterdir()) if any(room.glob("quantport_*"))),
+    ]
     if find_spec("quantport") is None:
         sys.path[:0] = folders
     if not entry_points(group=GROUP):
@@ -41,7 +44,9 @@ def find_quantport() -> None:
         found = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
         info = Path(tempfile.mkdtemp(prefix="quantport-")) / f"quantport-{found['version']}.dist-info"
         info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: quantport\nVersion: {found['version']}\n", encoding="utf-8")
+        (info / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: quantport\nVersion: {found['version']}\n", encoding="utf-8"
+        )
         lines = [f"{name} = {value}" for name, value in found["entry-points"][GROUP].items()]
         (info / "entry_points.txt").write_text("\n".join([f"[{GROUP}]", *lines, ""]), encoding="utf-8")
         sys.path.append(str(info.parent))
@@ -72,13 +77,15 @@ class Place:
     @cached_property
     def device(self) -> Device:
         """The GPU found; in smoke mode a Hopper that is not here, for the verdicts of its kernels."""
-        from quantport.host import host
+        from quantport.plugins.registry import default_registry
 
         if self.smoke:
-            return host().device("cuda:sm_90")
-        found = [d for d in host().devices if d.torch_type == "cuda"]
+            return default_registry().device("cuda:sm_90")
+        found = [d for d in default_registry().devices if d.torch_type == "cuda"]
         if not found:
-            raise LookupError(f"no GPU found ({'; '.join(p.error for p in host().problems) or 'torch sees none'})")
+            raise LookupError(
+                f"no GPU found ({'; '.join(p.error for p in default_registry().problems) or 'torch sees none'})"
+            )
         return found[0]
 
     @property
@@ -98,9 +105,9 @@ class Place:
     def kernels(self) -> tuple[Kernel, ...]:
         """The kernels of the device's room; in smoke mode those that the interpreter or plain torch runs."""
         from quantport.backend import aten
-        from quantport.host import host
+        from quantport.plugins.registry import default_registry
 
-        found = host().kernels(self.device.kind)
+        found = default_registry().kernels(self.device.kind)
         if not self.smoke:
             return found
         from quantport_triton.kernels.base import TritonKernel
@@ -140,17 +147,23 @@ class Place:
         """Device, date, commit and versions of this run."""
         triton: Any = __import__("triton") if find_spec("triton") else None
         return {
-            "device": "Triton's interpreter, smoke mode" if self.smoke else self.device.name, "arch": self.device.arch.name,
-            "date": date.today().isoformat(), "commit": os.environ.get("QUANTPORT_COMMIT") or commit(),
-            "torch": torch.__version__, "triton": getattr(triton, "__version__", "none"), "cuda": str(torch.version.cuda),
+            "device": "Triton's interpreter, smoke mode" if self.smoke else self.device.name,
+            "arch": self.device.arch.name,
+            "date": date.today().isoformat(),
+            "commit": os.environ.get("QUANTPORT_COMMIT") or commit(),
+            "torch": torch.__version__,
+            "triton": getattr(triton, "__version__", "none"),
+            "cuda": str(torch.version.cuda),
             "python": platform.python_version(),
-        }  # fmt: skip
+        }
 
 
 def commit() -> str:
     """The commit of the source tree; a copy without its history has ``QUANTPORT_COMMIT`` in the environment."""
     try:
-        asked = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
+        asked = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+        )
         return asked.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
@@ -220,7 +233,9 @@ def capture(run: Callable[[], object], pool: Any = None) -> Any:
     return graph
 
 
-def interleaved(place: Place, calls: Mapping[str, Call], rounds: int = 7, failed: dict[str, str] | None = None) -> dict[str, float]:
+def interleaved(
+    place: Place, calls: Mapping[str, Call], rounds: int = 7, failed: dict[str, str] | None = None
+) -> dict[str, float]:
     """Median seconds of one call of each, all in turn in every round; what raises is in ``failed``, and the others go on."""
     timers: dict[str, Timer] = {}
     pool = None if place.smoke else torch.cuda.graph_pool_handle()

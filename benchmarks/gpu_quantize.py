@@ -14,19 +14,21 @@ SMOKE = (32, 256)
 
 def run(place: Place, found: dict[str, Any], keep: Callable[[dict[str, Any]], None]) -> None:
     """Every scheme; the limit moves the weight in and the stored tensors out, once each, at the measured copy bandwidth."""
-    from quantport.host import host
+    from quantport.plugins.registry import default_registry
 
     n, k = SMOKE if place.smoke else SHAPE
     weights = [torch.randn(n, k, device=place.torch).mul_(0.02).to(place.dtypes[0]) for _ in range(2)]
     bandwidth = found.get("limits", {}).get("copy")
-    names = [name for name in host().schemes if name != "bf16"][: 3 if place.smoke else None]
+    names = [name for name in default_registry().schemes if name != "bf16"][: 3 if place.smoke else None]
     rows = {name: {"scheme": name, "missing": "out of time"} for name in names}
     for own in (True, False):  # those of the room first: the reference takes long
         for name in names:
-            if place.over(0 if place.smoke else 1) or rows[name].get("missing") != "out of time":  # measured, or failed
+            if (
+                place.over(0 if place.smoke else 1) or rows[name].get("missing") != "out of time"
+            ):  # measured, or failed
                 continue
             try:
-                if row := one(place, host().schemes[name], weights, own):
+                if row := one(place, default_registry().schemes[name], weights, own):
                     row["share"] = row["bytes"] / bandwidth / row["seconds"] if bandwidth else None
                     rows[name] = {"scheme": name, **row}
             except Exception as error:  # the others go on
@@ -37,15 +39,22 @@ def run(place: Place, found: dict[str, Any], keep: Callable[[dict[str, Any]], No
 def one(place: Place, scheme: Any, weights: list[torch.Tensor], own: bool) -> dict[str, Any] | None:
     """One scheme, by the room's quantizer (``own``; None where it declines), or by the reference on the device."""
     from quantport import numerics
-    from quantport.host import host
+    from quantport.plugins.registry import default_registry
 
-    fast = host().backends[place.device.kind].quantize_weight
+    fast = default_registry().backends[place.device.kind].quantize_weight
     if own and fast(weights[0], scheme) is None:
         return None
     call: Callable[[int], Any] = (
-        (lambda i: fast(weights[i % 2], scheme)) if own else (lambda i: numerics.quantize_weight(weights[i % 2], scheme))
+        (lambda i: fast(weights[i % 2], scheme))
+        if own
+        else (lambda i: numerics.quantize_weight(weights[i % 2], scheme))
     )
     seconds = interleaved(place, {"": call}, 7 if own else 1)[""]
     n, k = weights[0].shape
     moved = 2 * n * k + scheme.bytes(n, k)
-    return {"by": "room" if own else "reference", "seconds": seconds, "bytes": moved, "read_GBps": 2e-9 * n * k / seconds}
+    return {
+        "by": "room" if own else "reference",
+        "seconds": seconds,
+        "bytes": moved,
+        "read_GBps": 2e-9 * n * k / seconds,
+    }

@@ -44,7 +44,12 @@ class Target:
 
 
 def judge(
-    what: str, need: float, cases: Iterable[Case | None], unit: str = "x", at_most: bool = False, compared: bool = False
+    what: str,
+    need: float,
+    cases: Iterable[Case | None],
+    unit: str = "x",
+    at_most: bool = False,
+    compared: bool = False,
 ) -> Target:
     """The worst case decides. ``met`` only when every case was measured; one that misses is enough for ``missed``."""
     cases = list(cases)
@@ -54,7 +59,11 @@ def judge(
     worst = (max if at_most else min)(found, key=lambda c: c.speed)
     holds = worst.speed <= need if at_most else worst.speed >= need
     state = "missed" if not holds else "met" if len(found) == len(cases) else MISSING
-    where = worst.where if len(found) == len(cases) else f"{worst.where} ({len(found)} of {len(cases)} cases measured)"
+    where = (
+        worst.where
+        if len(found) == len(cases)
+        else f"{worst.where} ({len(found)} of {len(cases)} cases measured)"
+    )
     beside = {**worst.peers, **({"limit": worst.limit} if worst.limit else {})}
     return Target(what, need, worst.speed, where, state, unit, at_most, compared, beside)
 
@@ -65,7 +74,9 @@ def at(data: Data, shape: tuple[int, int], m: int) -> list[Row]:
     return [r for r in rows if tuple(r["shape"]) == shape and r["m"] == m and r.get("seconds")]
 
 
-def best(data: Data, shape: tuple[int, int], m: int, scheme: str, against: str = "BF16 F.linear") -> Case | None:
+def best(
+    data: Data, shape: tuple[int, int], m: int, scheme: str, against: str = "BF16 F.linear"
+) -> Case | None:
     """The fastest kernel of a scheme in the precision that the scheme asks for, relative to BF16 or to ``against``."""
     here = at(data, shape, m)
     ours = [r for r in here if r.get("kind") == "ours" and r["scheme"] == scheme and r.get("asked", True)]
@@ -86,7 +97,11 @@ def best(data: Data, shape: tuple[int, int], m: int, scheme: str, against: str =
 def share(data: Data, shape: tuple[int, int], scheme: str) -> Case | None:
     """The share of the bandwidth bound at one row."""
     found = best(data, shape, 1, scheme)
-    return Case(found.where, 100 * found.speed / found.limit, found.limit, found.peers) if found and found.limit else None
+    return (
+        Case(found.where, 100 * found.speed / found.limit, found.limit, found.peers)
+        if found and found.limit
+        else None
+    )
 
 
 def column(data: Data, stage: str, key: str, names: Iterable[str], by: float = 1.0) -> list[Case | None]:
@@ -101,7 +116,9 @@ def targets(data: Data) -> list[Target]:
     def over(scheme: str, rows: Iterable[int], against: str = "BF16 F.linear") -> list[Case | None]:
         return [best(data, shape, m, scheme, against) for shape in SHAPES for m in rows]
 
-    def linear(what: str, scheme: str, need: float, rows: tuple[int, ...], against: str = "BF16 F.linear") -> Target:
+    def linear(
+        what: str, scheme: str, need: float, rows: tuple[int, ...], against: str = "BF16 F.linear"
+    ) -> Target:
         return judge(f"{scheme}, {what}", need, over(scheme, rows, against), compared=True)
 
     many, tell = (512, 4096), "over BF16 at M >= 512"
@@ -123,9 +140,29 @@ def targets(data: Data) -> list[Target]:
         linear("over BF16 at M = 64", "int4_weight_only", 1.0, (64,)),
         linear("over BF16 at M = 1", "fp8_weight_only", 1.7, (1,)),
         linear("over BF16 at M = 1", "int8_weight_only", 1.7, (1,)),
-        judge("quantizing a weight, of the copy bandwidth", BANDWIDTH, column(data, "quantize", "share", quantized, 100), "%"),
-        judge("loading a checkpoint, over copying its BF16 tensors", 0.85, column(data, "load", "speed", LOADED)),
-        judge("peak device memory over quantized bytes + budget", 1.0, column(data, "load", "peak_ratio", LOADED), at_most=True),
-        judge("decode of the 8B shape in fp8, over BF16", 1.5, column(data, "decode", "speed", ["fp8_per_channel"])),
-        judge("decode of the 8B shape in int4, over BF16", 2.2, column(data, "decode", "speed", ["int4_weight_only"])),
+        judge(
+            "quantizing a weight, of the copy bandwidth",
+            BANDWIDTH,
+            column(data, "quantize", "share", quantized, 100),
+            "%",
+        ),
+        judge(
+            "loading a checkpoint, over copying its BF16 tensors", 0.85, column(data, "load", "speed", LOADED)
+        ),
+        judge(
+            "peak device memory over quantized bytes + budget",
+            1.0,
+            column(data, "load", "peak_ratio", LOADED),
+            at_most=True,
+        ),
+        judge(
+            "decode of the 8B shape in fp8, over BF16",
+            1.5,
+            column(data, "decode", "speed", ["fp8_per_channel"]),
+        ),
+        judge(
+            "decode of the 8B shape in int4, over BF16",
+            2.2,
+            column(data, "decode", "speed", ["int4_weight_only"]),
+        ),
     ]

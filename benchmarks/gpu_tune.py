@@ -17,7 +17,14 @@ import torch
 from gpu_place import ROOT, Place, interleaved, told
 
 SHAPE, SMOKE = (4096, 4096), (32, 256)
-SCHEMES = ("int4_weight_only", "fp8_weight_only", "mxfp4_weight_only", "fp8_per_channel", "fp8_per_block", "int8")
+SCHEMES = (
+    "int4_weight_only",
+    "fp8_weight_only",
+    "mxfp4_weight_only",
+    "fp8_per_channel",
+    "fp8_per_block",
+    "int8",
+)
 TUNED = ROOT / "backends" / "triton" / "quantport_triton" / "tuned"
 LIMITS = {"warps": (1, 16), "stages": (1, 6)}
 Way = dict[str, Any]
@@ -26,7 +33,9 @@ Way = dict[str, Any]
 def candidates(way: Way) -> list[Way]:
     """The way as it is, then its neighbours: one number, or two, halved or doubled."""
     numbers = [
-        key for key, value in way.items() if key != "rows" and isinstance(value, int) and not isinstance(value, bool) and value > 0
+        key
+        for key, value in way.items()
+        if key != "rows" and isinstance(value, int) and not isinstance(value, bool) and value > 0
     ]
     out = [way]
     for i, key in enumerate(numbers):
@@ -35,7 +44,10 @@ def candidates(way: Way) -> list[Way]:
                 for b in (0.5, 2) if other != key else (1,):
                     new = {**way, key: int(way[key] * a)}
                     new[other] = int(new[other] * b)
-                    if all(LIMITS.get(k, (1, 1 << 16))[0] <= new[k] <= LIMITS.get(k, (1, 1 << 16))[1] for k in (key, other)):
+                    if all(
+                        LIMITS.get(k, (1, 1 << 16))[0] <= new[k] <= LIMITS.get(k, (1, 1 << 16))[1]
+                        for k in (key, other)
+                    ):
                         out.append(new)
     return sorted(out, key=lambda w: sum(w[k] != way[k] for k in numbers))
 
@@ -60,17 +72,23 @@ class Trial:
 
     def __init__(self, place: Place, kernel: Any, m: int) -> None:
         from quantport import numerics
-        from quantport.capability import Accepted
-        from quantport.host import host
-        from quantport.kernel import Request, WeightSpec
+        from quantport.kernels.base import Request, WeightSpec
+        from quantport.kernels.verdict import Accepted
+        from quantport.plugins.registry import default_registry
 
         self.place, self.kernel = place, kernel
         n, k = SMOKE if place.smoke else SHAPE
         dtype = place.dtypes[0]
         self.x = torch.randn(m, k, device=place.torch).to(dtype)
         dense = torch.randn(n, k, device=place.torch).mul_(0.02).to(dtype)
-        specs = [WeightSpec(host().schemes[s], n, k) for s in (SCHEMES[:1] if place.smoke else SCHEMES)]
-        taken = [s for s in specs if isinstance(kernel.verdict(Request(s, "linear", place.device, dtype)), Accepted)]
+        specs = [
+            WeightSpec(default_registry().schemes[s], n, k) for s in (SCHEMES[:1] if place.smoke else SCHEMES)
+        ]
+        taken = [
+            s
+            for s in specs
+            if isinstance(kernel.verdict(Request(s, "linear", place.device, dtype)), Accepted)
+        ]
         self.packed = []
         for spec in taken[:3]:
             packed = kernel.pack(numerics.quantize_weight(dense, spec.scheme), spec)
@@ -85,14 +103,20 @@ class Trial:
         """Product of the medians, so that every scheme counts alike."""
         total = 1.0
         for spec, copies in self.packed:
-            call = lambda i, spec=spec, copies=copies: self.kernel.run(self.x, copies[i % len(copies)], None, spec)  # noqa: E731 - one line beside its use
+
+            def call(i, spec=spec, copies=copies):
+                return self.kernel.run(self.x, copies[i % len(copies)], None, spec)
+
             total *= interleaved(self.place, {"": call}, 3)[""]
         return float(total ** (1 / max(1, len(self.packed))))
 
     def wrong(self, want: list[torch.Tensor]) -> bool:
         """Whether an output is further from those of the present way than the kernel's tolerance."""
         pairs = zip(self.outputs(), want, strict=True)
-        return not all((a.float() - b.float()).abs().max() <= 2 * self.kernel.tolerance * b.float().abs().max() for a, b in pairs)
+        return not all(
+            (a.float() - b.float()).abs().max() <= 2 * self.kernel.tolerance * b.float().abs().max()
+            for a, b in pairs
+        )
 
 
 def better(place: Place, kernel: Any, way: Way, m: int) -> tuple[Way, str]:
@@ -126,21 +150,29 @@ def run(place: Place, out: Path | None) -> str:
     target = target_of(place.torch)
     path = out or TUNED / f"{target}.json"
     kernels = {getattr(k, "family", ""): k for k in place.kernels}
-    todo = [(family, i) for family in default if family in kernels for i in range(len(tuned.ways(target, family)))]
+    todo = [
+        (family, i) for family in default if family in kernels for i in range(len(tuned.ways(target, family)))
+    ]
     lines = [f"{family}: no kernel of this name" for family in default if family not in kernels]
-    result = {family: list(tuned.ways(target, family)) for family in default}  # also of an architecture that is like another
+    result = {
+        family: list(tuned.ways(target, family)) for family in default
+    }  # also of an architecture that is like another
     for done, (family, i) in enumerate(todo):
         way = result[family][i]
         rows = way["rows"] or 4096
         share = (place.until - time.monotonic()) / (len(todo) - done)
         with torch.no_grad():
             try:
-                result[family][i], found = better(place.within(share), kernels[family], way, 2 if place.smoke else rows)
+                result[family][i], found = better(
+                    place.within(share), kernels[family], way, 2 if place.smoke else rows
+                )
             except Exception as error:  # the others go on
                 found = told(error)
         lines.append(f"{family}, {way['rows']} rows: {found}")
     if place.smoke and out is None:
         return "\n".join([*lines, "smoke mode: nothing written"])
-    body = ",\n".join(f'  "{f}": [\n' + ",\n".join(f"    {json.dumps(w)}" for w in ws) + "\n  ]" for f, ws in result.items())
+    body = ",\n".join(
+        f'  "{f}": [\n' + ",\n".join(f"    {json.dumps(w)}" for w in ws) + "\n  ]" for f, ws in result.items()
+    )
     path.write_text("{\n" + body + "\n}\n", encoding="utf-8")
     return "\n".join([*lines, f"wrote {path}"])

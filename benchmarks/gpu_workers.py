@@ -50,7 +50,12 @@ def work(place: Place, name: str, part: int, parts: int, out: Path) -> None:
                 torch.cuda.empty_cache()
 
 
-def spread(place: Place, name: str, summary: Callable[[list[Row]], dict[str, Any]], keep: Callable[[dict[str, Any]], None]) -> None:
+def spread(
+    place: Place,
+    name: str,
+    summary: Callable[[list[Row]], dict[str, Any]],
+    keep: Callable[[dict[str, Any]], None],
+) -> None:
     """Starts the processes, and keeps the summary of what they have written until they end or the time does."""
     parts = 1 if place.smoke else max(1, min(MOST, (os.cpu_count() or 1) - 2))
     with tempfile.TemporaryDirectory() as folder:
@@ -64,13 +69,17 @@ def spread(place: Place, name: str, summary: Callable[[list[Row]], dict[str, Any
         for process in running:
             process.kill()
         died = sum(p.wait() != 0 for p in running) - late
-        why = [f"{late} of {parts} processes did not end in time"] * bool(late) + [f"{died} of {parts} processes died"] * bool(died)
+        why = [f"{late} of {parts} processes did not end in time"] * bool(late) + [
+            f"{died} of {parts} processes died"
+        ] * bool(died)
         keep({**summary(gather(files)), **({"missing": "; ".join(why)} if why else {})})
 
 
 def gather(files: list[Path]) -> list[Row]:
     """Whole lines of every file."""
-    lines = [line for f in files if f.exists() for line in f.read_text(encoding="utf-8").splitlines(keepends=True)]
+    lines = [
+        line for f in files if f.exists() for line in f.read_text(encoding="utf-8").splitlines(keepends=True)
+    ]
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 

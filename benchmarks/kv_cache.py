@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.utils import logging
 
 from quantport import kv_cache
-from quantport.cli import comparing
+from quantport.cli import compare
 
 MODELS = ("tiny-llama", "tiny-qwen3-moe")
 OURS = ("auto", "fp8_e4m3", "fp8_e5m2", "int8", "int4")
@@ -48,7 +48,10 @@ def perplexity(model: Any, windows: Tensor, make: Make) -> float:
     """Of windows ``[n, length]``, all at once, in pieces through one cache."""
     cache = make()
     with torch.no_grad():
-        logits = [model(piece, past_key_values=cache, use_cache=True).logits.float() for piece in windows.split(STEP, dim=1)]
+        logits = [
+            model(piece, past_key_values=cache, use_cache=True).logits.float()
+            for piece in windows.split(STEP, dim=1)
+        ]
     scores = torch.cat(logits, dim=1)[:, :-1]
     return cross_entropy(scores.flatten(0, 1), windows[:, 1:].flatten()).exp().item()
 
@@ -61,7 +64,9 @@ def attention_error(make: Make, queries: Tensor, keys: Tensor, values: Tensor, l
     count = keys.shape[2] // 4
     mask = torch.ones(count, keys.shape[2], dtype=torch.bool).tril(keys.shape[2] - count)
     out, expected = (
-        scaled_dot_product_attention(queries[:, :, -count:].float(), k.float(), v.float(), attn_mask=mask, enable_gqa=True)
+        scaled_dot_product_attention(
+            queries[:, :, -count:].float(), k.float(), v.float(), attn_mask=mask, enable_gqa=True
+        )
         for k, v in (found, (keys, values))
     )
     return ((out - expected).norm() / expected.norm()).item()
@@ -73,7 +78,9 @@ def recorded(model: Any, window: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
 
     found = []
 
-    def spy(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any) -> tuple[Tensor, None]:
+    def spy(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+    ) -> tuple[Tensor, None]:
         found.append((query, key, value))
         out = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
         return out.transpose(1, 2).contiguous(), None
@@ -100,7 +107,9 @@ def steps() -> list[list[object]]:
     """Milliseconds of appending one token to 1024 tokens of 8 heads of 128, and reading all of them back."""
     keys, one = torch.randn(1, 8, 1024, 128).bfloat16(), torch.randn(1, 8, 1, 128).bfloat16()
     config = AutoModelForCausalLM.from_pretrained(ROOT / "examples" / "models" / MODELS[0]).config
-    layers = {"BF16": DynamicLayer()} | {f"quantport {name}": kv_cache(config, name).layers[1] for name in OURS if name != "auto"}
+    layers = {"BF16": DynamicLayer()} | {
+        f"quantport {name}": kv_cache(config, name).layers[1] for name in OURS if name != "auto"
+    }
     for layer in layers.values():
         layer.update(keys, keys)
 
@@ -134,7 +143,7 @@ def measure(name: str) -> list[list[object]]:
     path = ROOT / "examples" / "models" / name
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
     text = (path.parent / "eval.txt").read_text(encoding="utf-8")
-    windows = comparing.cut(AutoTokenizer.from_pretrained(path)(text, verbose=False).input_ids, WINDOWS, None)
+    windows = compare.cut(AutoTokenizer.from_pretrained(path)(text, verbose=False).input_ids, WINDOWS, None)
     states, synthetics = recorded(model, windows[:8]), (synthetic(20, 1), synthetic(1, 8))
     rows: list[list[object]] = []
     base = 0.0
@@ -147,10 +156,18 @@ def measure(name: str) -> list[list[object]]:
             model(windows[:1], past_key_values=cache, use_cache=True)
         limit = BOUND.get(kind.removeprefix("quantport "))
         mark = "" if limit is None else " ✅" if found / base <= limit else " ❌"
-        rows.append([
-            name, kind, f"{sum(errors) / len(errors):.4f}", f"{max(errors):.4f}", *(f"{attention_error(make, *s):.4f}" for s in synthetics),
-            f"{found:.3f}", f"{found / base - 1:+.2%}{mark}", f"{stored_bytes(cache) / windows.shape[1]:.0f}",
-        ])  # fmt: skip
+        rows.append(
+            [
+                name,
+                kind,
+                f"{sum(errors) / len(errors):.4f}",
+                f"{max(errors):.4f}",
+                *(f"{attention_error(make, *s):.4f}" for s in synthetics),
+                f"{found:.3f}",
+                f"{found / base - 1:+.2%}{mark}",
+                f"{stored_bytes(cache) / windows.shape[1]:.0f}",
+            ]
+        )
     return rows
 
 
@@ -179,7 +196,10 @@ def main() -> None:
     table = markdown("Quantized KV caches", columns, rows, notes)
     lines = ["## One step", "", "| layer | ms | of BF16 |", "|---|---|---|"]
     lines += ["| " + " | ".join(map(str, row)) + " |" for row in steps()]
-    lines += ["", "One token appended to 1024 tokens of 8 heads of 128 elements, and all read back, on the processor above."]
+    lines += [
+        "",
+        "One token appended to 1024 tokens of 8 heads of 128 elements, and all read back, on the processor above.",
+    ]
     write("kv_cache.md", table + "\n" + "\n".join([*lines, ""]))
 
 

@@ -16,10 +16,10 @@ from common import ROOT, describe, interleaved, markdown, write
 from torch.nn import functional as F
 
 from quantport import numerics
-from quantport.choice import choose
-from quantport.host import host
-from quantport.kernel import Request, WeightSpec
+from quantport.kernels.base import Request, WeightSpec
 from quantport.modules import QuantLinear
+from quantport.planning.select_kernel import select_kernel
+from quantport.plugins.registry import default_registry
 from quantport_cpu.jit import available
 
 N = K = 4096
@@ -35,10 +35,10 @@ Call = Callable[[int], object]
 
 def ours(name: str, dense: list[torch.Tensor]) -> tuple[str, list[QuantLinear], float]:
     """Kernel name, cold copies, and the largest relative error of the kernel against the reference."""
-    scheme, device = host().schemes[name], host().device("cpu")
+    scheme, device = default_registry().schemes[name], default_registry().device("cpu")
     spec = WeightSpec(scheme, N, K)
-    chosen = choose(Request(spec, "linear", device), host().kernels("cpu"))
-    kernel = host().kernel(chosen.kernel)
+    chosen = select_kernel(Request(spec, "linear", device), default_registry().kernels("cpu"))
+    kernel = default_registry().kernel(chosen.kernel)
     layers = [QuantLinear(kernel, spec) for _ in range(max(2, COLD // scheme.bytes(N, K)))]
     for i, layer in enumerate(layers):
         layer.set_weight("", numerics.quantize_weight(dense[i % len(dense)], scheme))
@@ -46,7 +46,7 @@ def ours(name: str, dense: list[torch.Tensor]) -> tuple[str, list[QuantLinear], 
     effective = scheme if kernel.quantizes_activations else scheme.weight_only
     for m in (1, 16, 128):
         x = torch.randn(m, K).bfloat16()
-        expected = numerics.linear(x, layers[0].canonical(), effective).float()
+        expected = numerics.linear(x, layers[0].stored_weight(), effective).float()
         error = max(error, ((layers[0](x).float() - expected).abs().max() / expected.abs().max()).item())
     return kernel.name, layers, error
 
@@ -54,15 +54,24 @@ def ours(name: str, dense: list[torch.Tensor]) -> tuple[str, list[QuantLinear], 
 def peers(dense: list[torch.Tensor]) -> dict[str, tuple[list[Any], str]]:
     """Peer modules that import and run here, each with cold copies; the others with the reason."""
     out: dict[str, tuple[list[Any], str]] = {}
-    for label, make in (("torchao int8 dyn (compiled)", torchao_int8), ("torchao fp8 wo (compiled)", torchao_fp8),
-                        ("quanto qint8", lambda w: quanto(w, "qint8")), ("quanto qint4", lambda w: quanto(w, "qint4")),
-                        ("quanto qfloat8", lambda w: quanto(w, "qfloat8")), ("bnb int8", bnb_int8), ("bnb NF4", lambda w: bnb4(w, "nf4")),
-                        ("OpenVINO int8", lambda w: openvino(w, 8)), ("OpenVINO int4 g128", lambda w: openvino(w, 4))):  # fmt: skip
+    for label, make in (
+        ("torchao int8 dyn (compiled)", torchao_int8),
+        ("torchao fp8 wo (compiled)", torchao_fp8),
+        ("quanto qint8", lambda w: quanto(w, "qint8")),
+        ("quanto qint4", lambda w: quanto(w, "qint4")),
+        ("quanto qfloat8", lambda w: quanto(w, "qfloat8")),
+        ("bnb int8", bnb_int8),
+        ("bnb NF4", lambda w: bnb4(w, "nf4")),
+        ("OpenVINO int8", lambda w: openvino(w, 8)),
+        ("OpenVINO int4 g128", lambda w: openvino(w, 4)),
+    ):
         out[label] = copies(label, make, dense)
     return out
 
 
-def copies(label: str, make: Callable[[torch.Tensor], Any], dense: list[torch.Tensor]) -> tuple[list[Any], str]:
+def copies(
+    label: str, make: Callable[[torch.Tensor], Any], dense: list[torch.Tensor]
+) -> tuple[list[Any], str]:
     """Cold copies of one peer's layer, or none and the reason."""
     try:
         first = make(dense[0])
@@ -121,11 +130,11 @@ def openvino(weight: torch.Tensor, bits: int) -> Any:
     ops = importlib.import_module("openvino.opset13")
     x = ops.parameter([-1, K], ov.Type.f32)
     if bits == 8:
-        stored = numerics.quantize_weight(weight, host().schemes["int8_weight_only"])
+        stored = numerics.quantize_weight(weight, default_registry().schemes["int8_weight_only"])
         w = ops.convert(ops.constant(stored["weight"].numpy()), "f32")
         w = ops.multiply(w, ops.constant(stored["weight_scale"].numpy()))
     else:
-        stored = numerics.quantize_weight(weight, host().schemes["int4_weight_only"])
+        stored = numerics.quantize_weight(weight, default_registry().schemes["int4_weight_only"])
         codes = numerics.unpack_int4(stored["weight_packed"], K).view(N, K // 128, 128)
         packed = ov.Tensor(ov.Type.i4, [N, K // 128, 128])
         nibbles = (codes.view(-1)[0::2] & 15) | ((codes.view(-1)[1::2] & 15) << 4)
@@ -139,11 +148,15 @@ def openvino(weight: torch.Tensor, bits: int) -> Any:
     return lambda x: request.infer({0: x.float().numpy()})
 
 
-def calls_at(m: int, dense: list[torch.Tensor], tested: dict[str, Any], others: dict[str, Any]) -> dict[str, Call]:
+def calls_at(
+    m: int, dense: list[torch.Tensor], tested: dict[str, Any], others: dict[str, Any]
+) -> dict[str, Call]:
     """Every layer as a function of a running number, at m rows."""
     x = torch.randn(m, K).bfloat16()
     calls: dict[str, Call] = {"BF16 F.linear": lambda i: F.linear(x, dense[i % len(dense)])}
-    for name, modules in [(n, t[1]) for n, t in tested.items()] + [(n, t[0]) for n, t in others.items() if t[0]]:
+    for name, modules in [(n, t[1]) for n, t in tested.items()] + [
+        (n, t[0]) for n, t in others.items() if t[0]
+    ]:
         calls[name] = lambda i, modules=modules: modules[i % len(modules)](x)  # type: ignore[misc]  # a default argument
     return calls
 
@@ -156,7 +169,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     dense = [torch.randn(N, K).mul_(0.02).bfloat16() for _ in range(COLD // (2 * N * K))]
-    schemes = [s for s in host().schemes if s != "bf16"]
+    schemes = [s for s in default_registry().schemes if s != "bf16"]
     tested = {name: ours(name, dense) for name in [*schemes, "bf16"]}
     others = {} if args.no_peers else peers(dense)
     buffer = torch.ones(COLD // 4)
@@ -166,14 +179,18 @@ def main() -> None:
         seconds = interleaved(calls_at(m, dense, tested, others))
         base, packed = seconds["BF16 F.linear"], seconds["bf16"]
         for name, s in seconds.items():
-            bits = host().schemes[name].bytes(N, K) if name in host().schemes else 0
-            table.setdefault(name, {})[m] = {"bf16": base / s, "prepacked": packed / s, "limit": bits / read / s}
+            bits = default_registry().schemes[name].bytes(N, K) if name in default_registry().schemes else 0
+            table.setdefault(name, {})[m] = {
+                "bf16": base / s,
+                "prepacked": packed / s,
+                "limit": bits / read / s,
+            }
     report(table, tested, {name: why for name, (_, why) in others.items() if why}, args.rows, read)
 
 
 def caveats() -> list[str]:
     """What flatters or handicaps a row on this processor."""
-    if "bf16" in host().device("cpu").arch.native:
+    if "bf16" in default_registry().device("cpu").arch.native:
         return []
     return [
         "This processor has no BF16 dot product: BF16 is emulated from a few rows on, which flatters every ratio at M >= 4, and",
@@ -182,9 +199,13 @@ def caveats() -> list[str]:
 
 
 def report(
-    table: dict[str, dict[int, dict[str, float]]], tested: dict[str, Any], absent: dict[str, str], rows: list[int], read: float
+    table: dict[str, dict[int, dict[str, float]]],
+    tested: dict[str, Any],
+    absent: dict[str, str],
+    rows: list[int],
+    read: float,
 ) -> None:
-    arch = host().device("cpu").arch.name
+    arch = default_registry().device("cpu").arch.name
     out = []
     for name, by_rows in table.items():
         kernel, error = (tested[name][0], f"{tested[name][2]:.1e}") if name in tested else ("", "")
@@ -194,7 +215,15 @@ def report(
             need = TARGETS.get(name, {}).get(m)
             mark = "" if need is None else " ✅" if cell["bf16"] >= need else f" ❌ (need {need:g})"
             cells.append(f"{cell['bf16']:.2f} / {cell['prepacked']:.2f}{mark}")
-        out.append([name, kernel, error, *cells, f"{by_rows[rows[0]]['limit']:.0%}" if by_rows[rows[0]]["limit"] else ""])
+        out.append(
+            [
+                name,
+                kernel,
+                error,
+                *cells,
+                f"{by_rows[rows[0]]['limit']:.0%}" if by_rows[rows[0]]["limit"] else "",
+            ]
+        )
     notes = [
         "Each cell: speed-up over BF16 `F.linear` / over prepacked BF16 (the honest baseline); medians of interleaved rounds of one run,",
         f"activation quantization included. Limit: share of the time that reading the weight once takes at {rows[0]} row(s),",
@@ -203,19 +232,27 @@ def report(
         *(f"- {name}: did not run here ({why})" for name, why in absent.items()),
     ]
     title = f"Linear {N}x{K}, {torch.get_num_threads()} threads, weights cold in cache ({arch})"
-    write(f"linear-{arch}.md", markdown(title, ["", "kernel", "error", *(f"M={m}" for m in rows), "of limit"], out, notes))
+    write(
+        f"linear-{arch}.md",
+        markdown(title, ["", "kernel", "error", *(f"M={m}" for m in rows), "of limit"], out, notes),
+    )
     schemes = {
         name: {
             "kernel": tested[name][0],
             "error": tested[name][2],
-            "speed": {str(m): round(c["bf16" if name == "bf16" else "prepacked"], 3) for m, c in table[name].items()},
+            "speed": {
+                str(m): round(c["bf16" if name == "bf16" else "prepacked"], 3) for m, c in table[name].items()
+            },
         }
         for name in tested
     }
     path = ROOT / "backends" / "cpu" / "quantport_cpu" / "tuned" / f"{arch}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(
-        json.dumps({"run": describe(), "compiled": not available(), "shape": [N, K], "schemes": schemes}, indent=1) + "\n",
+        json.dumps(
+            {"run": describe(), "compiled": not available(), "shape": [N, K], "schemes": schemes}, indent=1
+        )
+        + "\n",
         encoding="utf-8",
     )
 

@@ -21,7 +21,14 @@ from common import markdown, write
 HIDDEN, MIDDLE, VOCAB = 4096, 11008, 32000
 GIB = 1 << 30
 CASES = ("read+copy", "int8", "int4_weight_only", "fp8_per_tensor", "fp8_per_channel", "fp8_per_block")
-PEERS = ("transformers BF16", "torchao int8", "torchao fp8", "quanto int8", "bitsandbytes 8-bit", "bitsandbytes NF4")
+PEERS = (
+    "transformers BF16",
+    "torchao int8",
+    "torchao fp8",
+    "quanto int8",
+    "bitsandbytes 8-bit",
+    "bitsandbytes NF4",
+)
 
 
 def shapes(layers: int) -> dict[str, tuple[int, ...]]:
@@ -41,10 +48,18 @@ def make(directory: Path, layers: int) -> None:
     from quantport.checkpoint import save_tensors
 
     config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN, "intermediate_size": MIDDLE,
-        "num_hidden_layers": layers, "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": VOCAB,
-        "tie_word_embeddings": False, "dtype": "bfloat16", "max_position_embeddings": 2048,
-    }  # fmt: skip
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": HIDDEN,
+        "intermediate_size": MIDDLE,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "vocab_size": VOCAB,
+        "tie_word_embeddings": False,
+        "dtype": "bfloat16",
+        "max_position_embeddings": 2048,
+    }
     block = torch.randn(1 << 24).mul_(0.02).bfloat16()
 
     def tensor(shape: tuple[int, ...]) -> torch.Tensor:
@@ -68,7 +83,7 @@ def status(key: str) -> int:
 def read_and_copy(directory: Path) -> None:
     """The floor: every tensor of the checkpoint is read and copied once, on all cores, pages released after."""
     from quantport.checkpoint import Checkpoint
-    from quantport.loading.stream import Task, run_tasks
+    from quantport.loading.executor import Task, run_tasks
 
     kept = []
     with Checkpoint.open(directory) as checkpoint:
@@ -86,15 +101,15 @@ def run_case(case: str, directory: Path) -> dict[str, float]:
     from transformers import AutoModelForCausalLM, LlamaForCausalLM, core_model_loading  # noqa: F401 - their import is not a load
 
     import quantport
-    from quantport.host import host
+    from quantport.plugins.registry import default_registry
 
-    host()
+    default_registry()
     warm(case, directory)
     base, start = status("VmRSS"), time.perf_counter()
     final = 0
     if case == "read+copy":
         read_and_copy(directory)
-    elif case in host().schemes:
+    elif case in default_registry().schemes:
         final = quantport.load(directory, case).quantport_plan.after
     else:
         peer(case, directory, transformers)
@@ -104,9 +119,9 @@ def run_case(case: str, directory: Path) -> dict[str, float]:
 def warm(case: str, directory: Path) -> None:
     """One small load first, so that lazy imports and compilation are not in the figure."""
     import quantport
-    from quantport.host import host
+    from quantport.plugins.registry import default_registry
 
-    if case in host().schemes:
+    if case in default_registry().schemes:
         with tempfile.TemporaryDirectory() as tmp:
             from quantport.checkpoint import save_tensors
 
@@ -138,7 +153,10 @@ def peer(case: str, directory: Path, transformers: object) -> None:
 
 def child(case: str, directory: Path) -> dict[str, float] | str:
     code = subprocess.run(
-        [sys.executable, __file__, "--case", case, "--dir", str(directory)], capture_output=True, text=True, check=False
+        [sys.executable, __file__, "--case", case, "--dir", str(directory)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     lines = [line for line in code.stdout.splitlines() if line.startswith("{")]
     error = code.stderr.strip().splitlines()
@@ -185,11 +203,21 @@ def report(found: dict[str, list[dict[str, float]]], failed: dict[str, str], siz
         final = results[0]["final"]
         ours = case in CASES and case != "read+copy"
         bound = max(1.25 * final, final + 512 * (1 << 20))
-        marks = (("✅" if seconds <= 1.5 * floor else "❌"), ("✅" if peak <= bound else "❌")) if ours else ("", "")
-        rows.append([
-            case, f"{seconds / (size / 1e9):.2f}", f"{seconds / floor:.2f} {marks[0]}", f"{final / GIB:.2f}" if ours else "",
-            f"{peak / GIB:.2f} {marks[1]}", f"{peak / final:.2f}" if ours else "",
-        ])  # fmt: skip
+        marks = (
+            (("✅" if seconds <= 1.5 * floor else "❌"), ("✅" if peak <= bound else "❌"))
+            if ours
+            else ("", "")
+        )
+        rows.append(
+            [
+                case,
+                f"{seconds / (size / 1e9):.2f}",
+                f"{seconds / floor:.2f} {marks[0]}",
+                f"{final / GIB:.2f}" if ours else "",
+                f"{peak / GIB:.2f} {marks[1]}",
+                f"{peak / final:.2f}" if ours else "",
+            ]
+        )
     columns = ["", "s per GB of BF16", "x read+copy", "final GiB", "peak GiB", "peak / final"]
     notes = [
         f"Checkpoint of {size / 1e9:.2f} GB, page cache warm. Must reach: at most 1.5x of read+copy; peak at most quantized + 25% or + 512 MiB.",

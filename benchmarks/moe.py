@@ -33,11 +33,25 @@ BUDGET = 512_000_000
 def config(layers: int) -> dict[str, object]:
     """A Qwen3-MoE of these shapes; little beside experts."""
     return {
-        "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_size": HIDDEN, "intermediate_size": MIDDLE,
-        "moe_intermediate_size": MIDDLE, "num_experts": EXPERTS, "num_experts_per_tok": TOP_K, "num_hidden_layers": layers,
-        "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 4096, "tie_word_embeddings": False,
-        "dtype": "bfloat16", "max_position_embeddings": 2048, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [],
-    }  # fmt: skip
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "hidden_size": HIDDEN,
+        "intermediate_size": MIDDLE,
+        "moe_intermediate_size": MIDDLE,
+        "num_experts": EXPERTS,
+        "num_experts_per_tok": TOP_K,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "vocab_size": 4096,
+        "tie_word_embeddings": False,
+        "dtype": "bfloat16",
+        "max_position_embeddings": 2048,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
 
 
 def tensors(layers: int, fused: bool) -> Iterator[tuple[str, Tensor]]:
@@ -51,7 +65,10 @@ def tensors(layers: int, fused: bool) -> Iterator[tuple[str, Tensor]]:
     yield "model.embed_tokens.weight", tensor(4096, HIDDEN)
     for i in range(layers):
         p = f"model.layers.{i}."
-        yield from ((f"{p}self_attn.{q}_proj.weight", tensor(n, HIDDEN)) for q, n in (("q", 2048), ("k", 512), ("v", 512)))
+        yield from (
+            (f"{p}self_attn.{q}_proj.weight", tensor(n, HIDDEN))
+            for q, n in (("q", 2048), ("k", 512), ("v", 512))
+        )
         yield f"{p}self_attn.o_proj.weight", tensor(HIDDEN, 2048)
         yield from ((f"{p}self_attn.{q}_norm.weight", tensor(128)) for q in "qk")
         yield from ((f"{p}{n}_layernorm.weight", tensor(HIDDEN)) for n in ("input", "post_attention"))
@@ -61,7 +78,9 @@ def tensors(layers: int, fused: bool) -> Iterator[tuple[str, Tensor]]:
             yield f"{p}mlp.experts.down_proj", tensor(EXPERTS, HIDDEN, MIDDLE)
             continue
         for e in range(EXPERTS):
-            yield from ((f"{p}mlp.experts.{e}.{w}_proj.weight", tensor(MIDDLE, HIDDEN)) for w in ("gate", "up"))
+            yield from (
+                (f"{p}mlp.experts.{e}.{w}_proj.weight", tensor(MIDDLE, HIDDEN)) for w in ("gate", "up")
+            )
             yield f"{p}mlp.experts.{e}.down_proj.weight", tensor(HIDDEN, MIDDLE)
     yield "model.norm.weight", tensor(HIDDEN)
     yield "lm_head.weight", tensor(4096, HIDDEN)
@@ -123,7 +142,9 @@ def loads(layers: int, rounds: int) -> tuple[list[list[object]], float]:
         with tempfile.TemporaryDirectory() as tmp:
             directory = Path(tmp) / "model"
             text = json.dumps(config(layers)).encode()
-            save_tensors(directory, tensors(layers, fused), max_shard_bytes=10**9, files={"config.json": text})
+            save_tensors(
+                directory, tensors(layers, fused), max_shard_bytes=10**9, files={"config.json": text}
+            )
             size = sum(f.stat().st_size for f in directory.glob("*.safetensors"))
             found: dict[str, list[dict[str, float]]] = {case: [] for case in CASES}
             for _ in range(rounds):
@@ -131,7 +152,9 @@ def loads(layers: int, rounds: int) -> tuple[list[list[object]], float]:
                     found[case].append(child(case, directory))
         floor = statistics.median(r["seconds"] for r in found["read+copy"])
         for case, results in found.items():
-            seconds, peak, final = (statistics.median(r[k] for r in results) for k in ("seconds", "peak", "final"))
+            seconds, peak, final = (
+                statistics.median(r[k] for r in results) for k in ("seconds", "peak", "final")
+            )
             row = ["fused 3-D" if fused else "per expert", case, f"{seconds:.1f}", f"{seconds / floor:.2f}"]
             mark = "✅" if peak <= final + BUDGET else "❌"
             ours = [f"{final / GIB:.2f}", f"{(final + BUDGET) / GIB:.2f}", f"{peak / GIB:.2f} {mark}"]
@@ -147,7 +170,9 @@ def forward(rounds: int) -> list[list[object]]:
     import quantport
 
     def made(implementation: str) -> nn.Module:
-        settings = Qwen3MoeConfig(**{k: v for k, v in config(1).items() if k not in ("architectures", "dtype")})
+        settings = Qwen3MoeConfig(
+            **{k: v for k, v in config(1).items() if k not in ("architectures", "dtype")}
+        )
         settings._experts_implementation = implementation
         with torch.device("meta"):
             experts = Qwen3MoeExperts(settings)
@@ -167,7 +192,9 @@ def forward(rounds: int) -> list[list[object]]:
         layers[scheme] = holder["experts"]
     rows: list[list[object]] = []
     for tokens in TOKENS:
-        given = [_given(tokens, seed) for seed in range(7)]  # several, so that a token does not always find its experts in cache
+        given = [
+            _given(tokens, seed) for seed in range(7)
+        ]  # several, so that a token does not always find its experts in cache
         with torch.inference_mode():
             times = medians(layers, given, rounds)
         best = min(times["eager"], times["grouped_mm"])
@@ -181,7 +208,9 @@ def forward(rounds: int) -> list[list[object]]:
     return rows
 
 
-def medians(layers: Mapping[str, nn.Module], given: Sequence[tuple[Tensor, ...]], rounds: int) -> dict[str, float]:
+def medians(
+    layers: Mapping[str, nn.Module], given: Sequence[tuple[Tensor, ...]], rounds: int
+) -> dict[str, float]:
     """Median seconds of a call of each, in turn in every round; the first round is not counted."""
     times: dict[str, list[float]] = {name: [] for name in layers}
     for i in range(rounds + 1):
@@ -222,7 +251,10 @@ def main() -> None:
     lines = [f"## One layer: {EXPERTS} experts, top {TOP_K}, hidden {HIDDEN}, intermediate {MIDDLE}", ""]
     lines += ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(map(str, row)) + " |" for row in layer]
-    lines += ["", "Medians of interleaved calls; in brackets how many times as fast as the faster of Transformers' two."]
+    lines += [
+        "",
+        "Medians of interleaved calls; in brackets how many times as fast as the faster of Transformers' two.",
+    ]
     write("moe.md", "\n".join([page, *lines, *([args.note] if args.note else []), ""]))
 
 

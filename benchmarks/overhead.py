@@ -12,10 +12,10 @@ import torch
 from common import markdown, write
 
 from quantport import numerics
-from quantport.choice import choose
-from quantport.host import host
-from quantport.kernel import Request, WeightSpec
+from quantport.kernels.base import Request, WeightSpec
 from quantport.modules import QuantLinear
+from quantport.planning.select_kernel import select_kernel
+from quantport.plugins.registry import default_registry
 
 
 def per_call(call: Callable[[], object], count: int = 3000) -> float:
@@ -28,12 +28,18 @@ def per_call(call: Callable[[], object], count: int = 3000) -> float:
 @torch.no_grad()
 def dispatch(name: str, n: int = 64, k: int = 128) -> tuple[str, float, float]:
     """Kernel, microseconds of the module, and of the kernel's body called by hand, on a layer too small to hide it."""
-    spec = WeightSpec(host().schemes[name], n, k)
-    kernel = host().kernel(choose(Request(spec, "linear", host().device("cpu")), host().kernels("cpu")).kernel)
+    spec = WeightSpec(default_registry().schemes[name], n, k)
+    kernel = default_registry().kernel(
+        select_kernel(
+            Request(spec, "linear", default_registry().device("cpu")), default_registry().kernels("cpu")
+        ).kernel
+    )
     layer = QuantLinear(kernel, spec)
     layer.set_weight("", numerics.quantize_weight(torch.randn(n, k).bfloat16(), spec.scheme))
     x, packed = torch.randn(1, k).bfloat16(), layer._packed[""]
-    pairs = [(per_call(lambda: layer(x)), per_call(lambda: kernel.run(x, packed, None, spec))) for _ in range(15)]
+    pairs = [
+        (per_call(lambda: layer(x)), per_call(lambda: kernel.run(x, packed, None, spec))) for _ in range(15)
+    ]
     module, raw = (statistics.median(p) * 1e6 for p in zip(*pairs, strict=True))
     return kernel.name, module, raw
 
@@ -47,13 +53,31 @@ def imports(code: str) -> float:
 def main() -> None:
     torch.set_num_threads(1)
     rows = []
-    for name in host().schemes:
+    for name in default_registry().schemes:
         kernel, module, raw = dispatch(name)
-        rows.append([name, kernel, f"{module:.1f}", f"{raw:.1f}", f"{module - raw:.1f}", "✅" if module - raw <= 10 else "❌"])
+        rows.append(
+            [
+                name,
+                kernel,
+                f"{module:.1f}",
+                f"{raw:.1f}",
+                f"{module - raw:.1f}",
+                "✅" if module - raw <= 10 else "❌",
+            ]
+        )
     codes = ("import torch", "import torch, quantport", "import torch, quantport; quantport.load")
     runs = [[imports(code) for code in codes] for _ in range(5)]
     extra, first = (statistics.median(run[i] - run[0] for run in runs) * 1e3 for i in (1, 2))
-    rows.append(["import quantport", "", "", "", f"{extra:.0f} ms over torch", "✅" if extra <= 100 else "❌ (need 100 ms)"])
+    rows.append(
+        [
+            "import quantport",
+            "",
+            "",
+            "",
+            f"{extra:.0f} ms over torch",
+            "✅" if extra <= 100 else "❌ (need 100 ms)",
+        ]
+    )
     rows.append(["the same, and first use", "", "", "", f"{first:.0f} ms over torch", ""])
     columns = ["scheme", "kernel", "module, us", "raw, us", "difference", "<= 10 us"]
     write("overhead.md", markdown("Overhead of the module call, one row, 64x128", columns, rows))

@@ -22,23 +22,37 @@ from quality_peers import peers
 from torch import Tensor
 from transformers.utils import logging
 
-from quantport.catalog import BUILTIN
 from quantport.numerics import rotate
 from quantport.scheme import Scheme
+from quantport.scheme.catalog import BUILTIN
 
 MODELS = ("tiny-llama", "tiny-qwen3-moe")
 WINDOWS = 16
 RULES = ("floor", "even", "ceil", "rceil", "mse")
 BIG = 4096  # bits per weight are those of a large matrix
 OPTIONS = (
-    "nvfp4:mse", "nvfp4_weight_only:mse", "mxfp4_w4a8:mse", "nf4:double", "fp4:double", "mxfp4_dualscale:floor", "mxfp4_dualscale:even",
-)  # fmt: skip
+    "nvfp4:mse",
+    "nvfp4_weight_only:mse",
+    "mxfp4_w4a8:mse",
+    "nf4:double",
+    "fp4:double",
+    "mxfp4_dualscale:floor",
+    "mxfp4_dualscale:even",
+)
 PAIRS = (
-    ("mxfp4_dualscale", "mxfp4"), ("mxfp4_dualscale", "mxfp4:mse"), ("mxfp4_dualscale:16", "mxfp4_weight_only"),
-    ("mxfp4_dualscale:floor:16", "mxfp4_weight_only:floor"), ("mxfp4_dualscale:16", "mxfp4_dualscale:floor:16"),
-    ("mxfp4_dualscale:16", "mxfp4_weight_only:mse"), ("nvfp4", "mxfp4"), ("nvfp4:mse", "mxfp4"),
-    ("int4_mse", "int4_hqq"), ("int4_mse", "int4_weight_only_g32"), ("int4_mse", "rtn_offset_g64"), ("int4_hqq", "rtn_offset_g64"),
-)  # fmt: skip
+    ("mxfp4_dualscale", "mxfp4"),
+    ("mxfp4_dualscale", "mxfp4:mse"),
+    ("mxfp4_dualscale:16", "mxfp4_weight_only"),
+    ("mxfp4_dualscale:floor:16", "mxfp4_weight_only:floor"),
+    ("mxfp4_dualscale:16", "mxfp4_dualscale:floor:16"),
+    ("mxfp4_dualscale:16", "mxfp4_weight_only:mse"),
+    ("nvfp4", "mxfp4"),
+    ("nvfp4:mse", "mxfp4"),
+    ("int4_mse", "int4_hqq"),
+    ("int4_mse", "int4_weight_only_g32"),
+    ("int4_mse", "rtn_offset_g64"),
+    ("int4_hqq", "rtn_offset_g64"),
+)
 
 Values = Callable[[Tensor], Tensor]
 
@@ -73,9 +87,15 @@ def variants() -> tuple[list[Variant], list[str]]:
 
     out = [of(s, "scheme") for s in BUILTIN.values()]
     for base in ("mxfp4", "mxfp4_weight_only", "mxfp8", "mxfp8_weight_only"):
-        out += [of(BUILTIN[f"{base}:{r}"], "option", against=base) for r in RULES if r in BUILTIN[base].options]
+        out += [
+            of(BUILTIN[f"{base}:{r}"], "option", against=base) for r in RULES if r in BUILTIN[base].options
+        ]
     out += [of(BUILTIN[name], "option", against=name.partition(":")[0]) for name in OPTIONS]
-    out += [of(s.option("hadamard"), "option", against=s.name) for s in BUILTIN.values() if "hadamard" in s.options]
+    out += [
+        of(s.option("hadamard"), "option", against=s.name)
+        for s in BUILTIN.values()
+        if "hadamard" in s.options
+    ]
     for name in ("mxfp4_dualscale", "mxfp4_dualscale:floor"):
         out.append(of(BUILTIN[name].weight_only, "option", f"{name}:16"))
     out.append(Variant("rtn_offset_g64", "peer", BUILTIN["int4_mse"], rtn_offset, "int4_mse"))
@@ -91,7 +111,10 @@ def synthetic() -> dict[str, Tensor]:
     chi2 = torch.randn(5, 256, 4096, generator=g).square().sum(0)
     heavy = torch.randn(256, 4096, generator=g) / (chi2 / 5).sqrt()
     columns = torch.where(torch.rand(4096, generator=g) < 0.01, 20.0, 1.0)
-    return {name: (w * 0.02).bfloat16() for name, w in (("gauss", normal), ("t5", heavy), ("outlier", normal * columns))}
+    return {
+        name: (w * 0.02).bfloat16()
+        for name, w in (("gauss", normal), ("t5", heavy), ("outlier", normal * columns))
+    }
 
 
 def sqnr(weight: Tensor, found: Tensor) -> float:
@@ -123,7 +146,13 @@ def summary(answers: Answers, base: Tensor) -> dict[str, float]:
 def difference(a: Answers, b: Answers) -> dict[str, float]:
     """Paired a - b: positive means that a is worse."""
     (kl, kl_se), (nll, nll_se) = mean(a.kl - b.kl), mean(a.nll - b.nll)
-    return {"dkl": kl, "dkl_se": kl_se, "dkl_rel": round(kl / b.kl.mean().item(), 4), "dnll": nll, "dnll_se": nll_se}
+    return {
+        "dkl": kl,
+        "dkl_se": kl_se,
+        "dkl_rel": round(kl / b.kl.mean().item(), 4),
+        "dnll": nll,
+        "dnll_se": nll_se,
+    }
 
 
 def equal(a: Tensor, b: Tensor) -> float:
@@ -131,7 +160,9 @@ def equal(a: Tensor, b: Tensor) -> float:
     return ((a - b).abs() <= 2.0**-20 * b.abs()).double().mean().item()
 
 
-def measure(bench: Bench, todo: list[Variant], rows: dict[str, dict[str, Any]], name: str) -> dict[str, Answers]:
+def measure(
+    bench: Bench, todo: list[Variant], rows: dict[str, dict[str, Any]], name: str
+) -> dict[str, Answers]:
     """Adds the numbers of one model to every row; peers whose weights equal ours share our answers."""
     kept: dict[str, Answers] = {}
     cache: dict[str, dict[tuple[str, str], Tensor]] = {}
@@ -140,24 +171,37 @@ def measure(bench: Bench, todo: list[Variant], rows: dict[str, dict[str, Any]], 
         start = time.perf_counter()
         weights = {key: v.values(w) for key, w in bench.weights.items()}
         row = rows[v.name]
-        row["sqnr"][name] = round(sum(weight_db(v, w, weights[k]) for k, w in bench.weights.items()) / len(weights), 3)
+        row["sqnr"][name] = round(
+            sum(weight_db(v, w, weights[k]) for k, w in bench.weights.items()) / len(weights), 3
+        )
         sizes = [(v.scheme.bytes(*w.shape), w.numel()) for w in bench.weights.values()]
         row["bits_in"][name] = round(8 * sum(s for s, _ in sizes) / sum(n for _, n in sizes), 3)
-        same = v.kind == "peer" and v.against in cache and [equal(weights[k], cache[v.against][k]) for k in weights]
+        same = (
+            v.kind == "peer"
+            and v.against in cache
+            and [equal(weights[k], cache[v.against][k]) for k in weights]
+        )
         row["equal"] = round(min(row.get("equal", 1.0), sum(same) / len(same)), 5) if same else None
         whole = bool(same) and min(same) == 1.0
-        kept[v.name] = kept[v.against] if whole else bench.bf16() if v.name == "bf16" else bench.run(weights, v.scheme)
+        kept[v.name] = (
+            kept[v.against] if whole else bench.bf16() if v.name == "bf16" else bench.run(weights, v.scheme)
+        )
         row["models"][name] = summary(kept[v.name], base)
         if v.kind != "peer":
             cache[v.name] = weights
-        print(f"{name} {v.name}: KL {row['models'][name]['kl']:.5f} in {time.perf_counter() - start:.1f} s", flush=True)
+        print(
+            f"{name} {v.name}: KL {row['models'][name]['kl']:.5f} in {time.perf_counter() - start:.1f} s",
+            flush=True,
+        )
     return kept
 
 
 def pairs(todo: list[Variant], kept: Mapping[str, Mapping[str, Answers]]) -> list[dict[str, Any]]:
     """Paired differences: options and peers against what they vary, and the pairs named above."""
     wanted = [(v.name, v.against) for v in todo if v.against] + list(PAIRS)
-    return [{"a": a, "b": b, "model": m, **difference(by[a], by[b])} for a, b in wanted for m, by in kept.items()]
+    return [
+        {"a": a, "b": b, "model": m, **difference(by[a], by[b])} for a, b in wanted for m, by in kept.items()
+    ]
 
 
 def run(windows: int, names: list[str]) -> dict[str, Any]:
@@ -169,23 +213,35 @@ def run(windows: int, names: list[str]) -> dict[str, Any]:
     for v in todo:
         bits = v.bits or 8 * v.scheme.bytes(BIG, BIG) / BIG**2
         found = {kind: round(weight_db(v, w, v.values(w)), 3) for kind, w in drawn.items()}
-        row = {"name": v.name, "kind": v.kind, "against": v.against, "precision": v.scheme.precision, "bits": round(bits, 4)}
+        row = {
+            "name": v.name,
+            "kind": v.kind,
+            "against": v.against,
+            "precision": v.scheme.precision,
+            "bits": round(bits, 4),
+        }
         rows[v.name] = {**row, "sqnr": found, "bits_in": {}, "models": {}}
     kept = {}
     for name in MODELS:
         bench = Bench(ROOT / "examples" / "models" / name, windows)
         kept[name] = measure(bench, todo, rows, name)
     return {
-        "run": describe(), "windows": windows, "tokens": bench.windows[:, 1:].numel(), "missing": missing,
-        "rows": list(rows.values()), "pairs": pairs(todo, kept) if not names else [],
-    }  # fmt: skip
+        "run": describe(),
+        "windows": windows,
+        "tokens": bench.windows[:, 1:].numel(),
+        "missing": missing,
+        "rows": list(rows.values()),
+        "pairs": pairs(todo, kept) if not names else [],
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--windows", type=int, default=WINDOWS, help="of 256 tokens, for each model")
     parser.add_argument("--only", nargs="*", default=[], help="rows to measure and print; nothing is written")
-    parser.add_argument("--pages", action="store_true", help="write the pages again from the JSON of the last run")
+    parser.add_argument(
+        "--pages", action="store_true", help="write the pages again from the JSON of the last run"
+    )
     args = parser.parse_args()
     path = ROOT / "benchmarks" / "results" / "quality.json"
     if not args.pages:

@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import quantport
 from quantport import numerics
-from quantport.aten import Reference
-from quantport.catalog import BUILTIN
-from quantport.kernel import Packed, WeightSpec
+from quantport.kernels.aten import Reference
+from quantport.kernels.base import Packed, WeightSpec
 from quantport.modules import QuantExperts, QuantLinear, QuantModule
 from quantport.scheme import Quant, Scheme
+from quantport.scheme.catalog import BUILTIN
 
 WINDOW = 256
 
@@ -36,7 +36,9 @@ class Values(Reference):
 
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
         values = self._values(x, spec.scheme.activation).float()
-        return torch.nn.functional.linear(values, packed[0], None if bias is None else bias.float()).to(x.dtype)
+        return torch.nn.functional.linear(values, packed[0], None if bias is None else bias.float()).to(
+            x.dtype
+        )
 
     def _values(self, x: Tensor, quant: Quant | None) -> Tensor:
         last = self._last  # holds x, so that nobody else gets its memory
@@ -97,7 +99,7 @@ class Bench:
         self.path = path
         self.model: Any = quantport.load(path, "bf16", dtype=torch.float32)
         modules = [(p, m) for p, m in self.model.named_modules() if isinstance(m, QuantModule)]
-        self.weights = {(p, name): m.canonical(name)["weight"] for p, m in modules for name in m.specs}
+        self.weights = {(p, name): m.stored_weight(name)["weight"] for p, m in modules for name in m.specs}
         put(self.model, {key: w.float() for key, w in self.weights.items()}, BUILTIN["bf16"])
         self.base = self._log_probs(self.model)
         self.top = self.base.argmax(-1)
@@ -105,7 +107,9 @@ class Bench:
 
     @torch.no_grad()
     def _log_probs(self, model: Any) -> Tensor:
-        return torch.cat([model(w, use_cache=False).logits[:, :-1].float().log_softmax(-1) for w in self.windows.split(8)])
+        return torch.cat(
+            [model(w, use_cache=False).logits[:, :-1].float().log_softmax(-1) for w in self.windows.split(8)]
+        )
 
     def run(self, weights: Mapping[tuple[str, str], Tensor], scheme: Scheme) -> Answers:
         """Answers with other weights, activations quantized as the scheme says."""
@@ -114,7 +118,9 @@ class Bench:
 
     def bf16(self) -> Answers:
         """Answers of the model as Transformers runs it, in BF16 arithmetic: how much that alone changes."""
-        return self._compare(self._log_probs(AutoModelForCausalLM.from_pretrained(self.path, dtype=torch.bfloat16).eval()))
+        return self._compare(
+            self._log_probs(AutoModelForCausalLM.from_pretrained(self.path, dtype=torch.bfloat16).eval())
+        )
 
     def _compare(self, found: Tensor) -> Answers:
         kl = torch.stack([(b.exp() * (b - f)).sum(-1) for f, b in zip(found, self.base, strict=True)])

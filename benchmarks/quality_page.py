@@ -14,8 +14,20 @@ DOCS = ROOT / "docs" / "quality.md"
 BEGIN, END = "<!-- begin table -->", "<!-- end table -->"
 WEIGHTS = ("gauss", "t5", "outlier")
 COLUMNS = (
-    "scheme", "runs as", "bits", "dB Gauss", "dB t5", "dB outliers", "dB real", "KL llama", "KL moe", "ppl llama", "ppl moe", "top-1", "peers",
-)  # fmt: skip
+    "scheme",
+    "runs as",
+    "bits",
+    "dB Gauss",
+    "dB t5",
+    "dB outliers",
+    "dB real",
+    "KL llama",
+    "KL moe",
+    "ppl llama",
+    "ppl moe",
+    "top-1",
+    "peers",
+)
 
 Row = Mapping[str, Any]
 Pair = Mapping[str, Any]
@@ -37,7 +49,11 @@ def ordered(data: Mapping[str, Any]) -> list[Row]:
     """Schemes, each followed by its options."""
     rows = data["rows"]
     base = [r for r in rows if r["kind"] == "scheme"]
-    return [r for b in base for r in (b, *(o for o in rows if o["kind"] == "option" and o["name"].partition(":")[0] == b["name"]))]
+    return [
+        r
+        for b in base
+        for r in (b, *(o for o in rows if o["kind"] == "option" and o["name"].partition(":")[0] == b["name"]))
+    ]
 
 
 def pair(data: Mapping[str, Any], a: str, b: str) -> list[Pair]:
@@ -53,7 +69,11 @@ def combined(found: list[Pair], key: str) -> tuple[float, float]:
 def peer_cell(data: Mapping[str, Any], row: Row) -> str:
     """How the peers of a scheme compare with it, in words."""
     told = []
-    for peer in (r for r in data["rows"] if r["kind"] == "peer" and r["against"] == row["name"] and r["name"] != "rtn_offset_g64"):
+    for peer in (
+        r
+        for r in data["rows"]
+        if r["kind"] == "peer" and r["against"] == row["name"] and r["name"] != "rtn_offset_g64"
+    ):
         if peer["equal"] == 1.0:
             told.append(f"{peer['name']}: equal")
         else:
@@ -71,7 +91,16 @@ def cells(data: Mapping[str, Any], row: Row) -> list[str]:
     divergence = [f"{1000 * m['kl']:.2f} ± {1000 * m['kl_se']:.2f}" for m in models]
     ppl = [f"{math.expm1(m['dnll']):+.2%} ± {m['dnll_se']:.2%}" for m in models]
     top = " / ".join(f"{m['top1']:.1%}" for m in models)
-    return [f"`{row['name']}`", row["precision"], f"{row['bits']:.2f}", *db, *divergence, *ppl, top, peer_cell(data, row)]
+    return [
+        f"`{row['name']}`",
+        row["precision"],
+        f"{row['bits']:.2f}",
+        *db,
+        *divergence,
+        *ppl,
+        top,
+        peer_cell(data, row),
+    ]
 
 
 def table(data: Mapping[str, Any]) -> str:
@@ -92,13 +121,19 @@ def checks(data: Mapping[str, Any]) -> list[tuple[str, str, bool]]:
         gain = {k: rows[a]["sqnr"][k] - rows[b]["sqnr"][k] for k in rows[a]["sqnr"]}
         judged = [v for k, v in gain.items() if k == "gauss" or k not in WEIGHTS]
         told = ", ".join(f"{k} {v:+.2f}" for k, v in gain.items())
-        out.append((f"`{a}` at least {least} dB over `{b}`, Gaussian and real weights", told, min(judged) >= least))
+        out.append(
+            (f"`{a}` at least {least} dB over `{b}`, Gaussian and real weights", told, min(judged) >= least)
+        )
     for row in data["rows"]:
         if row["kind"] != "peer" or row["name"] == "rtn_offset_g64":
             continue
         found = pair(data, row["name"], row["against"])
         d, se = combined(found, "dnll")
-        told = "equal weights" if row["equal"] == 1.0 else f"perplexity of the peer {math.expm1(d):+.2%} ± {se:.2%}"
+        told = (
+            "equal weights"
+            if row["equal"] == 1.0
+            else f"perplexity of the peer {math.expm1(d):+.2%} ± {se:.2%}"
+        )
         out.append((f"`{row['against']}` not worse than {row['name']}", told, d >= -2 * se))
     return out
 
@@ -111,11 +146,16 @@ def pair_rows(data: Mapping[str, Any]) -> list[list[str]]:
         line = [f"`{a}`", f"`{b}`"]
         for p in found:
             base = p["dkl"] / p["dkl_rel"] if p["dkl_rel"] else 1.0
-            line += [f"{p['dkl_rel']:+.1%} ± {abs(p['dkl_se'] / base):.1%}", f"{math.expm1(p['dnll']):+.2%} ± {p['dnll_se']:.2%}"]
+            line += [
+                f"{p['dkl_rel']:+.1%} ± {abs(p['dkl_se'] / base):.1%}",
+                f"{math.expm1(p['dnll']):+.2%} ± {p['dnll_se']:.2%}",
+            ]
         d, se = combined(found, "dkl")
         same = d == se == 0
         seen = abs(d) > 2 * se and max(abs(p["dkl_rel"]) for p in found) > 1e-3
-        out.append([*line, "equal" if same else "no difference seen" if not seen else "better" if d < 0 else "worse"])
+        out.append(
+            [*line, "equal" if same else "no difference seen" if not seen else "better" if d < 0 else "worse"]
+        )
     return out
 
 
@@ -129,11 +169,26 @@ def results(data: Mapping[str, Any]) -> str:
         "baseline; the row bf16 is the same model in BF16 arithmetic. `:16` leaves activations in 16 bits."
     )
     peers = [cells(data, r)[:-1] for r in data["rows"] if r["kind"] == "peer"]
-    options = grid(("a", "b", *(f"{what} {n}" for n in names for what in ("KL", "ppl")), "a is, by KL"), pair_rows(data))
-    held = grid(("must hold", "found", ""), ((claim, told, "✅" if ok else "❌") for claim, told, ok in checks(data)))
+    options = grid(
+        ("a", "b", *(f"{what} {n}" for n in names for what in ("KL", "ppl")), "a is, by KL"), pair_rows(data)
+    )
+    held = grid(
+        ("must hold", "found", ""), ((claim, told, "✅" if ok else "❌") for claim, told, ok in checks(data))
+    )
     missing = ", ".join(data["missing"]) or "none"
-    parts = ("# Quality of every scheme", run, setting, held, "## Schemes and options", grid(COLUMNS, (cells(data, r) for r in ordered(data))),
-             "## Peers on the same weights", f"Not installed: {missing}.", grid(COLUMNS[:-1], peers), "## a against b, paired", options)  # fmt: skip
+    parts = (
+        "# Quality of every scheme",
+        run,
+        setting,
+        held,
+        "## Schemes and options",
+        grid(COLUMNS, (cells(data, r) for r in ordered(data))),
+        "## Peers on the same weights",
+        f"Not installed: {missing}.",
+        grid(COLUMNS[:-1], peers),
+        "## a against b, paired",
+        options,
+    )
     return "\n\n".join(parts) + "\n"
 
 
@@ -150,13 +205,31 @@ def plot(data: Mapping[str, Any], path: Path) -> None:
     shown = [r for r in data["rows"] if (r["kind"] == "scheme" or r["name"] in extra) and r["name"] != "bf16"]
     for row in shown:
         weight_only = row["precision"].endswith("A16")
-        axes.plot(row["bits"], 1000 * kl(row), "o", color="C0" if weight_only else "C1", mfc="C0" if weight_only else "none")
-    for low, high, x, align in ((0, 4.4, 4.05, "right"), (4.4, 6, 4.7, "left"), (6, 7, 6.7, "left"), (7, 17, 8.65, "left")):
+        axes.plot(
+            row["bits"],
+            1000 * kl(row),
+            "o",
+            color="C0" if weight_only else "C1",
+            mfc="C0" if weight_only else "none",
+        )
+    for low, high, x, align in (
+        (0, 4.4, 4.05, "right"),
+        (4.4, 6, 4.7, "left"),
+        (6, 7, 6.7, "left"),
+        (7, 17, 8.65, "left"),
+    ):
         last = 0.0  # labels of a column stand above each other, 17% apart at least
         for row in sorted((r for r in shown if low <= r["bits"] < high), key=kl):
             last = max(1000 * kl(row), last * 1.17)
-            axes.annotate(row["name"], (row["bits"], 1000 * kl(row)), xytext=(x if row["bits"] < 5 or row["bits"] > 6 else 5.6, last),
-                          ha=align, va="center", fontsize=7, arrowprops={"arrowstyle": "-", "lw": 0.3, "color": "grey"})  # fmt: skip
+            axes.annotate(
+                row["name"],
+                (row["bits"], 1000 * kl(row)),
+                xytext=(x if row["bits"] < 5 or row["bits"] > 6 else 5.6, last),
+                ha=align,
+                va="center",
+                fontsize=7,
+                arrowprops={"arrowstyle": "-", "lw": 0.3, "color": "grey"},
+            )
     axes.set_xlim(2.9, 10.2)
     axes.set(
         yscale="log",

@@ -33,13 +33,19 @@ class Peer:
     bits: float | None = None
 
 
-def compressed_tensors(strategy: str, kind: str, num_bits: int, scale_dtype: torch.dtype | None = None, **args: Any) -> Values:
+def compressed_tensors(
+    strategy: str, kind: str, num_bits: int, scale_dtype: torch.dtype | None = None, **args: Any
+) -> Values:
     """Minimum and maximum of each block, ``calculate_qparams``, ``fake_quantize``: round to nearest as vLLM loads it."""
     q = importlib.import_module("compressed_tensors.quantization")
     forward = importlib.import_module("compressed_tensors.quantization.lifecycle.forward")
     helpers = importlib.import_module("compressed_tensors.quantization.utils")
-    settings = q.QuantizationArgs(num_bits=num_bits, type=kind, strategy=strategy, symmetric=True, scale_dtype=scale_dtype, **args)
-    rows, cols = args.get("block_structure") or {"tensor": (0, 0), "channel": (1, 0)}.get(strategy, (1, args.get("group_size")))
+    settings = q.QuantizationArgs(
+        num_bits=num_bits, type=kind, strategy=strategy, symmetric=True, scale_dtype=scale_dtype, **args
+    )
+    rows, cols = args.get("block_structure") or {"tensor": (0, 0), "channel": (1, 0)}.get(
+        strategy, (1, args.get("group_size"))
+    )
 
     def values(weight: Tensor) -> Tensor:
         n, k = weight.shape
@@ -70,7 +76,7 @@ def torchao_nvfp4() -> Values:
     nv = importlib.import_module("torchao.prototype.mx_formats.nvfp4_tensor")
     return lambda w: nv.NVFP4Tensor.to_nvfp4(
         w, per_tensor_scale=nv.per_tensor_amax_to_scale(w.abs().amax())
-    ).dequantize(torch.float32)  # fmt: skip
+    ).dequantize(torch.float32)
 
 
 def bitsandbytes(kind: str, double: bool) -> Values:
@@ -78,7 +84,9 @@ def bitsandbytes(kind: str, double: bool) -> Values:
     f = importlib.import_module("bitsandbytes.functional")
 
     def values(weight: Tensor) -> Tensor:
-        rows = weight.float().reshape(-1, 64)  # the same blocks; on the CPU its dequantization fails where 64 does not divide K
+        rows = weight.float().reshape(
+            -1, 64
+        )  # the same blocks; on the CPU its dequantization fails where 64 does not divide K
         packed, state = f.quantize_4bit(rows, blocksize=64, quant_type=kind, compress_statistics=double)
         return f.dequantize_4bit(packed, state).float().view(weight.shape)
 
@@ -97,7 +105,9 @@ def hqq() -> Values:
     q = importlib.import_module("hqq.core.quantize").Quantizer
 
     def values(weight: Tensor) -> Tensor:
-        codes, meta = q.quantize(weight.float(), nbits=4, group_size=64, axis=1, device="cpu", compute_dtype=torch.float32)
+        codes, meta = q.quantize(
+            weight.float(), nbits=4, group_size=64, axis=1, device="cpu", compute_dtype=torch.float32
+        )
         meta |= {key: meta[key].bfloat16().float() for key in ("scale", "zero")}
         return q.dequantize(codes, meta).float()
 
@@ -110,23 +120,49 @@ def _makers() -> list[tuple[str, str, Callable[[], Values], float | None]]:
     out: list[tuple[str, str, Callable[[], Values], float | None]] = [
         ("compressed-tensors FP8 tensor", "fp8_per_tensor", lambda: ct("tensor", "float", 8), None),
         ("compressed-tensors FP8 channel", "fp8_per_channel", lambda: ct("channel", "float", 8), None),
-        ("compressed-tensors FP8 block", "fp8_per_block", lambda: ct("block", "float", 8, block_structure=[128, 128]), None),
+        (
+            "compressed-tensors FP8 block",
+            "fp8_per_block",
+            lambda: ct("block", "float", 8, block_structure=[128, 128]),
+            None,
+        ),
         ("compressed-tensors INT8", "int8", lambda: ct("channel", "int", 8), None),
-        ("compressed-tensors W4A16 g128", "int4_weight_only", lambda: ct("group", "int", 4, group_size=128), None),
-        ("compressed-tensors W4A16 g32", "int4_weight_only_g32", lambda: ct("group", "int", 4, group_size=32), None),
+        (
+            "compressed-tensors W4A16 g128",
+            "int4_weight_only",
+            lambda: ct("group", "int", 4, group_size=128),
+            None,
+        ),
+        (
+            "compressed-tensors W4A16 g32",
+            "int4_weight_only_g32",
+            lambda: ct("group", "int", 4, group_size=32),
+            None,
+        ),
         ("compressed-tensors W4A8", "int4_w4a8", lambda: ct("group", "int", 4, group_size=128), None),
     ]
     for bits, scheme in ((8, "mxfp8"), (6, "mxfp6_e2m3"), (4, "mxfp4"), (4, "mxfp4_weight_only")):
         name = f"compressed-tensors MXFP{bits}" + ("A16" if scheme.endswith("only") else "")
         out.append((name, scheme, lambda b=bits: ct("group", "float", b, torch.uint8, group_size=32), None))
     for name, scheme in (("NVFP4", "nvfp4"), ("NVFP4A16", "nvfp4_weight_only")):
-        out.append((f"compressed-tensors {name}", scheme, lambda: ct("tensor_group", "float", 4, e4m3, group_size=16), None))
+        out.append(
+            (
+                f"compressed-tensors {name}",
+                scheme,
+                lambda: ct("tensor_group", "float", 4, e4m3, group_size=16),
+                None,
+            )
+        )
     for dtype, label, scheme in (
-        ("float8_e4m3fn", "MXFP8", "mxfp8"), ("float4_e2m1fn_x2", "MXFP4", "mxfp4"),
+        ("float8_e4m3fn", "MXFP8", "mxfp8"),
+        ("float4_e2m1fn_x2", "MXFP4", "mxfp4"),
         ("float4_e2m1fn_x2", "MXFP4 weights", "mxfp4_weight_only"),
-    ):  # fmt: skip
+    ):
         out.append((f"torchao {label} rceil", scheme, lambda d=dtype: torchao_mx(d), None))
-    out += [("torchao NVFP4", "nvfp4", torchao_nvfp4, None), ("torchao NVFP4 weights", "nvfp4_weight_only", torchao_nvfp4, None)]
+    out += [
+        ("torchao NVFP4", "nvfp4", torchao_nvfp4, None),
+        ("torchao NVFP4 weights", "nvfp4_weight_only", torchao_nvfp4, None),
+    ]
     for kind in ("nf4", "fp4"):
         out.append((f"bitsandbytes {kind.upper()}", kind, lambda k=kind: bitsandbytes(k, False), 4.5))
         out.append(

@@ -19,20 +19,42 @@ from common import markdown, write
 
 from quantport import numerics
 from quantport.backend import Scheme
-from quantport.host import host
+from quantport.plugins.registry import default_registry
 
 N = K = 4096
 SLOW_ROWS = 512  # for what takes longer than a second
-MX = {"mxfp8": torch.float8_e4m3fn, "mxfp6_e2m3": "fp6_e2m3", "mxfp6_e3m2": "fp6_e3m2", "mxfp4": torch.float4_e2m1fn_x2}
+MX = {
+    "mxfp8": torch.float8_e4m3fn,
+    "mxfp6_e2m3": "fp6_e2m3",
+    "mxfp6_e3m2": "fp6_e3m2",
+    "mxfp4": torch.float4_e2m1fn_x2,
+}
 PRESETS = {
-    "fp8_per_channel": "FP8_DYNAMIC", "fp8_per_block": "FP8_BLOCK", "int8": "W8A8", "int4_weight_only": "W4A16", "mxfp8": "MXFP8",
-    "mxfp4": "MXFP4", "nvfp4": "NVFP4",
-}  # fmt: skip
+    "fp8_per_channel": "FP8_DYNAMIC",
+    "fp8_per_block": "FP8_BLOCK",
+    "int8": "W8A8",
+    "int4_weight_only": "W4A16",
+    "mxfp8": "MXFP8",
+    "mxfp4": "MXFP4",
+    "nvfp4": "NVFP4",
+}
 MUST = {"int4_mse": 0.2, "nf4": 0.2, "fp4": 0.2}
 HALF = (
-    "fp8_per_tensor", "fp8_per_channel", "fp8_per_block", "fp8_weight_only", "int8", "int8_weight_only", "mxfp8", "mxfp8_weight_only",
-    "mxfp6_e2m3", "mxfp6_e3m2", "mxfp4", "mxfp4_weight_only", "mxfp4_w4a8", "mxfp4_dualscale",
-)  # fmt: skip
+    "fp8_per_tensor",
+    "fp8_per_channel",
+    "fp8_per_block",
+    "fp8_weight_only",
+    "int8",
+    "int8_weight_only",
+    "mxfp8",
+    "mxfp8_weight_only",
+    "mxfp6_e2m3",
+    "mxfp6_e3m2",
+    "mxfp4",
+    "mxfp4_weight_only",
+    "mxfp4_w4a8",
+    "mxfp4_dualscale",
+)
 Call = Callable[[torch.Tensor], object]
 
 
@@ -43,7 +65,9 @@ def torchao(name: str) -> Call | None:
         return lambda w: to_mx(w, MX[name], 32)
     if name == "nvfp4":
         nv = import_module("torchao.prototype.mx_formats.nvfp4_tensor")
-        return lambda w: nv.NVFP4Tensor.to_nvfp4(w, per_tensor_scale=nv.per_tensor_amax_to_scale(w.abs().amax()))
+        return lambda w: nv.NVFP4Tensor.to_nvfp4(
+            w, per_tensor_scale=nv.per_tensor_amax_to_scale(w.abs().amax())
+        )
     q = import_module("torchao.quantization")
     configs = {"int8_weight_only": "Int8WeightOnlyConfig", "fp8_weight_only": "Float8WeightOnlyConfig"}
     if name not in configs:
@@ -96,7 +120,11 @@ def extremes(w: torch.Tensor, args: Any) -> tuple[torch.Tensor, torch.Tensor]:
         blocks = w.view(w.shape[0] // r, r, w.shape[1] // c, c)
         return blocks.amin((1, 3)), blocks.amax((1, 3))
     blocks = w.unflatten(1, (-1, args.group_size)) if args.group_size else w
-    return (blocks.amin(-1), blocks.amax(-1)) if args.group_size else (w.amin(1, keepdim=True), w.amax(1, keepdim=True))
+    return (
+        (blocks.amin(-1), blocks.amax(-1))
+        if args.group_size
+        else (w.amin(1, keepdim=True), w.amax(1, keepdim=True))
+    )
 
 
 def gguf(name: str) -> Call | None:
@@ -107,7 +135,12 @@ def gguf(name: str) -> Call | None:
     return lambda w: module.quants.quantize(w.float().numpy(), module.GGMLQuantizationType[name.upper()])
 
 
-PEERS = {"torchao": torchao, "bitsandbytes": bitsandbytes, "compressed-tensors": compressed_tensors, "gguf": gguf}
+PEERS = {
+    "torchao": torchao,
+    "bitsandbytes": bitsandbytes,
+    "compressed-tensors": compressed_tensors,
+    "gguf": gguf,
+}
 
 
 def copy(scheme: Scheme) -> Call:
@@ -146,8 +179,11 @@ def speeds(calls: dict[str, Call], weight: torch.Tensor, rounds: int) -> dict[st
 
 def row(scheme: Scheme, weight: torch.Tensor, rounds: int, limit: bool = True) -> list[str]:
     """One line of the table."""
-    fast = host().backends["cpu"].quantize_weight
-    calls: dict[str, Call] = {"reference": lambda w: numerics.quantize_weight(w, scheme), "limit": copy(scheme)}
+    fast = default_registry().backends["cpu"].quantize_weight
+    calls: dict[str, Call] = {
+        "reference": lambda w: numerics.quantize_weight(w, scheme),
+        "limit": copy(scheme),
+    }
     if fast(weight[:1], scheme) is not None:
         calls["fast"] = lambda w: fast(w, scheme)
     for peer, make in PEERS.items():
@@ -160,7 +196,9 @@ def row(scheme: Scheme, weight: torch.Tensor, rounds: int, limit: bool = True) -
     ours = max(v for name in ("fast", "reference") if isinstance(v := got.get(name), float))
     must = MUST.get(scheme.name, 0.5 if scheme.name in HALF else 0)
     peers = "; ".join(
-        f"{n} {v:.3f} ({ours / v:.0f}x)" if isinstance(v, float) else f"{n}: {v}" for n, v in got.items() if n in PEERS
+        f"{n} {v:.3f} ({ours / v:.0f}x)" if isinstance(v, float) else f"{n}: {v}"
+        for n, v in got.items()
+        if n in PEERS
     )
     cell = lambda name: f"{v:.3f}" if isinstance(v := got.get(name), float) else ""  # noqa: E731 - one line beside its use
     mark = "" if not must else f"{must} {'✅' if ours >= must else '❌'}"
@@ -174,10 +212,22 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     weight = torch.randn(N, K).mul_(0.02).bfloat16()
-    table = host().schemes
-    names = args.schemes or [n for n in table if n != "bf16"] + ["nf4:double", "fp4:double", "mxfp4:mse", "nvfp4:mse"]
+    table = default_registry().schemes
+    names = args.schemes or [n for n in table if n != "bf16"] + [
+        "nf4:double",
+        "fp4:double",
+        "mxfp4:mse",
+        "nvfp4:mse",
+    ]
     rows = [row(table[name], weight, args.rounds) for name in names]
-    columns = ["scheme", "compiled", "reference", "must reach", "limit", "peers (how many times faster ours is)"]
+    columns = [
+        "scheme",
+        "compiled",
+        "reference",
+        "must reach",
+        "limit",
+        "peers (how many times faster ours is)",
+    ]
     notes = [
         "GB/s of BF16 weights on one thread. Compiled: with numba; empty where the reference does the work. Limit: a copy on the",
         "same thread, which reads the weight and writes the bytes of the scheme. Peers quantize the same weight in the same run;",

@@ -1,7 +1,8 @@
 """Writes the generated parts of the documentation: ``python docs/generate.py [--check]``.
 
-Generated: ``docs/matrix.md``, the matrix in ``README.md`` and the kernels in the pages of ``ROOMS``. The devices are
-simulated, and the text holds no time and nothing of this machine, so that it is the same wherever it is made.
+Generated: ``docs/matrix.md``, the matrix in ``README.md`` and the kernels in the pages of ``ROOMS``. The
+devices are simulated, and the text holds no time and nothing of this machine, so that it is the same wherever
+it is made.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from quantport.cells import Cell, matrix
 from quantport.device import Arch
-from quantport.host import host
+from quantport.planning.capability_matrix import Cell, matrix
+from quantport.plugins.registry import default_registry
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("cpu", "cuda", "xpu")  # whose pages list their kernels
@@ -75,9 +76,16 @@ README_ROWS: tuple[Group, ...] = (
     ("Ascend NPU", _of("npu")),
 )
 README_SCHEMES = (
-    "fp8_per_channel", "fp8_per_block", "int8", "mxfp8", "mxfp4", "nvfp4",
-    "fp8_weight_only", "int8_weight_only", "int4_weight_only",
-)  # fmt: skip
+    "fp8_per_channel",
+    "fp8_per_block",
+    "int8",
+    "mxfp8",
+    "mxfp4",
+    "nvfp4",
+    "fp8_weight_only",
+    "int8_weight_only",
+    "int4_weight_only",
+)
 OMNI_ROWS: tuple[Group, ...] = (
     ("NVIDIA Blackwell (SM100+)", _of("cuda", "Blackwell")),
     ("NVIDIA Ada/Hopper (SM89+)", _of("cuda", "Ada", "Hopper")),
@@ -96,9 +104,13 @@ VLLM_COLUMNS: tuple[Group, ...] = (
 
 
 def fold(cells: Iterable[Cell]) -> str:
-    """One text for the cells of several architectures and layer kinds: every outcome that occurs, best first."""
+    """One text for the cells of several architectures and layer kinds: every outcome that occurs,
+    best first.
+    """
     found = {(str(c.choice.status), c.choice.precision) for c in cells}
-    return " ".join(f"{MARKS[status]} {precision}".strip() for status, precision in sorted(found, key=_best_first))
+    return " ".join(
+        f"{MARKS[status]} {precision}".strip() for status, precision in sorted(found, key=_best_first)
+    )
 
 
 def _best_first(outcome: tuple[str, str]) -> int:
@@ -128,7 +140,10 @@ def by_family(cells: Sequence[Cell], groups: Sequence[Group], evidence: bool = F
 def by_scheme(cells: Sequence[Cell], groups: Sequence[Group]) -> str:
     """Schemes down, groups across."""
     schemes = list(dict.fromkeys(c.scheme for c in cells))
-    rows = [[f"`{s}`", *(fold(c for c in cells if c.scheme == s and belongs(c.arch)) for _, belongs in groups)] for s in schemes]
+    rows = [
+        [f"`{s}`", *(fold(c for c in cells if c.scheme == s and belongs(c.arch)) for _, belongs in groups)]
+        for s in schemes
+    ]
     return table(["scheme", *(label for label, _ in groups)], rows)
 
 
@@ -138,13 +153,22 @@ def by_outcome(cells: Sequence[Cell]) -> str:
     for cell in cells:
         choice = cell.choice
         claim = f"{choice.claim.evidence}: {choice.claim.source}" if choice.claim else ""
-        why = "; ".join((*choice.reasons, *([f"deviates: {choice.deviation}"] if choice.deviation else [])))
+        why = "; ".join(
+            (
+                *choice.reasons,
+                *([f"deviates: {choice.numeric_deviation}"] if choice.numeric_deviation else []),
+            )
+        )
         mark = f"{MARKS[str(choice.status)]} {choice.precision}".strip()
-        groups.setdefault((f"`{cell.arch}` {cell.arch.title}", mark, f"`{choice.kernel}`", claim, why), []).append(cell)
+        groups.setdefault(
+            (f"`{cell.arch}` {cell.arch.title}", mark, f"`{choice.kernel}`", claim, why), []
+        ).append(cell)
     rows = []
     for (arch, *outcome), here in groups.items():
         layers = {s: {c.layer for c in here if c.scheme == s} for s in dict.fromkeys(c.scheme for c in here)}
-        names = ", ".join(f"`{s}`" + ("" if len(kinds) > 1 else f" ({min(kinds)})") for s, kinds in layers.items())
+        names = ", ".join(
+            f"`{s}`" + ("" if len(kinds) > 1 else f" ({min(kinds)})") for s, kinds in layers.items()
+        )
         rows.append([arch, names, *outcome])
     return table(["device", "schemes", "effective", "kernel", "evidence", "reason"], rows)
 
@@ -156,7 +180,8 @@ def matrix_page() -> str:
         "\n\n".join(
             (
                 INTRO,
-                "## The rows of vLLM-Omni's page on online quantization\n\nLinear layers and MoE experts together.",
+                "## The rows of vLLM-Omni's page on online quantization\n\nLinear layers and MoE "
+                "experts together.",
                 by_scheme(cells, OMNI_ROWS),
                 "## The columns of vLLM's table of supported hardware",
                 by_scheme(cells, VLLM_COLUMNS),
@@ -176,16 +201,25 @@ def readme_block() -> str:
 def kernels_of(kind: str) -> str:
     """The kernels of a room, from their own words."""
     rows = []
-    for kernel in host().kernels(kind):
-        serves = [f"`{s.name}`" for s in host().schemes.values() if kernel.serves(s)]
+    for kernel in default_registry().kernels(kind):
+        serves = [f"`{s.name}`" for s in default_registry().schemes.values() if kernel.serves(s)]
         said = (inspect.getdoc(type(kernel)) or "").partition("\n\n")[0].replace("\n", " ")
-        every = len(serves) == len(host().schemes) - 1
-        rows.append([f"`{kernel.name}`", "every quantized one" if every else ", ".join(serves), f"{kernel.tolerance:.1e}", said])
+        every = len(serves) == len(default_registry().schemes) - 1
+        rows.append(
+            [
+                f"`{kernel.name}`",
+                "every quantized one" if every else ", ".join(serves),
+                f"{kernel.tolerance:.1e}",
+                said,
+            ]
+        )
     return table(["kernel", "schemes", "tolerance", "what it does"], rows)
 
 
 def put(path: Path, name: str, block: str) -> str:
-    """The text of a file with its block between ``<!-- NAME: begin -->`` and ``<!-- NAME: end -->`` replaced."""
+    """The text of a file with its block between ``<!-- NAME: begin -->`` and ``<!-- NAME: end -->``
+    replaced.
+    """
     text = path.read_text(encoding="utf-8")
     begin, end = f"<!-- {name}: begin, written by docs/generate.py -->\n", f"<!-- {name}: end -->"
     before, found, rest = text.partition(begin)

@@ -1,4 +1,6 @@
-"""Triton kernels run in Triton's interpreter in every test: it is asked for before anything can import them."""
+"""Triton kernels run in Triton's interpreter in every test: it is asked for before anything can
+import them.
+"""
 
 import os
 

@@ -12,15 +12,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from quantport.cache import kv_cache
-    from quantport.catalog import Schemes
-    from quantport.cells import matrix
     from quantport.config import QuantConfig
     from quantport.device import Device
     from quantport.errors import QuantportError
-    from quantport.host import devices
+    from quantport.kvcache import kv_cache
     from quantport.loading import load, plan, quantize_, save
+    from quantport.planning.capability_matrix import matrix
+    from quantport.plugins.registry import devices
     from quantport.scheme import Scheme
+    from quantport.scheme.catalog import Schemes
 
     schemes: Schemes
 
@@ -31,10 +31,10 @@ _HOMES = {
     "QuantConfig": "quantport.config",
     "QuantportError": "quantport.errors",
     "Scheme": "quantport.scheme",
-    "devices": "quantport.host",
-    "kv_cache": "quantport.cache",
+    "devices": "quantport.plugins.registry",
+    "kv_cache": "quantport.kvcache",
     "load": "quantport.loading",
-    "matrix": "quantport.cells",
+    "matrix": "quantport.planning.capability_matrix",
     "plan": "quantport.loading",
     "quantize_": "quantport.loading",
     "save": "quantport.loading",
@@ -42,9 +42,11 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Imports what is asked for on first use (PEP 562): ``import quantport`` by itself costs nothing, not even torch."""
+    """Imports what is asked for on first use (PEP 562): ``import quantport`` by itself costs nothing, not
+    even torch.
+    """
     if name == "schemes":  # what plugins add included
-        return import_module("quantport.host").host().schemes
+        return import_module("quantport.plugins.registry").default_registry().schemes
     if name not in _HOMES:
         raise AttributeError(f"module 'quantport' has no attribute {name!r}")
     value = getattr(import_module(_HOMES[name]), name)

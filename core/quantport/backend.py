@@ -4,8 +4,13 @@ Example:
     >>> from quantport.backend import Arch, Backend, Device, hookimpl
 """
 
-from quantport import aten, numerics
-from quantport.capability import (
+from quantport import numerics
+from quantport.device import Arch, Device
+from quantport.errors import BackendError, DeviceError, QuantportError
+from quantport.kernels import aten
+from quantport.kernels.base import Kernel, Packed, Request, StoredWeight, WeightSpec
+from quantport.kernels.grouped import StackedKernel
+from quantport.kernels.verdict import (
     Accepted,
     Claim,
     Evidence,
@@ -17,14 +22,10 @@ from quantport.capability import (
     Status,
     Verdict,
 )
-from quantport.device import Arch, Device
-from quantport.errors import BackendError, DeviceError, QuantportError
-from quantport.formats import FORMATS, Format
-from quantport.hookspecs import Backend, hookimpl
-from quantport.kernel import Canonical, Kernel, Packed, Request, WeightSpec
-from quantport.once import once
+from quantport.plugins.hookspecs import Backend, hookimpl
+from quantport.plugins.once import once
 from quantport.scheme import Quant, Scheme
-from quantport.stacked import StackedKernel
+from quantport.scheme.formats import FORMATS, Format
 
 __all__ = [
     "FORMATS",
@@ -32,7 +33,6 @@ __all__ = [
     "Arch",
     "Backend",
     "BackendError",
-    "Canonical",
     "Claim",
     "Device",
     "DeviceError",
@@ -51,6 +51,7 @@ __all__ = [
     "Scheme",
     "StackedKernel",
     "Status",
+    "StoredWeight",
     "Verdict",
     "WeightSpec",
     "aten",

@@ -15,7 +15,8 @@ class Arch:
         kind: Device kind, the name of the room that knows it (the part before the colon of ``cpu:x86_vnni``).
         name: Architecture name within the kind, for example ``x86_vnni``.
         title: The name on the box, for people.
-        native: Formats that its matrix or dot-product unit multiplies natively (names of ``quantport.formats``).
+        native: Formats that its matrix or dot-product unit multiplies natively (names of
+            ``quantport.scheme.formats``).
         source: Where ``native`` comes from (a vendor page, a tool and its version).
         family: The group under which published tables list it, for example ``Ampere``.
         opaque: Dtypes of which it moves the bytes and can do nothing else with.
@@ -27,7 +28,7 @@ class Arch:
     native: frozenset[str]
     source: str
     family: str = ""
-    opaque: frozenset[torch.dtype] = frozenset()
+    storage_only_dtypes: frozenset[torch.dtype] = frozenset()
 
     def __str__(self) -> str:
         return f"{self.kind}:{self.name}"
@@ -68,7 +69,15 @@ class Device:
     @property
     def torch_device(self) -> torch.device:
         """The torch device to place tensors on."""
-        return torch.device(self.torch_type) if self.torch_type == "cpu" else torch.device(self.torch_type, self.index)
+        return (
+            torch.device(self.torch_type)
+            if self.torch_type == "cpu"
+            else torch.device(self.torch_type, self.index)
+        )
 
     def __str__(self) -> str:
-        return f"{self.kind}:{self.arch.name}" if self.simulated else f"{self.kind}:{self.index} ({self.arch.name})"
+        return (
+            f"{self.kind}:{self.arch.name}"
+            if self.simulated
+            else f"{self.kind}:{self.index} ({self.arch.name})"
+        )

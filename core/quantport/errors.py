@@ -1,4 +1,4 @@
-"""Every exception of quantport. Each message has three parts: what was asked, what was found, what would work."""
+"""Every exception of quantport. Each message has three parts: what was asked, what was found, what to try."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ class QuantportError(Exception):
     Args:
         asked: What the caller asked for.
         found: What quantport found instead.
-        works: What would work.
+        try: What would work.
     """
 
-    def __init__(self, asked: str, found: str, works: str) -> None:
-        super().__init__(asked, found, works)
-        self.asked, self.found, self.works = asked, found, works
+    def __init__(self, asked: str, found: str, suggestion: str) -> None:
+        super().__init__(asked, found, suggestion)
+        self.asked, self.found, self.suggestion = asked, found, suggestion
 
     def __str__(self) -> str:
-        return f"asked: {self.asked}\nfound: {self.found}\nworks: {self.works}"
+        return f"asked: {self.asked}\nfound: {self.found}\ntry: {self.suggestion}"
 
 
 class ConfigError(QuantportError, ValueError):
@@ -75,6 +75,6 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def one_of(name: str, known: Iterable[str]) -> str:
-    """Returns the 'works' part for an unknown name: a suggestion, then every known name."""
+    """Returns the suggestion for an unknown name: a suggestion, then every known name."""
     names = list(known)
     return f"{did_you_mean(name, names)}known: {', '.join(names) or 'none'}"

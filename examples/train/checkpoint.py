@@ -81,7 +81,9 @@ def save(
     """Write a BF16 checkpoint in several shards, with its tokenizer."""
     shutil.rmtree(out, ignore_errors=True)
     model.to(torch.bfloat16).eval()
-    model.generation_config = transformers.GenerationConfig(bos_token_id=0, eos_token_id=0, pad_token_id=0, do_sample=False)
+    model.generation_config = transformers.GenerationConfig(
+        bos_token_id=0, eos_token_id=0, pad_token_id=0, do_sample=False
+    )
     model.save_pretrained(out, max_shard_size="3MB")
     tokenizer.save_pretrained(out)
     use_published_names(out)

@@ -31,26 +31,84 @@ RECORDED_SHA256 = "e7981be3fccf825bd602a336e58ad4fae63b996af2aa8258bc2bea1e4fa90
 # Whole topics kept out of training. EVAL_TOPICS become examples/models/eval.txt;
 # VALID_TOPICS and VALID_MODULES are used to choose hyper-parameters.
 EVAL_TOPICS = (
-    "execmodel", "import", "exceptions", "assignment", "comparisons", "strings",
-    "calls", "objects", "identifiers", "raise", "binary", "global", "subscriptions",
-    "slicings", "assert", "atom-identifiers", "integers", "exprlists", "attribute-references",
-)  # fmt: skip
+    "execmodel",
+    "import",
+    "exceptions",
+    "assignment",
+    "comparisons",
+    "strings",
+    "calls",
+    "objects",
+    "identifiers",
+    "raise",
+    "binary",
+    "global",
+    "subscriptions",
+    "slicings",
+    "assert",
+    "atom-identifiers",
+    "integers",
+    "exprlists",
+    "attribute-references",
+)
 VALID_TOPICS = ("typesmapping", "with", "async", "return", "del", "power", "booleans")
 VALID_MODULES = ("heapq.py", "shelve.py", "textwrap.py", "sched.py", "contextlib.py")
 
 SKIPPED_PARTS = frozenset(
-    {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3",
-     "pydoc_data", "turtledemo", "encodings", "__pycache__"}
-)  # fmt: skip
+    {
+        "site-packages",
+        "dist-packages",
+        "test",
+        "tests",
+        "idle_test",
+        "lib2to3",
+        "pydoc_data",
+        "turtledemo",
+        "encodings",
+        "__pycache__",
+    }
+)
 
 # Extension modules whose docstrings exist only at run time.
 EXTENSION_MODULES = (
-    "builtins", "_abc", "_asyncio", "_bisect", "_codecs", "_collections", "_csv", "_datetime",
-    "_elementtree", "_functools", "_heapq", "_imp", "_io", "_json", "_operator", "_pickle",
-    "_random", "_signal", "_socket", "_struct", "_thread", "_tracemalloc", "_warnings",
-    "_weakref", "array", "atexit", "binascii", "cmath", "gc", "itertools", "marshal", "math",
-    "select", "sys", "time", "unicodedata", "zlib",
-)  # fmt: skip
+    "builtins",
+    "_abc",
+    "_asyncio",
+    "_bisect",
+    "_codecs",
+    "_collections",
+    "_csv",
+    "_datetime",
+    "_elementtree",
+    "_functools",
+    "_heapq",
+    "_imp",
+    "_io",
+    "_json",
+    "_operator",
+    "_pickle",
+    "_random",
+    "_signal",
+    "_socket",
+    "_struct",
+    "_thread",
+    "_tracemalloc",
+    "_warnings",
+    "_weakref",
+    "array",
+    "atexit",
+    "binascii",
+    "cmath",
+    "gc",
+    "itertools",
+    "marshal",
+    "math",
+    "select",
+    "sys",
+    "time",
+    "unicodedata",
+    "zlib",
+)
 
 SHINGLE_WORDS = 12
 MIN_SHINGLE_WORDS = 6
@@ -149,7 +207,9 @@ def _comment_blocks(source: str) -> Iterator[str]:
 def _docstrings(tree: ast.Module) -> Iterator[str]:
     """Yield docstrings in source order."""
     nodes = [
-        node for node in ast.walk(tree) if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
     ]
     nodes.sort(key=lambda node: getattr(node, "lineno", 0))
     for node in nodes:
@@ -193,7 +253,8 @@ def _stdlib_files() -> list[Path]:
     return [
         root / name
         for name in names
-        if not SKIPPED_PARTS.intersection(name.split("/")) and not name.startswith(("_sysconfigdata", "config-"))
+        if not SKIPPED_PARTS.intersection(name.split("/"))
+        and not name.startswith(("_sysconfigdata", "config-"))
     ]
 
 

@@ -34,7 +34,9 @@ def perplexity(model: PreTrainedModel, tokens: torch.Tensor, context: int = CONT
     total, count = 0.0, 0
     for batch in rows.split(16):
         logits = model(input_ids=batch, use_cache=False).logits.float()
-        losses = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten(), reduction="sum")
+        losses = torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"
+        )
         total += losses.item()
         count += batch[:, 1:].numel()
     return math.exp(total / count)

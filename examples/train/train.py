@@ -99,7 +99,9 @@ def train(
     for step in range(1, recipe.steps + 1):
         rows = next(source)
         logits_and_aux = model(input_ids=rows, use_cache=False, **extra)
-        loss = torch.nn.functional.cross_entropy(logits_and_aux.logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten())
+        loss = torch.nn.functional.cross_entropy(
+            logits_and_aux.logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten()
+        )
         total = loss
         if kind == "moe":
             total = loss + balance_loss(model, logits_and_aux.router_logits)
@@ -117,13 +119,16 @@ def train(
             model.train()
             evaluated += time.monotonic() - pause
             print(
-                f"step {step}/{recipe.steps} loss {smooth:.3f} valid ppl {ppl:.2f} {speed:.0f} tokens/s {seconds:.0f} s",
+                f"step {step}/{recipe.steps} loss {smooth:.3f} valid ppl {ppl:.2f} {speed:.0f} "
+                f"tokens/s {seconds:.0f} s",
                 flush=True,
             )
     return {"loss": smooth, "valid": ppl, "speed": speed, "seconds": seconds}
 
 
-def balance_loss(model: transformers.PreTrainedModel, router_logits: tuple[torch.Tensor, ...]) -> torch.Tensor:
+def balance_loss(
+    model: transformers.PreTrainedModel, router_logits: tuple[torch.Tensor, ...]
+) -> torch.Tensor:
     """Return the Switch-style load-balancing loss of the routers."""
     config = model.config
     scores = torch.cat([layer.flatten(0, -2) for layer in router_logits]).softmax(-1)

@@ -1,4 +1,6 @@
-"""Packing of the rooms is the same under every default dtype and device of the process, wherever it runs without the device."""
+"""Packing of the rooms is the same under every default dtype and device of the process, wherever it runs
+without the device.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,8 @@ import torch
 
 from quantport import numerics
 from quantport.backend import WeightSpec, aten
-from quantport.catalog import BUILTIN
-from quantport.host import host
+from quantport.plugins.registry import default_registry
+from quantport.scheme.catalog import BUILTIN
 from quantport.testing import cases
 from quantport_triton.kernels import weights
 
@@ -35,7 +37,13 @@ def packed(kernel, scheme):
 def here(room):
     """(kernel, scheme, what it packs) for each kernel of a room that packs without its device."""
     shared = {type(kernel) for kernel in aten.portable()}  # they keep tensors as they are
-    served = [(k, s.name) for k in host().kernels(room) if type(k) not in shared for s in BUILTIN.values() if k.serves(s)]
+    served = [
+        (k, s.name)
+        for k in default_registry().kernels(room)
+        if type(k) not in shared
+        for s in BUILTIN.values()
+        if k.serves(s)
+    ]
     return [(kernel, scheme, out) for kernel, scheme in served if (out := packed(kernel, scheme)) is not None]
 
 
@@ -56,7 +64,9 @@ def test_packing(room, defaults):
     for kernel, scheme, expected in here(room):
         found = packed(kernel, scheme)
         assert found is not None, f"{kernel.name} with {scheme} does not pack any more"
-        assert all(cases.same_bits(a, b) for a, b in zip(found, expected, strict=True)), f"{kernel.name} with {scheme}"
+        assert all(cases.same_bits(a, b) for a, b in zip(found, expected, strict=True)), (
+            f"{kernel.name} with {scheme}"
+        )
 
 
 def test_the_table_of_triton(defaults):

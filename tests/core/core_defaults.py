@@ -21,21 +21,31 @@ elif DEVICE != "cpu":
 import quantport  # noqa: E402  # tables that are made on import are made under these defaults, too
 import quantport_cpu.detect  # noqa: E402
 from quantport import aten, numerics  # noqa: E402
-from quantport.cache import cache_dtype, decode, encode  # noqa: E402
-from quantport.catalog import BUILTIN  # noqa: E402
-from quantport.host import host  # noqa: E402
-from quantport.kernel import WeightSpec  # noqa: E402
+from quantport.kernels.base import WeightSpec  # noqa: E402
+from quantport.kvcache import cache_dtype, decode, encode  # noqa: E402
 from quantport.modules import QuantExperts, QuantLinear  # noqa: E402
+from quantport.plugins.registry import default_registry  # noqa: E402
+from quantport.scheme.catalog import BUILTIN  # noqa: E402
 
 N, K, EXPERTS = 48, 200, 3
-OPTIONS = ("nvfp4:mse", "nf4:double", "fp4:double", "mxfp4:floor", "mxfp4:hadamard", "mxfp8:rceil", "mxfp4_dualscale:mse")
+OPTIONS = (
+    "nvfp4:mse",
+    "nf4:double",
+    "fp4:double",
+    "mxfp4:floor",
+    "mxfp4:hadamard",
+    "mxfp8:rceil",
+    "mxfp4_dualscale:mse",
+)
 MODELS = Path(__file__).parents[2] / "examples" / "models"
 LOADED = ("int4_g32", "nf4:double")
 
 
 def schemes():
     """Every scheme that quantizes, and one with each option."""
-    return [s.name for s in BUILTIN.values() if s.weight.format != "bf16"] + [name for name in OPTIONS if name in BUILTIN]
+    return [s.name for s in BUILTIN.values() if s.weight.format != "bf16"] + [
+        name for name in OPTIONS if name in BUILTIN
+    ]
 
 
 def random(*shape, seed=0):
@@ -57,7 +67,12 @@ def of_numerics(scheme):
     wide = numerics.dequantize_weight(stored, scheme, K)
     empty = numerics.quantize_weight(random(0, K), scheme)
     y = numerics.linear(random(3, K, seed=1), stored, scheme, random(N, seed=2))
-    return {"stored": digest(stored), "values": digest({"": wide}), "empty": digest(empty), "linear": digest({"": y})}
+    return {
+        "stored": digest(stored),
+        "values": digest({"": wide}),
+        "empty": digest(empty),
+        "linear": digest({"": y}),
+    }
 
 
 def of_modules(scheme):
@@ -96,7 +111,10 @@ def of_models(scheme):
             found = {**dict(model.named_buffers()), **model.state_dict()}
             assert digest(found) == digest({**dict(again.named_buffers()), **again.state_dict()})
         out[folder.name] = digest(found)
-    plain = nn.Sequential(nn.Linear(K, N, dtype=torch.bfloat16, device="cpu"), nn.Linear(N, K, dtype=torch.bfloat16, device="cpu"))
+    plain = nn.Sequential(
+        nn.Linear(K, N, dtype=torch.bfloat16, device="cpu"),
+        nn.Linear(N, K, dtype=torch.bfloat16, device="cpu"),
+    )
     for i, layer in enumerate(plain):
         layer.weight.data.copy_(random(*layer.weight.shape, seed=i))
         layer.bias.data.zero_()
@@ -107,13 +125,18 @@ def of_models(scheme):
 def without_room():
     """The reference quantizes, and portable kernels run."""
     quantport_cpu.detect.available = lambda: "off"
-    vars(host())["_kernels"] = {**host()._kernels, "cpu": aten.portable()}
+    vars(default_registry())["_kernels"] = {**default_registry()._kernels, "cpu": aten.portable()}
 
 
 if __name__ == "__main__":
     if ROOM == "reference":
         without_room()
-    told = {f"{name}/{what}": d for name in schemes() for of in (of_numerics, of_modules) for what, d in of(BUILTIN[name]).items()}
+    told = {
+        f"{name}/{what}": d
+        for name in schemes()
+        for of in (of_numerics, of_modules)
+        for what, d in of(BUILTIN[name]).items()
+    }
     told |= {f"kv/{name}": of_cache(name) for name in ("fp8_e4m3", "fp8_e5m2", "int8", "int4")}
     told |= {f"{name}/{what}": d for name in LOADED for what, d in of_models(name).items()}
     sys.stdout.write(json.dumps(told))

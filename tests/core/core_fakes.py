@@ -11,7 +11,18 @@ from typing import Any
 
 import torch
 
-from quantport.backend import Arch, Backend, Claim, Device, Evidence, Kernel, Reason, Request, Status, hookimpl
+from quantport.backend import (
+    Arch,
+    Backend,
+    Claim,
+    Device,
+    Evidence,
+    Kernel,
+    Reason,
+    Request,
+    Status,
+    hookimpl,
+)
 
 
 @dataclass(frozen=True)
@@ -47,7 +58,11 @@ class FakeKernel(Kernel):
         self._accepts, self._speed, self._slow = accepts, speed, slow
 
     def reasons_against(self, request):
-        return () if self._accepts(request) else (Reason(f"{self.name} refuses {request.weight.n} x {request.weight.k}"),)
+        return (
+            ()
+            if self._accepts(request)
+            else (Reason(f"{self.name} refuses {request.weight.n} x {request.weight.k}"),)
+        )
 
     def claim(self, request):
         return Claim(Evidence.DECLARED, "acme.example/kernels")
@@ -65,7 +80,9 @@ class FakeKernel(Kernel):
 class FakeBackend(Backend):
     """A room whose every answer is given; an exception as an answer is raised."""
 
-    def __init__(self, kind: str = "acme", torch_type: str = "cpu", rank: int = 10, found: Any = (), kernels: Any = ()) -> None:
+    def __init__(
+        self, kind: str = "acme", torch_type: str = "cpu", rank: int = 10, found: Any = (), kernels: Any = ()
+    ) -> None:
         self.kind, self.torch_type, self.rank = kind, torch_type, rank
         self.archs = {"a1": arch(kind), "a2": arch(kind, "a2", ("bf16",))}
         self._found, self._kernels = found, kernels
@@ -88,7 +105,11 @@ def device(kind: str = "acme", index: int = 0, **fields: Any) -> Device:
 
 
 def plugin(
-    monkeypatch: Any, name: str, group: str = "quantport.backends", entry: str = "", **hooks: Callable[[], Any]
+    monkeypatch: Any,
+    name: str,
+    group: str = "quantport.backends",
+    entry: str = "",
+    **hooks: Callable[[], Any],
 ) -> EntryPoint:
     """A module with these hooks, importable, and the entry point that names it."""
     module = types.ModuleType(f"fake_{name}")

@@ -12,9 +12,15 @@ from torch import Tensor, nn
 MODELS = Path(__file__).parents[2] / "examples" / "models"
 DENSE, MOE = MODELS / "tiny-llama", MODELS / "tiny-qwen3-moe"
 SCHEMES = (
-    "fp8_per_tensor", "fp8_per_channel", "fp8_per_block", "int8", "fp8_weight_only", "int8_weight_only", "int4_weight_only",
+    "fp8_per_tensor",
+    "fp8_per_channel",
+    "fp8_per_block",
+    "int8",
+    "fp8_weight_only",
+    "int8_weight_only",
+    "int4_weight_only",
     "int4_weight_only_g32",
-)  # fmt: skip
+)
 ids = torch.arange(24).view(2, 12) * 7 % 512
 
 
@@ -62,7 +68,9 @@ class Tiny(nn.Module):
         return self.lm_head(x) + self.narrow(x[..., :1]).sum(-1, keepdim=True)
 
 
-def made(factory: Callable[[], nn.Module] = Tiny, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> nn.Module:
+def made(
+    factory: Callable[[], nn.Module] = Tiny, dtype: torch.dtype = torch.bfloat16, seed: int = 0
+) -> nn.Module:
     torch.manual_seed(seed)
     return factory().to(dtype).eval().requires_grad_(False)
 
@@ -71,7 +79,11 @@ def write(folder: Path, tensors: Mapping[str, Tensor] | nn.Module, **files: str)
     """Writes model.safetensors, and other files by name (``config__json``)."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = tensors.state_dict() if isinstance(tensors, nn.Module) else tensors
-    save_file({n: t.contiguous().clone() for n, t in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {n: t.contiguous().clone() for n, t in tensors.items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     for name, text in files.items():
         (folder / name.replace("__", ".")).write_text(text)
     return folder
@@ -87,7 +99,9 @@ def same_state(found: nn.Module, expected: nn.Module) -> None:
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    return a.shape == b.shape and torch.equal(
+        a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)
+    )
 
 
 def snapshot(model: nn.Module) -> dict[str, object]:

@@ -1,4 +1,6 @@
-"""Other projects' implementations, as judges: imported quietly, and skipped where this Python or torch is too old for them."""
+"""Other projects' implementations, as judges: imported quietly, and skipped where this Python or torch is too
+old for them.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,11 @@ def normal(n: int, k: int, seed: int = 0, spread: float = 2.0) -> Tensor:
 def patterns(count: int, seed: int = 0) -> Tensor:
     """Random bit patterns of fp32: every magnitude down to subnormals, zeros, NaN and Inf among them."""
     random = torch.Generator().manual_seed(seed)
-    return torch.randint(-(2**31), 2**31, (count,), generator=random, dtype=torch.int64).to(torch.int32).view(torch.float32)
+    return (
+        torch.randint(-(2**31), 2**31, (count,), generator=random, dtype=torch.int64)
+        .to(torch.int32)
+        .view(torch.float32)
+    )
 
 
 def raw(x: Tensor) -> Tensor:

@@ -1,4 +1,6 @@
-"""The numerics again, written independently of quantport: NumPy in float32, ml_dtypes for the floats, one block at a time."""
+"""The numerics again, written independently of quantport: NumPy in float32, ml_dtypes for the floats, one
+block at a time.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,16 @@ SMALL = {
     "e2m3": ml_dtypes.float6_e2m3fn,
     "e2m1": ml_dtypes.float4_e2m1fn,
 }
-HALF = {"e4m3fn": 448.0, "e3m2": 28.0, "e2m3": 7.5, "e2m1": 6.0, "int8": 127.5, "int4": 7.5, "nf4": 1.0, "fp4": 1.0}
+HALF = {
+    "e4m3fn": 448.0,
+    "e3m2": 28.0,
+    "e2m3": 7.5,
+    "e2m1": 6.0,
+    "int8": 127.5,
+    "int4": 7.5,
+    "nf4": 1.0,
+    "fp4": 1.0,
+}
 EMAX = {"e4m3fn": 8, "e3m2": 4, "e2m3": 2, "e2m1": 2}
 MANTISSA = {"e4m3fn": 3, "e3m2": 2, "e2m3": 3, "e2m1": 1}
 RANGE = {"int8": (-128, 127), "int4": (-8, 7)}
@@ -28,7 +39,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 def blocks_of(n: int, k: int, quant: Quant) -> list[tuple[int, int, slice, slice]]:
     """(row of the scale, column of the scale, rows, columns) of every block, by plain loops."""
-    rows, cols = quant.rows or max(n, 1), quant.cols or max(k, 1)
+    rows, cols = quant.block_shape[0] or max(n, 1), quant.group_size or max(k, 1)
     return [
         (i, j, slice(i * rows, min(n, (i + 1) * rows)), slice(j * cols, min(k, (j + 1) * cols)))
         for i in range(math.ceil(n / rows))
@@ -44,7 +55,9 @@ def encode_np(ratio: np.ndarray, form: str) -> np.ndarray:
     if form in RANGE:
         low, high = RANGE[form]
         return np.clip(np.rint(ratio), low, high).astype(np.float32)
-    table = np.unique(np.array(CODEBOOKS[form], np.float32))  # ascending: argmin takes the lower of two that are as near
+    table = np.unique(
+        np.array(CODEBOOKS[form], np.float32)
+    )  # ascending: argmin takes the lower of two that are as near
     middles = (table[1:] + table[:-1]) / np.float32(2)
     return table[(ratio[..., None] > middles).sum(-1)]
 
@@ -94,9 +107,13 @@ def same(found: Tensor, expected: np.ndarray) -> None:
     """Every element equal, the sign of zero included; names the first that is not."""
     actual = found.float().numpy()
     assert actual.shape == expected.shape, (actual.shape, expected.shape)
-    wrong = np.argwhere((actual != expected) | (np.signbit(actual) & (actual != 0) != np.signbit(expected) & (expected != 0)))
+    wrong = np.argwhere(
+        (actual != expected) | (np.signbit(actual) & (actual != 0) != np.signbit(expected) & (expected != 0))
+    )
     where = tuple(wrong[0]) if len(wrong) else ()
-    assert not len(wrong), f"{len(wrong)} of {actual.size} differ, first at {where}: {actual[where]!r}, not {expected[where]!r}"
+    assert not len(wrong), (
+        f"{len(wrong)} of {actual.size} differ, first at {where}: {actual[where]!r}, not {expected[where]!r}"
+    )
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -105,7 +122,7 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Ten
 
 def check_parts(error: QuantportError, *named: str) -> None:
     """Three parts, each of which says something, and every word that the message must name."""
-    for part in (error.asked, error.found, error.works):
+    for part in (error.asked, error.found, error.suggestion):
         assert part.strip()
     for name in named:
         assert name in str(error), f"{name!r} is not named in: {error}"

@@ -1,4 +1,6 @@
-"""Device maps and offloading: outputs and state dict are what they were, and a model that is offloaded is not saved half."""
+"""Device maps and offloading: outputs and state dict are what they were, and a model that is offloaded is not
+saved half.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ def disk_offload(model, folder):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("how", [dispatch, with_hooks, cpu_offload, disk_map, disk_offload], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "how", [dispatch, with_hooks, cpu_offload, disk_map, disk_offload], ids=lambda f: f.__name__
+)
 def test_outputs_and_state_are_what_they_were(name, how, tmp_path):
     path, config = MODELS[name]
     model = quantport.load(path, config=config)
@@ -56,7 +60,9 @@ def test_outputs_and_state_are_what_they_were(name, how, tmp_path):
         moved = how(model, tmp_path)
     for _ in range(2):
         assert torch.equal(moved(ids).logits, expected)
-    assert {k for k, t in moved.state_dict().items() if t.is_meta} <= {k for k, t in state.items() if t.dtype == torch.bfloat16}
+    assert {k for k, t in moved.state_dict().items() if t.is_meta} <= {
+        k for k, t in state.items() if t.dtype == torch.bfloat16
+    }
     remove_hook_from_submodules(moved)
     back = moved.state_dict()
     assert back.keys() == state.keys()
@@ -78,10 +84,14 @@ def test_an_offloaded_model_is_not_saved(tmp_path):
 def test_weights_that_somebody_exchanges_are_the_ones_that_run(name):
     """accelerate moves a module by putting other tensors into its buffers."""
     model = quantport.load(DENSE, config=MODELS[name][1])
-    other = model.get_submodule("model.layers.0.mlp.up_proj"), model.model.embed_tokens, model.get_submodule("model.layers.0.mlp")
+    other = (
+        model.get_submodule("model.layers.0.mlp.up_proj"),
+        model.model.embed_tokens,
+        model.get_submodule("model.layers.0.mlp"),
+    )
     expected = model(ids).logits
     for module in [m for m in other if hasattr(m, "packed")]:
         for key, tensor in list(module._buffers.items()):
             module._buffers[key] = torch.zeros_like(tensor)
-        assert all(not t.view(torch.uint8).any() for t in module.canonical().values())
+        assert all(not t.view(torch.uint8).any() for t in module.stored_weight().values())
     assert not torch.equal(model(ids).logits, expected)

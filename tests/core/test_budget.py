@@ -1,4 +1,6 @@
-"""The budget of the stream: bytes in flight never exceed it, and one weight that cannot fit is told before anything is read."""
+"""The budget of the stream: bytes in flight never exceed it, and one weight that cannot fit is told before
+anything is read.
+"""
 
 from __future__ import annotations
 
@@ -16,20 +18,28 @@ from core_references import check_parts
 
 import quantport
 from quantport import numerics
-from quantport.budget import need, parse_budget
-from quantport.catalog import BUILTIN
 from quantport.checkpoint import Checkpoint
 from quantport.errors import BudgetError, ConfigError, WeightError
-from quantport.kernel import WeightSpec
-from quantport.loading import tasks as loading_tasks
-from quantport.loading.copying import copy_into
-from quantport.loading.stream import Task, run_tasks
-from quantport.planner import BUDGET
+from quantport.kernels.base import WeightSpec
+from quantport.loading import weight_tasks as loading_tasks
+from quantport.loading.copy_tensors import copy_into
+from quantport.loading.executor import Task, run_tasks
+from quantport.planning.memory import need, parse_budget
+from quantport.planning.plan import BUDGET
+from quantport.scheme.catalog import BUILTIN
 
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [(None, None), (7, 7), ("7", 7), ("512MB", 512 * 10**6), ("512 MiB", 512 << 20), ("1.5GiB", 3 << 29), ("2gb", 2 * 10**9)],
+    [
+        (None, None),
+        (7, 7),
+        ("7", 7),
+        ("512MB", 512 * 10**6),
+        ("512 MiB", 512 << 20),
+        ("1.5GiB", 3 << 29),
+        ("2gb", 2 * 10**9),
+    ],
 )
 def test_sizes(text, size):
     assert parse_budget(text) == size
@@ -78,22 +88,33 @@ def test_bytes_in_flight_stay_within_the_budget(workers):
 
 def test_large_tasks_are_not_overtaken_for_ever():
     tracer = Tracer()
-    run_tasks([tracer.task("small", 10) for _ in range(6)] + [tracer.task("large", 100)] + [tracer.task("small", 10)] * 40,
-              workers=4, budget=100)  # fmt: skip
+    run_tasks(
+        [tracer.task("small", 10) for _ in range(6)]
+        + [tracer.task("large", 100)]
+        + [tracer.task("small", 10)] * 40,
+        workers=4,
+        budget=100,
+    )
     assert tracer.order.index("large") <= 6 + 4
 
 
 def test_a_task_that_can_never_fit_is_refused_and_nothing_hangs():
     tracer = Tracer()
     with pytest.raises(BudgetError) as caught:
-        run_tasks([tracer.task("a", 5), tracer.task("giant", 101), tracer.task("b", 5)], workers=2, budget=100)
+        run_tasks(
+            [tracer.task("a", 5), tracer.task("giant", 101), tracer.task("b", 5)], workers=2, budget=100
+        )
     check_parts(caught.value, "giant", "budget=101")
 
 
 def test_an_error_gives_its_bytes_back():
     tracer = Tracer()
     with pytest.raises(WeightError):
-        run_tasks([tracer.task("a", 90, fail=True), *(tracer.task("b", 90) for _ in range(5))], workers=3, budget=100)
+        run_tasks(
+            [tracer.task("a", 90, fail=True), *(tracer.task("b", 90) for _ in range(5))],
+            workers=3,
+            budget=100,
+        )
     assert tracer.now == 0
 
 
@@ -108,7 +129,9 @@ def test_a_weight_that_cannot_fit_is_named_before_anything_is_read(monkeypatch):
 def test_the_default_grows_for_one_large_weight_and_the_plan_says_so(tmp_path):
     spec = WeightSpec(BUILTIN["int8"], 1 << 14, 1 << 14)
     layers = {"a.weight": torch.empty(1 << 14, 1 << 14, dtype=torch.bfloat16, device="meta")}
-    module = torch.nn.ModuleDict({"a": torch.nn.Linear(1 << 14, 1 << 14, bias=False, device="meta", dtype=torch.bfloat16)})
+    module = torch.nn.ModuleDict(
+        {"a": torch.nn.Linear(1 << 14, 1 << 14, bias=False, device="meta", dtype=torch.bfloat16)}
+    )
     plan = quantport.plan(module, "int8", device="cpu")
     assert plan.budget == need(spec, torch.bfloat16) > BUDGET
     assert plan.peak == plan.after + plan.budget
@@ -122,8 +145,10 @@ def test_a_tight_budget_gives_the_same_model(scheme, tmp_path):
     model = quantport.load(MOE, scheme, budget="2MB", workers=4)
     same_state(model, quantport.load(MOE, scheme))
     same_state(quantport.load(quantport.save(model, tmp_path / "s"), budget="2MB"), model)
-    same_state(quantport.load(write(tmp_path / "t", made()), scheme, model=Tiny, budget="1MB"),
-               quantport.load(tmp_path / "t", scheme, model=Tiny))  # fmt: skip
+    same_state(
+        quantport.load(write(tmp_path / "t", made()), scheme, model=Tiny, budget="1MB"),
+        quantport.load(tmp_path / "t", scheme, model=Tiny),
+    )
 
 
 def test_experts_are_read_quantized_and_dropped_one_by_one(monkeypatch):
@@ -138,8 +163,8 @@ def test_experts_are_read_quantized_and_dropped_one_by_one(monkeypatch):
             most[0] = max(most[0], held[0])
         return real(weight, *args)
 
-    def take(self, name, canonical):
-        pack(self, name, canonical)
+    def take(self, name, stored_weight):
+        pack(self, name, stored_weight)
         spec = self.specs[name]
         with lock:
             held[0] -= spec.n * spec.k
@@ -176,7 +201,8 @@ def status(key):
 class Experts(nn.Module):
     def __init__(self, e, i, h):
         super().__init__()
-        self.gate_up_proj, self.down_proj = nn.Parameter(torch.empty(e, 2 * i, h)), nn.Parameter(torch.empty(e, h, i))
+        self.gate_up_proj = nn.Parameter(torch.empty(e, 2 * i, h))
+        self.down_proj = nn.Parameter(torch.empty(e, h, i))
         self.act_fn = nn.SiLU()
 
 def factory(e=48, i=768, h=1024):
@@ -209,11 +235,16 @@ def test_a_process_stays_within_quantized_bytes_and_budget(tmp_path, fused, sche
     e, i, h = 48, 768, 1024
     block = torch.randn(2 * i * h).mul_(0.02).bfloat16()
     if fused:
-        tensors = {"mlp.experts.gate_up_proj": block.view(2 * i, h).expand(e, 2 * i, h),
-                   "mlp.experts.down_proj": block[: i * h].view(h, i).expand(e, h, i)}  # fmt: skip
+        tensors = {
+            "mlp.experts.gate_up_proj": block.view(2 * i, h).expand(e, 2 * i, h),
+            "mlp.experts.down_proj": block[: i * h].view(h, i).expand(e, h, i),
+        }
     else:
-        tensors = {f"mlp.experts.{x}.{p}.weight": block[: i * h].view((h, i) if p == "down_proj" else (i, h))
-                   for x in range(e) for p in ("gate_proj", "up_proj", "down_proj")}  # fmt: skip
+        tensors = {
+            f"mlp.experts.{x}.{p}.weight": block[: i * h].view((h, i) if p == "down_proj" else (i, h))
+            for x in range(e)
+            for p in ("gate_proj", "up_proj", "down_proj")
+        }
     folder, budget = write(tmp_path / "c", tensors), 40 << 20
     run = [sys.executable, "-c", CHILD, str(folder), scheme, str(budget)]
     done = subprocess.run(run, capture_output=True, text=True, check=False)

@@ -1,4 +1,6 @@
-"""Building a model leaves other threads alone, and makes what Transformers makes under its process-wide default dtype."""
+"""Building a model leaves other threads alone, and makes what Transformers makes under its process-wide
+default dtype.
+"""
 
 from __future__ import annotations
 
@@ -11,29 +13,54 @@ from core_models import DENSE, MOE, Tiny, made, same_bits, same_state, write
 from torch import nn
 
 import quantport
-from quantport.loading.building import as_usual, building
+from quantport.loading.build_context import as_usual, building
 
 SMALL = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "vocab_size": 64, "max_position_embeddings": 32, "pad_token_id": 0,
-}  # fmt: skip
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+    "max_position_embeddings": 32,
+    "pad_token_id": 0,
+}
 EXPERTS = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
-DEEP = {"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "q_lora_rank": 8, "kv_lora_rank": 8, "first_k_dense_replace": 1}
+DEEP = {
+    "n_routed_experts": 4,
+    "n_group": 2,
+    "topk_group": 1,
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "first_k_dense_replace": 1,
+}
 SIDES = {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
 PATCHES = {**SMALL, "image_size": 32, "patch_size": 8}
 MODELS = {
-    "LlamaForCausalLM": SMALL, "Gemma3ForCausalLM": {**SMALL, "head_dim": 8}, "Qwen3MoeForCausalLM": {**SMALL, **EXPERTS},
-    "MixtralForCausalLM": {**SMALL, "num_local_experts": 4}, "DeepseekV3ForCausalLM": {**SMALL, **DEEP, "num_experts_per_tok": 2},
+    "LlamaForCausalLM": SMALL,
+    "Gemma3ForCausalLM": {**SMALL, "head_dim": 8},
+    "Qwen3MoeForCausalLM": {**SMALL, **EXPERTS},
+    "MixtralForCausalLM": {**SMALL, "num_local_experts": 4},
+    "DeepseekV3ForCausalLM": {**SMALL, **DEEP, "num_experts_per_tok": 2},
     "GptOssForCausalLM": {**SMALL, "num_local_experts": 4, "head_dim": 8},
-    "T5ForConditionalGeneration": {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 64},
-    "BertModel": SMALL, "GPT2LMHeadModel": {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64, "n_positions": 32},
+    "T5ForConditionalGeneration": {
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 48,
+        "num_layers": 2,
+        "num_heads": 4,
+        "vocab_size": 64,
+    },
+    "BertModel": SMALL,
+    "GPT2LMHeadModel": {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64, "n_positions": 32},
     "BloomForCausalLM": {"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64},
     "MambaForCausalLM": {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64, "state_size": 4},
-    "ViTModel": PATCHES, "SwinModel": {"image_size": 32, "patch_size": 4, "embed_dim": 8, "depths": [1, 2], "num_heads": [2, 2]},
+    "ViTModel": PATCHES,
+    "SwinModel": {"image_size": 32, "patch_size": 4, "embed_dim": 8, "depths": [1, 2], "num_heads": [2, 2]},
     "CLIPModel": {"text_config": SMALL, "vision_config": PATCHES, "projection_dim": 16},
     "M2M100Model": {"d_model": 32, "vocab_size": 64, **SIDES, "max_position_embeddings": 32},
     "WhisperModel": {"d_model": 32, "vocab_size": 64, "num_mel_bins": 8, **SIDES, "pad_token_id": 0},
-}  # fmt: skip
+}
 
 
 def config_of(name):
@@ -50,7 +77,9 @@ def test_the_model_is_that_of_transformers(name, dtype):
     assert found.config.to_dict() == expected.config.to_dict()
     assert found.dtype == expected.dtype
     assert found._keep_in_fp32_modules == expected._keep_in_fp32_modules
-    dtypes = [{n: (p.dtype, p.shape, p.requires_grad) for n, p in m.named_parameters()} for m in (found, expected)]
+    dtypes = [
+        {n: (p.dtype, p.shape, p.requires_grad) for n, p in m.named_parameters()} for m in (found, expected)
+    ]
     assert dtypes[0] == dtypes[1]
     assert all(p.is_meta for p in found.parameters())
     buffers = [dict(m.named_buffers()) for m in (found, expected)]
@@ -64,12 +93,27 @@ def test_defaults_of_operations_that_no_factory_makes():
     def asked():
         whole, mask = torch.arange(300), torch.tensor([True, False])
         made = (
-            whole / 7, 2.0 ** (whole / 300), whole.sqrt(), whole * 0.1, torch.where(mask, 0.1, 0.7), torch.full((2,), 0.3),
-            torch.tensor([[0.1, 2]]), torch.linspace(0, 1, 5), torch.full((2,), 3), torch.tensor(7), whole.float(),
-            whole.to(torch.float64), torch.tensor(whole.numpy()), torch.as_tensor(torch.ones(2, dtype=torch.float64)),
-            torch.normal(0.0, 1.0, (5,)), torch.rand(3), torch.arange(0, 1, 0.3), torch.randint(9, (3,)), torch.fft.fftfreq(6),
+            whole / 7,
+            2.0 ** (whole / 300),
+            whole.sqrt(),
+            whole * 0.1,
+            torch.where(mask, 0.1, 0.7),
+            torch.full((2,), 0.3),
+            torch.tensor([[0.1, 2]]),
+            torch.linspace(0, 1, 5),
+            torch.full((2,), 3),
+            torch.tensor(7),
+            whole.float(),
+            whole.to(torch.float64),
+            torch.tensor(whole.numpy()),
+            torch.as_tensor(torch.ones(2, dtype=torch.float64)),
+            torch.normal(0.0, 1.0, (5,)),
+            torch.rand(3),
+            torch.arange(0, 1, 0.3),
+            torch.randint(9, (3,)),
+            torch.fft.fftfreq(6),
             torch.zeros(2, dtype=torch.float32),
-        )  # fmt: skip
+        )
         return [*made, torch.get_default_dtype()]
 
     found = []
@@ -83,7 +127,9 @@ def test_defaults_of_operations_that_no_factory_makes():
             finally:
                 torch.set_default_dtype(before)
     for ours, expected in zip(*found, strict=True):
-        assert ours is expected or (ours.dtype == expected.dtype and same_bits(ours.reshape(-1), expected.reshape(-1)))
+        assert ours is expected or (
+            ours.dtype == expected.dtype and same_bits(ours.reshape(-1), expected.reshape(-1))
+        )
 
 
 class Watch:
@@ -95,7 +141,9 @@ class Watch:
 
     def run(self):
         while not self.stop.is_set():
-            self.seen.add((torch.get_default_dtype(), torch.zeros(1).dtype, nn.Linear(1, 1).weight.device.type))
+            self.seen.add(
+                (torch.get_default_dtype(), torch.zeros(1).dtype, nn.Linear(1, 1).weight.device.type)
+            )
 
     def __enter__(self):
         self.thread.start()

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import quantport
 from quantport.cli import app
-from quantport.host import Host, host
+from quantport.plugins.registry import Registry, default_registry
 
 ASKING = (
     ("devices",),
@@ -61,7 +61,10 @@ def test_two_formats_are_a_conflict():
 def test_version_and_help():
     assert ask("--version").stdout == f"quantport {quantport.__version__}\n"
     text = ask("--help").stdout
-    assert all(name in text for name in ("devices", "matrix", "plan", "run", "quantize", "bench", "doctor", "Exit codes"))
+    assert all(
+        name in text
+        for name in ("devices", "matrix", "plan", "run", "quantize", "bench", "doctor", "Exit codes")
+    )
 
 
 @pytest.mark.parametrize("name", ["devices", "matrix", "plan", "run", "quantize", "bench", "doctor"])
@@ -109,10 +112,13 @@ def test_matrix_of_one_architecture_cites_its_sources():
 
 
 def test_matrix_filters():
-    cells = json.loads(ask("matrix", "--scheme", "fp8", "--device", "cuda:sm_80", "--layer", "linear", "--json").stdout)
-    assert [(c["scheme"], c["device"], c["layer"], c["effective" if "effective" in c else "precision"]) for c in cells] == [
-        ("fp8_per_tensor", "cuda:sm_80", "linear", "W8A16")
-    ]
+    cells = json.loads(
+        ask("matrix", "--scheme", "fp8", "--device", "cuda:sm_80", "--layer", "linear", "--json").stdout
+    )
+    assert [
+        (c["scheme"], c["device"], c["layer"], c["effective" if "effective" in c else "precision"])
+        for c in cells
+    ] == [("fp8_per_tensor", "cuda:sm_80", "linear", "W8A16")]
     assert "no e4m3fn matrix instruction" in ask("matrix", "-s", "fp8", "-d", "cuda:sm_80").stdout
     assert "did you mean 'sm_89'" in parts(ask("matrix", "--device", "cuda:sm_8", code=2))["works"]
     assert "did you mean 'int8'" in parts(ask("matrix", "--scheme", "int9", code=2))["works"]
@@ -130,18 +136,33 @@ def test_acceptance_moe_on_ampere_is_weight_only_and_says_why():
 
 
 def test_acceptance_moe_on_hopper_quantizes_activations_per_token():
-    made_plan = json.loads(ask("plan", MOE, "--scheme", "fp8_per_tensor", "--device", "cuda:sm_90", "--json").stdout)
+    made_plan = json.loads(
+        ask("plan", MOE, "--scheme", "fp8_per_tensor", "--device", "cuda:sm_90", "--json").stdout
+    )
     linear = [g for g in made_plan["groups"] if g["kind"] == "linear" and g["asked"]]
     assert linear
     assert {g["activations"] for g in linear} == {"e4m3fn per token"}
-    assert "e4m3fn per token" in ask("plan", MOE, "--scheme", "fp8_per_tensor", "--device", "cuda:sm_90").stdout
+    assert (
+        "e4m3fn per token" in ask("plan", MOE, "--scheme", "fp8_per_tensor", "--device", "cuda:sm_90").stdout
+    )
 
 
 def test_plan_says_everything():
     data = json.loads(ask("plan", DENSE, "--scheme", "int8", "--device", "cpu:x86_vnni", "--json").stdout)
     assert data["bytes_before"] > data["bytes_after"] > 0
     assert sum(g["bytes_after"] for g in data["groups"]) == data["bytes_after"]
-    assert {"source", "device", "rows", "config", "fallback", "groups", "layers", "reasons", "warnings", "kept"} <= set(data)
+    assert {
+        "source",
+        "device",
+        "rows",
+        "config",
+        "fallback",
+        "groups",
+        "layers",
+        "reasons",
+        "warnings",
+        "kept",
+    } <= set(data)
     group = next(g for g in data["groups"] if g["layers"] == "model.layers.*.mlp.down_proj")
     assert group["count"] == sum(1 for x in data["layers"] if x["name"].endswith("mlp.down_proj"))
     assert group["shapes"][0]["n"]
@@ -152,8 +173,13 @@ def test_plan_of_a_group_can_be_pasted_as_a_pattern():
     data = json.loads(ask("plan", DENSE, "--scheme", "int8", "--json").stdout)
     for group in data["groups"]:
         if group["asked"] and "*" in group["layers"]:
-            again = json.loads(ask("plan", DENSE, "--scheme", "int8", "--ignore", group["layers"], "--json").stdout)
-            assert sum(1 for x in again["layers"] if x["asked"]) == sum(1 for x in data["layers"] if x["asked"]) - group["count"]
+            again = json.loads(
+                ask("plan", DENSE, "--scheme", "int8", "--ignore", group["layers"], "--json").stdout
+            )
+            assert (
+                sum(1 for x in again["layers"] if x["asked"])
+                == sum(1 for x in data["layers"] if x["asked"]) - group["count"]
+            )
 
 
 def test_plan_warns_of_slow_paths_and_names_a_faster_one():
@@ -177,7 +203,13 @@ def test_plan_takes_a_config_file_and_ignores(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "found"),
-    [(None, "No such file"), ("{", "not JSON"), ("[]", "a JSON list"), ('{"schema": "int8"}', "schema"), ("\udcff", "")],
+    [
+        (None, "No such file"),
+        ("{", "not JSON"),
+        ("[]", "a JSON list"),
+        ('{"schema": "int8"}', "schema"),
+        ("\udcff", ""),
+    ],
 )
 def test_a_wrong_config_file(tmp_path, text, found):
     config = tmp_path / "config.json"
@@ -211,12 +243,12 @@ def test_a_truncated_checkpoint(tmp_path):
 
 
 @pytest.fixture
-def hosted(monkeypatch):
+def registry(monkeypatch):
     """Makes a host of given plugins the host of the doctor."""
 
     def use(*points):
         with pytest.warns(RuntimeWarning) if len(points) > 1 else Nothing():
-            found = Host(points, only=[])
+            found = Registry(points, only=[])
         monkeypatch.setattr("quantport.cli.doctor.host", lambda: found)
         return found
 
@@ -239,10 +271,10 @@ def test_doctor_of_a_sound_installation():
     assert "no problem found" in ask("doctor").stdout
 
 
-def test_doctor_names_what_was_set_aside_and_fails(monkeypatch, hosted):
+def test_doctor_names_what_was_set_aside_and_fails(monkeypatch, registry):
     good = backend_plugin(monkeypatch, "good", FakeBackend("good", found=()))
     bad = backend_plugin(monkeypatch, "bad", OSError("driver is gone"))
-    hosted(good, bad)
+    registry(good, bad)
     result = ask("doctor", "--json", code=1)
     data = json.loads(result.stdout)
     assert not data["ok"]
@@ -250,15 +282,15 @@ def test_doctor_names_what_was_set_aside_and_fails(monkeypatch, hosted):
     assert "driver is gone" in ask("doctor", code=1).stdout
 
 
-def test_doctor_survives_advice_that_raises(monkeypatch, hosted):
+def test_doctor_survives_advice_that_raises(monkeypatch, registry):
     backend = FakeBackend("acme")
     backend.advice = lambda: (_ for _ in ()).throw(RuntimeError("no advice"))
-    hosted(backend_plugin(monkeypatch, "acme", backend))
+    registry(backend_plugin(monkeypatch, "acme", backend))
     assert "RuntimeError: no advice" in ask("doctor", code=1).stdout
 
 
 def test_doctor_shows_advice_without_failing(monkeypatch):
-    room = host().backends["cpu"]
+    room = default_registry().backends["cpu"]
     monkeypatch.setattr(type(room), "advice", lambda self: ("install the thing",))
     assert "advice: cpu: install the thing" in ask("doctor").stdout
 

@@ -48,7 +48,11 @@ def test_a_pipe_gets_whole_rows():
     assert sources.startswith("cuda.")
 
 
-GRID = Grid((Column("name"), Column("size", right=True), Column("why", 1, prose=True)), (("a|b", "1", "<b>\nc"),), "things")
+GRID = Grid(
+    (Column("name"), Column("size", right=True), Column("why", 1, prose=True)),
+    (("a|b", "1", "<b>\nc"),),
+    "things",
+)
 
 
 def emitted(capsys, form: str, data: object = None) -> str:
@@ -102,6 +106,8 @@ def test_what_differs_in_a_group(parts, text):
     assert _braced(parts) == text
 
 
-@pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (2.5e9, "2.5 GB"), (3e15, "3000.0 TB")])
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (2.5e9, "2.5 GB"), (3e15, "3000.0 TB")]
+)
 def test_sizes(count, text):
     assert page.size(count) == text

@@ -24,7 +24,13 @@ def process(*args: object, code: str = MAIN, **settings):
 
 
 def test_json_is_alone_on_stdout(tmp_path):
-    done = process("plan", DENSE.relative_to(Path.cwd()) if DENSE.is_relative_to(Path.cwd()) else DENSE, "-s", "int8", "--json")
+    done = process(
+        "plan",
+        DENSE.relative_to(Path.cwd()) if DENSE.is_relative_to(Path.cwd()) else DENSE,
+        "-s",
+        "int8",
+        "--json",
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout)["bytes_after"]
 
@@ -32,7 +38,12 @@ def test_json_is_alone_on_stdout(tmp_path):
 def test_a_wrong_request_exits_2_with_three_parts_on_stderr():
     done = process("plan", DENSE, "--scheme", "int9", "--json")
     assert (done.returncode, done.stdout) == (2, "")
-    assert [line.partition(":")[0] for line in done.stderr.splitlines()] == ["ConfigError", "asked", "found", "works"]
+    assert [line.partition(":")[0] for line in done.stderr.splitlines()] == [
+        "ConfigError",
+        "asked",
+        "found",
+        "works",
+    ]
 
 
 def test_run_is_silent_but_for_its_answer():
@@ -43,8 +54,12 @@ def test_run_is_silent_but_for_its_answer():
 
 @unix
 def test_an_interrupt_exits_130_without_a_traceback():
-    hear = "signal.signal(signal.SIGINT, signal.default_int_handler); "  # who runs the tests in the background may be deaf to it
-    kill = f"import os, signal, quantport; {hear}quantport.devices = lambda: os.kill(os.getpid(), signal.SIGINT); "
+    # who runs the tests in the background may be deaf to it
+    hear = "signal.signal(signal.SIGINT, signal.default_int_handler); "
+    kill = (
+        f"import os, signal, quantport; {hear}quantport.devices = lambda: os.kill(os.getpid(), "
+        "signal.SIGINT); "
+    )
     done = process("devices", code=kill + MAIN)
     assert done.returncode == 130
     assert "Traceback" not in done.stderr
@@ -64,7 +79,10 @@ def test_a_stream_that_knows_no_ticks():
 
 
 def test_warnings_are_one_line():
-    code = "import warnings, quantport; quantport.devices = lambda: warnings.warn('odd driver', stacklevel=1) or (); " + MAIN
+    code = (
+        "import warnings, quantport; quantport.devices = lambda: warnings.warn('odd driver', "
+        "stacklevel=1) or (); " + MAIN
+    )
     done = process("devices", code=code)
     assert (done.returncode, done.stderr) == (0, "warning: odd driver\n")
 
@@ -116,7 +134,7 @@ def test_an_error_in_a_terminal_is_wrapped_under_its_part():
     lines = [line.rstrip() for line in re.sub(r"\x1b\[[\d;]*m", "", text).splitlines()]
     assert code == 2
     assert lines[:3] == ["ConfigError", "asked: scheme 'int9'", "found: no scheme has this name"]
-    assert lines[3].startswith("works: did you mean 'int8'?")
+    assert lines[3].startswith("try: did you mean 'int8'?")
     assert lines[4].startswith("       ")
 
 

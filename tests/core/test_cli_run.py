@@ -14,7 +14,7 @@ from test_cli import ask, parts
 from torch import nn
 
 import quantport
-from quantport.cli import benching, comparing
+from quantport.cli import bench_linear, compare
 from quantport.device import Device
 
 TEXT = DENSE.parent / "eval.txt"
@@ -23,14 +23,21 @@ QUICK = ("--tokens", "4", "--windows", "2")
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> Path:
-    """A checkpoint of Transformers that takes no time: random, 64 positions, with the tokenizer of the example."""
+    """A checkpoint of Transformers that takes no time: random, 64 positions, with the tokenizer of the
+    example.
+    """
     transformers = pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("checkpoints") / "small"
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, vocab_size=2048,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=2048,
         max_position_embeddings=64,
-    )  # fmt: skip
+    )
     transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(DENSE / name, folder)
@@ -38,13 +45,19 @@ def small(tmp_path_factory) -> Path:
 
 
 def test_run_prints_text_then_plan_then_comparison(small):
-    result = ask("run", small, "--scheme", "int8", "--prompt", "The following", "--compare", "--text", TEXT, *QUICK)
-    places = [result.stdout.index(text) for text in ("The following", "W8A", "total: ", "perplexity", "tokens/s  ")]
+    result = ask(
+        "run", small, "--scheme", "int8", "--prompt", "The following", "--compare", "--text", TEXT, *QUICK
+    )
+    places = [
+        result.stdout.index(text) for text in ("The following", "W8A", "total: ", "perplexity", "tokens/s  ")
+    ]
     assert places == sorted(places)
 
 
 def test_run_as_json(small):
-    data = json.loads(ask("run", small, "--scheme", "int4", "--compare", "--text", TEXT, *QUICK, "--json").stdout)
+    data = json.loads(
+        ask("run", small, "--scheme", "int4", "--compare", "--text", TEXT, *QUICK, "--json").stdout
+    )
     compare = data["compare"]
     assert data["tokens_per_second"] > 0
     assert compare["window"] == 64, "no window is longer than the model's positions"
@@ -95,7 +108,9 @@ def test_compare_of_a_quantized_checkpoint_needs_its_original(small, tmp_path):
     assert "--baseline" in error["works"]
     assert "it is quantized itself" in parts(ask("run", out, "--compare", "--baseline", out, code=2))["found"]
     assert "no config.json" in parts(ask("run", out, "--compare", "--baseline", tmp_path, code=2))["found"]
-    data = json.loads(ask("run", out, "--compare", "--baseline", small, "--text", TEXT, *QUICK, "--json").stdout)
+    data = json.loads(
+        ask("run", out, "--compare", "--baseline", small, "--text", TEXT, *QUICK, "--json").stdout
+    )
     assert data["compare"]["kl"] < 1
 
 
@@ -106,12 +121,15 @@ def test_quantize_refuses_a_taken_directory_before_it_works(small, tmp_path, mon
     with monkeypatch.context() as patch:
         patch.setattr(quantport, "load", lambda *a, **k: pytest.fail("it loaded first"))
         assert "--overwrite" in parts(ask("quantize", small, taken, "--scheme", "int8", code=2))["works"]
-        assert "no weights" in parts(ask("quantize", small, taken, "--scheme", "int8", "--overwrite", code=2))["found"]
+        assert (
+            "no weights"
+            in parts(ask("quantize", small, taken, "--scheme", "int8", "--overwrite", code=2))["found"]
+        )
         assert "a file" in parts(ask("quantize", small, taken / "notes.txt", code=2))["found"]
         assert "a file" in parts(ask("quantize", small, taken / "notes.txt" / "x", code=2))["found"]
         assert "is read" in parts(ask("quantize", small, small, "--overwrite", code=2))["found"]
         assert "is read" in parts(ask("quantize", small, small.parent, "--overwrite", code=2))["found"]
-        patch.setattr("quantport.cli.running.os.access", lambda *a: False)
+        patch.setattr("quantport.cli.run.os.access", lambda *a: False)
         assert "no permission" in parts(ask("quantize", small, tmp_path / "new", code=2))["found"]
     assert [p.name for p in taken.iterdir()] == ["notes.txt"]
 
@@ -146,7 +164,9 @@ def test_too_short_a_text(small, tmp_path):
     assert "at least 64 tokens" in str(
         ask("run", small, "--tokens", "2", "--compare", "--text", tmp_path / "short.txt", code=2).stderr
     )
-    assert "UTF-8" in parts(ask("run", small, "--compare", "--text", tmp_path / "binary.txt", code=2))["works"]
+    assert (
+        "UTF-8" in parts(ask("run", small, "--compare", "--text", tmp_path / "binary.txt", code=2))["works"]
+    )
 
 
 def test_run_without_config_or_tokenizer(small, tmp_path):
@@ -169,7 +189,10 @@ def test_quantize_of_what_is_quantized(small, tmp_path):
 
 
 def test_an_empty_prompt_begins_a_text(small):
-    assert json.loads(ask("run", small, "--prompt", "", "--tokens", "2", "--json").stdout)["tokens_per_second"] > 0
+    assert (
+        json.loads(ask("run", small, "--prompt", "", "--tokens", "2", "--json").stdout)["tokens_per_second"]
+        > 0
+    )
 
 
 def test_bf16_is_not_called_quantized(small):
@@ -206,59 +229,82 @@ def test_quality_by_hand():
     base, model = torch.tensor([0.0, 0.0]), torch.tensor([math.log(3.0), 0.0])  # 1/2, 1/2 and 3/4, 1/4
     windows = torch.tensor([[0, 0, 1], [1, 1, 0]])
     seen: list[int] = []
-    found = comparing.quality(Fixed(model), Fixed(base), windows, lambda done, total, _: seen.append(done))
+    found = compare.quality(Fixed(model), Fixed(base), windows, lambda done, total, _: seen.append(done))
     assert found["perplexity_bf16"] == pytest.approx(2)
     assert found["perplexity"] == pytest.approx(math.exp(-(math.log(0.75) + math.log(0.25)) / 2))
     assert found["kl"] == pytest.approx(0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25), rel=1e-5)
     assert (found["top1"], found["tokens_scored"], found["window"], seen) == (1.0, 4, 3, [1, 2])
-    assert comparing._exp(1e6) == math.inf
+    assert compare._exp(1e6) == math.inf
 
 
 def test_windows_are_full_and_bounded():
-    assert comparing.cut(list(range(1000)), 64, None).shape == (3, 256)
-    assert comparing.cut(list(range(1000)), 2, 512).shape == (2, 256)
-    assert comparing.cut(list(range(1000)), 64, 100).shape == (10, 100)
+    assert compare.cut(list(range(1000)), 64, None).shape == (3, 256)
+    assert compare.cut(list(range(1000)), 2, 512).shape == (2, 256)
+    assert compare.cut(list(range(1000)), 64, 100).shape == (10, 100)
 
 
 def test_rates_are_medians_of_turns_after_a_warm_up(monkeypatch):
     calls: list[tuple[str, int, int]] = []
-    monkeypatch.setattr(comparing, "generate", lambda model, ids, tokens, least=0: calls.append((model, tokens, least)) or ids)
     monkeypatch.setattr(
-        comparing, "timed", lambda model, ids, tokens, least: (ids, calls.append((model, tokens, least)) or len(calls))
+        compare, "generate", lambda model, ids, tokens, least=0: calls.append((model, tokens, least)) or ids
     )
-    found = comparing.rates({"a": "a", "b": "b"}, torch.zeros(1, 1), 9)
+    monkeypatch.setattr(
+        compare,
+        "timed",
+        lambda model, ids, tokens, least: (ids, calls.append((model, tokens, least)) or len(calls)),
+    )
+    found = compare.rates({"a": "a", "b": "b"}, torch.zeros(1, 1), 9)
     assert calls == [("a", 4, 0), ("b", 4, 0), *[("a", 9, 9), ("b", 9, 9)] * 3]
     assert found == {"a": 5, "b": 6}
 
 
 def test_bench_quickly():
-    asked = ("bench", "--quick", "--size", "64", "96", "--rows", "1", "--rows", "3", "--scheme", "int8", "--scheme", "int4")
+    asked = (
+        "bench",
+        "--quick",
+        "--size",
+        "64",
+        "96",
+        "--rows",
+        "1",
+        "--rows",
+        "3",
+        "--scheme",
+        "int8",
+        "--scheme",
+        "int4",
+    )
     data = json.loads(ask(*asked, "--json").stdout)
     assert [(r["scheme"], r["rows"]) for r in data["results"]] == [
-        ("int8", 1), ("int8", 3), ("int4_weight_only", 1), ("int4_weight_only", 3),
-    ]  # fmt: skip
+        ("int8", 1),
+        ("int8", 3),
+        ("int4_weight_only", 1),
+        ("int4_weight_only", 3),
+    ]
     assert all(r["vs_bf16"] > 0 and r["of_limit"] > 0 and not r["cold"] for r in data["results"])
-    kernel = benching.choose(
-        benching.Request(benching.WeightSpec(quantport.schemes["bf16"], 64, 96), "linear", quantport.devices()[0]),
-        benching.host().kernels(quantport.devices()[0].kind),
+    kernel = bench_linear.select_kernel(
+        bench_linear.Request(
+            bench_linear.WeightSpec(quantport.schemes["bf16"], 64, 96), "linear", quantport.devices()[0]
+        ),
+        bench_linear.default_registry().kernels(quantport.devices()[0].kind),
     ).kernel
     assert all((r["vs_prepacked"] is None) == (kernel == "torch.linear") for r in data["results"])
     assert "no measurements" in ask(*asked).stdout
 
 
 def test_bench_rotates_through_enough_copies_and_no_more():
-    effort = benching.Effort()
+    effort = bench_linear.Effort()
     for size in (100_000, 4096 * 4096, 4096 * 4096 * 2):
-        assert benching.COLD <= effort.copies(size) * size < benching.COLD + size
+        assert bench_linear.COLD <= effort.copies(size) * size < bench_linear.COLD + size
     assert effort.copies(1 << 30) == 2
-    assert effort.copies(1) == benching.MOST
+    assert effort.copies(1) == bench_linear.MOST
 
 
 def test_interleaving_takes_turns_and_steps_through_the_copies():
     seen: list[tuple[str, int]] = []
     x = torch.empty(1)
     calls = {name: (lambda i, _x, name=name: seen.append((name, i))) for name in "ab"}
-    benching.interleaved(calls, x, rounds=2, seconds=1e-12)
+    bench_linear.interleaved(calls, x, rounds=2, seconds=1e-12)
     assert seen[4:] == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
 
 

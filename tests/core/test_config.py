@@ -6,11 +6,11 @@ import pytest
 import torch
 from core_references import check_parts
 
-from quantport.catalog import BUILTIN, Schemes
 from quantport.config import QuantConfig, compile_pattern
 from quantport.errors import ConfigError
-from quantport.layers import Layer
+from quantport.model.layers import Layer
 from quantport.scheme import Quant, Scheme
+from quantport.scheme.catalog import BUILTIN, Schemes
 
 BAD = ["re:(", "re:[", "re:*a", "re:(?P<x>a)(?P<x>b)", "re:a{99999999999999999999}", f"re:{'(' * 9999}"]
 
@@ -71,7 +71,9 @@ def test_no_scheme(value):
     assert parse({"method": value}).scheme is None
 
 
-@pytest.mark.parametrize(("old", "new"), [("linear_scheme_override", "linear"), ("moe_scheme_override", "moe")])
+@pytest.mark.parametrize(
+    ("old", "new"), [("linear_scheme_override", "linear"), ("moe_scheme_override", "moe")]
+)
 def test_old_overrides(old, new):
     assert parse({old: "int8"}) == parse({new: "int8"})
 
@@ -92,7 +94,9 @@ def test_old_ignore(old):
     ],
 )
 def test_vllm_weight_spelling(vllm, scheme):
-    config = parse({"linear": {"weight": vllm}, "moe": {"weight": vllm, "activation": "fp8_per_token_dynamic"}})
+    config = parse(
+        {"linear": {"weight": vllm}, "moe": {"weight": vllm, "activation": "fp8_per_token_dynamic"}}
+    )
     assert (config.linear, config.moe) == (scheme, scheme)
 
 
@@ -144,7 +148,8 @@ def test_conflicts(value, named):
 
 @pytest.mark.parametrize("key", ["ignore", "targets"])
 @pytest.mark.parametrize(
-    "pattern", ["re:(", "re:[", "re:*a", "re:(?P<x>a)(?P<x>b)", "re:a{99999999999999999999}", f"re:{'(' * 9999}"]
+    "pattern",
+    ["re:(", "re:[", "re:*a", "re:(?P<x>a)(?P<x>b)", "re:a{99999999999999999999}", f"re:{'(' * 9999}"],
 )
 def test_bad_regular_expressions(key, pattern):
     refused({key: [pattern] if key == "ignore" else {pattern: "int8"}}, pattern[:20])
@@ -165,7 +170,9 @@ def test_block_size():
 
 
 def test_block_size_alone_is_not_dropped():
-    """With no scheme the device would choose one without blocks: blocks mean fp8_per_block, or are refused."""
+    """With no scheme the device would choose one without blocks: blocks mean fp8_per_block, or are
+    refused.
+    """
     try:
         assert parse({"weight_block_size": [128, 128]}).scheme == "fp8_per_block"
     except ConfigError as error:
@@ -200,7 +207,7 @@ def test_a_parsed_config_parses_to_itself():
 
 
 def test_schemes_refuse_a_taken_name():
-    extra = Scheme("mine", Quant("int8", 1, 0), None, "", aliases=("fp8",))
+    extra = Scheme("mine", Quant("int8", (1, 0)), None, "", aliases=("fp8",))
     with pytest.raises(ConfigError) as caught:
         Schemes((*BUILTIN.values(), extra))
     check_parts(caught.value, "'mine'", "'fp8'", "fp8_per_tensor")
@@ -219,9 +226,24 @@ def test_choice_for_a_layer_is_a_name_and_a_reason():
     layer = Layer("a.b", "linear", (("weight", 8, 8),), torch.bfloat16)
     assert parse("int8").for_layer(layer, None) == ("int8", "")
     assert parse(None).for_layer(layer, "int8") == ("int8", "")
-    assert parse({"scheme": "int8", "linear": None}).for_layer(layer, None) == (None, "left alone by linear=null")
-    assert parse({"scheme": "int8", "linear": "none"}).for_layer(layer, None) == (None, "left alone by linear=null")
+    assert parse({"scheme": "int8", "linear": None}).for_layer(layer, None) == (
+        None,
+        "left alone by linear=null",
+    )
+    assert parse({"scheme": "int8", "linear": "none"}).for_layer(layer, None) == (
+        None,
+        "left alone by linear=null",
+    )
     assert parse({"scheme": "int8", "moe": None}).for_layer(layer, None) == ("int8", "")
-    assert parse({"scheme": "int8", "ignore": ["a.*"]}).for_layer(layer, None) == (None, "left alone by pattern 'a.*'")
-    assert parse({"scheme": "int8", "targets": {"a.*": "fp8"}}).for_layer(layer, None) == ("fp8_per_tensor", "")
-    assert parse({"scheme": "int8", "linear": "int4", "targets": {"a.*": None}}).for_layer(layer, None)[0] is None
+    assert parse({"scheme": "int8", "ignore": ["a.*"]}).for_layer(layer, None) == (
+        None,
+        "left alone by pattern 'a.*'",
+    )
+    assert parse({"scheme": "int8", "targets": {"a.*": "fp8"}}).for_layer(layer, None) == (
+        "fp8_per_tensor",
+        "",
+    )
+    assert (
+        parse({"scheme": "int8", "linear": "int4", "targets": {"a.*": None}}).for_layer(layer, None)[0]
+        is None
+    )

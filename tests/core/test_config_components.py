@@ -8,11 +8,11 @@ from core_references import check_parts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantport.catalog import BUILTIN
 from quantport.config import QuantConfig
+from quantport.config.vllm_keys import OTHER_KEYS
 from quantport.errors import ConfigError
-from quantport.layers import Layer
-from quantport.spellings import OTHER_KEYS
+from quantport.model.layers import Layer
+from quantport.scheme.catalog import BUILTIN
 
 
 def parse(value):
@@ -24,7 +24,13 @@ def linear(name):
 
 
 def test_component_map_of_vllm_omni():
-    config = parse({"transformer": {"method": "fp8"}, "vae": None, "transformer_2": {"scheme": "int8", "ignore": ["*.skip"]}})
+    config = parse(
+        {
+            "transformer": {"method": "fp8"},
+            "vae": None,
+            "transformer_2": {"scheme": "int8", "ignore": ["*.skip"]},
+        }
+    )
     assert config.for_layer(linear("transformer.a"), None) == ("fp8_per_tensor", "")
     assert config.for_layer(linear("transformer_2.a"), None) == ("int8", "")
     assert config.for_layer(linear("transformer_2.skip"), None)[0] is None
@@ -53,7 +59,10 @@ def test_a_component_without_a_scheme_takes_the_default():
     config = parse({"scheme": "int8", "components": {"a": {"ignore": ["a.skip"]}, "b": "fp8"}})
     assert config.for_layer(linear("a.x"), None) == ("int8", "")
     assert config.for_layer(linear("b.x"), None)[0] == "fp8_per_tensor"
-    assert parse({"components": {"a": {"ignore": ["a.skip"]}}}).for_layer(linear("a.x"), "int8") == ("int8", "")
+    assert parse({"components": {"a": {"ignore": ["a.skip"]}}}).for_layer(linear("a.x"), "int8") == (
+        "int8",
+        "",
+    )
 
 
 @pytest.mark.parametrize("key", ["ignore", "targets", "linear"])
@@ -90,12 +99,17 @@ values = st.recursive(
 plausible = st.fixed_dictionaries(
     {},
     optional={
-        "scheme": words, "linear": values, "moe": values, "ignore": st.lists(words, max_size=3),
+        "scheme": words,
+        "linear": values,
+        "moe": values,
+        "ignore": st.lists(words, max_size=3),
         "targets": st.dictionaries(words, st.one_of(st.none(), words), max_size=3),
-        "components": st.dictionaries(words, values, max_size=3), "group_size": st.sampled_from([32, 64, 128, None]),
-        "weight_block_size": st.sampled_from([None, [128, 128], [1, 2], "ab"]), "fallback": words,
+        "components": st.dictionaries(words, values, max_size=3),
+        "group_size": st.sampled_from([32, 64, 128, None]),
+        "weight_block_size": st.sampled_from([None, [128, 128], [1, 2], "ab"]),
+        "fallback": words,
     },
-)  # fmt: skip
+)
 
 
 @settings(max_examples=400, deadline=None)

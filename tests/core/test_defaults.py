@@ -1,4 +1,6 @@
-"""The same bits whatever the default dtype and the default device of the process, and while another thread changes them."""
+"""The same bits whatever the default dtype and the default device of the process, and while another thread
+changes them.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,9 @@ from torch.utils._pytree import tree_leaves
 
 import quantport
 import quantport_cpu.detect
-from quantport import aten
-from quantport.catalog import BUILTIN
-from quantport.host import host
+from quantport.kernels import aten
+from quantport.plugins.registry import default_registry
+from quantport.scheme.catalog import BUILTIN
 
 ROOMS = ("reference", pytest.param("room", marks=pytest.mark.slow))
 pytestmark = pytest.mark.xdist_group("defaults")  # one worker asks the processes for all
@@ -33,7 +35,12 @@ RESULTS = ("stored", "values", "empty", "linear", "forward", "experts")
 def told(request):
     """What a fresh process says under each of the defaults."""
     command = [sys.executable, str(Path(program.__file__))]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
+    pipes = {
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "text": True,
+        "env": {**os.environ, "OMP_NUM_THREADS": "1"},
+    }
     children = {d: subprocess.Popen([*command, *d, request.param], **pipes) for d in (PLAIN, *DEFAULTS)}
     out = {}
     for defaults, child in children.items():
@@ -64,11 +71,15 @@ def test_bits_of_caches_and_of_models_that_are_loaded_saved_and_quantized_in_pla
 
 
 class NoDoubles(TorchDispatchMode):
-    """Finds tensors that took the default dtype, which is fp64 meanwhile, even where the result is rounded back."""
+    """Finds tensors that took the default dtype, which is fp64 meanwhile, even where the result is rounded
+    back.
+    """
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        assert not any(isinstance(t, torch.Tensor) and t.dtype is torch.float64 for t in tree_leaves(out)), func
+        assert not any(isinstance(t, torch.Tensor) and t.dtype is torch.float64 for t in tree_leaves(out)), (
+            func
+        )
         return out
 
 
@@ -102,7 +113,9 @@ def test_the_watch_can_fail(doubles):
 def room(request, monkeypatch):
     if request.param == "reference":
         monkeypatch.setattr(quantport_cpu.detect, "available", lambda: "off")
-        monkeypatch.setitem(vars(host()), "_kernels", {**host()._kernels, "cpu": aten.portable()})
+        monkeypatch.setitem(
+            vars(default_registry()), "_kernels", {**default_registry()._kernels, "cpu": aten.portable()}
+        )
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4_g32", "fp8_per_block", "mxfp4", "nf4:double", "q4_k"])

@@ -1,4 +1,6 @@
-"""Embeddings as opt-in targets: rows looked up in the stored layout; one weight with the output heads that are tied to it."""
+"""Embeddings as opt-in targets: rows looked up in the stored layout; one weight with the output heads that
+are tied to it.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +16,21 @@ from torch import nn
 
 import quantport
 from quantport import numerics
-from quantport.catalog import BUILTIN
 from quantport.checkpoint import Checkpoint
 from quantport.errors import ConfigError, QuantportError, WeightError
-from quantport.lookup import rows_of
+from quantport.kernels.embedding import rows_of
 from quantport.modules import QuantEmbedding, QuantLinear, TiedLinear
 from quantport.scheme import Quant, Scheme
+from quantport.scheme.catalog import BUILTIN
 
-BY_ROW = [s for s in SCHEMES if s != "fp8_per_block"] + ["mxfp4", "nvfp4", "nf4:double", "int4_mse", "q6_k", "fp6"]
+BY_ROW = [s for s in SCHEMES if s != "fp8_per_block"] + [
+    "mxfp4",
+    "nvfp4",
+    "nf4:double",
+    "int4_mse",
+    "q6_k",
+    "fp6",
+]
 
 
 class Untied(nn.Module):
@@ -57,7 +66,7 @@ def test_rows_are_those_of_the_dequantized_weight(scheme, shape):
     whole = numerics.dequantize_weight(stored, BUILTIN[scheme], 40, torch.bfloat16)
     tokens = torch.randint(0, 50, shape, generator=torch.Generator().manual_seed(0))
     assert torch.equal(model.embed_tokens(tokens), whole[tokens])
-    assert all(same_bits(t, stored[key]) for key, t in model.embed_tokens.canonical().items())
+    assert all(same_bits(t, stored[key]) for key, t in model.embed_tokens.stored_weight().items())
     assert type(model.lm_head) in (nn.Linear, QuantLinear)
 
 
@@ -130,7 +139,15 @@ def test_compile(tied):
         with torch.no_grad():
             assert torch.equal(compiled(torch.arange(count)), model(torch.arange(count)))
     embedding = model.embed_tokens
-    args = (torch.arange(4), list(embedding._packed[""]), embedding.kernel.name, embedding.scheme, 50, 40, torch.bfloat16)
+    args = (
+        torch.arange(4),
+        list(embedding._packed[""]),
+        embedding.kernel.name,
+        embedding.scheme,
+        50,
+        40,
+        torch.bfloat16,
+    )
     torch.library.opcheck(torch.ops.quantport.embedding.default, args)
 
 
@@ -151,7 +168,10 @@ def test_a_transformers_model(name, tmp_path):
     assert isinstance(model.model.embed_tokens, QuantEmbedding)
     assert isinstance(model.lm_head, TiedLinear) == (path is DENSE)
     assert planned.after == model.quantport_plan.after < plain.quantport_plan.after
-    assert planned.by_layer["model.embed_tokens"].choice == model.quantport_plan.by_layer["model.embed_tokens"].choice
+    assert (
+        planned.by_layer["model.embed_tokens"].choice
+        == model.quantport_plan.by_layer["model.embed_tokens"].choice
+    )
     expected, found = plain(ids).logits.float(), model(ids).logits.float()
     assert (found - expected).norm() / expected.norm() < (0.2 if "int4" in scheme else 0.05)
     model.tie_weights()
@@ -166,7 +186,10 @@ def test_a_checkpoint_with_both_copies_of_a_tied_weight(tmp_path):
         tensors = {name: checkpoint.read(name).clone() for name in checkpoint.tensors}
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     folder = write(tmp_path / "c", tensors, config__json=(DENSE / "config.json").read_text())
-    config = {"scheme": "int8", "targets": dict.fromkeys(("model.embed_tokens", "lm_head"), "int8_weight_only")}
+    config = {
+        "scheme": "int8",
+        "targets": dict.fromkeys(("model.embed_tokens", "lm_head"), "int8_weight_only"),
+    }
     assert "a second copy" in quantport.plan(folder, config=config).by_layer["lm_head.weight"].note
     model = quantport.load(folder, config=config)
     same_state(model, quantport.load(DENSE, config=config))
@@ -244,7 +267,7 @@ def test_left_alone_by_default_and_by_null():
 def test_which_layouts_have_rows():
     assert rows_of(BUILTIN["int4_weight_only"], 40) == (True, True)
     assert rows_of(BUILTIN["fp8_per_tensor"], 40) == (True, False)
-    blocks = Scheme("b", Quant("e4m3fn", 32, 0), None, "")
+    blocks = Scheme("b", Quant("e4m3fn", (32, 0)), None, "")
     assert "several rows" in rows_of(blocks, 40)
 
 

@@ -9,7 +9,7 @@ from core_models import DENSE, MOE, same_state
 from test_cli import ask
 
 import quantport
-from quantport.catalog import BUILTIN
+from quantport.scheme.catalog import BUILTIN
 
 SCHEMES = [s.name for s in BUILTIN.values() if s.weight.format != "bf16"] + [
     "nvfp4:mse",
@@ -43,5 +43,7 @@ def test_run_compare_save_and_reload(scheme, model, tmp_path):
 
 @pytest.mark.parametrize("model", [DENSE, MOE], ids=lambda path: path.name)
 def test_mxfp4_with_an_fp8_cache(model):
-    data = json.loads(ask("run", model, "--scheme", "mxfp4", "--kv-cache", "fp8", "--compare", *QUICK).stdout)["compare"]
+    data = json.loads(
+        ask("run", model, "--scheme", "mxfp4", "--kv-cache", "fp8", "--compare", *QUICK).stdout
+    )["compare"]
     assert 0.95 < data["perplexity"] / data["perplexity_bf16"] < WORST[4]

@@ -1,4 +1,6 @@
-"""Elements against ml_dtypes: every code, every tie, every special value, and 10^6 values of several spreads."""
+"""Elements against ml_dtypes: every code, every tie, every special value, and 10^6 values of several
+spreads.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +10,9 @@ import pytest
 import torch
 from core_peers import patterns
 
-from quantport.formats import FORMATS
 from quantport.numerics import decode, encode, values_of
 from quantport.numerics.elements import rounded
+from quantport.scheme.formats import FORMATS
 
 ML = {
     "e4m3fn": ml_dtypes.float8_e4m3fn,
@@ -22,11 +24,27 @@ ML = {
     "e2m1": ml_dtypes.float4_e2m1fn,
 }
 INTEGERS = {"int8": (-128, 127), "int4": (-8, 7), "uint4": (0, 15)}
-SPECIAL = [0.0, -0.0, np.inf, -np.inf, np.nan, -np.nan, 1e-45, -1e-45, 2.0**-126, 3.4028235e38, -3.4028235e38, 1.0, -1.0]
+SPECIAL = [
+    0.0,
+    -0.0,
+    np.inf,
+    -np.inf,
+    np.nan,
+    -np.nan,
+    1e-45,
+    -1e-45,
+    2.0**-126,
+    3.4028235e38,
+    -3.4028235e38,
+    1.0,
+    -1.0,
+]
 
 
 def codes_np(x: np.ndarray, name: str) -> np.ndarray:
-    """The bytes that ml_dtypes gives: it overflows to Inf or NaN where quantport saturates, so it gets clamped values."""
+    """The bytes that ml_dtypes gives: it overflows to Inf or NaN where quantport saturates, so it gets
+    clamped values.
+    """
     top = np.float32(ml_dtypes.finfo(ML[name]).max)
     with np.errstate(all="ignore"):
         return np.clip(x, -top, top).astype(ML[name]).view(np.uint8)
@@ -103,7 +121,9 @@ def test_integers_round_to_even_and_saturate(name):
     low, high = INTEGERS[name]
     element = FORMATS[name]
     ties = np.arange(low - 2, high + 2, dtype=np.float32) + 0.5
-    x = np.concatenate((ties, (np.random.default_rng(0).standard_normal(1_000_000) * high / 2).astype(np.float32)))
+    x = np.concatenate(
+        (ties, (np.random.default_rng(0).standard_normal(1_000_000) * high / 2).astype(np.float32))
+    )
     x = np.concatenate((x, np.array([-0.0, np.inf, -np.inf, 1e-45, 3e38], np.float32)))
     codes = encode(torch.from_numpy(x.copy()), element)
     assert codes.dtype is element.storage

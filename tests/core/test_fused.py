@@ -16,11 +16,11 @@ from transformers import Phi3Config, Phi3ForCausalLM
 
 import quantport
 from quantport import numerics
-from quantport.catalog import BUILTIN
 from quantport.errors import WeightError
-from quantport.fused import spans, with_cuts
-from quantport.layers import Layer, find_layers
+from quantport.model.fused_projections import spans, with_cuts
+from quantport.model.layers import Layer, find_layers
 from quantport.modules import QuantFused, QuantLinear
+from quantport.scheme.catalog import BUILTIN
 
 SPANNING = ("fp8_per_tensor", "nvfp4", "nvfp4_weight_only", "nf4:double")
 PARTS = {"q_proj": 128, "k_proj": 64, "v_proj": 64}  # heads of 32: four of queries, two of keys and of values
@@ -30,9 +30,16 @@ MLP = "model.layers.0.mlp.gate_up_proj"
 
 def phi(**options):
     config = Phi3Config(
-        vocab_size=512, hidden_size=128, intermediate_size=192, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
-        pad_token_id=0, tie_word_embeddings=False, **options,
-    )  # fmt: skip
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=192,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=0,
+        tie_word_embeddings=False,
+        **options,
+    )
     torch.manual_seed(0)
     model = Phi3ForCausalLM(config).bfloat16().eval().requires_grad_(False)
     weight = model.get_submodule(LAYER).weight
@@ -44,8 +51,14 @@ def phi(**options):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     model, path = phi(), tmp_path_factory.mktemp("phi3")
-    save_file({n: t.clone() for n, t in model.state_dict().items()}, path / "model.safetensors", metadata={"format": "pt"})
-    (path / "config.json").write_text(json.dumps({**model.config.to_dict(), "architectures": ["Phi3ForCausalLM"]}))
+    save_file(
+        {n: t.clone() for n, t in model.state_dict().items()},
+        path / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    (path / "config.json").write_text(
+        json.dumps({**model.config.to_dict(), "architectures": ["Phi3ForCausalLM"]})
+    )
     return path
 
 
@@ -62,7 +75,7 @@ def test_each_projection_has_scales_of_its_own(folder, scheme, tmp_path):
         module = model.get_submodule(name)
         assert isinstance(module, QuantFused)
         for part, stored in alone(scheme, sizes, name).items():
-            assert all(same_bits(module.canonical(part)[key], t) for key, t in stored.items())
+            assert all(same_bits(module.stored_weight(part)[key], t) for key, t in stored.items())
     assert isinstance(model.model.layers[0].self_attn.o_proj, QuantLinear)
     step = quantport.plan(folder, scheme).by_layer[LAYER]
     assert step == model.quantport_plan.by_layer[LAYER]
@@ -78,7 +91,9 @@ def test_each_projection_has_scales_of_its_own(folder, scheme, tmp_path):
 
 @pytest.mark.parametrize("scheme", SPANNING)
 def test_one_scale_for_all_would_lose_the_small_projection(scheme):
-    """Values far smaller than queries fall below the smallest codes that one scale has: what the issue in vLLM is about."""
+    """Values far smaller than queries fall below the smallest codes that one scale has: what the issue in
+    vLLM is about.
+    """
     weight = phi().get_submodule(LAYER).weight
     one = numerics.dequantize_weight(numerics.quantize_weight(weight, BUILTIN[scheme]), BUILTIN[scheme], 128)
     each = torch.cat([numerics.dequantize_weight(s, BUILTIN[scheme], 128) for s in alone(scheme).values()])
@@ -92,18 +107,22 @@ def test_one_scale_for_all_would_lose_the_small_projection(scheme):
 
 @pytest.mark.parametrize("scheme", [s for s in BUILTIN if not spans(BUILTIN[s])])
 def test_scales_of_rows_and_blocks_are_those_of_the_projections_as_they_are(folder, scheme):
-    """q ends at row 128 and k at 192, in the middle of a block of 128 rows: only there it makes a difference."""
+    """q ends at row 128 and k at 192, in the middle of a block of 128 rows: only there it makes a
+    difference.
+    """
     model = quantport.load(folder, scheme)
     module = model.get_submodule(LAYER)
     stored = alone(scheme)
     if scheme == "fp8_per_block":
         assert isinstance(module, QuantFused)
-        assert all(same_bits(module.canonical(p)[key], t) for p, s in stored.items() for key, t in s.items())
+        assert all(
+            same_bits(module.stored_weight(p)[key], t) for p, s in stored.items() for key, t in s.items()
+        )
         return
     if scheme == "bf16":
         return
     assert isinstance(module, QuantLinear)
-    for key, tensor in module.canonical().items():
+    for key, tensor in module.stored_weight().items():
         joined = torch.cat([s[key].view(torch.uint8) for s in stored.values()])
         assert torch.equal(tensor.view(torch.uint8), joined), key
 
@@ -116,7 +135,7 @@ def test_blocks_that_end_where_projections_end_stay_one_weight():
     module = model.get_submodule(LAYER)
     assert isinstance(module, QuantLinear)
     stored = [numerics.quantize_weight(w, BUILTIN["fp8_per_block"]) for w in weight.split([512, 256, 256])]
-    assert same_bits(module.canonical()["weight_scale"], torch.cat([s["weight_scale"] for s in stored]))
+    assert same_bits(module.stored_weight()["weight_scale"], torch.cat([s["weight_scale"] for s in stored]))
 
 
 class Biased(nn.Module):
@@ -136,7 +155,11 @@ def test_outputs_gradients_copies_and_moves(dtype):
     assert isinstance(module, nn.Linear)
     assert module.weight.shape == (48, 32)
     assert "gate_proj 24, up_proj 24" in repr(module)
-    scheme = BUILTIN["fp8_per_tensor"] if choice.precision.endswith("A8") else BUILTIN["fp8_per_tensor"].weight_only
+    scheme = (
+        BUILTIN["fp8_per_tensor"]
+        if choice.precision.endswith("A8")
+        else BUILTIN["fp8_per_tensor"].weight_only
+    )
     x = randn(2, 3, 32).to(dtype).requires_grad_()
     y = module(x)
     for rows in (slice(0, 24), slice(24, 48)):
@@ -144,7 +167,7 @@ def test_outputs_gradients_copies_and_moves(dtype):
         expected = numerics.linear(x.detach().view(6, 32), stored, scheme, bias[rows]).view(2, 3, 24)
         assert (y[..., rows] - expected).abs().max() <= 2.0**-6 * expected.abs().max()
     y.sum().backward()
-    dense = torch.cat([numerics.dequantize_weight(module.canonical(p), scheme, 32) for p in module.specs])
+    dense = torch.cat([numerics.dequantize_weight(module.stored_weight(p), scheme, 32) for p in module.specs])
     assert torch.allclose(x.grad.float(), dense.sum(0).expand(2, 3, 32), rtol=2e-2, atol=0.05)
     for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         assert torch.equal(twin(x), y)

@@ -1,4 +1,6 @@
-"""Gradients through quantized layers: those of the dequantized weight, and nothing to pay for where none is asked for."""
+"""Gradients through quantized layers: those of the dequantized weight, and nothing to pay for where none is
+asked for.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,9 @@ from torch import nn
 
 import quantport
 from quantport import numerics
-from quantport.catalog import BUILTIN
 from quantport.errors import NoTensorError
 from quantport.modules import QuantExperts, QuantLinear, ops
+from quantport.scheme.catalog import BUILTIN
 
 
 def layer(scheme="int8", dtype=torch.float32, n=48, k=96):
@@ -24,13 +26,19 @@ def layer(scheme="int8", dtype=torch.float32, n=48, k=96):
 
 
 def dense(module: QuantLinear, dtype=torch.float32) -> torch.Tensor:
-    return numerics.dequantize_weight(module.canonical(), BUILTIN[module.scheme], module.in_features, dtype)
+    return numerics.dequantize_weight(
+        module.stored_weight(), BUILTIN[module.scheme], module.in_features, dtype
+    )
 
 
-@pytest.mark.parametrize("scheme", [*SCHEMES, "mxfp4", "nvfp4", "nf4:double", "int4_mse", "q6_k", "mxfp4:hadamard"])
+@pytest.mark.parametrize(
+    "scheme", [*SCHEMES, "mxfp4", "nvfp4", "nf4:double", "int4_mse", "q6_k", "mxfp4:hadamard"]
+)
 @pytest.mark.parametrize("shape", [(5, 96), (2, 3, 96)], ids=str)
 def test_the_gradient_is_that_of_the_dequantized_weight(scheme, shape):
-    """Whatever the kernel computes forward, quantized activations included: they are passed straight through."""
+    """Whatever the kernel computes forward, quantized activations included: they are passed straight
+    through.
+    """
     module = layer(scheme)
     x = randn(*shape).requires_grad_()
     module.bias.requires_grad_()
@@ -43,7 +51,9 @@ def test_the_gradient_is_that_of_the_dequantized_weight(scheme, shape):
 
 
 def test_gradients_meet_finite_differences():
-    """An independent judge: a weight-only layer is linear, so differences of its outputs are exact but for rounding."""
+    """An independent judge: a weight-only layer is linear, so differences of its outputs are exact but for
+    rounding.
+    """
     module = layer("int8_weight_only", torch.float32)
     x, direction, grad = randn(3, 96).requires_grad_(), randn(3, 96, seed=1), randn(3, 48, seed=2)
     module(x).backward(grad)
@@ -100,7 +110,10 @@ def test_gradients_go_through_experts(experts):
     a, b = x.clone().requires_grad_(), x.float().requires_grad_()
     wa, wb = weights.clone().requires_grad_(), weights.float().requires_grad_()
     experts(a, index, wa).backward(torch.ones_like(a))
-    table = {name: numerics.dequantize_weight(experts.canonical(name), s.scheme, s.k) for name, s in experts.specs.items()}
+    table = {
+        name: numerics.dequantize_weight(experts.stored_weight(name), s.scheme, s.k)
+        for name, s in experts.specs.items()
+    }
     out = torch.zeros_like(b)
     for t in range(6):
         for j in range(2):

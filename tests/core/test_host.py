@@ -12,15 +12,15 @@ import torch
 from core_fakes import FakeBackend, FakeKernel, arch, backend_plugin, device, plugin
 from core_references import check_parts
 
-from quantport.capability import Reason, Rejected
-from quantport.catalog import BUILTIN
 from quantport.device import Device
 from quantport.errors import BackendError, ConfigError, DeviceError
-from quantport.host import Host
-from quantport.kernel import Request, WeightSpec
+from quantport.kernels.base import Request, WeightSpec
+from quantport.kernels.verdict import Reason, Rejected
+from quantport.plugins.registry import Registry
 from quantport.scheme import Quant, Scheme
+from quantport.scheme.catalog import BUILTIN
 
-INT8 = Quant("int8", 1, 0)
+INT8 = Quant("int8", (1, 0))
 
 
 @pytest.fixture(autouse=True)
@@ -31,14 +31,16 @@ def _no_environment(monkeypatch):
 
 @pytest.fixture
 def good(monkeypatch):
-    return backend_plugin(monkeypatch, "good", FakeBackend("good", found=[device("good")], kernels=[FakeKernel("good.k")]))
+    return backend_plugin(
+        monkeypatch, "good", FakeBackend("good", found=[device("good")], kernels=[FakeKernel("good.k")])
+    )
 
 
 def aside(points, plugin_name, stage, *named):
     """A host of these, of which exactly one was set aside, with exactly one warning; the good one works."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        host = Host(points)
+        host = Registry(points)
         found, kernels = host.devices, host.kernels("good")
     assert [(w.category, plugin_name in str(w.message)) for w in caught] == [(RuntimeWarning, True)]
     assert len(host.problems) == 1, host.problems
@@ -52,7 +54,7 @@ def aside(points, plugin_name, stage, *named):
 
 
 def test_a_good_one_has_no_problem(good):
-    host = Host([good])
+    host = Registry([good])
     assert list(host.backends) == ["good"]
     assert host.device().kind == "good"
     assert host.kernel("good.k").name == "good.k"
@@ -60,21 +62,38 @@ def test_a_good_one_has_no_problem(good):
 
 
 def test_import_raises(good, monkeypatch):
-    aside([EntryPoint("bad", "no_such_module_of_anybody", "quantport.backends"), good], "bad", "import", "ModuleNotFoundError")
+    aside(
+        [EntryPoint("bad", "no_such_module_of_anybody", "quantport.backends"), good],
+        "bad",
+        "import",
+        "ModuleNotFoundError",
+    )
     sys.modules.pop("fake_broken", None)
 
 
 def test_import_of_a_broken_file(good, tmp_path, monkeypatch):
     (tmp_path / "broken_room.py").write_text("raise OSError('libacme.so.1: cannot open shared object file')")
     monkeypatch.syspath_prepend(tmp_path)
-    host = aside([EntryPoint("bad", "broken_room", "quantport.backends"), good], "bad", "import", "OSError", "libacme.so.1")
+    host = aside(
+        [EntryPoint("bad", "broken_room", "quantport.backends"), good],
+        "bad",
+        "import",
+        "OSError",
+        "libacme.so.1",
+    )
     with pytest.raises(DeviceError) as caught:
         host.device("bad")
     check_parts(caught.value, "'bad'", "libacme.so.1", "good")
 
 
 def test_hook_raises(good, monkeypatch):
-    aside([backend_plugin(monkeypatch, "bad", ValueError("no driver")), good], "bad", "import", "ValueError", "no driver")
+    aside(
+        [backend_plugin(monkeypatch, "bad", ValueError("no driver")), good],
+        "bad",
+        "import",
+        "ValueError",
+        "no driver",
+    )
 
 
 def test_detection_raises(good, monkeypatch):
@@ -86,7 +105,9 @@ def test_detection_raises(good, monkeypatch):
 
 
 def test_detection_problem_names_the_plugin(good, monkeypatch):
-    bad = backend_plugin(monkeypatch, "bad", FakeBackend("badkind", found=OSError("driver gone")), entry="acme-plugin")
+    bad = backend_plugin(
+        monkeypatch, "bad", FakeBackend("badkind", found=OSError("driver gone")), entry="acme-plugin"
+    )
     aside([bad, good], "acme-plugin", "detection", "driver gone")
 
 
@@ -96,7 +117,9 @@ def _half(*first):
 
 
 @pytest.mark.parametrize(
-    "answer", [device("bad"), 7, ["bad:0"], [None], lambda: _half(device("bad"))], ids=str.split("one number texts none half")
+    "answer",
+    [device("bad"), 7, ["bad:0"], [None], lambda: _half(device("bad"))],
+    ids=str.split("one number texts none half"),
 )
 def test_detection_gives_a_wrong_type(good, monkeypatch, answer):
     aside([backend_plugin(monkeypatch, "bad", FakeBackend("bad", found=answer)), good], "bad", "detection")
@@ -108,7 +131,9 @@ def test_detection_gives_a_wrong_type(good, monkeypatch, answer):
     ids=str.split("raises one texts class half"),
 )
 def test_kernels_raise_or_give_a_wrong_type(good, monkeypatch, answer):
-    host = aside([backend_plugin(monkeypatch, "bad", FakeBackend("bad", kernels=answer)), good], "bad", "kernels")
+    host = aside(
+        [backend_plugin(monkeypatch, "bad", FakeBackend("bad", kernels=answer)), good], "bad", "kernels"
+    )
     assert host.kernels("bad") == ()
     with pytest.raises(BackendError) as caught:
         host.kernel("bad.k")
@@ -154,7 +179,7 @@ def test_two_kernels_of_one_name(good, monkeypatch):
     points = [good, backend_plugin(monkeypatch, "zthief", FakeBackend("thief", kernels=[thief]))]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        host = Host(points)
+        host = Registry(points)
         kernel = host.kernel("good.k")
     assert kernel is not thief
     assert len(caught) == 1
@@ -179,7 +204,9 @@ def test_backend_without_the_hook(good, monkeypatch):
 
 def test_schemes_of_plugins(good, monkeypatch):
     mine = Scheme("mine", INT8, None, "", ("my",))
-    host = Host([plugin(monkeypatch, "extra", "quantport.plugins", quantport_schemes=lambda: [mine]), good])
+    host = Registry(
+        [plugin(monkeypatch, "extra", "quantport.plugins", quantport_schemes=lambda: [mine]), good]
+    )
     assert host.schemes["my"] is mine
     assert "mine" not in BUILTIN
 
@@ -191,7 +218,13 @@ def test_schemes_of_plugins(good, monkeypatch):
 )
 def test_scheme_that_clashes_sets_the_whole_plugin_aside(good, monkeypatch, schemes):
     backend = FakeBackend("bad")
-    bad = plugin(monkeypatch, "bad", "quantport.plugins", quantport_schemes=lambda: schemes, quantport_backend=lambda: backend)
+    bad = plugin(
+        monkeypatch,
+        "bad",
+        "quantport.plugins",
+        quantport_schemes=lambda: schemes,
+        quantport_backend=lambda: backend,
+    )
     host = aside([good, bad], "bad", "import")
     assert set(host.schemes) == set(BUILTIN)
     assert "bad" not in host.backends
@@ -199,32 +232,32 @@ def test_scheme_that_clashes_sets_the_whole_plugin_aside(good, monkeypatch, sche
 
 def test_restriction(good, monkeypatch):
     other = backend_plugin(monkeypatch, "other", FakeBackend("other"))
-    assert list(Host([good, other], only=["good"]).backends) == ["good"]
+    assert list(Registry([good, other], only=["good"]).backends) == ["good"]
     monkeypatch.setenv("QUANTPORT_BACKENDS", " other, ")
-    assert list(Host([good, other]).backends) == ["other"]
+    assert list(Registry([good, other]).backends) == ["other"]
     monkeypatch.setenv("QUANTPORT_BACKENDS", "othr")
     with pytest.raises(ConfigError) as caught:
-        Host([good, other])
+        Registry([good, other])
     check_parts(caught.value, "QUANTPORT_BACKENDS", "'othr'", "did you mean 'other'", "good")
 
 
 def test_restriction_does_not_import_the_rest(good, tmp_path, monkeypatch):
     monkeypatch.setenv("QUANTPORT_BACKENDS", "good")
-    host = Host([good, EntryPoint("bad", "no_such_module_of_anybody", "quantport.backends")])
+    host = Registry([good, EntryPoint("bad", "no_such_module_of_anybody", "quantport.backends")])
     assert host.problems == []
 
 
 def test_detection_is_lazy_and_happens_once(monkeypatch):
     calls = []
     backend = FakeBackend("lazy", found=lambda: calls.append(1) or [device("lazy")])
-    host = Host([backend_plugin(monkeypatch, "lazy", backend)])
+    host = Registry([backend_plugin(monkeypatch, "lazy", backend)])
     assert calls == []
     assert host.devices == host.devices
     assert calls == [1]
 
 
 def test_problems_warn_once(monkeypatch):
-    host = Host([backend_plugin(monkeypatch, "bad", FakeBackend("bad", found=OSError("gone")))])
+    host = Registry([backend_plugin(monkeypatch, "bad", FakeBackend("bad", found=OSError("gone")))])
     with pytest.warns(RuntimeWarning, match="gone"):
         assert host.devices == ()
     with warnings.catch_warnings():
@@ -236,10 +269,12 @@ def test_problems_warn_once(monkeypatch):
 
 
 @pytest.fixture
-def host(monkeypatch):
-    fast = FakeBackend("fast", "xpu", 10, [device("fast", 0, torch_type="xpu"), device("fast", 1, torch_type="xpu")])
+def default_registry(monkeypatch):
+    fast = FakeBackend(
+        "fast", "xpu", 10, [device("fast", 0, torch_type="xpu"), device("fast", 1, torch_type="xpu")]
+    )
     slow = FakeBackend("slow", "cpu", 0, [device("slow")])
-    return Host([backend_plugin(monkeypatch, "slow", slow), backend_plugin(monkeypatch, "fast", fast)])
+    return Registry([backend_plugin(monkeypatch, "slow", slow), backend_plugin(monkeypatch, "fast", fast)])
 
 
 def test_device_auto_takes_the_highest_rank(host, monkeypatch):
@@ -257,7 +292,12 @@ def test_device_forms(host):
     assert host.device(given) is given
     assert host.device("fast").index == 0
     simulated = host.device("fast:a2")
-    assert (simulated.simulated, simulated.torch_type, simulated.memory, str(simulated)) == (True, "xpu", None, "fast:a2")
+    assert (simulated.simulated, simulated.torch_type, simulated.memory, str(simulated)) == (
+        True,
+        "xpu",
+        None,
+        "fast:a2",
+    )
     assert host.device("fast:1").torch_device == torch.device("xpu:1")
     assert host.device("slow").torch_device == torch.device("cpu")
 

@@ -1,4 +1,6 @@
-"""Interrupts while weights are streamed, once and twice: what runs is the last to run. Threads keep their numbers."""
+"""Interrupts while weights are streamed, once and twice: what runs is the last to run. Threads keep their
+numbers.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +16,13 @@ from core_models import MOE
 
 import quantport
 from quantport.loading import threads
-from quantport.loading.stream import Task, run_tasks
+from quantport.loading.executor import Task, run_tasks
 
 # The second interrupt strikes where it did most harm: before anything was cancelled.
 TWICE = """
 import json, signal, threading
 import torch
-from quantport.loading import stream
+from quantport.loading import executor
 
 torch.set_num_threads(3)
 ran, pools, go, submitted, running = [], [], threading.Event(), threading.Event(), threading.Semaphore(0)
@@ -66,7 +68,7 @@ print(json.dumps([told, ran]))
 LOAD = """
 import sys, threading
 import quantport
-from quantport.loading import loader, stream
+from quantport.loading import load, executor
 
 pause = threading.Event()
 

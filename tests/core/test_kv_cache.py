@@ -1,4 +1,6 @@
-"""The quantized KV cache as a Transformers cache: what is stored, what every operation does to it, and what it refuses."""
+"""The quantized KV cache as a Transformers cache: what is stored, what every operation does to it, and what
+it refuses.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import quantport
-from quantport.cache import KVShape, bytes_per_token, cache_dtype, decode, encode, kv_shape
 from quantport.errors import ConfigError
+from quantport.kvcache import KVShape, bytes_per_token, cache_dtype, decode, encode, kv_shape
 
 transformers = pytest.importorskip("transformers")
 SOME = settings(max_examples=25, deadline=None)
 NAMES = ("fp8_e4m3", "fp8_e5m2", "int8", "int4", "auto")
 TOKENS = 9
-CONFIG = transformers.LlamaConfig(hidden_size=24, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2)
+CONFIG = transformers.LlamaConfig(
+    hidden_size=24, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2
+)
 sizes = st.sampled_from([None, TOKENS + 3])
 names = st.sampled_from(NAMES)
 
@@ -62,7 +66,9 @@ def test_chunks_make_no_difference(name, size, cuts):
     same(chunked, whole)
     for a, b, x in zip(found, expected, states(), strict=True):
         assert torch.equal(a, b)
-        assert torch.equal(a, decode(encode(x, cache_dtype(name)), 7, cache_dtype(name), x.dtype)), "it returns what it stores"
+        assert torch.equal(a, decode(encode(x, cache_dtype(name)), 7, cache_dtype(name), x.dtype)), (
+            "it returns what it stores"
+        )
 
 
 @SOME
@@ -94,8 +100,10 @@ def test_what_is_done_to_the_batch_is_done_to_what_is_read(name, size, operation
     more = [x[order] for x in states(batch=3, tokens=1, seed=1)]
     for layer in range(2):
         after = cache.update(*more, layer)
-    expected = [torch.cat((x[order], decode(encode(m, cache_dtype(name)), 7, cache_dtype(name), m.dtype)), 2)
-                for x, m in zip(before, more, strict=True)]  # fmt: skip
+    expected = [
+        torch.cat((x[order], decode(encode(m, cache_dtype(name)), 7, cache_dtype(name), m.dtype)), 2)
+        for x, m in zip(before, more, strict=True)
+    ]
     assert all(torch.equal(a, b) for a, b in zip(after, expected, strict=True))
 
 
@@ -155,7 +163,7 @@ def test_a_wrong_update_is_refused_and_leaves_nothing(what, skip):
     before, state = [t.clone() for t in stored(cache)], cache.get_seq_length()
     with pytest.raises(ConfigError, match=what) as caught:
         cache.update(*states(**{"tokens": 1, **WRONG[what]}), 0)
-    assert caught.value.works
+    assert caught.value.suggestion
     assert cache.get_seq_length() == state
     assert all(torch.equal(a, b) for a, b in zip(stored(cache), before, strict=True))
 
@@ -204,7 +212,10 @@ def test_what_has_no_such_cache():
 
 def test_skipped_and_windowed_layers_stay_in_16_bits():
     config = transformers.Qwen3Config(
-        num_hidden_layers=4, use_sliding_window=True, sliding_window=8, layer_types=["full_attention", "sliding_attention"] * 2
+        num_hidden_layers=4,
+        use_sliding_window=True,
+        sliding_window=8,
+        layer_types=["full_attention", "sliding_attention"] * 2,
     )
     cache = quantport.kv_cache(config, "int4", skip_layers=(-2,))
     kinds = [layer.kind.name if hasattr(layer, "kind") else type(layer).__name__ for layer in cache.layers]
@@ -216,17 +227,29 @@ def test_skipped_and_windowed_layers_stay_in_16_bits():
     assert bytes_per_token(shape, "int4", (-2,)) == 2 * 32 * (66 + 3 * 256)
 
 
-COUNTED = [("auto", (), 3072), ("fp8", (), 1632), ("int8", (0, -1), 4 * 272 + 2 * 512), ("int4", (), 864), ("fp8_e5m2", (), 1632)]
+COUNTED = [
+    ("auto", (), 3072),
+    ("fp8", (), 1632),
+    ("int8", (0, -1), 4 * 272 + 2 * 512),
+    ("int4", (), 864),
+    ("fp8_e5m2", (), 1632),
+]
 
 
 @pytest.mark.parametrize(("name", "skip", "expected"), COUNTED)
 def test_bytes_per_token_are_those_of_the_cache(name, skip, expected):
-    config = transformers.LlamaConfig(hidden_size=256, num_attention_heads=8, num_key_value_heads=4, num_hidden_layers=6)
+    config = transformers.LlamaConfig(
+        hidden_size=256, num_attention_heads=8, num_key_value_heads=4, num_hidden_layers=6
+    )
     cache = quantport.kv_cache(config, name, skip_layers=skip)
     for layer in range(6):
         cache.update(*states(batch=1, heads=4, width=32), layer)
     assert kv_shape(config.to_dict()) == KVShape(("full",) * 6, 4, 32)
-    assert cache.nbytes == TOKENS * expected == TOKENS * bytes_per_token(KVShape(("full",) * 6, 4, 32), name, skip)
+    assert (
+        cache.nbytes
+        == TOKENS * expected
+        == TOKENS * bytes_per_token(KVShape(("full",) * 6, 4, 32), name, skip)
+    )
 
 
 @pytest.mark.parametrize(
@@ -236,7 +259,12 @@ def test_bytes_per_token_are_those_of_the_cache(name, skip, expected):
         {"num_hidden_layers": 2, "num_attention_heads": 4},
         {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 64, "sliding_window": 16},
         {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 64, "kv_lora_rank": 16},
-        {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 64, "layer_types": ["full_attention", "new"]},
+        {
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "hidden_size": 64,
+            "layer_types": ["full_attention", "new"],
+        },
         {"num_hidden_layers": "2", "num_attention_heads": None, "hidden_size": -1},
     ],
 )
@@ -245,7 +273,13 @@ def test_no_guess_where_the_configuration_says_too_little(config):
 
 
 def test_shapes_of_nested_and_mixed_models():
-    text = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 64, "use_sliding_window": False, "sliding_window": 9}
+    text = {
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "hidden_size": 64,
+        "use_sliding_window": False,
+        "sliding_window": 9,
+    }
     assert kv_shape({"text_config": text, "hidden_size": 1}) == KVShape(("full", "full"), 4, 16)
     mixed = kv_shape({**text, "layer_types": ["linear_attention", "full_attention"]})
     assert bytes_per_token(mixed, "int8") == 2 * 4 * 18

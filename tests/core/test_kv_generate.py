@@ -1,4 +1,6 @@
-"""The quantized KV cache in models: ``generate`` in its modes, the default of a loaded model, plan, save and command line."""
+"""The quantized KV cache in models: ``generate`` in its modes, the default of a loaded model, plan, save and
+command line.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,10 @@ from test_cli import ask, parts
 from torch import nn
 
 import quantport
-from quantport.cache import default_of
-from quantport.cache.layers import KVCache
-from quantport.cli import comparing
+from quantport.cli import compare
 from quantport.errors import ConfigError, QuantportError
+from quantport.kvcache import default_of
+from quantport.kvcache.layers import KVCache
 
 transformers = pytest.importorskip("transformers")
 NAMES = ("fp8_e4m3", "fp8_e5m2", "int8", "int4")
@@ -52,7 +54,9 @@ def logits(model, cache=None, ids=IDS):
 def test_logits_are_close_and_closer_with_more_bits(model, name):
     expected = logits(model)
     error = (logits(model, quantport.kv_cache(model, name)) - expected).norm() / expected.norm()
-    skipping = (logits(model, quantport.kv_cache(model, name, skip_layers=(0, -1))) - expected).norm() / expected.norm()
+    skipping = (
+        logits(model, quantport.kv_cache(model, name, skip_layers=(0, -1))) - expected
+    ).norm() / expected.norm()
     assert 1e-6 < skipping < error < {"fp8_e4m3": 0.03, "fp8_e5m2": 0.06, "int8": 0.01, "int4": 0.13}[name]
 
 
@@ -63,7 +67,9 @@ def test_16_bits_are_those_of_transformers(model):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_way_to_the_same_tokens(model, name):
-    """Growing, of fixed size, in chunks of the prompt, step by step, and with drafts that are partly thrown away."""
+    """Growing, of fixed size, in chunks of the prompt, step by step, and with drafts that are partly thrown
+    away.
+    """
     cache = quantport.kv_cache(model, name)
     expected = generate(model, cache)
     assert cache.get_seq_length() == expected.shape[1] - 1
@@ -72,10 +78,14 @@ def test_every_way_to_the_same_tokens(model, name):
     single = generate(model, quantport.kv_cache(model, name), IDS[:1])
     for draft in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": model}):
         for size in (None, 40):
-            assert torch.equal(generate(model, quantport.kv_cache(model, name, max_length=size), IDS[:1], **draft), single)
+            assert torch.equal(
+                generate(model, quantport.kv_cache(model, name, max_length=size), IDS[:1], **draft), single
+            )
 
 
-@pytest.mark.parametrize("options", [{"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2, "top_k": 20}])
+@pytest.mark.parametrize(
+    "options", [{"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2, "top_k": 20}]
+)
 @pytest.mark.parametrize("name", ["fp8", "int4"])
 def test_beams_and_samples(model, name, options):
     growing = generate(model, quantport.kv_cache(model, name), **options)
@@ -88,7 +98,7 @@ def test_a_cache_that_is_too_short_says_so_and_holds_nothing():
     cache = quantport.kv_cache(model, "fp8", max_length=12)
     with pytest.raises(ConfigError, match="it holds 0 of max_length=12") as caught:
         generate(model, cache)
-    assert "max_length=20 or more" in caught.value.works
+    assert "max_length=20 or more" in caught.value.suggestion
     assert (cache.get_seq_length(), cache.nbytes) == (0, 0)
     generate(model, cache, IDS[:, :8], max_new_tokens=5)  # 8 + 5 tokens, of which the last is never fed back
     with pytest.raises(ConfigError, match="it holds 12"):
@@ -105,7 +115,9 @@ def test_a_loaded_model_quantizes_its_cache_by_default(loaded):
     assert type(first) is type(second) is KVCache
     assert first is not second
     assert [layer.kind.name for layer in first.layers] == ["auto", *["fp8_e4m3"] * 4, "auto"]
-    assert torch.equal(generate(loaded), generate(loaded, quantport.kv_cache(loaded, "fp8", skip_layers=(0, -1))))
+    assert torch.equal(
+        generate(loaded), generate(loaded, quantport.kv_cache(loaded, "fp8", skip_layers=(0, -1)))
+    )
     assert loaded.quantport_plan.kv_cache["bytes_per_token"] == 4 * 272 + 2 * 512
 
 
@@ -115,7 +127,10 @@ def test_what_the_caller_says_wins(loaded):
     assert type(used(loaded, cache_implementation="static")) is transformers.StaticCache
     assert used(loaded, use_cache=False) is None
     assert default_of(quantport.load(DENSE, "int8")) is None
-    assert type(used(quantport.load(DENSE, config={"scheme": "int8", "kv_cache_dtype": "auto"}))) is transformers.DynamicCache
+    assert (
+        type(used(quantport.load(DENSE, config={"scheme": "int8", "kv_cache_dtype": "auto"})))
+        is transformers.DynamicCache
+    )
 
 
 def test_other_models_keep_their_cache(loaded):
@@ -203,7 +218,7 @@ def test_perplexity_is_measured_through_the_cache(loaded):
     base = transformers.AutoModelForCausalLM.from_pretrained(DENSE).eval()
     windows = IDS.flatten()[None]
     plain = quantport.load(DENSE, "int8_weight_only")
-    through, around = (comparing.quality(m, base, windows, lambda *_: None) for m in (loaded, plain))
+    through, around = (compare.quality(m, base, windows, lambda *_: None) for m in (loaded, plain))
     assert 0 < abs(through["perplexity"] / around["perplexity"] - 1) < 0.05
 
 
@@ -214,9 +229,24 @@ def test_the_command_line(tmp_path):
     settings = tmp_path / "config.json"
     settings.write_text(json.dumps({"scheme": "int8", "kv_cache_dtype": "int4", "kv_cache_skip_layers": [0]}))
     assert "layers 0 in 16 bits" in ask("plan", DENSE, "--config", settings).stdout
-    assert "one of them" in parts(ask("plan", DENSE, "--config", settings, "--kv-cache", "fp8", code=2))["works"]
+    assert (
+        "one of them" in parts(ask("plan", DENSE, "--config", settings, "--kv-cache", "fp8", code=2))["works"]
+    )
     assert "no such dtype" in parts(ask("plan", DENSE, "--kv-cache", "fp9", code=2))["found"]
-    call = ("run", MOE, "--scheme", "int8", "--kv-cache", "fp8", "--compare", "--tokens", "4", "--windows", "1", "--json")
+    call = (
+        "run",
+        MOE,
+        "--scheme",
+        "int8",
+        "--kv-cache",
+        "fp8",
+        "--compare",
+        "--tokens",
+        "4",
+        "--windows",
+        "1",
+        "--json",
+    )
     compare = json.loads(ask(*call).stdout)["compare"]
     assert compare["kv_cache"]["bytes_per_token"] == 1088
     assert compare["perplexity"] < 1.1 * compare["perplexity_bf16"]

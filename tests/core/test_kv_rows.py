@@ -9,25 +9,37 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from quantport import numerics
-from quantport.cache import cache_dtype, decode, encode
 from quantport.errors import ConfigError
+from quantport.kvcache import cache_dtype, decode, encode
 
 SOME = settings(max_examples=60, deadline=None)
 QUANTIZED = ("fp8_e4m3", "fp8_e5m2", "int8", "int4")
 dtypes = st.sampled_from([cache_dtype(name) for name in QUANTIZED])
 floats = st.floats(-3.0000000054977558e38, 3.0000000054977558e38, width=32)
-rows = hnp.arrays("float32", hnp.array_shapes(min_dims=2, max_dims=2, max_side=9), elements=floats).map(torch.from_numpy)
-half_ulp = {"fp8_e4m3": (2.0**-4, 2.0**-10), "fp8_e5m2": (2.0**-3, 2.0**-17)}  # of the value; of the scale, for subnormals
+rows = hnp.arrays("float32", hnp.array_shapes(min_dims=2, max_dims=2, max_side=9), elements=floats).map(
+    torch.from_numpy
+)
+half_ulp = {
+    "fp8_e4m3": (2.0**-4, 2.0**-10),
+    "fp8_e5m2": (2.0**-3, 2.0**-17),
+}  # of the value; of the scale, for subnormals
 
-# By hand. The scale is 1, bfloat16 0x3f80, and stands behind the codes with its low byte first. e4m3: bias 7, 3 bits of mantissa,
-# 17 lies between 16 and 18 and goes to the even mantissa; e5m2: bias 15, 2 bits, 9 goes to 8; int8: 0.5 to 0, 1.5 to 2, 127.5 to
+# By hand. The scale is 1, bfloat16 0x3f80, and stands behind the codes with its low byte first. e4m3: bias 7,
+# 3 bits of mantissa,
+# 17 lies between 16 and 18 and goes to the even mantissa; e5m2: bias 15, 2 bits, 9 goes to 8; int8: 0.5 to 0,
+# 1.5 to 2, 127.5 to
 # 128, which saturates; int4: code + 8 in nibbles, low first, and an odd head ends with an empty nibble.
 GOLDEN = [
     ("fp8", [448, 1, -0.0625, 17], "7e 38 98 58 80 3f", [448, 1, -0.0625, 16]),
     ("fp8_e5m2", [57344, 1, 9, -3], "7b 3c 48 c2 80 3f", [57344, 1, 8, -3]),
     ("int8", [127.5, 0.5, 1.5, -127.5], "7f 00 02 80 80 3f", [127, 0, 2, -128]),
     ("int4", [7.5, -7.5, 0.5, 1.5, 2.5], "0f a8 0a 80 3f", [7, -8, 0, 2, 2]),
-    ("fp8", [449.344, 224], "7e 76 80 3f", [448, 224]),  # 1.003 rounds to a scale of 1 before the codes are computed
+    (
+        "fp8",
+        [449.344, 224],
+        "7e 76 80 3f",
+        [448, 224],
+    ),  # 1.003 rounds to a scale of 1 before the codes are computed
     ("int8", [0, 0, 0], "00 00 00 00 34", [0, 0, 0]),  # a zero row: scale 2**-23
     ("auto", [1.0, -2.0], "80 3f 00 c0", [1, -2]),
 ]
@@ -45,7 +57,9 @@ def test_golden(name, values, stored, read):
 @SOME
 @given(rows, dtypes)
 def test_error_is_at_most_half_a_step(x, dtype):
-    """Half a step of the format, and what rounding the scale to 8 bits clips at the top (more among subnormal scales)."""
+    """Half a step of the format, and what rounding the scale to 8 bits clips at the top (more among subnormal
+    scales).
+    """
     found = decode(encode(x, dtype), x.shape[1], dtype, torch.float32).double()
     amax = x.abs().amax(1, keepdim=True).double()
     scale = amax / dtype.quant.element.half_range
@@ -60,7 +74,9 @@ def test_it_is_the_arithmetic_of_the_house(x, dtype):
     codes, scale = numerics.quantize(x, dtype.quant)
     expected = numerics.dequantize(codes, scale, dtype.quant)
     assert torch.equal(decode(encode(x, dtype), x.shape[1], dtype, torch.float32), expected)
-    assert torch.equal(decode(encode(x, dtype), x.shape[1], dtype, torch.bfloat16), expected.bfloat16()), "rounded once"
+    assert torch.equal(decode(encode(x, dtype), x.shape[1], dtype, torch.bfloat16), expected.bfloat16()), (
+        "rounded once"
+    )
 
 
 @SOME
@@ -84,10 +100,15 @@ def test_nan_and_inf_show_in_their_row_and_nowhere_else(name, bad):
     assert torch.equal(found, clean)
 
 
-@pytest.mark.parametrize(("name", "bits"), [("fp8", 8), ("fp8_e5m2", 8), ("int8", 8), ("int4", 4), ("auto", 16)])
+@pytest.mark.parametrize(
+    ("name", "bits"), [("fp8", 8), ("fp8_e5m2", 8), ("int8", 8), ("int4", 4), ("auto", 16)]
+)
 def test_bytes_of_a_row(name, bits):
     scale = 0 if name == "auto" else 2
-    assert [cache_dtype(name).row_bytes(w) for w in (128, 7)] == [128 * bits // 8 + scale, -(-7 * bits // 8) + scale]
+    assert [cache_dtype(name).row_bytes(w) for w in (128, 7)] == [
+        128 * bits // 8 + scale,
+        -(-7 * bits // 8) + scale,
+    ]
 
 
 def test_errors_per_format():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from core_fakes import Shape, tensors
 
-from quantport.layers import find_layers, why_kept
+from quantport.model.layers import find_layers, why_kept
 
 
 def by_name(found):
@@ -23,7 +23,13 @@ def test_dense():
         )
     )
     q = layers["model.a.q_proj"]
-    assert (q.kind, q.weights, q.dtype, q.experts, q.keep) == ("linear", (("weight", 6, 8),), torch.bfloat16, 0, "")
+    assert (q.kind, q.weights, q.dtype, q.experts, q.keep) == (
+        "linear",
+        (("weight", 6, 8),),
+        torch.bfloat16,
+        0,
+        "",
+    )
     assert (q.elements, q.bytes, q.shards) == (48, 96, ())
     assert q.parts["weight"] == (("model.a.q_proj.weight", None, None, None),)
     assert layers["model.embed_tokens"].keep.startswith("embedding")
@@ -62,11 +68,15 @@ def test_experts_one_by_one(names):
     assert layer.parts["gate_proj"][10].tensor == f"model.layers.0.mlp.experts.10.{gate}.weight"
     assert layer.parts["down_proj"][2].tensor == f"model.layers.0.mlp.experts.2.{down}.weight"
     assert layer.bytes == 11 * 3 * 48 * 2
-    assert layer.shards[:4] == tuple(f"{layer.name}.{s}" for s in ("0.gate_proj", "0.up_proj", "0.down_proj", "1.gate_proj"))
+    assert layer.shards[:4] == tuple(
+        f"{layer.name}.{s}" for s in ("0.gate_proj", "0.up_proj", "0.down_proj", "1.gate_proj")
+    )
 
 
 def test_fused_experts():
-    (layer,) = find_layers(tensors(a__mlp__experts__gate_up_proj=(4, 12, 8), a__mlp__experts__down_proj=(4, 8, 6)))
+    (layer,) = find_layers(
+        tensors(a__mlp__experts__gate_up_proj=(4, 12, 8), a__mlp__experts__down_proj=(4, 8, 6))
+    )
     assert (layer.name, layer.kind, layer.experts) == ("a.mlp.experts", "moe", 4)
     assert layer.weights == (("gate_proj", 6, 8), ("up_proj", 6, 8), ("down_proj", 8, 6))
     assert layer.parts["gate_proj"][3] == ("a.mlp.experts.gate_up_proj", 3, 0, 6)
@@ -78,10 +88,16 @@ def test_fused_experts():
 @pytest.mark.parametrize("prefix", ["", "mlp."])
 def test_experts_at_the_root(prefix):
     """A MoE block by itself, as quantize_(block) sees it."""
-    fused = find_layers({f"{prefix}experts.gate_up_proj": Shape((2, 12, 8)), f"{prefix}experts.down_proj": Shape((2, 8, 6))})
+    fused = find_layers(
+        {f"{prefix}experts.gate_up_proj": Shape((2, 12, 8)), f"{prefix}experts.down_proj": Shape((2, 8, 6))}
+    )
     assert [(x.name, x.kind) for x in fused] == [(f"{prefix}experts", "moe")]
-    names = [f"{prefix}experts.{e}.{p}.weight" for e in range(2) for p in ("gate_proj", "up_proj", "down_proj")]
-    assert [(x.name, x.kind) for x in find_layers({n: Shape((8, 8)) for n in names})] == [(f"{prefix}experts", "moe")]
+    names = [
+        f"{prefix}experts.{e}.{p}.weight" for e in range(2) for p in ("gate_proj", "up_proj", "down_proj")
+    ]
+    assert [(x.name, x.kind) for x in find_layers({n: Shape((8, 8)) for n in names})] == [
+        (f"{prefix}experts", "moe")
+    ]
 
 
 def test_fused_experts_that_are_stored_transposed_are_left_alone():
@@ -98,30 +114,46 @@ def test_fused_experts_of_odd_rows_lose_nothing():
 
 
 def test_experts_that_are_not_uniform_become_linear_layers():
-    found = {f"m.experts.{e}.{p}.weight": Shape((6 + e, 8)) for e in range(2) for p in ("gate_proj", "up_proj", "down_proj")}
+    found = {
+        f"m.experts.{e}.{p}.weight": Shape((6 + e, 8))
+        for e in range(2)
+        for p in ("gate_proj", "up_proj", "down_proj")
+    }
     layers = find_layers(found)
     assert {x.kind for x in layers} == {"linear"}
     assert [x.name + ".weight" for x in layers] == list(found)
     gap = {n: t for n, t in found.items() if ".0.up" not in n}
     assert len(find_layers(gap)) == 5
-    missing_expert = {f"m.experts.{e}.{p}.weight": Shape((6, 6)) for e in (0, 2) for p in ("gate_proj", "up_proj", "down_proj")}
+    missing_expert = {
+        f"m.experts.{e}.{p}.weight": Shape((6, 6))
+        for e in (0, 2)
+        for p in ("gate_proj", "up_proj", "down_proj")
+    }
     assert {x.kind for x in find_layers(missing_expert)} == {"linear"}
 
 
 def test_experts_of_mixed_dtypes_count_right():
-    found = {f"m.experts.{e}.{p}.weight": Shape((6, 6)) for e in range(2) for p in ("gate_proj", "up_proj", "down_proj")}
+    found = {
+        f"m.experts.{e}.{p}.weight": Shape((6, 6))
+        for e in range(2)
+        for p in ("gate_proj", "up_proj", "down_proj")
+    }
     found["m.experts.1.up_proj.weight"] = Shape((6, 6), torch.float32)
     assert sum(x.bytes for x in find_layers(found)) == 36 * (5 * 2 + 4)
 
 
 def test_shared_experts_are_linear():
-    layers = by_name(tensors(m__shared_experts__gate_proj__weight=(6, 8), m__shared_expert__up_proj__weight=(6, 8)))
+    layers = by_name(
+        tensors(m__shared_experts__gate_proj__weight=(6, 8), m__shared_expert__up_proj__weight=(6, 8))
+    )
     assert {x.kind for x in layers.values()} == {"linear"}
     assert {x.keep for x in layers.values()} == {""}
 
 
 def test_fused_names_have_shards():
-    layers = by_name(tensors(a__qkv_proj__weight=(12, 8), a__gate_up_proj__weight=(12, 8), qkv_proj__weight=(4, 4)))
+    layers = by_name(
+        tensors(a__qkv_proj__weight=(12, 8), a__gate_up_proj__weight=(12, 8), qkv_proj__weight=(4, 4))
+    )
     assert layers["a.qkv_proj"].shards == ("a.q_proj", "a.k_proj", "a.v_proj")
     assert layers["a.gate_up_proj"].shards == ("a.gate_proj", "a.up_proj")
     assert layers["qkv_proj"].shards == ("q_proj", "k_proj", "v_proj")
@@ -130,12 +162,21 @@ def test_fused_names_have_shards():
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        ("lm_head", "output head"), ("model.lm_head", "output head"), ("embed_out", "output head"),
-        ("transformer.wte", "embedding"), ("a.embed_tokens", "embedding"), ("mlp.gate", "router"),
-        ("block_sparse_moe.gate", "router"), ("ffn.router", "router"), ("ffn.router.layer", "router"),
-        ("mlp.shared_expert_gate", "router"), ("mlp.gate_proj", ""), ("a.gated", ""), ("my_lm_head2", ""),
+        ("lm_head", "output head"),
+        ("model.lm_head", "output head"),
+        ("embed_out", "output head"),
+        ("transformer.wte", "embedding"),
+        ("a.embed_tokens", "embedding"),
+        ("mlp.gate", "router"),
+        ("block_sparse_moe.gate", "router"),
+        ("ffn.router", "router"),
+        ("ffn.router.layer", "router"),
+        ("mlp.shared_expert_gate", "router"),
+        ("mlp.gate_proj", ""),
+        ("a.gated", ""),
+        ("my_lm_head2", ""),
     ],
-)  # fmt: skip
+)
 def test_what_is_left_alone_by_default(name, why):
     assert why_kept(name).startswith(why)
     assert bool(why_kept(name)) == bool(why)
@@ -152,7 +193,14 @@ def test_other_dtypes_are_kept_with_their_name(dtype):
 
 
 def test_odd_names_and_shapes():
-    found = tensors(weight=(4, 4), a__b=(4, 4), conv__weight=(4, 4, 3), scalar__weight=(), v__weight=(4,), experts__weight=(4, 4))
+    found = tensors(
+        weight=(4, 4),
+        a__b=(4, 4),
+        conv__weight=(4, 4, 3),
+        scalar__weight=(),
+        v__weight=(4,),
+        experts__weight=(4, 4),
+    )
     layers = by_name(found)
     assert layers[""].kind == "linear"
     assert {n: layers[n].kind for n in ("a.b", "conv.weight", "scalar.weight", "v.weight")} == dict.fromkeys(

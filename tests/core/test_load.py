@@ -15,14 +15,15 @@ from transformers import AutoModelForCausalLM
 
 import quantport
 from quantport import numerics
-from quantport.catalog import BUILTIN
 from quantport.modules import QuantExperts, QuantLinear, QuantModule
+from quantport.scheme.catalog import BUILTIN
 
 
 @pytest.fixture(scope="module")
 def originals():
     return {
-        path: AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval().requires_grad_(False) for path in (DENSE, MOE)
+        path: AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval().requires_grad_(False)
+        for path in (DENSE, MOE)
     }
 
 
@@ -30,18 +31,26 @@ def fresh(path):
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval().requires_grad_(False)
 
 
-SLOW = [pytest.param(MOE, s, marks=pytest.mark.slow) for s in SCHEMES if s not in ("int8", "fp8_per_block", "int4_weight_only_g32")]
+SLOW = [
+    pytest.param(MOE, s, marks=pytest.mark.slow)
+    for s in SCHEMES
+    if s not in ("int8", "fp8_per_block", "int4_weight_only_g32")
+]
 QUICK = [(DENSE, s) for s in SCHEMES] + [(MOE, s) for s in ("int8", "fp8_per_block", "int4_weight_only_g32")]
 
 
 @pytest.mark.parametrize(("path", "scheme"), [*QUICK, *SLOW], ids=lambda p: getattr(p, "name", p))
 def test_load_equals_quantize(path, scheme, originals):
-    """Bit by bit; and the logits are those of a 16-bit model that holds the dequantized weights, when activations are 16-bit."""
+    """Bit by bit; and the logits are those of a 16-bit model that holds the dequantized weights, when
+    activations are 16-bit.
+    """
     loaded, model = quantport.load(path, scheme), copy.deepcopy(originals[path])
     plan = quantport.quantize_(model, scheme)
     same_state(loaded, model)
     steps = loaded.quantport_plan.by_layer
-    assert all(steps[s.layer.name].asked == s.asked and steps[s.layer.name].after == s.after for s in plan.quantized)
+    assert all(
+        steps[s.layer.name].asked == s.asked and steps[s.layer.name].after == s.after for s in plan.quantized
+    )
     assert len(plan.quantized) == len(loaded.quantport_plan.quantized)
     assert not loaded.training
     assert not any(p.requires_grad or p.is_meta for p in loaded.parameters())
@@ -60,7 +69,9 @@ def test_what_was_quantized(originals):
     assert dense.get_input_embeddings().weight is dense.lm_head.weight, "tied"
     kept = [s.note for s in dense.quantport_plan.steps if s.layer.kind == "linear" and not s.asked]
     assert kept == ["embedding: looked up, not multiplied"]
-    notes = {s.layer.name: s.note for s in moe.quantport_plan.steps if s.layer.kind == "linear" and not s.asked}
+    notes = {
+        s.layer.name: s.note for s in moe.quantport_plan.steps if s.layer.kind == "linear" and not s.asked
+    }
     assert notes["lm_head"].startswith("output head")
     assert sum(note.startswith("router") for note in notes.values()) == 4
     assert str(dense.quantport_plan.source) == str(DENSE)
@@ -72,7 +83,7 @@ def test_loaded_weights_are_those_of_the_reference(originals):
     gate, up = original.gate_up_proj[5].chunk(2)
     for name, weight in (("5.gate_proj", gate), ("5.up_proj", up), ("5.down_proj", original.down_proj[5])):
         expected = numerics.quantize_weight(weight, BUILTIN["int4_g32"])
-        assert all(same_bits(experts.canonical(name)[key], tensor) for key, tensor in expected.items())
+        assert all(same_bits(experts.stored_weight(name)[key], tensor) for key, tensor in expected.items())
 
 
 def test_generate():
@@ -83,7 +94,9 @@ def test_generate():
 
 def test_fused_experts_in_the_checkpoint(tmp_path, originals):
     """The 3-D names of current Transformers give the same model as the experts one by one."""
-    folder = write(tmp_path / "fused", originals[MOE].state_dict(), config__json=(MOE / "config.json").read_text())
+    folder = write(
+        tmp_path / "fused", originals[MOE].state_dict(), config__json=(MOE / "config.json").read_text()
+    )
     assert any("experts.gate_up_proj" in name for name in originals[MOE].state_dict())
     same_state(quantport.load(folder, "fp8_per_block"), quantport.load(MOE, "fp8_per_block"))
 
@@ -91,14 +104,21 @@ def test_fused_experts_in_the_checkpoint(tmp_path, originals):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("scheme", ["int8", "fp8_per_block", "int4_g32"])
 def test_factory(tmp_path, dtype, scheme):
-    """Any module: biases, odd shapes, one column, experts as modules, buffers; in every dtype of checkpoints."""
+    """Any module: biases, odd shapes, one column, experts as modules, buffers; in every dtype of
+    checkpoints.
+    """
     original = made(Tiny, dtype)
     model = quantport.load(write(tmp_path / "c", original), scheme, model=Tiny)
     expected = made(Tiny, dtype)
     quantport.quantize_(expected, scheme)
     same_state(model, expected)
     asked = {s.layer.name for s in model.quantport_plan.quantized}
-    assert asked == {"up", "down", "narrow", *(f"moe.experts.{e}.{p}_proj" for e in range(3) for p in ("gate", "up", "down"))}
+    assert asked == {
+        "up",
+        "down",
+        "narrow",
+        *(f"moe.experts.{e}.{p}_proj" for e in range(3) for p in ("gate", "up", "down")),
+    }
     assert model.up.bias.dtype == model.norm.weight.dtype == model.embed_tokens.weight.dtype == dtype
     assert type(model.moe.gate) is nn.Linear
     assert type(model.lm_head).__name__ in ("Linear", "QuantLinear")
@@ -142,7 +162,12 @@ def test_experts_that_stay_are_fused_as_the_model_wants_them(config, originals):
 
 
 def test_ignore_targets_and_moe(tmp_path):
-    config = {"scheme": "int8", "ignore": ["*.o_proj"], "targets": {"lm_head": "int4", "re:.*k_proj": "fp8"}, "moe": None}
+    config = {
+        "scheme": "int8",
+        "ignore": ["*.o_proj"],
+        "targets": {"lm_head": "int4", "re:.*k_proj": "fp8"},
+        "moe": None,
+    }
     model = quantport.load(MOE, config=config)
     asked = {s.layer.name: s.asked for s in model.quantport_plan.steps}
     assert asked["model.layers.0.self_attn.q_proj"] == model.model.layers[0].self_attn.q_proj.scheme == "int8"
@@ -172,7 +197,13 @@ def test_no_scheme_lets_the_device_choose_and_say_why():
 def test_progress_and_threads(tmp_path):
     threads, seen = torch.get_num_threads(), []
     folder = write(tmp_path / "c", made())
-    quantport.load(folder, "int8", model=Tiny, progress=lambda done, total, name: seen.append((done, total, name)), workers=3)
+    quantport.load(
+        folder,
+        "int8",
+        model=Tiny,
+        progress=lambda done, total, name: seen.append((done, total, name)),
+        workers=3,
+    )
     assert [d for d, _, _ in seen] == sorted(d for d, _, _ in seen)
     assert seen[-1][0] == seen[-1][1] == sum(t.nbytes for t in made().state_dict().values())
     assert len(seen) == len(made().state_dict())
@@ -193,7 +224,14 @@ def test_one_file_and_extra_config_keys(tmp_path):
 
 def test_zero_size_and_one_column(tmp_path):
     def factory():
-        return nn.ModuleDict({"empty": nn.Linear(4, 0), "hollow": nn.Linear(0, 4), "one": nn.Linear(1, 3), "row": nn.Linear(5, 1)})
+        return nn.ModuleDict(
+            {
+                "empty": nn.Linear(4, 0),
+                "hollow": nn.Linear(0, 4),
+                "one": nn.Linear(1, 3),
+                "row": nn.Linear(5, 1),
+            }
+        )
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # torch says that initializing nothing is a no-op
@@ -210,4 +248,8 @@ def test_zero_size_and_one_column(tmp_path):
 def test_expert_module_alone():
     """A single expert block by itself is three linear layers."""
     model = made(Expert)
-    assert [s.layer.name for s in quantport.quantize_(model, "int8").quantized] == ["gate_proj", "up_proj", "down_proj"]
+    assert [s.layer.name for s in quantport.quantize_(model, "int8").quantized] == [
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    ]

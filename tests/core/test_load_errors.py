@@ -1,4 +1,6 @@
-"""Bad input to load: an error in three parts that names what is wrong, before or instead of a half loaded model."""
+"""Bad input to load: an error in three parts that names what is wrong, before or instead of a half loaded
+model.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,17 @@ from core_references import check_parts
 from torch import nn
 
 import quantport
-from quantport.errors import BudgetError, CheckpointError, ConfigError, DeviceError, QuantportError, UnsupportedError, WeightError
-from quantport.host import host
-from quantport.planner import BUDGET
+from quantport.errors import (
+    BudgetError,
+    CheckpointError,
+    ConfigError,
+    DeviceError,
+    QuantportError,
+    UnsupportedError,
+    WeightError,
+)
+from quantport.planning.plan import BUDGET
+from quantport.plugins.registry import default_registry
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +56,12 @@ def test_non_finite_weight_is_refused_by_name(tmp_path, value):
     folder = write(tmp_path / "c", tensors)
     refused(WeightError, folder, model=Tiny, named=["moe.experts.1.up_proj", "nonfinite='zero'"])
     model = quantport.load(folder, config={"scheme": "int8", "nonfinite": "zero"}, model=Tiny)
-    assert model.moe.experts[1].up_proj.canonical()["weight"][3, 4] == 0
+    assert model.moe.experts[1].up_proj.stored_weight()["weight"][3, 4] == 0
 
 
-@pytest.mark.parametrize("name", ["embed_tokens.weight", "up.bias", "norm.bias", "down.weight", "moe.experts.0.up_proj.weight"])
+@pytest.mark.parametrize(
+    "name", ["embed_tokens.weight", "up.bias", "norm.bias", "down.weight", "moe.experts.0.up_proj.weight"]
+)
 def test_missing_tensor_is_named(tmp_path, name):
     refused(
         CheckpointError,
@@ -64,23 +76,41 @@ def test_tensor_of_another_shape_is_named(tmp_path, name):
     """Not found out later by an error of torch, or never."""
     tensors = state()
     tensors[name] = torch.cat([tensors[name], tensors[name]])
-    refused(CheckpointError, write(tmp_path / "c", tensors), model=Tiny, named=[name.rpartition(".")[0] or name])
+    refused(
+        CheckpointError, write(tmp_path / "c", tensors), model=Tiny, named=[name.rpartition(".")[0] or name]
+    )
 
 
 def test_a_model_with_other_sizes_than_the_checkpoint(tmp_path):
     config = {**json.loads((DENSE / "config.json").read_text()), "intermediate_size": 352}
-    tensors = {n: t for n, t in quantport.load(DENSE, config={"linear": None}).state_dict().items() if n != "lm_head.weight"}
+    tensors = {
+        n: t
+        for n, t in quantport.load(DENSE, config={"linear": None}).state_dict().items()
+        if n != "lm_head.weight"
+    }
     refused(CheckpointError, write(tmp_path / "c", tensors, config__json=json.dumps(config)), named=["mlp"])
 
 
 MARKS = {
     "gptq": ({"a.qweight": torch.zeros(4, 4, dtype=torch.int32)}, {}, "GPTQ"),
     "float8": ({"a.weight": torch.zeros(4, 4, dtype=torch.float8_e4m3fn)}, {}, "FP8"),
-    "block fp8": ({"a.weight": torch.zeros(4, 4), "a.weight_scale_inv": torch.ones(1, 1)}, {}, "block-wise FP8"),
+    "block fp8": (
+        {"a.weight": torch.zeros(4, 4), "a.weight_scale_inv": torch.ones(1, 1)},
+        {},
+        "block-wise FP8",
+    ),
     "compressed": ({"a.weight_packed": torch.zeros(4, 1, dtype=torch.int32)}, {}, "compressed-tensors"),
-    "bitsandbytes": ({"a.weight": torch.zeros(8, 1, dtype=torch.uint8), "a.weight.absmax": torch.ones(1)}, {}, "bitsandbytes"),
+    "bitsandbytes": (
+        {"a.weight": torch.zeros(8, 1, dtype=torch.uint8), "a.weight.absmax": torch.ones(1)},
+        {},
+        "bitsandbytes",
+    ),
     "mxfp4": ({"a.gate_up_proj_blocks": torch.zeros(4, 4, dtype=torch.uint8)}, {}, "MXFP4"),
-    "config": ({"a.weight": torch.zeros(4, 4)}, {"config__json": '{"quantization_config": {"quant_method": "gptq"}}'}, "gptq"),
+    "config": (
+        {"a.weight": torch.zeros(4, 4)},
+        {"config__json": '{"quantization_config": {"quant_method": "gptq"}}'},
+        "gptq",
+    ),
 }
 
 
@@ -89,7 +119,10 @@ def test_quantized_already(tmp_path, mark):
     tensors, files, method = MARKS[mark]
     folder = write(tmp_path / "c", tensors, **files)
     refused(
-        CheckpointError, folder, model=lambda: nn.ModuleDict({"a": nn.Linear(4, 4)}), named=[method, "quantized already", "16-bit"]
+        CheckpointError,
+        folder,
+        model=lambda: nn.ModuleDict({"a": nn.Linear(4, 4)}),
+        named=[method, "quantized already", "16-bit"],
     )
     with pytest.raises(CheckpointError, match=method):
         quantport.plan(folder, "int8")
@@ -97,7 +130,7 @@ def test_quantized_already(tmp_path, mark):
 
 def test_not_enough_memory_is_predicted(tiny):
     plan = quantport.plan(tiny, "int8")
-    small = dataclasses.replace(host().device("cpu"), memory=plan.after + BUDGET - 1)
+    small = dataclasses.replace(default_registry().device("cpu"), memory=plan.after + BUDGET - 1)
     refused(BudgetError, tiny, device=small, model=Tiny, named=["GiB", "int4"])
     enough = dataclasses.replace(small, memory=plan.after + BUDGET + 1)
     assert quantport.load(tiny, "int8", device=enough, model=Tiny)
@@ -135,7 +168,12 @@ def test_two_spellings_of_one_scheme_are_no_conflict(tiny):
 def test_strict_fallback(tiny):
     """fp8 activations on a host processor: nothing multiplies them natively."""
     refused(
-        UnsupportedError, tiny, "fp8_per_block", fallback="error", model=Tiny, named=["fp8_per_block", "fallback='error'", "e4m3fn"]
+        UnsupportedError,
+        tiny,
+        "fp8_per_block",
+        fallback="error",
+        model=Tiny,
+        named=["fp8_per_block", "fallback='error'", "e4m3fn"],
     )
 
 
@@ -159,14 +197,20 @@ CONFIG = json.loads((DENSE / "config.json").read_text())
         ("{", ["config.json", "JSON"]),
         ("[]", ["config.json"]),
         ("{}", ["model="]),
-        (json.dumps({**CONFIG, "architectures": ["NoSuchModelForCausalLM"]}), ["NoSuchModelForCausalLM", "model="]),
+        (
+            json.dumps({**CONFIG, "architectures": ["NoSuchModelForCausalLM"]}),
+            ["NoSuchModelForCausalLM", "model="],
+        ),
         (json.dumps({**CONFIG, "architectures": []}), ["architecture", "model="]),
         (json.dumps({**CONFIG, "architectures": ["AutoTokenizer"]}), ["AutoTokenizer", "model="]),
         (json.dumps({**CONFIG, "model_type": "no_such_type"}), ["no_such_type", "model="]),
         (json.dumps({**CONFIG, "hidden_size": -4}), ["model="]),
         (json.dumps({**CONFIG, "quantization_config": [1]}), ["config.json"]),
     ],
-    ids=str.split("no-json list empty unknown-architecture no-architecture no-model unknown-type negative-size odd-quantization"),
+    ids=str.split(
+        "no-json list empty unknown-architecture no-architecture no-model unknown-type "
+        "negative-size odd-quantization"
+    ),
 )
 def test_config_json_that_nobody_can_build(tmp_path, text, named):
     refused(CheckpointError, write(tmp_path / "c", made(), config__json=text), named=named)

@@ -59,7 +59,9 @@ def test_nothing_to_quantize_is_refused():
 
 
 @pytest.mark.parametrize(
-    "options", [{"rows": 0}, {"rows": "1"}, {"workers": 0}, {"device": 0}, {"dtype": torch.int8}, {"dtype": "bfloat16"}], ids=str
+    "options",
+    [{"rows": 0}, {"rows": "1"}, {"workers": 0}, {"device": 0}, {"dtype": torch.int8}, {"dtype": "bfloat16"}],
+    ids=str,
 )
 def test_arguments_are_checked(folder, options):
     with pytest.raises(QuantportError):
@@ -67,7 +69,11 @@ def test_arguments_are_checked(folder, options):
 
 
 def test_more_arguments_are_checked(folder):
-    for call in (lambda: quantport.load(None), lambda: quantport.matrix(layer="lin"), lambda: quantport.plan(folder, rows=-1)):
+    for call in (
+        lambda: quantport.load(None),
+        lambda: quantport.matrix(layer="lin"),
+        lambda: quantport.plan(folder, rows=-1),
+    ):
         with pytest.raises(QuantportError):
             call()
 

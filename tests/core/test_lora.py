@@ -23,7 +23,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` 
 def adapted(path=DENSE, scheme="int8", targets=("q_proj", "v_proj", "down_proj"), **options):
     model = quantport.load(path, scheme)
     torch.manual_seed(0)
-    config = peft.LoraConfig(target_modules=list(targets), r=4, lora_alpha=8, task_type="CAUSAL_LM", **options)
+    config = peft.LoraConfig(
+        target_modules=list(targets), r=4, lora_alpha=8, task_type="CAUSAL_LM", **options
+    )
     return peft.get_peft_model(model, config)
 
 
@@ -60,7 +62,9 @@ def test_training_lowers_the_loss_and_touches_only_the_adapter(path, scheme, tar
     before, plain = {n: t.clone() for n, t in model.state_dict().items()}, model(ids).logits
     torch.manual_seed(0)
     targets = targets if isinstance(targets, str) else list(targets)
-    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=targets, r=4, lora_alpha=8, task_type="CAUSAL_LM"))
+    model = peft.get_peft_model(
+        model, peft.LoraConfig(target_modules=targets, r=4, lora_alpha=8, task_type="CAUSAL_LM")
+    )
     assert all("lora_" in name for name, p in model.named_parameters() if p.requires_grad)
     assert close(model(ids).logits, plain)
     losses = train(model)
@@ -69,7 +73,9 @@ def test_training_lowers_the_loss_and_touches_only_the_adapter(path, scheme, tar
         assert close(model(ids).logits, plain)
     assert not close(model(ids).logits, plain)
     back = model.unload()
-    assert all(torch.equal(before[n].view(torch.uint8), t.view(torch.uint8)) for n, t in back.state_dict().items())
+    assert all(
+        torch.equal(before[n].view(torch.uint8), t.view(torch.uint8)) for n, t in back.state_dict().items()
+    )
 
 
 def test_the_gradient_reaches_the_first_layer():
@@ -77,7 +83,9 @@ def test_the_gradient_reaches_the_first_layer():
     model = adapted(targets=("q_proj",), layers_to_transform=[0])
     frozen = quantport.load(DENSE, "bf16")
     torch.manual_seed(0)
-    config = peft.LoraConfig(target_modules=["q_proj"], layers_to_transform=[0], r=4, lora_alpha=8, task_type="CAUSAL_LM")
+    config = peft.LoraConfig(
+        target_modules=["q_proj"], layers_to_transform=[0], r=4, lora_alpha=8, task_type="CAUSAL_LM"
+    )
     reference = peft.get_peft_model(frozen.float(), config)
     found = []
     for m in (model, reference):
@@ -123,7 +131,9 @@ def test_layers_are_found_by_class():
     assert all(isinstance(b, QuantLinear) for b in bases)
 
 
-@pytest.mark.parametrize("options", [{"use_dora": True}, {"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"use_dora": True}, {"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}], ids=str
+)
 def test_what_needs_the_weight_itself_fails(options):
     with pytest.raises((NoTensorError, TypeError), match="weight"):
         adapted(**options)

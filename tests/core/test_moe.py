@@ -1,4 +1,6 @@
-"""Mixture of experts: single experts with other schemes, routers left alone, routing that goes wrong, groups of rows."""
+"""Mixture of experts: single experts with other schemes, routers left alone, routing that goes wrong, groups
+of rows.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +19,13 @@ from transformers import AutoModelForCausalLM
 
 import quantport
 from quantport import numerics
-from quantport.catalog import BUILTIN
 from quantport.cli.plans import plan_page
 from quantport.errors import CheckpointError, ConfigError, RoutingError, WeightError
-from quantport.host import host
-from quantport.kernel import Kernel, WeightSpec
-from quantport.layers import PROJECTIONS, find_layers
+from quantport.kernels.base import Kernel, WeightSpec
+from quantport.model.layers import PROJECTIONS, find_layers
 from quantport.modules import QuantExperts, ops
+from quantport.plugins.registry import default_registry
+from quantport.scheme.catalog import BUILTIN
 
 FIRST = "model.layers.0.mlp.experts"
 MIXED = {
@@ -58,20 +60,32 @@ def test_single_experts_and_projections_get_another_scheme(mixed):
     steps = mixed.quantport_plan.by_layer
     asked = {name: step.asked for name, step in steps.items() if ".experts" in name}
     assert asked == {
-        FIRST: "int8", f"{FIRST}.3": "fp8_weight_only", f"{FIRST}.7.down_proj": None,
-        "model.layers.1.mlp.experts": "int8", "model.layers.1.mlp.experts.7.down_proj": None,
-        "model.layers.2.mlp.experts": "int8", "model.layers.2.mlp.experts.*.down_proj": "int4_weight_only_g32",
-        "model.layers.3.mlp.experts": "int8", "model.layers.3.mlp.experts.7.down_proj": None,
-    }  # fmt: skip
+        FIRST: "int8",
+        f"{FIRST}.3": "fp8_weight_only",
+        f"{FIRST}.7.down_proj": None,
+        "model.layers.1.mlp.experts": "int8",
+        "model.layers.1.mlp.experts.7.down_proj": None,
+        "model.layers.2.mlp.experts": "int8",
+        "model.layers.2.mlp.experts.*.down_proj": "int4_weight_only_g32",
+        "model.layers.3.mlp.experts": "int8",
+        "model.layers.3.mlp.experts.7.down_proj": None,
+    }
     whole = quantport.plan(MOE, "int8").by_layer[FIRST]
-    assert steps[FIRST].before + steps[f"{FIRST}.3"].before + steps[f"{FIRST}.7.down_proj"].before == whole.before
+    assert (
+        steps[FIRST].before + steps[f"{FIRST}.3"].before + steps[f"{FIRST}.7.down_proj"].before
+        == whole.before
+    )
     experts = mixed.model.layers[0].mlp.experts
     assert isinstance(experts, QuantExperts)
     assert experts.specs["3.up_proj"].scheme.name == "fp8_weight_only"
     tensors = stored()
-    for e, projection, scheme in ((3, "gate_proj", "fp8_weight_only"), (7, "up_proj", "int8"), (7, "down_proj", "bf16")):
+    for e, projection, scheme in (
+        (3, "gate_proj", "fp8_weight_only"),
+        (7, "up_proj", "int8"),
+        (7, "down_proj", "bf16"),
+    ):
         expected = numerics.quantize_weight(tensors[f"{FIRST}.{e}.{projection}.weight"], BUILTIN[scheme])
-        found = experts.canonical(f"{e}.{projection}")
+        found = experts.stored_weight(f"{e}.{projection}")
         assert all(same_bits(found[key], tensor) for key, tensor in expected.items()), (e, projection)
     assert sum(b.nbytes for b in experts.buffers() if b.layout is torch.strided) > 0
     assert "fp8_weight_only" in repr(experts)
@@ -80,15 +94,22 @@ def test_single_experts_and_projections_get_another_scheme(mixed):
 
 def test_mixed_experts_compute_what_their_weights_say(mixed):
     experts = mixed.model.layers[0].mlp.experts
-    x, index = randn(9, 256, dtype=torch.bfloat16), torch.randint(0, 8, (9, 2), generator=torch.Generator().manual_seed(3))
+    x, index = (
+        randn(9, 256, dtype=torch.bfloat16),
+        torch.randint(0, 8, (9, 2), generator=torch.Generator().manual_seed(3)),
+    )
     weights = torch.rand(9, 2, generator=torch.Generator().manual_seed(4)).bfloat16()
     expected = torch.zeros(9, 256)
     for t in range(9):
         for j in range(2):
             gate, up, down = (f"{int(index[t, j])}.{p}" for p in PROJECTIONS)
             row = x[t : t + 1]
-            g, u = (numerics.linear(row, experts.canonical(w), experts.specs[w].scheme) for w in (gate, up))
-            y = numerics.linear(nn.functional.silu(g) * u, experts.canonical(down), experts.specs[down].scheme)
+            g, u = (
+                numerics.linear(row, experts.stored_weight(w), experts.specs[w].scheme) for w in (gate, up)
+            )
+            y = numerics.linear(
+                nn.functional.silu(g) * u, experts.stored_weight(down), experts.specs[down].scheme
+            )
             expected[t] += (y.float() * weights[t, j])[0]
     found = experts(x, index, weights).float()
     assert (found - expected).abs().max() / expected.abs().max() < 2.0**-6
@@ -112,7 +133,9 @@ def test_mixed_experts_are_saved_copied_and_traced(mixed, tmp_path):
     assert {n: s.asked for n, s in again.quantport_plan.by_layer.items() if ".experts" in n} == {
         n: s.asked for n, s in mixed.quantport_plan.by_layer.items() if ".experts" in n
     }
-    assert (quantport.save(again, tmp_path / "two") / "quantport.json").read_bytes() == (folder / "quantport.json").read_bytes()
+    assert (quantport.save(again, tmp_path / "two") / "quantport.json").read_bytes() == (
+        folder / "quantport.json"
+    ).read_bytes()
     experts, given = mixed.model.layers[0].mlp.experts, routed()
     for other in (copy.deepcopy(experts), pickle.loads(pickle.dumps(experts))):
         assert torch.equal(other(*given), experts(*given))
@@ -132,7 +155,9 @@ def test_one_expert_quantized_in_a_layer_that_stays(tmp_path):
     model = quantport.load(MOE, config={"linear": None, "moe": None, "targets": {f"{FIRST}.2": "int8"}})
     assert [s.layer.name for s in model.quantport_plan.quantized] == [f"{FIRST}.2"]
     full = AutoModelForCausalLM.from_pretrained(MOE, dtype=torch.bfloat16).model.layers[0].mlp.experts
-    assert same_bits(model.model.layers[0].mlp.experts.canonical("5.down_proj")["weight"], full.down_proj[5])
+    assert same_bits(
+        model.model.layers[0].mlp.experts.stored_weight("5.down_proj")["weight"], full.down_proj[5]
+    )
     same_state(quantport.load(quantport.save(model, tmp_path / "out")), model)
 
 
@@ -144,7 +169,10 @@ def test_experts_that_are_modules_take_the_same_patterns(tmp_path):
     assert model.moe.experts[2].up_proj.scheme == "int8"
     assert model.quantport_plan.by_layer["moe.experts.2.down_proj"].asked is None
     planned = quantport.plan(folder, config=config).by_layer
-    assert (planned["moe.experts.1"].asked, planned["moe.experts.2.down_proj"].asked) == ("fp8_per_tensor", None)
+    assert (planned["moe.experts.1"].asked, planned["moe.experts.2.down_proj"].asked) == (
+        "fp8_per_tensor",
+        None,
+    )
 
 
 @pytest.mark.parametrize(
@@ -162,11 +190,18 @@ def test_overrides_that_cannot_be(targets, named):
 
 
 def test_the_innermost_pattern_wins():
-    config = {"targets": {"*.experts": "int8", "*.experts.*": "fp8", "*.experts.3.down_proj": "int4"}, "scheme": "int8"}
+    config = {
+        "targets": {"*.experts": "int8", "*.experts.*": "fp8", "*.experts.3.down_proj": "int4"},
+        "scheme": "int8",
+    }
     plan = quantport.plan(MOE, config=config).by_layer
     assert plan[f"{FIRST}.3.down_proj"].asked == "int4_weight_only"
     assert FIRST not in plan or plan[FIRST].asked == "int8"
-    assert all(s.asked == "fp8_per_tensor" for n, s in plan.items() if n.startswith(f"{FIRST}.") and not n.endswith("down_proj"))
+    assert all(
+        s.asked == "fp8_per_tensor"
+        for n, s in plan.items()
+        if n.startswith(f"{FIRST}.") and not n.endswith("down_proj")
+    )
 
 
 def test_experts_kept_beside_others_must_be_bf16(tmp_path):
@@ -187,10 +222,16 @@ def test_experts_kept_beside_others_must_be_bf16(tmp_path):
 )
 @pytest.mark.parametrize("names", [("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")])
 def test_routers_and_shared_experts(router, expert, names):
-    """Qwen, Mixtral and DeepSeek: routers stay, with their correction biases; shared experts are linear layers."""
+    """Qwen, Mixtral and DeepSeek: routers stay, with their correction biases; shared experts are linear
+    layers.
+    """
     shapes = {f"m.{expert.format(e, p)}.weight": Shape((8, 8)) for e in range(4) for p in names}
-    extra = {f"m.{router}.weight": Shape((4, 8)), f"m.{router}.e_score_correction_bias": Shape((4,)),
-             "m.mlp.shared_experts.up_proj.weight": Shape((8, 8)), "m.mlp.shared_expert_gate.weight": Shape((1, 8))}  # fmt: skip
+    extra = {
+        f"m.{router}.weight": Shape((4, 8)),
+        f"m.{router}.e_score_correction_bias": Shape((4,)),
+        "m.mlp.shared_experts.up_proj.weight": Shape((8, 8)),
+        "m.mlp.shared_expert_gate.weight": Shape((1, 8)),
+    }
     layers = {x.name: x for x in find_layers({**shapes, **extra})}
     assert layers[f"m.{router}"].keep.startswith("router")
     assert layers["m.mlp.shared_expert_gate"].keep.startswith("router")
@@ -214,13 +255,19 @@ def test_routing_at_the_edges(scheme):
     close = {"rtol": 2.0**-5, "atol": 2.0**-5 * float(torch.cat(single).abs().max())}
     torch.testing.assert_close(experts(x, index, weights), torch.cat(single), **close)
     alone = torch.full_like(index, 5)
-    torch.testing.assert_close(experts(x, alone, weights), experts(x, alone[:, :1], weights[:, :1] * 2), **close)
+    torch.testing.assert_close(
+        experts(x, alone, weights), experts(x, alone[:, :1], weights[:, :1] * 2), **close
+    )
     many = torch.arange(16).expand(11, 16) % 8  # more slots than experts: each twice
     torch.testing.assert_close(
-        experts(x, many, torch.full((11, 16), 0.25)), experts(x, many[:, :8], torch.full((11, 8), 0.5)), **close
+        experts(x, many, torch.full((11, 16), 0.25)),
+        experts(x, many[:, :8], torch.full((11, 8), 0.5)),
+        **close,
     )
     nowhere = torch.where(index == index[0, 0], -1, index)
-    torch.testing.assert_close(experts(x, nowhere, weights), experts(x, nowhere.where(nowhere >= 0, 8), weights), rtol=0, atol=0)
+    torch.testing.assert_close(
+        experts(x, nowhere, weights), experts(x, nowhere.where(nowhere >= 0, 8), weights), rtol=0, atol=0
+    )
     assert torch.equal(experts(x, torch.full_like(index, -1), weights), torch.zeros_like(x))
     assert experts(x[:0], index[:0], weights[:0]).shape == (0, 256)
 
@@ -263,7 +310,10 @@ def test_an_expert_with_a_nan_is_named(tmp_path, fused):
     [
         (lambda t: [t.pop(f"{FIRST}.2.{p}.weight") for p in PROJECTIONS], f"{FIRST}.2."),
         (lambda t: t.pop(f"{FIRST}.2.down_proj.weight"), f"{FIRST}.2.down_proj is absent"),
-        (lambda t: t.update({f"{FIRST}.4.up_proj.weight": torch.zeros(8, 256).bfloat16()}), f"{FIRST}.4.up_proj is [8, 256]"),
+        (
+            lambda t: t.update({f"{FIRST}.4.up_proj.weight": torch.zeros(8, 256).bfloat16()}),
+            f"{FIRST}.4.up_proj is [8, 256]",
+        ),
         (lambda t: [t.pop(f"{FIRST}.{e}.up_proj.weight") for e in range(8)], f"{FIRST} has only"),
     ],
     ids=["expert", "projection", "shape", "every up"],
@@ -279,7 +329,11 @@ def test_experts_that_are_absent_or_uneven(tmp_path, change, named):
     [
         {"m.experts.gate_up_proj": (0, 12, 8), "m.experts.down_proj": (0, 8, 6)},
         {"m.experts.gate_up_proj": (4, 0, 8), "m.experts.down_proj": (4, 8, 0)},
-        {f"m.experts.{e}.{p}.weight": (8, 0) if p == "down_proj" else (0, 8) for e in range(2) for p in PROJECTIONS},
+        {
+            f"m.experts.{e}.{p}.weight": (8, 0) if p == "down_proj" else (0, 8)
+            for e in range(2)
+            for p in PROJECTIONS
+        },
     ],
     ids=["no experts", "no intermediate", "no intermediate, one by one"],
 )
@@ -336,7 +390,7 @@ def test_groups_that_cannot_be(offsets):
 def test_grouped_linear_is_an_operator(shared):
     scheme = BUILTIN["int8"]
     name = quantport.plan(MOE, "int8").by_layer[FIRST].choice.kernel
-    kernel, spec = host().kernel(name), WeightSpec(scheme, 32, 64)
+    kernel, spec = default_registry().kernel(name), WeightSpec(scheme, 32, 64)
     weights = [numerics.quantize_weight(randn(32, 64, seed=i).bfloat16(), scheme) for i in range(3 * shared)]
     packed = [t for w in weights for t in kernel.pack(w, spec)]
     x, offsets = randn(7, 64, dtype=torch.bfloat16), torch.tensor([0, 2, 2, 6])
@@ -349,9 +403,13 @@ def test_grouped_linear_is_an_operator(shared):
             part = args[3][e, 32 * j : 32 * (j + 1)]
             expected = numerics.linear(x[a:b], weights[shared * e + j], scheme, part).float()
             if a < b:
-                assert (y[a:b, 32 * j : 32 * (j + 1)] - expected).abs().max() <= 2 * kernel.tolerance * expected.abs().max()
+                assert (
+                    y[a:b, 32 * j : 32 * (j + 1)] - expected
+                ).abs().max() <= 2 * kernel.tolerance * expected.abs().max()
     torch._dynamo.reset()
-    assert torch.equal(torch.compile(lambda x, o: op(x, o, *args[2:]), fullgraph=True, backend="aot_eager")(x, offsets), y)
+    assert torch.equal(
+        torch.compile(lambda x, o: op(x, o, *args[2:]), fullgraph=True, backend="aot_eager")(x, offsets), y
+    )
 
 
 def test_the_page_of_a_plan_shows_the_pieces():

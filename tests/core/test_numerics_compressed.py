@@ -1,8 +1,9 @@
 """The stored tensors against compressed-tensors, which Transformers and vLLM load: names, shapes and bytes.
 
-Named differences, each with a test: compressed-tensors computes scales, and quotients, in the dtype of the weight; here
-both are fp32. It stores scales in that dtype; here those of int4 are bf16 and those of fp8 and int8 fp32. Per tensor it
-stores [1], here [1, 1]. Quotients of -0 become +0 in e2m1, and a scale near 2**128 becomes 1: both are kept here.
+Named differences, each with a test: compressed-tensors computes scales, and quotients, in the dtype of the
+weight; here both are fp32. It stores scales in that dtype; here those of int4 are bf16 and those of fp8 and
+int8 fp32. Per tensor it stores [1], here [1, 1]. Quotients of -0 become +0 in e2m1, and a scale near 2**128
+becomes 1: both are kept here.
 """
 
 from __future__ import annotations
@@ -15,14 +16,19 @@ from core_peers import normal, patterns, peer, raw
 from torch import Tensor
 
 from quantport import numerics
-from quantport.catalog import BUILTIN
+from quantport.scheme.catalog import BUILTIN
 
 
 def mx(bits: int, form: str) -> dict[str, Any]:
     return {
-        "form": form, "num_bits": bits, "type": "float", "strategy": "group", "group_size": 32, "scale_dtype": torch.uint8,
+        "form": form,
+        "num_bits": bits,
+        "type": "float",
+        "strategy": "group",
+        "group_size": 32,
+        "scale_dtype": torch.uint8,
         "zp_dtype": torch.uint8,
-    }  # fmt: skip
+    }
 
 
 def int4(size: int) -> dict[str, Any]:
@@ -33,7 +39,11 @@ CASES: dict[str, dict[str, Any]] = {
     "fp8_per_tensor": {"form": "float-quantized", "num_bits": 8, "type": "float", "strategy": "tensor"},
     "fp8_per_channel": {"form": "float-quantized", "num_bits": 8, "type": "float", "strategy": "channel"},
     "fp8_per_block": {
-        "form": "float-quantized", "num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128],
+        "form": "float-quantized",
+        "num_bits": 8,
+        "type": "float",
+        "strategy": "block",
+        "block_structure": [128, 128],
     },
     "int8": {"form": "int-quantized", "num_bits": 8, "type": "int", "strategy": "channel"},
     "int4_weight_only": int4(128),
@@ -42,10 +52,14 @@ CASES: dict[str, dict[str, Any]] = {
     "mxfp6_e2m3": mx(6, "mxfp6-pack-quantized"),
     "mxfp4": mx(4, "mxfp4-pack-quantized"),
     "nvfp4": {
-        "form": "nvfp4-pack-quantized", "num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16,
+        "form": "nvfp4-pack-quantized",
+        "num_bits": 4,
+        "type": "float",
+        "strategy": "tensor_group",
+        "group_size": 16,
         "scale_dtype": torch.float8_e4m3fn,
     },
-}  # fmt: skip
+}
 
 
 def extremes(w: Tensor, args: Any) -> tuple[Tensor, Tensor]:
@@ -55,7 +69,9 @@ def extremes(w: Tensor, args: Any) -> tuple[Tensor, Tensor]:
         return torch.aminmax(w)
     if args.strategy == "block":
         rows, cols = args.block_structure
-        w = torch.nn.functional.pad(w, (0, -k % cols, 0, -n % rows)).view(-(-n // rows), rows, -(-k // cols), cols)
+        w = torch.nn.functional.pad(w, (0, -k % cols, 0, -n % rows)).view(
+            -(-n // rows), rows, -(-k // cols), cols
+        )
         return w.amin((1, 3)), w.amax((1, 3))
     w = w.view(n, -1, args.group_size or k)
     return w.amin(2), w.amax(2)
@@ -63,7 +79,10 @@ def extremes(w: Tensor, args: Any) -> tuple[Tensor, Tensor]:
 
 def compressed(w: Tensor, name: str) -> dict[str, Tensor]:
     """The tensors that compressed-tensors stores of a weight."""
-    quantization, utils = peer("compressed_tensors.quantization"), peer("compressed_tensors.quantization.utils")
+    quantization, utils = (
+        peer("compressed_tensors.quantization"),
+        peer("compressed_tensors.quantization.utils"),
+    )
     compressors = peer("compressed_tensors.compressors.base").BaseCompressor
     case = dict(CASES[name])
     form = case.pop("form")
@@ -86,7 +105,8 @@ def check(w: Tensor, name: str, negative_zeros: bool = False) -> None:
     Args:
         w: fp32 weight.
         name: Scheme.
-        negative_zeros: Whether some quotients are -0, which compressed-tensors makes +0 in e2m1: named, and nothing else.
+        negative_zeros: Whether some quotients are -0, which compressed-tensors makes +0 in e2m1: named,
+            and nothing else.
     """
     found, expected = numerics.quantize_weight(w, BUILTIN[name]), compressed(w, name)
     if name == "fp8_per_tensor":
@@ -94,7 +114,9 @@ def check(w: Tensor, name: str, negative_zeros: bool = False) -> None:
     described = [{key: (tuple(t.shape), t.dtype) for key, t in side.items()} for side in (found, expected)]
     assert described[0] == described[1]
     if negative_zeros and BUILTIN[name].weight.format == "e2m1":
-        codes, theirs = (numerics.unpack_bits(side.pop("weight_packed"), w.shape[1], 4) for side in (found, expected))
+        codes, theirs = (
+            numerics.unpack_bits(side.pop("weight_packed"), w.shape[1], 4) for side in (found, expected)
+        )
         wrong = codes != theirs
         assert wrong.any()
         assert (codes[wrong] == 8).all()
@@ -114,7 +136,9 @@ def test_bytes_of_a_million_weights(name, spread):
 
 @pytest.mark.parametrize("name", CASES)
 def test_bytes_of_a_million_bit_patterns(name):
-    """Every magnitude but NaN and Inf, which compressed-tensors does not refuse; blocks of zeros, and of one element."""
+    """Every magnitude but NaN and Inf, which compressed-tensors does not refuse; blocks of zeros, and of one
+    element.
+    """
     w = patterns(1 << 20).nan_to_num(0, 0, 0).view(1024, 1024)
     w[:128] = 0
     w[128:256, 1:] = 0
@@ -125,7 +149,9 @@ def test_bytes_of_a_million_bit_patterns(name):
 
 @pytest.mark.parametrize("name", ["mxfp8", "mxfp6_e2m3", "mxfp4"])
 def test_named_difference_at_the_end_of_fp32(name):
-    """An amax that rounds up to 2**128: compressed-tensors overflows to a scale of 1; here the exponent is 128 - emax."""
+    """An amax that rounds up to 2**128: compressed-tensors overflows to a scale of 1; here the exponent is
+    128 - emax.
+    """
     w = torch.full((1, 32), 3.3e38)
     theirs, own = compressed(w, name), numerics.quantize_weight(w, BUILTIN[name])
     assert theirs["weight_scale"].item() == 127
@@ -134,7 +160,9 @@ def test_named_difference_at_the_end_of_fp32(name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_bytes_of_ties_and_edges(name):
-    """All codes and their midpoints, with an amax that is exactly, just below and just above each rule's threshold."""
+    """All codes and their midpoints, with an amax that is exactly, just below and just above each rule's
+    threshold.
+    """
     quant = BUILTIN[name].weight
     step = torch.arange(-17, 18) / 16 * quant.element.half_range
     w = torch.zeros(256, 1024)
@@ -150,7 +178,9 @@ def test_power_of_two_scales_are_equal_on_bf16_too(name):
 
 
 def test_named_difference_of_zero_groups_on_bf16():
-    """The scale of a block of zeros is the epsilon of the scale's dtype: 2**-7 for compressed-tensors' bf16 scales, here 2**-23."""
+    """The scale of a block of zeros is the epsilon of the scale's dtype: 2**-7 for compressed-tensors' bf16
+    scales, here 2**-23.
+    """
     w = torch.zeros(1, 128, dtype=torch.bfloat16)
     assert compressed(w, "int4_weight_only")["weight_scale"].item() == 2.0**-7
     assert numerics.quantize_weight(w, BUILTIN["int4_weight_only"])["weight_scale"].item() == 2.0**-23
@@ -160,14 +190,21 @@ def test_named_difference_of_zero_groups_on_bf16():
 @pytest.mark.parametrize(
     ("name", "most"),
     [
-        ("fp8_per_tensor", 0.05), ("fp8_per_channel", 0.06), ("fp8_per_block", 0.05), ("int8", 0.15),
-        ("int4_weight_only", 0.03), ("int4_weight_only_g32", 0.04), ("nvfp4", 0.03),
+        ("fp8_per_tensor", 0.05),
+        ("fp8_per_channel", 0.06),
+        ("fp8_per_block", 0.05),
+        ("int8", 0.15),
+        ("int4_weight_only", 0.03),
+        ("int4_weight_only_g32", 0.04),
+        ("nvfp4", 0.03),
     ],
-)  # fmt: skip
+)
 def test_named_difference_on_bf16(name, most):
-    """compressed-tensors rounds scale and quotient of a bf16 weight to bf16 before it rounds to codes: a second rounding.
+    """compressed-tensors rounds scale and quotient of a bf16 weight to bf16 before it rounds to codes: a
+    second rounding.
 
-    Some codes differ, by a step; its squared error is up to a seventh above ours (int8), and never 2 percent below.
+    Some codes differ, by a step; its squared error is up to a seventh above ours (int8), and never 2 percent
+    below.
     """
     w = normal(768, 512).bfloat16()
     found, theirs = numerics.quantize_weight(w, BUILTIN[name]), compressed(w, name)
@@ -175,7 +212,10 @@ def test_named_difference_on_bf16(name, most):
     share = (raw(found[key]) != raw(theirs[key])).float().mean().item()
     assert most / 4 < share < most
     theirs = {k: t.to(found[k].dtype).view_as(found[k]) for k, t in theirs.items()}
-    errors = [(numerics.dequantize_weight(s, BUILTIN[name], 512) - w.float()).square().sum() for s in (found, theirs)]
+    errors = [
+        (numerics.dequantize_weight(s, BUILTIN[name], 512) - w.float()).square().sum()
+        for s in (found, theirs)
+    ]
     assert 0.8 < errors[0] / errors[1] < 1.02
     check(w.float(), name)
 
@@ -183,9 +223,15 @@ def test_named_difference_on_bf16(name, most):
 @pytest.mark.parametrize(("name", "kind"), [("int8", "int"), ("fp8_per_channel", "float")])
 def test_activations_per_token(name, kind):
     """Dynamic activation scales and codes, fp32."""
-    quantization, utils = peer("compressed_tensors.quantization"), peer("compressed_tensors.quantization.utils")
+    quantization, utils = (
+        peer("compressed_tensors.quantization"),
+        peer("compressed_tensors.quantization.utils"),
+    )
     forward = peer("compressed_tensors.quantization.lifecycle.forward")
-    x, spec = normal(1024, 1024), quantization.QuantizationArgs(num_bits=8, type=kind, strategy="token", dynamic=True)
+    x, spec = (
+        normal(1024, 1024),
+        quantization.QuantizationArgs(num_bits=8, type=kind, strategy="token", dynamic=True),
+    )
     scale, zero = utils.compute_dynamic_scales_and_zp(x[None], spec, torch.nn.Module())
     codes, own = numerics.quantize(x, BUILTIN[name].activation)
     assert torch.equal(own, scale.view_as(own))

@@ -1,4 +1,6 @@
-"""The two-level schemes and HQQ against plain NumPy written from their descriptions; rotation against a matrix."""
+"""The two-level schemes and HQQ against plain NumPy written from their descriptions; rotation against a
+matrix.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,8 @@ from core_peers import normal
 from torch import Tensor
 
 from quantport import numerics
-from quantport.catalog import BUILTIN
 from quantport.numerics.blocks import quantize_blocks
+from quantport.scheme.catalog import BUILTIN
 
 BF16, FP16 = torch.bfloat16, torch.float16
 DUAL = BUILTIN["mxfp4_dualscale"].activation
@@ -57,7 +59,9 @@ def test_dual_scale_is_what_ascend_documents(n, k, dtype):
 
 
 def test_dual_scale_golden():
-    """All 8: level 0 is 8 / 6, the quotient is 6 in bf16, level 1 is 2**0, and every byte is 0x77. Weight and activation."""
+    """All 8: level 0 is 8 / 6, the quotient is 6 in bf16, level 1 is 2**0, and every byte is 0x77. Weight and
+    activation.
+    """
     x = torch.full((1, 512), 8.0, dtype=BF16)
     blocks = quantize_blocks(x, DUAL)
     assert (numerics.pack_bits(blocks.codes, 4) == 0x77).all()
@@ -71,7 +75,9 @@ def test_dual_scale_golden():
 
 
 def hqq_np(x: np.ndarray) -> np.ndarray:
-    """HQQ of blocks ``[b, 64]`` as it is published: scale and zero point of min and max, 20 steps of the proximal solver."""
+    """HQQ of blocks ``[b, 64]`` as it is published: scale and zero point of min and max, 20 steps of the
+    proximal solver.
+    """
     low, high = x.min(1, keepdims=True), x.max(1, keepdims=True)
     scale = 15 / (high - low)
     zero = -low * scale
@@ -93,7 +99,9 @@ def hqq_np(x: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("outliers", [False, True])
 def test_hqq_is_no_worse_than_its_publication(outliers):
-    """In mean absolute error, what the solver lowers; our scales and offsets are stored in bf16, the oracle's are exact."""
+    """In mean absolute error, what the solver lowers; our scales and offsets are stored in bf16, the oracle's
+    are exact.
+    """
     x = normal(128, 512, spread=0.3) * 0.05
     if outliers:
         x[:, ::37] *= 6
@@ -125,7 +133,13 @@ def test_rotation_is_a_hadamard_matrix(k):
 def test_rotated_linear_is_near_the_full_one():
     """Activations are rotated as weights are: forgetting one of them gives noise."""
     x, w = normal(8, 384, spread=0.1), normal(64, 384, seed=1, spread=0.1)
-    for name in ("int4_weight_only:hadamard", "mxfp4:hadamard", "nvfp4:hadamard", "nf4:hadamard", "int4_w4a8:hadamard"):
+    for name in (
+        "int4_weight_only:hadamard",
+        "mxfp4:hadamard",
+        "nvfp4:hadamard",
+        "nf4:hadamard",
+        "int4_w4a8:hadamard",
+    ):
         y = numerics.linear(x, numerics.quantize_weight(w, BUILTIN[name]), BUILTIN[name])
         full = x @ w.t()
         assert (y - full).norm() / full.norm() < 0.25, name

@@ -1,16 +1,18 @@
-"""float8 and bf16 without a conversion of them: what devices outside of PyTorch's tree get is bit for bit what the CPU converts."""
+"""float8 and bf16 without a conversion of them: what devices outside of PyTorch's tree get is bit for bit
+what the CPU converts.
+"""
 
 import pytest
 import torch
 
 from quantport import numerics
-from quantport.formats import BF16, E4M3FN, E5M2
-from quantport.host import host
 from quantport.numerics import elements
+from quantport.plugins.registry import default_registry
+from quantport.scheme.formats import BF16, E4M3FN, E5M2
 from quantport.testing import cases
 
 FLOAT8 = pytest.mark.parametrize("element", [E4M3FN, E5M2], ids=lambda element: element.name)
-SCHEMES = [s for s in host().schemes.values() if "e4m3fn" in (s.weight.format, s.weight.scale)]
+SCHEMES = [s for s in default_registry().schemes.values() if "e4m3fn" in (s.weight.format, s.weight.scale)]
 
 
 @pytest.fixture
@@ -20,7 +22,9 @@ def absent(monkeypatch):
 
 
 def values():
-    """fp32 numbers of every exponent and sign: ties of 3, 2 and 1 bits, their neighbours, subnormals, zeros, Inf and NaN."""
+    """fp32 numbers of every exponent and sign: ties of 3, 2 and 1 bits, their neighbours, subnormals, zeros,
+    Inf and NaN.
+    """
     high = torch.arange(1 << 16, dtype=torch.int32) << 16
     bits = torch.cat((high, high + 1, high + 0xFFFF))
     return bits.view(torch.float32)
@@ -63,7 +67,9 @@ def test_weights_have_the_same_bytes(scheme, monkeypatch):
             values = numerics.dequantize_weight(stored, scheme, 200, torch.bfloat16)
         expected = numerics.quantize_weight(weight, scheme)
         assert all(cases.same_bits(stored[key], expected[key]) for key in expected), name
-        assert cases.same_bits(values, numerics.dequantize_weight(expected, scheme, 200, torch.bfloat16)), name
+        assert cases.same_bits(values, numerics.dequantize_weight(expected, scheme, 200, torch.bfloat16)), (
+            name
+        )
 
 
 def test_devices_of_pytorchs_own_tree_convert():

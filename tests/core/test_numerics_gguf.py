@@ -9,13 +9,19 @@ from core_peers import normal, patterns, peer
 from torch import Tensor
 
 from quantport import numerics
-from quantport.catalog import BUILTIN
 from quantport.errors import WeightError
 from quantport.numerics import gguf
-from quantport.scheme import GGUF_BYTES
+from quantport.scheme.catalog import BUILTIN
+from quantport.scheme.scheme import GGUF_BYTES
 
 NAMES = tuple(GGUF_BYTES)
-HALVES = {"q4_0": (0,), "q8_0": (0,), "q4_k": (0, 2), "q5_k": (0, 2), "q6_k": (208,)}  # offsets of fp16 numbers
+HALVES = {
+    "q4_0": (0,),
+    "q8_0": (0,),
+    "q4_k": (0, 2),
+    "q5_k": (0, 2),
+    "q6_k": (208,),
+}  # offsets of fp16 numbers
 
 
 def kind(name: str) -> object:
@@ -29,7 +35,9 @@ def values_np(blocks: Tensor, name: str) -> np.ndarray:
 
 
 def same(found: Tensor, expected: np.ndarray) -> None:
-    wrong = (found.numpy() != expected) | (np.signbit(found.numpy()) != np.signbit(expected)) & (expected != 0)
+    wrong = (found.numpy() != expected) | (np.signbit(found.numpy()) != np.signbit(expected)) & (
+        expected != 0
+    )
     assert not wrong.any(), f"{wrong.sum()} of {wrong.size}"
 
 
@@ -56,9 +64,17 @@ def test_values_of_a_million_random_bytes(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_values_of_our_own_blocks(name):
-    for x in (normal(256, 1024), torch.zeros(2, 256), torch.full((2, 256), -3.0), normal(8, 512, spread=4).bfloat16()):
+    for x in (
+        normal(256, 1024),
+        torch.zeros(2, 256),
+        torch.full((2, 256), -3.0),
+        normal(8, 512, spread=4).bfloat16(),
+    ):
         stored = numerics.quantize_weight(x, BUILTIN[name])
-        same(numerics.dequantize_weight(stored, BUILTIN[name], x.shape[1]), values_np(stored["weight_blocks"], name))
+        same(
+            numerics.dequantize_weight(stored, BUILTIN[name], x.shape[1]),
+            values_np(stored["weight_blocks"], name),
+        )
 
 
 @pytest.mark.parametrize("name", ["q4_0", "q8_0"])
@@ -66,14 +82,20 @@ def test_values_of_our_own_blocks(name):
 def test_bytes_of_a_million_weights(name, spread):
     x = normal(1024, 1024, spread=spread).clamp(-3e5, 3e5)
     expected = peer("gguf.quants").quantize(x.numpy(), kind(name))
-    assert torch.equal(numerics.quantize_weight(x, BUILTIN[name])["weight_blocks"], torch.from_numpy(expected))
+    assert torch.equal(
+        numerics.quantize_weight(x, BUILTIN[name])["weight_blocks"], torch.from_numpy(expected)
+    )
 
 
 @pytest.mark.parametrize("name", ["q4_0", "q8_0"])
 def test_bytes_of_ties_zeros_and_small_numbers(name):
-    """Halves round away from zero; the first of two largest magnitudes gives the sign; zeros; fp16 subnormals and below."""
+    """Halves round away from zero; the first of two largest magnitudes gives the sign; zeros; fp16 subnormals
+    and below.
+    """
     steps = torch.arange(-16, 16) / 16
-    x = torch.stack([steps * top for top in (8.0, -8.0, 127.0, 254.0, 1.0, 2.0**-10, 1e-6, 1e-9, 2.0**-149, 0.0, -0.0)])
+    x = torch.stack(
+        [steps * top for top in (8.0, -8.0, 127.0, 254.0, 1.0, 2.0**-10, 1e-6, 1e-9, 2.0**-149, 0.0, -0.0)]
+    )
     x = torch.cat((x, x.flip(1), x.abs()))
     tops = torch.tensor([127.0, 8.0, -8.0])[:, None, None]
     halves = (torch.arange(-128, 128) + 0.5).view(-1, 1, 1).clamp(-127, 127) * torch.ones(1, 1, 32)
@@ -97,12 +119,16 @@ def test_bytes_of_bit_patterns(name):
 
 @pytest.mark.parametrize("name", ["q4_k", "q5_k", "q6_k"])
 def test_quality_of_the_k_types(name):
-    """gguf-py has no quantizer of these. q4_0 at the same 4.5 bits is 0.7 dB worse; a bit more is worth 5 dB."""
+    """gguf-py has no quantizer of these. q4_0 at the same 4.5 bits is 0.7 dB worse; a bit more is
+    worth 5 dB.
+    """
     x = normal(256, 1024, spread=0.3)
 
     def error(scheme: str) -> Tensor:
         stored = numerics.quantize_weight(x, BUILTIN[scheme])
-        return 10 * torch.log10(x.square().sum() / (numerics.dequantize_weight(stored, BUILTIN[scheme], 1024) - x).square().sum())
+        return 10 * torch.log10(
+            x.square().sum() / (numerics.dequantize_weight(stored, BUILTIN[scheme], 1024) - x).square().sum()
+        )
 
     assert error(name) - error("q4_0") > {"q4_k": 0.7, "q5_k": 5, "q6_k": 10}[name]
 
@@ -127,7 +153,7 @@ def test_a_scale_beyond_fp16_is_refused_as_such(name):
             numerics.quantize_weight(x, BUILTIN[name], "layers.0.up_proj", policy)
         assert "NaN" not in str(caught.value)
         assert "layers.0.up_proj" in caught.value.asked
-        assert "int8_weight_only" in caught.value.works
+        assert "int8_weight_only" in caught.value.suggestion
 
 
 @pytest.mark.parametrize("name", ["q4_k", "q5_k"])

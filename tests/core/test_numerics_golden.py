@@ -1,4 +1,6 @@
-"""The bit-exact contract of quantize and dequantize: golden values by hand, and an independent implementation."""
+"""The bit-exact contract of quantize and dequantize: golden values by hand, and an independent
+implementation.
+"""
 
 from __future__ import annotations
 
@@ -9,24 +11,37 @@ import torch
 from core_references import DTYPES, HALF, RANGE, dequantize_np, quantize_np, randn, same
 
 from quantport import numerics
-from quantport.catalog import BUILTIN
 from quantport.errors import WeightError
 from quantport.numerics import blocks
 from quantport.numerics.scales import scale_values
 from quantport.scheme import Quant
+from quantport.scheme.catalog import BUILTIN
 
 WEIGHTS = {name: scheme.weight for name, scheme in BUILTIN.items() if scheme.weight.format != "bf16"}
-LAYERS = {name: w for name, w in WEIGHTS.items() if not (w.zero or w.outer or w.element.block)}  # one level of scales
+LAYERS = {
+    name: w for name, w in WEIGHTS.items() if not (w.zero_point or w.outer_block or w.element.block)
+}  # one level of scales
 QUANTS = {
     **{name: quant for name, quant in LAYERS.items() if not name.endswith(("weight_only", "w4a8"))},
     "int4_g128": WEIGHTS["int4_weight_only"],
-    "fp8_1x128": Quant("e4m3fn", 1, 128),
-    "int8_per_tensor": Quant("int8", 0, 0),
+    "fp8_1x128": Quant("e4m3fn", (1, 128)),
+    "int8_per_tensor": Quant("int8", (0, 0)),
     "mxfp4:floor": BUILTIN["mxfp4:floor"].weight,
     "mxfp8:ceil": BUILTIN["mxfp8:ceil"].weight,
     "mxfp6_e3m2:even1": BUILTIN["mxfp6_e3m2:even1"].weight,
 }
-SHAPES = [(1, 1), (1, 7), (129, 1), (129, 7), (1, 129), (129, 129), (3, 704), (256, 256), (5, 128), (130, 260)]
+SHAPES = [
+    (1, 1),
+    (1, 7),
+    (129, 1),
+    (129, 7),
+    (1, 129),
+    (129, 129),
+    (3, 704),
+    (256, 256),
+    (5, 128),
+    (130, 260),
+]
 
 
 def values(codes: torch.Tensor, scale: torch.Tensor, quant: Quant) -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,7 +96,8 @@ def test_zero_blocks_beside_others(name):
 def test_int8_by_hand():
     """amax 127.5, so scale = 127.5 / 127.5 = 1 and codes are the values, rounded half to even and saturated.
 
-    0.5 -> 0, 1.5 -> 2, 2.5 -> 2, 126.5 -> 126, 127.5 -> 128, saturates to 127; -0.5 -> 0, -1.5 -> -2, -127.5 -> -128.
+    0.5 -> 0, 1.5 -> 2, 2.5 -> 2, 126.5 -> 126, 127.5 -> 128, saturates to 127; -0.5 -> 0, -1.5 -> -2, -127.5
+    -> -128.
     """
     x = torch.tensor([[127.5, 0.5, 1.5, 2.5, 126.5, -0.5, -1.5, -127.5]])
     codes, scale = numerics.quantize(x, WEIGHTS["int8"])
@@ -91,10 +107,13 @@ def test_int8_by_hand():
 
 
 def test_int4_by_hand():
-    """Scales are bf16. Two groups of 32. First: amax 7.5, scale 1: 7.5 -> 8 -> 7; -7.5 -> -8; 6.5 -> 6; 0.5 -> 0; 3.5 -> 4.
+    """Scales are bf16. Two groups of 32. First: amax 7.5, scale 1: 7.5 -> 8 -> 7; -7.5 -> -8; 6.5 -> 6; 0.5
+    -> 0; 3.5 -> 4.
 
-    Second: amax 15, scale 2: 15 -> 7.5 -> 8 -> 7; 1 -> 0.5 -> 0; 3 -> 1.5 -> 2; -5 -> -2.5 -> -2. A third group of a
-    single column: amax 0.75, scale 0.75 / 7.5 = 0.1, in bf16 205 * 2**-11 = 0.10009765625, -0.75 / that = -7.4927 -> -7.
+    Second: amax 15, scale 2: 15 -> 7.5 -> 8 -> 7; 1 -> 0.5 -> 0; 3 -> 1.5 -> 2; -5 -> -2.5 -> -2. A third
+        group of a
+    single column: amax 0.75, scale 0.75 / 7.5 = 0.1, in bf16 205 * 2**-11 = 0.10009765625, -0.75 / that =
+        -7.4927 -> -7.
     """
     x = torch.zeros(1, 65)
     x[0, :5] = torch.tensor([7.5, -7.5, 6.5, 0.5, 3.5])
@@ -121,9 +140,11 @@ def test_bf16_is_kept_as_it_is():
 def test_fp8_by_hand():
     """amax 448, so scale 1 and codes are the values in e4m3fn (3 mantissa bits, smallest subnormal 2**-9).
 
-    17 lies between 16 and 18: tie, to the even mantissa 16 (1.000). 19 lies between 18 (1.001) and 20 (1.010): tie, to 20.
-    2**-10 is half of the smallest subnormal: tie, to 0. 1.5 * 2**-9: tie between 1 and 2 steps, to 2 steps = 2**-8.
-    464 would be a tie above 448, but 448 is the largest: nothing is above amax. 0.3 -> 0.3125 (1.25 * 2**-2).
+    17 lies between 16 and 18: tie, to the even mantissa 16 (1.000). 19 lies between 18 (1.001) and 20
+        (1.010): tie, to 20.
+    2**-10 is half of the smallest subnormal: tie, to 0. 1.5 * 2**-9: tie between 1 and 2 steps, to 2 steps =
+    2**-8. 464 would be a tie above 448, but 448 is the largest: nothing is above amax. 0.3 -> 0.3125 (1.25 *
+    2**-2).
     """
     x = torch.tensor([[448.0, 17.0, 19.0, 2.0**-10, 1.5 * 2.0**-9, -448.0, 0.3, -17.0]])
     codes, scale = numerics.quantize(x, WEIGHTS["fp8_per_channel"])
@@ -176,7 +197,10 @@ def test_every_tie_rounds_to_even(name):
 def test_non_contiguous_input(name):
     x = randn(130, 260)
     for view in (x.t(), x[::2, ::3], x[:, 1:]):
-        found, expected = numerics.quantize(view, QUANTS[name]), numerics.quantize(view.contiguous(), QUANTS[name])
+        found, expected = (
+            numerics.quantize(view, QUANTS[name]),
+            numerics.quantize(view.contiguous(), QUANTS[name]),
+        )
         assert torch.equal(found[0].view(torch.uint8), expected[0].view(torch.uint8))
         assert torch.equal(found[1], expected[1])
         assert found[0].is_contiguous()
@@ -247,7 +271,8 @@ def test_non_finite_weights(name, bad, dtype):
 
 
 @pytest.mark.parametrize(
-    "weight", [torch.zeros(3), torch.zeros(2, 3, 4), torch.zeros(2, 3, dtype=torch.int8), torch.zeros(2, 2).double()]
+    "weight",
+    [torch.zeros(3), torch.zeros(2, 3, 4), torch.zeros(2, 3, dtype=torch.int8), torch.zeros(2, 2).double()],
 )
 def test_wrong_rank_or_dtype_is_refused(weight):
     with pytest.raises(WeightError, match="float16"):

@@ -8,8 +8,8 @@ import torch
 from core_peers import peer
 
 from quantport import numerics
-from quantport.formats import E2M1, E2M3
 from quantport.numerics import decode
+from quantport.scheme.formats import E2M1, E2M3
 
 WIDTHS = [1, 2, 3, 4, 5, 7, 8, 9, 15, 31, 32, 33, 127, 1024]
 
@@ -17,7 +17,10 @@ WIDTHS = [1, 2, 3, 4, 5, 7, 8, 9, 15, 31, 32, 33, 127, 1024]
 def bits_of(codes: np.ndarray, bits: int) -> np.ndarray:
     """The codes of each row as one long integer, the first code in its lowest bits, as bytes."""
     count = codes.shape[1] * bits
-    rows = [sum(int(code) << bits * i for i, code in enumerate(row)).to_bytes(-(-count // 8), "little") for row in codes]
+    rows = [
+        sum(int(code) << bits * i for i, code in enumerate(row)).to_bytes(-(-count // 8), "little")
+        for row in codes
+    ]
     return np.array([list(row) for row in rows], np.uint8).reshape(len(rows), -1)
 
 

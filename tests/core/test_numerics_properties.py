@@ -1,4 +1,6 @@
-"""Properties of the numerics that hold for every input: error bound, idempotence, packing, the reference linear."""
+"""Properties of the numerics that hold for every input: error bound, idempotence, packing, the reference
+linear.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,8 @@ from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
 from quantport import numerics
-from quantport.catalog import BUILTIN
 from quantport.scheme import Quant
+from quantport.scheme.catalog import BUILTIN
 
 SOME = settings(max_examples=60, deadline=None)
 quants = st.builds(
@@ -25,12 +27,21 @@ quants = st.builds(
     st.sampled_from([0, 1, 3, 32, 128]),
     st.sampled_from(["fp32", "bf16"]),
 )
-QUANTIZED = [name for name, scheme in BUILTIN.items() if scheme.weight.format != "bf16"] + ["mxfp4:hadamard", "nf4:double"]
+QUANTIZED = [name for name, scheme in BUILTIN.items() if scheme.weight.format != "bf16"] + [
+    "mxfp4:hadamard",
+    "nf4:double",
+]
 floats = st.floats(-3.0000000054977558e38, 3.0000000054977558e38, width=32)
-matrices = hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=2, max_side=9), elements=floats).map(torch.from_numpy)
+matrices = hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=2, max_side=9), elements=floats).map(
+    torch.from_numpy
+)
 
 
-FLOATS = {"e4m3fn": (3, -6), "e3m2": (2, -2), "e2m1": (1, 0)}  # mantissa bits, exponent of the smallest normal
+FLOATS = {
+    "e4m3fn": (3, -6),
+    "e3m2": (2, -2),
+    "e2m1": (1, 0),
+}  # mantissa bits, exponent of the smallest normal
 
 
 def values(codes: Tensor, quant: Quant) -> Tensor:
@@ -40,12 +51,14 @@ def values(codes: Tensor, quant: Quant) -> Tensor:
 
 def spread(scale: Tensor, shape: torch.Size, quant: Quant) -> Tensor:
     """The scale of every element, fp64."""
-    wide = scale.double().repeat_interleave(quant.cols or max(shape[1], 1), 1)
-    return wide.repeat_interleave(quant.rows or max(shape[0], 1), 0)[: shape[0], : shape[1]]
+    wide = scale.double().repeat_interleave(quant.group_size or max(shape[1], 1), 1)
+    return wide.repeat_interleave(quant.block_shape[0] or max(shape[0], 1), 0)[: shape[0], : shape[1]]
 
 
 def half_step(value: Tensor, scale: Tensor, quant: Quant) -> Tensor:
-    """Half of the distance between neighbouring codes: 1/2 for integers, 2**-m / 2 of the binade for a float."""
+    """Half of the distance between neighbouring codes: 1/2 for integers, 2**-m / 2 of the binade for
+    a float.
+    """
     if quant.format not in FLOATS:
         return 0.5 * scale
     mantissa, smallest = FLOATS[quant.format]
@@ -56,12 +69,19 @@ def half_step(value: Tensor, scale: Tensor, quant: Quant) -> Tensor:
 @SOME
 @given(matrices, quants)
 def test_error_is_at_most_half_a_step(x, quant):
-    """amax / half_range reaches exactly half a step above the largest integer code, so saturation costs no more."""
+    """amax / half_range reaches exactly half a step above the largest integer code, so saturation costs no
+    more.
+    """
     codes, scale = numerics.quantize(x, quant)
     value, wide = values(codes, quant), spread(scale, x.shape, quant)
-    # the scale is rounded (relative 2**-24 in fp32, 2**-9 in bf16; more among subnormals), x / scale by 2**-24
+    # the scale is rounded (relative 2**-24 in fp32, 2**-9 in bf16; more among subnormals), x / scale by
+    # 2**-24
     fine = quant.scale == "fp32"
-    slack = (2.0**-21 + 2.0**-149 / scale.double().min()) if fine else (2.0**-8 + 2.0**-133 / scale.double().min())
+    slack = (
+        (2.0**-21 + 2.0**-149 / scale.double().min())
+        if fine
+        else (2.0**-8 + 2.0**-133 / scale.double().min())
+    )
     bound = half_step(value, wide, quant) * (1 + slack) + quant.element.high * scale.double().max() * slack
     assert ((x.double() - value * wide).abs() <= bound).all()
 
@@ -89,9 +109,9 @@ def test_scales_are_positive_finite_and_codes_in_range(x, quant):
 @SOME
 @given(matrices, st.sampled_from(["int8", "int4", "e4m3fn"]))
 def test_rows_are_independent_per_channel(x, form):
-    codes, scale = numerics.quantize(x, Quant(form, 1, 0))
+    codes, scale = numerics.quantize(x, Quant(form, (1, 0)))
     for i in range(x.shape[0]):
-        row, own = numerics.quantize(x[i : i + 1], Quant(form, 1, 0))
+        row, own = numerics.quantize(x[i : i + 1], Quant(form, (1, 0)))
         assert torch.equal(row.float(), codes[i : i + 1].float())
         assert torch.equal(own, scale[i : i + 1])
 
@@ -109,7 +129,13 @@ def test_power_of_two_scaling_moves_only_the_scale(x, quant):
 
 
 @SOME
-@given(hnp.arrays(np.int8, hnp.array_shapes(min_dims=2, max_dims=2, min_side=0, max_side=20), elements=st.integers(-8, 7)))
+@given(
+    hnp.arrays(
+        np.int8,
+        hnp.array_shapes(min_dims=2, max_dims=2, min_side=0, max_side=20),
+        elements=st.integers(-8, 7),
+    )
+)
 def test_int4_packing_round_trip(array):
     codes = torch.from_numpy(array)
     packed = numerics.pack_int4(codes)
@@ -119,7 +145,9 @@ def test_int4_packing_round_trip(array):
 
 
 def test_int4_packing_by_hand():
-    """Codes + 8 in hex, low nibble first: -8 -> 0, -7 -> 1, ... so eight codes -8..-1 make 0x76543210; the tail is 0."""
+    """Codes + 8 in hex, low nibble first: -8 -> 0, -7 -> 1, ... so eight codes -8..-1 make 0x76543210; the
+    tail is 0.
+    """
     codes = torch.arange(-8, 2, dtype=torch.int8)[None]
     assert [v & 0xFFFFFFFF for v in numerics.pack_int4(codes)[0].tolist()] == [0x76543210, 0x00000098]
 
@@ -152,7 +180,9 @@ def test_reference_linear_against_float64(name, shape, dtype):
 
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_quantized_linear_is_near_the_full_one(name):
-    """4 bits within 25 percent of the norm, 5 and 6 within 8, 8 within 5: a wrong scale or nibble order is far off."""
+    """4 bits within 25 percent of the norm, 5 and 6 within 8, 8 within 5: a wrong scale or nibble order is
+    far off.
+    """
     scheme = BUILTIN[name]
     x, weight = randn(16, 512), randn(256, 512, seed=1)
     y = numerics.linear(x, numerics.quantize_weight(weight, scheme), scheme)

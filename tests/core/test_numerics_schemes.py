@@ -1,4 +1,6 @@
-"""What holds of every scheme and every option: layout, idempotence, extremes, refusals, chunks, order of rows."""
+"""What holds of every scheme and every option: layout, idempotence, extremes, refusals, chunks, order of
+rows.
+"""
 
 from __future__ import annotations
 
@@ -14,22 +16,38 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from quantport import numerics
-from quantport.catalog import BUILTIN
 from quantport.errors import WeightError
 from quantport.numerics import blocks, gguf
+from quantport.scheme.catalog import BUILTIN
 
 SOME = settings(max_examples=4, deadline=None)
 OPTIONS = (
-    "mxfp8:floor", "mxfp8:mse", "mxfp6_e2m3:rceil", "mxfp6_e3m2:ceil", "mxfp4:floor", "mxfp4:mse", "mxfp4_dualscale:floor",
-    "nvfp4:mse", "nf4:double", "fp4:double", "int4_weight_only:hadamard", "int4_mse:hadamard", "mxfp4:hadamard",
+    "mxfp8:floor",
+    "mxfp8:mse",
+    "mxfp6_e2m3:rceil",
+    "mxfp6_e3m2:ceil",
+    "mxfp4:floor",
+    "mxfp4:mse",
+    "mxfp4_dualscale:floor",
+    "nvfp4:mse",
+    "nf4:double",
+    "fp4:double",
+    "int4_weight_only:hadamard",
+    "int4_mse:hadamard",
+    "mxfp4:hadamard",
     "nf4:double:hadamard",
-)  # fmt: skip
+)
 NAMES = [*(name for name in BUILTIN if name != "bf16"), *OPTIONS]
 GGUF = [name for name in NAMES if BUILTIN[name].weight.element.block]
 OTHERS = [name for name in NAMES if name not in GGUF]
-# quantizing what was dequantized gives the same values where amax is a code of the format, and scales are searched in order
+# quantizing what was dequantized gives the same values where amax is a code of the format, and scales are
+# searched in order
 FIXED = ("fp6", "nf4", "fp4", "q4_0", "q8_0", "nvfp4")
-STABLE = [n for n in NAMES if n in FIXED or (n.startswith(("fp8", "mxfp")) and not n.endswith(("dualscale", "hadamard")))]
+STABLE = [
+    n
+    for n in NAMES
+    if n in FIXED or (n.startswith(("fp8", "mxfp")) and not n.endswith(("dualscale", "hadamard")))
+]
 
 
 def stored_of(w: Tensor, name: str) -> dict[str, Tensor]:
@@ -49,23 +67,31 @@ def values_of(w: Tensor, name: str) -> Tensor:
 
 
 def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return all(torch.equal(a[key].contiguous().view(torch.uint8), b[key].contiguous().view(torch.uint8)) for key in a)
+    return all(
+        torch.equal(a[key].contiguous().view(torch.uint8), b[key].contiguous().view(torch.uint8)) for key in a
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
 @SOME
 @given(n=st.integers(0, 9), k=st.integers(0, 600), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 9))
 def test_any_shape_and_dtype(name, n, k, dtype, seed):
-    """Odd sizes, groups of one element, nothing at all; values are near, in whatever dtype the weight comes."""
+    """Odd sizes, groups of one element, nothing at all; values are near, in whatever dtype the weight
+    comes.
+    """
     w = normal(n, k, seed=seed, spread=0.5).to(dtype)
     value = values_of(w, name)
     if w.numel():
-        assert (value - w).norm() <= {4: 0.35, 5: 0.15, 6: 0.15, 8: 0.07}[BUILTIN[name].weight.element.bits] * w.float().norm()
+        assert (value - w).norm() <= {4: 0.35, 5: 0.15, 6: 0.15, 8: 0.07}[
+            BUILTIN[name].weight.element.bits
+        ] * w.float().norm()
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_dtype_of_the_weight_does_not_matter(name):
-    """A bf16 weight gives the bytes of the same values in fp32; but dual scale rounds in between, to the weight's dtype."""
+    """A bf16 weight gives the bytes of the same values in fp32; but dual scale rounds in between, to the
+    weight's dtype.
+    """
     w = normal(8, 520).bfloat16()
     if not name.startswith("mxfp4_dualscale"):
         assert equal(stored_of(w, name), stored_of(w.float(), name))
@@ -106,11 +132,14 @@ def test_tiny_and_huge_weights_are_finite(name, top):
     assert (value - w).abs().max() <= w.abs().max()
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n.startswith(("fp8", "fp6", "nf4", "fp4", "int4_mse", "int4_hqq"))])
+@pytest.mark.parametrize(
+    "name", [n for n in NAMES if n.startswith(("fp8", "fp6", "nf4", "fp4", "int4_mse", "int4_hqq"))]
+)
 def test_the_largest_bf16(name):
     """Sums of two of these overflow; nothing of that shows, but in a rotation, which says so.
 
-    Symmetric integers have a code beyond -amax, and power-of-two scales a value beyond amax: there it may be Inf in fp32.
+    Symmetric integers have a code beyond -amax, and power-of-two scales a value beyond amax: there it may be
+    Inf in fp32.
     """
     w = torch.full((4, 128), float(torch.finfo(torch.bfloat16).max), dtype=torch.bfloat16)
     w[1] = -w[1]
@@ -131,14 +160,14 @@ def test_one_outlier_spoils_no_other_row(name):
     if BUILTIN[name].rotation == 0:
         assert abs(value[2, 5] - 500) <= 500 / 4
     quant = BUILTIN[name].weight
-    if quant.rows == 1 and quant.outer != (0, 0) and not quant.double:
+    if quant.block_shape[0] == 1 and quant.outer_block != (0, 0) and not quant.scale_quant:
         assert torch.equal(value[[0, 1, 3]], alone[[0, 1, 3]])
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_equal_rows_and_permuted_rows(name):
     """Scales of one row each see nothing of the others; one scale of all sees them in any order."""
-    if BUILTIN[name].weight.rows == 128:
+    if BUILTIN[name].weight.block_shape[0] == 128:
         return  # blocks of 128 rows
     w = normal(12, 520)
     order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
@@ -192,14 +221,18 @@ def test_offsets_beyond_bf16_are_refused(name):
 
 
 class Divisors(TorchDispatchMode):
-    """Collects the Python numbers that tensors are divided by: on GPUs torch multiplies by their reciprocals instead."""
+    """Collects the Python numbers that tensors are divided by: on GPUs torch multiplies by their reciprocals
+    instead.
+    """
 
     def __init__(self):
         super().__init__()
         self.found = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket in (torch.ops.aten.div, torch.ops.aten.div_) and not isinstance(args[1], Tensor):
+        if func.overloadpacket in (torch.ops.aten.div, torch.ops.aten.div_) and not isinstance(
+            args[1], Tensor
+        ):
             self.found.append(args[1])
         return func(*args, **(kwargs or {}))
 
@@ -208,4 +241,6 @@ class Divisors(TorchDispatchMode):
 def test_every_division_is_rounded_once_on_every_device(name):
     with Divisors() as divisors:
         numerics.quantize_weight(torch.randn(8, 512), BUILTIN[name])
-    assert all(abs(math.frexp(number)[0]) == 0.5 for number in divisors.found), "a reciprocal is exact of powers of two only"
+    assert all(abs(math.frexp(number)[0]) == 0.5 for number in divisors.found), (
+        "a reciprocal is exact of powers of two only"
+    )

@@ -1,4 +1,6 @@
-"""What searching buys, in dB of signal over squared error, on Gaussian weights and on those of the bundled models."""
+"""What searching buys, in dB of signal over squared error, on Gaussian weights and on those of the bundled
+models.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,17 @@ from safetensors import safe_open
 from torch import Tensor
 
 from quantport import numerics
-from quantport.catalog import BUILTIN
+from quantport.scheme.catalog import BUILTIN
 
 MODELS = Path(__file__).parents[2] / "examples" / "models"
 SOURCES = ("gauss", "tiny-llama", "tiny-qwen3-moe")
-PARTS = ("2.self_attn.o_proj", "3.self_attn.v_proj", "3.mlp.down_proj", "4.mlp.up_proj", "0.mlp.experts.3.down_proj")
+PARTS = (
+    "2.self_attn.o_proj",
+    "3.self_attn.v_proj",
+    "3.mlp.down_proj",
+    "4.mlp.up_proj",
+    "0.mlp.experts.3.down_proj",
+)
 
 
 @cache
@@ -27,7 +35,11 @@ def weights(source: str) -> tuple[Tensor, ...]:
     found = []
     for path in sorted((MODELS / source).glob("*.safetensors")):
         with safe_open(path, "pt") as file:
-            found += [file.get_tensor(key).float() for key in file.keys() if key.endswith(tuple(f"{p}.weight" for p in PARTS))]  # noqa: SIM118
+            found += [
+                file.get_tensor(key).float()
+                for key in file.keys()  # noqa: SIM118  # a safetensors file is no dict
+                if key.endswith(tuple(f"{p}.weight" for p in PARTS))
+            ]
     return tuple(found)
 
 
@@ -41,7 +53,9 @@ def of(w: Tensor, name: str) -> float:
 
 
 def plain_min_max(w: Tensor) -> float:
-    """Asymmetric int4 in groups of 64, rounded plainly; scale and smallest value in bf16, as int4_mse stores them: 4.5 bits."""
+    """Asymmetric int4 in groups of 64, rounded plainly; scale and smallest value in bf16, as int4_mse stores
+    them: 4.5 bits.
+    """
     n, k = w.shape
     x = torch.nn.functional.pad(w[None], (0, -k % 64), mode="replicate")[0].view(n, -1, 64)
     low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
@@ -51,7 +65,11 @@ def plain_min_max(w: Tensor) -> float:
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_int4_mse_gains_over_plain_rounding_at_equal_bits(source):
-    assert BUILTIN["int4_mse"].bytes(64, 1024) == BUILTIN["int4_weight_only_g32"].bytes(64, 1024) == 64 * 1024 * 4.5 / 8
+    assert (
+        BUILTIN["int4_mse"].bytes(64, 1024)
+        == BUILTIN["int4_weight_only_g32"].bytes(64, 1024)
+        == 64 * 1024 * 4.5 / 8
+    )
     assert weights(source)
     for w in weights(source):
         found = of(w, "int4_mse")
@@ -81,11 +99,15 @@ def test_dual_scale_is_no_worse_than_a_single_one(source):
 @pytest.mark.parametrize(
     "pair",
     [
-        ("mxfp4:mse", "mxfp4:floor"), ("mxfp4:mse", "mxfp4"), ("mxfp8:mse", "mxfp8"), ("mxfp6_e2m3:mse", "mxfp6_e2m3"),
-        ("mxfp6_e3m2:mse", "mxfp6_e3m2"), ("nvfp4:mse", "nvfp4"),
+        ("mxfp4:mse", "mxfp4:floor"),
+        ("mxfp4:mse", "mxfp4"),
+        ("mxfp8:mse", "mxfp8"),
+        ("mxfp6_e2m3:mse", "mxfp6_e2m3"),
+        ("mxfp6_e3m2:mse", "mxfp6_e3m2"),
+        ("nvfp4:mse", "nvfp4"),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_a_searched_scale_is_never_worse_in_any_block(pair, kind):
     """The unsearched scale is among the tried ones: in each block of 32 the squared error is no larger."""
     w = {

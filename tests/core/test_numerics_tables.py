@@ -1,10 +1,11 @@
-"""Code books against bitsandbytes: values, codes given the same largest magnitudes, bytes, the 8-bit code of scales.
+"""Code books against bitsandbytes: values, codes given the same largest magnitudes, bytes, the 8-bit code of
+scales.
 
-Named differences, each with a test. bitsandbytes multiplies by a reciprocal, here is a true division: a value within a
-rounding of a midpoint may get the neighbouring code. It puts the first code into the high nibble, here the low one. Of
-FP4's two zeros it may store the second, here the first. Its scale of zeros is 0. Its blocks run over the flattened weight,
-here each row begins a block. Double quantization there takes the mean as the offset and 256 scales at a time; here the
-middle, and rows.
+Named differences, each with a test. bitsandbytes multiplies by a reciprocal, here is a true division: a value
+within a rounding of a midpoint may get the neighbouring code. It puts the first code into the high nibble,
+here the low one. Of FP4's two zeros it may store the second, here the first. Its scale of zeros is 0. Its
+blocks run over the flattened weight, here each row begins a block. Double quantization there takes the mean
+as the offset and 256 scales at a time; here the middle, and rows.
 """
 
 from __future__ import annotations
@@ -15,16 +16,18 @@ from core_peers import normal, peer
 from torch import Tensor
 
 from quantport import numerics
-from quantport.catalog import BUILTIN
 from quantport.numerics.blocks import quantize_blocks
 from quantport.numerics.codebooks import CODEBOOKS, nearest
+from quantport.scheme.catalog import BUILTIN
 
 NAMES = ("nf4", "fp4")
 TABLES = {name: torch.tensor(values) for name, values in CODEBOOKS.items()}
 
 
 def bitsandbytes(x: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """Bytes with the nibbles swapped, and largest magnitudes, as bitsandbytes has them. Of FP4's two zeros 0 is used."""
+    """Bytes with the nibbles swapped, and largest magnitudes, as bitsandbytes has them. Of FP4's two zeros 0
+    is used.
+    """
     packed, state = peer("bitsandbytes.functional").quantize_4bit(x, blocksize=64, quant_type=name)
     codes = numerics.unpack_bits(swapped(packed.view(x.shape[0], -1)), x.shape[1], 4)
     if name == "fp4":
@@ -110,7 +113,9 @@ def test_named_difference_of_a_reciprocal(name, dtype):
 
 
 def test_named_difference_of_bytes_and_zeros():
-    """The first code is in the high nibble there; what rounds to FP4's zero from above gets its second zero, 8, there."""
+    """The first code is in the high nibble there; what rounds to FP4's zero from above gets its second zero,
+    8, there.
+    """
     x = torch.cat((torch.tensor([1.0, 0.001, -0.001, 0.0]), torch.zeros(60)))[None]
     packed = peer("bitsandbytes.functional").quantize_4bit(x, blocksize=64, quant_type="fp4")[0].flatten()
     assert packed[:2].tolist() == [0x38, 0x00]
@@ -125,7 +130,12 @@ def test_dequantized_values(name):
     functional = peer("bitsandbytes.functional")
     stored = numerics.quantize_weight(x, BUILTIN[name])
     theirs = torch.ops.bitsandbytes.dequantize_4bit.default(
-        swapped(stored["weight_packed"]).view(-1, 1), stored["weight_scale"].view(-1), 64, name, x.shape, torch.float32
+        swapped(stored["weight_packed"]).view(-1, 1),
+        stored["weight_scale"].view(-1),
+        64,
+        name,
+        x.shape,
+        torch.float32,
     )
     assert functional.get_4bit_type(name, device="cpu").dtype is torch.float32
     assert torch.equal(numerics.dequantize_weight(stored, BUILTIN[name], 512), theirs)
@@ -141,14 +151,22 @@ def test_named_difference_of_zero_blocks():
 
 
 def test_double_quantization_is_no_worse_than_that_of_bitsandbytes():
-    """Squared error beside ``compress_statistics``; and single quantization is better than either, by little."""
+    """Squared error beside ``compress_statistics``; and single quantization is better than either, by
+    little.
+    """
     functional = peer("bitsandbytes.functional")
     for spread in (0.0, 0.5):
         x = normal(256, 4096, spread=spread)
-        theirs = functional.dequantize_4bit(*functional.quantize_4bit(x, blocksize=64, quant_type="nf4", compress_statistics=True))
+        theirs = functional.dequantize_4bit(
+            *functional.quantize_4bit(x, blocksize=64, quant_type="nf4", compress_statistics=True)
+        )
         errors = []
         for name in ("nf4", "nf4:double"):
             scheme = BUILTIN[name]
-            errors.append((numerics.dequantize_weight(numerics.quantize_weight(x, scheme), scheme, 4096) - x).square().sum())
+            errors.append(
+                (numerics.dequantize_weight(numerics.quantize_weight(x, scheme), scheme, 4096) - x)
+                .square()
+                .sum()
+            )
         assert errors[0] <= errors[1]
         assert errors[1] <= 1.02 * (theirs - x).square().sum()

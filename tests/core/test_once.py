@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from quantport.errors import QuantportError
-from quantport.hookspecs import Backend
-from quantport.once import once, once_property
+from quantport.plugins.hookspecs import Backend
+from quantport.plugins.once import once, once_property
 from quantport.testing.subject import alone
 
 THREADS = 4

@@ -1,4 +1,6 @@
-"""The plan: pattern rules, fallback policies, guards and the text of every decision, on fake and on real rooms."""
+"""The plan: pattern rules, fallback policies, guards and the text of every decision, on fake and on real
+rooms.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +11,12 @@ import torch
 from core_fakes import FakeKernel, Shape, device
 from core_references import check_parts
 
-from quantport.capability import Status
-from quantport.catalog import BUILTIN
 from quantport.config import QuantConfig
 from quantport.errors import ConfigError, UnsupportedError
-from quantport.layers import find_layers
-from quantport.planner import make_plan
+from quantport.kernels.verdict import Status
+from quantport.model.layers import find_layers
+from quantport.planning.plan import make_plan
+from quantport.scheme.catalog import BUILTIN
 
 NATIVE = FakeKernel("acme.native", quantizes=True)
 DEQUANTIZE = FakeKernel("acme.dequantize", Status.DEQUANTIZE)
@@ -35,7 +37,11 @@ def schemes(plan):
 
 
 def test_bytes_and_steps():
-    plan = planned(find_layers({"a.weight": Shape((64, 64)), "norm.weight": Shape((64,)), "lm_head.weight": Shape((10, 64))}))
+    plan = planned(
+        find_layers(
+            {"a.weight": Shape((64, 64)), "norm.weight": Shape((64,)), "lm_head.weight": Shape((10, 64))}
+        )
+    )
     a, norm, head = plan.steps
     assert (a.asked, a.before, a.after, a.note) == ("int8", 8192, 4096 + 64 * 4, "")
     assert (norm.asked, norm.before, norm.after) == (None, 128, 128)
@@ -49,7 +55,9 @@ def test_bytes_and_steps():
 
 def test_patterns():
     layers = linears("m.0.q_proj", "m.0.mlp.up_proj", "m.1.q_proj", "lm_head")
-    asked = planned(layers, {"scheme": "int8", "ignore": ["m.0.q_proj"], "targets": {"*.mlp.*": "fp8", "re:m.1": "int4"}})
+    asked = planned(
+        layers, {"scheme": "int8", "ignore": ["m.0.q_proj"], "targets": {"*.mlp.*": "fp8", "re:m.1": "int4"}}
+    )
     assert schemes(asked) == {
         "m.0.q_proj": None,
         "m.0.mlp.up_proj": "fp8_per_tensor",
@@ -57,11 +65,19 @@ def test_patterns():
         "lm_head": None,
     }
     assert "m.0.q_proj" in asked.by_layer["m.0.q_proj"].note
-    assert schemes(planned(layers, {"scheme": "int8", "targets": {"lm_head": "int4"}}))["lm_head"] == "int4_weight_only"
-    assert schemes(planned(layers, {"scheme": "int8", "targets": {"*": "fp8"}}))["lm_head"] is None, "a glob is no order"
+    assert (
+        schemes(planned(layers, {"scheme": "int8", "targets": {"lm_head": "int4"}}))["lm_head"]
+        == "int4_weight_only"
+    )
+    assert schemes(planned(layers, {"scheme": "int8", "targets": {"*": "fp8"}}))["lm_head"] is None, (
+        "a glob is no order"
+    )
 
 
-DISAGREE = [{"ignore": ["*.q_proj"], "targets": {"m.*": "int8"}}, {"targets": {"*.q_proj": "int8", "m.*": "int4"}}]
+DISAGREE = [
+    {"ignore": ["*.q_proj"], "targets": {"m.*": "int8"}},
+    {"targets": {"*.q_proj": "int8", "m.*": "int4"}},
+]
 
 
 @pytest.mark.parametrize("config", DISAGREE, ids=str.split("ignore targets"))
@@ -72,7 +88,9 @@ def test_patterns_that_conflict(config):
 
 
 def test_patterns_that_agree():
-    assert schemes(planned(linears("m.q_proj"), {"targets": {"*.q_proj": "int8", "m.*": "w8a8"}})) == {"m.q_proj": "int8"}
+    assert schemes(planned(linears("m.q_proj"), {"targets": {"*.q_proj": "int8", "m.*": "w8a8"}})) == {
+        "m.q_proj": "int8"
+    }
 
 
 @pytest.mark.parametrize("key", ["ignore", "targets"])
@@ -101,7 +119,9 @@ def test_fused_layers_take_the_names_of_their_shards(fused):
     shards = {"qkv_proj": "[qkv]_proj", "gate_up_proj": "*_proj"}[fused]
     layers = linears(f"m.{fused}")
     assert schemes(planned(layers, {"scheme": "int8", "ignore": [f"m.{shards}"]})) == {f"m.{fused}": None}
-    assert schemes(planned(layers, {"scheme": "int8", "targets": {f"re:m.{fused}": "fp8"}})) == {f"m.{fused}": "fp8_per_tensor"}
+    assert schemes(planned(layers, {"scheme": "int8", "targets": {f"re:m.{fused}": "fp8"}})) == {
+        f"m.{fused}": "fp8_per_tensor"
+    }
 
 
 @pytest.mark.parametrize(
@@ -136,7 +156,9 @@ def test_experts_follow_moe_and_patterns():
     assert planned(experts(), {"scheme": "int8", "moe": None}).steps[0].note == "left alone by moe=null"
     assert schemes(planned(experts(), {"scheme": "int8", "linear": None})) == {"m.experts": "int8"}
     for pattern in ("m.experts", "m.experts.*", "re:.*experts.[0-9]+.(gate|up|down)_proj"):
-        assert schemes(planned(experts(), {"scheme": "int8", "ignore": [pattern]})) == {"m.experts": None}, pattern
+        assert schemes(planned(experts(), {"scheme": "int8", "ignore": [pattern]})) == {"m.experts": None}, (
+            pattern
+        )
     split = schemes(planned(experts(), {"scheme": "int8", "ignore": ["m.experts.0.*"]}))
     assert split == {"m.experts": "int8", "m.experts.0": None}
 
@@ -190,7 +212,10 @@ def test_fallback_of_a_component_is_not_dropped():
 
 
 def test_the_fastest_of_equals_wins_and_slow_is_said():
-    slow, fast = FakeKernel("k.slow", quantizes=True, speed=0.5), FakeKernel("k.fast", quantizes=True, speed=2.0)
+    slow, fast = (
+        FakeKernel("k.slow", quantizes=True, speed=0.5),
+        FakeKernel("k.fast", quantizes=True, speed=2.0),
+    )
     assert planned(linears("a"), "int8", (slow, fast)).steps[0].choice.kernel == "k.fast"
     step = planned(linears("a"), "int8", (slow,), rows=16).steps[0]
     assert step.slow
@@ -224,11 +249,28 @@ def test_json_is_stable_and_plain():
     assert first == second
     assert first.to_json() == second.to_json()
     data = json.loads(first.to_json())
-    keys = ["source", "device", "rows", "why", "config", "bytes_before", "bytes_after", "bytes_peak", "kv_cache", "layers"]
+    keys = [
+        "source",
+        "device",
+        "rows",
+        "why",
+        "config",
+        "bytes_before",
+        "bytes_after",
+        "bytes_peak",
+        "kv_cache",
+        "layers",
+    ]
     assert list(data) == keys
     assert data["device"] == "acme:0 (a1)"
     a, head = data["layers"]
-    assert (a["name"], a["asked"], a["kernel"], a["status"], a["precision"]) == ("a", "int8", "acme.native", "native", "W8A8")
+    assert (a["name"], a["asked"], a["kernel"], a["status"], a["precision"]) == (
+        "a",
+        "int8",
+        "acme.native",
+        "native",
+        "W8A8",
+    )
     assert (a["evidence"], a["source"]) == ("declared", "acme.example/kernels")
     assert head["asked"] is None
     assert "output head" in head["note"]

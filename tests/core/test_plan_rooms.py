@@ -1,4 +1,6 @@
-"""The plan on the real rooms, on every architecture, and for a model of 671B parameters; the choice of a scheme."""
+"""The plan on the real rooms, on every architecture, and for a model of 671B parameters; the choice of a
+scheme.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +14,13 @@ from core_fakes import FakeKernel, Shape, device
 from core_references import check_parts
 
 import quantport
-from quantport.capability import Status
-from quantport.catalog import BUILTIN
 from quantport.config import QuantConfig
 from quantport.errors import CheckpointError, UnsupportedError
-from quantport.host import host
-from quantport.layers import find_layers
-from quantport.planner import best_scheme, make_plan
+from quantport.kernels.verdict import Status
+from quantport.model.layers import find_layers
+from quantport.planning.plan import best_scheme, make_plan
+from quantport.plugins.registry import default_registry
+from quantport.scheme.catalog import BUILTIN
 
 DEQUANTIZE = FakeKernel("acme.dequantize", Status.DEQUANTIZE)
 
@@ -32,7 +34,9 @@ def planned(layers, config="int8", kernels=(DEQUANTIZE,), on=None, **options):
 
 
 def test_best_scheme_says_why():
-    fp8 = FakeKernel("k.fp8", accepts=lambda r: r.weight.scheme.weight.format == "e4m3fn", quantizes=True, speed=1.7)
+    fp8 = FakeKernel(
+        "k.fp8", accepts=lambda r: r.weight.scheme.weight.format == "e4m3fn", quantizes=True, speed=1.7
+    )
     int8 = FakeKernel("k.int8", accepts=lambda r: r.weight.scheme.name == "int8", quantizes=True, speed=2.5)
     name, why = best_scheme(device(), (fp8, int8, DEQUANTIZE), BUILTIN)
     assert name == "fp8_per_channel"
@@ -45,7 +49,10 @@ def test_best_scheme_says_why():
     assert name == "int8_weight_only"
     assert "int8 is native, slower than BF16" in why
     plan = planned(linears("a"), None, (int8, DEQUANTIZE))
-    assert ({s.layer.name: s.asked for s in plan.steps}, plan.why.startswith("int8:")) == ({"a": "int8"}, True)
+    assert ({s.layer.name: s.asked for s in plan.steps}, plan.why.startswith("int8:")) == (
+        {"a": "int8"},
+        True,
+    )
     assert planned(linears("a"), "int8").why == ""
 
 
@@ -53,8 +60,8 @@ def test_best_scheme_says_why():
 @pytest.mark.parametrize("scheme", ["fp8_per_tensor", "fp8_per_channel"])
 def test_real_rooms(arch, scheme):
     """fp8 on Ampere keeps its weights and says why; on Hopper activations are quantized per token."""
-    target = host().device(arch)
-    kernels = host().kernels("cuda")
+    target = default_registry().device(arch)
+    kernels = default_registry().kernels("cuda")
     step = planned(linears("a", shape=(4096, 4096)), scheme, kernels, target).steps[0]
     if arch == "cuda:sm_80":
         assert (step.choice.status, step.choice.precision) == (Status.WEIGHT_ONLY, "W8A16")
@@ -66,29 +73,39 @@ def test_real_rooms(arch, scheme):
         assert (step.choice.status, step.choice.precision) == (Status.NATIVE, "W8A8")
         assert step.choice.activations == "e4m3fn per token"
         assert step.choice.reasons == ()
-    emulated = planned(linears("a"), {"scheme": scheme, "fallback": "reference"}, kernels, target).steps[0].choice
+    emulated = (
+        planned(linears("a"), {"scheme": scheme, "fallback": "reference"}, kernels, target).steps[0].choice
+    )
     assert emulated.precision == "W8A8"
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda", "rocm", "xpu", "npu"])
 def test_every_scheme_plans_on_every_architecture(kind):
-    """No kernel raises, and the default policy finds a way, explained unless it is native, but for dtypes that it only stores."""
-    for name in host().backends[kind].archs:
-        target = host().device(f"{kind}:{name}")
+    """No kernel raises, and the default policy finds a way, explained unless it is native, but for dtypes
+    that it only stores.
+    """
+    for name in default_registry().backends[kind].archs:
+        target = default_registry().device(f"{kind}:{name}")
         for scheme in BUILTIN:
-            if BUILTIN[scheme].weight.element.storage in target.arch.opaque:
+            if BUILTIN[scheme].weight.element.storage in target.arch.storage_only_dtypes:
                 with pytest.raises(UnsupportedError, match="only stores"):
-                    planned(linears("a", shape=(256, 256)), scheme, host().kernels(kind), target)
+                    planned(linears("a", shape=(256, 256)), scheme, default_registry().kernels(kind), target)
                 continue
-            choice = planned(linears("a", shape=(256, 256)), scheme, host().kernels(kind), target).steps[0].choice
-            assert not any("the kernel raised" in r.text for v in choice.verdicts for r in getattr(v, "reasons", ())), choice
+            choice = (
+                planned(linears("a", shape=(256, 256)), scheme, default_registry().kernels(kind), target)
+                .steps[0]
+                .choice
+            )
+            assert not any(
+                "the kernel raised" in r.text for v in choice.verdicts for r in getattr(v, "reasons", ())
+            ), choice
             assert choice.claim is not None
             assert choice.reasons or choice.status is Status.NATIVE
 
 
 def test_a_plan_is_a_value():
-    kernels = host().kernels("cpu")
-    target = host().device("cpu:x86_vnni")
+    kernels = default_registry().kernels("cpu")
+    target = default_registry().device("cpu:x86_vnni")
     plan = planned(linears("a", shape=(256, 256)), "int8", kernels, target)
     assert plan == planned(linears("a", shape=(256, 256)), "int8", kernels, target)
 
@@ -137,7 +154,11 @@ def header_only(tmp_path_factory):
         file, header, at = f"model-{i + 1:05d}-of-{count:05d}.safetensors", {}, 0
         for name, shape in every[i * size : (i + 1) * size]:
             weight_map[name] = file
-            header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [at, at := at + 2 * math.prod(shape)]}
+            header[name] = {
+                "dtype": "BF16",
+                "shape": shape,
+                "data_offsets": [at, at := at + 2 * math.prod(shape)],
+            }
         text = json.dumps(header).encode()
         (folder / file).write_bytes(len(text).to_bytes(8, "little") + text)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
@@ -159,7 +180,9 @@ def test_671b_from_headers_alone(header_only, record_property):
     assert (kinds.count("moe"), kinds.count("linear")) == (58, 61 * 5 + 3 * 3 + 58 * 3)
     assert [s.layer.experts for s in plan.quantized if s.layer.kind == "moe"] == [256] * 58
     scales = 4 * sum(
-        math.ceil(n / 128) * math.ceil(k / 128) * max(1, s.layer.experts) for s in plan.quantized for _, n, k in s.layer.weights
+        math.ceil(n / 128) * math.ceil(k / 128) * max(1, s.layer.experts)
+        for s in plan.quantized
+        for _, n, k in s.layer.weights
     )
     quantized = sum(s.layer.elements for s in plan.quantized)
     assert plan.after == quantized + scales + 2 * (elements - quantized)
@@ -172,12 +195,19 @@ def test_671b_from_headers_alone(header_only, record_property):
 
 
 def test_671b_with_patterns(header_only):
-    config = {"scheme": "fp8_per_block", "moe": "int4", "ignore": ["re:.*kv_b_proj"], "targets": {"*.shared_experts.*": "int8"}}
+    config = {
+        "scheme": "fp8_per_block",
+        "moe": "int4",
+        "ignore": ["re:.*kv_b_proj"],
+        "targets": {"*.shared_experts.*": "int8"},
+    }
     plan = quantport.plan(header_only, config=config, device="cuda:sm_90")
     asked = [s.asked for s in plan.quantized]
     assert {name: asked.count(name) for name in set(asked)} == {
-        "int4_weight_only": 58, "int8": 58 * 3, "fp8_per_block": 61 * 4 + 3 * 3,
-    }  # fmt: skip
+        "int4_weight_only": 58,
+        "int8": 58 * 3,
+        "fp8_per_block": 61 * 4 + 3 * 3,
+    }
 
 
 def test_headers_are_enough_to_plan_but_not_to_load(header_only):

@@ -1,4 +1,6 @@
-"""Quality: the committed table is complete and says what the pages show; what it claims holds when a slice is measured again."""
+"""Quality: the committed table is complete and says what the pages show; what it claims holds when a slice is
+measured again.
+"""
 
 import dataclasses
 import importlib
@@ -12,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import quantport
-from quantport.catalog import BUILTIN
-from quantport.cli import comparing
+from quantport.cli import compare
+from quantport.scheme.catalog import BUILTIN
 
 ROOT = Path(__file__).parents[2]
 MODELS = ROOT / "examples" / "models"
@@ -36,10 +38,12 @@ def bench():
 def test_perplexity(scheme, bound):
     logging.disable_progress_bar()
     path = MODELS / "tiny-llama"
-    ids = AutoTokenizer.from_pretrained(path)((MODELS / "eval.txt").read_text(encoding="utf-8"), verbose=False).input_ids
-    windows = comparing.cut(ids, 8, None)
+    ids = AutoTokenizer.from_pretrained(path)(
+        (MODELS / "eval.txt").read_text(encoding="utf-8"), verbose=False
+    ).input_ids
+    windows = compare.cut(ids, 8, None)
     base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
-    found = comparing.quality(quantport.load(path, scheme), base, windows, lambda *_: None)
+    found = compare.quality(quantport.load(path, scheme), base, windows, lambda *_: None)
     assert found["perplexity_bf16"] < 120, "the model knows its text"
     assert found["perplexity"] <= bound * found["perplexity_bf16"]
     assert 0 < found["kl"] < 0.05
@@ -47,12 +51,16 @@ def test_perplexity(scheme, bound):
 
 def test_every_scheme_has_a_complete_row():
     hadamard = {f"{s.name}:hadamard" for s in BUILTIN.values() if "hadamard" in s.options}
-    assert {*BUILTIN, *hadamard, "nvfp4:mse", "nf4:double", "fp4:double", "mxfp4:mse", "mxfp8:floor"} <= set(ROWS)
+    assert {*BUILTIN, *hadamard, "nvfp4:mse", "nf4:double", "fp4:double", "mxfp4:mse", "mxfp8:floor"} <= set(
+        ROWS
+    )
     for row in DATA["rows"]:
         models = {"tiny-llama", "tiny-qwen3-moe"}
         assert set(row["models"]) == set(row["bits_in"]) == models
         assert set(row["sqnr"]) == {"gauss", "t5", "outlier", *models}
-        assert all(set(m) == {"ppl", "dnll", "dnll_se", "kl", "kl_se", "top1"} for m in row["models"].values())
+        assert all(
+            set(m) == {"ppl", "dnll", "dnll_se", "kl", "kl_se", "top1"} for m in row["models"].values()
+        )
 
 
 def test_the_table_is_of_the_schemes_as_they_are():
@@ -75,13 +83,22 @@ def test_pages_are_those_of_the_committed_run(bench):
     assert (page.RESULTS / "quality.svg").stat().st_size < 200_000
 
 
-GAINS = [("int4_mse", "int4_hqq", 0.3), ("nvfp4:mse", "nvfp4", 1.0), ("nvfp4:mse", "mxfp4", 1.0), ("mxfp4:mse", "mxfp4", 0.02),
-         ("mxfp4", "mxfp4:floor", 0.0), ("mxfp4_dualscale", "mxfp4", 0.2), ("mxfp8", "mxfp6_e2m3", 0.0)]  # fmt: skip
+GAINS = [
+    ("int4_mse", "int4_hqq", 0.3),
+    ("nvfp4:mse", "nvfp4", 1.0),
+    ("nvfp4:mse", "mxfp4", 1.0),
+    ("mxfp4:mse", "mxfp4", 0.02),
+    ("mxfp4", "mxfp4:floor", 0.0),
+    ("mxfp4_dualscale", "mxfp4", 0.2),
+    ("mxfp8", "mxfp6_e2m3", 0.0),
+]
 
 
 @pytest.mark.parametrize(("better", "worse", "least"), GAINS)
 def test_gains_on_a_slice(bench, better, worse, least):
-    """Fresh weights, the same relations; and the committed figure of the same distribution, within sampling."""
+    """Fresh weights, the same relations; and the committed figure of the same distribution, within
+    sampling.
+    """
     weight = (torch.randn(64, 1024, generator=torch.Generator().manual_seed(1)) * 0.02).bfloat16()
 
     def db(name):
@@ -93,7 +110,8 @@ def test_gains_on_a_slice(bench, better, worse, least):
 
 
 @pytest.mark.parametrize(
-    ("model", "scheme"), [("tiny-llama", "mxfp4_w4a8"), ("tiny-qwen3-moe", "nvfp4"), ("tiny-llama", "mxfp4:hadamard")]
+    ("model", "scheme"),
+    [("tiny-llama", "mxfp4_w4a8"), ("tiny-qwen3-moe", "nvfp4"), ("tiny-llama", "mxfp4:hadamard")],
 )
 def test_the_benchmark_runs_the_reference(bench, model, scheme):
     """Weights dequantized once give the logits of a model loaded with the exact emulation, bit for bit."""
@@ -103,7 +121,9 @@ def test_the_benchmark_runs_the_reference(bench, model, scheme):
     assert {s.choice.kernel for s in loaded.quantport_plan.quantized} == {"torch.reference"}
     plain = quantport.load(path, "bf16", dtype=torch.float32)
     modules = [(p, m) for p, m in plain.named_modules() if isinstance(m, quantport.modules.QuantModule)]
-    weights = {(p, n): bench[0].values(m.canonical(n)["weight"], chosen) for p, m in modules for n in m.specs}
+    weights = {
+        (p, n): bench[0].values(m.stored_weight(n)["weight"], chosen) for p, m in modules for n in m.specs
+    }
     bench[0].put(plain, weights, dataclasses.replace(chosen))
     ids = torch.arange(100, 148)[None]
     with torch.no_grad():

@@ -14,11 +14,11 @@ from torch import nn
 
 import quantport
 from quantport import numerics
-from quantport.catalog import BUILTIN
 from quantport.errors import ConfigError, QuantportError, WeightError
-from quantport.host import Host, host
 from quantport.modules import QuantExperts, QuantLinear, base, routing
 from quantport.modules.ops import run_linear
+from quantport.plugins.registry import Registry, default_registry
+from quantport.scheme.catalog import BUILTIN
 
 
 def quantized(scheme="int8", factory=Tiny, dtype=torch.bfloat16):
@@ -32,7 +32,7 @@ def test_modules_hold_the_reference_weights(scheme):
     original, model = made(), quantized(scheme)
     for name in ("up", "down", "narrow", "moe.experts.1.gate_proj"):
         expected = numerics.quantize_weight(original.get_submodule(name).weight, BUILTIN[scheme])
-        found = model.get_submodule(name).canonical()
+        found = model.get_submodule(name).stored_weight()
         assert all(same_bits(found[key], tensor) for key, tensor in expected.items()), name
         assert {k: v.data_ptr() for k, v in found.items()}.keys() == expected.keys()
     assert model.up.bias is not None
@@ -53,7 +53,7 @@ def test_outputs_are_those_of_the_reference(scheme, shape):
         x = randn(m, k, seed=m, dtype=torch.bfloat16)
         expected = numerics.linear(x, stored, effective, bias).float()
         found = model["a"](x).float()
-        tolerance = host().kernel(choice.kernel).tolerance
+        tolerance = default_registry().kernel(choice.kernel).tolerance
         assert (found - expected).abs().max() <= tolerance * expected.abs().max() + 2.0**-8 * bias.abs().max()
         assert torch.equal(found, model["a"](x).float())
 
@@ -72,20 +72,20 @@ def test_nothing_is_done_when_a_weight_fails(value):
     check_parts(caught.value, "moe.experts.2.down_proj", "NaN or Inf", "nonfinite='zero'")
     untouched(model, before)
     quantport.quantize_(model, config={"scheme": "int8", "nonfinite": "zero"})
-    assert model.moe.experts[2].down_proj.canonical()["weight"][-1, -1] == 0
+    assert model.moe.experts[2].down_proj.stored_weight()["weight"][-1, -1] == 0
 
 
 def test_nothing_is_done_when_a_kernel_fails(monkeypatch):
     model = made()
     before, calls = snapshot(model), []
-    kind = type(host().kernel(quantport.plan(model, "int8").quantized[-1].choice.kernel))
+    kind = type(default_registry().kernel(quantport.plan(model, "int8").quantized[-1].choice.kernel))
     pack = kind.pack
 
-    def broken(self, canonical, spec):
+    def broken(self, stored_weight, spec):
         calls.append(spec)
         if len(calls) == 5:
             raise MemoryError("no memory to pack")
-        return pack(self, canonical, spec)
+        return pack(self, stored_weight, spec)
 
     monkeypatch.setattr(kind, "pack", broken)
     with pytest.raises((QuantportError, MemoryError), match="no memory to pack"):
@@ -201,7 +201,9 @@ def test_routing_by_hand():
     for t in range(7):
         for j in range(2):
             gate, up, down = (
-                numerics.dequantize_weight(model.canonical(f"{index[t, j]}.{p}"), BUILTIN["int8_weight_only"], k)
+                numerics.dequantize_weight(
+                    model.stored_weight(f"{index[t, j]}.{p}"), BUILTIN["int8_weight_only"], k
+                )
                 for p, k in (("gate_proj", 256), ("up_proj", 256), ("down_proj", 160))
             )
             expected[t] += weights[t, j] * (down @ (routing.ACTIVATIONS["silu"](gate @ x[t]) * (up @ x[t])))
@@ -219,7 +221,13 @@ def test_kernels_get_contiguous_matrices():
             return x.new_zeros(x.shape[0], spec.n)
 
     spec = quantized().up.spec
-    for x in (randn(32, 5).t(), randn(2, 3, 40)[..., :32], randn(32), randn(5, 32), randn(4, 2, 3, 32).transpose(0, 1)):
+    for x in (
+        randn(32, 5).t(),
+        randn(2, 3, 40)[..., :32],
+        randn(32),
+        randn(5, 32),
+        randn(4, 2, 3, 32).transpose(0, 1),
+    ):
         assert run_linear(Look(), x, (), None, spec).shape == (*x.shape[:-1], 129)
     assert set(seen) == {(2, True, 32)}
 
@@ -247,7 +255,7 @@ def test_copies(scheme, how):
     if how != "state_dict":
         assert other.quantport_plan == model.quantport_plan
         assert other.up is not model.up
-        other.up.canonical()["weight" if "int4" not in scheme else "weight_packed"].zero_()
+        other.up.stored_weight()["weight" if "int4" not in scheme else "weight_packed"].zero_()
 
 
 def test_state_dict_refuses_another_scheme_shape_or_a_missing_part():
@@ -266,12 +274,16 @@ def test_moves_and_casts():
     before = model.state_dict()
     model.half()
     assert model.up.bias.dtype == torch.float16
-    assert all(same_bits(t, before[n]) for n, t in model.state_dict().items() if n.endswith(("packed", "scale")))
+    assert all(
+        same_bits(t, before[n]) for n, t in model.state_dict().items() if n.endswith(("packed", "scale"))
+    )
     assert model(torch.arange(4)[None]).dtype == torch.float16
     model.to("cpu")
     meta = copy.deepcopy(model).to("meta")
     state = model.state_dict()
-    assert {n: (t.shape, t.dtype) for n, t in meta.state_dict().items()} == {n: (t.shape, t.dtype) for n, t in state.items()}
+    assert {n: (t.shape, t.dtype) for n, t in meta.state_dict().items()} == {
+        n: (t.shape, t.dtype) for n, t in state.items()
+    }
     assert all(t.is_meta for t in meta.state_dict().values())
     assert next(meta.up.buffers()).is_meta
     meta.to_empty(device="cpu").load_state_dict(model.state_dict())
@@ -281,7 +293,7 @@ def test_moves_and_casts():
 def test_a_move_that_fails_leaves_the_module_whole(monkeypatch):
     model = quantized("int8").to("meta")
     shapes = {n: t.shape for n, t in model.state_dict().items()}
-    monkeypatch.setattr(base, "host", lambda: Host(points=[]))
+    monkeypatch.setattr(base, "host", lambda: Registry(points=[]))
     with pytest.raises(QuantportError):
         model.to_empty(device="cpu")
     assert {n: t.shape for n, t in model.state_dict().items()} == shapes
@@ -294,7 +306,9 @@ def test_repr_and_memory():
     held = sum(b.nbytes for b in model.down.buffers())
     assert held >= 32 * 129
     assert not any("packed" in name for name in model.state_dict() if not name.endswith("weight_packed"))
-    assert quantized("int8", lambda: nn.ModuleDict({"m": Moe()}))["m"](randn(2, 32, dtype=torch.bfloat16)).shape == (2, 32)
+    assert quantized("int8", lambda: nn.ModuleDict({"m": Moe()}))["m"](
+        randn(2, 32, dtype=torch.bfloat16)
+    ).shape == (2, 32)
     assert ids.shape == (2, 12)
 
 
@@ -303,7 +317,11 @@ def test_repr_and_memory():
 def test_activations_of_another_width_are_refused(scheme, compiled):
     """A kernel trusts the width, and would read past the end of a shorter row."""
     net = nn.Sequential(nn.Linear(96, 70)).bfloat16()
-    quantport.quantize_(net, scheme if scheme != "bf16" else None, config={"targets": {"0": "bf16"}} if scheme == "bf16" else None)
+    quantport.quantize_(
+        net,
+        scheme if scheme != "bf16" else None,
+        config={"targets": {"0": "bf16"}} if scheme == "bf16" else None,
+    )
     run = torch.compile(net, backend="eager", fullgraph=True) if compiled else net
     for width in (95, 97, 64):
         with pytest.raises(RuntimeError, match="96"):

@@ -56,7 +56,12 @@ def test_any_module_comes_back(scheme, dtype, tmp_path):
 
 
 def test_mixed_schemes_and_a_second_round(tmp_path):
-    config = {"scheme": "int8", "targets": {"*.q_proj": "int4", "lm_head": "fp8"}, "moe": "int4_g32", "ignore": ["*.o_proj"]}
+    config = {
+        "scheme": "int8",
+        "targets": {"*.q_proj": "int4", "lm_head": "fp8"},
+        "moe": "int4_g32",
+        "ignore": ["*.o_proj"],
+    }
     model = quantport.load(MOE, config=config)
     once = quantport.load(quantport.save(model, tmp_path / "one"))
     twice = quantport.load(quantport.save(once, tmp_path / "two"))
@@ -162,7 +167,9 @@ def test_files_of_the_working_directory_stay_out(model, tmp_path, monkeypatch):
 def test_tied_parameters_are_written_once(tmp_path):
     folder = quantport.save(quantport.load(DENSE, "int8"), tmp_path / "out")
     with Checkpoint.open(folder) as checkpoint:
-        assert sum(name in checkpoint.tensors for name in ("lm_head.weight", "model.embed_tokens.weight")) == 1
+        assert (
+            sum(name in checkpoint.tensors for name in ("lm_head.weight", "model.embed_tokens.weight")) == 1
+        )
 
 
 def test_a_saved_checkpoint_is_not_quantized_again(folder):
@@ -188,12 +195,20 @@ def _edit(folder, **changes):
 @pytest.mark.parametrize(
     "change",
     [
-        {"scheme": "int9"}, {"scheme": "fp8_per_tensor"}, {"weights": []}, {"weights": [["weight", 129, 31]]},
-        {"weights": [["weight", -1, 32]]}, {"weights": "abc"}, {"dtype": "load"}, {"experts": 3}, {"experts": -1},
-        {"kind": "conv"}, {"unknown": 1},
+        {"scheme": "int9"},
+        {"scheme": "fp8_per_tensor"},
+        {"weights": []},
+        {"weights": [["weight", 129, 31]]},
+        {"weights": [["weight", -1, 32]]},
+        {"weights": "abc"},
+        {"dtype": "load"},
+        {"experts": 3},
+        {"experts": -1},
+        {"kind": "conv"},
+        {"unknown": 1},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_a_record_that_lies(folder, change):
     _edit(folder, **change)
     with pytest.raises(QuantportError) as caught:
@@ -201,7 +216,9 @@ def test_a_record_that_lies(folder, change):
     check_parts(caught.value)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 2, "layers": {}}', '{"layers": 3}', '{"layers": {"a": {}}}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"format": 2, "layers": {}}', '{"layers": 3}', '{"layers": {"a": {}}}']
+)
 def test_a_record_that_is_broken(folder, text):
     (folder / "quantport.json").write_text(text)
     with pytest.raises(CheckpointError) as caught:
@@ -219,7 +236,9 @@ def test_a_recorded_layer_that_the_model_lacks(folder):
 
 def test_a_missing_scale_is_named(folder):
     with Checkpoint.open(folder) as checkpoint:
-        kept = {name: checkpoint.read(name).clone() for name in checkpoint.tensors if name != "up.weight_scale"}
+        kept = {
+            name: checkpoint.read(name).clone() for name in checkpoint.tensors if name != "up.weight_scale"
+        }
     write(folder, kept)
     with pytest.raises(CheckpointError, match=r"up\.weight_scale"):
         quantport.load(folder, model=Tiny)

@@ -1,4 +1,6 @@
-"""Stored bytes do not depend on the number of ranks: shards joined are the whole, for every scheme, both ways of splitting."""
+"""Stored bytes do not depend on the number of ranks: shards joined are the whole, for every scheme, both ways
+of splitting.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +20,17 @@ from safetensors.torch import save_file
 
 import quantport
 from quantport import numerics
-from quantport.catalog import BUILTIN
 from quantport.checkpoint import Checkpoint
 from quantport.errors import ConfigError, WeightError
+from quantport.numerics.sharding import alignment, join_shards, quantize_shard, shard_dims
 from quantport.scheme import Quant, Scheme
-from quantport.sharding import alignment, join_shards, quantize_shard, shard_dims
+from quantport.scheme.catalog import BUILTIN
 
 OPTIONS = ("mxfp4:hadamard", "nf4:double", "nvfp4:mse", "mxfp4:floor", "int4_weight_only:hadamard")
-EXTRA = (Scheme("int4_per_row", Quant("int4", 1, 0, "bf16"), None, ""), Scheme("columns", Quant("int8", 0, 32), None, ""))
+EXTRA = (
+    Scheme("int4_per_row", Quant("int4", (1, 0), "bf16"), None, ""),
+    Scheme("columns", Quant("int8", (0, 32)), None, ""),
+)
 SCHEMES = {**BUILTIN, **{name: BUILTIN[name] for name in OPTIONS}, **{s.name: s for s in EXTRA}}
 
 
@@ -52,7 +57,9 @@ class Ranks:
 
         def one(rank):
             try:
-                return quantize_shard(shards[rank], scheme, dim, reduce=self.reduce(rank), place=(rank, self.count), **options)
+                return quantize_shard(
+                    shards[rank], scheme, dim, reduce=self.reduce(rank), place=(rank, self.count), **options
+                )
             except Exception as error:
                 return error
 
@@ -69,7 +76,9 @@ def weight(n, k):
 
 def sizes(scheme, dim, ranks):
     """A weight whose shards are three blocks each, or 24 where the scheme has no blocks."""
-    along = ranks * max(24, 3 * alignment(scheme, dim) if alignment(scheme, dim) < 256 else alignment(scheme, dim))
+    along = ranks * max(
+        24, 3 * alignment(scheme, dim) if alignment(scheme, dim) < 256 else alignment(scheme, dim)
+    )
     return (along, 80) if dim == 0 else (8, along)
 
 
@@ -94,11 +103,22 @@ def test_without_the_reduction_they_are_not():
         n, k = sizes(scheme, dim, 2)
         shards = [quantize_shard(s, scheme, dim, reduce=lambda t: t) for s in weight(n, k).chunk(2, dim)]
         whole = numerics.quantize_weight(weight(n, k), scheme)
-        first = {key: t.narrow(d, 0, shards[0][key].shape[d]) if (d := shard_dims(scheme, dim)[key]) is not None else t
-                 for key, t in whole.items()}  # fmt: skip
-        second = {key: t.narrow(d, t.shape[d] // 2, t.shape[d] // 2) if (d := shard_dims(scheme, dim)[key]) is not None else t
-                  for key, t in whole.items()}  # fmt: skip
-        same = [all(same_bits(s[key], want[key]) for key in whole) for s, want in zip(shards, (first, second), strict=True)]
+        first = {
+            key: t.narrow(d, 0, shards[0][key].shape[d])
+            if (d := shard_dims(scheme, dim)[key]) is not None
+            else t
+            for key, t in whole.items()
+        }
+        second = {
+            key: t.narrow(d, t.shape[d] // 2, t.shape[d] // 2)
+            if (d := shard_dims(scheme, dim)[key]) is not None
+            else t
+            for key, t in whole.items()
+        }
+        same = [
+            all(same_bits(s[key], want[key]) for key in whole)
+            for s, want in zip(shards, (first, second), strict=True)
+        ]
         assert not all(same), name
 
 
@@ -124,7 +144,9 @@ def test_shards_of_different_size_and_a_last_block_that_is_short(name, dim):
     rest = 7 if not scheme.rotation or dim == 0 else step
     first, second = step * (2 if step > 1 else 5), step + rest
     n, k = (first + second, 80) if dim == 0 else (8, first + second)
-    joined = join_shards(Ranks(2).quantize(weight(n, k).split((first, second), dim), scheme, dim), scheme, dim)
+    joined = join_shards(
+        Ranks(2).quantize(weight(n, k).split((first, second), dim), scheme, dim), scheme, dim
+    )
     for key, tensor in numerics.quantize_weight(weight(n, k), scheme).items():
         assert same_bits(joined[key], tensor), key
     (whole,) = Ranks(1).quantize([weight(9, 77)], scheme, dim)
@@ -132,7 +154,9 @@ def test_shards_of_different_size_and_a_last_block_that_is_short(name, dim):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("name", ["fp8_per_tensor", "fp8_per_block", "int8", "nvfp4", "nf4:double", "mxfp4_dualscale", "q4_k"])
+@pytest.mark.parametrize(
+    "name", ["fp8_per_tensor", "fp8_per_block", "int8", "nvfp4", "nf4:double", "mxfp4_dualscale", "q4_k"]
+)
 @pytest.mark.parametrize("dim", [0, 1])
 def test_what_is_not_finite_on_one_rank_is_an_error_on_all(name, dim, value):
     scheme = SCHEMES[name]
@@ -175,7 +199,9 @@ def test_bad_arguments():
     with pytest.raises(ConfigError) as caught:
         quantize_shard(weight(8, 8), BUILTIN["int8"], 0)
     check_parts(caught.value, "not initialized", "reduce=")
-    shards = [quantize_shard(w, BUILTIN["fp8_per_tensor"], 0, reduce=lambda t: t) for w in weight(8, 8).chunk(2)]
+    shards = [
+        quantize_shard(w, BUILTIN["fp8_per_tensor"], 0, reduce=lambda t: t) for w in weight(8, 8).chunk(2)
+    ]
     with pytest.raises(WeightError, match="weight_scale differs"):
         join_shards(shards, BUILTIN["fp8_per_tensor"], 0)
 
@@ -183,9 +209,9 @@ def test_bad_arguments():
 WORKER = """
 import sys, torch, torch.distributed as dist
 from quantport import numerics
-from quantport.catalog import BUILTIN
+from quantport.scheme.catalog import BUILTIN
 from quantport.errors import WeightError
-from quantport.sharding import alignment, quantize_shard
+from quantport.numerics.sharding import alignment, quantize_shard
 
 rank, ranks, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 torch.set_num_threads(1)
@@ -196,7 +222,8 @@ for name in [*BUILTIN, "nf4:double", "mxfp4:hadamard"]:
     for dim in (0, 1):
         weight = torch.load(f"{folder}/{name}.{dim}.pt")
         stored = quantize_shard(weight.chunk(ranks, dim)[rank], scheme, dim)
-        out[f"{name}.{dim}"] = {k: t.view(torch.uint8) if t.dtype.itemsize == 1 else t for k, t in stored.items()}
+        plain = {k: t.view(torch.uint8) if t.dtype.itemsize == 1 else t for k, t in stored.items()}
+        out[f"{name}.{dim}"] = plain
 poisoned = torch.full((16, 64), float("nan")) if rank == ranks - 1 else torch.ones(16, 64)
 for name in ("int8", "fp8_per_tensor"):
     try:
@@ -217,7 +244,12 @@ def test_processes(ranks, tmp_path):
         torch.save(weight(*sizes(BUILTIN[name], dim, ranks)), tmp_path / f"{name}.{dim}.pt")
     command = [sys.executable, "-W", "ignore", "-c", WORKER]
     workers = [
-        subprocess.Popen([*command, str(r), str(ranks), str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        subprocess.Popen(
+            [*command, str(r), str(ranks), str(tmp_path)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
         for r in range(ranks)
     ]
     try:
@@ -245,6 +277,12 @@ def test_the_order_of_a_checkpoint_changes_no_byte(tmp_path):
     for i in range(3):
         save_file({n: tensors[n] for n in names[i::3]}, tmp_path / f"part-{2 - i}.safetensors")
         weight_map |= dict.fromkeys(names[i::3], f"part-{2 - i}.safetensors")
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    config = {"scheme": "int8", "moe": "nvfp4_weight_only", "targets": {"*.o_proj": "fp8_per_tensor", "lm_head": "int4_mse"}}
+    (tmp_path / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
+    config = {
+        "scheme": "int8",
+        "moe": "nvfp4_weight_only",
+        "targets": {"*.o_proj": "fp8_per_tensor", "lm_head": "int4_mse"},
+    }
     same_state(quantport.load(tmp_path, config=config), quantport.load(MOE, config=config))

@@ -1,4 +1,6 @@
-"""Kernels whose experts lie side by side: one allocation for each family of projections, filled slot by slot, found again."""
+"""Kernels whose experts lie side by side: one allocation for each family of projections, filled slot by slot,
+found again.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +13,20 @@ import torch
 from torch.nn import functional as F
 
 from quantport import numerics
-from quantport.capability import Claim, Evidence
-from quantport.catalog import BUILTIN
-from quantport.host import host
-from quantport.kernel import WeightSpec
+from quantport.kernels.base import WeightSpec
+from quantport.kernels.grouped import StackedKernel
+from quantport.kernels.verdict import Claim, Evidence
 from quantport.modules import QuantExperts
-from quantport.stacked import StackedKernel
+from quantport.plugins.registry import default_registry
+from quantport.scheme.catalog import BUILTIN
 
 HIDDEN, WIDE, EXPERTS = 64, 32, 4
 
 
 class Side(StackedKernel):
-    """int8, dequantized: gate and up of an expert share a matrix ``[K, 2 * N]``, so that a slot has strides of its own."""
+    """int8, dequantized: gate and up of an expert share a matrix ``[K, 2 * N]``, so that a slot has strides
+    of its own.
+    """
 
     name = "side"
     tolerance = 2.0**-6
@@ -37,8 +41,8 @@ class Side(StackedKernel):
     def claim(self, request):
         return Claim(Evidence.DECLARED, "a test")
 
-    def pack(self, canonical, spec):
-        return canonical["weight"].t().contiguous(), canonical["weight_scale"].view(-1)
+    def pack(self, stored_weight, spec):
+        return stored_weight["weight"].t().contiguous(), stored_weight["weight_scale"].view(-1)
 
     def unpack(self, packed, spec):
         return {"weight": packed[0].t().contiguous(), "weight_scale": packed[1].reshape(-1, 1)}
@@ -58,7 +62,8 @@ class Side(StackedKernel):
         ((weight, scale),) = packed
         self.launches.append((weight.data_ptr(), tuple(weight.shape)))
         out = [
-            x[a:b].float() @ (w.flatten(1) * s.flatten()) for a, b, w, s in zip(offsets, offsets[1:], weight, scale, strict=False)
+            x[a:b].float() @ (w.flatten(1) * s.flatten())
+            for a, b, w, s in zip(offsets, offsets[1:], weight, scale, strict=False)
         ]
         return torch.cat(out).to(x.dtype)
 
@@ -74,14 +79,18 @@ class Side(StackedKernel):
 @pytest.fixture
 def kernel(monkeypatch):
     side = Side()
-    find = host().kernel
-    monkeypatch.setattr(type(host()), "kernel", lambda self, name: side if name == "side" else find(name))
+    find = default_registry().kernel
+    monkeypatch.setattr(
+        type(default_registry()), "kernel", lambda self, name: side if name == "side" else find(name)
+    )
     return side
 
 
 def build(kernel):
     scheme = BUILTIN["int8_weight_only"]
-    module = QuantExperts(kernel, WeightSpec(scheme, WIDE, HIDDEN), WeightSpec(scheme, HIDDEN, WIDE), EXPERTS, "silu")
+    module = QuantExperts(
+        kernel, WeightSpec(scheme, WIDE, HIDDEN), WeightSpec(scheme, HIDDEN, WIDE), EXPERTS, "silu"
+    )
     stored = {}
     for i, (name, spec) in enumerate(module.specs.items()):
         weight = torch.randn(spec.n, spec.k, generator=torch.Generator().manual_seed(i)) * 0.05
@@ -94,13 +103,17 @@ def test_experts_of_several_kernels_have_a_stack_for_each_run(kernel):
     """Down of expert 1 has another kernel: down of expert 0, and of 2 and 3, stay side by side."""
     scheme = BUILTIN["int8_weight_only"]
     up, down = WeightSpec(scheme, WIDE, HIDDEN), WeightSpec(scheme, HIDDEN, WIDE)
-    other = host().kernel("torch.dequantize")
+    other = default_registry().kernel("torch.dequantize")
     module = QuantExperts(kernel, up, down, EXPERTS, "silu", others={"1.down_proj": (other, scheme)})
     _, stored = build(kernel)
     for name, weight in stored.items():
         module.set_weight(name, {key: t.clone() for key, t in weight.items()})
     assert close(module(*given()), expected(stored, *given()))
-    assert [shape for _, shape in kernel.launches] == [(EXPERTS, HIDDEN, 2, WIDE), (1, WIDE, 1, HIDDEN), (2, WIDE, 1, HIDDEN)]
+    assert [shape for _, shape in kernel.launches] == [
+        (EXPERTS, HIDDEN, 2, WIDE),
+        (1, WIDE, 1, HIDDEN),
+        (2, WIDE, 1, HIDDEN),
+    ]
     memory = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in module.buffers()}
     assert sum(memory.values()) == sum(t.nbytes for w in stored.values() for t in w.values())
     assert not module._slots
@@ -117,7 +130,9 @@ def expected(stored, x, index, routing):
     for t, e in [(t, e) for t, chosen in enumerate(index.tolist()) for e in chosen]:
         kept = (stored[f"{e}.{p}"] for p in ("gate_proj", "up_proj", "down_proj"))
         weights = [w["weight"].float() * w["weight_scale"] for w in kept]
-        out[t] += 0.5 * (F.silu(x[t].float() @ weights[0].t()) * (x[t].float() @ weights[1].t())) @ weights[2].t()
+        out[t] += (
+            0.5 * (F.silu(x[t].float() @ weights[0].t()) * (x[t].float() @ weights[1].t())) @ weights[2].t()
+        )
     return out
 
 
@@ -136,7 +151,7 @@ def test_experts_run_over_two_stacks_that_hold_every_weight_once(kernel, gated):
     memory = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in module.buffers()}
     assert {up, down} <= set(memory)
     assert sum(memory.values()) == sum(t.nbytes for w in stored.values() for t in w.values())
-    assert all(torch.equal(module.canonical(n)[k], t) for n, w in stored.items() for k, t in w.items())
+    assert all(torch.equal(module.stored_weight(n)[k], t) for n, w in stored.items() for k, t in w.items())
 
 
 def test_what_is_loaded_again_goes_into_the_same_slots(kernel):
@@ -180,7 +195,11 @@ def test_bundle_finds_its_stack_only_where_all_weights_are_slots(shared):
         slot[1].fill_(i)
     ((weight, _),) = kernel.bundle(slots, shared)
     assert weight.data_ptr() == stack[0].data_ptr()
-    for wrong in (slots[::-1], [*slots[:-1], tuple(t.clone() for t in slots[-1])], slots[: len(slots) // 2] * 2):
+    for wrong in (
+        slots[::-1],
+        [*slots[:-1], tuple(t.clone() for t in slots[-1])],
+        slots[: len(slots) // 2] * 2,
+    ):
         ((weight, scale),) = kernel.bundle(wrong, shared)
         assert weight.data_ptr() != stack[0].data_ptr()
         for i, slot in enumerate(wrong):

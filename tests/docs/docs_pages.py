@@ -8,7 +8,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 ROOMS = sorted((ROOT / "backends").glob("*/README.md"))
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md")), *ROOMS]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *ROOMS,
+]
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _COMMENT = re.compile(r"<!-- (\w+): ([^\n]+?) -->\s*\Z")
@@ -42,7 +48,9 @@ def blocks(page: Path, *kinds: str) -> list[Block]:
     """The fenced blocks of a page, those of some kinds only if any are given."""
     text = page.read_text(encoding="utf-8")
     return [
-        Block(page, text.count("\n", 0, match.start(2)) + 1, match[1], match[2], _notes(text[: match.start()]))
+        Block(
+            page, text.count("\n", 0, match.start(2)) + 1, match[1], match[2], _notes(text[: match.start()])
+        )
         for match in _FENCE.finditer(text)
         if not kinds or match[1] in kinds
     ]

@@ -1,9 +1,10 @@
 """Every example of the documentation runs.
 
-``python`` blocks of a page run in order, in one namespace, in a folder of their own that has ``examples/models``; a block after
-``<!-- file: NAME -->`` is written to that file instead. In ``console`` blocks every ``$ quantport ...`` runs, and must end with the
-code of ``<!-- exit: N -->``, else 0; the words of the output that is shown must be in the real output, unless
-``<!-- output: varies -->`` says why not. ``<!-- skip: reason -->`` is for what needs hardware, the network or much time.
+``python`` blocks of a page run in order, in one namespace, in a folder of their own that has
+``examples/models``; a block after ``<!-- file: NAME -->`` is written to that file instead. In ``console``
+blocks every ``$ quantport ...`` runs, and must end with the code of ``<!-- exit: N -->``, else 0; the words
+of the output that is shown must be in the real output, unless ``<!-- output: varies -->`` says why not.
+``<!-- skip: reason -->`` is for what needs hardware, the network or much time.
 """
 
 from __future__ import annotations
@@ -87,7 +88,9 @@ def test_console(page, folder, capsys):
             continue
         for command, shown in sessions(block):
             words = shlex.split(command, comments=True)
-            assert "quantport" in words, f"{name(page)}:{block.line}: only quantport runs here, put {command!r} in a sh block"
+            assert "quantport" in words, (
+                f"{name(page)}:{block.line}: only quantport runs here, put {command!r} in a sh block"
+            )
             code, output = called(words, capsys)
             where = f"{name(page)}:{block.line}: {command}\n{output}"
             assert code == int(block.notes.get("exit", 0)), where
@@ -99,14 +102,20 @@ def test_console(page, folder, capsys):
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_blocks_are_of_a_known_kind_and_skips_have_a_reason(page):
     for block in blocks(page):
-        assert block.kind in ("python", "console", "sh", "golden", "json", "toml", "text"), f"{name(page)}:{block.line}"
+        assert block.kind in ("python", "console", "sh", "golden", "json", "toml", "text"), (
+            f"{name(page)}:{block.line}"
+        )
         if "skip" in block.notes:
-            assert re.match("hardware|network", block.notes["skip"]), f"{name(page)}:{block.line}: {block.notes['skip']}"
+            assert re.match("hardware|network", block.notes["skip"]), (
+                f"{name(page)}:{block.line}: {block.notes['skip']}"
+            )
 
 
 def test_shell_blocks_name_targets_that_exist():
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
-    asked = {t for p in PAGES for b in blocks(p, "sh") for t in re.findall(r"^make (\w+)", b.text, re.MULTILINE)}
+    asked = {
+        t for p in PAGES for b in blocks(p, "sh") for t in re.findall(r"^make (\w+)", b.text, re.MULTILINE)
+    }
     assert {"demo", "test"} <= asked <= targets
 
 

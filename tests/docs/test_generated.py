@@ -16,7 +16,9 @@ generate = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(generate)
 
 
-@pytest.mark.parametrize("path", ["docs/matrix.md", "README.md", *(f"backends/{kind}/README.md" for kind in generate.ROOMS)])
+@pytest.mark.parametrize(
+    "path", ["docs/matrix.md", "README.md", *(f"backends/{kind}/README.md" for kind in generate.ROOMS)]
+)
 def test_current(path):
     stale = generate.generated()[ROOT / path] != (ROOT / path).read_text(encoding="utf-8")
     assert not stale, f"{path} is stale: run `make docs`"
@@ -35,8 +37,8 @@ def test_every_architecture_is_in_the_matrix_and_in_a_group_of_each_summary():
 
 def test_marks_are_those_of_the_command_line():
     """Every status has a mark, and the two tables use the same."""
-    from quantport.capability import Status
     from quantport.cli.show import MARKS
+    from quantport.kernels.verdict import Status
 
     assert set(generate.MARKS) == {str(s) for s in Status}
     assert generate.MARKS == MARKS
@@ -47,7 +49,9 @@ def test_every_cell_is_in_the_table_of_outcomes():
     rows = generate.by_outcome(cells).splitlines()[2:]
     for cell in cells:
         scheme, layer = f"`{re.escape(cell.scheme)}`", re.escape(f"({cell.layer})")
-        here = re.compile(rf"\| `{cell.arch}` .*{scheme}( {layer}|(?! \()).*`{re.escape(cell.choice.kernel)}`")
+        here = re.compile(
+            rf"\| `{cell.arch}` .*{scheme}( {layer}|(?! \()).*`{re.escape(cell.choice.kernel)}`"
+        )
         (row,) = [r for r in rows if here.match(r)]
         assert cell.choice.precision in row
         assert all(reason in row for reason in cell.choice.reasons)

@@ -1,7 +1,8 @@
-"""The contract of ``docs/numerics``: its examples by hand, checked exactly, and what else it claims of the schemes.
+"""The contract of ``docs/numerics``: its examples by hand, checked exactly, and what else it claims of the
+schemes.
 
-A ``golden`` block has a field per line, and a field again for each further row. Numbers are decimal, ``7/6`` or ``2^-127``, and
-``448*3`` repeats one three times. ``bytes`` are hexadecimal, in the order of memory.
+A ``golden`` block has a field per line, and a field again for each further row. Numbers are decimal, ``7/6``
+or ``2^-127``, and ``448*3`` repeats one three times. ``bytes`` are hexadecimal, in the order of memory.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ import torch
 from docs_pages import ROOT, blocks
 
 from quantport import numerics
-from quantport.catalog import BUILTIN
-from quantport.formats import FORMATS
-from quantport.host import host
 from quantport.numerics.scales import scale_of, scale_values
-from quantport.scheme import RULES, Layout, Quant, Scheme
+from quantport.plugins.registry import default_registry
+from quantport.scheme import Quant, Scheme
+from quantport.scheme.catalog import BUILTIN
+from quantport.scheme.formats import FORMATS
+from quantport.scheme.quant import RULES
+from quantport.scheme.scheme import Layout
 
 CHOICE = ROOT / "docs" / "schemes.md"
 CONTRACT = ROOT / "docs" / "numerics.md"
@@ -26,9 +29,13 @@ PAGES = [CONTRACT, *sorted((ROOT / "docs" / "numerics").glob("*.md"))]
 TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 GOLDEN = [block for page in PAGES for block in blocks(page, "golden")]
 STORED = {
-    "scale": "weight_scale", "zero": "weight_zero", "global": "weight_global_scale", "outer": "weight_outer_scale",
-    "scale_scale": "weight_scale_scale", "scale_offset": "weight_scale_offset",
-}  # fmt: skip
+    "scale": "weight_scale",
+    "zero": "weight_zero",
+    "global": "weight_global_scale",
+    "outer": "weight_outer_scale",
+    "scale_scale": "weight_scale_scale",
+    "scale_offset": "weight_scale_offset",
+}
 OTHERS = {"scheme", "dtype", "weight", "codes", "bytes", "activations", "quantized", "output"}
 
 
@@ -72,19 +79,29 @@ def codes_of(stored: dict[str, torch.Tensor], scheme: Scheme, k: int) -> torch.T
     return codes.float() if element.codebook else numerics.decode(codes, element)
 
 
-def check_stored(stored: dict[str, torch.Tensor], fields: dict[str, list[str]], scheme: Scheme, k: int) -> None:
+def check_stored(
+    stored: dict[str, torch.Tensor], fields: dict[str, list[str]], scheme: Scheme, k: int
+) -> None:
     """Every stored tensor is what the block says, and the block says every one."""
     for field, tensor in STORED.items():
         assert (field in fields) == (tensor in stored), field
         if tensor in stored:
             raw = stored[tensor]
-            value = raw if field != "scale" or scheme.weight.double else scale_values(raw, scheme.weight.scale)
-            assert value.float().view(len(fields[field]), -1).tolist() == matrix(fields[field]).tolist(), field
+            value = (
+                raw
+                if field != "scale" or scheme.weight.scale_quant
+                else scale_values(raw, scheme.weight.scale)
+            )
+            assert value.float().view(len(fields[field]), -1).tolist() == matrix(fields[field]).tolist(), (
+                field
+            )
     if "codes" in fields:
         assert codes_of(stored, scheme, k).tolist() == matrix(fields["codes"]).tolist()
     if "bytes" in fields:
         packed = stored.get("weight_packed", stored.get("weight_blocks", stored.get("weight")))
-        assert [[f"{b:02x}" for b in row] for row in packed.view(torch.uint8).tolist()] == [words(w) for w in fields["bytes"]]
+        assert [[f"{b:02x}" for b in row] for row in packed.view(torch.uint8).tolist()] == [
+            words(w) for w in fields["bytes"]
+        ]
 
 
 @pytest.mark.parametrize("block", GOLDEN, ids=lambda b: f"{scheme_of(b).name}-{b.page.stem}-{b.line}")
@@ -104,8 +121,12 @@ def test_golden(block):
 
 def test_every_quantized_scheme_and_every_option_has_an_example():
     names = {read(b)["scheme"][0] for b in GOLDEN}
-    assert {name.split(":")[0] for name in names} == {s.name for s in BUILTIN.values() if s.weight.format != "bf16"}
-    options = {option for s in BUILTIN.values() for option in s.options} - {"even1"}  # of 4- and 6-bit elements: mxfp8 has it
+    assert {name.split(":")[0] for name in names} == {
+        s.name for s in BUILTIN.values() if s.weight.format != "bf16"
+    }
+    options = {option for s in BUILTIN.values() for option in s.options} - {
+        "even1"
+    }  # of 4- and 6-bit elements: mxfp8 has it
     assert options <= {option for name in names for option in name.split(":")[1:]}
 
 
@@ -123,7 +144,9 @@ def layout_of(text: str, n: int, k: int) -> Layout:
     """What ``name`` dtype [shape], in a text, says for a size."""
     sizes = {"N": n, "K": k, "ceil": math.ceil}
     stated = re.findall(r"`(\w+)` (\w+) \[([^\]]+)\]", text)
-    return {tensor: (tuple(eval(f"({shape},)", sizes)), getattr(torch, dtype)) for tensor, dtype, shape in stated}
+    return {
+        tensor: (tuple(eval(f"({shape},)", sizes)), getattr(torch, dtype)) for tensor, dtype, shape in stated
+    }
 
 
 @pytest.mark.parametrize("scheme", BUILTIN.values(), ids=lambda s: s.name)
@@ -159,7 +182,9 @@ def bits(scheme: Scheme) -> str:
 @pytest.mark.parametrize("scheme", BUILTIN.values(), ids=lambda s: s.name)
 def test_the_table_of_schemes(scheme):
     (cells,) = [row for row in table(CHOICE) if row[0] == f"`{scheme.name}`"]
-    assert cells[1].split()[0].rstrip(",") == {"bf16": "bfloat16"}.get(scheme.weight.format, scheme.weight.format)
+    assert cells[1].split()[0].rstrip(",") == {"bf16": "bfloat16"}.get(
+        scheme.weight.format, scheme.weight.format
+    )
     assert cells[2].split()[0] == (scheme.activation.format if scheme.activation else "16-bit")
     assert cells[3] == bits(scheme)
     assert cells[4] == ", ".join(f"`{alias}`" for alias in scheme.aliases)
@@ -180,7 +205,9 @@ def rows_of(header: str) -> tuple[list[str], list[list[str]]]:
 
 def test_the_table_of_formats():
     _, rows = rows_of("format")
-    assert {row[0].strip("`") for row in rows} == {name for name, f in FORMATS.items() if not f.block and f.bits <= 8}
+    assert {row[0].strip("`") for row in rows} == {
+        name for name, f in FORMATS.items() if not f.block and f.bits <= 8
+    }
     for name, width, bias, largest, normal, subnormal, _ in rows:
         element = FORMATS[name.strip("`")]
         assert int(width) == element.bits
@@ -201,7 +228,7 @@ def test_the_table_of_scale_rules():
         for column, cell in zip(head[1:], row[1:], strict=True):
             element, rule = column.split()
             assert rule in RULES
-            scale = scale_of(torch.tensor([number(row[0])]), Quant(element, 1, 32, "e8m0", rule))
+            scale = scale_of(torch.tensor([number(row[0])]), Quant(element, (1, 32), "e8m0", rule))
             assert scale.item() - 127 == int(cell), (row[0], column)
 
 
@@ -211,6 +238,11 @@ def test_every_page_of_the_contract_is_linked():
 
 
 def test_every_deviation_is_named():
-    named = {k.deviation for kind in host().backends for k in host().kernels(kind) if k.deviation}
-    assert not [deviation for deviation in named if deviation not in TEXT]
+    named = {
+        k.numeric_deviation
+        for kind in default_registry().backends
+        for k in default_registry().kernels(kind)
+        if k.numeric_deviation
+    }
+    assert not [numeric_deviation for numeric_deviation in named if numeric_deviation not in TEXT]
     assert ("No kernel of this version deviates" in TEXT) == (not named)

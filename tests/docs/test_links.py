@@ -10,14 +10,17 @@ from docs_pages import PAGES, ROOT, blocks, name, prose
 
 import quantport
 import quantport.backend
-from quantport import errors, hookspecs
-from quantport.capability import Evidence, Status
+from quantport import errors
 from quantport.cli.app import app
 from quantport.config import QuantConfig
-from quantport.host import host
-from quantport.spellings import OTHER_KEYS
+from quantport.config.vllm_keys import OTHER_KEYS
+from quantport.kernels.verdict import Evidence, Status
+from quantport.plugins import hookspecs
+from quantport.plugins.registry import default_registry
 
-RESULTS = ROOT / "benchmarks" / "results"  # written by `make bench`: links into it may lead nowhere until it has run once
+RESULTS = (
+    ROOT / "benchmarks" / "results"
+)  # written by `make bench`: links into it may lead nowhere until it has run once
 _LINK = re.compile(r"\[[^\]]+\]\(([^)\s]+)\)")
 LOADING, BACKENDS, MATRIX, CLI = (
     (ROOT / "docs" / f"{n}.md").read_text(encoding="utf-8") for n in ("loading", "backends", "matrix", "cli")
@@ -37,7 +40,9 @@ def test_links(page):
     for link in _LINK.findall(prose(page)):
         path, _, anchor = link.partition("#")
         target = (page.parent / path).resolve() if path else page
-        if path.startswith(("http:", "https:")) or (RESULTS in (target, *target.parents) and not any(RESULTS.glob("*.md"))):
+        if path.startswith(("http:", "https:")) or (
+            RESULTS in (target, *target.parents) and not any(RESULTS.glob("*.md"))
+        ):
             continue
         if not target.exists() or (anchor and anchor not in anchors(target)):
             broken.append(link)
@@ -60,10 +65,10 @@ PUBLIC = {
     "other config key": ([f"`{k}`" for k in OTHER_KEYS], LOADING),
     "hook": ([n for n in vars(hookspecs) if n.startswith("quantport_")], BACKENDS),
     "error": (ERRORS, LOADING),
-    "scheme": ([f"`{n}`" for s in host().schemes.values() for n in (s.name, *s.aliases)], ALL),
+    "scheme": ([f"`{n}`" for s in default_registry().schemes.values() for n in (s.name, *s.aliases)], ALL),
     "evidence": ([f"`{e}`" for e in Evidence], BACKENDS),
     "status": ([f"`{s}`" for s in Status], MATRIX),
-    "backend": ([f"backends/{k}" for k in host().backends], ALL),
+    "backend": ([f"backends/{k}" for k in default_registry().backends], ALL),
     "variable": (["QUANTPORT_BACKENDS", "QUANTPORT_DEVICE"], LOADING),
 }
 
@@ -72,12 +77,20 @@ PUBLIC = {
 def test_everything_is_documented(what):
     names, text = PUBLIC[what]
     assert names
-    absent = [n for n in names if (n not in text if not n.isidentifier() else not re.search(rf"\b{n}\b", text))]
+    absent = [
+        n for n in names if (n not in text if not n.isidentifier() else not re.search(rf"\b{n}\b", text))
+    ]
     assert not absent
 
 
 def test_every_option_is_documented():
-    options = {o for c in (COMMAND, *COMMAND.commands.values()) for p in c.params for o in p.opts if o.startswith("--")}
+    options = {
+        o
+        for c in (COMMAND, *COMMAND.commands.values())
+        for p in c.params
+        for o in p.opts
+        if o.startswith("--")
+    }
     assert not sorted(o for o in options - {"--help"} if f"`{o}" not in CLI and f"quantport {o}" not in CLI)
 
 
@@ -92,7 +105,9 @@ def test_readme_is_short_and_its_example_too():
 def test_tone(page):
     """Plain words, and no mark but those of the matrix."""
     text = page.read_text(encoding="utf-8")
-    shouting = re.findall(r"(?i)\b(blazing\w*|seamless\w*|cutting-edge|revolutionary|effortless\w*|state-of-the-art)\b", text)
+    shouting = re.findall(
+        r"(?i)\b(blazing\w*|seamless\w*|cutting-edge|revolutionary|effortless\w*|state-of-the-art)\b", text
+    )
     symbols = set(re.findall(r"[\u2600-\u27bf\U0001f300-\U0001faff]", text)) - set("✅🟡🟠🔵❌")
     assert not shouting
     assert not symbols

@@ -27,7 +27,9 @@ def files(*folders):
 
 def rooms():
     """Name -> folder of each room under backends/."""
-    return {p.name: p for p in sorted((ROOT / "backends").iterdir()) if any(p.glob("quantport_*/__init__.py"))}
+    return {
+        p.name: p for p in sorted((ROOT / "backends").iterdir()) if any(p.glob("quantport_*/__init__.py"))
+    }
 
 
 def packages():
@@ -53,13 +55,20 @@ def docstring_lines(path):
     lines = set()
     for node in ast.walk(tree(path)):
         body = getattr(node, "body", None)
-        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+        if (
+            isinstance(body, list)
+            and body
+            and isinstance(body[0], ast.Expr)
+            and isinstance(body[0].value, ast.Constant)
+        ):
             lines |= set(range(body[0].lineno, (body[0].end_lineno or 0) + 1))
     return lines
 
 
 def words(path):
-    """(line, word) of every identifier and of every word in a string that is no docstring; comments are left out."""
+    """(line, word) of every identifier and of every word in a string that is no docstring; comments are left
+    out.
+    """
     skip = docstring_lines(path)
     for token in tokenize.generate_tokens(io.StringIO(path.read_text(encoding="utf-8")).readline):
         if token.type not in (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE) and token.start[0] not in skip:
@@ -68,14 +77,20 @@ def words(path):
 
 
 def imports(path):
-    """(line, module) of every import, at any depth; ``.`` in front of relative ones and ``*`` after star imports."""
+    """(line, module) of every import, at any depth; ``.`` in front of relative ones and ``*`` after star
+    imports.
+    """
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             star = ".*" if any(alias.name == "*" for alias in node.names) else ""
             yield node.lineno, "." * node.level + (node.module or "") + star
-            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names if not star and not node.level)
+            yield from (
+                (node.lineno, f"{node.module}.{alias.name}")
+                for alias in node.names
+                if not star and not node.level
+            )
 
 
 def functions(path):

@@ -1,4 +1,6 @@
-"""Toy backends: one that is right, and one for each way of being wrong that the conformance suite must catch."""
+"""Toy backends: one that is right, and one for each way of being wrong that the conformance suite
+must catch.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,8 @@ from quantport.backend import (
     Rejected,
     numerics,
 )
-from quantport.catalog import BUILTIN
-from quantport.host import Host
+from quantport.plugins.registry import Registry
+from quantport.scheme.catalog import BUILTIN
 from quantport.testing import Subject
 from quantport.testing.subject import alone
 
@@ -70,8 +72,8 @@ class ToyBackend(Backend):
 
 def subject(*kernels, limit=60.0, **overrides) -> Subject:
     """A subject with a toy backend of these kernels."""
-    hosted: Host = alone(ToyBackend(*kernels, **overrides))
-    return Subject(hosted, "toy", limit=limit)
+    registry: Registry = alone(ToyBackend(*kernels, **overrides))
+    return Subject(registry, "toy", limit=limit)
 
 
 class WrongScale(Toy):
@@ -115,7 +117,9 @@ class LeavesTransposed(Toy):
     """The weight of a square layer lies the other way round: no shape tells."""
 
     def run(self, x, packed, bias, spec):
-        return super().run(x, (packed[0].t().contiguous(), packed[1]) if spec.n == spec.k else packed, bias, spec)
+        return super().run(
+            x, (packed[0].t().contiguous(), packed[1]) if spec.n == spec.k else packed, bias, spec
+        )
 
 
 class RefusesWhatWorks(Toy):
@@ -133,7 +137,11 @@ class RefusesTooMuch(Toy):
     """It says multiples of 32, of K, where 16 do."""
 
     def reasons_against(self, request):
-        return (Reason("K must be a multiple of 32"),) if request.weight.k % 32 else super().reasons_against(request)
+        return (
+            (Reason("K must be a multiple of 32"),)
+            if request.weight.k % 32
+            else super().reasons_against(request)
+        )
 
     def run(self, x, packed, bias, spec):
         if spec.k % 16:
@@ -157,7 +165,9 @@ class Crashes(Toy):
     """What it rightly refuses ends the process; then it refuses what works."""
 
     def reasons_against(self, request):
-        return super().reasons_against(request) or ((Reason("it is Monday"),) if request.weight.k == 272 else ())
+        return super().reasons_against(request) or (
+            (Reason("it is Monday"),) if request.weight.k == 272 else ()
+        )
 
     def run(self, x, packed, bias, spec):
         if spec.n % 2:
@@ -180,8 +190,8 @@ class Hangs(Toy):
 
 
 class LosesBits(Toy):
-    def pack(self, canonical, spec):
-        return canonical["weight"] & -2, canonical["weight_scale"]
+    def pack(self, stored_weight, spec):
+        return stored_weight["weight"] & -2, stored_weight["weight_scale"]
 
 
 class LosesScaleShape(Toy):

@@ -17,12 +17,23 @@ from quantport.testing.apart import Apart
 from quantport.testing.subject import NotHere, Subject, alone
 
 ACCEPTED = [
-    toys.WrongScale, toys.WrongRow, toys.AcceptsWhatRaises, toys.WrongDtype, toys.ForgetsBias, toys.WritesActivations,
+    toys.WrongScale,
+    toys.WrongRow,
+    toys.AcceptsWhatRaises,
+    toys.WrongDtype,
+    toys.ForgetsBias,
+    toys.WritesActivations,
     toys.LeavesTransposed,
-]  # fmt: skip
+]
 VERDICTS = [
-    toys.RaisesInReasons, toys.NoReasons, toys.EmptyReason, toys.TextReasons, toys.NoKind, toys.NoSource, toys.KnowsOneArch
-]  # fmt: skip
+    toys.RaisesInReasons,
+    toys.NoReasons,
+    toys.EmptyReason,
+    toys.TextReasons,
+    toys.NoKind,
+    toys.NoSource,
+    toys.KnowsOneArch,
+]
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +110,9 @@ def test_only_what_is_impossible_is_put_to_the_test(kind, apart, monkeypatch):
     check_refused.check_refused(subject, kernel, toys.SCHEME, apart)
 
 
-@pytest.mark.parametrize(("kernel", "end"), [(toys.Aborts(), signal.SIGABRT.name), (toys.Hangs(), "took longer than 2 s")])
+@pytest.mark.parametrize(
+    ("kernel", "end"), [(toys.Aborts(), signal.SIGABRT.name), (toys.Hangs(), "took longer than 2 s")]
+)
 def test_a_refused_call_that_crashes_or_hangs_is_rightly_refused(kernel, end, apart):
     subject = toys.subject(kernel)
     check_refused.check_refused(subject, kernel, toys.SCHEME, apart)
@@ -138,7 +151,9 @@ def test_reasons_that_are_no_values_of_reason_say_what_they_must_be():
             verdicts(toys.subject(broken()))
 
 
-@pytest.mark.parametrize(("evidence", "proof"), [(Evidence.MEASURED, toys.RESULTS), (Evidence.COMPILED, toys.CODE)])
+@pytest.mark.parametrize(
+    ("evidence", "proof"), [(Evidence.MEASURED, toys.RESULTS), (Evidence.COMPILED, toys.CODE)]
+)
 def test_evidence_that_is_there_of_one_architecture(evidence, proof):
     subject = toys.subject(toys.Claims(evidence, proof))
     check_verdicts.check_verdicts(subject, subject.here[0])
@@ -152,14 +167,30 @@ def test_evidence_that_is_there_of_one_architecture(evidence, proof):
         (Evidence.MEASURED, None, "needs a Measurement"),
         (Evidence.MEASURED, toys.CODE, "needs a Measurement"),
         (Evidence.MEASURED, replace(toys.RESULTS, commit=""), "names no commit"),
-        (Evidence.MEASURED, replace(toys.RESULTS, file="tests/house/no_such_file.json"), "neither in an installed package"),
-        (Evidence.MEASURED, replace(toys.RESULTS, file="nowhere/results.json"), "neither in an installed package"),
+        (
+            Evidence.MEASURED,
+            replace(toys.RESULTS, file="tests/house/no_such_file.json"),
+            "neither in an installed package",
+        ),
+        (
+            Evidence.MEASURED,
+            replace(toys.RESULTS, file="nowhere/results.json"),
+            "neither in an installed package",
+        ),
         (Evidence.MEASURED, replace(toys.RESULTS, device="another toy"), "does not say 'another toy'"),
-        (Evidence.MEASURED, replace(toys.RESULTS, file="benchmarks/results/linear-x86_vnni.md"), "says nothing of 'toy.int8'"),
+        (
+            Evidence.MEASURED,
+            replace(toys.RESULTS, file="benchmarks/results/linear-x86_vnni.md"),
+            "says nothing of 'toy.int8'",
+        ),
         (Evidence.COMPILED, None, "needs a MachineCode"),
         (Evidence.COMPILED, replace(toys.CODE, compiler=" "), "names no compiler"),
         (Evidence.COMPILED, replace(toys.CODE, version="", instruction=""), "names no version, instruction"),
-        (Evidence.COMPILED, replace(toys.CODE, instruction="TMMA.32x32"), "says nothing of 'box' with 'TMMA.32x32'"),
+        (
+            Evidence.COMPILED,
+            replace(toys.CODE, instruction="TMMA.32x32"),
+            "says nothing of 'box' with 'TMMA.32x32'",
+        ),
     ],
 )
 def test_evidence_that_is_not_there(evidence, proof, found):
@@ -193,11 +224,16 @@ def test_a_detection_that_hangs_is_found_and_stops_no_test():
         check_backend.check_detection(subject)
     with pytest.raises(AssertionError, match="hangs"):
         check_backend.check_import(subject)
-    # In a process of its own, since the thread that hangs holds the lock of ``cached_property`` before Python 3.12.
+    # In a process of its own, since the thread that hangs holds the lock of ``cached_property`` before Python
+    # 3.12.
     asks = "import house_toys as t; t.Subject(t.alone(t.HangingBackend()), 'toy', limit=0.5).here"
     path = os.pathsep.join(sys.path)
     done = subprocess.run(
-        [sys.executable, "-c", asks], capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": path}
+        [sys.executable, "-c", asks],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": path},
     )
     assert done.returncode == 1
     assert "AssertionError: detection of toy hangs" in done.stderr
@@ -219,7 +255,8 @@ def test_a_found_device_that_is_not_right(found):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"title": ""}, {"source": " "}, {"kind": "other"}, {"name": "crate"}, {"native": frozenset({"int3"})}]
+    "wrong",
+    [{"title": ""}, {"source": " "}, {"kind": "other"}, {"name": "crate"}, {"native": frozenset({"int3"})}],
 )
 def test_an_architecture_that_is_not_well_formed(wrong):
     with pytest.raises(AssertionError, match="architectures of toy"):

@@ -1,4 +1,6 @@
-"""The GPU benchmark: its page says what its JSON says, and its code runs without a GPU as far as that is possible."""
+"""The GPU benchmark: its page says what its JSON says, and its code runs without a GPU as far as that is
+possible.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,9 @@ from importlib.metadata import entry_points
 import house_source as house
 import pytest
 
-from quantport.choice import choose
-from quantport.host import Host
-from quantport.kernel import Request, WeightSpec
+from quantport.kernels.base import Request, WeightSpec
+from quantport.planning.select_kernel import select_kernel
+from quantport.plugins.registry import Registry
 from quantport_cuda import measured
 
 BENCHMARKS = house.ROOT / "benchmarks"
@@ -35,18 +37,39 @@ def bench():
 
 
 def timed(name, m, seconds, shape=FOUR, kind="ours", **more):
-    row = {"name": name, "shape": list(shape), "m": m, "seconds": seconds, "kind": kind, "scheme": name, "kernel": f"k.{name}"}
+    row = {
+        "name": name,
+        "shape": list(shape),
+        "m": m,
+        "seconds": seconds,
+        "kind": kind,
+        "scheme": name,
+        "kernel": f"k.{name}",
+    }
     return {**row, "limit": seconds / 2, "asked": True, **more}
 
 
 def checked(kernel, error, **more):
-    row = {"kernel": kernel, "scheme": "int8", "cases": 4, "error": error, "tolerance": 7.8e-3, "failures": [], "skipped": 0}
+    row = {
+        "kernel": kernel,
+        "scheme": "int8",
+        "cases": 4,
+        "error": error,
+        "tolerance": 7.8e-3,
+        "failures": [],
+        "skipped": 0,
+    }
     return {**row, **more}
 
 
 def data(*rows, **stages):
     base = [timed("BF16 F.linear", m, 1e-3, kind="baseline", scheme="bf16") for m in (1, 64, 512)]
-    return {"kind": "gpu", "run": {"device": "Some GPU", "arch": "sm_90"}, "linear": {"rows": [*base, *rows]}, **stages}
+    return {
+        "kind": "gpu",
+        "run": {"device": "Some GPU", "arch": "sm_90"},
+        "linear": {"rows": [*base, *rows]},
+        **stages,
+    }
 
 
 def everywhere(targets, name, seconds, base=1e-3):
@@ -55,7 +78,10 @@ def everywhere(targets, name, seconds, base=1e-3):
     return {
         "linear": {
             "rows": [
-                timed(n, m, s, shape, kind, scheme=of) for n, s, kind, of in both for shape in targets.SHAPES for m in targets.ROWS
+                timed(n, m, s, shape, kind, scheme=of)
+                for n, s, kind, of in both
+                for shape in targets.SHAPES
+                for m in targets.ROWS
             ]
         }
     }
@@ -91,14 +117,22 @@ def test_the_committed_pages_are_those_of_the_committed_runs(bench):
 
 def test_the_page_says_the_numbers_of_the_json(bench):
     peer = timed("torchao int8", 512, 0.25e-3, kind="peer", scheme="int8")
-    decode = [{"name": "bf16", "ms": 4.0, "speed": 1.0, "kernel": "F.linear"}, {"name": "nf4", "missing": "out of time"}]
+    decode = [
+        {"name": "bf16", "ms": 4.0, "speed": 1.0, "kernel": "F.linear"},
+        {"name": "nf4", "missing": "out of time"},
+    ]
     run = data(
-        timed("int8", 512, 0.5e-3), timed("fp8_per_tensor", 1, 0.8e-3), peer,
+        timed("int8", 512, 0.5e-3),
+        timed("fp8_per_tensor", 1, 0.8e-3),
+        peer,
         limits={"copy": 4.321e12, "bf16": 7.89e14, "absent": {"host": "LookupError: none"}},
-        checks={"rows": [checked("k.a", 1.5e-3), checked("k.b", 0.5, failures=["M=2: 5.0e-01"], skipped=3)],
-                "missing": "2 of 12 processes died"},
-        decode={"rows": decode}, quantize={"missing": "RuntimeError: no"},
-    )  # fmt: skip
+        checks={
+            "rows": [checked("k.a", 1.5e-3), checked("k.b", 0.5, failures=["M=2: 5.0e-01"], skipped=3)],
+            "missing": "2 of 12 processes died",
+        },
+        decode={"rows": decode},
+        quantize={"missing": "RuntimeError: no"},
+    )
     page, plot = bench("gpu_page").render(run)
     assert "| int8 | not measured | not measured | not measured | 2.00x (50%) | not measured |" in page
     assert "| fp8_per_tensor | 1.25x (50%) |" in page
@@ -108,7 +142,10 @@ def test_the_page_says_the_numbers_of_the_json(bench):
     assert "| not measured: LookupError: none |" in page
     assert "not measured: RuntimeError: no" in page
     assert "| k.a | int8 | 4 | 1.5e-03 | 7.8e-03 | ok |" in page
-    assert "| k.b | int8 | 4 | 5.0e-01 | 7.8e-03 | M=2: 5.0e-01; 3 cases not measured: no time or no memory |" in page
+    assert (
+        "| k.b | int8 | 4 | 5.0e-01 | 7.8e-03 | M=2: 5.0e-01; 3 cases not measured: no time or no memory |"
+        in page
+    )
     assert "The rest: not measured: 2 of 12 processes died" in page
     assert "| nf4 | not measured | not measured | not measured | not measured: out of time |" in page
     assert "2.00x</text>" in plot
@@ -127,7 +164,11 @@ def test_a_target_is_met_only_when_every_case_was_measured(bench):
 def test_one_case_below_it_misses_a_target(bench):
     targets = bench("gpu_targets")
     run = everywhere(targets, "int8", 0.5e-3)
-    slow = next(r for r in run["linear"]["rows"] if r["scheme"] == "int8" and r["m"] == 4096 and r["shape"] == [8192, 8192])
+    slow = next(
+        r
+        for r in run["linear"]["rows"]
+        if r["scheme"] == "int8" and r["m"] == 4096 and r["shape"] == [8192, 8192]
+    )
     slow["seconds"] = 0.9e-3
     missed = found(targets, run, "int8, over")
     assert missed.state == "missed"
@@ -147,8 +188,12 @@ def test_peers_and_shares_are_of_the_same_case(bench):
     targets = bench("gpu_targets")
     peer = timed("gemlite int4_weight_only", 1, 0.4e-3, kind="peer", scheme="int4_weight_only")
     bare = timed("bare _scaled_mm, row scales", 512, 0.45e-3, kind="bare", scheme="fp8_row")
-    run = data(timed("int4_weight_only", 1, 0.25e-3, limit=0.2e-3), peer, bare, timed("fp8_per_tensor", 512, 0.5e-3))
-    assert found(targets, run, "int4_weight_only, over BF16 at M = 1").beside == pytest.approx({"gemlite": 2.5, "limit": 5.0})
+    run = data(
+        timed("int4_weight_only", 1, 0.25e-3, limit=0.2e-3), peer, bare, timed("fp8_per_tensor", 512, 0.5e-3)
+    )
+    assert found(targets, run, "int4_weight_only, over BF16 at M = 1").beside == pytest.approx(
+        {"gemlite": 2.5, "limit": 5.0}
+    )
     assert found(targets, run, "of the bandwidth bound").found == pytest.approx(80)
     assert found(targets, run, "over bare").found == pytest.approx(0.9)
 
@@ -156,10 +201,14 @@ def test_peers_and_shares_are_of_the_same_case(bench):
 def test_stages_of_one_number_are_judged(bench):
     targets = bench("gpu_targets")
     loads = [
-        {"name": n, "speed": s, "peak_ratio": p} for n, s, p in zip(targets.LOADED, (0.9, 0.84, 1.0), (0.9, 1.0, 0.99), strict=True)
+        {"name": n, "speed": s, "peak_ratio": p}
+        for n, s, p in zip(targets.LOADED, (0.9, 0.84, 1.0), (0.9, 1.0, 0.99), strict=True)
     ]
-    run = {"load": {"rows": loads}, "quantize": {"rows": [{"scheme": "a", "share": 0.9}, {"scheme": "b", "missing": "no"}]},
-           "decode": {"rows": [{"name": "fp8_per_channel", "speed": 1.5}]}}  # fmt: skip
+    run = {
+        "load": {"rows": loads},
+        "quantize": {"rows": [{"scheme": "a", "share": 0.9}, {"scheme": "b", "missing": "no"}]},
+        "decode": {"rows": [{"name": "fp8_per_channel", "speed": 1.5}]},
+    }
     assert found(targets, run, "loading a checkpoint").state == "missed"
     assert found(targets, run, "peak device memory").state == "met"
     assert found(targets, run, "quantizing a weight").state == "not measured"
@@ -182,24 +231,35 @@ def test_evidence_is_of_kernels_that_were_right_and_the_room_reads_it(bench, tmp
     found = bench("gpu_evidence").evidence(run, "benchmarks/results/some-gpu.json")
     assert found == {
         "results": "benchmarks/results/some-gpu.json",
-        "run": {"device": "Some GPU", "date": "x", "commit": "x", "torch": "x", "triton": "x"}, "shape": [4096, 4096],
+        "run": {"device": "Some GPU", "date": "x", "commit": "x", "torch": "x", "triton": "x"},
+        "shape": [4096, 4096],
         "kernels": {"k.good": {"int8": {"error": 2e-3, "speeds": {"1": 2.0, "512": 4.0}}}},
-    }  # fmt: skip
+    }
     found["kernels"]["cuda.triton_int8"] = found["kernels"].pop("k.good")
     (tmp_path / "tuned").mkdir()
     (tmp_path / "tuned" / "sm_90.json").write_text(json.dumps(found))
     monkeypatch.setattr(measured, "files", lambda package: tmp_path)
     measured.measurements.cache_clear()
-    host = Host(only=["cuda"])
-    request = Request(WeightSpec(host.schemes["int8"], 4096, 4096), "linear", host.device("cuda:sm_90"), rows=512)
-    choice = choose(request, host.kernels("cuda"))
+    host = Registry(only=["cuda"])
+    request = Request(
+        WeightSpec(host.schemes["int8"], 4096, 4096), "linear", host.device("cuda:sm_90"), rows=512
+    )
+    choice = select_kernel(request, host.kernels("cuda"))
     measured.measurements.cache_clear()
     assert (choice.kernel, choice.speed, str(choice.claim.evidence)) == ("cuda.triton_int8", 4.0, "measured")
 
 
 def test_cases_are_summed_up(bench):
     def case(kernel, ok, error, **more):
-        return {"kernel": kernel, "scheme": "int8", "case": "M=2", "tolerance": 7.8e-3, "error": error, "ok": ok, **more}
+        return {
+            "kernel": kernel,
+            "scheme": "int8",
+            "case": "M=2",
+            "tolerance": 7.8e-3,
+            "error": error,
+            "ok": ok,
+            **more,
+        }
 
     rows = [
         case("k.a", True, 1e-3),
@@ -208,7 +268,10 @@ def test_cases_are_summed_up(bench):
         {"kernel": "k.a", "scheme": "int8", "skipped": "no"},
     ]
     found = bench("gpu_checks").summary(rows)
-    assert found["rows"] == [checked("k.a", 2e-3, cases=2, skipped=1), checked("k.b", 0.5, cases=1, failures=["M=2: 5.0e-01"])]
+    assert found["rows"] == [
+        checked("k.a", 2e-3, cases=2, skipped=1),
+        checked("k.b", 0.5, cases=1, failures=["M=2: 5.0e-01"]),
+    ]
     assert found["failed"] == 1
     broken = {"kernel": "k.c", "scheme": "int8", "case": "M=1", "ok": False, "failure": "RuntimeError: x"}
     assert bench("gpu_checks").summary([broken])["rows"][0]["failures"] == ["M=1: RuntimeError: x"]
@@ -220,7 +283,10 @@ def test_candidates_are_neighbours(bench):
     assert made[0] == way
     assert {**way, "BM": 32} in made
     assert {**way, "BM": 8, "warps": 8} in made
-    assert all(1 <= c["warps"] <= 16 and 1 <= c["stages"] <= 6 and c["rows"] == 16 and c["way"] == "gemm" for c in made)
+    assert all(
+        1 <= c["warps"] <= 16 and 1 <= c["stages"] <= 6 and c["rows"] == 16 and c["way"] == "gemm"
+        for c in made
+    )
     assert len({json.dumps(c) for c in made}) == len(made)
 
 
@@ -250,7 +316,9 @@ def test_smoke_of_the_stages_that_check(tmp_path):
     run = smoke(tmp_path, "--only", "checks", "bits")
     assert not [name for name in ("checks", "bits") if run[name].get("missing")]
     assert run["checks"]["failed"] == run["bits"]["failed"] == 0
-    assert {"int4_weight_only", "fp8_per_channel"} <= {r["scheme"] for r in run["checks"]["rows"] if "triton" in r["kernel"]}
+    assert {"int4_weight_only", "fp8_per_channel"} <= {
+        r["scheme"] for r in run["checks"]["rows"] if "triton" in r["kernel"]
+    }
     assert run["linear"] == {"missing": "not asked for"}
     assert (tmp_path / "smoke.md").exists()
 
@@ -258,7 +326,9 @@ def test_smoke_of_the_stages_that_check(tmp_path):
 def test_a_stage_that_does_not_end_is_ended_and_says_so(bench, tmp_path, monkeypatch):
     gpu = bench("gpu")
     monkeypatch.setattr(gpu, "GRACE", 0.1)
-    found = gpu.stage("models", argparse.Namespace(smoke=True), {}, 0.1, tmp_path)  # less than importing torch takes
+    found = gpu.stage(
+        "models", argparse.Namespace(smoke=True), {}, 0.1, tmp_path
+    )  # less than importing torch takes
     assert found["missing"] == "it did not end within 0 s"
     assert found["seconds"] < 5
 
@@ -272,16 +342,28 @@ def test_a_stage_that_fails_keeps_what_it_had_and_says_why(bench, tmp_path, monk
 
     module.run = run
     monkeypatch.setitem(sys.modules, "gpu_limits", module)
-    monkeypatch.setattr(gpu, "begin", lambda smoke: None)  # it mends the interpreter of this process, which is mended
+    monkeypatch.setattr(
+        gpu, "begin", lambda smoke: None
+    )  # it mends the interpreter of this process, which is mended
     monkeypatch.delenv("QUANTPORT_BENCH_RAISE", raising=False)
     out = tmp_path / "out.json"
-    gpu.run_stage(argparse.Namespace(smoke=True, until=0.0, stage="limits", found=tmp_path / "none.json", out=out))
-    assert json.loads(out.read_text(encoding="utf-8")) == {"rows": [1], "missing": "ZeroDivisionError: by nought"}
+    gpu.run_stage(
+        argparse.Namespace(smoke=True, until=0.0, stage="limits", found=tmp_path / "none.json", out=out)
+    )
+    assert json.loads(out.read_text(encoding="utf-8")) == {
+        "rows": [1],
+        "missing": "ZeroDivisionError: by nought",
+    }
 
 
-@pytest.mark.parametrize(("arguments", "interpreted", "said"), [
-    (["--only", "limits"], "0", "no GPU found"), ([], "1", "go together"), (["--smoke"], "0", "go together"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "interpreted", "said"),
+    [
+        (["--only", "limits"], "0", "no GPU found"),
+        ([], "1", "go together"),
+        (["--smoke"], "0", "go together"),
+    ],
+)
 def test_without_a_gpu_it_says_what_works(tmp_path, arguments, interpreted, said):
     env = {**os.environ, "TRITON_INTERPRET": interpreted, "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--out", str(tmp_path / "x.json"), *arguments]

@@ -13,9 +13,9 @@ from pluggy import PluginManager
 
 import quantport
 import quantport.backend
-from quantport import hookspecs
-from quantport.hookspecs import Backend
-from quantport.kernel import Kernel
+from quantport.kernels.base import Kernel
+from quantport.plugins import hookspecs
+from quantport.plugins.hookspecs import Backend
 
 HOOKS = sorted(name for name in vars(hookspecs) if name.startswith("quantport_"))
 
@@ -25,7 +25,9 @@ def test_public_names_are_documented(module):
     silent = []
     for name in module.__all__:
         value = getattr(module, name)
-        own = inspect.isclass(value) or inspect.isroutine(value) or inspect.ismodule(value)  # aliases and tables cannot
+        own = (
+            inspect.isclass(value) or inspect.isroutine(value) or inspect.ismodule(value)
+        )  # aliases and tables cannot
         if own and not inspect.getdoc(value):
             silent.append(name)
     assert not silent
@@ -50,7 +52,9 @@ def test_hooks_are_documented_and_registered():
 @pytest.mark.parametrize("name", HOOKS)
 def test_every_hook_is_called_by_the_host(name):
     strings = {n.value for n in ast.walk(house.tree(house.CORE / "host.py")) if isinstance(n, ast.Constant)}
-    attributes = {n.attr for n in ast.walk(house.tree(house.CORE / "host.py")) if isinstance(n, ast.Attribute)}
+    attributes = {
+        n.attr for n in ast.walk(house.tree(house.CORE / "host.py")) if isinstance(n, ast.Attribute)
+    }
     assert name in strings | attributes
 
 
@@ -60,6 +64,11 @@ def test_backend_module_defines_nothing():
 
 
 def test_layers_import_downwards_only():
-    call = [sys.executable, "-c", "from importlinter.cli import lint_imports_command as run; run()", "--no-cache"]
+    call = [
+        sys.executable,
+        "-c",
+        "from importlinter.cli import lint_imports_command as run; run()",
+        "--no-cache",
+    ]
     done = subprocess.run(call, cwd=house.ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,4 +1,6 @@
-"""The extras of the wheel: one for every room that has a device of its own, with pins that say what the room needs."""
+"""The extras of the wheel: one for every room that has a device of its own, with pins that say what the room
+needs.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,9 @@ import pytest
 from packaging.requirements import Requirement
 
 toml = pytest.importorskip("tomllib")
-EXTRAS = toml.loads((house.ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+EXTRAS = toml.loads((house.ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
+    "optional-dependencies"
+]
 DEVICES = set(house.rooms()) - house.NO_DEVICE - {"cpu"}
 
 
@@ -49,4 +53,6 @@ def test_pages_and_advice_name_the_same_index(extra, index):
     assert "https://download.pytorch.org/whl" in code
     assert f"/{index}" in code
     for page in (room / "README.md", house.ROOT / "docs" / "accelerators.md"):
-        assert f"--index-url https://download.pytorch.org/whl/{index}`" in page.read_text(encoding="utf-8"), page
+        assert f"--index-url https://download.pytorch.org/whl/{index}`" in page.read_text(encoding="utf-8"), (
+            page
+        )

@@ -5,7 +5,21 @@ from __future__ import annotations
 import house_source as house
 import pytest
 
-VENDORS = {"cuda", "rocm", "hip", "xpu", "npu", "ascend", "triton", "nvidia", "amd", "gaudi", "musa", "cann", "mps"}
+VENDORS = {
+    "cuda",
+    "rocm",
+    "hip",
+    "xpu",
+    "npu",
+    "ascend",
+    "triton",
+    "nvidia",
+    "amd",
+    "gaudi",
+    "musa",
+    "cann",
+    "mps",
+}
 # The conformance suite asks that the import of a room wakes no runtime, so that it has to name the runtimes.
 NAMED = {
     "core/quantport/testing/check_backend.py": "the runtimes that importing a room must not load or wake",
@@ -37,24 +51,32 @@ def test_rooms_import_the_house_through_one_door(path):
     found = [
         f"{house.where(path, line)} {module}"
         for line, module in house.imports(path)
-        if module.split(".")[0].startswith("quantport") and not any(module == a or module.startswith(f"{a}.") for a in allowed)
+        if module.split(".")[0].startswith("quantport")
+        and not any(module == a or module.startswith(f"{a}.") for a in allowed)
     ]
     assert not found
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=ids)
 def test_imports_are_absolute_and_named(path):
-    assert not [f"{house.where(path, n)} {m}" for n, m in house.imports(path) if m.startswith(".") or m.endswith("*")]
+    assert not [
+        f"{house.where(path, n)} {m}" for n, m in house.imports(path) if m.startswith(".") or m.endswith("*")
+    ]
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=ids)
 def test_files_and_functions_are_small(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
-    assert not [f"{house.where(path, n)} {name}: {size} lines" for n, name, size in house.functions(path) if size > 60]
+    assert not [
+        f"{house.where(path, n)} {name}: {size} lines" for n, name, size in house.functions(path) if size > 60
+    ]
 
 
 def test_the_rules_can_fail(tmp_path):
     bad = tmp_path / "bad.py"
-    bad.write_text('"""cuda may be named here."""\nfrom . import x\nfrom os import *\nNAME = "npu:0"  # xpu\n', encoding="utf-8")
+    bad.write_text(
+        '"""cuda may be named here."""\nfrom . import x\nfrom os import *\nNAME = "npu:0"  # xpu\n',
+        encoding="utf-8",
+    )
     assert [word for _, word in house.words(bad) if word in VENDORS] == ["npu"]
     assert {module for _, module in house.imports(bad)} == {".", "os.*"}

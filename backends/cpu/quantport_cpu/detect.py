@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from quantport.backend import Arch, Backend, Canonical, Device, Kernel, Scheme
+from quantport.backend import Arch, Backend, Device, Kernel, Scheme, StoredWeight
 from quantport_cpu.capabilities import ARCHS
 from quantport_cpu.features import Features, usable_features
 from quantport_cpu.jit import available, is_installed
@@ -55,7 +55,7 @@ class CpuBackend(Backend):
         name = platform.processor() or platform.machine()
         return (Device(arch_of(found, platform.machine()), name=name, memory=memory(), features=found),)
 
-    def quantize_weight(self, weight: Tensor, scheme: Scheme) -> Canonical | None:
+    def quantize_weight(self, weight: Tensor, scheme: Scheme) -> StoredWeight | None:
         """One compiled pass over BF16 weights, where numba is installed."""
         if available():
             return None

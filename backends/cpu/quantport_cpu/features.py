@@ -1,4 +1,6 @@
-"""Instruction sets of the host processor: those that it has, less those that torch and oneDNN were told not to use."""
+"""Instruction sets of the host processor: those that it has, less those that torch and oneDNN were told not
+to use.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ Features = frozenset[str]
 
 
 def features(cpu: Any = torch.cpu) -> Features:
-    """Reads instruction sets: ``get_capabilities()`` where torch has it (2.11 and later), else the private probes."""
+    """Reads instruction sets: ``get_capabilities()`` where torch has it (2.11 and later), else the private
+    probes.
+    """
     if hasattr(cpu, "get_capabilities"):
         return frozenset(name for name, value in cpu.get_capabilities().items() if value is True)
     probes = {
@@ -26,20 +30,27 @@ def features(cpu: Any = torch.cpu) -> Features:
     return frozenset(found | ({"amx_int8", "amx_bf16"} if "amx_tile" in found else set()))
 
 
-# What ``ONEDNN_MAX_CPU_ISA`` leaves, beyond what every entry before it does. Source: oneDNN ``dev_guide_cpu_dispatcher_control``.
+# What ``ONEDNN_MAX_CPU_ISA`` leaves, beyond what every entry before it does. Source: oneDNN
+# ``dev_guide_cpu_dispatcher_control``.
 _AVX512 = ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl")
 _ONEDNN = {
-    "SSE41": (), "AVX": (), "AVX2": ("avx2",), "AVX2_VNNI": ("avx2", "avx_vnni"), "AVX2_VNNI_2": ("avx2", "avx_vnni"),
-    "AVX512_CORE": ("avx2", *_AVX512), "AVX512_CORE_VNNI": ("avx2", *_AVX512, "avx512_vnni", "avx_vnni"),
+    "SSE41": (),
+    "AVX": (),
+    "AVX2": ("avx2",),
+    "AVX2_VNNI": ("avx2", "avx_vnni"),
+    "AVX2_VNNI_2": ("avx2", "avx_vnni"),
+    "AVX512_CORE": ("avx2", *_AVX512),
+    "AVX512_CORE_VNNI": ("avx2", *_AVX512, "avx512_vnni", "avx_vnni"),
     "AVX512_CORE_BF16": ("avx2", *_AVX512, "avx512_vnni", "avx_vnni", "avx512_bf16"),
     "AVX512_CORE_FP16": ("avx2", *_AVX512, "avx512_vnni", "avx_vnni", "avx512_bf16"),
-}  # fmt: skip
+}
 # What architectures differ in.
 _CHOSEN = {"avx2", *_AVX512, "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"}
 
 
 def restricted(found: Features, capability: str, environment: Mapping[str, str]) -> Features:
-    """Instruction sets that torch and oneDNN may use: ``ATEN_CPU_CAPABILITY`` and ``ONEDNN_MAX_CPU_ISA`` take some away.
+    """Instruction sets that torch and oneDNN may use: ``ATEN_CPU_CAPABILITY`` and ``ONEDNN_MAX_CPU_ISA`` take
+    some away.
 
     Args:
         found: What the processor has.

@@ -1,4 +1,6 @@
-"""What keeps an NVIDIA GPU from being used, and the command that mends it. Whatever is read is an argument: tests feed fakes."""
+"""What keeps an NVIDIA GPU from being used, and the command that mends it. Whatever is read is an argument:
+tests feed fakes.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,10 @@ from quantport_triton import available
 
 NVIDIA = "0x10de"
 DISPLAY = "0x03"  # of the PCI class: VGA and 3D controllers
-DRIVERS = {12: 525, 13: 580}  # the oldest for each CUDA: CUDA Toolkit release notes, "CUDA Minor Version Compatibility"
+DRIVERS = {
+    12: 525,
+    13: 580,
+}  # the oldest for each CUDA: CUDA Toolkit release notes, "CUDA Minor Version Compatibility"
 INDEX = "--index-url https://download.pytorch.org/whl"
 _INSTALL = f"pip install --force-reinstall torch {INDEX}/cu130"
 _OLD = f'pip install --force-reinstall "torch<2.15" {INDEX}/cu126'
@@ -32,7 +37,11 @@ class Surroundings:
 
 def gpus(pci: Path) -> tuple[str, ...]:
     """PCI addresses of NVIDIA GPUs."""
-    found = [d for d in sorted(pci.glob("*")) if (d / "vendor").is_file() and (d / "vendor").read_text().strip() == NVIDIA]
+    found = [
+        d
+        for d in sorted(pci.glob("*"))
+        if (d / "vendor").is_file() and (d / "vendor").read_text().strip() == NVIDIA
+    ]
     return tuple(d.name for d in found if (d / "class").read_text().startswith(DISPLAY))
 
 
@@ -45,14 +54,20 @@ def advice(lib: Any, here: Surroundings | None = None) -> tuple[str, ...]:
     """
     here = here or Surroundings()
     if not here.driver.exists() and here.which("nvidia-smi") is None:
-        return tuple(f"an NVIDIA GPU is here (PCI {name}), but not its driver: {_DRIVER}" for name in gpus(here.pci)[:1])
+        return tuple(
+            f"an NVIDIA GPU is here (PCI {name}), but not its driver: {_DRIVER}"
+            for name in gpus(here.pci)[:1]
+        )
     if lib.version.cuda is None:
         return (
-            f"an NVIDIA driver is here, but torch {lib.__version__} is built without CUDA; this replaces it: {_INSTALL}\n"
+            f"an NVIDIA driver is here, but torch {lib.__version__} is built without CUDA; this "
+            f"replaces it: {_INSTALL}\n"
             f"(for drivers older than 580, and for Volta: {_OLD})",
         )
     if not lib.cuda.is_available():
-        seen = f"an NVIDIA driver is here, but torch {lib.__version__} (CUDA {lib.version.cuda}) sees no GPU: "
+        seen = (
+            f"an NVIDIA driver is here, but torch {lib.__version__} (CUDA {lib.version.cuda}) sees no GPU: "
+        )
         return (seen + _unseen(lib, here.driver),)
     triton = here.triton()
     return (*_without_code(lib), *((f"most fast kernels are Triton's: {triton}",) if triton else ()))
@@ -63,7 +78,10 @@ def _unseen(lib: Any, driver: Path) -> str:
     found = re.search(r"Module.*?\s(\d{3})\.\d", driver.read_text()) if driver.is_file() else None
     wanted = DRIVERS.get(int(lib.version.cuda.partition(".")[0]))
     if found and wanted and int(found[1]) < wanted:
-        return f"its driver is {found[1]}, and this CUDA wants {wanted} or later: {_DRIVER}; or a torch for the driver: {_OLD}"
+        return (
+            f"its driver is {found[1]}, and this CUDA wants {wanted} or later: {_DRIVER}; or a torch "
+            f"for the driver: {_OLD}"
+        )
     return f"look at `nvidia-smi` and CUDA_VISIBLE_DEVICES; if the driver is older than this CUDA: {_OLD}"
 
 
@@ -74,18 +92,23 @@ def _without_code(lib: Any) -> tuple[str, ...]:
     for i in range(lib.cuda.device_count()):
         capability = lib.cuda.get_device_capability(i)
         if not any(runs(entry, capability) for entry in held):
-            mend = _OLD if capability < (7, 5) else _INSTALL  # CUDA 13 builds start at 7.5 (pytorch issue 190385)
+            mend = (
+                _OLD if capability < (7, 5) else _INSTALL
+            )  # CUDA 13 builds start at 7.5 (pytorch issue 190385)
             sm = "sm_{}{}".format(*capability)
-            lines.append(f"torch {lib.__version__} holds no machine code for cuda:{i} ({sm}), only {' '.join(held)}: {mend}")
+            lines.append(
+                f"torch {lib.__version__} holds no machine code for cuda:{i} ({sm}), only "
+                f"{' '.join(held)}: {mend}"
+            )
     return tuple(lines)
 
 
 def runs(entry: str, capability: tuple[int, int]) -> bool:
     """Whether code for an entry of ``torch.cuda.get_arch_list()`` runs on a GPU.
 
-    Machine code (``sm_86``) runs on the same major version and the same or a later minor one; PTX (``compute_120``) on
-    everything later; architecture-specific code (``sm_90a``) on that architecture alone (CUDA C++ Programming Guide,
-    "Application Compatibility").
+    Machine code (``sm_86``) runs on the same major version and the same or a later minor one; PTX
+    (``compute_120``) on everything later; architecture-specific code (``sm_90a``) on that architecture alone
+    (CUDA C++ Programming Guide, "Application Compatibility").
     """
     kind, _, number = entry.partition("_")
     built = divmod(int(number.rstrip("af")), 10)

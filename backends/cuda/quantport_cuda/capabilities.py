@@ -1,8 +1,8 @@
 """What the tensor cores of each NVIDIA architecture multiply natively.
 
-Two facts that a table of names cannot show. On sm_90, e4m3fn is native through ``wgmma`` only, which needs code for
-sm_90a; ``mma.sync`` unpacks it to fp16. On sm_90 and later, an int4 multiplication is expanded to int8, so int4 is not
-native there.
+Two facts that a table of names cannot show. On sm_90, e4m3fn is native through ``wgmma`` only, which needs
+code for sm_90a; ``mma.sync`` unpacks it to fp16. On sm_90 and later, an int4 multiplication is expanded to
+int8, so int4 is not native there.
 """
 
 from __future__ import annotations
@@ -47,8 +47,10 @@ _JETSON_ORIN = replace(ARCHS["sm_86"], name="sm_87", title="NVIDIA Jetson Orin")
 def arch_of(major: int, minor: int) -> Arch:
     """The architecture of a compute capability.
 
-    One that the table lacks gets its own name and only what is safe to assume: fp16, and bf16 from 8.0 on. Thor reads
-    as (11, 0), or as (10, 1) in builds for CUDA 12 (torch ``common_cuda.py``); it is named ``sm_110`` in both.
+    One that the table lacks gets its own name and only what is safe to assume: fp16, and bf16 from 8.0
+        on. Thor reads
+    as (11, 0), or as (10, 1) in builds for CUDA 12 (torch ``common_cuda.py``); it is named ``sm_110`` in
+    both.
     """
     name = "sm_110" if (major, minor) == (10, 1) else f"sm_{major}{minor}"
     if name in ARCHS:
@@ -57,4 +59,6 @@ def arch_of(major: int, minor: int) -> Arch:
         return _JETSON_ORIN
     safe = ("fp16", "bf16") if major >= 8 else ("fp16",)
     title = "NVIDIA Thor" if name == "sm_110" else "unknown NVIDIA architecture"
-    return _arch(name, "unknown", title, safe, f"not in quantport's tables: only {' and '.join(safe)} assumed")
+    return _arch(
+        name, "unknown", title, safe, f"not in quantport's tables: only {' and '.join(safe)} assumed"
+    )

@@ -1,4 +1,6 @@
-"""Finds NVIDIA GPUs through torch. Every reader takes what it reads as an argument, so that tests feed fakes."""
+"""Finds NVIDIA GPUs through torch. Every reader takes what it reads as an argument, so that tests
+feed fakes.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantport.backend import Arch, Backend, Canonical, Device, Kernel, Scheme
+from quantport.backend import Arch, Backend, Device, Kernel, Scheme, StoredWeight
 from quantport_cuda.capabilities import ARCHS, arch_of
 from quantport_triton import evidence
 from quantport_triton.launch import target_of
 from quantport_triton.weights import quantize_weight
 
-_CUDA = ((12, 8), (12, 9))  # the first cublasLt with block scales for Blackwell, and the first with those of 128x128
+_CUDA = (
+    (12, 8),
+    (12, 9),
+)  # the first cublasLt with block scales for Blackwell, and the first with those of 128x128
 
 
 def features(lib: Any) -> frozenset[str]:
-    """What kernels ask about this build of torch: ``cuda>=12.8``, ``cuda>=12.9``, and ``mslk`` (its MXFP4 kernels)."""
+    """What kernels ask about this build of torch: ``cuda>=12.8``, ``cuda>=12.9``, and ``mslk`` (its MXFP4
+    kernels).
+    """
     version = tuple(int(part) for part in lib.version.cuda.split(".")[:2])
     found = {f"cuda>={major}.{minor}" for major, minor in _CUDA if version >= (major, minor)}
     return frozenset(found | ({"mslk"} if "USE_MSLK" in lib.__config__.show() else set()))
@@ -53,8 +60,10 @@ class CudaBackend(Backend):
 
         return kernels()
 
-    def quantize_weight(self, weight: Tensor, scheme: Scheme) -> Canonical | None:
-        """In one read of the weight, by Triton; None where that is missing or has no kernel for it, and for weights elsewhere."""
+    def quantize_weight(self, weight: Tensor, scheme: Scheme) -> StoredWeight | None:
+        """In one read of the weight, by Triton; None where that is missing or has no kernel for it, and for
+        weights elsewhere.
+        """
         if weight.device.type != self.torch_type:
             return None
         if evidence.refusals(self.kind, target_of(weight.device), "quantize", scheme.name):
@@ -62,7 +71,9 @@ class CudaBackend(Backend):
         return quantize_weight(weight, scheme)
 
     def advice(self) -> Sequence[str]:
-        """A GPU without a driver or a torch that can use it, or a torch without code for it, or without Triton."""
+        """A GPU without a driver or a torch that can use it, or a torch without code for it, or without
+        Triton.
+        """
         from quantport_cuda.advice import advice
 
         return advice(torch)

@@ -3,12 +3,12 @@
 ``tuned/<arch>.json``, where an architecture was measured (written by ``benchmarks/gpu.py --evidence``)::
 
     {"results": "benchmarks/results/nvidia-h200.json",
-     "run": {"device": "NVIDIA H200", "date": "2026-12-01", "commit": "1a2b3c4", "torch": "2.11.0", "triton": "3.6.0"},
-     "shape": [4096, 4096],
-     "kernels": {"cuda._scaled_mm": {"fp8_per_channel": {"error": 0.0012, "speeds": {"1": 1.1, "512": 1.7}}}}}
+     "run": {"device": "NVIDIA H200", "date": "2026-12-01", "commit": "1a2b3c4", "torch": "2.11.0", "triton":
+     "3.6.0"}, "shape": [4096, 4096], "kernels": {"cuda._scaled_mm": {"fp8_per_channel": {"error": 0.0012,
+     "speeds": {"1": 1.1, "512": 1.7}}}}}
 
-``speeds`` are relative to BF16 by ``F.linear`` in the same run, by rows of activations, for a weight of ``shape``; ``error`` is the
-largest relative error against the reference.
+``speeds`` are relative to BF16 by ``F.linear`` in the same run, by rows of activations, for a weight of
+``shape``; ``error`` is the largest relative error against the reference.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ def measurements(arch: str) -> Mapping[str, Any]:
 
 
 class Measured(Kernel):
-    """Comes before a kernel among the bases of a class: what was measured is said before what the kernel says."""
+    """Comes before a kernel among the bases of a class: what was measured is said before what the kernel
+    says.
+    """
 
     def _row(self, request: Request) -> dict[str, Any]:
         device = request.device
@@ -49,7 +51,9 @@ class Measured(Kernel):
         speeds = self._row(request).get("speeds", {})
         n, k = measurements(request.device.arch.name).get("shape", (0, 0))
         if not speeds or SMALLEST * request.weight.n * request.weight.k < n * k:
-            return super().speed(request)  # in a small layer the launch decides, which the table does not know
+            return super().speed(
+                request
+            )  # in a small layer the launch decides, which the table does not know
         nearest = min(speeds, key=lambda m: abs(math.log(int(m) / request.rows)))
         return float(speeds[nearest])
 
@@ -60,11 +64,20 @@ class Measured(Kernel):
             return super().claim(request)  # type: ignore[safe-super]  # of the kernel that follows among the bases
         table = measurements(request.device.arch.name)
         run = table["run"]
-        where = f"{run['device']}, {run['date']}, commit {run['commit']}, torch {run['torch']}, triton {run['triton']}"
-        proof = Measurement(f"quantport_cuda/tuned/{request.device.arch.name}.json", run["device"], run["date"], run["commit"])
-        return Claim(Evidence.MEASURED, f"{table['results']} ({where}, relative error {row['error']:.1e})", proof)
+        where = (
+            f"{run['device']}, {run['date']}, commit {run['commit']}, torch {run['torch']}, triton "
+            f"{run['triton']}"
+        )
+        proof = Measurement(
+            f"quantport_cuda/tuned/{request.device.arch.name}.json", run["device"], run["date"], run["commit"]
+        )
+        return Claim(
+            Evidence.MEASURED, f"{table['results']} ({where}, relative error {row['error']:.1e})", proof
+        )
 
 
 def measured(kernel: type[Kernel]) -> type[Kernel]:
     """The class of a kernel, with ``Measured`` before it."""
-    return type(kernel.__name__, (Measured, kernel), {"__doc__": kernel.__doc__, "__module__": kernel.__module__})
+    return type(
+        kernel.__name__, (Measured, kernel), {"__doc__": kernel.__doc__, "__module__": kernel.__module__}
+    )

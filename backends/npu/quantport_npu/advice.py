@@ -1,7 +1,8 @@
-"""What keeps an Ascend NPU from being used, with the command that mends it. torch_npu is not imported: that may fail by then.
+"""What keeps an Ascend NPU from being used, with the command that mends it. torch_npu is not imported: that
+may fail by then.
 
-What is read is passed in, so that tests feed fakes. PCI: Huawei is vendor 19e5, and an NPU is of class 12, processing accelerator
-(pci.ids).
+What is read is passed in, so that tests feed fakes. PCI: Huawei is vendor 19e5, and an NPU is of class 12,
+processing accelerator (pci.ids).
 """
 
 from __future__ import annotations
@@ -61,7 +62,11 @@ def advice(torch_version: str, found: Surroundings) -> tuple[str, ...]:
         found: The system.
     """
     nodes = sorted(found.dev.glob("davinci[0-9]*"))
-    seen = f"an Ascend NPU is here ({nodes[0] if nodes else _on_bus(found.pci)})" if nodes or _on_bus(found.pci) else ""
+    seen = (
+        f"an Ascend NPU is here ({nodes[0] if nodes else _on_bus(found.pci)})"
+        if nodes or _on_bus(found.pci)
+        else ""
+    )
     lines = (_driver(seen, bool(nodes), found), _package(seen, torch_version, found.torch_npu), _cann(found))
     return tuple(line for line in lines if line)
 
@@ -74,27 +79,43 @@ def _on_bus(pci: Path) -> str:
         return file.read_text().strip() if file.is_file() else ""
 
     devices = sorted(pci.iterdir()) if pci.is_dir() else []
-    return next((d.name for d in devices if read(d, "vendor") == "0x19e5" and read(d, "class").startswith("0x12")), "")
+    return next(
+        (d.name for d in devices if read(d, "vendor") == "0x19e5" and read(d, "class").startswith("0x12")), ""
+    )
 
 
 def _driver(seen: str, nodes: bool, found: Surroundings) -> str:
     driver = found.ascend / "driver"
     if seen and not nodes:
-        install = "install driver and firmware, as root: ./Ascend-hdk-<product>-npu-driver_<version>_linux-$(uname -m).run --full"
+        install = (
+            "install driver and firmware, as root: "
+            "./Ascend-hdk-<product>-npu-driver_<version>_linux-$(uname -m).run --full"
+        )
         return f"{seen}, but it has no node in {found.dev}: {install}; then look at npu-smi info"
     if seen and not driver.is_dir():
-        return f"{seen}, but the driver's libraries are not in {driver}: in a container, start it with -v {driver}:{driver}"
+        return (
+            f"{seen}, but the driver's libraries are not in {driver}: in a container, start it with -v "
+            f"{driver}:{driver}"
+        )
     return ""
 
 
 def _package(seen: str, torch_version: str, package: tuple[str, tuple[str, ...]]) -> str:
     minor, (version, requirements) = _minor(torch_version), package
-    command = f'pip install "torch-npu=={minor}.*", or, before there is one, pip install torch-npu, which brings its own torch'
+    command = (
+        f'pip install "torch-npu=={minor}.*", or, before there is one, '
+        "pip install torch-npu, which brings its own torch"
+    )
     if not version:
         return f"{seen}, but torch_npu is not installed: {command}" if seen else ""
-    wanted = next((m[1] for line in requirements if (m := re.match(r"torch\s*\(?==\s*([\w.+]+)", line))), version)
+    wanted = next(
+        (m[1] for line in requirements if (m := re.match(r"torch\s*\(?==\s*([\w.+]+)", line))), version
+    )
     if _minor(wanted) != minor:
-        return f"torch_npu {version} is made for torch {_minor(wanted)}, and this is torch {torch_version}: {command}"
+        return (
+            f"torch_npu {version} is made for torch {_minor(wanted)}, and this is torch "
+            f"{torch_version}: {command}"
+        )
     return ""
 
 

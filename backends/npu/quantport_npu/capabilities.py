@@ -1,7 +1,7 @@
 """What the cube unit of each Ascend NPU multiplies natively.
 
-Ascend950 also multiplies HiFloat8, which is not a format of quantport. A product whose cube unit has no bf16 has it nowhere: CANN's
-Cast does not convert it there (hicann/ops-math math/cast/docs/aclnnCast.md).
+Ascend950 also multiplies HiFloat8, which is not a format of quantport. A product whose cube unit has no bf16
+has it nowhere: CANN's Cast does not convert it there (hicann/ops-math math/cast/docs/aclnnCast.md).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ _A2 = ("fp16", "bf16", "int8", "int4")
 
 
 def _arch(name: str, family: str, title: str, native: tuple[str, ...], source: str = _SOURCE) -> Arch:
-    opaque = frozenset() if "bf16" in native else frozenset({torch.bfloat16})
-    return Arch("npu", name, title, frozenset(native), source, family, opaque)
+    storage_only_dtypes = frozenset() if "bf16" in native else frozenset({torch.bfloat16})
+    return Arch("npu", name, title, frozenset(native), source, family, storage_only_dtypes)
 
 
 ARCHS = {
@@ -34,14 +34,20 @@ ARCHS = {
 }
 
 # SocVersion numbers of torch_npu, first and last of each family.
-_RANGES = ((200, 205, "ascend310p"), (220, 225, "ascend910b"), (250, 256, "ascend910c"), (260, 260, "ascend950"))
+_RANGES = (
+    (200, 205, "ascend310p"),
+    (220, 225, "ascend910b"),
+    (250, 256, "ascend910c"),
+    (260, 260, "ascend950"),
+)
 _BF16_FROM = 220  # torch_npu's own gate of bf16: Ascend910B1
 
 
 def arch_of(soc: int, name: str) -> Arch:
     """The architecture of a SocVersion.
 
-    One that the table lacks gets the name of the device and only what is safe to assume: fp16, and bf16 where torch_npu
+    One that the table lacks gets the name of the device and only what is safe to assume: fp16, and bf16
+        where torch_npu
     allows it.
 
     Args:

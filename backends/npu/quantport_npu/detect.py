@@ -1,4 +1,6 @@
-"""Finds Ascend NPUs through torch_npu. Every reader takes what it reads as an argument, so that tests feed fakes."""
+"""Finds Ascend NPUs through torch_npu. Every reader takes what it reads as an argument, so that tests feed
+fakes.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,8 @@ def cann(lib: Any) -> str:
     """The version of CANN, for example ``cann 8.5.0``; empty where torch_npu does not say."""
     try:
         version = lib.npu.utils.get_cann_version()
-    except Exception:  # of builds that have not this function, and of CANN that is not where it was: no reason to have no device
+    # of builds that have not this function, and of CANN that is not where it was: no reason to have no device
+    except Exception:
         return ""
     return f"cann {version}" if version else ""
 

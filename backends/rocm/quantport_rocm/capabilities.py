@@ -1,6 +1,7 @@
 """What the matrix cores of each AMD architecture multiply natively.
 
-The e4m3 of gfx942 is e4m3fnuz (range 240), the one of gfx950 and gfx12 is e4m3fn (range 448): two formats, not one.
+The e4m3 of gfx942 is e4m3fnuz (range 240), the one of gfx950 and gfx12 is e4m3fn (range 448): two formats,
+not one.
 """
 
 from __future__ import annotations
@@ -27,17 +28,22 @@ ARCHS = {
     for arch in (
         _arch("gfx908", "CDNA", "AMD Instinct MI100", _CDNA, _ROCM),
         _arch("gfx90a", "CDNA2", "AMD Instinct MI210, MI250, MI250X", _CDNA, _ROCM),
-        _arch("gfx942", "CDNA3", "AMD Instinct MI300A, MI300X, MI325X", (*_CDNA, "e4m3fnuz", "e5m2fnuz"), _ROCM),
         _arch(
-            "gfx950", "CDNA4", "AMD Instinct MI350X, MI355X",
-            (*_CDNA, "e4m3fn", "e5m2", "mxfp8", "mxfp6", "mxfp4"), _CDNA4,
+            "gfx942", "CDNA3", "AMD Instinct MI300A, MI300X, MI325X", (*_CDNA, "e4m3fnuz", "e5m2fnuz"), _ROCM
+        ),
+        _arch(
+            "gfx950",
+            "CDNA4",
+            "AMD Instinct MI350X, MI355X",
+            (*_CDNA, "e4m3fn", "e5m2", "mxfp8", "mxfp6", "mxfp4"),
+            _CDNA4,
         ),
         _arch("gfx1100", "RDNA3", "AMD Radeon RX 7900, PRO W7900", _RDNA, _CALC),
         _arch("gfx1151", "RDNA3.5", "AMD Ryzen AI Max (Strix Halo)", _RDNA, _CALC),
         _arch("gfx1200", "RDNA4", "AMD Radeon RX 9060", (*_RDNA, "e4m3fn", "e5m2"), _CALC),
         _arch("gfx1201", "RDNA4", "AMD Radeon RX 9070, AI PRO R9700", (*_RDNA, "e4m3fn", "e5m2"), _CALC),
     )
-}  # fmt: skip
+}
 
 # gfx940 and gfx941 were early names of gfx942; current LLVM refuses them.
 _RENAMED = {"gfx940": "gfx942", "gfx941": "gfx942"}
@@ -51,8 +57,8 @@ _SIBLINGS = {
 def arch_of(gcn: str) -> Arch:
     """The architecture of a ``gcnArchName``, for example ``gfx942:sramecc+:xnack-``.
 
-    One that the table lacks (also gfx906 and gfx1030, which have dot products but no matrix instructions) gets its own
-    name and only what is safe to assume: fp16 as the type to compute in.
+    One that the table lacks (also gfx906 and gfx1030, which have dot products but no matrix instructions)
+    gets its own name and only what is safe to assume: fp16 as the type to compute in.
     """
     short = gcn.split(":")[0]
     name = _RENAMED.get(short, short)
@@ -61,4 +67,6 @@ def arch_of(gcn: str) -> Arch:
     if name in _SIBLINGS:
         sibling = ARCHS[_SIBLINGS[name]]
         return replace(sibling, name=name, title=f"AMD {sibling.family}")
-    return _arch(name, "unknown", "unknown AMD architecture", ("fp16",), "not in quantport's tables: only fp16 assumed")
+    return _arch(
+        name, "unknown", "unknown AMD architecture", ("fp16",), "not in quantport's tables: only fp16 assumed"
+    )

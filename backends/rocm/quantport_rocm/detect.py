@@ -28,21 +28,27 @@ def features(lib: Any) -> frozenset[str]:
 def devices(lib: Any) -> tuple[Device, ...]:
     """Reads every GPU of ``lib`` (the torch module). A driver that fails raises here.
 
-    The name of the architecture decides, never ``get_device_capability()``: it collides with NVIDIA's numbers (gfx90a
-    reads as 9.0).
+    The name of the architecture decides, never ``get_device_capability()``: it collides with NVIDIA's numbers
+    (gfx90a reads as 9.0).
     """
     if lib.version.hip is None or not lib.cuda.is_available():
         return ()
     found = []
     for i in range(lib.cuda.device_count()):
         box = lib.cuda.get_device_properties(i)
-        found.append(Device(arch_of(box.gcnArchName), i, box.name, box.total_memory, "cuda", features=features(lib)))
+        found.append(
+            Device(arch_of(box.gcnArchName), i, box.name, box.total_memory, "cuda", features=features(lib))
+        )
     return tuple(found)
 
 
 def gpus(pci: Path) -> tuple[str, ...]:
     """PCI addresses of AMD GPUs."""
-    found = [d for d in sorted(pci.glob("*")) if (d / "vendor").is_file() and (d / "vendor").read_text().strip() == AMD]
+    found = [
+        d
+        for d in sorted(pci.glob("*"))
+        if (d / "vendor").is_file() and (d / "vendor").read_text().strip() == AMD
+    ]
     return tuple(d.name for d in found if (d / "class").read_text().startswith(DISPLAY))
 
 
@@ -50,7 +56,9 @@ def _opens(path: Path) -> bool:
     return os.access(path, os.R_OK | os.W_OK)
 
 
-def advice(lib: Any, driver: Path = DRIVER, pci: Path = PCI, opens: Callable[[Path], bool] = _opens) -> tuple[str, ...]:
+def advice(
+    lib: Any, driver: Path = DRIVER, pci: Path = PCI, opens: Callable[[Path], bool] = _opens
+) -> tuple[str, ...]:
     """What keeps a GPU that PCI or the driver shows from being used, with the command that mends it."""
     if not driver.exists():
         mend = f"but not its driver ({driver}): sudo modprobe amdgpu"
@@ -61,9 +69,14 @@ def advice(lib: Any, driver: Path = DRIVER, pci: Path = PCI, opens: Callable[[Pa
             f"this replaces it: {_INSTALL}",
         )
     if not lib.cuda.is_available():
-        seen = f"an AMD GPU driver is here ({driver}), but torch {lib.__version__} (HIP {lib.version.hip}) sees no GPU: "
+        seen = (
+            f"an AMD GPU driver is here ({driver}), but torch {lib.__version__} (HIP {lib.version.hip}) "
+            "sees no GPU: "
+        )
         if not opens(driver):
-            return (f"{seen}you may not open {driver}: sudo usermod -aG render,video $USER, and log in again",)
+            return (
+                f"{seen}you may not open {driver}: sudo usermod -aG render,video $USER, and log in again",
+            )
         return (f"{seen}look at `rocminfo`, and unset HIP_VISIBLE_DEVICES and ROCR_VISIBLE_DEVICES",)
     return ()
 

@@ -1,4 +1,5 @@
-"""Triton kernels for the rooms of GPUs. It knows no device: a room takes ``quantport_triton.kernels`` and says where they run.
+"""Triton kernels for the rooms of GPUs. It knows no device: a room takes ``quantport_triton.kernels`` and
+says where they run.
 
 Importing this package imports no Triton; ``available`` says whether one is here, and ``version`` which.
 """
@@ -10,7 +11,9 @@ from importlib import metadata
 from importlib.util import find_spec
 
 OLDEST = (3, 4)
-FIRST = {"sm_103": (3, 6)}  # the first that compiles anything for an architecture, where that is not the oldest
+FIRST = {
+    "sm_103": (3, 6)
+}  # the first that compiles anything for an architecture, where that is not the oldest
 
 
 @cache
@@ -25,8 +28,17 @@ def available() -> str:
 
 @cache
 def version() -> tuple[int, int]:
-    """The Triton that is installed, under whichever name its packages go; one without metadata counts as the newest."""
-    for name in ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-xpu", "pytorch-triton-xpu", "triton-windows"):
+    """The Triton that is installed, under whichever name its packages go; one without metadata counts as the
+    newest.
+    """
+    for name in (
+        "triton",
+        "pytorch-triton",
+        "pytorch-triton-rocm",
+        "triton-xpu",
+        "pytorch-triton-xpu",
+        "triton-windows",
+    ):
         try:
             major, minor = metadata.version(name).split(".")[:2]
         except metadata.PackageNotFoundError:

@@ -1,7 +1,8 @@
 """Launches Triton kernels: on a GPU, in Triton's interpreter, or not at all where tensors are fake.
 
-A launch with fake tensors is a *trace*: nothing runs, and ``traced`` keeps what would have been launched, with its types and
-constants. Cross-compilation compiles exactly those, so that the evidence is about what really is launched.
+A launch with fake tensors is a *trace*: nothing runs, and ``traced`` keeps what would have been launched,
+with its types and constants. Cross-compilation compiles exactly those, so that the evidence is about what
+really is launched.
 """
 
 from __future__ import annotations
@@ -18,15 +19,25 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 _TYPES = {
-    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int8: "i8", torch.uint8: "u8",
-    torch.int16: "i16", torch.int32: "i32", torch.int64: "i64", torch.float8_e4m3fn: "fp8e4nv", torch.float8_e5m2: "fp8e5",
-}  # fmt: skip
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.int8: "i8",
+    torch.uint8: "u8",
+    torch.int16: "i16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.float8_e4m3fn: "fp8e4nv",
+    torch.float8_e5m2: "fp8e5",
+}
 
 
 @dataclass(frozen=True)
 class Config:
-    """How a kernel is cut and compiled: its block sizes by name, warps of a program, stages of the load pipeline, and whether a
-    product that is added may stay unrounded (fused multiply-add): not where results equal the reference bit for bit."""
+    """How a kernel is cut and compiled: its block sizes by name, warps of a program, stages of the load
+    pipeline, and whether a product that is added may stay unrounded (fused multiply-add): not where results
+    equal the reference
+        bit for bit."""
 
     blocks: Mapping[str, int]
     warps: int = 4
@@ -62,7 +73,9 @@ class Launch:
         constants = ", ".join(f"{k}={v}" for k, v in self.constants)
         kinds = ", ".join(v for _, v in self.types if v != "constexpr")
         fused = "" if self.fusion else ", no fused multiply-add"
-        return f"{self.kernel.__name__}({kinds}; {constants}; {self.warps} warps, {self.stages} stages{fused})"
+        return (
+            f"{self.kernel.__name__}({kinds}; {constants}; {self.warps} warps, {self.stages} stages{fused})"
+        )
 
 
 _TRACE: ContextVar[tuple[str, list[Launch]] | None] = ContextVar("quantport_triton_trace", default=None)
@@ -80,7 +93,9 @@ def traced(target: str) -> Iterator[list[Launch]]:
 
 
 def target_of(device: torch.device) -> str:
-    """Name of the architecture of a torch device, as the rooms name it: ``sm_90``, ``gfx942``; ``cpu`` in the interpreter."""
+    """Name of the architecture of a torch device, as the rooms name it: ``sm_90``, ``gfx942``; ``cpu`` in the
+    interpreter.
+    """
     trace = _TRACE.get()
     return _architecture(device) if trace is None else trace[0]
 
@@ -94,8 +109,14 @@ def _architecture(device: torch.device) -> str:
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
 
-def launch(kernel: Any, grid: tuple[int, ...], config: Config, tensors: Mapping[str, Tensor], numbers: Mapping[str, int],
-           **constants: Any) -> None:  # fmt: skip
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    config: Config,
+    tensors: Mapping[str, Tensor],
+    numbers: Mapping[str, int],
+    **constants: Any,
+) -> None:
     """Launches a kernel on the device of its tensors.
 
     Args:
@@ -115,7 +136,10 @@ def launch(kernel: Any, grid: tuple[int, ...], config: Config, tensors: Mapping[
             trace[1].append(_specialized(kernel, config, tensors, numbers, constants))
         return
     options = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": config.fusion}
-    if first.device.type == "cpu" or first.device.index == torch.get_device_module(first.device).current_device():
+    if (
+        first.device.type == "cpu"
+        or first.device.index == torch.get_device_module(first.device).current_device()
+    ):
         kernel[grid](**tensors, **numbers, **constants, **options)
     else:
         with torch.get_device_module(first.device).device(first.device):
@@ -123,13 +147,27 @@ def launch(kernel: Any, grid: tuple[int, ...], config: Config, tensors: Mapping[
 
 
 def _specialized(
-    kernel: Any, config: Config, tensors: Mapping[str, Tensor], numbers: Mapping[str, int], constants: Mapping[str, Any]
+    kernel: Any,
+    config: Config,
+    tensors: Mapping[str, Tensor],
+    numbers: Mapping[str, int],
+    constants: Mapping[str, Any],
 ) -> Launch:
-    """Triton's own rules: a number that is 1 is compiled in; one that is a multiple of 16 is known to be so."""
+    """Triton's own rules: a number that is 1 is compiled in; one that is a multiple of 16 is known to
+    be so.
+    """
     ones = {name: 1 for name, number in numbers.items() if number == 1}
     types = {name: "*" + _TYPES[t.dtype] for name, t in tensors.items()}
     types |= {name: "i32" if abs(number) < 2**31 else "i64" for name, number in numbers.items()}
     types |= dict.fromkeys([*ones, *constants], "constexpr")
     ordered = tuple((name, types[name]) for name in kernel.arg_names)
     even = frozenset([*tensors, *(name for name, number in numbers.items() if number % 16 == 0)])
-    return Launch(kernel, ordered, tuple({**ones, **constants}.items()), even, config.warps, config.stages, config.fusion)
+    return Launch(
+        kernel,
+        ordered,
+        tuple({**ones, **constants}.items()),
+        even,
+        config.warps,
+        config.stages,
+        config.fusion,
+    )

@@ -1,4 +1,6 @@
-"""Quantization on the device: activations at every call, weights at load. Equal to ``quantport.numerics`` byte for byte."""
+"""Quantization on the device: activations at every call, weights at load. Equal to ``quantport.numerics``
+byte for byte.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +26,12 @@ class Quantized(NamedTuple):
     """A quantized matrix ``[m, k]``.
 
     Attributes:
-        codes: 8-bit codes ``[m, k]`` (float8 as float8), or packed codes of 4 or 6 bits, uint8 ``[m, bytes]`` (``pack_bits``;
-            int4: ``pack_int4``, int32 ``[m, ceil(k / 8)]``).
-        scale: Scales as ``numerics.quantize_blocks`` stores them: ``[m, blocks]`` of ``quant.scale_dtype`` (e8m0: uint8).
-        outer: Outer scales, fp32, where the Quant has them: nvfp4 ``[m, 1]``, dual scale ``[m, ceil(k / 512)]``.
+        codes: 8-bit codes ``[m, k]`` (float8 as float8), or packed codes of 4 or 6 bits, uint8 ``[m, bytes]``
+            (``pack_bits``; int4: ``pack_int4``, int32 ``[m, ceil(k / 8)]``).
+        scale: Scales as ``numerics.quantize_blocks`` stores them: ``[m, blocks]`` of
+            ``quant.scale_dtype`` (e8m0: uint8).
+        outer: Outer scales, fp32, where the Quant has them: nvfp4 ``[m, 1]``, dual scale ``[m, ceil(k /
+            512)]``.
     """
 
     codes: Tensor
@@ -41,19 +45,20 @@ def quantize(x: Tensor, quant: Quant, swizzle: bool = False, transposed: bool = 
     Args:
         x: The matrix; rows need not follow one another.
         quant: One without offsets.
-        swizzle: Scales in the layout that cuBLASLt reads block scales in (SWIZZLE_32_4_4), padded with zeros to whole tiles:
-            ``[ceil(m / 128) * 128, ceil(blocks / 4) * 4]``.
-        transposed: Scales in memory by columns: ``[m, blocks]`` with strides ``(1, m)``, as ``_scaled_mm`` wants those of 1x128.
+        swizzle: Scales in the layout that cuBLASLt reads block scales in (SWIZZLE_32_4_4), padded with zeros
+            to whole tiles: ``[ceil(m / 128) * 128, ceil(blocks / 4) * 4]``.
+        transposed: Scales in memory by columns: ``[m, blocks]`` with strides ``(1, m)``, as
+            ``_scaled_mm`` wants those of 1x128.
     """
     if not serves(quant) or not x.numel() or not compiles_for(target_of(x.device)):
         return _reference(x, quant, swizzle, transposed)
     x = x if x.stride(1) == 1 else x.contiguous()
     out = _empty(x, quant, swizzle, transposed)
-    if quant.rows == 0:
+    if quant.block_shape[0] == 0:
         _whole(x.contiguous(), quant, out)
-    elif quant.rows > 1:
+    elif quant.block_shape[0] > 1:
         _squares(x, quant, out)
-    elif quant.cols and quant.outer != (1, 0):
+    elif quant.group_size and quant.outer_block != (1, 0):
         _groups(x, quant, out, swizzle)
     else:
         _rows(x, quant, out, swizzle)
@@ -61,26 +66,45 @@ def quantize(x: Tensor, quant: Quant, swizzle: bool = False, transposed: bool = 
 
 
 def serves(quant: Quant) -> bool:
-    """Whether there is a kernel for a Quant: one level of scales of any block, or two of groups, whose columns fill whole words."""
-    cols, whole = quant.cols, quant.cols % _per_word(quant) == 0
-    if quant.format not in FORMATS or quant.zero or quant.double or not whole or max(quant.rows, 1) * cols > MOST:
+    """Whether there is a kernel for a Quant: one level of scales of any block, or two of groups, whose
+    columns fill whole words.
+    """
+    cols, whole = quant.group_size, quant.group_size % _per_word(quant) == 0
+    if (
+        quant.format not in FORMATS
+        or quant.zero_point
+        or quant.scale_quant
+        or not whole
+        or max(quant.block_shape[0], 1) * cols > MOST
+    ):
         return False
     if quant.searched and (quant.rule != "mse" or not _power_of_two(cols)):
         return False
     if quant.scale in ("e8m0", "e4m3fn"):
-        return quant.rows == 1 and cols > 0 and quant.format in SMALL and _outer_served(quant)
-    if quant.outer is not None or quant.searched:
+        return quant.block_shape[0] == 1 and cols > 0 and quant.format in SMALL and _outer_served(quant)
+    if quant.outer_block is not None or quant.searched:
         return False
-    return cols > 0 if quant.rows > 1 else quant.rows == 1 or (cols == 0 and quant.element.bits == 8)
+    return (
+        cols > 0
+        if quant.block_shape[0] > 1
+        else quant.block_shape[0] == 1 or (cols == 0 and quant.element.bits == 8)
+    )
 
 
 def _outer_served(quant: Quant) -> bool:
-    if quant.outer is None:
+    if quant.outer_block is None:
         return True
     if quant.scale == "e8m0":
-        down, across = quant.outer
-        return down == 1 and across % quant.cols == 0 and _power_of_two(quant.cols) and _power_of_two(across)
-    return quant.outer == (0, 0) or (quant.outer == (1, 0) and _power_of_two(quant.cols) and not quant.searched)
+        down, across = quant.outer_block
+        return (
+            down == 1
+            and across % quant.group_size == 0
+            and _power_of_two(quant.group_size)
+            and _power_of_two(across)
+        )
+    return quant.outer_block == (0, 0) or (
+        quant.outer_block == (1, 0) and _power_of_two(quant.group_size) and not quant.searched
+    )
 
 
 def _power_of_two(number: int) -> bool:
@@ -93,7 +117,13 @@ def _per_word(quant: Quant) -> int:
 
 
 def _codes_dtype(quant: Quant) -> torch.dtype:
-    return quant.element.storage if quant.element.bits == 8 else torch.int32 if quant.format == "int4" else torch.uint8
+    return (
+        quant.element.storage
+        if quant.element.bits == 8
+        else torch.int32
+        if quant.format == "int4"
+        else torch.uint8
+    )
 
 
 def _as(stored: Tensor, dtype: torch.dtype) -> Tensor:
@@ -105,7 +135,11 @@ def _reference(x: Tensor, quant: Quant, swizzle: bool, transposed: bool) -> Quan
     blocks = numerics.quantize_blocks(x, quant)
     codes, scale = blocks.codes, blocks.scale
     if quant.element.bits < 8:
-        codes = numerics.pack_int4(codes) if quant.format == "int4" else numerics.pack_bits(codes, quant.element.bits)
+        codes = (
+            numerics.pack_int4(codes)
+            if quant.format == "int4"
+            else numerics.pack_bits(codes, quant.element.bits)
+        )
     if swizzle:
         scale = swizzled(scale)
     elif transposed:
@@ -114,8 +148,8 @@ def _reference(x: Tensor, quant: Quant, swizzle: bool, transposed: bool) -> Quan
 
 
 def swizzled(scale: Tensor) -> Tensor:
-    """Scales of one byte ``[m, blocks]`` in the layout SWIZZLE_32_4_4: tiles of 128 x 4, in which row r is at ``r % 32``, and
-    there at ``r // 32``. Source: cuBLAS, "1D Block Scaling Factors Layout"."""
+    """Scales of one byte ``[m, blocks]`` in the layout SWIZZLE_32_4_4: tiles of 128 x 4, in which row r is at
+    ``r % 32``, and there at ``r // 32``. Source: cuBLAS, "1D Block Scaling Factors Layout"."""
     rows, groups = -(-scale.shape[0] // 128), -(-scale.shape[1] // 4)
     padded = scale.new_zeros(128 * rows, 4 * groups, dtype=torch.uint8)
     padded[: scale.shape[0], : scale.shape[1]] = scale.view(torch.uint8)
@@ -132,7 +166,9 @@ def unswizzled(scale: Tensor, rows: int, columns: int) -> Tensor:
 def _empty(x: Tensor, quant: Quant, swizzle: bool, transposed: bool) -> Quantized:
     """The tensors of the result, as the kernels write them."""
     m, k = x.shape
-    width = {8: k, 6: 3 * -(-k // 4), 4: -(-k // 8) if quant.format == "int4" else -(-k // 2)}[quant.element.bits]
+    width = {8: k, 6: 3 * -(-k // 4), 4: -(-k // 8) if quant.format == "int4" else -(-k // 2)}[
+        quant.element.bits
+    ]
     codes = x.new_empty(m, width, dtype=torch.int32 if quant.format == "int4" else torch.uint8)
     dtype = {"fp32": torch.float32, "bf16": torch.int16}.get(quant.scale, torch.uint8)
     rows, groups = quant.scale_shape(m, k)
@@ -142,7 +178,7 @@ def _empty(x: Tensor, quant: Quant, swizzle: bool, transposed: bool) -> Quantize
         scale = x.new_empty(groups, rows, dtype=dtype).t()
     else:
         scale = x.new_empty(rows, groups, dtype=dtype)
-    shape = replace(quant, rows=quant.outer[0], cols=quant.outer[1]).scale_shape(m, k) if quant.outer else None
+    shape = replace(quant, block_shape=quant.outer_block).scale_shape(m, k) if quant.outer_block else None
     return Quantized(codes, scale, x.new_empty(shape, dtype=torch.float32) if shape else None)
 
 
@@ -158,13 +194,23 @@ class _Call(NamedTuple):
 def _call(x: Tensor, quant: Quant, out: Quantized) -> _Call:
     (m, k), bits = x.shape, quant.element.bits
     row = out.codes.shape[1] * out.codes.element_size()
-    size = 1 if bits == 8 else 3 if bits == 6 else 4 if row % 4 == 0 and quant.cols % 8 == 0 else 1
+    size = 1 if bits == 8 else 3 if bits == 6 else 4 if row % 4 == 0 and quant.group_size % 8 == 0 else 1
     tensors = {"x": x, "codes": out.codes.view(torch.uint8), "scale": out.scale}
-    numbers = {"N": m, "K": k, "stride": x.stride(0), "units": row // size, "blocks": quant.scale_shape(m, k)[1]}
+    numbers = {
+        "N": m,
+        "K": k,
+        "stride": x.stride(0),
+        "units": row // size,
+        "blocks": quant.scale_shape(m, k)[1],
+    }
     constants = {
-        "FORMAT": quant.format, "BITS": bits, "BYTES": size, "EVEN": k % (size * 8 // bits) == 0, "SCALE": quant.scale,
+        "FORMAT": quant.format,
+        "BITS": bits,
+        "BYTES": size,
+        "EVEN": k % (size * 8 // bits) == 0,
+        "SCALE": quant.scale,
         "HALF": quant.element.half_range,
-    }  # fmt: skip
+    }
     return _Call(tensors, numbers, constants, tuned(x, "search" if quant.searched else "quantize"))
 
 
@@ -183,30 +229,55 @@ def cut_of(blocks: dict[str, int], elements: int, per_warp: int) -> Config:
 
 def _steps(out: Quantized, swizzle: bool) -> dict[str, int]:
     """Where scales go."""
-    return {"row_step": out.scale.shape[1] // 4 if swizzle else out.scale.stride(0), "group_step": out.scale.stride(1)}
+    return {
+        "row_step": out.scale.shape[1] // 4 if swizzle else out.scale.stride(0),
+        "group_step": out.scale.stride(1),
+    }
 
 
 def _groups(x: Tensor, quant: Quant, out: Quantized, swizzle: bool) -> None:
     from quantport_triton.ops import quantize as ops
 
     call = _call(x, quant, out)
-    span, padded = quant.outer[1] if quant.outer and quant.outer[1] else quant.cols, power_above(quant.cols)
-    across = min(power_above(-(-x.shape[1] // span)) * (span // quant.cols), max(call.blocks["TILE"] // padded, span // quant.cols))
+    span, padded = (
+        quant.outer_block[1] if quant.outer_block and quant.outer_block[1] else quant.group_size,
+        power_above(quant.group_size),
+    )
+    across = min(
+        power_above(-(-x.shape[1] // span)) * (span // quant.group_size),
+        max(call.blocks["TILE"] // padded, span // quant.group_size),
+    )
     down = min(max(call.blocks["TILE"] // (across * padded), 1), power_above(x.shape[0]))
     config = cut_of({"P": padded, "BR": down, "BG": across}, down * across * padded, call.blocks["PER_WARP"])
-    outer = 0 if quant.outer is None else quant.outer[1] or -1
+    outer = 0 if quant.outer_block is None else quant.outer_block[1] or -1
     tensors = {**call.tensors, "outer": out.outer if out.outer is not None else out.scale}
     tensors["top"] = _largest(x.contiguous()) if outer == -1 else call.tensors["codes"]
     grid = -(-x.shape[0] // down) * -(-call.numbers["blocks"] // across)
     rule = {
-        "UP": _up(quant), "EMAX": math.frexp(quant.element.high)[1] - 1, "GROUP": quant.cols, "OUTER": outer,
-        "LOG": padded.bit_length() - 1, "OUTER_LOG": max(outer, 1).bit_length() - 1, "SEARCH": quant.searched, "SWIZZLE": swizzle,
-    }  # fmt: skip
-    launch(ops.groups, (grid,), config, tensors, {**call.numbers, **_steps(out, swizzle)}, **call.constants, **rule)
+        "UP": _up(quant),
+        "EMAX": math.frexp(quant.element.high)[1] - 1,
+        "GROUP": quant.group_size,
+        "OUTER": outer,
+        "LOG": padded.bit_length() - 1,
+        "OUTER_LOG": max(outer, 1).bit_length() - 1,
+        "SEARCH": quant.searched,
+        "SWIZZLE": swizzle,
+    }
+    launch(
+        ops.groups,
+        (grid,),
+        config,
+        tensors,
+        {**call.numbers, **_steps(out, swizzle)},
+        **call.constants,
+        **rule,
+    )
 
 
 def _up(quant: Quant) -> int:
-    """What a rule of e8m0 scales adds to the bits of a maximum, so that its exponent is that of the scale; -1 for ``rceil``."""
+    """What a rule of e8m0 scales adds to the bits of a maximum, so that its exponent is that of the scale; -1
+    for ``rceil``.
+    """
     mantissa = quant.element.mantissa
     half = {"even": 1 << (22 - mantissa), "even1": 1 << 21, "ceil": (1 << 23) - 1, "rceil": -1}
     return half.get(quant.rule, 0)
@@ -216,22 +287,39 @@ def _rows(x: Tensor, quant: Quant, out: Quantized, swizzle: bool) -> None:
     from quantport_triton.ops import quantize as ops
 
     call = _call(x, quant, out)
-    block = max(min(power_above(x.shape[1]), call.blocks["ROW"]), quant.cols, 8)
-    padded = quant.cols or block
+    block = max(min(power_above(x.shape[1]), call.blocks["ROW"]), quant.group_size, 8)
+    padded = quant.group_size or block
     config = cut_of({"BG": block // padded, "P": padded}, block, call.blocks["PER_WARP"])
     tensors = {**call.tensors, "outer": out.outer if out.outer is not None else out.scale}
-    rest = {"GROUP": quant.cols, "SWIZZLE": swizzle, "ONCE": block >= x.shape[1]}
-    launch(ops.rows, (x.shape[0],), config, tensors, {**call.numbers, **_steps(out, swizzle)}, **call.constants, **rest)
+    rest = {"GROUP": quant.group_size, "SWIZZLE": swizzle, "ONCE": block >= x.shape[1]}
+    launch(
+        ops.rows,
+        (x.shape[0],),
+        config,
+        tensors,
+        {**call.numbers, **_steps(out, swizzle)},
+        **call.constants,
+        **rest,
+    )
 
 
 def _squares(x: Tensor, quant: Quant, out: Quantized) -> None:
     from quantport_triton.ops import quantize as ops
 
     call = _call(x, quant, out)
-    down, across = power_above(quant.rows), power_above(quant.cols)
+    down, across = power_above(quant.block_shape[0]), power_above(quant.group_size)
     config = cut_of({"BR": down, "P": across}, down * across, call.blocks["PER_WARP"])
-    grid = -(-x.shape[0] // quant.rows) * call.numbers["blocks"]
-    launch(ops.squares, (grid,), config, call.tensors, call.numbers, **call.constants, ROWS=quant.rows, GROUP=quant.cols)
+    grid = -(-x.shape[0] // quant.block_shape[0]) * call.numbers["blocks"]
+    launch(
+        ops.squares,
+        (grid,),
+        config,
+        call.tensors,
+        call.numbers,
+        **call.constants,
+        ROWS=quant.block_shape[0],
+        GROUP=quant.group_size,
+    )
 
 
 def _whole(x: Tensor, quant: Quant, out: Quantized) -> None:
@@ -252,7 +340,9 @@ def _largest(x: Tensor) -> Tensor:
     top, blocks = x.new_zeros(1, dtype=torch.int32), tuned(x, "quantize")
     block, steps = blocks["TILE"], blocks["STEPS"]
     config = cut_of({"BLOCK": block, "STEPS": steps}, block, blocks["PER_WARP"])
-    launch(ops.largest, (-(-x.numel() // (block * steps)),), config, {"x": x, "top": top}, {"size": x.numel()})
+    launch(
+        ops.largest, (-(-x.numel() // (block * steps)),), config, {"x": x, "top": top}, {"size": x.numel()}
+    )
     return top
 
 

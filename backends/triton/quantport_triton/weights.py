@@ -19,19 +19,24 @@ def quantize_weight(weight: Tensor, scheme: Scheme) -> dict[str, Tensor] | None:
         scheme: The scheme.
 
     Returns:
-        The tensors of ``scheme.layout(n, k)``, or None for what has no kernel: an empty weight, GGUF, ``hqq``, quantized scales
-        (``:double``), groups that are not whole words, and an architecture that this Triton is too old for. Scales are NaN or Inf
-        exactly where the weight holds a NaN or an Inf; the codes there mean nothing.
+        The tensors of ``scheme.layout(n, k)``, or None for what has no kernel: an empty weight, GGUF,
+        ``hqq``, quantized scales (``:double``), groups that are not whole words, and an architecture that
+        this Triton is too old for. Scales are NaN or Inf exactly where the weight holds a NaN or an Inf; the
+        codes there mean nothing.
     """
     quant = scheme.weight
     if not weight.numel() or not compiles_for(target_of(weight.device)):
         return None
-    if quant.zero:
+    if quant.zero_point:
         return _with_offsets(weight, quant)
     if not serves(quant):
         return None
     codes, scale, outer = quantize(weight, quant)
-    stored = [codes, scale] if outer is None else [codes, scale, outer.view(1) if quant.outer == (0, 0) else outer]
+    stored = (
+        [codes, scale]
+        if outer is None
+        else [codes, scale, outer.view(1) if quant.outer_block == (0, 0) else outer]
+    )
     return dict(zip(scheme.layout(*weight.shape), stored, strict=True))
 
 
@@ -39,13 +44,16 @@ def _with_offsets(weight: Tensor, quant: Quant) -> dict[str, Tensor] | None:
     """int4 in groups with offsets, by least squares."""
     from quantport_triton.ops import quantize as ops
 
-    (n, k), group = weight.shape, quant.cols
-    if quant != Quant("int4", 1, group, "bf16", "mse", zero=True) or group < 8 or group & (group - 1):
+    (n, k), group = weight.shape, quant.group_size
+    if quant != Quant("int4", (1, group), "bf16", "mse", zero_point=True) or group < 8 or group & (group - 1):
         return None
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
     words, blocks = -(-k // 8), -(-k // group)
     codes = weight.new_empty(n, words, dtype=torch.int32)
-    scale, zero = weight.new_empty(n, blocks, dtype=torch.int16), weight.new_empty(n, blocks, dtype=torch.int16)
+    scale, zero = (
+        weight.new_empty(n, blocks, dtype=torch.int16),
+        weight.new_empty(n, blocks, dtype=torch.int16),
+    )
     cut = tuned(weight, "search")
     across = min(power_above(blocks), max(cut["TILE"] // group, 1))
     down = min(max(cut["TILE"] // (across * group), 1), power_above(n))
@@ -54,4 +62,8 @@ def _with_offsets(weight: Tensor, quant: Quant) -> dict[str, Tensor] | None:
     numbers = {"N": n, "K": k, "stride": weight.stride(0), "units": words, "blocks": blocks}
     constants = {"BYTES": 4, "EVEN": k % 8 == 0, "GROUP": group, "LOG": group.bit_length() - 1}
     launch(ops.offsets, (-(-n // down) * -(-blocks // across),), config, tensors, numbers, **constants)
-    return {"weight_packed": codes, "weight_scale": scale.view(torch.bfloat16), "weight_zero": zero.view(torch.bfloat16)}
+    return {
+        "weight_packed": codes,
+        "weight_scale": scale.view(torch.bfloat16),
+        "weight_zero": zero.view(torch.bfloat16),
+    }

@@ -1,4 +1,6 @@
-"""What keeps an Intel GPU from being used, and the command that mends it. Whatever is read is an argument: tests feed fakes."""
+"""What keeps an Intel GPU from being used, and the command that mends it. Whatever is read is an argument:
+tests feed fakes.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ _MASKS = ("ZE_AFFINITY_MASK", "ONEAPI_DEVICE_SELECTOR")
 
 @dataclass(frozen=True)
 class Surroundings:
-    """Where to look: sysfs, the library path, permissions, variables, torch's dispatcher, Triton, and the vendor's package."""
+    """Where to look: sysfs, the library path, permissions, variables, torch's dispatcher, Triton, and the
+    vendor's package.
+    """
 
     drm: Path = Path("/sys/class/drm")
     library: Callable[[str], str | None] = find_library
@@ -39,7 +43,9 @@ class Surroundings:
 def render_nodes(drm: Path) -> tuple[str, ...]:
     """Names of the render nodes of Intel GPUs, from their PCI vendor in sysfs."""
     vendors = {node.name: node / "device" / "vendor" for node in sorted(drm.glob("renderD*"))}
-    return tuple(name for name, vendor in vendors.items() if vendor.exists() and vendor.read_text().strip() == INTEL)
+    return tuple(
+        name for name, vendor in vendors.items() if vendor.exists() and vendor.read_text().strip() == INTEL
+    )
 
 
 def advice(lib: Any, here: Surroundings | None = None) -> tuple[str, ...]:
@@ -61,7 +67,10 @@ def advice(lib: Any, here: Surroundings | None = None) -> tuple[str, ...]:
             f"{seen}, but torch {lib.__version__} is built without XPU; "
             f"if it is an Arc, a Data Center GPU, or in a Core Ultra, this replaces it: {_TORCH}",
         )
-    return (f"{seen}, but torch {lib.__version__} (XPU {lib.version.xpu}) does not see it: {_unseen(nodes[0], here)}",)
+    return (
+        f"{seen}, but torch {lib.__version__} (XPU {lib.version.xpu}) does not see it: "
+        f"{_unseen(nodes[0], here)}",
+    )
 
 
 def _unseen(node: str, here: Surroundings) -> str:
@@ -72,9 +81,13 @@ def _unseen(node: str, here: Surroundings) -> str:
         return f"you may not open /dev/dri/{node}: {_GROUP}"
     masks = [f"{name}={here.environ[name]}" for name in _MASKS if here.environ.get(name)]
     if masks:
-        return f"{' and '.join(masks)} may hide it: unset {' '.join(mask.partition('=')[0] for mask in masks)}"
+        return (
+            f"{' and '.join(masks)} may hide it: unset {' '.join(mask.partition('=')[0] for mask in masks)}"
+        )
     if here.library("ze_intel_gpu") is None:
-        return f"the Level Zero loader is here, but not its driver for Intel GPUs (libze_intel_gpu): {_DRIVER}"
+        return (
+            f"the Level Zero loader is here, but not its driver for Intel GPUs (libze_intel_gpu): {_DRIVER}"
+        )
     return (
         f"its driver may be older than this GPU or this torch wants: sudo apt update && {_DRIVER}; "
         f"on Ubuntu 24.04, before that, for newer ones: {_NEWER}"
@@ -82,11 +95,16 @@ def _unseen(node: str, here: Surroundings) -> str:
 
 
 def _incomplete(lib: Any, here: Surroundings) -> tuple[str, ...]:
-    """What is missing beside a torch that sees a GPU: operators, Triton's backend, a package that does not load."""
+    """What is missing beside a torch that sees a GPU: operators, Triton's backend, a package that does not
+    load.
+    """
     lines = []
     if lacking := [name for name in OPERATORS if not here.registered(name)]:
         upgrade = f"pip install --upgrade torch {INDEX}"
-        lines.append(f"torch {lib.__version__} has no {', '.join(f'aten::{name}' for name in lacking)} on XPU: {upgrade}")
+        lines.append(
+            f"torch {lib.__version__} has no {', '.join(f'aten::{name}' for name in lacking)} on "
+            f"XPU: {upgrade}"
+        )
     if reason := here.triton():
         lines.append(reason)
     if failure := here.package():

@@ -1,6 +1,7 @@
 """What the matrix engines (XMX) of each Intel GPU multiply natively.
 
-Before Xe3p, fp8, fp4 and int4 are formats to store: oneDNN converts them to a wider type before it multiplies.
+Before Xe3p, fp8, fp4 and int4 are formats to store: oneDNN converts them to a wider type before it
+multiplies.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ _NUMBERS = {
 def arch_of(number: int, xmx: bool = False) -> Arch:
     """The architecture of a SYCL architecture number.
 
-    One that the table lacks gets its number as its name and only what is safe to assume: fp16, and bf16 where the driver
+    One that the table lacks gets its number as its name and only what is safe to assume: fp16, and bf16
+        where the driver
     reports matrix engines (every Intel GPU with XMX in oneDNN's table has it).
 
     Args:

@@ -1,4 +1,6 @@
-"""Finds Intel GPUs through torch. Every reader takes what it reads as an argument, so that tests feed fakes."""
+"""Finds Intel GPUs through torch. Every reader takes what it reads as an argument, so that tests feed
+fakes.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantport.backend import Arch, Backend, Canonical, Device, Kernel, Scheme
+from quantport.backend import Arch, Backend, Device, Kernel, Scheme, StoredWeight
 from quantport_xpu import vendor
 from quantport_xpu.capabilities import ARCHS, arch_of
 
 
 def operators(lib: Any) -> frozenset[str]:
-    """The operators of ``vllm-xpu-kernels`` and of Intel's extension, which are imported where they are installed."""
+    """The operators of ``vllm-xpu-kernels`` and of Intel's extension, which are imported where they are
+    installed.
+    """
     vendor.load()
     vendor.load_extension()
     return vendor.features(lib.ops)
@@ -23,7 +27,8 @@ def operators(lib: Any) -> frozenset[str]:
 def devices(lib: Any) -> tuple[Device, ...]:
     """Reads every GPU of ``lib`` (the torch module). A driver that fails raises here.
 
-    The features of a device are the operators of ``vllm-xpu-kernels`` and of Intel's extension that can be called.
+    The features of a device are the operators of ``vllm-xpu-kernels`` and of Intel's extension that can be
+    called.
     """
     if not hasattr(lib, "xpu") or not lib.xpu.is_available():
         return ()
@@ -53,8 +58,10 @@ class XpuBackend(Backend):
 
         return kernels()
 
-    def quantize_weight(self, weight: Tensor, scheme: Scheme) -> Canonical | None:
-        """By Triton, where it has a backend for Intel GPUs and a kernel for the scheme; None else, and for weights elsewhere."""
+    def quantize_weight(self, weight: Tensor, scheme: Scheme) -> StoredWeight | None:
+        """By Triton, where it has a backend for Intel GPUs and a kernel for the scheme; None else, and for
+        weights elsewhere.
+        """
         from quantport_xpu.kernels.triton import backend_reason
 
         if weight.device.type != self.torch_type or backend_reason():

@@ -1,4 +1,6 @@
-"""Operators of packages beside torch: ``vllm-xpu-kernels``, and Intel's archived extension. Used where found, never needed."""
+"""Operators of packages beside torch: ``vllm-xpu-kernels``, and Intel's archived extension. Used where found,
+never needed.
+"""
 
 from __future__ import annotations
 
@@ -13,23 +15,30 @@ PACKAGE = "vllm_xpu_kernels"
 EXTENSION = "intel_extension_for_pytorch"
 _KERNELS = "vllm-project/vllm-xpu-kernels"
 _IPEX = "intel/intel-extension-for-pytorch"
-# What this room calls, as the sources below have it. The extension infers schemas from C++, so that its arguments have no names.
+# What this room calls, as the sources below have it. The extension infers schemas from C++, so that its
+# arguments have no names.
 SCHEMAS = {
-    "_xpu_C.fp8_gemm": "(Tensor A, Tensor B, ScalarType? out_dtype, Tensor? A_scale_, Tensor? B_scale_, Tensor? bias_) -> Tensor",
+    "_xpu_C.fp8_gemm": "(Tensor A, Tensor B, ScalarType? out_dtype, Tensor? "
+    "A_scale_, Tensor? B_scale_, Tensor? "
+    "bias_) -> Tensor",
     "_xpu_C.fp8_gemm_w8a16": "(Tensor A, Tensor B, Tensor? B_scale_, Tensor? bias_) -> Tensor",
-    "_xpu_C.fp4_gemm": "(Tensor A, Tensor B, Tensor A_scale, Tensor B_scale, ScalarType? out_dtype, Tensor? bias_) -> Tensor",
+    "_xpu_C.fp4_gemm": "(Tensor A, Tensor B, Tensor A_scale, Tensor B_scale, "
+    "ScalarType? out_dtype, Tensor? bias_) -> "
+    "Tensor",
     "_xpu_C.int4_gemm_w4a16": (
-        "(Tensor A, Tensor B, Tensor? bias, Tensor B_scale, Tensor B_zp, int group_size, Tensor? g_idx) -> Tensor"
+        "(Tensor A, Tensor B, Tensor? bias, Tensor B_scale, Tensor B_zp, int group_size, Tensor? "
+        "g_idx) -> Tensor"
     ),
     "_xpu_C.int4_gemm_w4a8": (
-        "(Tensor A_, Tensor A_scale, Tensor A_zp, Tensor B, Tensor B_scale, Tensor B_zp, int group_size, Tensor? g_idx, "
+        "(Tensor A_, Tensor A_scale, Tensor A_zp, Tensor B, Tensor B_scale, Tensor B_zp, int "
+        "group_size, Tensor? g_idx, "
         "Tensor? bias) -> Tensor"
     ),
     "_C.per_token_group_quant_mxfp4": (
         "(Tensor input, Tensor(a!) output_q, Tensor(b!) output_s, int group_size, float eps) -> ()"
     ),
     "torch_ipex.mm_mxfp4_out_marlin.xpu": "(Tensor _0, Tensor _1, Tensor _2, Tensor _3, int _4) -> ()",
-}  # fmt: skip
+}
 SOURCES = {
     "_xpu_C": f"{_KERNELS} csrc/xpu/torch_bindings.cpp at 1d5b4f5e5ddd",
     "_C": f"{_KERNELS} csrc/torch_bindings.cpp at f1c4861b9eff",
@@ -41,10 +50,14 @@ def missing(name: str, kernel: str) -> str:
     """Why a kernel cannot call an operator that was not found: ``name`` as in ``SCHEMAS``."""
     source = SOURCES[name.partition(".")[0]]
     package = source.partition(" ")[0].partition("/")[2]
-    return f"{kernel} needs {name.partition('.')[2]}{SCHEMAS[name]} of {package}, which was not found [{source}]"
+    return (
+        f"{kernel} needs {name.partition('.')[2]}{SCHEMAS[name]} of {package}, which was not found [{source}]"
+    )
 
 
-def load(installed: Callable[[str], Any] = find_spec, load_module: Callable[[str], Any] = import_module) -> str:
+def load(
+    installed: Callable[[str], Any] = find_spec, load_module: Callable[[str], Any] = import_module
+) -> str:
     """Imports ``vllm-xpu-kernels`` where it is installed. Returns why it failed, or ''."""
     try:
         if installed(PACKAGE) is not None:
@@ -55,7 +68,9 @@ def load(installed: Callable[[str], Any] = find_spec, load_module: Callable[[str
     return ""
 
 
-def load_extension(version: Callable[[str], str] = metadata.version, load_module: Callable[[str], Any] = import_module) -> None:
+def load_extension(
+    version: Callable[[str], str] = metadata.version, load_module: Callable[[str], Any] = import_module
+) -> None:
     """Imports Intel's extension where its build for XPU and for this torch is installed.
 
     Any other build ends the process, or changes how the CPU computes, so that it is not even imported.
@@ -64,12 +79,18 @@ def load_extension(version: Callable[[str], str] = metadata.version, load_module
         found = version(EXTENSION)
         if "+xpu" in found and found.split(".")[:2] == torch.__version__.split(".")[:2]:
             load_module(EXTENSION)
-    except (ImportError, OSError, RuntimeError):  # not installed (PackageNotFoundError), or built for another oneAPI
+    except (
+        ImportError,
+        OSError,
+        RuntimeError,
+    ):  # not installed (PackageNotFoundError), or built for another oneAPI
         return
 
 
 def fits(schema: Any, expected: str) -> bool:
-    """Whether an operator is called as expected: the same arguments first, and defaults for whatever follows."""
+    """Whether an operator is called as expected: the same arguments first, and defaults for whatever
+    follows.
+    """
     known = torch._C.parse_schema(f"expected{expected}")
     wanted = [(a.name, str(a.type)) for a in known.arguments]
     first, rest = schema.arguments[: len(wanted)], schema.arguments[len(wanted) :]
@@ -84,6 +105,8 @@ def overload(ops: Any, name: str) -> Any:
 
 
 def features(ops: Any) -> frozenset[str]:
-    """The names in ``SCHEMAS`` of every operator in ``torch.ops`` that is there and has the expected signature."""
+    """The names in ``SCHEMAS`` of every operator in ``torch.ops`` that is there and has the expected
+    signature.
+    """
     found = {name: overload(ops, name) for name in SCHEMAS}
     return frozenset(name for name, op in found.items() if op is not None and fits(op._schema, SCHEMAS[name]))

@@ -1,4 +1,6 @@
-"""Which files of a directory make up a checkpoint, in the layouts of Transformers and Diffusers. Reads no weights."""
+"""Which files of a directory make up a checkpoint, in the layouts of Transformers and Diffusers. Reads no
+weights.
+"""
 
 from __future__ import annotations
 
@@ -85,8 +87,18 @@ def _indexed(index_file: Path) -> Layout:
     shards = sorted(set(weight_map.values()))
     for shard in shards:
         windows = PureWindowsPath(shard)
-        if not shard or "\0" in shard or windows.anchor or PurePosixPath(shard).is_absolute() or ".." in windows.parts:
-            _bad(index_file, f"the file name {shard!r}, which leads out of the directory", "names of files beside the index")
+        if (
+            not shard
+            or "\0" in shard
+            or windows.anchor
+            or PurePosixPath(shard).is_absolute()
+            or ".." in windows.parts
+        ):
+            _bad(
+                index_file,
+                f"the file name {shard!r}, which leads out of the directory",
+                "names of files beside the index",
+            )
     directory = index_file.parent
     absent = [shard for shard in shards if not (directory / shard).is_file()]
     if absent:
@@ -97,17 +109,17 @@ def _indexed(index_file: Path) -> Layout:
 
 def _weight_map(index_file: Path) -> dict[str, str]:
     """Reads the ``weight_map`` of an index: tensor name to file name."""
-    works = 'a JSON object {"weight_map": {tensor name: file name}}: download the index again'
+    suggestion = 'a JSON object {"weight_map": {tensor name: file name}}: download the index again'
     try:
         found = json.loads(index_file.read_bytes().decode("utf-8"), object_pairs_hook=unique_pairs)
     except (OSError, ValueError, RecursionError) as error:  # a Unicode error is a ValueError
-        _bad(index_file, f"no readable JSON: {str(error)[:200]}", works, error)
+        _bad(index_file, f"no readable JSON: {str(error)[:200]}", suggestion, error)
     weight_map = found.get("weight_map") if isinstance(found, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
-        _bad(index_file, "no weight_map, or an empty one", works)
+        _bad(index_file, "no weight_map, or an empty one", suggestion)
     for name, shard in weight_map.items():
         if not isinstance(shard, str):
-            _bad(index_file, f"a {type(shard).__name__} as the file of tensor {name!r}", works)
+            _bad(index_file, f"a {type(shard).__name__} as the file of tensor {name!r}", suggestion)
     return weight_map
 
 
@@ -126,20 +138,24 @@ def _check_count(directory: Path, shards: list[str]) -> None:
 
 
 def _no_safetensors(path: Path, names: list[str]) -> NoReturn:
-    """Raises the error for a place that holds no safetensors file, with what to do about what it does hold."""
+    """Raises the error for a place that holds no safetensors file, with what to do about what it does
+    hold.
+    """
     others = [name for name in names if name.endswith(_OTHERS)]
     inner = sorted(p.parent.name for p in path.glob("*/*.safetensors")) if path.is_dir() else []
     inner = list(dict.fromkeys(inner))
     if any(name.endswith(".gguf") for name in others):
-        works = "the original BF16/FP16 checkpoint in safetensors; a GGUF file is quantized already"
+        suggestion = "the original BF16/FP16 checkpoint in safetensors; a GGUF file is quantized already"
     elif others:
-        works = "convert it once: AutoModel.from_pretrained(path).save_pretrained(new_path) writes safetensors"
+        suggestion = (
+            "convert it once: AutoModel.from_pretrained(path).save_pretrained(new_path) writes safetensors"
+        )
     elif inner:
-        works = f"open one of its parts: {some([str(path / name) for name in inner])}"
+        suggestion = f"open one of its parts: {some([str(path / name) for name in inner])}"
     else:
-        works = "the path of a directory with *.safetensors, or of one such file"
+        suggestion = "the path of a directory with *.safetensors, or of one such file"
     found = f"no .safetensors file, only {some(others)}" if others else "no .safetensors file"
-    _bad(path, found, works)
+    _bad(path, found, suggestion)
 
 
 def some(names: list[str], limit: int = 5) -> str:
@@ -148,5 +164,5 @@ def some(names: list[str], limit: int = 5) -> str:
     return ", ".join(names[:limit]) + more
 
 
-def _bad(path: Path, found: str, works: str, cause: BaseException | None = None) -> NoReturn:
-    raise CheckpointError(f"open the checkpoint {path}", found, works) from cause
+def _bad(path: Path, found: str, suggestion: str, cause: BaseException | None = None) -> NoReturn:
+    raise CheckpointError(f"open the checkpoint {path}", found, suggestion) from cause

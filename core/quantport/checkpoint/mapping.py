@@ -1,10 +1,10 @@
 """One file, mapped privately: tensors are views of its pages, and pages can be given back.
 
-Measured on a 2 GiB file (facts/integration.md, section 6): views cost no copy, and giving pages back bounds the resident
-file pages at one tensor for no time; every reader that copies took 2 to 20 times the CPU time.
+Measured on a 2 GiB file (facts/integration.md, section 6): views cost no copy, and giving pages back bounds
+the resident file pages at one tensor for no time; every reader that copies took 2 to 20 times the CPU time.
 
-No ``MADV_SEQUENTIAL`` and no ``MADV_WILLNEED``: on cold 1 GiB files both were 5 to 15 percent slower than the default
-read-ahead, whether the tensors were only read or worked on (2026-11, virtio disk, Linux 6).
+No ``MADV_SEQUENTIAL`` and no ``MADV_WILLNEED``: on cold 1 GiB files both were 5 to 15 percent slower than the
+default read-ahead, whether the tensors were only read or worked on (2026-11, virtio disk, Linux 6).
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class MappedFile:
         try:
             with open(path, "rb") as file:
                 if file_stamp(file.fileno()) != stamp:
-                    works = "open the checkpoint again, once nothing writes to it"
-                    raise CheckpointError(asked, "the file changed since its header was read", works)
+                    suggestion = "open the checkpoint again, once nothing writes to it"
+                    raise CheckpointError(asked, "the file changed since its header was read", suggestion)
                 self._map = _map_private(file.fileno(), stamp[0])
         except OSError as error:
             raise CheckpointError(asked, str(error), "a file that can be read and memory-mapped") from error
@@ -43,7 +43,8 @@ class MappedFile:
     def view(self, dtype: torch.dtype, shape: tuple[int, ...], start: int, end: int) -> torch.Tensor:
         """Returns the bytes ``[start, end)``, which are not empty, as a tensor of ``dtype`` and ``shape``.
 
-        A view of the mapping, or a copy if ``start`` is no multiple of the item size: kernels load whole elements, and a
+        A view of the mapping, or a copy if ``start`` is no multiple of the item size: kernels load whole
+            elements, and a
         misaligned load is slow or a fault on some devices. Writers since safetensors 0.3 align the data.
         """
         if start % dtype.itemsize:
@@ -53,9 +54,11 @@ class MappedFile:
         return torch.frombuffer(self._map, dtype=dtype, count=count, offset=start).view(shape)
 
     def give_back(self, start: int, end: int) -> None:
-        """Drops the pages that lie wholly in ``[start, end)`` from memory; the next access reads the file again.
+        """Drops the pages that lie wholly in ``[start, end)`` from memory; the next access reads the file
+        again.
 
-        Only on Linux: elsewhere ``MADV_DONTNEED`` is a hint with another meaning (macOS) or missing (Windows).
+        Only on Linux: elsewhere ``MADV_DONTNEED`` is a hint with another meaning (macOS) or missing
+            (Windows).
         """
         page = mmap.PAGESIZE
         first, last = -(-start // page) * page, end // page * page
@@ -76,7 +79,9 @@ def _map_private(descriptor: int, size: int) -> mmap.mmap:
     ("Cannot allocate memory") although its pages are never written.
     """
     if sys.platform == "linux":
-        no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000)  # named since Python 3.11; one value on all but Alpha, MIPS, SPARC
+        no_reserve = getattr(
+            mmap, "MAP_NORESERVE", 0x4000
+        )  # named since Python 3.11; one value on all but Alpha, MIPS, SPARC
         flags = mmap.MAP_PRIVATE | no_reserve
         return mmap.mmap(descriptor, size, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
     return mmap.mmap(descriptor, size, access=mmap.ACCESS_COPY)

@@ -20,11 +20,13 @@ _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin")
 
 @contextlib.contextmanager
 def appearing(directory: Path, *, overwrite: bool) -> Iterator[Path]:
-    """Yields a fresh directory beside the final one, and renames it to the final name when the block ends well.
+    """Yields a fresh directory beside the final one, and renames it to the final name when the block ends
+    well.
 
-    The fresh one is ``.<name>.partial-<host>-<pid>-<random>``. If the block raises, it is removed and the final name is
-    untouched. After a kill it stays, and the next save to this name on this machine removes it. When an old checkpoint
-    is replaced it waits as ``.<name>.replaced-...`` between two renames; after a kill there, the next save brings it back.
+    The fresh one is ``.<name>.partial-<host>-<pid>-<random>``. If the block raises, it is removed and the
+    final name is untouched. After a kill it stays, and the next save to this name on this machine removes it.
+    When an old checkpoint is replaced it waits as ``.<name>.replaced-...`` between two renames; after a kill
+    there, the next save brings it back.
 
     Args:
         directory: The final name. It must be free, or an empty directory; or a checkpoint, if ``overwrite``.
@@ -66,10 +68,16 @@ def check_free(target: Path, overwrite: bool) -> None:
     if not names:
         return
     if not overwrite:
-        raise SaveError(asked, f"a directory that holds {len(names)} entries", "a new or empty directory, or overwrite=True")
-    if not any(name.endswith(_WEIGHTS) for name in names):  # overwrite=True with a wrong path must not delete a home
-        works = "the path of a checkpoint, or delete the directory yourself"
-        raise SaveError(f"{asked}, overwrite=True", "a directory that holds files but no weights", works)
+        raise SaveError(
+            asked,
+            f"a directory that holds {len(names)} entries",
+            "a new or empty directory, or overwrite=True",
+        )
+    if not any(
+        name.endswith(_WEIGHTS) for name in names
+    ):  # overwrite=True with a wrong path must not delete a home
+        suggestion = "the path of a checkpoint, or delete the directory yourself"
+        raise SaveError(f"{asked}, overwrite=True", "a directory that holds files but no weights", suggestion)
 
 
 def _publish(partial: Path, target: Path, aside: Path, overwrite: bool) -> None:
@@ -90,8 +98,12 @@ def _publish(partial: Path, target: Path, aside: Path, overwrite: bool) -> None:
 
 
 def _remove_stale(target: Path) -> None:
-    """Removes what killed saves to this name left on this machine, and brings back a checkpoint that one set aside."""
-    pattern = re.compile(re.escape(f".{target.name}.") + r"(partial|replaced)-(?P<host>\w+)-(?P<pid>\d+)-[0-9a-f]{8}")
+    """Removes what killed saves to this name left on this machine, and brings back a checkpoint that one set
+    aside.
+    """
+    pattern = re.compile(
+        re.escape(f".{target.name}.") + r"(partial|replaced)-(?P<host>\w+)-(?P<pid>\d+)-[0-9a-f]{8}"
+    )
     for found in sorted(target.parent.iterdir()):
         match = pattern.fullmatch(found.name)
         if match is None or match["host"] != _host() or _alive(int(match["pid"])):

@@ -22,17 +22,21 @@ Rows = slice | tuple[int, slice]
 
 
 class Checkpoint:
-    """A safetensors checkpoint, open for reading. Make one with `Checkpoint.open`; safe to share between threads.
+    """A safetensors checkpoint, open for reading. Make one with `Checkpoint.open`; safe to share between
+    threads.
 
     Attributes:
         directory: Where its files lie.
         files: The safetensors files, sorted by name.
-        tensors: Each tensor by name, in the order of its data in the files: reading in this order is sequential.
+        tensors: Each tensor by name, in the order of its data in the files: reading in this order is
+            sequential.
         metadata: ``__metadata__`` of the files, merged; the first file that has a key wins.
         total_bytes: The size of all tensors in bytes.
     """
 
-    def __init__(self, layout: Layout, headers: Mapping[str, Header], stamps: Mapping[str, tuple[int, int]]) -> None:
+    def __init__(
+        self, layout: Layout, headers: Mapping[str, Header], stamps: Mapping[str, tuple[int, int]]
+    ) -> None:
         self.directory = layout.directory
         self.files = layout.files
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(_merge(layout, headers))
@@ -51,15 +55,19 @@ class Checkpoint:
         """Opens a checkpoint and reads its headers, not its data.
 
         Args:
-            path: A directory in the layout of Transformers or Diffusers, one ``.safetensors`` file, or one index.
-            headers_only: Accept files that end right after their header, to plan for weights that are not here.
+            path: A directory in the layout of Transformers or Diffusers, one ``.safetensors`` file, or
+                one index.
+            headers_only: Accept files that end right after their header, to plan for weights that are not
+                here.
 
         Raises:
             CheckpointError: A file is absent, malformed or truncated, or the files and the index disagree.
         """
         layout = find_layout(Path(path))
         if sys.byteorder != "little":
-            raise CheckpointError(f"open the checkpoint {path}", "a big-endian machine", "a little-endian machine")
+            raise CheckpointError(
+                f"open the checkpoint {path}", "a big-endian machine", "a little-endian machine"
+            )
         headers: dict[str, Header] = {}
         stamps: dict[str, tuple[int, int]] = {}
         for file in map(str, layout.files):
@@ -67,17 +75,21 @@ class Checkpoint:
         return cls(layout, headers, stamps)
 
     def read(self, name: str, rows: Rows | None = None) -> torch.Tensor:
-        """Returns a tensor, or some of its rows, as a view of the mapped file: no copy, no read until it is touched.
+        """Returns a tensor, or some of its rows, as a view of the mapped file: no copy, no read until it is
+        touched.
 
-        The view stays valid after `close`. It can be written to, but that stays private to this process and `release`
-        undoes it: treat it as read-only. A tensor whose offset is not aligned to its item size is copied.
+        The view stays valid after `close`. It can be written to, but that stays private to this process and
+        `release` undoes it: treat it as read-only. A tensor whose offset is not aligned to its item size is
+        copied.
 
         Args:
             name: The name of the tensor.
-            rows: The rows to read, a slice of step 1 over the first dimension; or a matrix of a 3-D tensor and its rows.
+            rows: The rows to read, a slice of step 1 over the first dimension; or a matrix of a 3-D
+                tensor and its rows.
 
         Returns:
-            A contiguous CPU tensor of the dtype and shape in the file; with ``rows``, ``shape[0]`` is their number.
+            A contiguous CPU tensor of the dtype and shape in the file; with ``rows``, ``shape[0]`` is their
+            number.
 
         Raises:
             CheckpointError: No such tensor or rows, the checkpoint is closed, or the data is not there.
@@ -92,8 +104,10 @@ class Checkpoint:
     def release(self, name: str, rows: Rows | None = None) -> None:
         """Gives the file pages of a tensor, or of some of its rows, back to the system once it has been used.
 
-        Bounds the memory of a stream at one tensor. Views stay valid: a later access reads the file again. Only pages
-        wholly inside are dropped, so neighbours are untouched. Does nothing where the system cannot (macOS, Windows).
+        Bounds the memory of a stream at one tensor. Views stay valid: a later access reads the file
+            again. Only pages
+        wholly inside are dropped, so neighbours are untouched. Does nothing where the system cannot (macOS,
+        Windows).
 
         Raises:
             CheckpointError: No such tensor or rows.
@@ -114,14 +128,21 @@ class Checkpoint:
     def __enter__(self) -> Checkpoint:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def _info(self, name: str, verb: str) -> TensorInfo:
         info = self.tensors.get(name)
         if info is None:
-            works = f"{did_you_mean(name, self.tensors)}one of the {len(self.tensors):,} names in Checkpoint.tensors"
-            raise CheckpointError(f"{verb} tensor {name!r} of {self.directory}", "no tensor of this name", works)
+            suggestion = (
+                f"{did_you_mean(name, self.tensors)}one of the {len(self.tensors):,} names in "
+                "Checkpoint.tensors"
+            )
+            raise CheckpointError(
+                f"{verb} tensor {name!r} of {self.directory}", "no tensor of this name", suggestion
+            )
         return info
 
     def _mapped(self, info: TensorInfo) -> MappedFile:
@@ -129,7 +150,9 @@ class Checkpoint:
         asked = f"read tensor {info.name!r} in {info.file}"
         with self._lock:
             if self._closed:
-                raise CheckpointError(asked, "the checkpoint is closed", "read before close(), or open it again")
+                raise CheckpointError(
+                    asked, "the checkpoint is closed", "read before close(), or open it again"
+                )
             if info.end > self._stamps[info.file][0]:
                 raise CheckpointError(asked, "a file that holds only its header", "the file with its data")
             if info.file not in self._maps:
@@ -176,8 +199,11 @@ def _merge(layout: Layout, headers: Mapping[str, Header]) -> dict[str, TensorInf
         for name, info in header.tensors.items():
             other = merged.setdefault(name, info)
             if other is not info:
-                works = "files that hold each tensor once: remove the file that does not belong here, or pass one file"
-                _disagree(layout, f"tensor {name!r} both in {other.file} and in {file}", works)
+                suggestion = (
+                    "files that hold each tensor once: remove the file that does not belong here, or "
+                    "pass one file"
+                )
+                _disagree(layout, f"tensor {name!r} both in {other.file} and in {file}", suggestion)
     if layout.index is not None:
         _check_index(layout, layout.index, merged)
     return merged
@@ -185,18 +211,30 @@ def _merge(layout: Layout, headers: Mapping[str, Header]) -> dict[str, TensorInf
 
 def _check_index(layout: Layout, index: Mapping[str, str], merged: Mapping[str, TensorInfo]) -> None:
     """Checks that the index and the headers place the same tensors in the same files."""
-    works = f"an index and shards of one save: download or save them again (index: {layout.index_file})"
+    suggestion = f"an index and shards of one save: download or save them again (index: {layout.index_file})"
     absent = [name for name in index if name not in merged]
     if absent:
-        _disagree(layout, f"tensors that the index places in {index[absent[0]]} but no shard holds: {some(absent)}", works)
+        _disagree(
+            layout,
+            f"tensors that the index places in {index[absent[0]]} but no shard holds: {some(absent)}",
+            suggestion,
+        )
     extra = [name for name in merged if name not in index]
     if extra:
-        _disagree(layout, f"tensors in {merged[extra[0]].file} that the index does not name: {some(extra)}", works)
-    paths = {shard: str(layout.directory / shard) for shard in set(index.values())}  # once: 46,000 joins take 0.3 s
+        _disagree(
+            layout,
+            f"tensors in {merged[extra[0]].file} that the index does not name: {some(extra)}",
+            suggestion,
+        )
+    paths = {
+        shard: str(layout.directory / shard) for shard in set(index.values())
+    }  # once: 46,000 joins take 0.3 s
     for name, info in merged.items():
         if paths[index[name]] != info.file:
-            _disagree(layout, f"tensor {name!r} in {info.file}, where the index says {index[name]}", works)
+            _disagree(
+                layout, f"tensor {name!r} in {info.file}, where the index says {index[name]}", suggestion
+            )
 
 
-def _disagree(layout: Layout, found: str, works: str) -> NoReturn:
-    raise CheckpointError(f"open the checkpoint {layout.directory}", found, works)
+def _disagree(layout: Layout, found: str, suggestion: str) -> NoReturn:
+    raise CheckpointError(f"open the checkpoint {layout.directory}", found, suggestion)

@@ -34,21 +34,23 @@ def save_tensors(
 ) -> Path:
     """Writes a checkpoint that appears under its name complete, or not at all; returns its directory.
 
-    Holds one shard of tensors and the next tensor, never more: the stream must not write to a tensor that it has yielded.
+    Holds one shard of tensors and the next tensor, never more: the stream must not write to a tensor that
+        it has yielded.
 
     Args:
         directory: The final directory: absent, or empty.
-        tensors: Names and tensors, one after the other, on any device, of a dtype that safetensors knows. A tensor that
-            shares memory with another one is written once for each name.
-        metadata: Free text for ``__metadata__`` of each shard; ``format`` is ``"pt"`` if not given (Transformers asks).
+        tensors: Names and tensors, one after the other, on any device, of a dtype that safetensors knows. A
+            tensor that shares memory with another one is written once for each name.
+        metadata: Free text for ``__metadata__`` of each shard; ``format`` is ``"pt"`` if not given
+            (Transformers asks).
         max_shard_bytes: The size of a shard in bytes; a larger tensor gets a shard of its own.
         files: More files, name to content, such as ``config.json``.
         copy: Paths of files to copy in, such as the tokenizer.
         overwrite: Replace the checkpoint that is there.
 
     Raises:
-        SaveError: The name is taken, the disk is full or refuses, a tensor cannot be written, or the stream raised.
-            Nothing is left behind. A `QuantportError` of the stream comes through as it is.
+        SaveError: The name is taken, the disk is full or refuses, a tensor cannot be written, or the stream
+            raised. Nothing is left behind. A `QuantportError` of the stream comes through as it is.
     """
     target = Path(directory)
     asked = f"save a checkpoint to {target}"
@@ -85,13 +87,17 @@ class _Shards:
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Takes a tensor; writes the shard that it does not fit into any more."""
         if name in self._shard_of:
-            raise SaveError(f"{self._asked}, tensor {name!r}", "this name twice in the stream", "each name once")
+            raise SaveError(
+                f"{self._asked}, tensor {name!r}", "this name twice in the stream", "each name once"
+            )
         ready = _ready(self._asked, name, tensor)
         size = ready.numel() * ready.element_size()
         if self._held and self._held_bytes + size > self._limit:
             self._flush()
         storage = ready.untyped_storage().data_ptr()
-        if ready.numel() and storage in self._storages:  # tied weights: safetensors writes no two names of one memory
+        if (
+            ready.numel() and storage in self._storages
+        ):  # tied weights: safetensors writes no two names of one memory
             ready = ready.clone()
             storage = ready.untyped_storage().data_ptr()
         self._storages.add(storage)
@@ -119,7 +125,9 @@ class _Shards:
     def _flush(self) -> None:
         path = self._path(self._count)
         save_file(self._held, path, metadata=self._metadata)
-        path.chmod(self._directory.stat().st_mode & 0o666)  # what the umask gives; safetensors 0.8 makes it 0600
+        path.chmod(
+            self._directory.stat().st_mode & 0o666
+        )  # what the umask gives; safetensors 0.8 makes it 0600
         sync(path)
         self._held, self._held_bytes, self._storages = {}, 0, set()
         self._count += 1
@@ -136,7 +144,9 @@ def _ready(asked: str, name: object, tensor: object) -> torch.Tensor:
     if not isinstance(tensor, torch.Tensor):
         raise SaveError(asked, f"a {type(tensor).__name__}", "a torch.Tensor")
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
-        kind = "a tensor without data (device meta)" if tensor.is_meta else f"a tensor of layout {tensor.layout}"
+        kind = (
+            "a tensor without data (device meta)" if tensor.is_meta else f"a tensor of layout {tensor.layout}"
+        )
         raise SaveError(asked, kind, "a dense tensor with data")
     if tensor.dtype not in _WRITABLE:
         known = ", ".join(sorted(str(dtype) for dtype in _WRITABLE))
@@ -164,18 +174,32 @@ def _pull(asked: str, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[t
 def _checked_metadata(asked: str, metadata: Mapping[str, str]) -> dict[str, str]:
     for key, value in metadata.items():
         if not isinstance(key, str) or not isinstance(value, str):
-            raise SaveError(asked, f"metadata {key!r}: {value!r}", "metadata of texts only; use json.dumps for the rest")
+            raise SaveError(
+                asked, f"metadata {key!r}: {value!r}", "metadata of texts only; use json.dumps for the rest"
+            )
     return {"format": "pt", **metadata}
 
 
 def _write_extras(asked: str, directory: Path, files: Mapping[str, bytes], copy: list[Path]) -> None:
-    """Writes and copies the other files first: they are small, and what is wrong with them shows before the stream."""
+    """Writes and copies the other files first: they are small, and what is wrong with them shows before the
+    stream.
+    """
     for name, source in [*((name, None) for name in files), *((path.name, path) for path in copy)]:
         windows = PureWindowsPath(name)
-        if not name or windows.anchor or ".." in windows.parts or PurePosixPath(name).is_absolute() or "\0" in name:
-            raise SaveError(f"{asked}, file {name!r}", "a name that leads out of the directory", "a relative file name")
+        if (
+            not name
+            or windows.anchor
+            or ".." in windows.parts
+            or PurePosixPath(name).is_absolute()
+            or "\0" in name
+        ):
+            raise SaveError(
+                f"{asked}, file {name!r}", "a name that leads out of the directory", "a relative file name"
+            )
         if name.endswith(_RESERVED):
-            raise SaveError(f"{asked}, file {name!r}", "a name that the weights need", "only files other than weights")
+            raise SaveError(
+                f"{asked}, file {name!r}", "a name that the weights need", "only files other than weights"
+            )
         path = directory / name
         if path.exists():
             raise SaveError(f"{asked}, file {name!r}", "this name twice in files and copy", "each name once")
@@ -201,11 +225,17 @@ def _refuse(asked: str, target: Path, error: Exception) -> NoReturn:
     code = error.errno if isinstance(error, OSError) else None
     match = re.search(r"os error (\d+)", str(error))  # safetensors wraps the OSError in a text of its own
     code = int(match[1]) if code is None and match else code
-    found, works = f"{type(error).__name__}: {error}", "see the cause above"
+    found, suggestion = f"{type(error).__name__}: {error}", "see the cause above"
     if code in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
-        found, works = f"the disk is full ({error})", f"free space on the disk of {target.absolute().parent}, or save elsewhere"
+        found, suggestion = (
+            f"the disk is full ({error})",
+            f"free space on the disk of {target.absolute().parent}, or save elsewhere",
+        )
     elif code in (errno.EACCES, errno.EPERM, errno.EROFS):
-        found, works = f"permission denied ({error})", "a directory whose parent you may write to"
+        found, suggestion = f"permission denied ({error})", "a directory whose parent you may write to"
     elif code in (errno.EXDEV, errno.EBUSY):
-        found, works = f"a directory that cannot be renamed to ({error})", "a new directory inside this mount point"
-    raise SaveError(asked, found, works) from error
+        found, suggestion = (
+            f"a directory that cannot be renamed to ({error})",
+            "a new directory inside this mount point",
+        )
+    raise SaveError(asked, found, suggestion) from error

@@ -1,4 +1,6 @@
-"""The application: version, errors and exit codes. Exit 0: done. 1: a check failed. 2: a wrong request, explained on stderr."""
+"""The application: version, errors and exit codes. Exit 0: done. 1: a check failed. 2: a wrong request,
+explained on stderr.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,8 @@ from quantport.errors import QuantportError
 
 _MANUAL = """Quantizes BF16/FP16 models while they load, on whatever accelerator it finds.
 
-A scheme says what the numbers become (int8, fp8_per_block, int4_weight_only...); a plan says what each layer gets on a
-device, and why; `matrix` says what works where.
+A scheme says what the numbers become (int8, fp8_per_block, int4_weight_only...); a plan says what each layer
+gets on a device, and why; `matrix` says what works where.
 
 Exit codes: 0 done; 1 a check failed (doctor); 2 a wrong request, explained on stderr; 130 interrupted."""
 _EPILOG = """[bold]Start here[/bold]
@@ -44,9 +46,14 @@ class _Group(TyperGroup):
 
 
 app = typer.Typer(
-    cls=_Group, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
-    help=_MANUAL, epilog=_EPILOG,
-)  # fmt: skip
+    cls=_Group,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help=_MANUAL,
+    epilog=_EPILOG,
+)
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
@@ -77,7 +84,7 @@ def _root(
 def explain(error: QuantportError) -> None:
     """Prints the three parts of an error to stderr, each under its name."""
     view = Console(stderr=True, markup=False, highlight=False, emoji=False)
-    parts = (("asked", error.asked), ("found", error.found), ("works", error.works))
+    parts = (("asked", error.asked), ("found", error.found), ("works", error.suggestion))
     if not sys.stderr.isatty():  # one part to a line, whole, for pipes and logs
         view.print(f"{type(error).__name__}\n{error}", soft_wrap=True)
         return
@@ -89,7 +96,12 @@ def explain(error: QuantportError) -> None:
 
 
 def _warn(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None, line: str | None = None
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
 ) -> None:
     """Shows a warning as people read it: no file, no line of source."""
     print(f"warning: {message}", file=file or sys.stderr)  # the hook of the warnings module
@@ -100,6 +112,8 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
-            reconfigure(errors="replace")  # a terminal that knows no box or tick shows a question mark, not a traceback
+            reconfigure(
+                errors="replace"
+            )  # a terminal that knows no box or tick shows a question mark, not a traceback
     warnings.showwarning = _warn
     app()

@@ -1,4 +1,6 @@
-"""``quantport doctor``: what is installed, what was found, what was set aside and why, and what is missing."""
+"""``quantport doctor``: what is installed, what was found, what was set aside and why, and what is
+missing.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +13,19 @@ from typing import Any
 from quantport.cli.page import Column, Grid, Page
 from quantport.cli.show import device_dict
 from quantport.errors import QuantportError
-from quantport.host import Host, Problem, host
+from quantport.plugins.registry import Problem, Registry, default_registry
 
 NOT_TOLD = {"bench", "dev"}  # extras that nobody needs to run a model
 
 
 def packages() -> tuple[str, ...]:
-    """What a bug report needs to name: quantport and all that it asks for, extras included. Read from the installed metadata,
-    so that nothing is imported and no device has to be named here."""
-    asked = [r for r in requires("quantport") or () if not any(f"extra == '{extra}'" in r.replace('"', "'") for extra in NOT_TOLD)]
+    """What a bug report needs to name: quantport and all that it asks for, extras included. Read from the
+    installed metadata, so that nothing is imported and no device has to be named here."""
+    asked = [
+        r
+        for r in requires("quantport") or ()
+        if not any(f"extra == '{extra}'" in r.replace('"', "'") for extra in NOT_TOLD)
+    ]
     names = (re.split(r"[^A-Za-z0-9._-]", r)[0] for r in asked)
     return tuple(dict.fromkeys(("quantport", *names, "tokenizers")))
 
@@ -28,7 +34,7 @@ def packages() -> tuple[str, ...]:
 class Findings:
     """What the doctor found; ``problems`` make the exit code 1, ``advice`` does not."""
 
-    host: Host
+    host: Registry
     versions: dict[str, str | None]
     advice: dict[str, list[str]]
     auto: str
@@ -37,7 +43,7 @@ class Findings:
 
 def examine() -> Findings:
     """Asks every backend for its devices, kernels and advice, and the installation for its versions."""
-    found = host()
+    found = default_registry()
     _ = found.devices, [found.kernels(kind) for kind in found.backends]  # both record their problems
     problems: list[Problem] = []
     advice: dict[str, list[str]] = {}
@@ -50,10 +56,14 @@ def examine() -> Findings:
         auto = str(found.device("auto"))
     except QuantportError as error:
         auto = ""
-        problems.append(Problem("device auto", "QUANTPORT_DEVICE", f"{error.asked}: {error.found}; {error.works}"))
+        problems.append(
+            Problem("device auto", "QUANTPORT_DEVICE", f"{error.asked}: {error.found}; {error.suggestion}")
+        )
     versions = {"python": platform.python_version(), **{name: _version(name) for name in packages()}}
     if not versions["transformers"]:
-        advice["transformers"] = ["not installed: load and run need it for checkpoints: pip install 'quantport[transformers]'"]
+        advice["transformers"] = [
+            "not installed: load and run need it for checkpoints: pip install 'quantport[transformers]'"
+        ]
     return Findings(found, versions, advice, auto, [*found.problems, *problems])
 
 
@@ -85,7 +95,9 @@ def doctor_page(found: Findings) -> Page:
     for kind in sorted(asked.backends):
         here = ", ".join(str(d) for d in asked.devices if d.kind == kind)
         rows.append((kind, here or "none found", str(len(asked.kernels(kind)))))
-    page.blocks.append(Grid((Column("backend"), Column("devices", prose=True), Column("kernels", right=True)), rows))
+    page.blocks.append(
+        Grid((Column("backend"), Column("devices", prose=True), Column("kernels", right=True)), rows)
+    )
     page.say("")
     page.say(f"--device auto is {found.auto}" if found.auto else "--device auto finds nothing")
     for kind, lines in data["advice"].items():

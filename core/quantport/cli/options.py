@@ -36,28 +36,45 @@ class LayerKind(str, Enum):
     moe = "moe"
 
 
-Model = Annotated[str, typer.Argument(help="Checkpoint directory, safetensors file, or hub id.", show_default=False)]
+Model = Annotated[
+    str, typer.Argument(help="Checkpoint directory, safetensors file, or hub id.", show_default=False)
+]
 SchemeOption = Annotated[
     str | None,
-    typer.Option("--scheme", "-s", help="Scheme, for example int8 or fp8_per_block; the device chooses when left out."),
+    typer.Option(
+        "--scheme", "-s", help="Scheme, for example int8 or fp8_per_block; the device chooses when left out."
+    ),
 ]
 DeviceOption = Annotated[
     str,
-    typer.Option("--device", "-d", help="auto, a kind (cpu), kind:index (cpu:0), or kind:arch (cpu:x86_amx) for what is not here."),
+    typer.Option(
+        "--device",
+        "-d",
+        help="auto, a kind (cpu), kind:index (cpu:0), or kind:arch (cpu:x86_amx) for what is not here.",
+    ),
 ]
 ConfigOption = Annotated[
-    Path | None, typer.Option("--config", "-c", help='JSON file with a QuantConfig, for example {"scheme": "int8"}.')
+    Path | None,
+    typer.Option("--config", "-c", help='JSON file with a QuantConfig, for example {"scheme": "int8"}.'),
 ]
 IgnoreOption = Annotated[
     list[str] | None,
-    typer.Option("--ignore", help="Layers to leave alone: a name, a glob ('*.down_proj') or 're:...'; repeatable."),
+    typer.Option(
+        "--ignore", help="Layers to leave alone: a name, a glob ('*.down_proj') or 're:...'; repeatable."
+    ),
 ]
 KVCacheOption = Annotated[
     str | None, typer.Option("--kv-cache", help="KV cache: fp8, fp8_e5m2, int8, int4; 16 bits when left out.")
 ]
-RowsOption = Annotated[int, typer.Option("--rows", min=1, help="Rows of activations to choose kernels for: 1 is decoding.")]
-FallbackOption = Annotated[Fallback | None, typer.Option("--fallback", help="Where the device cannot run the scheme itself.")]
-FormatOption = Annotated[Format | None, typer.Option("--format", "-f", help="Output format; table by default.")]
+RowsOption = Annotated[
+    int, typer.Option("--rows", min=1, help="Rows of activations to choose kernels for: 1 is decoding.")
+]
+FallbackOption = Annotated[
+    Fallback | None, typer.Option("--fallback", help="Where the device cannot run the scheme itself.")
+]
+FormatOption = Annotated[
+    Format | None, typer.Option("--format", "-f", help="Output format; table by default.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Short for --format json.")]
 
 
@@ -68,7 +85,9 @@ def form(asked: Format | None, as_json: bool) -> str:
     return "json" if as_json else (asked or Format.table).value
 
 
-def read_config(path: Path | None, ignore: list[str] | None, kv_cache: str | None = None) -> dict[str, Any] | None:
+def read_config(
+    path: Path | None, ignore: list[str] | None, kv_cache: str | None = None
+) -> dict[str, Any] | None:
     """Reads ``--config`` and adds ``--ignore`` and ``--kv-cache`` to it.
 
     Raises:
@@ -76,19 +95,23 @@ def read_config(path: Path | None, ignore: list[str] | None, kv_cache: str | Non
     """
     data: dict[str, Any] = {}
     if path is not None:
-        works = 'a JSON file, for example {"scheme": "int8"}'
+        suggestion = 'a JSON file, for example {"scheme": "int8"}'
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
-            raise ConfigError(f"--config {path}", error.strerror or str(error), works) from None
+            raise ConfigError(f"--config {path}", error.strerror or str(error), suggestion) from None
         except ValueError as error:
-            raise ConfigError(f"--config {path}", f"not JSON: {error}", works) from None
+            raise ConfigError(f"--config {path}", f"not JSON: {error}", suggestion) from None
         if not isinstance(data, dict):
-            raise ConfigError(f"--config {path}", f"a JSON {type(data).__name__}", works)
+            raise ConfigError(f"--config {path}", f"a JSON {type(data).__name__}", suggestion)
     if ignore:
         given = data.get("ignore", [])
         if not isinstance(given, list):
-            raise ConfigError(f"--ignore beside --config {path}", f"its ignore is {given!r}", "a list of patterns in the file")
+            raise ConfigError(
+                f"--ignore beside --config {path}",
+                f"its ignore is {given!r}",
+                "a list of patterns in the file",
+            )
         data = {**data, "ignore": [*given, *ignore]}
     if kv_cache is not None:
         if data.get("kv_cache_dtype") not in (None, kv_cache):

@@ -1,4 +1,6 @@
-"""A page: what a command has to say, as values, and its four forms: table, markdown, json and html. Decides nothing."""
+"""A page: what a command has to say, as values, and its four forms: table, markdown, json and html. Decides
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,14 @@ import typer
 from rich import box
 from rich.console import Console
 from rich.measure import Measurement
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -97,17 +106,23 @@ def _strict(value: Any) -> Any:
 
 
 def write(text: str) -> None:
-    """Writes a text and a newline to stdout; a reader that left (``| head``) ends the command without a word."""
+    """Writes a text and a newline to stdout; a reader that left (``| head``) ends the command without
+    a word.
+    """
     try:
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more when it ends
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # the interpreter flushes once more when it ends
         raise typer.Exit(BROKEN_PIPE) from None
 
 
 def width() -> int:
-    """Cells of a line: of the terminal; without one, ``COLUMNS``, or no limit at all, so that pipes get whole rows."""
+    """Cells of a line: of the terminal; without one, ``COLUMNS``, or no limit at all, so that pipes get whole
+    rows.
+    """
     if sys.stdout.isatty():
         return Console().width
     columns = os.environ.get("COLUMNS", "")
@@ -117,7 +132,9 @@ def width() -> int:
 def _print(page: Page) -> None:
     target = io.StringIO()
     tty = sys.stdout.isatty()
-    view = Console(file=target, width=width(), force_terminal=tty or None, emoji=False, markup=False, highlight=False)
+    view = Console(
+        file=target, width=width(), force_terminal=tty or None, emoji=False, markup=False, highlight=False
+    )
     for i, block in enumerate(page.blocks):
         if isinstance(block, Line):
             view.print(Text(block.text), style=_STYLES[block.tone], soft_wrap=view.width == _ENDLESS)
@@ -147,7 +164,9 @@ def _print_grid(view: Console, grid: Grid) -> None:
     fold = _natural(view, grid, columns) > view.width
     view.print(_table(grid, columns, fold))
     if hidden:
-        view.print(f"not shown at {view.width} columns: {', '.join(reversed(hidden))} (--json has all)", style="dim")
+        view.print(
+            f"not shown at {view.width} columns: {', '.join(reversed(hidden))} (--json has all)", style="dim"
+        )
 
 
 def _parts(view: Console, grid: Grid) -> Iterator[Table]:
@@ -172,9 +191,12 @@ def _table(grid: Grid, columns: Sequence[int], fold: bool, prose: int | None = N
     for column in (grid.columns[c] for c in columns):
         wrapped = column.prose or fold
         out.add_column(
-            Text(column.name), justify="right" if column.right else "left", overflow="fold", no_wrap=not wrapped,
+            Text(column.name),
+            justify="right" if column.right else "left",
+            overflow="fold",
+            no_wrap=not wrapped,
             max_width=prose if column.prose else None,
-        )  # fmt: skip
+        )
     for row in grid.rows:
         out.add_row(*(Text(row[c]) for c in columns))
     return out
@@ -183,8 +205,15 @@ def _table(grid: Grid, columns: Sequence[int], fold: bool, prose: int | None = N
 def _markdown(block: Grid | Line) -> str:
     if isinstance(block, Line):
         return block.text
-    rows = [[c.name for c in block.columns], ["---:" if c.right else "---" for c in block.columns], *block.rows]
-    text = "\n".join("| " + " | ".join(cell.replace("|", "\\|").replace("\n", "<br>") for cell in row) + " |" for row in rows)
+    rows = [
+        [c.name for c in block.columns],
+        ["---:" if c.right else "---" for c in block.columns],
+        *block.rows,
+    ]
+    text = "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|").replace("\n", "<br>") for cell in row) + " |"
+        for row in rows
+    )
     return f"**{block.title}**\n\n{text}" if block.title else text
 
 
@@ -192,7 +221,8 @@ def _html(page: Page) -> str:
     return (
         f"<!doctype html>\n<meta charset=utf-8>\n<title>{html.escape(page.title)}</title>\n"
         "<style>body{font-family:sans-serif}td,th{padding:.2em .6em;text-align:left;vertical-align:top}"
-        "tr:nth-child(even){background:#f4f4f4}.right{text-align:right}</style>\n" + "\n".join(map(_html_block, page.blocks))
+        "tr:nth-child(even){background:#f4f4f4}.right{text-align:right}</style>\n"
+        + "\n".join(map(_html_block, page.blocks))
     )
 
 
@@ -202,7 +232,9 @@ def _html_block(block: Grid | Line) -> str:
 
     def cells(tag: str, row: Sequence[str]) -> str:
         pairs = zip(block.columns, row, strict=True)
-        return "".join(f"<{tag}{' class=right' if c.right else ''}>{html.escape(text)}</{tag}>" for c, text in pairs)
+        return "".join(
+            f"<{tag}{' class=right' if c.right else ''}>{html.escape(text)}</{tag}>" for c, text in pairs
+        )
 
     head = cells("th", [c.name for c in block.columns])
     rows = "\n".join(f"<tr>{cells('td', row)}</tr>" for row in block.rows)
@@ -215,10 +247,14 @@ def progress(title: str, unit: str = "bytes") -> Iterator[Callable[[int, int, st
     """A progress bar on stderr, with rate and time left for bytes; silent when stderr is no terminal."""
     columns = [TextColumn(title), BarColumn()]
     columns += (
-        [DownloadColumn(), TransferSpeedColumn()] if unit == "bytes" else [TextColumn("{task.completed}/{task.total} " + unit)]
+        [DownloadColumn(), TransferSpeedColumn()]
+        if unit == "bytes"
+        else [TextColumn("{task.completed}/{task.total} " + unit)]
     )
     shown = sys.stderr.isatty()
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not shown, transient=True) as bar:
+    with Progress(
+        *columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not shown, transient=True
+    ) as bar:
         task = bar.add_task(title, total=None)
         yield lambda done, total, _name: bar.update(task, completed=done, total=total)
 

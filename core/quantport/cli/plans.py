@@ -5,16 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from quantport.choice import Choice
 from quantport.cli.page import Column, Grid, Page, size
-from quantport.patterns import compile_pattern
-from quantport.planner import Plan, Step
+from quantport.model.patterns import compile_pattern
+from quantport.planning.plan import Plan, Step
+from quantport.planning.select_kernel import Choice
 
 OTHERS = "other tensors (norms, biases)"
 _COLUMNS = (
-    Column("layers"), Column("count", right=True), Column("asked", 2), Column("effective"), Column("activations", 4),
-    Column("kernel", 1), Column("evidence", 6), Column("n x k", 7), Column("before", 5, right=True), Column("after", 3, right=True),
-)  # fmt: skip
+    Column("layers"),
+    Column("count", right=True),
+    Column("asked", 2),
+    Column("effective"),
+    Column("activations", 4),
+    Column("kernel", 1),
+    Column("evidence", 6),
+    Column("n x k", 7),
+    Column("before", 5, right=True),
+    Column("after", 3, right=True),
+)
 
 
 def plan_page(plan: Plan) -> Page:
@@ -23,7 +31,9 @@ def plan_page(plan: Plan) -> Page:
     names = [step.layer.name for step in plan.steps]
     named = [(_pattern(steps, names), steps) for steps in groups]
     page = Page({**plan.to_dict(), **_summary(plan, named)}, title=f"quantport plan {plan.source}")
-    page.blocks.append(Grid(_COLUMNS, [_row(name, steps) for name, steps in named], f"{plan.source} on {plan.device}"))
+    page.blocks.append(
+        Grid(_COLUMNS, [_row(name, steps) for name, steps in named], f"{plan.source} on {plan.device}")
+    )
     page.say("")
     saved = 1 - plan.after / plan.before if plan.before else 0
     totals = f"total: {size(plan.before)} -> {size(plan.after)} ({saved:.0%} less)"
@@ -62,13 +72,19 @@ def group(steps: Sequence[Step]) -> list[list[Step]]:
         other = layer.kind == "other"
         leaf = "" if other else layer.name.rpartition(".")[2]
         leaf = "expert" if leaf.isdecimal() else leaf
-        shape = () if other else (layer.weights, layer.experts, len(layer.only), layer.dtype, layer.name.count("."))
+        shape = (
+            ()
+            if other
+            else (layer.weights, layer.experts, len(layer.only), layer.dtype, layer.name.count("."))
+        )
         out.setdefault((layer.kind, leaf, shape, step.asked, step.choice, step.note), []).append(step)
     return list(out.values())
 
 
 def _pattern(steps: Sequence[Step], names: Sequence[str]) -> str:
-    """The layers of a group as the glob that ``--ignore`` takes, where one names exactly them; else with what differs in braces."""
+    """The layers of a group as the glob that ``--ignore`` takes, where one names exactly them; else with what
+    differs in braces.
+    """
     own = [step.layer.name for step in steps]
     if steps[0].layer.kind == "other":
         return OTHERS
@@ -89,17 +105,31 @@ def _braced(parts: set[str]) -> str:
     numbers = sorted(map(int, parts))
     if numbers[-1] - numbers[0] == len(numbers) - 1:
         return f"{{{numbers[0]}-{numbers[-1]}}}"
-    return "{" + (",".join(map(str, numbers)) if len(numbers) < 5 else f"{numbers[0]},{numbers[1]},...,{numbers[-1]}") + "}"
+    return (
+        "{"
+        + (
+            ",".join(map(str, numbers))
+            if len(numbers) < 5
+            else f"{numbers[0]},{numbers[1]},...,{numbers[-1]}"
+        )
+        + "}"
+    )
 
 
 def _row(name: str, steps: Sequence[Step]) -> tuple[str, ...]:
     first = steps[0]
     choice, layer = first.choice, first.layer
-    shapes = "-" if layer.kind == "other" else ", ".join(dict.fromkeys(f"{n}x{k}" for _, n, k in layer.weights))
+    shapes = (
+        "-" if layer.kind == "other" else ", ".join(dict.fromkeys(f"{n}x{k}" for _, n, k in layer.weights))
+    )
     held = f"{len(layer.only)} weights" if layer.only else f"{layer.experts} experts"
     shapes = f"{held} of {shapes}" if layer.experts else shapes
     sizes = (size(sum(s.before for s in steps)), size(sum(s.after for s in steps)))
-    known = (_effective(choice), choice.activations, choice.kernel, _evidence(choice)) if choice else ("as stored", "-", "-", "-")
+    known = (
+        (_effective(choice), choice.activations, choice.kernel, _evidence(choice))
+        if choice
+        else ("as stored", "-", "-", "-")
+    )
     return name, str(len(steps)), first.asked or "-", *known, shapes, *sizes
 
 
@@ -119,7 +149,9 @@ def _summary(plan: Plan, named: Sequence[tuple[str, Sequence[Step]]]) -> dict[st
         "groups": [_group_dict(name, steps) for name, steps in named],
         "kept": _told(kept, lambda step: [step.note]),
         "reasons": _reasons(plan),
-        "warnings": _told([(name, steps) for name, steps in named if steps[0].slow], lambda step: [step.note]),
+        "warnings": _told(
+            [(name, steps) for name, steps in named if steps[0].slow], lambda step: [step.note]
+        ),
     }
 
 
@@ -130,8 +162,8 @@ def _reasons(plan: Plan) -> list[str]:
         if step.choice is None:
             continue
         out.update(dict.fromkeys(f"{step.asked}: {reason}" for reason in step.choice.reasons))
-        if step.choice.deviation:
-            out[f"{step.asked} deviates from the scheme: {step.choice.deviation}"] = None
+        if step.choice.numeric_deviation:
+            out[f"{step.asked} deviates from the scheme: {step.choice.numeric_deviation}"] = None
     return list(out)
 
 
@@ -141,7 +173,10 @@ def _told(named: Sequence[tuple[str, Sequence[Step]]], texts: Callable[[Step], S
     for name, steps in named:
         for text in texts(steps[0]):
             about.setdefault(text, []).append(name)
-    return [f"{', '.join(names[:3])}{f' and {len(names) - 3} more groups' if names[3:] else ''}: {t}" for t, names in about.items()]
+    return [
+        f"{', '.join(names[:3])}{f' and {len(names) - 3} more groups' if names[3:] else ''}: {t}"
+        for t, names in about.items()
+    ]
 
 
 def _group_dict(name: str, steps: Sequence[Step]) -> dict[str, Any]:
@@ -151,7 +186,9 @@ def _group_dict(name: str, steps: Sequence[Step]) -> dict[str, Any]:
         "layers": name,
         "count": len(steps),
         "kind": layer.kind,
-        "shapes": [] if layer.kind == "other" else [{"weight": w, "n": n, "k": k} for w, n, k in layer.weights],
+        "shapes": []
+        if layer.kind == "other"
+        else [{"weight": w, "n": n, "k": k} for w, n, k in layer.weights],
         "experts": layer.experts,
         "dtype": str(layer.dtype).removeprefix("torch."),
         "asked": first.asked,

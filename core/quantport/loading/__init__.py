@@ -1,8 +1,8 @@
 """Loading: the only room of the house with side effects on a model."""
 
-from quantport.loading.loader import load
-from quantport.loading.memory import quantize_
-from quantport.loading.planning import plan
-from quantport.loading.saver import save
+from quantport.loading.load_model import load
+from quantport.loading.plan_model import plan
+from quantport.loading.quantize_model import quantize_
+from quantport.loading.save_model import save
 
 __all__ = ["load", "plan", "quantize_", "save"]

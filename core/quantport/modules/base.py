@@ -1,7 +1,7 @@
 """What every quantized module shares: packed weights, one bound kernel, and a canonical state dict.
 
-Kernels may pack weights as they like; what is saved, copied, pickled and moved is always the stored layout of the
-scheme (``Scheme.layout``), so a state dict does not depend on the kernel.
+Kernels may pack weights as they like; what is saved, copied, pickled and moved is always the stored layout of
+the scheme (``Scheme.layout``), so a state dict does not depend on the kernel.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantport import aten
-from quantport.choice import choose
 from quantport.errors import UnsupportedError, WeightError
-from quantport.host import host
-from quantport.kernel import Canonical, Kernel, Packed, Request, WeightSpec
+from quantport.kernels import aten
+from quantport.kernels.base import Kernel, Packed, Request, StoredWeight, WeightSpec
+from quantport.planning.select_kernel import select_kernel
+from quantport.plugins.registry import default_registry
 
 
 class QuantModule(nn.Module):
@@ -31,10 +31,16 @@ class QuantModule(nn.Module):
     """
 
     def __init__(
-        self, kernel: Kernel, specs: dict[str, WeightSpec], layer: str, dtype: torch.dtype = torch.bfloat16,
+        self,
+        kernel: Kernel,
+        specs: dict[str, WeightSpec],
+        layer: str,
+        dtype: torch.dtype = torch.bfloat16,
         others: Mapping[str, Kernel] | None = None,
-    ) -> None:  # fmt: skip
-        nn.Module.__init__(self)  # not super(): a QuantLinear is an nn.Linear too, which would make a 16-bit weight
+    ) -> None:
+        nn.Module.__init__(
+            self
+        )  # not super(): a QuantLinear is an nn.Linear too, which would make a 16-bit weight
         self.kernel, self.specs, self.layer, self.dtype = kernel, specs, layer, dtype
         self.others: dict[str, Kernel] = dict(others or {})
         self._packed: dict[str, Packed] = {}
@@ -42,9 +48,13 @@ class QuantModule(nn.Module):
         self._tables: Any = None  # what a forward makes of the packed weights, kept until they change
 
     def packed(self, name: str = "") -> Packed:
-        """The packed tensors of one weight, as the buffers hold them now: accelerate moves a module by exchanging those."""
+        """The packed tensors of one weight, as the buffers hold them now: accelerate moves a module by
+        exchanging those.
+        """
         packed, keys = self._packed[name], self._keys[name]
-        if torch.compiler.is_compiling():  # shapes of buffers are constants, others vary as a batch does, and may equal it
+        if (
+            torch.compiler.is_compiling()
+        ):  # shapes of buffers are constants, others vary as a batch does, and may equal it
             return tuple(self.get_buffer(key) for key in keys)
         if packed[0] is not self._buffers[keys[0]]:
             packed = self._packed[name] = tuple(self.get_buffer(key) for key in keys)
@@ -64,7 +74,7 @@ class QuantModule(nn.Module):
         """Where the weights are."""
         return next((self.packed(name)[0].device for name in self._packed), torch.device("meta"))
 
-    def set_weight(self, name: str, canonical: Canonical) -> None:
+    def set_weight(self, name: str, stored_weight: StoredWeight) -> None:
         """Packs the stored tensors of one weight and takes them.
 
         Raises:
@@ -72,39 +82,54 @@ class QuantModule(nn.Module):
         """
         spec = self.specs[name]
         layout = spec.scheme.layout(spec.n, spec.k)
-        found = {key: (tuple(t.shape), t.dtype) for key, t in canonical.items()}
+        found = {key: (tuple(t.shape), t.dtype) for key, t in stored_weight.items()}
         if found != layout:
-            raise WeightError(f"weight {name or 'of a linear layer'} as {spec.scheme.name}", f"tensors {found}", f"{layout}")
-        self._install(name, self.kernel_of(name).pack(canonical, spec))
+            raise WeightError(
+                f"weight {name or 'of a linear layer'} as {spec.scheme.name}", f"tensors {found}", f"{layout}"
+            )
+        self._install(name, self.kernel_of(name).pack(stored_weight, spec))
 
     def _install(self, name: str, packed: Packed) -> None:
         self._packed[name], self._tables = packed, None
         self._keys[name] = tuple(f"packed_{name.replace('.', '_')}_{i}" for i in range(len(packed)))
-        for key, tensor in zip(self._keys[name], packed, strict=True):  # as buffers, so that memory counts are right
-            self.register_buffer(key, tensor, persistent=False)  # not persistent: state_dict writes the stored layout
+        for key, tensor in zip(
+            self._keys[name], packed, strict=True
+        ):  # as buffers, so that memory counts are right
+            self.register_buffer(
+                key, tensor, persistent=False
+            )  # not persistent: state_dict writes the stored layout
 
-    def canonical(self, name: str = "") -> Canonical:
+    def stored_weight(self, name: str = "") -> StoredWeight:
         """The stored tensors of one weight, exactly as they were before packing."""
         return self.kernel_of(name).unpack(self.packed(name), self.specs[name])
 
-    def canonical_tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def stored_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every stored tensor under its name in the state dict, one weight at a time."""
         for name in self.specs:
             if name in self._packed:
-                for key, tensor in self.canonical(name).items():
+                for key, tensor in self.stored_weight(name).items():
                     yield f"{name}.{key}".lstrip("."), tensor
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination.update((prefix + key, tensor) for key, tensor in self.canonical_tensors())
+        destination.update((prefix + key, tensor) for key, tensor in self.stored_tensors())
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool,
-        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
-    ) -> None:  # fmt: skip
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         rest = dict(state_dict)
         for name, spec in self.specs.items():
-            keys = {key: f"{prefix}{name}.{key}" if name else prefix + key for key in spec.scheme.layout(spec.n, spec.k)}
+            keys = {
+                key: f"{prefix}{name}.{key}" if name else prefix + key
+                for key in spec.scheme.layout(spec.n, spec.k)
+            }
             absent = [full for full in keys.values() if full not in rest]
             missing_keys += absent
             if absent:
@@ -112,20 +137,31 @@ class QuantModule(nn.Module):
             try:
                 device = self.device if self.device.type != "meta" else None
                 if device is None:  # the kernel was chosen for no device, or not at all
-                    self.kernel, self.others = self._kernels_for(rest[next(iter(keys.values()))].device, self.dtype)
-                self.set_weight(name, {key: _copy(rest.pop(full).detach(), device) for key, full in keys.items()})
+                    self.kernel, self.others = self._kernels_for(
+                        rest[next(iter(keys.values()))].device, self.dtype
+                    )
+                self.set_weight(
+                    name, {key: _copy(rest.pop(full).detach(), device) for key, full in keys.items()}
+                )
             except WeightError as error:
                 error_msgs.append(f"{prefix.rstrip('.')}: {error}")
-        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        super()._load_from_state_dict(
+            rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantModule:
         """Moves between devices; never casts codes or scales, whatever ``.half()`` or ``.to(dtype)`` ask."""
-        device = fn(torch.empty(0, dtype=torch.int8, device=self.device)).device  # nothing casts integers: only the device shows
+        device = fn(
+            torch.empty(0, dtype=torch.int8, device=self.device)
+        ).device  # nothing casts integers: only the device shows
         dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
         kernel, others, packed = self.kernel, self.others, self._packed
         if (device, dtype) != (self.device, self.dtype):
             kernel, others = self._kernels_for(device, dtype)
-            packed = {name: others.get(name, kernel).pack(self._moved(name, fn), self.specs[name]) for name in packed}
+            packed = {
+                name: others.get(name, kernel).pack(self._moved(name, fn), self.specs[name])
+                for name in packed
+            }
         self._packed = {}  # from here on nothing fails
         for key in [k for k in self._buffers if k.startswith("packed_")]:
             del self._buffers[key]
@@ -135,11 +171,13 @@ class QuantModule(nn.Module):
             self._install(name, tensors)
         return self
 
-    def _moved(self, name: str, fn: Callable[[Tensor], Tensor]) -> Canonical:
-        return {k: _bytes(fn(_bytes(t)), t.dtype) for k, t in self.canonical(name).items()}
+    def _moved(self, name: str, fn: Callable[[Tensor], Tensor]) -> StoredWeight:
+        return {k: _bytes(fn(_bytes(t)), t.dtype) for k, t in self.stored_weight(name).items()}
 
     def _kernels_for(self, device: torch.device, dtype: torch.dtype) -> tuple[Kernel, dict[str, Kernel]]:
-        """Chooses the kernels again, for the device or the dtype that the module goes to: one for each scheme."""
+        """Chooses the kernels again, for the device or the dtype that the module goes to: one for each
+        scheme.
+        """
         by_scheme: dict[str, list[str]] = {}
         for name, spec in self.specs.items():
             by_scheme.setdefault(spec.scheme.name, []).append(name)
@@ -151,15 +189,24 @@ class QuantModule(nn.Module):
         scheme = self.specs[names[0]].scheme.name
         if device.type == "meta":
             return (
-                self.kernel_of(names[0]) if self.device.type == "meta" else aten.Dense() if scheme == "bf16" else aten.Dequantize()
+                self.kernel_of(names[0])
+                if self.device.type == "meta"
+                else aten.Dense()
+                if scheme == "bf16"
+                else aten.Dequantize()
             )
-        target = host().device(device)
-        requests = [Request(spec, self.layer, target, dtype) for spec in dict.fromkeys(self.specs[name] for name in names)]
-        choice = choose(requests, self._usable(host().kernels(target.kind)))
+        target = default_registry().device(device)
+        requests = [
+            Request(spec, self.layer, target, dtype)
+            for spec in dict.fromkeys(self.specs[name] for name in names)
+        ]
+        choice = select_kernel(requests, self._usable(default_registry().kernels(target.kind)))
         if not choice.kernel:
-            works = "another device: see `quantport matrix`"
-            raise UnsupportedError(f"move {scheme} to {device}, {dtype}", "; ".join(choice.reasons), works)
-        return host().kernel(choice.kernel)
+            suggestion = "another device: see `quantport matrix`"
+            raise UnsupportedError(
+                f"move {scheme} to {device}, {dtype}", "; ".join(choice.reasons), suggestion
+            )
+        return default_registry().kernel(choice.kernel)
 
     def _usable(self, kernels: Sequence[Kernel]) -> Sequence[Kernel]:
         """The kernels that the module may have."""
@@ -168,7 +215,9 @@ class QuantModule(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         state["_buffers"] = {k: v for k, v in self._buffers.items() if not k.startswith("packed_")}
-        state["_packed"] = {name: {k: _bytes(t) for k, t in self.canonical(name).items()} for name in self._packed}
+        state["_packed"] = {
+            name: {k: _bytes(t) for k, t in self.stored_weight(name).items()} for name in self._packed
+        }
         state["kernel"], state["_tables"] = self.kernel.name, None
         state["others"] = {name: kernel.name for name, kernel in self.others.items()}
         return state
@@ -176,12 +225,12 @@ class QuantModule(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         weights = state.pop("_packed")
         super().__setstate__({**state, "_packed": {}})  # type: ignore[no-untyped-call]  # torch has no types here
-        self.kernel = host().kernel(state["kernel"])
-        self.others = {name: host().kernel(kernel) for name, kernel in state["others"].items()}
-        for name, canonical in weights.items():
+        self.kernel = default_registry().kernel(state["kernel"])
+        self.others = {name: default_registry().kernel(kernel) for name, kernel in state["others"].items()}
+        for name, stored_weight in weights.items():
             spec = self.specs[name]
             layout = spec.scheme.layout(spec.n, spec.k)
-            self.set_weight(name, {k: _bytes(t, layout[k][1]) for k, t in canonical.items()})
+            self.set_weight(name, {k: _bytes(t, layout[k][1]) for k, t in stored_weight.items()})
 
 
 def _copy(tensor: Tensor, device: torch.device | None) -> Tensor:
@@ -192,5 +241,7 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
 def _bytes(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Views codes and scales as integers, which nothing casts and plain pickle knows; or views them back as ``dtype``."""
+    """Views codes and scales as integers, which nothing casts and plain pickle knows; or views them back as
+    ``dtype``.
+    """
     return tensor.view(dtype or _INTEGERS.get(tensor.element_size(), tensor.dtype))

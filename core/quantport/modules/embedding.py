@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantport.kernel import Kernel, WeightSpec
-from quantport.lookup import look_up, lookup_kernels
+from quantport.kernels.base import Kernel, WeightSpec
+from quantport.kernels.embedding import embedding_kernels, look_up
 from quantport.modules import ops
 from quantport.modules.base import QuantModule
 from quantport.modules.linear import WeightView
@@ -27,9 +27,13 @@ class QuantEmbedding(QuantModule):
     """
 
     def __init__(
-        self, kernel: Kernel, spec: WeightSpec, dtype: torch.dtype = torch.bfloat16, tied: Sequence[str] = (),
+        self,
+        kernel: Kernel,
+        spec: WeightSpec,
+        dtype: torch.dtype = torch.bfloat16,
+        tied: Sequence[str] = (),
         padding_idx: int | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(kernel, {"": spec}, "linear", dtype)
         self.num_embeddings, self.embedding_dim, self.padding_idx = spec.n, spec.k, padding_idx
         self.spec, self.tied = spec, tuple(tied)
@@ -49,7 +53,7 @@ class QuantEmbedding(QuantModule):
         return WeightView(torch.Size((self.num_embeddings, self.embedding_dim)), self.dtype, self.device)
 
     def _usable(self, kernels: Sequence[Kernel]) -> Sequence[Kernel]:
-        return lookup_kernels(kernels, bool(self.tied))
+        return embedding_kernels(kernels, bool(self.tied))
 
     def extra_repr(self) -> str:
         """Shape, scheme and kernel."""
@@ -66,7 +70,9 @@ class TiedLinear(nn.Linear):
 
     def __init__(self, embedding: QuantEmbedding, bias: nn.Parameter | None = None) -> None:
         nn.Module.__init__(self)
-        self._embedding = (embedding,)  # in a tuple, so that it is a reference and no submodule: moved and counted once
+        self._embedding = (
+            embedding,
+        )  # in a tuple, so that it is a reference and no submodule: moved and counted once
         self.in_features, self.out_features = embedding.embedding_dim, embedding.num_embeddings
         self.register_parameter("bias", bias)
 
@@ -92,18 +98,31 @@ class TiedLinear(nn.Linear):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination.update((prefix + key, tensor) for key, tensor in self.embedding.canonical_tensors())
+        destination.update((prefix + key, tensor) for key, tensor in self.embedding.stored_tensors())
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool,
-        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
-    ) -> None:  # fmt: skip
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         spec = self.embedding.spec
-        keys = {prefix + key for key in spec.scheme.layout(spec.n, spec.k)}  # the embedding loads them under its own name
+        keys = {
+            prefix + key for key in spec.scheme.layout(spec.n, spec.k)
+        }  # the embedding loads them under its own name
         rest = {key: value for key, value in state_dict.items() if key not in keys}
-        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        super()._load_from_state_dict(
+            rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     def extra_repr(self) -> str:
         """Shape, scheme and kernel."""
         source = self.embedding
-        return f"{self.in_features}, {self.out_features}, tied, scheme={source.scheme}, kernel={source.kernel.name}"
+        return (
+            f"{self.in_features}, {self.out_features}, tied, scheme={source.scheme}, "
+            f"kernel={source.kernel.name}"
+        )

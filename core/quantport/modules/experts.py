@@ -10,25 +10,31 @@ from threading import Lock
 import torch
 from torch import Tensor, nn
 
-from quantport.kernel import Kernel, Packed, WeightSpec
-from quantport.layers import PROJECTIONS
+from quantport.kernels.base import Kernel, Packed, WeightSpec
+from quantport.kernels.grouped import StackedKernel
+from quantport.model.layers import PROJECTIONS
 from quantport.modules import routing
 from quantport.modules.base import QuantModule
 from quantport.modules.ops import Differentiable
 from quantport.scheme import Scheme
-from quantport.stacked import StackedKernel
 
 _ALLOCATING = Lock()  # weights are packed by several threads
 _NAMES = {
-    "SiLU": "silu", "SiLUActivation": "silu", "GELU": "gelu", "GELUActivation": "gelu", "GELUTanh": "gelu_tanh",
-    "PytorchGELUTanh": "gelu_tanh", "ReLU": "relu",
-}  # fmt: skip
+    "SiLU": "silu",
+    "SiLUActivation": "silu",
+    "GELU": "gelu",
+    "GELUActivation": "gelu",
+    "GELUTanh": "gelu_tanh",
+    "PytorchGELUTanh": "gelu_tanh",
+    "ReLU": "relu",
+}
 
 
 class QuantExperts(QuantModule):
     """Gate, up and down projections of every expert; stands where the experts module of Transformers stood.
 
-    Each projection of each expert is quantized by itself, as checkpoints store them, whether the model fuses them or not.
+    Each projection of each expert is quantized by itself, as checkpoints store them, whether the model fuses
+    them or not.
 
     Args:
         kernel: The kernel that runs every projection, but for ``others``.
@@ -41,12 +47,22 @@ class QuantExperts(QuantModule):
     """
 
     def __init__(
-        self, kernel: Kernel, gate_up: WeightSpec, down: WeightSpec, experts: int, activation: str,
-        dtype: torch.dtype = torch.bfloat16, others: Mapping[str, tuple[Kernel, Scheme]] | None = None,
-    ) -> None:  # fmt: skip
-        specs = {f"{e}.{p}": down if p == "down_proj" else gate_up for e in range(experts) for p in PROJECTIONS}
+        self,
+        kernel: Kernel,
+        gate_up: WeightSpec,
+        down: WeightSpec,
+        experts: int,
+        activation: str,
+        dtype: torch.dtype = torch.bfloat16,
+        others: Mapping[str, tuple[Kernel, Scheme]] | None = None,
+    ) -> None:
+        specs = {
+            f"{e}.{p}": down if p == "down_proj" else gate_up for e in range(experts) for p in PROJECTIONS
+        }
         specs |= {name: replace(specs[name], scheme=scheme) for name, (_, scheme) in (others or {}).items()}
-        super().__init__(kernel, specs, "moe", dtype, {name: other for name, (other, _) in (others or {}).items()})
+        super().__init__(
+            kernel, specs, "moe", dtype, {name: other for name, (other, _) in (others or {}).items()}
+        )
         self.num_experts, self.gate_up, self.down, self.activation = experts, gate_up, down, activation
         self._slots: dict[str, Packed] = {}  # of weights that will lie side by side, while some are missing
 
@@ -80,9 +96,13 @@ class QuantExperts(QuantModule):
         return {n: kernel.slot(stack, *divmod(i, group.shared)) for i, n in enumerate(group.packed)}
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Routes ``[T, hidden]`` by ``top_k_index`` and ``top_k_weights`` ``[T, top_k]``; returns ``[T, hidden]``."""
+        """Routes ``[T, hidden]`` by ``top_k_index`` and ``top_k_weights`` ``[T, top_k]``; returns ``[T,
+        hidden]``.
+        """
         if torch.compiler.is_compiling():
-            y: Tensor = torch.ops.quantport.experts(hidden_states, top_k_index, top_k_weights, *self.operands())
+            y: Tensor = torch.ops.quantport.experts(
+                hidden_states, top_k_index, top_k_weights, *self.operands()
+            )
             return y
         wants = torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad)
         tables = self._grouped(Differentiable) if wants else self._kept()
@@ -97,7 +117,9 @@ class QuantExperts(QuantModule):
         return tables
 
     def _grouped(self, wrap: Callable[[Kernel], Kernel]) -> routing.Tables:
-        weights = [routing.Weight(wrap(self.kernel_of(n)), spec, self.packed(n)) for n, spec in self.specs.items()]
+        weights = [
+            routing.Weight(wrap(self.kernel_of(n)), spec, self.packed(n)) for n, spec in self.specs.items()
+        ]
         return routing.tables(weights)
 
     def operands(self) -> tuple[list[Tensor], list[int], list[str], list[str], int, int, int, str]:
@@ -109,7 +131,16 @@ class QuantExperts(QuantModule):
             kernels = [self.kernel_of(name).name for name in self.specs]
             schemes = [spec.scheme.name for spec in self.specs.values()]
         flat = [t for p in packed for t in p]
-        return flat, sizes, kernels, schemes, self.num_experts, self.gate_up.k, self.gate_up.n, self.activation
+        return (
+            flat,
+            sizes,
+            kernels,
+            schemes,
+            self.num_experts,
+            self.gate_up.k,
+            self.gate_up.n,
+            self.activation,
+        )
 
     def extra_repr(self) -> str:
         """Shape, scheme and kernel."""
@@ -122,7 +153,9 @@ def why_not_experts(module: nn.Module) -> str:
     """Why a module with fused expert weights cannot become ``QuantExperts``, or an empty string."""
     if getattr(module, "is_transposed", False):
         return "its experts are stored transposed"
-    if getattr(module, "has_bias", False) or any("bias" in name for name, _ in module.named_parameters(recurse=False)):
+    if getattr(module, "has_bias", False) or any(
+        "bias" in name for name, _ in module.named_parameters(recurse=False)
+    ):
         return "its experts have biases"
     if not getattr(module, "is_concatenated", True):
         return "its gate and up projections are interleaved"
@@ -137,5 +170,7 @@ def why_not_experts(module: nn.Module) -> str:
 
 
 def activation_name(module: nn.Module) -> str | None:
-    """Name of the activation function of an experts module, or None when it is not one that quantport runs."""
+    """Name of the activation function of an experts module, or None when it is not one that quantport
+    runs.
+    """
     return _NAMES.get(type(getattr(module, "act_fn", None)).__name__)

@@ -8,16 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from quantport.errors import NoTensorError
-from quantport.kernel import Kernel, WeightSpec
+from quantport.kernels.base import Kernel, WeightSpec
 from quantport.modules import ops
 from quantport.modules.base import QuantModule
 
 
 class WeightView(NamedTuple):
-    """What code may ask of the weight of a layer that holds no 16-bit weight; ``dtype`` is that of activations.
+    """What code may ask of the weight of a layer that holds no 16-bit weight; ``dtype`` is that of
+    activations.
 
     Raises:
-        NoTensorError: anything else of a tensor is asked for, as when an adapter shall be merged into the weight.
+        NoTensorError: anything else of a tensor is asked for, as when an adapter shall be merged into the
+            weight.
     """
 
     shape: torch.Size
@@ -25,12 +27,15 @@ class WeightView(NamedTuple):
     device: torch.device
 
     def __getattr__(self, name: str) -> Any:
-        works = "keep adapters beside the layer, or merge them into the 16-bit model and quantize that"
-        raise NoTensorError(f"weight.{name} of a quantized layer", "its weight is stored as codes and scales", works)
+        suggestion = "keep adapters beside the layer, or merge them into the 16-bit model and quantize that"
+        raise NoTensorError(
+            f"weight.{name} of a quantized layer", "its weight is stored as codes and scales", suggestion
+        )
 
 
 class QuantLinear(QuantModule, nn.Linear):
-    """``y = x W^T + b`` with W quantized; stands where ``torch.nn.Linear`` stood, and is one: PEFT and others ask for that.
+    """``y = x W^T + b`` with W quantized; stands where ``torch.nn.Linear`` stood, and is one: PEFT and others
+    ask for that.
 
     A gradient goes to the activations (through the dequantized weight) and the bias, never to the weight.
 
@@ -42,7 +47,11 @@ class QuantLinear(QuantModule, nn.Linear):
     """
 
     def __init__(
-        self, kernel: Kernel, spec: WeightSpec, bias: nn.Parameter | None = None, dtype: torch.dtype = torch.bfloat16
+        self,
+        kernel: Kernel,
+        spec: WeightSpec,
+        bias: nn.Parameter | None = None,
+        dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         super().__init__(kernel, {"": spec}, "linear", dtype)
         self.in_features, self.out_features = spec.k, spec.n
@@ -54,23 +63,31 @@ class QuantLinear(QuantModule, nn.Linear):
         packed, bias = self.packed(), self._parameters["bias"]
         if torch.compiler.is_compiling():
             spec = self.spec
-            y: Tensor = torch.ops.quantport.linear(x, packed, bias, self.kernel.name, spec.scheme.name, spec.n, spec.k)
+            y: Tensor = torch.ops.quantport.linear(
+                x, packed, bias, self.kernel.name, spec.scheme.name, spec.n, spec.k
+            )
             return y
         return ops.run_linear(self.kernel, x, packed, bias, self.spec)
 
     @property
     def weight(self) -> WeightView:  # type: ignore[override]  # of nn.Linear it is a Parameter
-        """Shape, dtype and device of the weight, for code that asks a linear layer for them. It is no tensor."""
+        """Shape, dtype and device of the weight, for code that asks a linear layer for them. It is no
+        tensor.
+        """
         return WeightView(torch.Size((self.out_features, self.in_features)), self.dtype, self.device)
 
     def extra_repr(self) -> str:
         """Shape, scheme and kernel."""
         bias = self.bias is not None
-        return f"{self.in_features}, {self.out_features}, bias={bias}, scheme={self.scheme}, kernel={self.kernel.name}"
+        return (
+            f"{self.in_features}, {self.out_features}, bias={bias}, scheme={self.scheme}, "
+            f"kernel={self.kernel.name}"
+        )
 
 
 class QuantFused(QuantModule, nn.Linear):
-    """A linear layer of several projections stored as one, each quantized by itself; their outputs stand side by side.
+    """A linear layer of several projections stored as one, each quantized by itself; their outputs stand side
+    by side.
 
     Args:
         kernel: The kernel that runs every projection.
@@ -80,7 +97,11 @@ class QuantFused(QuantModule, nn.Linear):
     """
 
     def __init__(
-        self, kernel: Kernel, specs: dict[str, WeightSpec], bias: nn.Parameter | None = None, dtype: torch.dtype = torch.bfloat16
+        self,
+        kernel: Kernel,
+        specs: dict[str, WeightSpec],
+        bias: nn.Parameter | None = None,
+        dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         super().__init__(kernel, specs, "linear", dtype)
         self.in_features, self.out_features = next(iter(specs.values())).k, sum(s.n for s in specs.values())
@@ -94,7 +115,11 @@ class QuantFused(QuantModule, nn.Linear):
         for (name, spec), b in zip(self.specs.items(), each, strict=True):
             packed = self.packed(name)
             if torch.compiler.is_compiling():
-                out.append(torch.ops.quantport.linear(x, packed, b, self.kernel.name, spec.scheme.name, spec.n, spec.k))
+                out.append(
+                    torch.ops.quantport.linear(
+                        x, packed, b, self.kernel.name, spec.scheme.name, spec.n, spec.k
+                    )
+                )
             else:
                 out.append(ops.run_linear(self.kernel, x, packed, b, spec))
         return torch.cat(out, -1)
@@ -107,4 +132,7 @@ class QuantFused(QuantModule, nn.Linear):
     def extra_repr(self) -> str:
         """Shapes, scheme and kernel."""
         parts = ", ".join(f"{name} {spec.n}" for name, spec in self.specs.items())
-        return f"{self.in_features}, {self.out_features} ({parts}), scheme={self.scheme}, kernel={self.kernel.name}"
+        return (
+            f"{self.in_features}, {self.out_features} ({parts}), scheme={self.scheme}, "
+            f"kernel={self.kernel.name}"
+        )

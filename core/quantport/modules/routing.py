@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from quantport.errors import RoutingError, ShapeError
-from quantport.kernel import Kernel, WeightSpec
+from quantport.kernels.base import Kernel, WeightSpec
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -30,7 +30,9 @@ class Weight(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Weights of the experts ``first`` to ``last - 1`` that one call multiplies: ``shared`` for each expert."""
+    """Weights of the experts ``first`` to ``last - 1`` that one call multiplies: ``shared`` for each
+    expert.
+    """
 
     kernel: Kernel
     spec: WeightSpec
@@ -51,12 +53,17 @@ class Tables(NamedTuple):
 
 def tables(weights: Sequence[Weight]) -> Tables:
     """Groups gate, up and down of expert 0, then of expert 1, and so on."""
-    gate_up, down = (tuple(g._replace(packed=g.kernel.bundle(g.packed, g.shared)) for g in part) for part in groups(weights))
+    gate_up, down = (
+        tuple(g._replace(packed=g.kernel.bundle(g.packed, g.shared)) for g in part)
+        for part in groups(weights)
+    )
     return Tables(gate_up, down, len(weights) // 3)
 
 
 def groups(weights: Sequence[Weight]) -> tuple[list[Group], list[Group]]:
-    """Groups of gate and up, and of down, with the weights as they are. Where all share a kernel there is one of each."""
+    """Groups of gate and up, and of down, with the weights as they are. Where all share a kernel there is one
+    of each.
+    """
     gate, up, down = (weights[i::3] for i in range(3))
     return list(_gate_up(gate, up)), list(_runs(down, 0))
 
@@ -110,7 +117,8 @@ def run_experts(x: Tensor, index: Tensor, weights: Tensor, layer: Tables, activa
 
     Args:
         x: ``[T, hidden]``.
-        index: int ``[T, top_k]``; an entry below 0, or equal to the number of experts, is a token that goes nowhere.
+        index: int ``[T, top_k]``; an entry below 0, or equal to the number of experts, is a token that
+            goes nowhere.
         weights: ``[T, top_k]``.
         layer: Every weight, grouped.
         activation: A name in ``ACTIVATIONS``.
@@ -124,10 +132,14 @@ def run_experts(x: Tensor, index: Tensor, weights: Tensor, layer: Tables, activa
     """
     if index.shape != weights.shape or index.dim() != 2 or index.shape[0] != x.shape[0]:
         found = f"index {list(index.shape)}, weights {list(weights.shape)}, activations {list(x.shape)}"
-        raise RoutingError("route tokens to experts", found, "index and weights [T, top_k] for activations [T, hidden]")
+        raise RoutingError(
+            "route tokens to experts", found, "index and weights [T, top_k] for activations [T, hidden]"
+        )
     if x.shape[-1] != layer.gate_up[0].spec.k:
         raise ShapeError(
-            f"run experts on {list(x.shape)}", f"experts of {layer.gate_up[0].spec.k} inputs", "activations of that width"
+            f"run experts on {list(x.shape)}",
+            f"experts of {layer.gate_up[0].spec.k} inputs",
+            "activations of that width",
         )
     order, offsets, bounds = _sort(index.reshape(-1), layer.experts)
     order = order[: bounds[-1]]
@@ -139,7 +151,11 @@ def run_experts(x: Tensor, index: Tensor, weights: Tensor, layer: Tables, activa
         hidden = ACTIVATIONS[activation](gate_up[:, :width]) * gate_up[:, width:]
         y = apply(layer.down, hidden, offsets, bounds, x.shape[1])
     y = y * weights.reshape(-1)[order, None]
-    out = y.new_empty(index.numel(), x.shape[1]) if bounds[-1] == index.numel() else y.new_zeros(index.numel(), x.shape[1])
+    out = (
+        y.new_empty(index.numel(), x.shape[1])
+        if bounds[-1] == index.numel()
+        else y.new_zeros(index.numel(), x.shape[1])
+    )
     out[order] = y
     return out.view(*index.shape, x.shape[1]).sum(1, dtype=torch.float32).to(x.dtype)
 
@@ -154,7 +170,8 @@ def _gated(layer: Tables, x: Tensor, offsets: Tensor, activation: str) -> Tensor
 
 
 def _sort(flat: Tensor, experts: int) -> tuple[Tensor, Tensor, list[int]]:
-    """Slots in the order of their experts, those that go nowhere last; where each expert starts, also on the host.
+    """Slots in the order of their experts, those that go nowhere last; where each expert starts, also on the
+    host.
 
     Raises:
         RoutingError: an entry is above the number of experts.
@@ -166,5 +183,7 @@ def _sort(flat: Tensor, experts: int) -> tuple[Tensor, Tensor, list[int]]:
     bounds = offsets.tolist()  # the one time that the host waits for the device
     if bounds[-1] != bounds[-2]:
         found = f"{bounds[-1] - bounds[-2]} entries above it"
-        raise RoutingError(f"route tokens to {experts} experts", found, f"0 to {experts - 1}; -1 or {experts} for nowhere")
+        raise RoutingError(
+            f"route tokens to {experts} experts", found, f"0 to {experts - 1}; -1 or {experts} for nowhere"
+        )
     return order, offsets[: experts + 1].to(torch.int32), bounds[: experts + 1]

@@ -1,13 +1,13 @@
 """Block quantization of a matrix, in fp32 arithmetic, chunked by rows so that scratch stays in cache.
 
-``code = encode(x / scale)`` by true division, with the scale already rounded to its stored format; ``value = code * scale``
-(``+ zero`` where blocks have offsets). ``scales`` says how a scale follows from its block, ``elements`` how codes are
-rounded, ``search`` which scales are searched for.
+``code = encode(x / scale)`` by true division, with the scale already rounded to its stored format; ``value =
+code * scale`` (``+ zero`` where blocks have offsets). ``scales`` says how a scale follows from its block,
+``elements`` how codes are rounded, ``search`` which scales are searched for.
 
-Two levels. NVFP4 (e4m3fn scales): one factor ``g = 448 * 6 / amax`` for the outer block, ``scale = e4m3fn(g * amax_b / 6)``,
-and codes of ``x / (scale / g)``: the arithmetic of compressed-tensors (``generate_gparam``). Dual scale (e8m0 scales): one
-factor ``s = amax / 6`` for each outer block, then ``x / s`` rounded to the dtype of x is quantized in one level: the
-documentation of Ascend's ``npu_dynamic_dual_level_mx_quant``.
+Two levels. NVFP4 (e4m3fn scales): one factor ``g = 448 * 6 / amax`` for the outer block, ``scale = e4m3fn(g *
+amax_b / 6)``, and codes of ``x / (scale / g)``: the arithmetic of compressed-tensors (``generate_gparam``).
+Dual scale (e8m0 scales): one factor ``s = amax / 6`` for each outer block, then ``x / s`` rounded to the
+dtype of x is quantized in one level: the documentation of Ascend's ``npu_dynamic_dual_level_mx_quant``.
 """
 
 from __future__ import annotations
@@ -19,18 +19,20 @@ import torch
 from torch import Tensor
 
 from quantport.errors import WeightError
-from quantport.formats import E4M3FN
 from quantport.numerics import search
 from quantport.numerics.elements import decode, encode, raw
 from quantport.numerics.scales import over, scale_of, scale_values, stored
-from quantport.scheme import Quant, blocks_of
+from quantport.scheme.formats import E4M3FN
+from quantport.scheme.quant import Quant, blocks_of
 
 CHUNK = 1 << 18  # elements of fp32 scratch: 1 MiB, which fits the L2 cache of one core
 LARGE = CHUNK << 1  # of an accelerator, which wants few large kernels
 TINY = torch.finfo(torch.float32).tiny
 
 Reduce = Callable[[Tensor, int, int], Tensor]
-"""Largest magnitudes of this shard, and the (rows, cols) of their blocks (0: all) -> the maxima over every shard."""
+"""Largest magnitudes of this shard, and the (rows, cols) of their blocks (0: all) -> the maxima over every
+shard.
+"""
 
 
 class Blocks(NamedTuple):
@@ -48,19 +50,21 @@ def quantize(x: Tensor, quant: Quant, scale: Tensor | None = None) -> tuple[Tens
     Args:
         x: ``[n, k]``, any floating dtype. NaN and Inf are not looked for: they show up in the scales.
         quant: Element format, block shape and scale rule.
-        scale: Scales to use instead of those of the rule: of ``quant.scale_dtype`` (or fp32 values of it; of e8m0 the
-            bytes), of shape ``quant.scale_shape(n, k)``.
+        scale: Scales to use instead of those of the rule: of ``quant.scale_dtype`` (or fp32 values of it; of
+            e8m0 the bytes), of shape ``quant.scale_shape(n, k)``.
 
     Returns:
-        ``(codes, scale)``: codes ``[n, k]`` of the element's storage dtype, scale of ``quant.scale_dtype`` and shape
-        ``quant.scale_shape(n, k)``.
+        ``(codes, scale)``: codes ``[n, k]`` of the element's storage dtype, scale of ``quant.scale_dtype``
+        and shape ``quant.scale_shape(n, k)``.
     """
     codes, scales, zero, outer = quantize_blocks(x, quant, scale)
     assert zero is None is outer  # use quantize_blocks, which returns these too
     return codes, scales
 
 
-def quantize_blocks(x: Tensor, quant: Quant, scale: Tensor | None = None, reduce: Reduce | None = None) -> Blocks:
+def quantize_blocks(
+    x: Tensor, quant: Quant, scale: Tensor | None = None, reduce: Reduce | None = None
+) -> Blocks:
     """Quantizes a matrix with whatever its Quant asks for; arguments as for ``quantize``.
 
     Args:
@@ -70,11 +74,13 @@ def quantize_blocks(x: Tensor, quant: Quant, scale: Tensor | None = None, reduce
         reduce: For a shard of a larger matrix: takes maxima over the shards where a scale spans them.
     """
     n, k = x.shape
-    outer = _outer(x, quant, reduce) if quant.outer and x.numel() else None
-    spans = not quant.rows or (reduce is not None and not quant.cols)  # a scale sees more than one chunk of rows
+    outer = _outer(x, quant, reduce) if quant.outer_block and x.numel() else None
+    spans = not quant.block_shape[0] or (
+        reduce is not None and not quant.group_size
+    )  # a scale sees more than one chunk of rows
     if scale is None and spans and x.numel():
-        amax = block_amax(x, quant.rows, quant.cols)
-        scale = scale_of(reduce(amax, quant.rows, quant.cols) if reduce else amax, quant)
+        amax = block_amax(x, quant.block_shape[0], quant.group_size)
+        scale = scale_of(reduce(amax, quant.block_shape[0], quant.group_size) if reduce else amax, quant)
     out = _empty(x, quant, outer)
     if scale is not None:
         given = scale if scale.dtype is out.scale.dtype else stored(scale, quant.scale)
@@ -84,19 +90,35 @@ def quantize_blocks(x: Tensor, quant: Quant, scale: Tensor | None = None, reduce
     step = _chunk_rows(x.shape, quant, x.device)
     for i in range(0, n, step):
         chunk = x[i : i + step]
-        r = slice(i // quant.rows, -(-(i + chunk.shape[0]) // quant.rows)) if quant.rows else slice(0, 1)
+        r = (
+            slice(i // quant.block_shape[0], -(-(i + chunk.shape[0]) // quant.block_shape[0]))
+            if quant.block_shape[0]
+            else slice(0, 1)
+        )
         if outer is not None and quant.scale == "e8m0":
             chunk = _divided(chunk, outer[i : i + step], quant)
-        factor = None if outer is None or quant.scale == "e8m0" else outer[i : i + step] if len(outer) > 1 else outer
-        blocks = _blocks(chunk.to(torch.float32, copy=True), quant.rows, quant.cols, edge=quant.zero)
+        factor = (
+            None
+            if outer is None or quant.scale == "e8m0"
+            else outer[i : i + step]
+            if len(outer) > 1
+            else outer
+        )
+        blocks = _blocks(
+            chunk.to(torch.float32, copy=True), quant.block_shape[0], quant.group_size, edge=quant.zero_point
+        )
         codes = raw(_chunk(blocks, quant, out, r, scale is not None, factor))
-        raw(out.codes)[i : i + step].copy_(codes.view(-1, codes.shape[2] * codes.shape[3])[: chunk.shape[0], :k])
+        raw(out.codes)[i : i + step].copy_(
+            codes.view(-1, codes.shape[2] * codes.shape[3])[: chunk.shape[0], :k]
+        )
     return out
 
 
 def _chunk(blocks: Tensor, quant: Quant, out: Blocks, r: slice, given: bool, factor: Tensor | None) -> Tensor:
-    """Codes of one chunk of blocks ``[R, rows, C, cols]``; writes its scales and offsets unless they are given."""
-    if quant.zero:
+    """Codes of one chunk of blocks ``[R, rows, C, cols]``; writes its scales and offsets unless they are
+    given.
+    """
+    if quant.zero_point:
         assert out.zero is not None
         codes, out.scale[r], out.zero[r] = search.with_offset(blocks[:, 0], quant)
         return codes[:, None]
@@ -119,25 +141,34 @@ def _empty(x: Tensor, quant: Quant, outer: Tensor | None) -> Blocks:
     n, k = x.shape
     codes = torch.empty((n, k), dtype=quant.element.storage, device=x.device)
     shape = quant.scale_shape(n, k)
-    empty = stored(torch.zeros(shape, dtype=torch.float32, device=x.device), quant.scale) if quant.scale != "e8m0" else None
+    empty = (
+        stored(torch.zeros(shape, dtype=torch.float32, device=x.device), quant.scale)
+        if quant.scale != "e8m0"
+        else None
+    )
     scale = torch.zeros(shape, dtype=torch.uint8, device=x.device) if empty is None else empty
-    if quant.outer and outer is None:
-        outer = torch.ones(blocks_of(n, k, *quant.outer), dtype=torch.float32, device=x.device)
-    return Blocks(codes, scale, torch.zeros_like(scale) if quant.zero else None, outer)
+    if quant.outer_block and outer is None:
+        outer = torch.ones(blocks_of(n, k, *quant.outer_block), dtype=torch.float32, device=x.device)
+    return Blocks(codes, scale, torch.zeros_like(scale) if quant.zero_point else None, outer)
 
 
 def _outer(x: Tensor, quant: Quant, reduce: Reduce | None) -> Tensor:
     """The outer factors of a matrix: fp32, one for each outer block."""
-    assert quant.outer
-    amax = block_amax(x, *quant.outer)
-    amax = reduce(amax, *quant.outer) if reduce else amax
+    assert quant.outer_block
+    amax = block_amax(x, *quant.outer_block)
+    amax = reduce(amax, *quant.outer_block) if reduce else amax
     if quant.scale == "e8m0":
         first = stored(over(amax, quant.element.half_range), "fp32")
         if not quant.searched:
             return first
         step = max(1, CHUNK // padded(x.shape[1], quant))
         rows = range(0, x.shape[0], step)
-        parts = [search.outer(_blocks(x[i : i + step].float(), *quant.outer)[:, 0], first[i : i + step], quant) for i in rows]
+        parts = [
+            search.outer(
+                _blocks(x[i : i + step].float(), *quant.outer_block)[:, 0], first[i : i + step], quant
+            )
+            for i in rows
+        ]
         return torch.cat(parts)
     factor = E4M3FN.high * quant.element.high / amax.clamp_min(TINY)
     return torch.where(torch.isposinf(factor), 1.0, factor)
@@ -145,8 +176,8 @@ def _outer(x: Tensor, quant: Quant, reduce: Reduce | None) -> Tensor:
 
 def _divided(chunk: Tensor, outer: Tensor, quant: Quant) -> Tensor:
     """Rows divided by their outer scales, rounded to their own dtype."""
-    assert quant.outer
-    blocks = _blocks(chunk.float(), 1, quant.outer[1])
+    assert quant.outer_block
+    blocks = _blocks(chunk.float(), 1, quant.outer_block[1])
     return (blocks / outer[:, None, :, None]).to(chunk.dtype).view(chunk.shape[0], -1)[:, : chunk.shape[1]]
 
 
@@ -160,11 +191,15 @@ def block_amax(x: Tensor, rows: int, cols: int) -> Tensor:
         x, rows = torch.maximum(-low, high)[None], 1
     n, k = x.shape
     step = max(rows, CHUNK // max(1, k) // rows * rows)
-    return torch.cat([_blocks(x[i : i + step].float(), rows, cols).abs().amax((1, 3)) for i in range(0, n, step)])
+    return torch.cat(
+        [_blocks(x[i : i + step].float(), rows, cols).abs().amax((1, 3)) for i in range(0, n, step)]
+    )
 
 
 def _blocks(x: Tensor, rows: int, cols: int, edge: bool = False) -> Tensor:
-    """Views a chunk ``[r, k]`` as ``[R, rows, C, cols]``; a short last block is filled with zeros, or with its edge."""
+    """Views a chunk ``[r, k]`` as ``[R, rows, C, cols]``; a short last block is filled with zeros, or with
+    its edge.
+    """
     rows, cols = rows or x.shape[0], cols or x.shape[1]
     right, below = -x.shape[1] % cols, -x.shape[0] % rows
     if edge and right:
@@ -175,31 +210,37 @@ def _blocks(x: Tensor, rows: int, cols: int, edge: bool = False) -> Tensor:
 
 
 def _chunk_rows(shape: torch.Size, quant: Quant, device: torch.device) -> int:
-    step = quant.rows or 1
-    return max(step, (CHUNK if device.type == "cpu" else LARGE) // max(1, padded(shape[1], quant)) // step * step)
+    step = quant.block_shape[0] or 1
+    return max(
+        step, (CHUNK if device.type == "cpu" else LARGE) // max(1, padded(shape[1], quant)) // step * step
+    )
 
 
 def padded(k: int, quant: Quant) -> int:
     """Width of rows of ``k`` elements in whole blocks."""
-    cols = max(quant.cols, quant.outer[1] if quant.outer else 0)
+    cols = max(quant.group_size, quant.outer_block[1] if quant.outer_block else 0)
     return -(-k // cols) * cols if cols else k
 
 
 def dequantize(
-    codes: Tensor, scale: Tensor, quant: Quant, dtype: torch.dtype = torch.float32,
-    zero: Tensor | None = None, outer: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    codes: Tensor,
+    scale: Tensor,
+    quant: Quant,
+    dtype: torch.dtype = torch.float32,
+    zero: Tensor | None = None,
+    outer: Tensor | None = None,
+) -> Tensor:
     """Returns ``code * scale (+ zero)`` as ``[n, k]``; computed in fp32 and rounded once to ``dtype``."""
     n, k = codes.shape
     factor = scale_values(scale, quant.scale)
     if outer is not None and quant.scale != "e8m0":
         factor = factor / outer.view(-1, 1)
-    value = decode(codes, quant.element) * _spread(factor, n, k, quant.rows, quant.cols)
+    value = decode(codes, quant.element) * _spread(factor, n, k, quant.block_shape[0], quant.group_size)
     if zero is not None:
-        value += _spread(scale_values(zero, quant.scale), n, k, quant.rows, quant.cols)
+        value += _spread(scale_values(zero, quant.scale), n, k, quant.block_shape[0], quant.group_size)
     if outer is not None and quant.scale == "e8m0":
-        assert quant.outer
-        value *= _spread(outer, n, k, *quant.outer)
+        assert quant.outer_block
+        value *= _spread(outer, n, k, *quant.outer_block)
     return value.to(dtype)
 
 
@@ -219,7 +260,9 @@ def check_finite(scale: Tensor, name: str, weight: Tensor) -> None:
         return
     if torch.isfinite(weight).all():
         found = f"values up to {weight.abs().max():.3g}, whose scales overflow in this format"
-        raise WeightError(f"quantize {name}", found, "a scheme with fp32 scales, for example int8_weight_only")
+        raise WeightError(
+            f"quantize {name}", found, "a scheme with fp32 scales, for example int8_weight_only"
+        )
     raise WeightError(
         f"quantize {name}",
         "the weight holds NaN or Inf",

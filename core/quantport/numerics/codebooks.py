@@ -1,7 +1,9 @@
-"""Code books: formats whose codes are indices into a table. NF4 and FP4 for weights, an 8-bit one for their scales.
+"""Code books: formats whose codes are indices into a table. NF4 and FP4 for weights, an 8-bit one for their
+scales.
 
-Sources: QLoRA, arXiv 2305.14314 (NF4: quantiles of the normal distribution; double quantization); bitsandbytes
-``functional.py`` (the values, and FP4's order of codes); Dettmers, arXiv 1511.04561 (the dynamic 8-bit code).
+Sources: QLoRA, arXiv 2305.14314 (NF4: quantiles of the normal distribution; double quantization);
+bitsandbytes ``functional.py`` (the values, and FP4's order of codes); Dettmers, arXiv 1511.04561 (the dynamic
+8-bit code).
 """
 
 from __future__ import annotations
@@ -10,15 +12,30 @@ import torch
 from torch import Tensor
 
 _NF4 = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)  # fmt: skip
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
 _FP4 = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)  # twelfths; codes 8 to 15 are the negatives
 
 
 def _dynamic() -> tuple[float, ...]:
-    """The signed dynamic 8-bit code: 7 decades, and in decade i the midpoints of 2**i equal parts of [0.1, 1]."""
+    """The signed dynamic 8-bit code: 7 decades, and in decade i the midpoints of 2**i equal parts of [0.1,
+    1].
+    """
     values = [0.0, 1.0]
     for i in range(7):
         edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32, device="cpu")
@@ -35,12 +52,16 @@ CODEBOOKS: dict[str, tuple[float, ...]] = {
 
 
 def codebook(name: str, device: torch.device) -> Tensor:
-    """Value of every code: fp32. Made anew at each call, since a tensor that is kept may outlive the mode it was made in."""
+    """Value of every code: fp32. Made anew at each call, since a tensor that is kept may outlive the mode it
+    was made in.
+    """
     return torch.tensor(CODEBOOKS[name], dtype=torch.float32, device=device)
 
 
 def lookup(table: Tensor, index: Tensor) -> Tensor:
-    """``table[index]`` for a table ``[size]`` and integers of any shape; fake tensors of absent devices can do this too."""
+    """``table[index]`` for a table ``[size]`` and integers of any shape; fake tensors of absent devices can
+    do this too.
+    """
     return table.index_select(0, index.reshape(-1).int()).view(index.shape)
 
 

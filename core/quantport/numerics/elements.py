@@ -1,12 +1,13 @@
 """Elements: fp32 values to codes and back, exactly. Every function is elementwise and vectorized.
 
-All formats round to the nearest code, ties to the even one (code books: ties to the lower value), and saturate: what is
-beyond the largest value, infinities included, becomes the largest value. Subnormals are kept, and so is the sign of zero
-where the format has one. NaN stays NaN in the 8-bit float formats; the others have no NaN: it gets any of their codes.
+All formats round to the nearest code, ties to the even one (code books: ties to the lower value), and
+saturate: what is beyond the largest value, infinities included, becomes the largest value. Subnormals are
+kept, and so is the sign of zero where the format has one. NaN stays NaN in the 8-bit float formats; the
+others have no NaN: it gets any of their codes.
 
-Devices outside of PyTorch's own tree need not convert float8 (Ascend's Cast does on its newest product only), nor copy it: there
-its bytes are computed as those of smaller floats are, and nothing but views makes them float8. Some need not read bf16 either:
-there it is the upper half of an fp32.
+Devices outside of PyTorch's own tree need not convert float8 (Ascend's Cast does on its newest product only),
+nor copy it: there its bytes are computed as those of smaller floats are, and nothing but views makes them
+float8. Some need not read bf16 either: there it is the upper half of an fp32.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantport.formats import BF16, E8M0, FORMATS, Format
 from quantport.numerics.codebooks import codebook, lookup, nearest
+from quantport.scheme.formats import BF16, E8M0, FORMATS, Format
 
 
 def encode(x: Tensor, element: Format) -> Tensor:
@@ -23,12 +24,14 @@ def encode(x: Tensor, element: Format) -> Tensor:
 
     Args:
         x: fp32, any shape, already divided by the scale. May be overwritten.
-        element: The format. For e8m0, which has neither sign nor zero, x must be powers of two, Inf or NaN (both become
-            255): its rounding is a rule of its own, in ``scales``.
+        element: The format. For e8m0, which has neither sign nor zero, x must be powers of two, Inf or NaN
+            (both become 255): its rounding is a rule of its own, in ``scales``.
 
     Returns:
-        Codes of ``element.storage``, in the shape of ``x``: float8 for the 8-bit floats, int8 for int8 and int4 (two's
-        complement), uint8 for uint4, the 4- and 6-bit floats (sign in the highest bit) and code books (indices).
+        Codes of ``element.storage``, in the shape of ``x``: float8 for the 8-bit floats, int8 for int8
+            and int4 (two's
+        complement), uint8 for uint4, the 4- and 6-bit floats (sign in the highest bit) and code books
+        (indices).
     """
     if element.codebook:
         return nearest(x, element.name)
@@ -51,7 +54,8 @@ def raw(codes: Tensor) -> Tensor:
 
 
 def _encode_small(x: Tensor, element: Format) -> Tensor:
-    """Codes of a small float. ``a + 2**(e + 23 - m)`` rounds ``a`` to steps of ``2**(e - m)``: the low bits are the code.
+    """Codes of a small float. ``a + 2**(e + 23 - m)`` rounds ``a`` to steps of ``2**(e - m)``: the low bits
+    are the code.
 
     ``e`` is the exponent of ``a``, or that of the smallest normal number for subnormals.
     """
@@ -66,7 +70,9 @@ def _encode_small(x: Tensor, element: Format) -> Tensor:
     if nan is not None:
         return steps.masked_fill_(nan, 127).bitwise_or_(sign).to(torch.uint8).view(element.storage)
     codes = steps.bitwise_or_(sign).to(torch.uint8)
-    return codes.bitwise_and_((1 << element.bits) - 1)  # NaN gets some code, and not one that spills over its neighbours
+    return codes.bitwise_and_(
+        (1 << element.bits) - 1
+    )  # NaN gets some code, and not one that spills over its neighbours
 
 
 def rounded(x: Tensor, element: Format) -> Tensor:
@@ -76,7 +82,9 @@ def rounded(x: Tensor, element: Format) -> Tensor:
     shift, smallest = 23 - element.mantissa, 129 - 2 ** (element.exponent - 1)
     x = x.clamp(element.low, element.high)
     e = x.abs().view(torch.int32).bitwise_right_shift_(23).clamp_min_(smallest).add_(shift)
-    magic = e.bitwise_left_shift_(23).view(torch.float32).mul_(1.5)  # in the middle of its octave, for both signs
+    magic = (
+        e.bitwise_left_shift_(23).view(torch.float32).mul_(1.5)
+    )  # in the middle of its octave, for both signs
     return x.add_(magic).sub_(magic)
 
 

@@ -1,8 +1,9 @@
 """GGUF block types as weight formats: q4_0, q8_0, q4_k, q5_k, q6_k.
 
-Layouts: ggml ``ggml-common.h``. A weight ``[n, k]`` is stored as uint8 ``[n, ceil(k / block) * bytes]``; a short last block is
-filled with zeros (a GGUF file itself wants k to be a multiple of the block). q4_0 and q8_0 are quantized as ggml's
-reference does, byte for byte; any filling of the K types is valid, and ``kquants`` fills them by least squares.
+Layouts: ggml ``ggml-common.h``. A weight ``[n, k]`` is stored as uint8 ``[n, ceil(k / block) * bytes]``; a
+short last block is filled with zeros (a GGUF file itself wants k to be a multiple of the block). q4_0 and
+q8_0 are quantized as ggml's reference does, byte for byte; any filling of the K types is valid, and
+``kquants`` fills them by least squares.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantport.formats import Format
 from quantport.numerics import kquants
 from quantport.numerics.scales import over
-from quantport.scheme import GGUF_BYTES
+from quantport.scheme.formats import Format
+from quantport.scheme.scheme import GGUF_BYTES
 
 CHUNK = 1 << 18
 
@@ -47,7 +48,9 @@ def scales(blocks: Tensor, element: Format) -> Tensor:
 
 
 def _quantize_q4_0(x: Tensor) -> Tensor:
-    """Blocks of 32: fp16 d, then codes j (low nibble) and j + 16 (high). The largest magnitude becomes code -8."""
+    """Blocks of 32: fp16 d, then codes j (low nibble) and j + 16 (high). The largest magnitude becomes code
+    -8.
+    """
     extreme = x.gather(1, x.abs().argmax(1, keepdim=True))
     d = extreme / -8
     inverse = torch.where(d == 0, 0.0, 1 / d)
@@ -76,10 +79,16 @@ def _dequantize_q8_0(blocks: Tensor) -> Tensor:
 
 
 _QUANTIZE = {
-    "q4_0": _quantize_q4_0, "q8_0": _quantize_q8_0, "q4_k": kquants.quantize_q4_k, "q5_k": kquants.quantize_q5_k,
+    "q4_0": _quantize_q4_0,
+    "q8_0": _quantize_q8_0,
+    "q4_k": kquants.quantize_q4_k,
+    "q5_k": kquants.quantize_q5_k,
     "q6_k": kquants.quantize_q6_k,
-}  # fmt: skip
+}
 _DEQUANTIZE = {
-    "q4_0": _dequantize_q4_0, "q8_0": _dequantize_q8_0, "q4_k": kquants.dequantize_q4_k, "q5_k": kquants.dequantize_q5_k,
+    "q4_0": _dequantize_q4_0,
+    "q8_0": _dequantize_q8_0,
+    "q4_k": kquants.dequantize_q4_k,
+    "q5_k": kquants.dequantize_q5_k,
     "q6_k": kquants.dequantize_q6_k,
-}  # fmt: skip
+}

@@ -1,7 +1,7 @@
 """The K block types of GGUF: 256 elements in sub-blocks, whose scales are quantized once more.
 
-Layouts: ggml ``ggml-common.h`` (``block_q4_K``, ``block_q5_K``, ``block_q6_K``). Sub-block scales and offsets come from a
-search for least squared error; codes are computed last, with every scale as stored.
+Layouts: ggml ``ggml-common.h`` (``block_q4_K``, ``block_q5_K``, ``block_q6_K``). Sub-block scales and offsets
+come from a search for least squared error; codes are computed last, with every scale as stored.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ def _divide(x: Tensor, by: Tensor) -> Tensor:
 
 
 def _sub_blocks(x: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Codes 0..top of ``[r, 256]`` in 8 sub-blocks of 32; 6-bit scales and offsets ``[r, 8]``; fp16 d, dmin ``[r, 2]``."""
+    """Codes 0..top of ``[r, 256]`` in 8 sub-blocks of 32; 6-bit scales and offsets ``[r, 8]``; fp16 d, dmin
+    ``[r, 2]``.
+    """
     parts = x.view(-1, 8, 32)
     scale, zero = least_squares_grid(parts, parts.amin(-1).clamp_max(0), parts.amax(-1), top)
     least = (-zero).clamp_min(0) + 0.0  # + 0.0: no negative zero, whose sign would be stored
@@ -47,7 +49,9 @@ def _sub_blocks(x: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _pack_scales(sc: Tensor, m: Tensor) -> Tensor:
-    """Eight 6-bit scales and offsets in 12 bytes: 0 to 3 whole, 4 to 7 split into four low and two high bits."""
+    """Eight 6-bit scales and offsets in 12 bytes: 0 to 3 whole, 4 to 7 split into four low and two
+    high bits.
+    """
     low = sc[:, :4] | (sc[:, 4:] >> 4) << 6
     middle = m[:, :4] | (m[:, 4:] >> 4) << 6
     return torch.cat((low, middle, (sc[:, 4:] & 15) | (m[:, 4:] & 15) << 4), 1)
@@ -89,7 +93,9 @@ def dequantize_q4_k(blocks: Tensor) -> Tensor:
 
 
 def quantize_q5_k(x: Tensor) -> Tensor:
-    """``[r, 256]`` to ``[r, 176]``: as q4_k, with 32 bytes of fifth bits before the nibbles; bit i of each: sub-block i."""
+    """``[r, 256]`` to ``[r, 176]``: as q4_k, with 32 bytes of fifth bits before the nibbles; bit i of each:
+    sub-block i.
+    """
     q, sc, m, d = _sub_blocks(x, 31)
     weights = 1 << torch.arange(8, dtype=torch.uint8, device=x.device)
     high = ((q >> 4) * weights.unsqueeze(1)).sum(1, dtype=torch.uint8)
@@ -104,7 +110,9 @@ def dequantize_q5_k(blocks: Tensor) -> Tensor:
 
 
 def quantize_q6_k(x: Tensor) -> Tensor:
-    """``[r, 256]`` to ``[r, 210]``: low nibbles (128), high bits (64), int8 scales of 16 sub-blocks of 16, d."""
+    """``[r, 256]`` to ``[r, 210]``: low nibbles (128), high bits (64), int8 scales of 16 sub-blocks
+    of 16, d.
+    """
     parts = x.view(-1, 16, 16)
     extreme = parts.gather(2, parts.abs().argmax(2, keepdim=True))
     best, scale = torch.zeros_like(extreme), torch.zeros_like(extreme)

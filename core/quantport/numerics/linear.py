@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from quantport.errors import ShapeError, WeightError
-from quantport.formats import BF16
 from quantport.numerics import gguf
 from quantport.numerics.blocks import Blocks, Reduce, check_finite, dequantize, quantize_blocks
 from quantport.numerics.double import dequantize_scales, quantize_double
@@ -17,15 +16,20 @@ from quantport.numerics.packing import pack_bits, pack_int4, unpack_bits, unpack
 from quantport.numerics.rotation import rotate
 from quantport.numerics.scales import scale_values
 from quantport.scheme import Quant, Scheme
+from quantport.scheme.formats import BF16
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 Fast = Callable[[Tensor, Scheme], dict[str, Tensor] | None]
 
 
 def quantize_weight(
-    weight: Tensor, scheme: Scheme, name: str = "weight", nonfinite: str = "error", fast: Fast | None = None,
+    weight: Tensor,
+    scheme: Scheme,
+    name: str = "weight",
+    nonfinite: str = "error",
+    fast: Fast | None = None,
     reduce: Reduce | None = None,
-) -> dict[str, Tensor]:  # fmt: skip
+) -> dict[str, Tensor]:
     """Quantizes one weight to the stored layout of its scheme.
 
     Args:
@@ -63,17 +67,17 @@ def _finite(stored: dict[str, Tensor], scheme: Scheme) -> Tensor:
     """Values that are not finite exactly when the weight holds a NaN or an Inf."""
     if "weight_blocks" in stored:
         return gguf.scales(stored["weight_blocks"], scheme.weight.element)
-    if scheme.weight.double:
+    if scheme.weight.scale_quant:
         return torch.cat((stored["weight_scale_scale"].view(-1), stored["weight_scale_offset"]))
     scale = scale_values(stored["weight_scale"], scheme.weight.scale)
-    return torch.cat((scale, stored["weight_zero"].float())) if scheme.weight.zero else scale
+    return torch.cat((scale, stored["weight_zero"].float())) if scheme.weight.zero_point else scale
 
 
 def _stored(weight: Tensor, scheme: Scheme, reduce: Reduce | None) -> dict[str, Tensor]:
     quant = scheme.weight
     if quant.element.block:
         return {"weight_blocks": gguf.quantize(weight, quant.element)}
-    if quant.double:
+    if quant.scale_quant:
         codes, extra = quantize_double(weight, quant, reduce)
     else:
         blocks = quantize_blocks(weight, quant, reduce=reduce)
@@ -90,12 +94,16 @@ def _extra(blocks: Blocks, quant: Quant) -> dict[str, Tensor]:
     if blocks.zero is not None:
         out["weight_zero"] = blocks.zero
     if blocks.outer is not None:
-        one = quant.outer == (0, 0)
-        out["weight_global_scale" if one else "weight_outer_scale"] = blocks.outer.view(-1) if one else blocks.outer
+        one = quant.outer_block == (0, 0)
+        out["weight_global_scale" if one else "weight_outer_scale"] = (
+            blocks.outer.view(-1) if one else blocks.outer
+        )
     return out
 
 
-def dequantize_weight(stored: dict[str, Tensor], scheme: Scheme, k: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def dequantize_weight(
+    stored: dict[str, Tensor], scheme: Scheme, k: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Turns stored tensors back into values ``[n, k]``, rounded once to ``dtype``; a rotation is undone."""
     if scheme.rotation:
         plain = dequantize_weight(stored, replace(scheme, rotation=0), k)
@@ -111,13 +119,14 @@ def dequantize_weight(stored: dict[str, Tensor], scheme: Scheme, k: int, dtype: 
         codes = unpack_bits(stored["weight_packed"], k, quant.element.bits)
     else:
         codes = stored["weight"]
-    scale = dequantize_scales(stored) if quant.double else stored["weight_scale"]
+    scale = dequantize_scales(stored) if quant.scale_quant else stored["weight_scale"]
     outer = stored.get("weight_global_scale", stored.get("weight_outer_scale"))
     return dequantize(codes, scale, quant, dtype, stored.get("weight_zero"), outer)
 
 
 def linear(x: Tensor, stored: dict[str, Tensor], scheme: Scheme, bias: Tensor | None = None) -> Tensor:
-    """The reference of every kernel: quantize the activations as the scheme says, multiply in fp32, round once.
+    """The reference of every kernel: quantize the activations as the scheme says, multiply in fp32, round
+    once.
 
     Args:
         x: ``[M, K]``.
@@ -135,7 +144,9 @@ def linear(x: Tensor, stored: dict[str, Tensor], scheme: Scheme, bias: Tensor | 
     layout = scheme.layout(next(iter(stored.values())).shape[0], x.shape[1])
     if shapes != {name: shape for name, (shape, _) in layout.items()}:
         raise ShapeError(
-            f"multiply activations {list(x.shape)}", f"a weight stored as {shapes}", "activations as wide as the weight"
+            f"multiply activations {list(x.shape)}",
+            f"a weight stored as {shapes}",
+            "activations as wide as the weight",
         )
     plain = replace(scheme, rotation=0)
     weight = dequantize_weight(stored, plain, x.shape[1])

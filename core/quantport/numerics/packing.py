@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantport.scheme import packed_bytes
+from quantport.scheme.scheme import packed_bytes
 
 
 def pack_int4(codes: Tensor) -> Tensor:
@@ -32,7 +32,8 @@ def unpack_int4(packed: Tensor, k: int) -> Tensor:
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """Packs codes of 4 or 6 bits densely, the first code in the lowest bits (as MX and NVFP4 files have them).
+    """Packs codes of 4 or 6 bits densely, the first code in the lowest bits (as MX and NVFP4 files have
+    them).
 
     Args:
         codes: uint8 ``[n, k]``.

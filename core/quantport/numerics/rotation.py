@@ -1,9 +1,10 @@
 """Block-Hadamard rotation along K: spreads outliers over their block before weights are quantized.
 
-A block of the largest power of two that divides K, up to the scheme's, is multiplied by the Sylvester-Hadamard matrix over
-the square root of its size: orthogonal and its own inverse, so that ``(x H)(W H)^T = x W^T``. The fast Walsh-Hadamard
-transform multiplies by ``1 / sqrt(size)``, then adds and subtracts neighbours 1, 2, 4, ... apart, in this order: no matmul, so
-that a row has the same bits on every device and in every batch.
+A block of the largest power of two that divides K, up to the scheme's, is multiplied by the
+Sylvester-Hadamard matrix over the square root of its size: orthogonal and its own inverse, so that ``(x H)(W
+H)^T = x W^T``. The fast Walsh-Hadamard transform multiplies by ``1 / sqrt(size)``, then adds and subtracts
+neighbours 1, 2, 4, ... apart, in this order: no matmul, so that a row has the same bits on every device and
+in every batch.
 """
 
 from __future__ import annotations

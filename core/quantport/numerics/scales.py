@@ -1,17 +1,22 @@
-"""Scales: from the largest magnitude of a block to the stored scale, by rule; and from the stored scale back to fp32.
+"""Scales: from the largest magnitude of a block to the stored scale, by rule; and from the stored scale back
+to fp32.
 
 Rules of power-of-two (e8m0) scales, for an element whose largest value is ``max = 1.f * 2**emax``:
 
-* ``floor``: ``2**(floor(log2 amax) - emax)``, of the OCP MX specification v1.0. Values above ``max`` saturate.
-* ``even``: as ``floor``, after rounding amax half up to the mantissa bits of the element. torchao calls it EVEN.
+* ``floor``: ``2**(floor(log2 amax) - emax)``, of the OCP MX specification v1.0. Values above ``max``
+saturate.
+* ``even``: as ``floor``, after rounding amax half up to the mantissa bits of the element. torchao calls it
+EVEN.
 * ``even1``: as ``even``, with one mantissa bit whatever the element: what compressed-tensors does for mxfp8.
-* ``ceil``: ``2**(ceil(log2 amax) - emax)``: nothing saturates, up to one bit is wasted. torchao calls it CEIL.
-* ``rceil``: ``amax / max``, rounded up to a power of two: the smallest scale that saturates nothing; the conversion
+* ``ceil``: ``2**(ceil(log2 amax) - emax)``: nothing saturates, up to one bit is wasted. torchao calls it
+CEIL.
+* ``rceil``: ``amax / max``, rounded up to a power of two: the smallest scale that saturates nothing; the
+conversion
   instruction of Blackwell (``cvt.rp.satfinite.ue8m0x2``). torchao calls it RCEIL.
 
 Every result is clamped to [2**-127, 2**127]; a block of zeros gets 2**-127, a NaN or Inf gets 255 (NaN).
-Every other scale is ``amax / half_range``, rounded to the scale's format to nearest even; 0 becomes ``2**-23`` (e4m3fn:
-0.125), as in compressed-tensors ``calculate_qparams``.
+Every other scale is ``amax / half_range``, rounded to the scale's format to nearest even; 0 becomes
+``2**-23`` (e4m3fn: 0.125), as in compressed-tensors ``calculate_qparams``.
 """
 
 from __future__ import annotations
@@ -21,9 +26,9 @@ import math
 import torch
 from torch import Tensor
 
-from quantport.formats import E8M0, FORMATS, Format
 from quantport.numerics.elements import decode, encode
 from quantport.scheme import Quant
+from quantport.scheme.formats import E8M0, FORMATS, Format
 
 EPS = 2.0**-23
 EPS_E4M3FN = 0.125
@@ -46,7 +51,9 @@ def scale_of(amax: Tensor, quant: Quant) -> Tensor:
 
 
 def over(x: Tensor, number: float) -> Tensor:
-    """``x / number``, rounded once on every device: on GPUs torch multiplies by the reciprocal of a Python number."""
+    """``x / number``, rounded once on every device: on GPUs torch multiplies by the reciprocal of a Python
+    number.
+    """
     return x / torch.full((), number, dtype=x.dtype, device=x.device)
 
 
@@ -78,7 +85,10 @@ def e8m0_of(amax: Tensor, element: Format, rule: str) -> Tensor:
     emax = math.frexp(element.high)[1] - 1
     if rule == "rceil":
         ratio = over(amax, element.high).view(torch.int32)
-        bits, emax = torch.where(ratio <= 1 << 22, 0, ratio + _MANTISSA), 0  # up to 2**-127, the smallest scale
+        bits, emax = (
+            torch.where(ratio <= 1 << 22, 0, ratio + _MANTISSA),
+            0,
+        )  # up to 2**-127, the smallest scale
     elif rule == "ceil":
         bits = bits + _MANTISSA
     elif rule in ("even", "even1"):

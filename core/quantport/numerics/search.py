@@ -1,9 +1,10 @@
 """Scales that are searched for, without data: least squared error of the weight itself.
 
-Every sum over a block is a fold of halves (``fold``), elementwise additions in a fixed order, so that a fast path can
-equal it bit for bit.
+Every sum over a block is a fold of halves (``fold``), elementwise additions in a fixed order, so that a fast
+path can equal it bit for bit.
 
-Sources: HQQ, https://mobiusml.github.io/hqq_blog/ (the half-quadratic solver); the rest is plain least squares.
+Sources: HQQ, https://mobiusml.github.io/hqq_blog/ (the half-quadratic solver); the rest is plain least
+squares.
 """
 
 from __future__ import annotations
@@ -17,13 +18,18 @@ from quantport.numerics.elements import encode, rounded
 from quantport.numerics.scales import EPS, e8m0_of, over, scale_values, stored
 from quantport.scheme import Quant
 
-ENDS, CLIP = 3, 0.8  # tried ends of the range of a block: 3, each 0.8 / top further from its extreme towards its middle
+ENDS, CLIP = (
+    3,
+    0.8,
+)  # tried ends of the range of a block: 3, each 0.8 / top further from its extreme towards its middle
 REFITS = 1
 HQQ_STEPS, HQQ_NORM, HQQ_BETA, HQQ_GROWTH = 20, 0.7, 10.0, 1.01
 
 
 def fold(x: Tensor) -> Tensor:
-    """Sum over the last dimension, whose size is padded with zeros to a power of two: halves are added until one is left."""
+    """Sum over the last dimension, whose size is padded with zeros to a power of two: halves are added until
+    one is left.
+    """
     size = x.shape[-1]
     if size & (size - 1):
         x = torch.nn.functional.pad(x, (0, (1 << size.bit_length()) - size))
@@ -53,12 +59,16 @@ def with_offset(x: Tensor, quant: Quant) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _codes(x: Tensor, low: Tensor, scale: Tensor, top: float) -> Tensor:
-    """Codes 0..top on the grid that starts at ``low``, as fp32. A search may multiply by the inverse; final codes divide."""
+    """Codes 0..top on the grid that starts at ``low``, as fp32. A search may multiply by the inverse; final
+    codes divide.
+    """
     return (x - low[..., None]).mul_((1 / scale)[..., None]).round_().clamp_(0, top)
 
 
 def _fit(x: Tensor, q: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Least squares of x on q: slope, intercept and the explained sum of squares, per block. NaN where q is constant."""
+    """Least squares of x on q: slope, intercept and the explained sum of squares, per block. NaN where q is
+    constant.
+    """
     sq, sqq, sx = fold(q), fold(q * q), fold(x)
     covariance, variance = fold(q * x) - over(sq * sx, size), sqq - over(sq * sq, size)
     slope = covariance / variance
@@ -86,7 +96,9 @@ def least_squares_grid(x: Tensor, low: Tensor, high: Tensor, top: float) -> tupl
     for down, up in product(ends, ends):
         start, step = -reach * down, over(reach, top) * (down + up)
         slope, intercept, explained = _fit(x, _codes(x, start, step, top), size)
-        better = (explained > best) & (explained < torch.inf)  # squares beyond fp32: the grid of min and max stays
+        better = (explained > best) & (
+            explained < torch.inf
+        )  # squares beyond fp32: the grid of min and max stays
         best = torch.where(better, explained, best)
         scale, zero = torch.where(better, slope, scale), torch.where(better, intercept, zero)
     for _ in range(REFITS):
@@ -97,7 +109,9 @@ def least_squares_grid(x: Tensor, low: Tensor, high: Tensor, top: float) -> tupl
 
 
 def _hqq(x: Tensor, low: Tensor, high: Tensor, top: float) -> tuple[Tensor, Tensor]:
-    """Half-quadratic quantization: the scale of min and max; offsets that minimize ``|error|**0.7``, step by step."""
+    """Half-quadratic quantization: the scale of min and max; offsets that minimize ``|error|**0.7``, step by
+    step.
+    """
     scale = torch.where(high > low, over(high, top) - over(low, top), EPS)
     zero, beta = low, HQQ_BETA
     best, kept = torch.full_like(low, torch.inf), low
@@ -115,7 +129,8 @@ def _hqq(x: Tensor, low: Tensor, high: Tensor, top: float) -> tuple[Tensor, Tens
 
 
 def outer(x: Tensor, first: Tensor, quant: Quant) -> Tensor:
-    """Best outer scale of each row of blocks under power-of-two inner scales: an octave in eighths, from ``first`` down.
+    """Best outer scale of each row of blocks under power-of-two inner scales: an octave in eighths, from
+    ``first`` down.
 
     Args:
         x: fp32 ``[R, C, outer]``.
@@ -125,7 +140,7 @@ def outer(x: Tensor, first: Tensor, quant: Quant) -> Tensor:
     best, kept = torch.full_like(first, torch.inf), first
     for i in range(8):
         candidate = first * 2.0 ** (-i / 8)
-        inner = (x / candidate[..., None]).view(*x.shape[:-1], -1, quant.cols)
+        inner = (x / candidate[..., None]).view(*x.shape[:-1], -1, quant.group_size)
         step = scale_values(e8m0_of(inner.abs().amax(-1), quant.element, "even"), quant.scale)[..., None]
         value = (rounded(inner / step, quant.element) * step).view(x.shape)
         total = fold((x - value * candidate[..., None]).square_())
@@ -134,7 +149,8 @@ def outer(x: Tensor, first: Tensor, quant: Quant) -> Tensor:
 
 
 def scale(x: Tensor, first: Tensor, quant: Quant, factor: Tensor | None = None) -> Tensor:
-    """Best of the neighbours of a first scale: e8m0 from one below to one above; e4m3fn from 3 codes below to 6 above.
+    """Best of the neighbours of a first scale: e8m0 from one below to one above; e4m3fn from 3 codes below to
+    6 above.
 
     Args:
         x: fp32 ``[R, C, g]``.

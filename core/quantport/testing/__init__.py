@@ -9,7 +9,8 @@ Five lines in the tests of a backend run all of it:
         kind = "mine"
 
 The backend must be installed, so that its entry point is found. Every check is also a plain function over a
-``Subject``, in the ``check_*`` modules, for whoever wants to run one by itself. Only this package needs pytest.
+``Subject``, in the ``check_*`` modules, for whoever wants to run one by itself. Only this package needs
+pytest.
 """
 
 from quantport.testing.subject import Subject

@@ -33,7 +33,8 @@ class Apart:
 
     Args:
         limit: Seconds that a call may take.
-        setting: ``module:function`` of a context manager in which the process lives: a simulator, for instance.
+        setting: ``module:function`` of a context manager in which the process lives: a simulator, for
+            instance.
     """
 
     def __init__(self, limit: float, setting: str = "") -> None:
@@ -44,7 +45,9 @@ class Apart:
     def __enter__(self) -> Apart:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:

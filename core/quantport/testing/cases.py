@@ -8,10 +8,11 @@ from random import Random
 import torch
 from torch import Tensor
 
-from quantport.formats import FORMATS
 from quantport.scheme import Scheme
+from quantport.scheme.formats import FORMATS
 
-# (n, k): round; no multiple of 16; one output; one input; half a group of 128; several blocks of 128x128; square, which shows a
+# (n, k): round; no multiple of 16; one output; one input; half a group of 128; several blocks of 128x128;
+# square, which shows a
 # weight that is left transposed; 16 times an odd number along K.
 SHAPES = ((64, 256), (48, 200), (1, 704), (48, 1), (33, 96), (256, 384), (128, 128), (64, 272))
 PLANNED = (*SHAPES, (1, 1), (4096, 4096), (151936, 1024))  # for verdicts, which touch no memory
@@ -24,16 +25,29 @@ EXPECTED = (1, 130)  # ``Request.rows`` of a decode step and of a prompt
 # What an architecture may list as native: our formats, the wider ones, and those of the vendors' tables.
 KNOWN_FORMATS = {
     *FORMATS,
-    "fp32", "tf32", "fp16", "bf16", "e5m2", "e4m3fnuz", "e5m2fnuz", "mxfp8", "mxfp6", "mxfp4", "nvfp4", "hif8",
-}  # fmt: skip
+    "fp32",
+    "tf32",
+    "fp16",
+    "bf16",
+    "e5m2",
+    "e4m3fnuz",
+    "e5m2fnuz",
+    "mxfp8",
+    "mxfp6",
+    "mxfp4",
+    "nvfp4",
+    "hif8",
+}
 FORMAT_OF = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
-# A kernel that needs more than this is another scheme: bf16 rounds at 2**-9, an int8 activation at 2**-8 of the largest.
+# A kernel that needs more than this is another scheme: bf16 rounds at 2**-9, an int8 activation at 2**-8 of
+# the largest.
 MAX_TOLERANCE = 2.0**-5
 
 
 def beyond() -> list[tuple[int, int]]:
-    """Shapes that no table lists, the same in every run: odd multiples of each power of two up to 128, along K and along N.
+    """Shapes that no table lists, the same in every run: odd multiples of each power of two up to 128, along
+    K and along N.
 
     A refusal that speaks of one multiple must be true of these as well.
     """
@@ -44,13 +58,16 @@ def beyond() -> list[tuple[int, int]]:
 
 def random(*shape: int, seed: int = 0) -> Tensor:
     """Normal fp32 numbers, the same on every machine."""
-    return torch.randn(*shape, generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.float32, device="cpu")
+    return torch.randn(
+        *shape, generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.float32, device="cpu"
+    )
 
 
 def activations(rows: int, k: int, dtype: torch.dtype, seed: int = 1) -> Tensor:
     """Activations ``[rows, k]``; from three rows on one token is all zero and one is a thousand times larger.
 
-    Their mean is 1, like that of the weights, so that no sum cancels to nearly nothing: an error relative to the largest
+    Their mean is 1, like that of the weights, so that no sum cancels to nearly nothing: an error relative
+        to the largest
     output of one token would then say more about the sum than about the kernel.
     """
     x = random(rows, k, seed=seed) + 1
@@ -105,7 +122,9 @@ SPECIAL: dict[str, Callable[[int, int], Tensor]] = {
 
 
 def specials(scheme: Scheme) -> list[tuple[str, Callable[[int, int], Tensor]]]:
-    """The special weights that a scheme can hold: the fp16 scales of block types cannot hold huge ones; they are refused."""
+    """The special weights that a scheme can hold: the fp16 scales of block types cannot hold huge ones; they
+    are refused.
+    """
     small = scheme.weight.element.block > 0
     return [(name, make) for name, make in SPECIAL.items() if not (small and name.startswith("huge"))]
 

@@ -10,7 +10,7 @@ import warnings
 from functools import lru_cache
 
 from quantport.device import Arch, Device
-from quantport.hookspecs import Backend
+from quantport.plugins.hookspecs import Backend
 from quantport.testing import cases
 from quantport.testing.subject import Subject, alone
 
@@ -20,7 +20,7 @@ sys.path[:], limit = json.loads(sys.argv.pop()), float(sys.argv.pop())
 start = time.perf_counter()
 import torch
 torch_s = time.perf_counter() - start
-import quantport.host
+import quantport.plugins.registry
 before = set(sys.modules)
 module, name = sys.argv[1:]
 backend = getattr(importlib.import_module(module), name)()
@@ -32,9 +32,20 @@ start = time.perf_counter()
 found = backend.detect()
 print(json.dumps([torch_s, time.perf_counter() - start, fresh, awake, len(found)]))
 """
-# What takes long to import or wakes a driver: allowed in ``detect`` and ``kernels``, never when the room is imported. By name,
-# vendors' too, since a stranger's room may import any of them; nothing here is imported or chosen by these names.
-RUNTIMES = {"triton", "torch_npu", "intel_extension_for_pytorch", "torch_xla", "transformers", "vllm", "pandas", "scipy"}
+# What takes long to import or wakes a driver: allowed in ``detect`` and ``kernels``, never when the room is
+# imported. By name,
+# vendors' too, since a stranger's room may import any of them; nothing here is imported or chosen by these
+# names.
+RUNTIMES = {
+    "triton",
+    "torch_npu",
+    "intel_extension_for_pytorch",
+    "torch_xla",
+    "transformers",
+    "vllm",
+    "pandas",
+    "scipy",
+}
 
 
 def check_archs(subject: Subject) -> None:
@@ -43,7 +54,7 @@ def check_archs(subject: Subject) -> None:
     Raises:
         AssertionError: an entry is wrong.
     """
-    backend = subject.hosted.backends[subject.kind]
+    backend = subject.registry.backends[subject.kind]
     findings = [] if backend.archs else ["archs is empty: nobody can plan for this backend"]
     for key, arch in backend.archs.items():
         findings += [f"archs[{key!r}]: {finding}" for finding in _arch(arch, subject.kind)]
@@ -68,13 +79,13 @@ def check_detection(subject: Subject) -> None:
     Raises:
         AssertionError: it raised, hangs, or a device is wrong.
     """
-    backend = subject.hosted.backends[subject.kind]
+    backend = subject.registry.backends[subject.kind]
     _probed(type(backend).__module__, type(backend).__qualname__, subject.limit)
     with warnings.catch_warnings(record=True):
         warnings.simplefilter("always")
-        hosted = alone(backend)  # anew, so that devices found earlier, or by others, hide nothing
-        found = hosted.devices
-    findings = [f"it raised at {p.stage}: {p.error}" for p in hosted.problems]
+        registry = alone(backend)  # anew, so that devices found earlier, or by others, hide nothing
+        found = registry.devices
+    findings = [f"it raised at {p.stage}: {p.error}" for p in registry.problems]
     if not findings and [(d.arch, d.index) for d in backend.detect()] != [(d.arch, d.index) for d in found]:
         findings.append("it found other devices the second time")
     if len({d.index for d in found}) != len(found):
@@ -108,20 +119,25 @@ def _probed(module: str, name: str, limit: float) -> tuple[float, float, list[st
     call = [sys.executable, "-c", _PROBE, module, name, str(limit), json.dumps(sys.path)]
     done = subprocess.run(call, capture_output=True, text=True, check=False, env=dict(os.environ))
     if "Timeout (" in done.stderr:
-        raise AssertionError(f"{module}.{name}().detect() hangs: it takes longer than {limit:g} s\n{done.stderr[-2000:]}")
+        raise AssertionError(
+            f"{module}.{name}().detect() hangs: it takes longer than {limit:g} s\n{done.stderr[-2000:]}"
+        )
     if done.returncode:
-        raise AssertionError(f"{module}.{name}() and detect() fail in a fresh process:\n{done.stderr[-2000:]}")
+        raise AssertionError(
+            f"{module}.{name}() and detect() fail in a fresh process:\n{done.stderr[-2000:]}"
+        )
     torch_s, detect_s, fresh, awake, found = json.loads(done.stdout.splitlines()[-1])
     return torch_s, detect_s, fresh, awake, found
 
 
 def check_import(subject: Subject) -> None:
-    """Importing the room is light: no vendor runtime, no driver awake; and detection costs less than importing torch.
+    """Importing the room is light: no vendor runtime, no driver awake; and detection costs less than
+    importing torch.
 
     Raises:
         AssertionError: the import loads a runtime or wakes a driver, or detection is slow, hangs or raises.
     """
-    cls = type(subject.hosted.backends[subject.kind])
+    cls = type(subject.registry.backends[subject.kind])
     torch_s, detect_s, fresh, awake, _ = _probed(cls.__module__, cls.__qualname__, subject.limit)
     findings = [f"it imports {name}" for name in sorted(RUNTIMES & set(fresh))]
     findings += [f"it wakes the {name} driver" for name in awake]
@@ -136,14 +152,24 @@ def check_kernels(subject: Subject) -> None:
     Raises:
         AssertionError: one of these is not so.
     """
-    kernels = tuple(subject.hosted.backends[subject.kind].kernels())
-    findings = [] if kernels else ["it has no kernel: quantport.backend.aten.portable() gives two that run anywhere"]
+    kernels = tuple(subject.registry.backends[subject.kind].kernels())
+    findings = (
+        [] if kernels else ["it has no kernel: quantport.backend.aten.portable() gives two that run anywhere"]
+    )
     names = [k.name for k in kernels]
-    findings += [f"two kernels are named {name!r}" for name in sorted({n for n in names if names.count(n) > 1})]
+    findings += [
+        f"two kernels are named {name!r}" for name in sorted({n for n in names if names.count(n) > 1})
+    ]
     for kernel in kernels:
         if not 0 < kernel.tolerance <= cases.MAX_TOLERANCE:
-            findings.append(f"{kernel.name}: tolerance {kernel.tolerance} is not in (0, {cases.MAX_TOLERANCE}]")
-        others = {k: b.kernels() for k, b in subject.hosted.backends.items() if k != subject.kind}
-        taken = [k for k, theirs in others.items() if any(t.name == kernel.name and type(t) is not type(kernel) for t in theirs)]
+            findings.append(
+                f"{kernel.name}: tolerance {kernel.tolerance} is not in (0, {cases.MAX_TOLERANCE}]"
+            )
+        others = {k: b.kernels() for k, b in subject.registry.backends.items() if k != subject.kind}
+        taken = [
+            k
+            for k, theirs in others.items()
+            if any(t.name == kernel.name and type(t) is not type(kernel) for t in theirs)
+        ]
         findings += [f"{kernel.name}: a kernel of {k} has this name" for k in taken]
     subject.conclude(f"kernels of {subject.kind}", len(kernels), findings)

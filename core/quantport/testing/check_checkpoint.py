@@ -41,7 +41,7 @@ def check_checkpoint(subject: Subject, scheme: Scheme, directory: Path) -> None:
     if not subject.here:
         raise NotHere(f"no device of kind {subject.kind} here")
     device = subject.here[0]
-    if scheme.weight.element.storage in device.arch.opaque:
+    if scheme.weight.element.storage in device.arch.storage_only_dtypes:
         raise NotHere(f"{device} only stores {scheme.weight.format}")
     torch.manual_seed(0)
     source = Tiny().state_dict()
@@ -56,11 +56,17 @@ def check_checkpoint(subject: Subject, scheme: Scheme, directory: Path) -> None:
     ]
     one, two = first.state_dict(), second.state_dict()
     findings += [] if set(one) == set(two) else [f"keys differ: {sorted(set(one) ^ set(two))}"]
-    findings += [f"{name} differs after save and load" for name in one if name in two and not cases.same_bits(one[name], two[name])]
+    findings += [
+        f"{name} differs after save and load"
+        for name in one
+        if name in two and not cases.same_bits(one[name], two[name])
+    ]
     for name in ("first", "second"):
         expected = numerics.quantize_weight(source[f"{name}.weight"], scheme)
         findings += [
-            f"{name}.{k} differs from the reference" for k, t in expected.items() if not cases.same_bits(t, one[f"{name}.{k}"])
+            f"{name}.{k} differs from the reference"
+            for k, t in expected.items()
+            if not cases.same_bits(t, one[f"{name}.{k}"])
         ]
     x = cases.random(5, 128).to(device.torch_device, device.arch.compute)
     findings += [] if cases.same_bits(first(x), second(x)) else ["the saved model computes another result"]

@@ -11,8 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from quantport.capability import Claim, Evidence, MachineCode, Measurement
-from quantport.kernel import Kernel
+from quantport.kernels.base import Kernel
+from quantport.kernels.verdict import Claim, Evidence, MachineCode, Measurement
 
 Proof = Measurement | MachineCode
 _NEEDED: dict[Evidence, type[Proof]] = {Evidence.MEASURED: Measurement, Evidence.COMPILED: MachineCode}
@@ -20,7 +20,9 @@ _NEEDED: dict[Evidence, type[Proof]] = {Evidence.MEASURED: Measurement, Evidence
 
 @lru_cache(maxsize=4096)
 def claim_findings(claim: Claim, kernel: Kernel, scheme: str, arch: str) -> tuple[str, ...]:
-    """What is wrong with a claim: it has no source, or its proof is incomplete, is not where it says, or says something else."""
+    """What is wrong with a claim: it has no source, or its proof is incomplete, is not where it says, or says
+    something else.
+    """
     if not claim.source.strip():
         return ("the claim has no source",)
     needed = _NEEDED.get(claim.evidence)
@@ -32,15 +34,22 @@ def claim_findings(claim: Claim, kernel: Kernel, scheme: str, arch: str) -> tupl
         return (f"the proof of a {claim.evidence} claim names no {', '.join(empty)}",)
     path = _found(claim.proof.file, kernel)
     if path is None:
-        return (f"a {claim.evidence} claim names {claim.proof.file}, which is neither in an installed package nor in the sources",)
+        return (
+            f"a {claim.evidence} claim names {claim.proof.file}, which is neither in an installed "
+            "package nor in the sources",
+        )
     return _other(claim.proof, _lines(path), kernel.name, scheme, arch)
 
 
-def _other(proof: Proof, told: Collection[Collection[str]], kernel: str, scheme: str, arch: str) -> tuple[str, ...]:
+def _other(
+    proof: Proof, told: Collection[Collection[str]], kernel: str, scheme: str, arch: str
+) -> tuple[str, ...]:
     """What a file does not say."""
     apart = (proof.device, proof.date, proof.commit) if isinstance(proof, Measurement) else (proof.version,)
     together = (kernel, scheme) if isinstance(proof, Measurement) else (arch, proof.instruction)
-    findings = [f"{proof.file} does not say {word!r}" for word in apart if not any(word in words for words in told)]
+    findings = [
+        f"{proof.file} does not say {word!r}" for word in apart if not any(word in words for words in told)
+    ]
     if isinstance(proof, Measurement) and arch not in proof.file and not any(arch in words for words in told):
         findings.append(f"{proof.file} is not about {arch!r}")
     if not any(all(word in words for word in together) for words in told):
@@ -59,11 +68,15 @@ def _found(file: str, kernel: Kernel) -> Path | None:
 
 @lru_cache(maxsize=16)
 def _lines(path: Path) -> frozenset[frozenset[str]]:
-    """What a file says together: the names on the way to each value of JSON with the value, or the cells of a line of text."""
+    """What a file says together: the names on the way to each value of JSON with the value, or the cells of a
+    line of text.
+    """
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".json":
         return frozenset(frozenset(words) for words in _branches(json.loads(text), ()))
-    lines = (line.replace("`", "").replace(",", "|").replace(";", "|").split("|") for line in text.splitlines())
+    lines = (
+        line.replace("`", "").replace(",", "|").replace(";", "|").split("|") for line in text.splitlines()
+    )
     return frozenset(frozenset(cell.strip() for cell in cells) for cells in lines)
 
 

@@ -7,19 +7,25 @@ from functools import lru_cache
 import torch
 from torch._subclasses.fake_tensor import UnsupportedOperatorException
 
-from quantport.capability import Accepted
 from quantport.device import Device
-from quantport.kernel import Canonical, Kernel, Packed, Request, WeightSpec
+from quantport.kernels.base import Kernel, Packed, Request, StoredWeight, WeightSpec
+from quantport.kernels.verdict import Accepted
 from quantport.scheme import Scheme
 from quantport.testing.fakes import allowed, fake_tensors
 from quantport.testing.subject import NotHere, Subject
 
 SHAPE = (64, 256)
-TORCHS_OWN = ("aten", "mkldnn", "onednn", "quantized")  # namespaces whose operators need not have a shape function
+TORCHS_OWN = (
+    "aten",
+    "mkldnn",
+    "onednn",
+    "quantized",
+)  # namespaces whose operators need not have a shape function
 
 
 def check_fakes(subject: Subject, device: Device) -> None:
-    """Every kernel that accepts a scheme on an architecture computes the right shape and dtype on fake tensors of it.
+    """Every kernel that accepts a scheme on an architecture computes the right shape and dtype on fake
+    tensors of it.
 
     Raises:
         AssertionError: it raised, or a shape, dtype or device is wrong.
@@ -55,7 +61,10 @@ def _run(kernel: Kernel, scheme: Scheme, where: str, dtype: torch.dtype) -> list
             empty = {name: torch.empty(shape, dtype=t, device=where) for name, (shape, t) in layout.items()}
             packed = _packed(kernel, empty, spec)
             for rows in (1, 17):
-                x, bias = torch.empty(rows, k, dtype=dtype, device=where), torch.empty(n, dtype=dtype, device=where)
+                x, bias = (
+                    torch.empty(rows, k, dtype=dtype, device=where),
+                    torch.empty(n, dtype=dtype, device=where),
+                )
                 y = kernel.run(x, packed, bias if rows > 1 else None, spec)
                 found = (tuple(y.shape), y.dtype, y.device.type)
                 if found != ((rows, n), dtype, where):
@@ -72,8 +81,9 @@ def _run(kernel: Kernel, scheme: Scheme, where: str, dtype: torch.dtype) -> list
     return findings if back == layout else [*findings, f"unpack gives {back}, not {layout}"]
 
 
-def _packed(kernel: Kernel, stored: Canonical, spec: WeightSpec) -> Packed:
-    """Packs fake tensors. Nothing traces ``pack``: an operator of the vendor that it calls may lack a shape function.
+def _packed(kernel: Kernel, stored: StoredWeight, spec: WeightSpec) -> Packed:
+    """Packs fake tensors. Nothing traces ``pack``: an operator of the vendor that it calls may lack a shape
+    function.
 
     Raises:
         NotHere: one does.

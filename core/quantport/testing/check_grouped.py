@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from quantport import numerics
-from quantport.kernel import Kernel, WeightSpec
+from quantport.kernels.base import Kernel, WeightSpec
 from quantport.modules.ops import run_grouped
 from quantport.scheme import Scheme
 from quantport.testing import builders, cases, weights
@@ -21,7 +21,10 @@ def check_grouped(subject: Subject, kernel: Kernel, scheme: Scheme) -> None:
         AssertionError: they do not.
         NotHere: there is no device, or the kernel refuses.
     """
-    device, spec = builders.device_for(subject, kernel, scheme, "moe"), WeightSpec(scheme, builders.INTERMEDIATE, builders.HIDDEN)
+    device, spec = (
+        builders.device_for(subject, kernel, scheme, "moe"),
+        WeightSpec(scheme, builders.INTERMEDIATE, builders.HIDDEN),
+    )
     where, dtype = device.torch_device, device.arch.compute
     effective = scheme if kernel.quantizes_activations else scheme.weight_only
     starts = [sum(COUNTS[:g]) for g in range(len(COUNTS) + 1)]
@@ -33,7 +36,13 @@ def check_grouped(subject: Subject, kernel: Kernel, scheme: Scheme) -> None:
         bias = cases.bias(len(COUNTS) * shared * spec.n, dtype).view(len(COUNTS), -1) if past else None
         given = None if bias is None else bias.to(where)
         y = run_grouped(
-            kernel, x.to(where), torch.tensor(starts, dtype=torch.int64, device=where), packed, given, spec, shared
+            kernel,
+            x.to(where),
+            torch.tensor(starts, dtype=torch.int64, device=where),
+            packed,
+            given,
+            spec,
+            shared,
         ).cpu()
         if tuple(y.shape) != (x.shape[0], shared * spec.n) or y[starts[-1] :].any():
             findings.append(f"{shared} weights: returned {list(y.shape)}, or rows of no group are not zero")
@@ -42,7 +51,9 @@ def check_grouped(subject: Subject, kernel: Kernel, scheme: Scheme) -> None:
             (g, j), columns = divmod(i, shared), slice(i % shared * spec.n, (i % shared + 1) * spec.n)
             rows = slice(starts[g], starts[g + 1])
             if COUNTS[g]:
-                expected = numerics.linear(x[rows], weight, effective, None if bias is None else bias[g, columns])
+                expected = numerics.linear(
+                    x[rows], weight, effective, None if bias is None else bias[g, columns]
+                )
                 compared += 1
                 error = cases.relative_error(y[rows, columns], expected)
                 bad = f"weight {j} of group {g} of {COUNTS[g]} rows: relative error {error:.2e}"

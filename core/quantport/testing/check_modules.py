@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from quantport.device import Device
-from quantport.kernel import Kernel
+from quantport.kernels.base import Kernel
 from quantport.modules import QuantModule
 from quantport.scheme import Scheme
 from quantport.testing import builders, cases
@@ -22,11 +22,16 @@ Call = Callable[..., Tensor]
 
 def build(kernel: Kernel, scheme: Scheme, layer: str, device: Device) -> tuple[QuantModule, Call]:
     """A module of a layer kind, on a device that takes it, and its reference."""
-    return builders.linear(kernel, scheme, device) if layer == "linear" else builders.experts(kernel, scheme, device)
+    return (
+        builders.linear(kernel, scheme, device)
+        if layer == "linear"
+        else builders.experts(kernel, scheme, device)
+    )
 
 
 def check_forward(subject: Subject, kernel: Kernel, scheme: Scheme, layer: str) -> None:
-    """The module meets the reference, for few and many rows, and for activations of three dimensions or strided ones.
+    """The module meets the reference, for few and many rows, and for activations of three dimensions or
+    strided ones.
 
     Raises:
         AssertionError: it does not.
@@ -41,7 +46,9 @@ def check_forward(subject: Subject, kernel: Kernel, scheme: Scheme, layer: str) 
         given = builders.inputs(layer, rows, device)
         y = module(*given)
         error = cases.relative_error(y, reference(*(t.cpu() for t in given)))
-        findings += [f"{rows} rows: relative error {error:.2e} is over {tolerance:.2e}"] if error > tolerance else []
+        findings += (
+            [f"{rows} rows: relative error {error:.2e} is over {tolerance:.2e}"] if error > tolerance else []
+        )
     if layer == "linear":
         findings += _views(module, device.torch_device, device.arch.compute)
     subject.conclude(f"{layer} module of {kernel.name} with {scheme.name}", len(counts), findings)
@@ -51,21 +58,32 @@ def _views(module: QuantModule, where: torch.device, dtype: torch.dtype) -> list
     x = cases.random(2, 3, builders.HIDDEN, seed=5).to(where, dtype)
     flat = module(x.reshape(6, -1))
     strided = x.reshape(6, -1).t().contiguous().t()
-    findings = [] if torch.equal(module(x).reshape(6, -1), flat) else ["[2, 3, K] gives another result than [6, K]"]
-    return findings + ([] if torch.equal(module(strided), flat) else ["strided activations give another result"])
+    findings = (
+        [] if torch.equal(module(x).reshape(6, -1), flat) else ["[2, 3, K] gives another result than [6, K]"]
+    )
+    return findings + (
+        [] if torch.equal(module(strided), flat) else ["strided activations give another result"]
+    )
 
 
 def _differs(module: QuantModule, other: QuantModule, given: tuple[Tensor, ...]) -> list[str]:
     mine, theirs = module.state_dict(), other.state_dict()
     findings = [] if list(mine) == list(theirs) else [f"keys {list(theirs)}, not {list(mine)}"]
-    findings += [f"{k} has other bits" for k in mine if k in theirs and not cases.same_bits(mine[k], theirs[k])]
+    findings += [
+        f"{k} has other bits" for k in mine if k in theirs and not cases.same_bits(mine[k], theirs[k])
+    ]
     if other.kernel.name != module.kernel.name:
         findings.append(f"it has kernel {other.kernel.name}, not {module.kernel.name}")
-    return findings if cases.same_bits(module(*given), other(*given)) else [*findings, "it computes another result"]
+    return (
+        findings
+        if cases.same_bits(module(*given), other(*given))
+        else [*findings, "it computes another result"]
+    )
 
 
 def check_copies(subject: Subject, kernel: Kernel, scheme: Scheme, layer: str) -> None:
-    """State dict, ``torch.save`` with ``weights_only``, ``deepcopy`` and pickle give back the same bits and results.
+    """State dict, ``torch.save`` with ``weights_only``, ``deepcopy`` and pickle give back the same bits and
+    results.
 
     Raises:
         AssertionError: something is lost.
@@ -74,7 +92,9 @@ def check_copies(subject: Subject, kernel: Kernel, scheme: Scheme, layer: str) -
     device = builders.device_for(subject, kernel, scheme, layer)
     given = builders.inputs(layer, 5, device)
     (module, _), (other, _) = (build(kernel, scheme, layer, device) for _ in range(2))
-    other.load_state_dict({name: torch.zeros_like(t, device="cpu") for name, t in module.state_dict().items()})
+    other.load_state_dict(
+        {name: torch.zeros_like(t, device="cpu") for name, t in module.state_dict().items()}
+    )
     buffer = io.BytesIO()
     torch.save(module.state_dict(), buffer)
     buffer.seek(0)
@@ -114,7 +134,9 @@ def check_moves(subject: Subject, kernel: Kernel, scheme: Scheme, layer: str) ->
     device = builders.device_for(subject, kernel, scheme, layer)
     module, reference = build(kernel, scheme, layer, device)
     given = builders.inputs(layer, 5, device)
-    state = {name: t.to("cpu", copy=True) for name, t in module.state_dict().items()}  # a device may only move some dtypes
+    state = {
+        name: t.to("cpu", copy=True) for name, t in module.state_dict().items()
+    }  # a device may only move some dtypes
     findings = []
     for dtype in (torch.float16, torch.float64):
         cast = copy.deepcopy(module).to(dtype).state_dict()
@@ -126,9 +148,16 @@ def check_moves(subject: Subject, kernel: Kernel, scheme: Scheme, layer: str) ->
     module.to_empty(device=device.torch_device)
     module.load_state_dict(state)
     back = module.state_dict()
-    findings += [f"{n} has other bits after meta and back" for n in state if not cases.same_bits(back[n], state[n])]
+    findings += [
+        f"{n} has other bits after meta and back" for n in state if not cases.same_bits(back[n], state[n])
+    ]
     error = cases.relative_error(module(*given), reference(*(t.cpu() for t in given)))
-    # The kernel is chosen anew for the device, perhaps one with 16-bit activations: coarse ones then make the difference.
+    # The kernel is chosen anew for the device, perhaps one with 16-bit activations: coarse ones then make the
+    # difference.
     coarse = scheme.activation is not None and scheme.activation.element.bits < 8
-    findings += [f"relative error {error:.2e} after meta and back"] if error > (1 if coarse else 4 * cases.MAX_TOLERANCE) else []
+    findings += (
+        [f"relative error {error:.2e} after meta and back"]
+        if error > (1 if coarse else 4 * cases.MAX_TOLERANCE)
+        else []
+    )
     subject.conclude(f"moves of a {layer} module of {kernel.name} with {scheme.name}", len(state), findings)

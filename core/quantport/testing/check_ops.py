@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from quantport.kernel import Kernel
+from quantport.kernels.base import Kernel
 from quantport.modules import QuantModule
 from quantport.modules.experts import QuantExperts
 from quantport.scheme import Scheme
@@ -13,7 +13,9 @@ from quantport.testing.check_modules import build
 from quantport.testing.subject import NotHere, Subject
 
 
-def check_compile(subject: Subject, kernel: Kernel, scheme: Scheme, layer: str, backend: str = "aot_eager") -> None:
+def check_compile(
+    subject: Subject, kernel: Kernel, scheme: Scheme, layer: str, backend: str = "aot_eager"
+) -> None:
     """``torch.compile(fullgraph=True)`` gives the result of eager mode, also when the number of rows changes.
 
     Raises:
@@ -37,7 +39,8 @@ def check_compile(subject: Subject, kernel: Kernel, scheme: Scheme, layer: str, 
 
 
 def check_op(subject: Subject, kernel: Kernel, scheme: Scheme, layer: str) -> None:
-    """``torch.library.opcheck`` finds nothing on ``quantport::linear`` and ``quantport::experts`` with this kernel.
+    """``torch.library.opcheck`` finds nothing on ``quantport::linear`` and ``quantport::experts`` with this
+    kernel.
 
     Raises:
         AssertionError: it does.
@@ -47,7 +50,9 @@ def check_op(subject: Subject, kernel: Kernel, scheme: Scheme, layer: str) -> No
     module, _ = build(kernel, scheme, layer, device)
     args = op_arguments(module, builders.inputs(layer, 5, device))
     if any(t.layout is not torch.strided for t in module.buffers()):
-        raise NotHere(f"{kernel.name} packs into an opaque layout, which opcheck cannot hash; check_compile runs it")
+        raise NotHere(
+            f"{kernel.name} packs into an opaque layout, which opcheck cannot hash; check_compile runs it"
+        )
     op = getattr(torch.ops.quantport, layer if layer == "linear" else "experts").default
     results = torch.library.opcheck(op, args, raise_exception=False)
     findings = [f"{name}: {result}" for name, result in results.items() if result != "SUCCESS"]
@@ -59,4 +64,12 @@ def op_arguments(module: QuantModule, given: tuple[torch.Tensor, ...]) -> tuple[
     if isinstance(module, QuantExperts):
         return (*given, *module.operands())
     spec = module.specs[""]
-    return (*given, module._packed[""], module._parameters["bias"], module.kernel.name, module.scheme, spec.n, spec.k)
+    return (
+        *given,
+        module._packed[""],
+        module._parameters["bias"],
+        module.kernel.name,
+        module.scheme,
+        spec.n,
+        spec.k,
+    )

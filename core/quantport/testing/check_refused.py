@@ -1,4 +1,6 @@
-"""The check of refusals: what cannot work is called all the same, in a process of its own, and must not work."""
+"""The check of refusals: what cannot work is called all the same, in a process of its own, and must
+not work.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +9,10 @@ from collections.abc import Iterator
 
 import torch
 
-from quantport.capability import Reason, Refusal, Rejected
 from quantport.device import Device
-from quantport.host import host
-from quantport.kernel import Kernel, Request, WeightSpec
+from quantport.kernels.base import Kernel, Request, WeightSpec
+from quantport.kernels.verdict import Reason, Refusal, Rejected
+from quantport.plugins.registry import default_registry
 from quantport.scheme import Scheme
 from quantport.testing import cases
 from quantport.testing.apart import Apart, Ended
@@ -24,8 +26,8 @@ ENDS = 2  # calls with the same reasons that may end the process before the othe
 def refused(subject: Subject, kernel: Kernel, scheme: Scheme) -> Iterator[tuple[Request, tuple[Reason, ...]]]:
     """What the kernel says is impossible on a device that is here, whatever the rows; of each weight once.
 
-    Shapes are those of the table, and others beyond it unless the reasons are the same for every shape. A refusal of another kind
-    may succeed, or must not be tried.
+    Shapes are those of the table, and others beyond it unless the reasons are the same for every shape. A
+    refusal of another kind may succeed, or must not be tried.
     """
     for device in subject.here:
         for dtype in cases.DTYPES:
@@ -48,7 +50,9 @@ def _impossible(
     for requests in asked.values():
         verdicts = [kernel.verdict(r) for r in requests]
         reasons = tuple(dict.fromkeys(r for v in verdicts if isinstance(v, Rejected) for r in v.reasons))
-        if all(isinstance(v, Rejected) for v in verdicts) and all(r.kind is Refusal.IMPOSSIBLE for r in reasons):
+        if all(isinstance(v, Rejected) for v in verdicts) and all(
+            r.kind is Refusal.IMPOSSIBLE for r in reasons
+        ):
             yield requests[0], reasons
 
 
@@ -58,15 +62,18 @@ def tried(kernel: Kernel | str, request: Request, rows: tuple[int, ...]) -> str:
     Returns:
         How it failed, or an empty string: it ran, and is right for every number of rows.
     """
-    found = host().kernel(kernel) if isinstance(kernel, str) else kernel
+    found = default_registry().kernel(kernel) if isinstance(kernel, str) else kernel
     try:
-        return compare(found, plain_jobs(request, found.quantizes_activations, rows), request.device.torch_device)
+        return compare(
+            found, plain_jobs(request, found.quantizes_activations, rows), request.device.torch_device
+        )
     except Exception as error:
         return f"raised {type(error).__name__}: {error}"
 
 
 def check_refused(subject: Subject, kernel: Kernel, scheme: Scheme, apart: Apart) -> None:
-    """What the kernel says is impossible on a device that is here does not work: it raises, is wrong, crashes or hangs.
+    """What the kernel says is impossible on a device that is here does not work: it raises, is wrong, crashes
+    or hangs.
 
     Args:
         subject: The backend.
@@ -78,7 +85,7 @@ def check_refused(subject: Subject, kernel: Kernel, scheme: Scheme, apart: Apart
         AssertionError: a refused call succeeds for every number of rows.
         NotHere: no refusal can be tried.
     """
-    sent = kernel.name if subject.hosted is host() else kernel
+    sent = kernel.name if subject.registry is default_registry() else kernel
     findings: list[str] = []
     notes: dict[str, None] = {}
     ends: Counter[tuple[Reason, ...]] = Counter()
@@ -95,8 +102,13 @@ def check_refused(subject: Subject, kernel: Kernel, scheme: Scheme, apart: Apart
             notes[f"{shape}: the process {end}"] = None
             continue
         if not failed:
-            findings.append(f"{shape} for {request.layer} runs and is right, against {[str(r) for r in reasons]}")
+            findings.append(
+                f"{shape} for {request.layer} runs and is right, against {[str(r) for r in reasons]}"
+            )
     if not compared:
         raise NotHere(f"{kernel.name} says of no {scheme.name} that it is impossible here")
-    title = f"{kernel.name} refuses {scheme.name} as impossible, yet it works (if that is meant, give the reason another kind)"
+    title = (
+        f"{kernel.name} refuses {scheme.name} as impossible, yet it works (if that is meant, give the "
+        "reason another kind)"
+    )
     subject.conclude(title, compared, findings, list(notes))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from quantport import numerics
 from quantport.errors import WeightError
-from quantport.kernel import Canonical, Kernel, Packed, Request, WeightSpec
+from quantport.kernels.base import Kernel, Packed, Request, StoredWeight, WeightSpec
 from quantport.scheme import Scheme
 from quantport.testing import cases, weights
 from quantport.testing.subject import NotHere, Subject
@@ -21,16 +21,20 @@ class Job(NamedTuple):
     """One weight with activations for it, and what the reference makes of them, all on the CPU."""
 
     spec: WeightSpec
-    canonical: Canonical
+    stored_weight: StoredWeight
     x: Tensor
     bias: Tensor | None
     expected: Tensor
 
 
-def make_job(spec: WeightSpec, canonical: Canonical, x: Tensor, bias: Tensor | None, quantizes: bool) -> Job:
-    """Asks the reference. A kernel that leaves activations in 16 bits is judged by the weight-only numerics."""
+def make_job(
+    spec: WeightSpec, stored_weight: StoredWeight, x: Tensor, bias: Tensor | None, quantizes: bool
+) -> Job:
+    """Asks the reference. A kernel that leaves activations in 16 bits is judged by the weight-only
+    numerics.
+    """
     scheme = spec.scheme if quantizes else spec.scheme.weight_only
-    return Job(spec, canonical, x, bias, numerics.linear(x, canonical, scheme, bias))
+    return Job(spec, stored_weight, x, bias, numerics.linear(x, stored_weight, scheme, bias))
 
 
 @lru_cache(maxsize=256)
@@ -45,7 +49,7 @@ def plain_jobs(request: Request, quantizes: bool, rows: Sequence[int]) -> list[J
     Tokens are independent in most schemes: then fewer rows are a part of the most rows.
     """
     activation = request.weight.scheme.activation
-    whole = activation is not None and activation.rows != 1
+    whole = activation is not None and activation.block_shape[0] != 1
     jobs = []
     for biased in (False, True):
         for count in rows:
@@ -58,17 +62,22 @@ def compare(kernel: Kernel, jobs: Sequence[Job], where: torch.device) -> str:
     """Packs the weight that the jobs share, runs each, and compares with the reference.
 
     Returns:
-        What is wrong with the first bad one, or an empty string. What the reference itself cannot say (its result is not
-        finite) is not wrong.
+        What is wrong with the first bad one, or an empty string. What the reference itself cannot say (its
+        result is not finite) is not wrong.
     """
     first = jobs[0]
-    packed = kernel.pack({name: t.to(where, copy=True) for name, t in first.canonical.items()}, first.spec)
+    packed = kernel.pack(
+        {name: t.to(where, copy=True) for name, t in first.stored_weight.items()}, first.spec
+    )
     before = [cases.kept(t) for t in packed]
     for job in jobs:
         x, bias = job.x.to(where, copy=True), None if job.bias is None else job.bias.to(where, copy=True)
         wrong = _result(kernel.run(x, packed, bias, job.spec), job, where, kernel.tolerance)
         if wrong or not cases.same_bits(x, job.x):
-            shape = f"[{job.spec.n}, {job.spec.k}] {x.dtype} x {x.shape[0]} rows, {'no ' if bias is None else ''}bias"
+            shape = (
+                f"[{job.spec.n}, {job.spec.k}] {x.dtype} x {x.shape[0]} rows, "
+                f"{'no ' if bias is None else ''}bias"
+            )
             return f"{shape}: {wrong or 'run changed its activations'}"
     return "" if all(map(cases.same_bits, packed, before)) else "run changed its packed weight"
 
@@ -76,7 +85,10 @@ def compare(kernel: Kernel, jobs: Sequence[Job], where: torch.device) -> str:
 def _result(y: Tensor, job: Job, where: torch.device, tolerance: float) -> str:
     expected = job.expected
     if tuple(y.shape) != tuple(expected.shape) or y.dtype != expected.dtype or y.device.type != where.type:
-        return f"returned {list(y.shape)} {y.dtype} on {y.device}, not {list(expected.shape)} {expected.dtype} on {where}"
+        return (
+            f"returned {list(y.shape)} {y.dtype} on {y.device}, not {list(expected.shape)} "
+            f"{expected.dtype} on {where}"
+        )
     error = cases.relative_error(y, expected) if torch.isfinite(expected).all() else 0.0
     return "" if error <= tolerance else f"relative error {error:.2e} is over the tolerance {tolerance:.2e}"
 
@@ -87,10 +99,15 @@ def _judge(kernel: Kernel, request: Request, jobs: Sequence[Job], where: torch.d
     except Exception as error:
         if request.device.simulated:  # not its device: only a wrong result says something
             raise NotHere(f"{kernel.name} does not run on {where}: {type(error).__name__}: {error}") from None
-        return f"[{request.weight.n}, {request.weight.k}] {request.dtype}: raised {type(error).__name__}: {error}"
+        return (
+            f"[{request.weight.n}, {request.weight.k}] {request.dtype}: raised {type(error).__name__}: "
+            f"{error}"
+        )
 
 
-def _judge_all(subject: Subject, kernel: Kernel, batches: Iterable[tuple[str, Request, Sequence[Job]]], title: str) -> None:
+def _judge_all(
+    subject: Subject, kernel: Kernel, batches: Iterable[tuple[str, Request, Sequence[Job]]], title: str
+) -> None:
     """Judges batches of jobs, each with a name that goes before what is found.
 
     Raises:
@@ -111,7 +128,9 @@ def _judge_all(subject: Subject, kernel: Kernel, batches: Iterable[tuple[str, Re
     subject.conclude(title, compared, findings)
 
 
-def _accepted(subject: Subject, kernel: Kernel, scheme: Scheme, *dtypes: torch.dtype) -> dict[WeightSpec, Request]:
+def _accepted(
+    subject: Subject, kernel: Kernel, scheme: Scheme, *dtypes: torch.dtype
+) -> dict[WeightSpec, Request]:
     takes = {spec: r for dtype in dtypes for spec, r in subject.accepted(kernel, scheme, dtype).items()}
     if not takes:
         raise NotHere(f"{kernel.name} takes no {scheme.name} in {', '.join(map(str, dtypes))} here")
@@ -138,15 +157,21 @@ def check_special(subject: Subject, kernel: Kernel, scheme: Scheme, dtype: torch
         NotHere: as for ``check_accepted``.
     """
     takes = _accepted(subject, kernel, scheme, dtype)
-    spec, request = min(takes.items(), key=lambda item: abs(item[0].n * item[0].k - 9600))  # [48, 200] where it may
+    spec, request = min(
+        takes.items(), key=lambda item: abs(item[0].n * item[0].k - 9600)
+    )  # [48, 200] where it may
     x, quantizes = cases.activations(5, spec.k, dtype), kernel.quantizes_activations
-    jobs = {name: make_job(spec, weights.special(spec, name), x, None, quantizes) for name, _ in cases.specials(scheme)}
+    jobs = {
+        name: make_job(spec, weights.special(spec, name), x, None, quantizes)
+        for name, _ in cases.specials(scheme)
+    }
     batches = ((f"{name}: ", request, [job]) for name, job in jobs.items())
     _judge_all(subject, kernel, batches, f"{kernel.name} on special weights of {scheme.name} in {dtype}")
 
 
 def check_packing(subject: Subject, kernel: Kernel, scheme: Scheme) -> None:
-    """``unpack`` is the exact inverse of ``pack``, for every weight that the kernel takes; neither changes its input.
+    """``unpack`` is the exact inverse of ``pack``, for every weight that the kernel takes; neither changes
+    its input.
 
     Raises:
         AssertionError: a bit differs.
@@ -158,44 +183,59 @@ def check_packing(subject: Subject, kernel: Kernel, scheme: Scheme) -> None:
     for spec, request in takes.items():
         where = subject.place(request.device)
         for name, _ in cases.specials(scheme):
-            canonical = {key: t.to(where, copy=True) for key, t in weights.special(spec, name).items()}
-            findings += [f"[{spec.n}, {spec.k}] {name}: {wrong}" for wrong in _round_trip(kernel, spec, canonical, request)]
-            compared += len(canonical)
+            stored_weight = {key: t.to(where, copy=True) for key, t in weights.special(spec, name).items()}
+            findings += [
+                f"[{spec.n}, {spec.k}] {name}: {wrong}"
+                for wrong in _round_trip(kernel, spec, stored_weight, request)
+            ]
+            compared += len(stored_weight)
     subject.conclude(f"packing of {scheme.name} by {kernel.name}", compared, list(dict.fromkeys(findings)))
 
 
-def _round_trip(kernel: Kernel, spec: WeightSpec, canonical: Canonical, request: Request) -> list[str]:
-    before = {name: cases.kept(t) for name, t in canonical.items()}
+def _round_trip(kernel: Kernel, spec: WeightSpec, stored_weight: StoredWeight, request: Request) -> list[str]:
+    before = {name: cases.kept(t) for name, t in stored_weight.items()}
     try:
-        packed: Packed = kernel.pack(canonical, spec)
+        packed: Packed = kernel.pack(stored_weight, spec)
         back = kernel.unpack(packed, spec)
     except Exception as error:
         if request.device.simulated:
-            raise NotHere(f"{kernel.name} does not pack on the stand-in: {type(error).__name__}: {error}") from None
+            raise NotHere(
+                f"{kernel.name} does not pack on the stand-in: {type(error).__name__}: {error}"
+            ) from None
         return [f"raised {type(error).__name__}: {error}"]
-    findings = [] if isinstance(packed, tuple) else [f"pack returned a {type(packed).__name__}, not a tuple of tensors"]
-    findings += [f"pack changed {name}" for name, t in canonical.items() if not cases.same_bits(t, before[name])]
+    findings = (
+        []
+        if isinstance(packed, tuple)
+        else [f"pack returned a {type(packed).__name__}, not a tuple of tensors"]
+    )
+    findings += [
+        f"pack changed {name}" for name, t in stored_weight.items() if not cases.same_bits(t, before[name])
+    ]
     if set(back) != set(before):
         return [*findings, f"unpack returned {sorted(back)}, not {sorted(before)}"]
-    return findings + [f"unpack gives another {name}" for name, t in before.items() if not cases.same_bits(t, back[name])]
+    return findings + [
+        f"unpack gives another {name}" for name, t in before.items() if not cases.same_bits(t, back[name])
+    ]
 
 
 def check_reference(subject: Subject, scheme: Scheme) -> None:
-    """The reference quantizes to the same bits on the devices here as on the CPU, since weights are quantized there.
+    """The reference quantizes to the same bits on the devices here as on the CPU, since weights are quantized
+    there.
 
     Raises:
         AssertionError: a bit differs.
-        NotHere: no device is here, or one only stores a dtype of the scheme: such weights are quantized on the host.
+        NotHere: no device is here, or one only stores a dtype of the scheme: such weights are quantized
+            on the host.
     """
     findings, compared = [], 0
     if not subject.here:
         raise NotHere(f"no device of kind {subject.kind} here")
     for device in subject.here:
-        if any(dtype in device.arch.opaque for _, dtype in scheme.layout(48, 200).values()):
+        if any(dtype in device.arch.storage_only_dtypes for _, dtype in scheme.layout(48, 200).values()):
             raise NotHere(f"{device} only stores a dtype of {scheme.name}")
         for name, make in cases.specials(scheme):
             weight = make(48, 200)
-            weight = weight.float() if weight.dtype in device.arch.opaque else weight
+            weight = weight.float() if weight.dtype in device.arch.storage_only_dtypes else weight
             try:
                 there = numerics.quantize_weight(weight.to(device.torch_device), scheme)
             except WeightError as error:
@@ -203,5 +243,9 @@ def check_reference(subject: Subject, scheme: Scheme) -> None:
                 continue
             here = numerics.quantize_weight(weight, scheme)
             compared += len(here)
-            findings += [f"{name} on {device}: {key} differs" for key in here if not cases.same_bits(here[key], there[key])]
+            findings += [
+                f"{name} on {device}: {key} differs"
+                for key in here
+                if not cases.same_bits(here[key], there[key])
+            ]
     subject.conclude(f"reference of {scheme.name}", compared, findings)

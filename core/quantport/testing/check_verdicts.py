@@ -6,25 +6,31 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 
-from quantport.capability import Accepted, Reason, Refusal, Rejected, Status
 from quantport.device import Device
-from quantport.kernel import Kernel, Request, WeightSpec
+from quantport.kernels.base import Kernel, Request, WeightSpec
+from quantport.kernels.verdict import Accepted, Reason, Refusal, Rejected, Status
 from quantport.testing import cases
 from quantport.testing.check_claims import claim_findings
 from quantport.testing.subject import Subject
 
 
 def devices(subject: Subject) -> dict[str, Device]:
-    """Every device that verdicts are asked for: each architecture, simulated and not, one that nobody knows, and those here."""
+    """Every device that verdicts are asked for: each architecture, simulated and not, one that nobody knows,
+    and those here.
+    """
     out = {device.arch.name: device for device in subject.simulated}
     some = next(iter(out.values()))
-    unknown = replace(some.arch, name="unheard_of", title="an architecture of the future", native=frozenset(), source="none")
+    unknown = replace(
+        some.arch, name="unheard_of", title="an architecture of the future", native=frozenset(), source="none"
+    )
     out["unheard_of"] = replace(some, arch=unknown, simulated=False)
     return out | {f"{d.arch.name} (here)": d for d in subject.here}
 
 
 def requests(subject: Subject, device: Device) -> Iterator[Request]:
-    """Every request of the check for one device; a simulated one also as if it were found, with no feature known."""
+    """Every request of the check for one device; a simulated one also as if it were found, with no feature
+    known.
+    """
     twins = {device, replace(device, simulated=False)}
     for one, scheme, (n, k) in product(twins, subject.schemes, cases.PLANNED):
         spec = WeightSpec(scheme, n, k)
@@ -43,7 +49,9 @@ def check_verdicts(subject: Subject, device: Device) -> None:
     for kernel in subject.kernels:
         for request in requests(subject, device):
             compared += 1
-            findings |= dict.fromkeys(f"{kernel.name}, {request.weight.scheme.name}: {f}" for f in _verdict(kernel, request))
+            findings |= dict.fromkeys(
+                f"{kernel.name}, {request.weight.scheme.name}: {f}" for f in _verdict(kernel, request)
+            )
     subject.conclude(f"verdicts of {subject.kind} on {device.arch.name}", compared, list(findings))
 
 
@@ -79,7 +87,9 @@ def _accepted(kernel: Kernel, request: Request, verdict: Accepted) -> list[str]:
     if verdict.kernel != kernel.name:
         findings.append(f"the verdict is signed {verdict.kernel!r}")
     if verdict.precision not in (scheme.precision, scheme.weight_only.precision):
-        findings.append(f"precision {verdict.precision} is neither {scheme.precision} nor {scheme.weight_only.precision}")
+        findings.append(
+            f"precision {verdict.precision} is neither {scheme.precision} nor {scheme.weight_only.precision}"
+        )
     if verdict.speed is not None and not verdict.speed > 0:
         findings.append(f"speed {verdict.speed} is not a ratio")
     findings += claim_findings(verdict.claim, kernel, scheme.name, request.device.arch.name)
@@ -91,12 +101,16 @@ def _status(kernel: Kernel, request: Request, verdict: Accepted) -> list[str]:
     if verdict.status is Status.UNSUPPORTED:
         return ["it accepts with the status unsupported"]
     if verdict.precision != scheme.precision and verdict.status is not Status.WEIGHT_ONLY:
-        return [f"it runs {verdict.precision} where {scheme.precision} was asked: the status must be weight_only"]
+        return [
+            f"it runs {verdict.precision} where {scheme.precision} was asked: the status must be weight_only"
+        ]
     if verdict.status is Status.WEIGHT_ONLY and verdict.precision != scheme.weight_only.precision:
         return [f"status weight_only with precision {verdict.precision}"]
     if verdict.status is not Status.NATIVE:
         return []
-    if not (kernel.quantizes_activations and scheme.activation):  # it multiplies 16-bit activations, as any device can
+    if not (
+        kernel.quantizes_activations and scheme.activation
+    ):  # it multiplies 16-bit activations, as any device can
         return []
     needed = scheme.activation.unit
     return [] if needed in arch.native else [f"status native, but {arch} does not list {needed}"]

@@ -19,18 +19,30 @@ def _view(x: Tensor, index: Any) -> Tensor:
     dim = 0
     for item in items:
         if item is Ellipsis:
-            dim = x.dim() - sum(isinstance(i, slice) for i in items)  # it stands for the dimensions that no slice names
+            dim = x.dim() - sum(
+                isinstance(i, slice) for i in items
+            )  # it stands for the dimensions that no slice names
         else:
-            x = x.unsqueeze(dim) if item is None else torch.ops.aten.slice(x, dim, item.start, item.stop, item.step or 1)
+            x = (
+                x.unsqueeze(dim)
+                if item is None
+                else torch.ops.aten.slice(x, dim, item.start, item.stop, item.step or 1)
+            )
             dim += 1
     return x
 
 
 class _AtenOnly(TorchFunctionMode):
-    """Calls ATen past the Python bindings: some ask for a device guard, which a torch without the device lacks."""
+    """Calls ATen past the Python bindings: some ask for a device guard, which a torch without the device
+    lacks.
+    """
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if func in (Tensor.__getitem__, Tensor.__setitem__) and _plain(args[1]):
             if func is Tensor.__getitem__:

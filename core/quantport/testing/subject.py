@@ -13,22 +13,26 @@ from typing import NamedTuple, cast
 
 import torch
 
-from quantport.capability import Accepted
-from quantport.catalog import BUILTIN
 from quantport.device import Device
-from quantport.hookspecs import Backend, hookimpl
-from quantport.host import GROUPS, Host, host
-from quantport.kernel import Kernel, Request, WeightSpec
+from quantport.kernels.base import Kernel, Request, WeightSpec
+from quantport.kernels.verdict import Accepted
+from quantport.plugins.hookspecs import Backend, hookimpl
+from quantport.plugins.registry import GROUPS, Registry, default_registry
 from quantport.scheme import Scheme
+from quantport.scheme.catalog import BUILTIN
 from quantport.testing import cases
 
 
 class NotHere(Exception):  # noqa: N818  # not an error: the suite skips
-    """Nothing to check here: the kernel takes no such request, or its device is absent and the stand-in cannot run it."""
+    """Nothing to check here: the kernel takes no such request, or its device is absent and the stand-in
+    cannot run it.
+    """
 
 
 class Check(NamedTuple):
-    """A check that found nothing wrong: its title, how many comparisons it made, and what else is worth telling."""
+    """A check that found nothing wrong: its title, how many comparisons it made, and what else is worth
+    telling.
+    """
 
     title: str
     compared: int
@@ -51,9 +55,9 @@ class _Point:
         return plugin
 
 
-def alone(backend: Backend) -> Host:
+def alone(backend: Backend) -> Registry:
     """A host that holds one backend, installed or not, and nothing that earlier questions have left."""
-    return Host(points=(cast(EntryPoint, _Point(backend.kind, backend)),), only=())
+    return Registry(points=(cast(EntryPoint, _Point(backend.kind, backend)),), only=())
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ class Subject:
         record: The checks that found nothing wrong.
     """
 
-    hosted: Host
+    registry: Registry
     kind: str
     stand_in: str | None = "cpu"
     schemes: tuple[Scheme, ...] = tuple(BUILTIN.values())
@@ -85,17 +89,23 @@ class Subject:
         Raises:
             AssertionError: no entry point of the group ``quantport.backends`` gave one.
         """
-        found = host()
+        found = default_registry()
         if kind not in found.backends:
-            problems = "; ".join(f"{p.plugin} at {p.stage}: {p.error}" for p in found.problems) or "none was set aside"
-            raise AssertionError(f"no installed backend has kind {kind!r} (found: {', '.join(found.backends)}; {problems})")
+            problems = (
+                "; ".join(f"{p.plugin} at {p.stage}: {p.error}" for p in found.problems)
+                or "none was set aside"
+            )
+            raise AssertionError(
+                f"no installed backend has kind {kind!r} (found: {', '.join(found.backends)}; {problems})"
+            )
         return cls(found, kind, stand_in, tuple(found.schemes.values()), limit=limit)
 
     def conclude(self, title: str, compared: int, findings: Sequence[str], notes: Sequence[str] = ()) -> None:
         """The end of every check: what was found, or what was compared.
 
         Raises:
-            AssertionError: with the title, the first ten findings and how many there are; or nothing was compared.
+            AssertionError: with the title, the first ten findings and how many there are; or nothing was
+                compared.
         """
         if findings:
             lines = "\n".join(f"- {finding}" for finding in findings[:10])
@@ -107,7 +117,7 @@ class Subject:
     @property
     def kernels(self) -> tuple[Kernel, ...]:
         """Its kernels."""
-        return self.hosted.kernels(self.kind)
+        return self.registry.kernels(self.kind)
 
     @cached_property
     def here(self) -> tuple[Device, ...]:
@@ -121,9 +131,11 @@ class Subject:
         def look() -> None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # a detection that raises is the business of check_detection
-                found.extend(d for d in self.hosted.devices if d.kind == self.kind)
+                found.extend(d for d in self.registry.devices if d.kind == self.kind)
 
-        looking = Thread(target=look, daemon=True)  # so that one that hangs stops neither the tests nor the end of Python
+        looking = Thread(
+            target=look, daemon=True
+        )  # so that one that hangs stops neither the tests nor the end of Python
         looking.start()
         looking.join(self.limit)
         if looking.is_alive():
@@ -133,7 +145,9 @@ class Subject:
     @property
     def simulated(self) -> tuple[Device, ...]:
         """A simulated device of each known architecture."""
-        return tuple(self.hosted.device(f"{self.kind}:{name}") for name in self.hosted.backends[self.kind].archs)
+        return tuple(
+            self.registry.device(f"{self.kind}:{name}") for name in self.registry.backends[self.kind].archs
+        )
 
     @property
     def targets(self) -> tuple[Device, ...]:
@@ -153,7 +167,11 @@ class Subject:
         return torch.device(self.stand_in)
 
     def requests(
-        self, scheme: Scheme, dtype: torch.dtype, device: Device, shapes: Sequence[tuple[int, int]] = cases.SHAPES
+        self,
+        scheme: Scheme,
+        dtype: torch.dtype,
+        device: Device,
+        shapes: Sequence[tuple[int, int]] = cases.SHAPES,
     ) -> Iterator[Request]:
         """Every request that the run checks make of a device, all rows of one shape and layer together."""
         for n, k in shapes:

@@ -1,4 +1,6 @@
-"""The suite as a pytest class: every check, once for each kernel, scheme, architecture and dtype that there is to check."""
+"""The suite as a pytest class: every check, once for each kernel, scheme, architecture and dtype that there
+is to check.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ import pytest
 import torch
 
 from quantport.device import Device
-from quantport.kernel import Kernel
+from quantport.kernels.base import Kernel
 from quantport.scheme import Scheme
 from quantport.testing import (
     cases,
@@ -53,13 +55,15 @@ class BackendConformance:
 
     Attributes:
         kind: Kind of the backend's devices.
-        every_kernel: Whether the shared kernels of torch operators, and the schemes that only they serve, are all checked. By
-            default they stand for themselves with one scheme each, and the kernels of the backend have them all.
-        stand_in: Where kernels are run, to check their arithmetic, when their device is not here; None to leave that out.
-        setting: ``module:function`` of a context manager in which devices are here that are not: a simulator. Tests are collected
-            and run in it, and so are refused calls.
-        stands_for: Kernel -> the only schemes that it is checked with: where it runs slowly here, and its other schemes take the
-            same paths. Verdicts are asked for every scheme all the same.
+        every_kernel: Whether the shared kernels of torch operators, and the schemes that only they serve, are
+            all checked. By default they stand for themselves with one scheme each, and the kernels of the
+            backend have them all.
+        stand_in: Where kernels are run, to check their arithmetic, when their device is not here; None to
+            leave that out.
+        setting: ``module:function`` of a context manager in which devices are here that are not: a simulator.
+            Tests are collected and run in it, and so are refused calls.
+        stands_for: Kernel -> the only schemes that it is checked with: where it runs slowly here, and its
+            other schemes take the same paths. Verdicts are asked for every scheme all the same.
         fakes: Whether ``run`` traces on fake tensors. Kernels that launch code of their own cannot.
         limit: Seconds that detection, or one refused call, may take.
     """
@@ -77,10 +81,14 @@ class BackendConformance:
     def offer(cls) -> Offer:
         """What there is to check."""
         with setting_of(cls.setting):
-            return Offer.of(Subject.installed(cls.kind, cls.stand_in, cls.limit), cls.every_kernel, cls.stands_for)
+            return Offer.of(
+                Subject.installed(cls.kind, cls.stand_in, cls.limit), cls.every_kernel, cls.stands_for
+            )
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        """Gives each check what there is to check; two that take the same parameters are told apart by fixtures that mark them."""
+        """Gives each check what there is to check; two that take the same parameters are told apart by
+        fixtures that mark them.
+        """
         wanted = set(metafunc.fixturenames)
         if "kernel" in wanted:
             columns, rows = self._rows(wanted)
@@ -103,7 +111,9 @@ class BackendConformance:
             rows = [row for layer in cases.LAYERS for row in first(r for r in offer.layers if r[2] == layer)]
             return ("kernel", "scheme", "layer"), rows if "traced" in wanted else offer.layers
         if "experts" in wanted:
-            return ("kernel", "scheme"), [(kernel, scheme) for kernel, scheme, layer in offer.layers if layer == "moe"]
+            return ("kernel", "scheme"), [
+                (kernel, scheme) for kernel, scheme, layer in offer.layers if layer == "moe"
+            ]
         return ("kernel", "scheme"), offer.refused if "apart" in wanted else offer.packed
 
     @pytest.fixture
@@ -165,12 +175,16 @@ class BackendConformance:
         with checking(subject, threads=None):
             check_runs.check_reference(subject, scheme)
 
-    def test_accepted_runs(self, subject: Subject, kernel: Kernel, scheme: Scheme, dtype: torch.dtype) -> None:
+    def test_accepted_runs(
+        self, subject: Subject, kernel: Kernel, scheme: Scheme, dtype: torch.dtype
+    ) -> None:
         """What is accepted runs, and meets the reference."""
         with checking(subject):
             check_runs.check_accepted(subject, kernel, scheme, dtype)
 
-    def test_special_weights(self, subject: Subject, kernel: Kernel, scheme: Scheme, dtype: torch.dtype) -> None:
+    def test_special_weights(
+        self, subject: Subject, kernel: Kernel, scheme: Scheme, dtype: torch.dtype
+    ) -> None:
         """Zeros, outliers, tiny and huge values."""
         with checking(subject, threads=None):
             check_runs.check_special(subject, kernel, scheme, dtype)
@@ -212,7 +226,9 @@ class BackendConformance:
         with checking(subject):
             check_modules.check_moves(subject, kernel, scheme, layer)
 
-    def test_compile(self, subject: Subject, kernel: Kernel, scheme: Scheme, layer: str, traced: None) -> None:
+    def test_compile(
+        self, subject: Subject, kernel: Kernel, scheme: Scheme, layer: str, traced: None
+    ) -> None:
         """``torch.compile`` without graph breaks."""
         with checking(subject):
             check_ops.check_compile(subject, kernel, scheme, layer)
@@ -223,7 +239,9 @@ class BackendConformance:
         with checking(subject):
             check_ops.check_compile(subject, subject.kernels[-1], subject.schemes[0], "linear", "inductor")
 
-    def test_opcheck(self, subject: Subject, kernel: Kernel, scheme: Scheme, layer: str, traced: None) -> None:
+    def test_opcheck(
+        self, subject: Subject, kernel: Kernel, scheme: Scheme, layer: str, traced: None
+    ) -> None:
         """``torch.library.opcheck``."""
         with checking(subject):
             check_ops.check_op(subject, kernel, scheme, layer)
@@ -236,4 +254,10 @@ class BackendConformance:
 
 def _id(value: Any) -> str:
     """How a parameter is called in the name of a test."""
-    return value if isinstance(value, str) else cases.FORMAT_OF[value] if isinstance(value, torch.dtype) else str(value.name)
+    return (
+        value
+        if isinstance(value, str)
+        else cases.FORMAT_OF[value]
+        if isinstance(value, torch.dtype)
+        else str(value.name)
+    )

@@ -7,23 +7,25 @@ from functools import lru_cache
 import torch
 
 from quantport import numerics
-from quantport.kernel import Canonical, WeightSpec
+from quantport.kernels.base import StoredWeight, WeightSpec
 from quantport.testing import cases
 
 
 @lru_cache(maxsize=512)
-def plain(spec: WeightSpec) -> Canonical:
+def plain(spec: WeightSpec) -> StoredWeight:
     """An ordinary weight."""
     return numerics.quantize_weight(cases.plain(spec.n, spec.k), spec.scheme)
 
 
 @lru_cache(maxsize=1024)
-def special(spec: WeightSpec, name: str) -> Canonical:
+def special(spec: WeightSpec, name: str) -> StoredWeight:
     """A weight of ``cases.SPECIAL``."""
     return numerics.quantize_weight(cases.SPECIAL[name](spec.n, spec.k), spec.scheme)
 
 
 @lru_cache(maxsize=512)
-def normal(spec: WeightSpec, seed: int, scale: float, mean: float) -> Canonical:
+def normal(spec: WeightSpec, seed: int, scale: float, mean: float) -> StoredWeight:
     """Normal numbers of a standard deviation and a mean."""
-    return numerics.quantize_weight((cases.random(spec.n, spec.k, seed=seed) * scale + mean).to(torch.bfloat16), spec.scheme)
+    return numerics.quantize_weight(
+        (cases.random(spec.n, spec.k, seed=seed) * scale + mean).to(torch.bfloat16), spec.scheme
+    )

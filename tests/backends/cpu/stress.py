@@ -1,9 +1,11 @@
-"""Loads every scheme in fresh processes, three loads of eight workers beside a thread that builds models, and compares every byte.
+"""Loads every scheme in fresh processes, three loads of eight workers beside a thread that builds models, and
+compares every byte.
 
     python tests/backends/cpu/stress.py --processes 50
 
-Half of the processes find a clean cache of machine code, half that of the one before. Each has another order of schemes, so that
-each scheme is the first in some. What they must store is told by the reference, in a process without compiled code.
+Half of the processes find a clean cache of machine code, half that of the one before. Each has another order
+of schemes, so that each scheme is the first in some. What they must store is told by the reference, in a
+process without compiled code.
 """
 
 from __future__ import annotations
@@ -25,8 +27,8 @@ import torch
 from torch import nn
 
 import quantport
-from quantport.catalog import BUILTIN
 from quantport.checkpoint import save_tensors
+from quantport.scheme.catalog import BUILTIN
 
 SHAPES = ((320, 512), (200, 320), (64, 200), (512, 64), (129, 512), (640, 129), (256, 640), (48, 256))
 
@@ -34,7 +36,10 @@ SHAPES = ((320, 512), (200, 320), (64, 200), (512, 64), (129, 512), (640, 129), 
 def names(options: bool) -> list[str]:
     """Every scheme, and with each of its options but the rotation, which is applied before."""
     schemes = [s for s in BUILTIN.values() if s.name != "bf16"]
-    return [s.name for s in (*schemes, *(s.option(o) for s in schemes for o in s.options if options and o != "hadamard"))]
+    return [
+        s.name
+        for s in (*schemes, *(s.option(o) for s in schemes for o in s.options if options and o != "hadamard"))
+    ]
 
 
 def model() -> nn.Module:
@@ -59,13 +64,20 @@ def digest(folder: Path, scheme: str, workers: int) -> str:
 
 
 def build_models(started: threading.Event, stop: threading.Event) -> int:
-    """Builds models of Transformers, which change the default dtype of the whole process meanwhile; how many."""
+    """Builds models of Transformers, which change the default dtype of the whole process meanwhile;
+    how many.
+    """
     built = 0
     try:
         from transformers import LlamaConfig, LlamaForCausalLM
 
         config = LlamaConfig(
-            hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, vocab_size=128
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            vocab_size=128,
         )
         while not stop.is_set():
             LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
@@ -88,7 +100,9 @@ def child(folder: Path, seed: int, workers: int, build: bool, options: bool) -> 
             if build:
                 started.wait()
             with ThreadPoolExecutor(3 if build else 1) as loads:  # several at once
-                found = dict(zip(order, loads.map(lambda scheme: digest(folder, scheme, workers), order), strict=True))
+                found = dict(
+                    zip(order, loads.map(lambda scheme: digest(folder, scheme, workers), order), strict=True)
+                )
         finally:
             stop.set()
     if building is not None and building.result() == 0:
@@ -99,10 +113,23 @@ def child(folder: Path, seed: int, workers: int, build: bool, options: bool) -> 
 def fresh(folder: Path, seed: int, options: bool, **environment: str) -> tuple[int, dict[str, str], str]:
     """Exit status, digests and standard error of a fresh process."""
     reference = "NUMBA_DISABLE_JIT" in environment
-    call = [sys.executable, __file__, "--child", str(folder), "--seed", str(seed), "--workers", "1" if reference else "8"]
+    call = [
+        sys.executable,
+        __file__,
+        "--child",
+        str(folder),
+        "--seed",
+        str(seed),
+        "--workers",
+        "1" if reference else "8",
+    ]
     call += ["--options"] if options else []
     done = subprocess.run(
-        call + ([] if reference else ["--build"]), env=os.environ | environment, capture_output=True, text=True, check=False
+        call + ([] if reference else ["--build"]),
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     lines = done.stdout.splitlines()
     return done.returncode, json.loads(lines[-1]) if lines and not done.returncode else {}, done.stderr
@@ -123,7 +150,11 @@ def run(processes: int, options: bool = True, **environment: str) -> list[str]:
             wrong = [scheme for scheme in expected if found.get(scheme) != expected[scheme]]
             if code or wrong:
                 findings.append(f"process {i}: status {code}, other bytes for {wrong}: {said[-500:]}")
-            print(f"process {i}: status {code}, {len(wrong)} of {len(expected)} schemes differ", file=sys.stderr, flush=True)
+            print(
+                f"process {i}: status {code}, {len(wrong)} of {len(expected)} schemes differ",
+                file=sys.stderr,
+                flush=True,
+            )
     return findings
 
 
@@ -141,7 +172,9 @@ def main() -> None:
         return child(told.child, told.seed, told.workers, told.build, told.options)
     findings = run(told.processes)
     print(
-        "\n".join(findings) or f"{told.processes} processes, {len(names(options=True))} schemes each: no byte differs, none aborted"
+        "\n".join(findings)
+        or f"{told.processes} processes, {len(names(options=True))} schemes each: no byte differs, "
+        "none aborted"
     )
     raise SystemExit(bool(findings))
 

@@ -1,7 +1,9 @@
-"""The machine code for 64-bit Arm, run on an emulated core: what it writes is what this processor's writes, to the bit.
+"""The machine code for 64-bit Arm, run on an emulated core: what it writes is what this processor's writes,
+to the bit.
 
-Each call of a kernel is recorded here, replayed by a C program with the kernel's object file for Arm linked in, under qemu. In the
-nightly target, where Debian's ``qemu-user-static`` and ``gcc-aarch64-linux-gnu`` are installed.
+Each call of a kernel is recorded here, replayed by a C program with the kernel's object file for Arm linked
+in, under qemu. In the nightly target, where Debian's ``qemu-user-static`` and ``gcc-aarch64-linux-gnu`` are
+installed.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import torch
 from torch import Tensor
 
 from quantport import numerics
-from quantport.catalog import BUILTIN
+from quantport.scheme.catalog import BUILTIN
 from quantport_cpu import jit
 
 TOOLS = ("qemu-aarch64-static", "aarch64-linux-gnu-gcc")
@@ -28,7 +30,9 @@ MISSING = [tool for tool in TOOLS if shutil.which(tool) is None]
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(bool(jit.available()), reason=jit.available() or "numba is installed"),
-    pytest.mark.skipif(bool(MISSING), reason=f"no emulated Arm core here: {', '.join(MISSING)} not installed"),
+    pytest.mark.skipif(
+        bool(MISSING), reason=f"no emulated Arm core here: {', '.join(MISSING)} not installed"
+    ),
 ]
 
 if not jit.available():
@@ -46,7 +50,9 @@ def blocks(name: str) -> Any:
     scheme = BUILTIN[name]
     stored = numerics.quantize_weight(W.bfloat16(), scheme)
     codes, scale = stored["weight_packed"], stored["weight_scale"]
-    weight = gemv.Blocks(scheme.weight.format, scheme.weight.scale, scheme.weight.cols, codes, scale, None, 320)
+    weight = gemv.Blocks(
+        scheme.weight.format, scheme.weight.scale, scheme.weight.group_size, codes, scale, None, 320
+    )
     return lambda: gemv.blocks(X, weight)
 
 
@@ -64,12 +70,19 @@ CALLS = {
     "dots.fp8": lambda: gemv.fp8(X, W.to(torch.float8_e4m3fn).view(torch.uint8)),
     "dots.int8": lambda: gemv.int8(X, (W * 40).to(torch.int8)),
     "digits": lambda: gemv.int8(X, (W * 40).to(torch.int8)),
-    "nibbles.int4": int4, "floats.nf4": lambda: blocks("nf4")(), "floats.e2m3.0": lambda: blocks("mxfp6_e2m3")(),
-    "encode": quantizer("fp8_per_block"), "grid": quantizer("int4_mse"), "q6_k": quantizer("q6_k"), "q4_k": quantizer("q4_k"),
-    "dual": quantizer("mxfp4_dualscale"), "tops": quantizer("nvfp4"), "blocks.e2m1": quantizer("nvfp4:mse"),
+    "nibbles.int4": int4,
+    "floats.nf4": lambda: blocks("nf4")(),
+    "floats.e2m3.0": lambda: blocks("mxfp6_e2m3")(),
+    "encode": quantizer("fp8_per_block"),
+    "grid": quantizer("int4_mse"),
+    "q6_k": quantizer("q6_k"),
+    "q4_k": quantizer("q4_k"),
+    "dual": quantizer("mxfp4_dualscale"),
+    "tops": quantizer("nvfp4"),
+    "blocks.e2m1": quantizer("nvfp4:mse"),
     "gguf.q4_0": quantizer("q4_0"),
     "repack": lambda: quantize.pack_int4(torch.randint(-(2**31), 2**31, (100, 40)).int(), 64, 128, 384),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +125,12 @@ class Recorder:
             for w in words:
                 start = region(w)[0] if isinstance(w, Array) else 0
                 lines.append((places.index(start), w.address - start) if isinstance(w, Array) else (-1, w))
-            numbers = [len(places), *map(len, regions.values()), len(lines), *(n for line in lines for n in line)]
+            numbers = [
+                len(places),
+                *map(len, regions.values()),
+                len(lines),
+                *(n for line in lines for n in line),
+            ]
             self.given = struct.pack(f"<{len(numbers)}q", *numbers) + b"".join(regions.values())
         self.native(kernel, blocks_, *words, threads=1)
         if wanted:
@@ -120,9 +138,13 @@ class Recorder:
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_the_same_bytes_on_an_emulated_core(name: str, objects: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_bytes_on_an_emulated_core(
+    name: str, objects: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recorder = Recorder(dict(machine_code.kernels(whole=True))[name])
-    monkeypatch.setattr(frame.Kernel, "__call__", lambda kernel, *args, **kw: recorder.call(kernel, *args, **kw))
+    monkeypatch.setattr(
+        frame.Kernel, "__call__", lambda kernel, *args, **kw: recorder.call(kernel, *args, **kw)
+    )
     made = CALLS[name]()
     if callable(made):
         made()

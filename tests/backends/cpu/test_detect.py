@@ -29,7 +29,16 @@ def test_every_architecture(found, machine, name):
 
 
 def test_every_architecture_is_reachable():
-    assert set(ARCHS) == {"generic", "x86_avx2", "x86_avx512", "x86_vnni", "x86_bf16", "x86_amx", "arm", "arm_i8mm"}
+    assert set(ARCHS) == {
+        "generic",
+        "x86_avx2",
+        "x86_avx512",
+        "x86_vnni",
+        "x86_bf16",
+        "x86_amx",
+        "arm",
+        "arm_i8mm",
+    }
 
 
 def test_features_of_a_new_torch():
@@ -38,7 +47,9 @@ def test_features_of_a_new_torch():
 
 
 def test_features_of_an_old_torch():
-    cpu = SimpleNamespace(_is_avx2_supported=lambda: True, _is_vnni_supported=lambda: False, _is_amx_tile_supported=lambda: True)
+    cpu = SimpleNamespace(
+        _is_avx2_supported=lambda: True, _is_vnni_supported=lambda: False, _is_amx_tile_supported=lambda: True
+    )
     assert features.features(cpu) == {"avx2", "amx_tile", "amx_int8", "amx_bf16"}
 
 
@@ -47,7 +58,18 @@ def test_features_of_a_torch_without_any_probe():
 
 
 AMX = frozenset(
-    VNNI | {"avx", "avx512_bw", "avx512_dq", "avx512_vl", "avx512_bf16", "avx_vnni", "amx_tile", "amx_int8", "amx_bf16"}
+    VNNI
+    | {
+        "avx",
+        "avx512_bw",
+        "avx512_dq",
+        "avx512_vl",
+        "avx512_bf16",
+        "avx_vnni",
+        "amx_tile",
+        "amx_int8",
+        "amx_bf16",
+    }
 )
 
 

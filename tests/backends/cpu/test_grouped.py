@@ -6,26 +6,35 @@ import pytest
 import torch
 
 from quantport import numerics
-from quantport.host import host
-from quantport.kernel import Kernel, Request, WeightSpec
+from quantport.kernels.base import Kernel, Request, WeightSpec
+from quantport.plugins.registry import default_registry
 from quantport_cpu.kernels import fp8, int4, int8
 from quantport_cpu.kernels.base import CpuGrouped, Few, by_group, jobs_of
 
 COUNTS = (1, 0, 2, 3, 7, 8, 13, 0, 70)
 CASES = [
-    (int8.CpuInt8(), "int8"), (int8.CpuInt8WeightOnly(), "int8_weight_only"), (fp8.CpuFp8WeightOnly(), "fp8_weight_only"),
-    (fp8.CpuFp8WeightOnly(), "fp8_per_tensor"), (fp8.CpuFp8WeightOnly(), "fp8_per_block"), (int4.CpuInt4(), "int4_weight_only"),
-]  # fmt: skip
+    (int8.CpuInt8(), "int8"),
+    (int8.CpuInt8WeightOnly(), "int8_weight_only"),
+    (fp8.CpuFp8WeightOnly(), "fp8_weight_only"),
+    (fp8.CpuFp8WeightOnly(), "fp8_per_tensor"),
+    (fp8.CpuFp8WeightOnly(), "fp8_per_block"),
+    (int4.CpuInt4(), "int4_weight_only"),
+]
 
 
 @pytest.mark.parametrize(("kernel", "name"), CASES, ids=lambda v: v if isinstance(v, str) else "")
 @pytest.mark.parametrize("shape", [(96, 256), (100, 200), (129, 33), (1, 64)], ids=str)
 def test_one_launch_equals_the_loop(kernel, name, shape, monkeypatch):
-    spec = WeightSpec(host().schemes[name], *shape)
-    if kernel.reasons_against(Request(spec, "moe", host().device("cpu"))) or not kernel.limit(spec):
+    spec = WeightSpec(default_registry().schemes[name], *shape)
+    if kernel.reasons_against(Request(spec, "moe", default_registry().device("cpu"))) or not kernel.limit(
+        spec
+    ):
         pytest.skip("no compiled code for it here")
     torch.manual_seed(0)
-    packed = [kernel.pack(numerics.quantize_weight((torch.randn(shape) * 0.02).bfloat16(), spec.scheme), spec) for _ in range(18)]
+    packed = [
+        kernel.pack(numerics.quantize_weight((torch.randn(shape) * 0.02).bfloat16(), spec.scheme), spec)
+        for _ in range(18)
+    ]
     launched, few = [], type(kernel).few
     monkeypatch.setattr(type(kernel), "few", lambda self, *args: launched.append(args) or few(self, *args))
     for groups in (9, 4, 1):
@@ -36,21 +45,28 @@ def test_one_launch_equals_the_loop(kernel, name, shape, monkeypatch):
             expected = Kernel.run_grouped(kernel, x, offsets, packed[: groups * shared], None, spec, shared)
             assert found.shape == expected.shape
             assert found.dtype == x.dtype
-            assert (found.float() - expected.float()).abs().max() <= kernel.tolerance * expected.float().abs().max()
+            assert (
+                found.float() - expected.float()
+            ).abs().max() <= kernel.tolerance * expected.float().abs().max()
     assert len(launched) == 6
 
 
 def test_without_compiled_code_it_is_the_loop(monkeypatch):
     monkeypatch.setattr(int8, "available", lambda: "off")
     monkeypatch.setattr(CpuGrouped, "few", lambda *args: pytest.fail("launched"))
-    spec, kernel = WeightSpec(host().schemes["int8"], 32, 64), int8.CpuInt8()
+    spec, kernel = WeightSpec(default_registry().schemes["int8"], 32, 64), int8.CpuInt8()
     packed = [numerics.quantize_weight(torch.randn(32, 64).bfloat16(), spec.scheme) for _ in range(2)]
-    y = kernel.run_grouped(torch.ones(3, 64).bfloat16(), torch.tensor([0, 1, 3]), [tuple(p.values()) for p in packed], None, spec)
+    y = kernel.run_grouped(
+        torch.ones(3, 64).bfloat16(), torch.tensor([0, 1, 3]), [tuple(p.values()) for p in packed], None, spec
+    )
     assert y.shape == (3, 32)
 
 
 def test_jobs_and_scales():
     groups = [Few(3, 0, 1), Few(5, 1, 4)]
-    assert jobs_of(groups, 2, 10) == ([(0, 1, 0, 0), (0, 1, 1, 10), (1, 4, 2, 0), (1, 4, 3, 10)], [6, 7, 10, 11])
+    assert jobs_of(groups, 2, 10) == (
+        [(0, 1, 0, 0), (0, 1, 1, 10), (1, 4, 2, 0), (1, 4, 3, 10)],
+        [6, 7, 10, 11],
+    )
     lines = by_group([torch.full((2, 1), float(i)) for i in range(4)], groups)
     assert lines.tolist() == [[0, 0, 1, 1], *[[2, 2, 3, 3]] * 3]

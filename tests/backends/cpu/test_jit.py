@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from quantport import numerics
-from quantport.catalog import BUILTIN
 from quantport.numerics import gguf
 from quantport.numerics.scales import scale_values
 from quantport.scheme import Quant, Scheme
+from quantport.scheme.catalog import BUILTIN
 from quantport_cpu import jit
 from quantport_cpu.kernels.int4 import pack_nibbles
 
@@ -42,7 +42,7 @@ def finite(stored: dict[str, Tensor], scheme: Scheme) -> Tensor:
     """Where scales are finite."""
     if "weight_blocks" in stored:
         return torch.isfinite(gguf.scales(stored["weight_blocks"], scheme.weight.element))
-    if scheme.weight.double:
+    if scheme.weight.scale_quant:
         return torch.isfinite(stored["weight_scale_scale"] + stored["weight_scale_offset"])
     return torch.isfinite(scale_values(stored["weight_scale"], scheme.weight.scale))
 
@@ -64,20 +64,32 @@ def assert_same(weight: Tensor, scheme: Scheme) -> None:
     for name, tensor in want.items():
         assert got[name].dtype is tensor.dtype
         assert got[name].shape == tensor.shape
-        assert torch.equal(raw(got[name]), raw(tensor)), (scheme.name, name, (raw(got[name]) != raw(tensor)).sum())
+        assert torch.equal(raw(got[name]), raw(tensor)), (
+            scheme.name,
+            name,
+            (raw(got[name]) != raw(tensor)).sum(),
+        )
 
 
 def weights(n: int, k: int) -> dict[str, Tensor]:
     torch.manual_seed(n * k)
     normal = torch.randn(n, k)
-    special = torch.tensor([0.0, -0.0, 2.0**-133, -(2.0**-126), 2.0**-9, 2.0**-10, -(2.0**-11), 0.5, 1.5, 2.5, 7.5, 127.5, 448.0])
+    special = torch.tensor(
+        [0.0, -0.0, 2.0**-133, -(2.0**-126), 2.0**-9, 2.0**-10, -(2.0**-11), 0.5, 1.5, 2.5, 7.5, 127.5, 448.0]
+    )
     mixed = special.repeat(math.ceil(n * k / len(special)))[: n * k].view(n, k)
     holes = normal.clone()
     holes[::2] = 0
     return {
-        "normal": normal, "zero": torch.zeros(n, k), "huge": normal * 2.0**124, "tiny": normal * 2.0**-122,
-        "subnormal": normal * 2.0**-130, "spread": normal * 2.0 ** torch.randint(-40, 40, (n, k)), "special": mixed, "holes": holes,
-    }  # fmt: skip
+        "normal": normal,
+        "zero": torch.zeros(n, k),
+        "huge": normal * 2.0**124,
+        "tiny": normal * 2.0**-122,
+        "subnormal": normal * 2.0**-130,
+        "spread": normal * 2.0 ** torch.randint(-40, 40, (n, k)),
+        "special": mixed,
+        "holes": holes,
+    }
 
 
 @pytest.mark.parametrize("scheme", CODED, ids=lambda s: s.name)
@@ -93,8 +105,8 @@ def test_every_bf16_equals_the_reference(scheme: Scheme, amax: float) -> None:
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     top = torch.tensor(amax).bfloat16()
     few = every[every.abs() <= top]  # NaN is not
-    if scheme.weight.cols:  # the amax in every group, and all other values around it
-        side = scheme.weight.cols - 1
+    if scheme.weight.group_size:  # the amax in every group, and all other values around it
+        side = scheme.weight.group_size - 1
         few = torch.nn.functional.pad(few, (0, -len(few) % side)).view(-1, side)
         assert_same(torch.cat((top.expand(len(few), 1), few), 1), scheme)
     else:
@@ -135,12 +147,14 @@ def test_the_schemes_it_declines(name: str) -> None:
 @pytest.mark.parametrize("shape", [(1, 5), (3, 704), (300, 1024)], ids=str)
 def test_activations_per_token(shape: tuple[int, int], dtype: torch.dtype) -> None:
     x = torch.randn(shape).to(dtype)
-    for got, want in zip(quantize.rows_int8(x), numerics.quantize(x, Quant("int8", 1, 0)), strict=True):
+    for got, want in zip(quantize.rows_int8(x), numerics.quantize(x, Quant("int8", (1, 0))), strict=True):
         assert torch.equal(raw(got), raw(want))
 
 
 @pytest.mark.parametrize("block", [64, 32])
-@pytest.mark.parametrize("shape", [(1, 1, 32), (129, 704, 128), (70, 33, 32), (256, 1024, 128), (130, 72, 8)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 32), (129, 704, 128), (70, 33, 32), (256, 1024, 128), (130, 72, 8)], ids=str
+)
 def test_pack_int4(shape: tuple[int, int, int], block: int) -> None:
     n, k, group = shape
     words = numerics.pack_int4(torch.randint(-8, 8, (n, k), dtype=torch.int8))
@@ -149,7 +163,9 @@ def test_pack_int4(shape: tuple[int, int, int], block: int) -> None:
     have = words.view(torch.uint8)[:, : k_pad // 2]
     nibbles[:n, : have.shape[1]] = have
     for threads in (1, 2):
-        assert torch.equal(quantize.pack_int4(words, block, n_pad, k_pad, threads), pack_nibbles(nibbles, block))
+        assert torch.equal(
+            quantize.pack_int4(words, block, n_pad, k_pad, threads), pack_nibbles(nibbles, block)
+        )
 
 
 def close(got: Tensor, x: Tensor, weight: Tensor) -> None:
@@ -173,8 +189,12 @@ def test_fp8(shape: tuple[int, int], m: int) -> None:
     for name in ("fp8_per_channel", "fp8_per_block"):
         scheme = BUILTIN[name]
         stored = numerics.quantize_weight(weight, scheme)
-        scale = stored["weight_scale"] if scheme.weight.cols else None
-        values = numerics.dequantize_weight(stored, scheme, shape[1]) if scheme.weight.cols else stored["weight"].float()
+        scale = stored["weight_scale"] if scheme.weight.group_size else None
+        values = (
+            numerics.dequantize_weight(stored, scheme, shape[1])
+            if scheme.weight.group_size
+            else stored["weight"].float()
+        )
         close(gemv.fp8(x, stored["weight"].view(torch.uint8), scale), x, values)
 
 
@@ -192,7 +212,7 @@ def test_int8(shape: tuple[int, int], m: int) -> None:
 @pytest.mark.parametrize("shape", [(64, 128), (192, 704), (576, 1000)], ids=str)
 def test_int4(shape: tuple[int, int], name: str, m: int) -> None:
     (n, k), scheme = shape, BUILTIN[name]
-    group = scheme.weight.cols
+    group = scheme.weight.group_size
     stored = numerics.quantize_weight(torch.randn(n, k).bfloat16(), scheme)
     k_pad = math.ceil(k / max(group, 64)) * max(group, 64)
     pairs = torch.zeros(k_pad // group, n, 2, dtype=torch.bfloat16)
@@ -209,7 +229,9 @@ def test_nonfinite_activations_stay_nonfinite(bad: float) -> None:
     for got in (
         gemv.int8(x, torch.ones(5, 64, dtype=torch.int8)),
         gemv.fp8(x, torch.full((5, 64), 0x38, dtype=torch.uint8)),
-        gemv.int4(x, torch.full((64, 32), 0x88, dtype=torch.uint8), torch.ones(2, 64, 2, dtype=torch.bfloat16), 32),
+        gemv.int4(
+            x, torch.full((64, 32), 0x88, dtype=torch.uint8), torch.ones(2, 64, 2, dtype=torch.bfloat16), 32
+        ),
     ):
         assert torch.equal(got[0], torch.full_like(got[0], 64.0))
         assert not torch.isfinite(got[1]).any()

@@ -1,17 +1,19 @@
-"""The kernels with and without compiled code, above and below each row threshold; and the speeds that the plan reads."""
+"""The kernels with and without compiled code, above and below each row threshold; and the speeds that the
+plan reads.
+"""
 
 import pytest
 import torch
 
 from quantport import numerics
-from quantport.capability import Evidence
-from quantport.host import host
-from quantport.kernel import Request, WeightSpec
+from quantport.kernels.base import Request, WeightSpec
+from quantport.kernels.verdict import Evidence
+from quantport.plugins.registry import default_registry
 from quantport.scheme import Quant, Scheme
 from quantport_cpu.detect import CpuBackend
 from quantport_cpu.kernels import base, fp8, int4, int8, kernels
 
-SCHEMES = [s for s in host().schemes if s != "bf16"]
+SCHEMES = [s for s in default_registry().schemes if s != "bf16"]
 
 
 @pytest.fixture(params=["compiled", "torch only"])
@@ -27,50 +29,78 @@ def routes(request, monkeypatch):
 @pytest.mark.parametrize("name", SCHEMES)
 @pytest.mark.parametrize("rows", [1, 3, 9, 17, 70])
 def test_every_route_meets_the_reference(routes, name, rows):
-    scheme = host().schemes[name]
+    scheme = default_registry().schemes[name]
     spec = WeightSpec(scheme, 192, 320)
     stored = numerics.quantize_weight(torch.randn(192, 320).bfloat16(), scheme)
     x, bias = torch.randn(rows, 320).bfloat16(), torch.randn(192).bfloat16()
     for kernel in kernels():
-        if not kernel.name.startswith("cpu.") or kernel.verdict(Request(spec, "linear", host().device("cpu"))).kernel == "":
+        if (
+            not kernel.name.startswith("cpu.")
+            or kernel.verdict(Request(spec, "linear", default_registry().device("cpu"))).kernel == ""
+        ):
             continue
-        if not kernel.serves(scheme) or kernel.reasons_against(Request(spec, "linear", host().device("cpu"))):
+        if not kernel.serves(scheme) or kernel.reasons_against(
+            Request(spec, "linear", default_registry().device("cpu"))
+        ):
             continue
         packed = kernel.pack(stored, spec)
         assert all(torch.equal(bits(stored[k]), bits(v)) for k, v in kernel.unpack(packed, spec).items())
-        expected = numerics.linear(x, stored, scheme if kernel.quantizes_activations else scheme.weight_only, bias).float()
+        expected = numerics.linear(
+            x, stored, scheme if kernel.quantizes_activations else scheme.weight_only, bias
+        ).float()
         error = (kernel.run(x, packed, bias, spec).float() - expected).abs().max() / expected.abs().max()
         assert error <= kernel.tolerance, kernel.name
 
 
-TOKEN = Quant("int8", 1, 0)
+TOKEN = Quant("int8", (1, 0))
 STRANGE = [  # schemes that a plugin could add, near those that the kernels are for
     Scheme(f"strange{i}", weight, activation, "", ())
-    for i, (weight, activation) in enumerate([
-        (Quant("int8", 1, 64), None), (Quant("int8", 0, 0), TOKEN), (Quant("int8", 128, 128), TOKEN),
-        (Quant("int8", 1, 0, "bf16"), None), (Quant("int4", 1, 128), None), (Quant("e4m3fn", 1, 128, "bf16"), None),
-        (Quant("int8", 1, 0), Quant("int8", 0, 0)), (Quant("e4m3fn", 1, 64), None), (Quant("e4m3fn", 64, 64), None),
-        (Quant("e4m3fn", 1, 0, "bf16"), None), (Quant("e4m3fn", 1, 16, "e8m0"), None), (Quant("int4", 1, 16, "bf16"), None),
-        (Quant("int4", 1, 0, "bf16"), None), (Quant("int4", 32, 32, "bf16"), TOKEN), (Quant("e2m1", 1, 32, "fp32"), None),
-        (Quant("e2m1", 1, 16, "e8m0"), None), (Quant("e2m1", 1, 64, "e4m3fn"), None), (Quant("e2m1", 1, 16, "fp32"), None),
-        (Quant("nf4", 1, 16), None), (Quant("nf4", 1, 128), None), (Quant("e2m3", 1, 96, "fp32"), None),
-        (Quant("e3m2", 1, 64, "e8m0"), None), (Quant("e2m1", 1, 32, "e8m0", outer=(1, 256)), None),
-    ])
-]  # fmt: skip
+    for i, (weight, activation) in enumerate(
+        [
+            (Quant("int8", (1, 64)), None),
+            (Quant("int8", (0, 0)), TOKEN),
+            (Quant("int8", (128, 128)), TOKEN),
+            (Quant("int8", (1, 0), "bf16"), None),
+            (Quant("int4", (1, 128)), None),
+            (Quant("e4m3fn", (1, 128), "bf16"), None),
+            (Quant("int8", (1, 0)), Quant("int8", (0, 0))),
+            (Quant("e4m3fn", (1, 64)), None),
+            (Quant("e4m3fn", (64, 64)), None),
+            (Quant("e4m3fn", (1, 0), "bf16"), None),
+            (Quant("e4m3fn", (1, 16), "e8m0"), None),
+            (Quant("int4", (1, 16), "bf16"), None),
+            (Quant("int4", (1, 0), "bf16"), None),
+            (Quant("int4", (32, 32), "bf16"), TOKEN),
+            (Quant("e2m1", (1, 32), "fp32"), None),
+            (Quant("e2m1", (1, 16), "e8m0"), None),
+            (Quant("e2m1", (1, 64), "e4m3fn"), None),
+            (Quant("e2m1", (1, 16), "fp32"), None),
+            (Quant("nf4", (1, 16)), None),
+            (Quant("nf4", (1, 128)), None),
+            (Quant("e2m3", (1, 96), "fp32"), None),
+            (Quant("e3m2", (1, 64), "e8m0"), None),
+            (Quant("e2m1", (1, 32), "e8m0", outer_block=(1, 256)), None),
+        ]
+    )
+]
 
 
-@pytest.mark.parametrize("scheme", STRANGE, ids=lambda s: f"{s.weight}, {s.weight.scale} scales, {s.activation}")
+@pytest.mark.parametrize(
+    "scheme", STRANGE, ids=lambda s: f"{s.weight}, {s.weight.scale} scales, {s.activation}"
+)
 def test_a_scheme_that_nobody_has_is_left_alone_or_right(routes, scheme):
     spec, weight = WeightSpec(scheme, 192, 384), torch.randn(192, 384).bfloat16()
     stored = numerics.quantize_weight(weight, scheme)
     fast = CpuBackend().quantize_weight(weight, scheme)
     assert fast is None or all(torch.equal(bits(fast[k]), bits(v)) for k, v in stored.items())
     for kernel in (k for k in kernels() if k.serves(scheme)):
-        if kernel.reasons_against(Request(spec, "linear", host().device("cpu"))):
+        if kernel.reasons_against(Request(spec, "linear", default_registry().device("cpu"))):
             continue
         for rows in (1, 9, 70):
             x = torch.randn(rows, 384).bfloat16()
-            expected = numerics.linear(x, stored, scheme if kernel.quantizes_activations else scheme.weight_only).float()
+            expected = numerics.linear(
+                x, stored, scheme if kernel.quantizes_activations else scheme.weight_only
+            ).float()
             y = kernel.run(x, kernel.pack(dict(stored), spec), None, spec).float()
             assert (y - expected).abs().max() <= kernel.tolerance * expected.abs().max(), kernel.name
 
@@ -80,9 +110,9 @@ def bits(tensor):
 
 
 def test_packing_is_the_same_with_and_without_compiled_code(monkeypatch):
-    scheme = host().schemes["int4_weight_only_g32"]
+    scheme = default_registry().schemes["int4_weight_only_g32"]
     spec, kernel = WeightSpec(scheme, 100, 200), int4.CpuInt4()
-    if kernel.reasons_against(Request(spec, "linear", host().device("cpu"))):
+    if kernel.reasons_against(Request(spec, "linear", default_registry().device("cpu"))):
         pytest.skip("needs a processor with AVX2 or AVX-512")
     stored = numerics.quantize_weight(torch.randn(100, 200).bfloat16(), scheme)
     first = kernel.pack(stored, spec)
@@ -107,18 +137,21 @@ def test_speed_and_claim_come_from_the_measurements(monkeypatch):
         "schemes": {"int8": {"kernel": "cpu.int8", "error": 1e-3, "speed": {"1": 2.0, "128": 9.0}}},
     }
     monkeypatch.setattr(base, "measured", lambda arch: table if arch == "x86_vnni" else {})
-    kernel, scheme = int8.CpuInt8(), host().schemes["int8"]
-    device = host().device("cpu:x86_vnni")
+    kernel, scheme = int8.CpuInt8(), default_registry().schemes["int8"]
+    device = default_registry().device("cpu:x86_vnni")
     requests = [Request(WeightSpec(scheme, 64, 64), "linear", device, rows=rows) for rows in (1, 4, 64)]
     assert [kernel.speed(r) for r in requests] == [2.0, 2.0, 9.0]
     assert kernel.claim(requests[0]).evidence is Evidence.MEASURED
-    other = Request(WeightSpec(scheme, 64, 64), "linear", host().device("cpu:x86_amx"))
+    other = Request(WeightSpec(scheme, 64, 64), "linear", default_registry().device("cpu:x86_amx"))
     assert kernel.speed(other) is None
     assert kernel.claim(other).evidence is Evidence.DECLARED
 
 
 def test_one_column_takes_another_route():
-    codes, x = torch.arange(-128, 128, dtype=torch.int16).to(torch.int8)[:, None], torch.full((20, 1), -128, dtype=torch.int8)
+    codes, x = (
+        torch.arange(-128, 128, dtype=torch.int16).to(torch.int8)[:, None],
+        torch.full((20, 1), -128, dtype=torch.int8),
+    )
     assert torch.equal(int8.matmul(x, codes), x.float() @ codes.float().t())
 
 
@@ -126,8 +159,12 @@ def test_one_column_takes_another_route():
 @pytest.mark.parametrize("pair", [(127, 127), (127, -128), (-128, -128), (-128, 127)])
 def test_the_largest_bytes_do_not_saturate(pair, rows):
     """oneDNN's int8 matmul saturates in pairs where the processor has no VNNI."""
-    x, weight = (torch.full((n, 704), value, dtype=torch.int8) for n, value in zip((rows, 48), pair, strict=True))
+    x, weight = (
+        torch.full((n, 704), value, dtype=torch.int8) for n, value in zip((rows, 48), pair, strict=True)
+    )
     expected = torch.full((rows, 48), float(704 * pair[0] * pair[1]))
     assert torch.equal(int8.matmul(x, weight), expected)
     few = int8.CpuInt8().multiply_few(x.float(), weight)
-    assert few is None or torch.allclose(few, expected, rtol=2.0**-22, atol=0)  # a row is scaled, and scaled back
+    assert few is None or torch.allclose(
+        few, expected, rtol=2.0**-22, atol=0
+    )  # a row is scaled, and scaled back

@@ -1,4 +1,6 @@
-"""What the machine code of kernels holds, compiled for processors that are not here: instructions that they have, and no others."""
+"""What the machine code of kernels holds, compiled for processors that are not here: instructions that they
+have, and no others.
+"""
 
 from __future__ import annotations
 
@@ -76,4 +78,6 @@ def test_a_processor_without_avx2_is_told_so() -> None:
     call = [sys.executable, "-c", "from quantport_cpu.jit import available; print(available())"]
     environment = os.environ | {"NUMBA_CPU_NAME": "nehalem", "NUMBA_CPU_FEATURES": "+sse4.2"}
     done = subprocess.run(call, env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "the compiled kernels need AVX2, FMA and F16C: nehalem has no AVX2, FMA, F16C"
+    assert (
+        done.stdout.strip() == "the compiled kernels need AVX2, FMA and F16C: nehalem has no AVX2, FMA, F16C"
+    )

@@ -1,4 +1,6 @@
-"""What compiled code may touch, and where machine code comes from: defaults of torch, threads, guard pages, the cache on disk."""
+"""What compiled code may touch, and where machine code comes from: defaults of torch, threads, guard pages,
+the cache on disk.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,8 @@ from torch import Tensor
 
 from quantport import numerics
 from quantport.backend import BackendError, Request, Scheme, WeightSpec
-from quantport.catalog import BUILTIN
-from quantport.host import host
+from quantport.plugins.registry import default_registry
+from quantport.scheme.catalog import BUILTIN
 from quantport.testing.fakes import fake_tensors
 from quantport_cpu import jit
 from quantport_cpu.kernels import int8, kernels
@@ -36,7 +38,9 @@ DEFAULTS = [torch.bfloat16, torch.float16, torch.float64]
 
 
 def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
-    return list(left) == list(right) and all(torch.equal(left[k].view(torch.uint8), right[k].view(torch.uint8)) for k in right)
+    return list(left) == list(right) and all(
+        torch.equal(left[k].view(torch.uint8), right[k].view(torch.uint8)) for k in right
+    )
 
 
 def weight() -> Tensor:
@@ -46,7 +50,11 @@ def weight() -> Tensor:
 def accepted(scheme: Scheme) -> list[tuple[object, WeightSpec]]:
     """The compiled kernels of the room that run a scheme here."""
     spec = WeightSpec(scheme, 48, 320)
-    requests = [(k, Request(spec, "linear", host().device("cpu"))) for k in kernels() if k.name.startswith("cpu.")]
+    requests = [
+        (k, Request(spec, "linear", default_registry().device("cpu")))
+        for k in kernels()
+        if k.name.startswith("cpu.")
+    ]
     return [(k, spec) for k, r in requests if k.serves(scheme) and not k.reasons_against(r)]
 
 
@@ -68,7 +76,9 @@ def test_no_default_of_torch_changes_a_byte(scheme: Scheme, defaults: None) -> N
         torch.set_default_dtype(dtype)
         torch.set_default_device(device)
         assert same(quantize.quantize_weight(w, scheme), expected)
-        again = [k.run(x[:rows], k.pack(expected, spec), None, spec) for k, spec, _ in runs for rows in (1, 3, 12)]
+        again = [
+            k.run(x[:rows], k.pack(expected, spec), None, spec) for k, spec, _ in runs for rows in (1, 3, 12)
+        ]
         assert all(map(torch.equal, again, results))
         torch.set_default_device(None)
 
@@ -78,9 +88,16 @@ def test_fake_tensors_give_shapes_and_touch_nothing(scheme: Scheme) -> None:
     for kernel, spec in accepted(scheme):
         with fake_tensors():
             layout = scheme.layout(spec.n, spec.k)
-            stored = {name: torch.empty(shape, dtype=dtype, device="cpu") for name, (shape, dtype) in layout.items()}
+            stored = {
+                name: torch.empty(shape, dtype=dtype, device="cpu") for name, (shape, dtype) in layout.items()
+            }
             for rows in (1, 17, 130):
-                y = kernel.run(torch.empty(rows, spec.k, dtype=torch.bfloat16, device="cpu"), kernel.pack(stored, spec), None, spec)
+                y = kernel.run(
+                    torch.empty(rows, spec.k, dtype=torch.bfloat16, device="cpu"),
+                    kernel.pack(stored, spec),
+                    None,
+                    spec,
+                )
                 assert (y.shape, y.dtype) == ((rows, spec.n), torch.bfloat16)
 
 
@@ -128,9 +145,18 @@ def guarded(tensor: Tensor) -> Tensor:
     whole = -(-size // page) * page
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
-    libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+    libc.mmap.argtypes = (
+        ctypes.c_void_p,
+        ctypes.c_size_t,
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.c_long,
+    )
     libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    base = libc.mmap(None, whole + page, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+    base = libc.mmap(
+        None, whole + page, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0
+    )
     assert libc.mprotect(base + whole, page, 0) == 0
     memory_ = (ctypes.c_uint8 * size).from_address(base + whole - size)
     out = torch.frombuffer(memory_, dtype=torch.uint8).view(tensor.dtype).view(tensor.shape)
@@ -146,7 +172,7 @@ def test_nothing_is_read_past_the_end(scheme: Scheme, shape: tuple[int, int]) ->
     assert same(quantize.quantize_weight(guarded(w), scheme), expected)
     spec = WeightSpec(scheme, *shape)
     for kernel in (k for k in kernels() if k.name.startswith("cpu.") and k.serves(scheme)):
-        if kernel.reasons_against(Request(spec, "linear", host().device("cpu"))):
+        if kernel.reasons_against(Request(spec, "linear", default_registry().device("cpu"))):
             continue
         for rows in (1, 2, 5, 40):
             x = torch.randn(rows, shape[1], generator=torch.Generator().manual_seed(4)).bfloat16()
@@ -214,7 +240,9 @@ def test_a_kernel_is_compiled_once_by_many_threads(monkeypatch: pytest.MonkeyPat
     assert len(set(found)) == 1
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[:100], lambda b: b"", lambda b: b[:-1] + bytes([b[-1] ^ 1]), lambda b: b + b"x"])
+@pytest.mark.parametrize(
+    "damage", [lambda b: b[:100], lambda b: b"", lambda b: b[:-1] + bytes([b[-1] ^ 1]), lambda b: b + b"x"]
+)
 def test_a_damaged_entry_is_compiled_again(damage, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("QUANTPORT_CACHE_DIR", str(tmp_path))
     name = store.key(encode._quantize, target.host())
@@ -233,7 +261,9 @@ def test_a_whole_entry_is_not_compiled_again(monkeypatch: pytest.MonkeyPatch, tm
     assert frame.Kernel(encode._quantize).code
 
 
-def test_without_a_folder_kernels_are_compiled_in_each_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_a_folder_kernels_are_compiled_in_each_process(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("QUANTPORT_CACHE_DIR", str(tmp_path / "file" / "cache"))
     assert frame.Kernel(encode._quantize).code
@@ -261,7 +291,9 @@ def test_old_entries_of_a_kernel_go(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert store.read("other.kernel-0") == b"code"
 
 
-def test_the_key_covers_every_source_and_the_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_key_covers_every_source_and_the_processor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = store.key(encode._quantize, target.host())
     assert store.key(encode._quantize, target.host()._replace(listed="+avx2")) != first
     assert store.key(encode._quantize, target.host()._replace(name="another")) != first
@@ -290,7 +322,9 @@ def test_a_package_without_sources_has_no_cache(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_code_of_edited_sources_is_not_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What runs was imported before the edit: its code must not be found by the next process, which imports the edited files."""
+    """What runs was imported before the edit: its code must not be found by the next process, which imports
+    the edited files.
+    """
     monkeypatch.setenv("QUANTPORT_CACHE_DIR", str(tmp_path))
     assert frame.Kernel(grid._rows).code
     entry = next(tmp_path.iterdir())
@@ -312,7 +346,9 @@ def test_kernels_capture_plain_numbers_only() -> None:
 
 
 def test_fresh_processes_store_the_bytes_of_the_reference() -> None:
-    """Eight workers, a clean and a warm cache, beside a thread that builds models, and fresh memory full of noise."""
+    """Eight workers, a clean and a warm cache, beside a thread that builds models, and fresh memory full of
+    noise.
+    """
     assert stress.run(2, options=False, MALLOC_PERTURB_="165") == []
 
 
@@ -331,7 +367,10 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("threads", [1, 2])
 def test_forwards_beside_loads(model_folder: Path, threads: int) -> None:
     """Forwards of fp8 and int8 in one thread, while another loads and one more builds models."""
-    x, codes = torch.randn(5, 512), torch.randint(0, 120, (1024, 512), dtype=torch.uint8)  # large enough for several threads
+    x, codes = (
+        torch.randn(5, 512),
+        torch.randint(0, 120, (1024, 512), dtype=torch.uint8),
+    )  # large enough for several threads
     before, started, stop = torch.get_num_threads(), threading.Event(), threading.Event()
     torch.set_num_threads(threads)
     calls = [lambda: gemv.fp8(x, codes), lambda: gemv.int8(x, codes.view(torch.int8))]

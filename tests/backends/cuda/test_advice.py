@@ -1,4 +1,6 @@
-"""What ``quantport doctor`` says of an NVIDIA GPU that is seen but not used, against fakes of everything that is read."""
+"""What ``quantport doctor`` says of an NVIDIA GPU that is seen but not used, against fakes of everything that
+is read.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,10 @@ import pytest
 from quantport_cuda.advice import Surroundings, advice, gpus, runs
 
 ARCH_LIST = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120")
-VERSION = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  {}  Release Build  (root)\nGCC version: 13.3.0\n"
+VERSION = (
+    "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  {}  Release Build  (root)\nGCC version: "
+    "13.3.0\n"
+)
 
 
 def fake_torch(*capabilities, cuda="13.0", available=True):
@@ -50,7 +55,9 @@ def test_a_cpu_build_is_replaced(make):
 
 
 def test_nvidia_smi_shows_a_driver_too(make):
-    assert "built without CUDA" in advice(fake_torch(cuda=None), make(version="", smi="/usr/bin/nvidia-smi"))[0]
+    assert (
+        "built without CUDA" in advice(fake_torch(cuda=None), make(version="", smi="/usr/bin/nvidia-smi"))[0]
+    )
 
 
 def test_a_gpu_without_a_driver(make):
@@ -68,7 +75,11 @@ def test_nothing_is_said_without_a_gpu_and_when_all_is_well(make):
 @pytest.mark.parametrize(
     ("version", "cuda", "said"),
     [
-        ("550.54.14", "13.0", "its driver is 550, and this CUDA wants 580 or later: sudo ubuntu-drivers install"),
+        (
+            "550.54.14",
+            "13.0",
+            "its driver is 550, and this CUDA wants 580 or later: sudo ubuntu-drivers install",
+        ),
         ("470.256.02", "12.8", "its driver is 470, and this CUDA wants 525 or later"),
         ("580.95.05", "13.0", "CUDA_VISIBLE_DEVICES"),
         ("550.54.14", "12.8", "CUDA_VISIBLE_DEVICES"),
@@ -79,7 +90,10 @@ def test_a_torch_that_sees_no_gpu(make, version, cuda, said):
     (line,) = advice(fake_torch(cuda=cuda, available=False), make(version, smi="/usr/bin/nvidia-smi"))
     assert "sees no GPU" in line
     assert said in line
-    assert 'pip install --force-reinstall "torch<2.15" --index-url https://download.pytorch.org/whl/cu126' in line
+    assert (
+        'pip install --force-reinstall "torch<2.15" --index-url https://download.pytorch.org/whl/cu126'
+        in line
+    )
 
 
 def test_a_gpu_without_machine_code(make):
@@ -89,16 +103,24 @@ def test_a_gpu_without_machine_code(make):
 
 
 def test_a_torch_without_triton(make):
-    (line,) = advice(fake_torch((9, 0)), make(triton="the package triton is not installed: pip install triton"))
+    (line,) = advice(
+        fake_torch((9, 0)), make(triton="the package triton is not installed: pip install triton")
+    )
     assert "triton is not installed: pip install triton" in line
 
 
 @pytest.mark.parametrize(
     ("entry", "capability", "expected"),
     [
-        ("sm_80", (8, 6), True), ("sm_86", (8, 0), False), ("sm_80", (9, 0), False), ("sm_90a", (9, 0), True),
-        ("sm_100a", (10, 3), False), ("sm_100f", (10, 3), True), ("compute_80", (13, 0), True), ("compute_120", (9, 0), False),
+        ("sm_80", (8, 6), True),
+        ("sm_86", (8, 0), False),
+        ("sm_80", (9, 0), False),
+        ("sm_90a", (9, 0), True),
+        ("sm_100a", (10, 3), False),
+        ("sm_100f", (10, 3), True),
+        ("compute_80", (13, 0), True),
+        ("compute_120", (9, 0), False),
     ],
-)  # fmt: skip
+)
 def test_which_machine_code_runs(entry, capability, expected):
     assert runs(entry, capability) is expected

@@ -8,19 +8,28 @@ import pytest
 import torch
 
 from quantport.backend import Accepted, Evidence, Reason, Rejected, Request, Status, WeightSpec
-from quantport.choice import choose
-from quantport.host import Host
+from quantport.planning.select_kernel import select_kernel
+from quantport.plugins.registry import Registry
 from quantport_cuda import measured
 from quantport_cuda.capabilities import ARCHS
 
-HOST = Host(only=["cuda"])
+HOST = Registry(only=["cuda"])
 # What a linear layer of 4096 x 4096 gets, for each scheme and architecture.
 KERNELS = {
-    "S": "cuda._scaled_mm", "B": "cuda._scaled_mm_blocks", "M": "cuda._scaled_mm_mx", "N": "cuda._scaled_mm_nvfp4",
-    "b": "cuda.triton_fp8_block", "x": "cuda.triton_mx", "i": "cuda.triton_int8", "q": "cuda.triton_int4_int8",
-    "I": "cuda._int_mm", "w": "cuda.triton_weight_only", "W": "cuda.triton_weight_only", "d": "torch.dequantize",
+    "S": "cuda._scaled_mm",
+    "B": "cuda._scaled_mm_blocks",
+    "M": "cuda._scaled_mm_mx",
+    "N": "cuda._scaled_mm_nvfp4",
+    "b": "cuda.triton_fp8_block",
+    "x": "cuda.triton_mx",
+    "i": "cuda.triton_int8",
+    "q": "cuda.triton_int4_int8",
+    "I": "cuda._int_mm",
+    "w": "cuda.triton_weight_only",
+    "W": "cuda.triton_weight_only",
+    "d": "torch.dequantize",
     "=": "torch.linear",
-}  # fmt: skip
+}
 STATUS = {"w": Status.WEIGHT_ONLY, "d": Status.DEQUANTIZE}  # the others are native
 TABLE = """
                       70 75 80 86 89 90 100 103 120 121
@@ -67,7 +76,7 @@ FORMATS = {
     **dict.fromkeys(
         ("sm_100", "sm_103", "sm_120", "sm_121"), "fp16 bf16 int8 e4m3fn e5m2 mxfp8 mxfp6 mxfp4 nvfp4"
     ),
-}  # fmt: skip
+}
 
 
 def verdicts(device, scheme, n=64, k=256, dtype=torch.bfloat16):
@@ -101,7 +110,9 @@ def _nothing_is_measured(monkeypatch):
 
 
 def test_the_table_is_of_what_there_is():
-    """A scheme that is new in the core needs no line: what must follow from its facts is in the conformance suite."""
+    """A scheme that is new in the core needs no line: what must follow from its facts is in the conformance
+    suite.
+    """
     assert set(EXPECTED) <= set(HOST.schemes)
     assert {f"sm_{n}" for n in LINES[0]} == set(ARCHS)
 
@@ -111,7 +122,10 @@ def test_what_a_linear_layer_gets(scheme):
     asked = HOST.schemes[scheme]
     for name, cell in EXPECTED[scheme].items():
         device = simulated(name)
-        found = choose(Request(WeightSpec(asked, 4096, 4096), "linear", device, device.arch.compute), HOST.kernels("cuda"))
+        found = select_kernel(
+            Request(WeightSpec(asked, 4096, 4096), "linear", device, device.arch.compute),
+            HOST.kernels("cuda"),
+        )
         status = STATUS.get(cell, Status.NATIVE)
         assert (found.kernel, found.status) == (KERNELS[cell], status), name
         assert found.precision == (asked.weight_only if status is Status.WEIGHT_ONLY else asked).precision
@@ -132,27 +146,47 @@ def test_something_runs_everywhere(scheme):
 def test_blocks_on_sm_90_in_a_build_whose_cublaslt_has_none():
     device = replace(simulated("sm_90"), simulated=False, features=frozenset({"cuda>=12.8"}))
     request = Request(WeightSpec(HOST.schemes["fp8_per_block"], 4096, 4096), "linear", device, torch.bfloat16)
-    found = choose(request, HOST.kernels("cuda"))
+    found = select_kernel(request, HOST.kernels("cuda"))
     assert (found.kernel, found.status) == ("cuda.triton_fp8_block", Status.NATIVE)
-    assert any("CUDA 12.9 or later" in r.text for v in found.verdicts if v.kernel == "cuda._scaled_mm_blocks" for r in v.reasons)
+    assert any(
+        "CUDA 12.9 or later" in r.text
+        for v in found.verdicts
+        if v.kernel == "cuda._scaled_mm_blocks"
+        for r in v.reasons
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "scheme", "kernel", "reason"),
     [
-        ("sm_80", "fp8_per_channel", "cuda._scaled_mm", "sm_80 (NVIDIA A100, A30) has no e4m3fn matrix instruction"),
+        (
+            "sm_80",
+            "fp8_per_channel",
+            "cuda._scaled_mm",
+            "sm_80 (NVIDIA A100, A30) has no e4m3fn matrix instruction",
+        ),
         ("sm_70", "int8", "cuda._int_mm", "sm_70 (NVIDIA V100) has no int8 matrix instruction"),
         ("sm_90", "fp8_per_block", "cuda._scaled_mm", "does not run fp8_per_block"),
         ("sm_90", "int8", "cuda._scaled_mm", "does not run int8"),
         ("sm_89", "fp8_per_block", "cuda._scaled_mm_blocks", "on sm_90 only, not on sm_89"),
         ("sm_100", "fp8_per_block", "cuda._scaled_mm_blocks", "on sm_90 only, not on sm_100"),
         ("sm_90", "mxfp8", "cuda._scaled_mm_mx", "sm_90 (NVIDIA H100, H200) has no mxfp8 matrix instruction"),
-        ("sm_90", "nvfp4", "cuda._scaled_mm_nvfp4", "sm_90 (NVIDIA H100, H200) has no nvfp4 matrix instruction"),
+        (
+            "sm_90",
+            "nvfp4",
+            "cuda._scaled_mm_nvfp4",
+            "sm_90 (NVIDIA H100, H200) has no nvfp4 matrix instruction",
+        ),
         ("sm_100", "mxfp4", "cuda._scaled_mm_mx", "only when built with MSLK"),
         ("sm_120", "mxfp4", "cuda._scaled_mm_mx", "on compute capability 10.x only, not on sm_120"),
         ("sm_100", "mxfp4_w4a8", "cuda._scaled_mm_mx", "does not run mxfp4_w4a8"),
         ("sm_100", "mxfp4_dualscale", "cuda._scaled_mm_mx", "does not run mxfp4_dualscale"),
-        ("sm_75", "int4_weight_only", "cuda._weight_int4pack_mm", "sm_75 (NVIDIA T4, RTX 20) has no bf16 matrix instruction"),
+        (
+            "sm_75",
+            "int4_weight_only",
+            "cuda._weight_int4pack_mm",
+            "sm_75 (NVIDIA T4, RTX 20) has no bf16 matrix instruction",
+        ),
         ("sm_90", "fp8_per_channel", "cuda._int_mm", "does not run fp8_per_channel"),
     ],
 )
@@ -164,23 +198,34 @@ def test_refusals_say_why(name, scheme, kernel, reason):
 
 def test_shapes_and_dtypes_that_torch_refuses():
     device = simulated("sm_90")
-    assert any("multiples of 16" in r.text for r in verdicts(device, "fp8_per_channel", n=72)["cuda._scaled_mm"].reasons)
     assert any(
-        "bfloat16 only" in r.text for r in verdicts(device, "fp8_per_channel", dtype=torch.float16)["cuda._scaled_mm"].reasons
+        "multiples of 16" in r.text
+        for r in verdicts(device, "fp8_per_channel", n=72)["cuda._scaled_mm"].reasons
+    )
+    assert any(
+        "bfloat16 only" in r.text
+        for r in verdicts(device, "fp8_per_channel", dtype=torch.float16)["cuda._scaled_mm"].reasons
     )
     assert any("multiples of 8" in r.text for r in verdicts(device, "int8", k=252)["cuda._int_mm"].reasons)
     for shape in ((64, 256), (256, 192)):
         assert any(
-            "multiples of 128" in r.text for r in verdicts(device, "fp8_per_block", *shape)["cuda._scaled_mm_blocks"].reasons
+            "multiples of 128" in r.text
+            for r in verdicts(device, "fp8_per_block", *shape)["cuda._scaled_mm_blocks"].reasons
         )
     for shape in ((72, 256), (64, 48)):
         assert any(
-            "of 16 and K of 32" in r.text for r in verdicts(simulated("sm_100"), "mxfp8", *shape)["cuda._scaled_mm_mx"].reasons
+            "of 16 and K of 32" in r.text
+            for r in verdicts(simulated("sm_100"), "mxfp8", *shape)["cuda._scaled_mm_mx"].reasons
         )
     pack = "cuda._weight_int4pack_mm"
-    assert any("bfloat16 only" in r.text for r in verdicts(device, "int4_weight_only", dtype=torch.float16)[pack].reasons)
+    assert any(
+        "bfloat16 only" in r.text
+        for r in verdicts(device, "int4_weight_only", dtype=torch.float16)[pack].reasons
+    )
     assert any("and N of 8" in r.text for r in verdicts(device, "int4_weight_only", n=60)[pack].reasons)
-    assert any("the group of 128" in r.text for r in verdicts(device, "int4_weight_only", k=200)[pack].reasons)
+    assert any(
+        "the group of 128" in r.text for r in verdicts(device, "int4_weight_only", k=200)[pack].reasons
+    )
 
 
 def test_int4_groups_that_torch_does_not_have():
@@ -188,11 +233,14 @@ def test_int4_groups_that_torch_does_not_have():
     odd = replace(scheme, weight=replace(scheme.weight, cols=512))
     kernel = next(k for k in HOST.kernels("cuda") if k.name == "cuda._weight_int4pack_mm")
     verdict = kernel.verdict(Request(WeightSpec(odd, 64, 512), "linear", simulated("sm_90")))
-    assert verdict.reasons == (Reason("cuda._weight_int4pack_mm takes groups of 32, 64, 128, 256, not of 512"),)
+    assert verdict.reasons == (
+        Reason("cuda._weight_int4pack_mm takes groups of 32, 64, 128, 256, not of 512"),
+    )
 
 
 @pytest.mark.parametrize(
-    ("name", "scheme", "kernel"), [("sm_90", "fp8_per_block", "cuda._scaled_mm_blocks"), ("sm_100", "mxfp4", "cuda._scaled_mm_mx")]
+    ("name", "scheme", "kernel"),
+    [("sm_90", "fp8_per_block", "cuda._scaled_mm_blocks"), ("sm_100", "mxfp4", "cuda._scaled_mm_mx")],
 )
 def test_what_torch_has_from_2_10_on(name, scheme, kernel, monkeypatch):
     monkeypatch.delattr(torch.nn.functional, "scaled_mm", raising=False)
@@ -201,16 +249,24 @@ def test_what_torch_has_from_2_10_on(name, scheme, kernel, monkeypatch):
 
 @pytest.mark.parametrize("name", ["sm_100", "sm_103"])
 def test_mxfp4_in_a_build_that_has_it(name):
-    device = replace(simulated(name), simulated=False, features=frozenset({"cuda>=12.8", "cuda>=12.9", "mslk"}))
-    found = choose(Request(WeightSpec(HOST.schemes["mxfp4"], 4096, 4096), "linear", device), HOST.kernels("cuda"))
+    device = replace(
+        simulated(name), simulated=False, features=frozenset({"cuda>=12.8", "cuda>=12.9", "mslk"})
+    )
+    found = select_kernel(
+        Request(WeightSpec(HOST.schemes["mxfp4"], 4096, 4096), "linear", device), HOST.kernels("cuda")
+    )
     assert (found.kernel, found.precision, found.status) == ("cuda._scaled_mm_mx", "W4A4", Status.NATIVE)
 
 
-@pytest.mark.parametrize(("scheme", "kernel"), [("mxfp8", "cuda._scaled_mm_mx"), ("nvfp4", "cuda._scaled_mm_nvfp4")])
+@pytest.mark.parametrize(
+    ("scheme", "kernel"), [("mxfp8", "cuda._scaled_mm_mx"), ("nvfp4", "cuda._scaled_mm_nvfp4")]
+)
 def test_block_formats_need_a_build_that_knows_them(scheme, kernel):
     for name, feature, least in (("sm_100", "cuda>=12.8", "12.8"), ("sm_103", "cuda>=12.9", "12.9")):
         old = replace(simulated(name), simulated=False)
-        assert any(f"CUDA {least} or later on {name}" in r.text for r in verdicts(old, scheme)[kernel].reasons)
+        assert any(
+            f"CUDA {least} or later on {name}" in r.text for r in verdicts(old, scheme)[kernel].reasons
+        )
         assert isinstance(verdicts(replace(old, features=frozenset({feature})), scheme)[kernel], Accepted)
 
 
@@ -235,19 +291,28 @@ def test_kernel_names_are_unique():
 @pytest.mark.parametrize(
     ("name", "scheme", "kernel"),
     [
-        ("sm_90", "fp8_per_channel", "cuda._scaled_mm"), ("sm_90", "fp8_per_block", "cuda._scaled_mm_blocks"),
-        ("sm_89", "fp8_per_block", "torch.dequantize"), ("sm_100", "nvfp4", "cuda._scaled_mm_nvfp4"),
+        ("sm_90", "fp8_per_channel", "cuda._scaled_mm"),
+        ("sm_90", "fp8_per_block", "cuda._scaled_mm_blocks"),
+        ("sm_89", "fp8_per_block", "torch.dequantize"),
+        ("sm_100", "nvfp4", "cuda._scaled_mm_nvfp4"),
         ("sm_80", "int8", "cuda._int_mm"),
-        ("sm_80", "int4_mse", "cuda._weight_int4pack_mm"), ("sm_80", "int4_w4a8", "cuda._weight_int4pack_mm"),
-        ("sm_75", "int4_weight_only", "torch.dequantize"), ("sm_80", "nf4", "torch.dequantize"),
+        ("sm_80", "int4_mse", "cuda._weight_int4pack_mm"),
+        ("sm_80", "int4_w4a8", "cuda._weight_int4pack_mm"),
+        ("sm_75", "int4_weight_only", "torch.dequantize"),
+        ("sm_80", "nf4", "torch.dequantize"),
     ],
-)  # fmt: skip
+)
 def test_what_is_left_without_triton(name, scheme, kernel, monkeypatch):
-    monkeypatch.setattr("quantport_triton.kernels.base.available", lambda: "the package triton is not installed")
+    monkeypatch.setattr(
+        "quantport_triton.kernels.base.available", lambda: "the package triton is not installed"
+    )
     device = replace(simulated(name), simulated=False, features=frozenset({"cuda>=12.8", "cuda>=12.9"}))
-    found = choose(
-        Request(WeightSpec(HOST.schemes[scheme], 4096, 4096), "linear", device, device.arch.compute), HOST.kernels("cuda")
+    found = select_kernel(
+        Request(WeightSpec(HOST.schemes[scheme], 4096, 4096), "linear", device, device.arch.compute),
+        HOST.kernels("cuda"),
     )
     assert found.kernel == kernel
-    refused = [v for v in found.verdicts if v.kernel.startswith("cuda.triton") and not getattr(v, "unrelated", False)]
+    refused = [
+        v for v in found.verdicts if v.kernel.startswith("cuda.triton") and not getattr(v, "unrelated", False)
+    ]
     assert all("not installed" in " ".join(map(str, v.reasons)) for v in refused)

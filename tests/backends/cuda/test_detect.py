@@ -14,8 +14,12 @@ GIB = 1 << 30
 ARCH_LIST = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120")
 
 
-def fake_torch(*capabilities, cuda="13.0", hip=None, available=True, arch_list=ARCH_LIST, config="USE_CUDA=ON"):
-    boxes = [SimpleNamespace(name=f"NVIDIA fake {i}", total_memory=(i + 1) * GIB) for i in range(len(capabilities))]
+def fake_torch(
+    *capabilities, cuda="13.0", hip=None, available=True, arch_list=ARCH_LIST, config="USE_CUDA=ON"
+):
+    boxes = [
+        SimpleNamespace(name=f"NVIDIA fake {i}", total_memory=(i + 1) * GIB) for i in range(len(capabilities))
+    ]
     return SimpleNamespace(
         __version__="2.13.0+fake",
         __config__=SimpleNamespace(show=lambda: config),
@@ -34,7 +38,12 @@ def fake_torch(*capabilities, cuda="13.0", hip=None, available=True, arch_list=A
 def test_every_architecture_is_found(name):
     (found,) = devices(fake_torch(divmod(int(name.removeprefix("sm_")), 10)))
     assert found.arch is ARCHS[name]
-    assert (found.torch_type, found.memory, found.name, found.simulated) == ("cuda", GIB, "NVIDIA fake 0", False)
+    assert (found.torch_type, found.memory, found.name, found.simulated) == (
+        "cuda",
+        GIB,
+        "NVIDIA fake 0",
+        False,
+    )
     assert found.torch_device == torch.device("cuda", 0)
 
 
@@ -46,17 +55,26 @@ def test_several_gpus_keep_their_index():
 
 def test_jetson_orin_has_the_facts_of_sm_86_under_its_own_name():
     (found,) = devices(fake_torch((8, 7)))
-    assert (found.arch.name, found.arch.family, found.arch.native) == ("sm_87", "Ampere", ARCHS["sm_86"].native)
+    assert (found.arch.name, found.arch.family, found.arch.native) == (
+        "sm_87",
+        "Ampere",
+        ARCHS["sm_86"].native,
+    )
 
 
 @pytest.mark.parametrize("capability", [(11, 0), (10, 1)])
 def test_thor_has_one_name_and_only_safe_formats(capability):
     (found,) = devices(fake_torch(capability))
-    assert (found.arch.name, found.arch.title, found.arch.native) == ("sm_110", "NVIDIA Thor", {"fp16", "bf16"})
+    assert (found.arch.name, found.arch.title, found.arch.native) == (
+        "sm_110",
+        "NVIDIA Thor",
+        {"fp16", "bf16"},
+    )
 
 
 @pytest.mark.parametrize(
-    ("capability", "native"), [((13, 0), {"fp16", "bf16"}), ((12, 9), {"fp16", "bf16"}), ((7, 2), {"fp16"}), ((6, 1), {"fp16"})]
+    ("capability", "native"),
+    [((13, 0), {"fp16", "bf16"}), ((12, 9), {"fp16", "bf16"}), ((7, 2), {"fp16"}), ((6, 1), {"fp16"})],
 )
 def test_an_unknown_capability_is_a_device_with_safe_facts(capability, native):
     (found,) = devices(fake_torch(capability))
@@ -67,7 +85,11 @@ def test_an_unknown_capability_is_a_device_with_safe_facts(capability, native):
 
 @pytest.mark.parametrize(
     ("version", "expected"),
-    [("12.6", set()), ("12.8", {"cuda>=12.8"}), *((v, {"cuda>=12.8", "cuda>=12.9"}) for v in ("12.9", "13.0"))],
+    [
+        ("12.6", set()),
+        ("12.8", {"cuda>=12.8"}),
+        *((v, {"cuda>=12.8", "cuda>=12.9"}) for v in ("12.9", "13.0")),
+    ],
 )
 def test_the_build_of_torch_is_a_feature(version, expected):
     assert devices(fake_torch((9, 0), cuda=version))[0].features == expected

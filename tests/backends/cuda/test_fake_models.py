@@ -1,4 +1,6 @@
-"""Both example models on fake CUDA tensors: planned, bound to the planned kernels, and run as on the GPU, but for the numbers."""
+"""Both example models on fake CUDA tensors: planned, bound to the planned kernels, and run as on the GPU, but
+for the numbers.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +12,23 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from quantport.modules import QuantExperts
 
 ASKED = [
-    ("sm_75", "fp8_per_channel"), ("sm_75", "int4_weight_only"),
-    ("sm_80", "fp8_per_tensor"), ("sm_80", "int8"), ("sm_80", "int4_mse"), ("sm_80", "nf4"), ("sm_80", "q4_k"),
-    ("sm_90", "fp8_per_tensor"), ("sm_90", "fp8_per_block"), ("sm_90", "int4_weight_only_g32"), ("sm_90", "mxfp4"),
-    ("sm_100", "fp8_per_channel"), ("sm_100", "mxfp8"), ("sm_100", "nvfp4"), ("sm_100", "int4_w4a8"), ("sm_100", "mxfp4_dualscale"),
-]  # fmt: skip
+    ("sm_75", "fp8_per_channel"),
+    ("sm_75", "int4_weight_only"),
+    ("sm_80", "fp8_per_tensor"),
+    ("sm_80", "int8"),
+    ("sm_80", "int4_mse"),
+    ("sm_80", "nf4"),
+    ("sm_80", "q4_k"),
+    ("sm_90", "fp8_per_tensor"),
+    ("sm_90", "fp8_per_block"),
+    ("sm_90", "int4_weight_only_g32"),
+    ("sm_90", "mxfp4"),
+    ("sm_100", "fp8_per_channel"),
+    ("sm_100", "mxfp8"),
+    ("sm_100", "nvfp4"),
+    ("sm_100", "int4_w4a8"),
+    ("sm_100", "mxfp4_dualscale"),
+]
 
 
 @pytest.mark.parametrize("directory", [shared.DENSE, shared.MOE], ids=lambda path: path.name)
@@ -24,7 +38,9 @@ def test_every_layer_runs_its_kernel(directory, arch, scheme, monkeypatch):
     modules, launches = shared.check_model(directory, f"cuda:{arch}", scheme)
     kernels = shared.kernels_of(modules)
     own = {shared.OPS[kernel.family] for kernel in kernels if hasattr(kernel, "family")}
-    quantized = {"quantize" for kernel in kernels if kernel.quantizes_activations}  # by Triton, for torch's kernels too
+    quantized = {
+        "quantize" for kernel in kernels if kernel.quantizes_activations
+    }  # by Triton, for torch's kernels too
     assert shared.files(launches) == own | quantized
 
 

@@ -1,4 +1,6 @@
-"""The CUDA room's kernels on fake CUDA tensors: shape, dtype and device, through torch's own shape functions."""
+"""The CUDA room's kernels on fake CUDA tensors: shape, dtype and device, through torch's own shape
+functions.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,7 @@ import pytest
 import torch
 
 from quantport.backend import Kernel, WeightSpec
-from quantport.catalog import BUILTIN
+from quantport.scheme.catalog import BUILTIN
 from quantport.testing.fakes import fake_tensors
 from quantport_cuda.kernels.block_scaled import CudaScaledMX, CudaScaledNV
 from quantport_cuda.kernels.int4 import CudaInt4Pack
@@ -63,8 +65,8 @@ def test_the_answer_has_the_dtype_of_the_activations(kernel, scheme, shape):
 class Plain(Kernel):
     """Keeps the stored layout, whatever the operator wants."""
 
-    def pack(self, canonical, spec):
-        return Kernel.pack(self, canonical, spec)
+    def pack(self, stored_weight, spec):
+        return Kernel.pack(self, stored_weight, spec)
 
 
 class PlainMX(Plain, CudaScaledMX):
@@ -87,7 +89,12 @@ class RowMajor(CudaScaledMM):
     """Hands its weight over as ``[K, N]`` row by row."""
 
     def run(self, x, packed, bias, spec):
-        return super().run(x, (torch.empty_like(packed[0].t(), memory_format=torch.contiguous_format).t(), packed[1]), bias, spec)
+        return super().run(
+            x,
+            (torch.empty_like(packed[0].t(), memory_format=torch.contiguous_format).t(), packed[1]),
+            bias,
+            spec,
+        )
 
 
 @pytest.mark.parametrize(
@@ -95,7 +102,9 @@ class RowMajor(CudaScaledMM):
     [
         (PlainMX(), "mxfp8", (64, 96), "scale_b should have 512 elements, got 192"),
         (PlainNV(), "nvfp4", (64, 96), "scale_b should have 1024 elements, got 384"),
-        pytest.param(PlainBlocks(), "fp8_per_block", (256, 384), r"scale b must have shape \[4.0, 2\]", marks=V2),
+        pytest.param(
+            PlainBlocks(), "fp8_per_block", (256, 384), r"scale b must have shape \[4.0, 2\]", marks=V2
+        ),
         (PlainInt4(), "int4_mse", (64, 128), "w must be a 4D tensor"),
         (RowMajor(), "fp8_per_channel", (64, 96), "mat2 must be col_major"),
         (CudaScaledMM(), "fp8_per_channel", (72, 96), "divisible by 16"),

@@ -8,12 +8,18 @@ from dataclasses import replace
 import pytest
 
 from quantport.backend import Evidence, Request, WeightSpec
-from quantport.choice import choose
-from quantport.host import Host
+from quantport.planning.select_kernel import select_kernel
+from quantport.plugins.registry import Registry
 from quantport_cuda import measured
 
-HOST = Host(only=["cuda"])
-RUN = {"device": "NVIDIA H200", "date": "2026-12-01", "commit": "1a2b3c4", "torch": "2.11.0+cu130", "triton": "3.6.0"}
+HOST = Registry(only=["cuda"])
+RUN = {
+    "device": "NVIDIA H200",
+    "date": "2026-12-01",
+    "commit": "1a2b3c4",
+    "torch": "2.11.0+cu130",
+    "triton": "3.6.0",
+}
 
 
 def row(kernel, scheme, **speeds):
@@ -43,12 +49,21 @@ def table(tmp_path, monkeypatch):
 
 def ask(scheme, rows=1, n=4096, k=4096, device="cuda:sm_90"):
     device = HOST.device(device) if isinstance(device, str) else device
-    return choose(Request(WeightSpec(HOST.schemes[scheme], n, k), "linear", device, rows=rows), HOST.kernels("cuda"))
+    return select_kernel(
+        Request(WeightSpec(HOST.schemes[scheme], n, k), "linear", device, rows=rows), HOST.kernels("cuda")
+    )
 
 
 def test_the_nearest_number_of_rows_counts(table):
     table(row("cuda._scaled_mm", "fp8_per_channel", m1=0.8, m16=1.2, m512=1.7))
-    assert [ask("fp8_per_channel", rows).speed for rows in (1, 3, 5, 16, 100, 4096)] == [0.8, 0.8, 1.2, 1.2, 1.7, 1.7]
+    assert [ask("fp8_per_channel", rows).speed for rows in (1, 3, 5, 16, 100, 4096)] == [
+        0.8,
+        0.8,
+        1.2,
+        1.2,
+        1.7,
+        1.7,
+    ]
     assert "0.80x BF16 at 1 rows" in ask("fp8_per_channel").slow
     assert ask("fp8_per_channel", 512).slow == ""
 
@@ -58,7 +73,8 @@ def test_the_claim_names_the_results_and_the_run(table):
     claim = ask("fp8_per_channel").claim
     assert claim.evidence is Evidence.MEASURED
     assert claim.source == (
-        "benchmarks/results/nvidia-h200.json (NVIDIA H200, 2026-12-01, commit 1a2b3c4, torch 2.11.0+cu130, triton 3.6.0, "
+        "benchmarks/results/nvidia-h200.json (NVIDIA H200, 2026-12-01, commit 1a2b3c4, torch "
+        "2.11.0+cu130, triton 3.6.0, "
         "relative error 1.2e-03)"
     )
 

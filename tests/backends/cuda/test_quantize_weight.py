@@ -1,4 +1,6 @@
-"""The room quantizes weights at load by Triton, to the bytes of the reference, and declines what Triton has no kernel for."""
+"""The room quantizes weights at load by Triton, to the bytes of the reference, and declines what Triton has
+no kernel for.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ import pytest
 import torch
 from agrees import quantizes_as_the_reference
 
-from quantport.catalog import BUILTIN
+from quantport.scheme.catalog import BUILTIN
 from quantport.testing import cases
 from quantport.testing.fakes import fake_tensors
 from quantport_cuda import detect
@@ -37,7 +39,9 @@ def test_it_declines_what_has_no_kernel(monkeypatch):
     weight = cases.plain(32, 256)
     assert Here().quantize_weight(weight, BUILTIN["q4_k"]) is None
     monkeypatch.setattr(
-        detect.evidence, "refusals", lambda *asked: (str(asked),) if asked[:3] == ("cuda", "cpu", "quantize") else ()
+        detect.evidence,
+        "refusals",
+        lambda *asked: (str(asked),) if asked[:3] == ("cuda", "cpu", "quantize") else (),
     )
     assert Here().quantize_weight(weight, BUILTIN["int8"]) is None
 
@@ -52,5 +56,8 @@ def test_it_launches_on_the_gpu():
         weight = torch.empty(64, 256, dtype=torch.bfloat16, device="cuda")
         stored = CudaBackend().quantize_weight(weight, BUILTIN["int8"])
         found = {name: (tuple(t.shape), t.dtype, t.device.type) for name, t in stored.items()}
-    assert found == {"weight": ((64, 256), torch.int8, "cuda"), "weight_scale": ((64, 1), torch.float32, "cuda")}
+    assert found == {
+        "weight": ((64, 256), torch.int8, "cuda"),
+        "weight_scale": ((64, 1), torch.float32, "cuda"),
+    }
     assert launches

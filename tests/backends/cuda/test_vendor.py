@@ -1,7 +1,9 @@
-"""Kernels of the vendor's libraries, on the CPU, against operators that read every operand as PyTorch's CUDA sources say.
+"""Kernels of the vendor's libraries, on the CPU, against operators that read every operand as PyTorch's CUDA
+sources say.
 
-``ScaledBlas.cpp`` at 0174dfabc023 checks sizes and strides before it calls cuBLASLt; ``int4mm.cu`` at 05f814fecfca says which lane
-reads which code. What is written here follows them element by element, and shares no code with the kernels.
+``ScaledBlas.cpp`` at 0174dfabc023 checks sizes and strides before it calls cuBLASLt; ``int4mm.cu`` at
+05f814fecfca says which lane reads which code. What is written here follows them element by element, and
+shares no code with the kernels.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from quantport import numerics
 from quantport.backend import Kernel, WeightSpec
-from quantport.catalog import BUILTIN
+from quantport.scheme.catalog import BUILTIN
 from quantport.testing import cases
 from quantport.testing.check_runs import compare, make_job
 from quantport_cuda.kernels.block_scaled import CudaScaledMX, CudaScaledNV
@@ -45,7 +47,9 @@ def values(operand: Tensor) -> Tensor:
 
 
 def offset(row: int, column: int, columns: int) -> int:
-    """Where cuBLASLt reads the scale of a row and a block of K (its documentation, "1D Block Scaling Factors Layout")."""
+    """Where cuBLASLt reads the scale of a row and a block of K (its documentation, "1D Block Scaling Factors
+    Layout").
+    """
     tile = row // 128 * -(-columns // 4) + column // 4
     return tile * 512 + row % 32 * 16 + row % 128 // 32 * 4 + column % 4
 
@@ -57,7 +61,11 @@ def block_scales(flat: Tensor, rows: int, k: int, block: int) -> Tensor:
     assert flat.numel() == up(rows, 128) * up(columns, 4)
     place = torch.tensor([[offset(r, c, columns) for c in range(columns)] for r in range(rows)])
     bits = flat.view(torch.uint8).view(-1)[place]
-    scale = bits.view(torch.float8_e4m3fn).float() if flat.dtype is torch.float8_e4m3fn else torch.exp2(bits.float() - 127)
+    scale = (
+        bits.view(torch.float8_e4m3fn).float()
+        if flat.dtype is torch.float8_e4m3fn
+        else torch.exp2(bits.float() - 127)
+    )
     return scale.repeat_interleave(block, 1)[:, :k]
 
 
@@ -80,7 +88,9 @@ def scaled_mm(a, b, *, scale_a, scale_b, out_dtype):
     return (x @ w.t()).to(out_dtype)
 
 
-def scaled_mm_v2(a, b, scale_a, recipe_a, scale_b, recipe_b, swizzle_a=None, swizzle_b=None, output_dtype=torch.bfloat16):
+def scaled_mm_v2(
+    a, b, scale_a, recipe_a, scale_b, recipe_b, swizzle_a=None, swizzle_b=None, output_dtype=torch.bfloat16
+):
     """``F.scaled_mm``: 1x128 by 128x128 blocks (``_scaled_block1x128_block128x128``), and MXFP4."""
     check_operands(a, b)
     if not a.shape[0]:
@@ -107,7 +117,9 @@ def scaled_mm_v2(a, b, scale_a, recipe_a, scale_b, recipe_b, swizzle_a=None, swi
 
 
 def columns_of(lane: int, nibble: int) -> int:
-    """Column, of 32, of a nibble in ``matrix_to_m16n8k16_Bint4_layout``: of bytes lane%4 + 0, 4, 8, 12, the high halves first."""
+    """Column, of 32, of a nibble in ``matrix_to_m16n8k16_Bint4_layout``: of bytes lane%4 + 0, 4, 8, 12, the
+    high halves first.
+    """
     byte = lane % 4 + 4 * (nibble % 4)
     return 2 * byte + nibble // 4
 
@@ -140,7 +152,9 @@ def int4pack_mm(x: Tensor, packed: Tensor, group: int, scale_and_zeros: Tensor) 
 
 @pytest.fixture(autouse=True)
 def _quiet():
-    """Activations are quantized in Triton's interpreter, where numpy warns of what a GPU computes in silence."""
+    """Activations are quantized in Triton's interpreter, where numpy warns of what a GPU computes in
+    silence.
+    """
     with np.errstate(all="ignore"):
         yield
 
@@ -209,7 +223,8 @@ def test_packing_loses_nothing_and_no_rows_are_no_rows(emulated, kernel, scheme,
 
 
 @pytest.mark.parametrize(
-    ("kernel", "scheme"), [(CudaScaledMM(), "fp8_per_tensor"), (CudaScaledMM(), "fp8_per_channel"), (CudaIntMM(), "int8")]
+    ("kernel", "scheme"),
+    [(CudaScaledMM(), "fp8_per_tensor"), (CudaScaledMM(), "fp8_per_channel"), (CudaIntMM(), "int8")],
 )
 def test_meets_the_reference_by_the_operators_of_the_cpu(kernel, scheme):
     """``_scaled_mm`` with row scales and ``_int_mm`` exist there too."""
@@ -226,7 +241,11 @@ def test_meets_the_reference_by_the_operators_of_the_cpu(kernel, scheme):
             assert compare(kernel, [job], CPU) == ""
     for name, make in cases.specials(spec.scheme):
         job = make_job(
-            spec, numerics.quantize_weight(make(48, 208), spec.scheme), cases.activations(5, 208, torch.bfloat16), None, True
+            spec,
+            numerics.quantize_weight(make(48, 208), spec.scheme),
+            cases.activations(5, 208, torch.bfloat16),
+            None,
+            True,
         )
         assert compare(kernel, [job], CPU) == "", name
 
@@ -268,7 +287,9 @@ def test_a_token_with_an_infinity_is_the_only_one_that_is_lost(emulated):
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 300), st.integers(1, 11), st.integers(0, 2**32 - 1))
 def test_scales_lie_where_tensor_cores_read_them(rows, columns, seed):
-    scale = torch.randint(0, 256, (rows, columns), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    scale = torch.randint(
+        0, 256, (rows, columns), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
     flat = swizzled(scale)
     expected = torch.zeros(up(rows, 128) * up(columns, 4), dtype=torch.uint8)
     for r in range(rows):
@@ -292,7 +313,13 @@ def test_codes_lie_where_lanes_read_them(rows, columns, seed):
 @pytest.mark.parametrize("scheme", ["fp8_per_channel", "fp8_per_block", "int8", "mxfp8", "mxfp4", "nvfp4"])
 def test_without_triton_activations_get_the_same_bits_and_layouts(monkeypatch, scheme):
     quant = BUILTIN[scheme].activation
-    layout = {"swizzle": True} if quant.cols in (16, 32) else {"transposed": True} if quant.cols else {}
+    layout = (
+        {"swizzle": True}
+        if quant.group_size in (16, 32)
+        else {"transposed": True}
+        if quant.group_size
+        else {}
+    )
     x = cases.activations(37, 256, torch.bfloat16)
     fast = quantize(x, quant, **layout)
     monkeypatch.setattr(quantizing, "compiles_for", lambda target: False)

@@ -1,4 +1,6 @@
-"""The reference of each kernel of the NPU room: the scheme's, or, where a kernel declares a deviation, with just that in it."""
+"""The reference of each kernel of the NPU room: the scheme's, or, where a kernel declares a deviation, with
+just that in it.
+"""
 
 from __future__ import annotations
 
@@ -8,55 +10,81 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from quantport import aten, numerics
-from quantport.capability import Claim, Reason
-from quantport.kernel import Canonical, Kernel, Packed, Request, WeightSpec
+from quantport import numerics
+from quantport.kernels import aten
+from quantport.kernels.base import Kernel, Packed, Request, StoredWeight, WeightSpec
+from quantport.kernels.verdict import Claim, Reason
 from quantport.modules import QuantModule
 from quantport.scheme import Scheme
 from quantport.testing import cases
 from quantport_npu.vendor import family
 
-Linear = Callable[[Tensor, Canonical, Scheme, Tensor | None, torch.dtype], Tensor]
+Linear = Callable[[Tensor, StoredWeight, Scheme, Tensor | None, torch.dtype], Tensor]
 
 
-def scheme(x: Tensor, canonical: Canonical, scheme: Scheme, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def scheme(
+    x: Tensor, stored_weight: StoredWeight, scheme: Scheme, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     """What the scheme says, rounded once, to ``dtype``."""
-    return numerics.linear(x if x.dtype is dtype else x.float(), canonical, scheme, bias).to(dtype)
+    return numerics.linear(x if x.dtype is dtype else x.float(), stored_weight, scheme, bias).to(dtype)
 
 
-def int8(x: Tensor, canonical: Canonical, scheme: Scheme, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def int8(
+    x: Tensor, stored_weight: StoredWeight, scheme: Scheme, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     """Tokens scaled by amax / 127."""
     values = x.float()
     scale = values.abs().amax(1, keepdim=True) / 127
     codes = (values / torch.where(scale == 0, 1, scale)).round()
-    sums = codes.double() @ canonical["weight"].double().t()
-    y = sums.float() * canonical["weight_scale"].view(-1).float() * scale
+    sums = codes.double() @ stored_weight["weight"].double().t()
+    y = sums.float() * stored_weight["weight_scale"].view(-1).float() * scale
     return (y if bias is None else y + bias.float()).to(dtype)
 
 
-def int8_rounded(x: Tensor, canonical: Canonical, scheme: Scheme, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def int8_rounded(
+    x: Tensor, stored_weight: StoredWeight, scheme: Scheme, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     """The same, and scales of channels in bf16 where the result is."""
-    scale = canonical["weight_scale"]
+    scale = stored_weight["weight_scale"]
     scale = scale.to(dtype) if dtype is torch.bfloat16 else scale
-    return int8(x, {**canonical, "weight_scale": scale}, scheme, bias, dtype)
+    return int8(x, {**stored_weight, "weight_scale": scale}, scheme, bias, dtype)
 
 
-def floor(x: Tensor, canonical: Canonical, asked: Scheme, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def floor(
+    x: Tensor, stored_weight: StoredWeight, asked: Scheme, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     """Activations scaled by the rule of OCP."""
     assert asked.activation
-    return scheme(x, canonical, replace(asked, activation=replace(asked.activation, rule="floor")), bias, dtype)
+    return scheme(
+        x, stored_weight, replace(asked, activation=replace(asked.activation, rule="floor")), bias, dtype
+    )
 
 
-def rounded(x: Tensor, canonical: Canonical, asked: Scheme, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def rounded(
+    x: Tensor, stored_weight: StoredWeight, asked: Scheme, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     """Weights with scales of the dtype of the activations."""
-    return scheme(x, {**canonical, "weight_scale": canonical["weight_scale"].to(x.dtype).float()}, asked, bias, dtype)
+    return scheme(
+        x,
+        {**stored_weight, "weight_scale": stored_weight["weight_scale"].to(x.dtype).float()},
+        asked,
+        bias,
+        dtype,
+    )
 
 
-def divided(x: Tensor, canonical: Canonical, asked: Scheme, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def divided(
+    x: Tensor, stored_weight: StoredWeight, asked: Scheme, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     """Offsets in steps of their scales, of the dtype of the activations, added to the codes."""
-    offset = (canonical["weight_zero"].float() / canonical["weight_scale"].float()).to(x.dtype).float()
-    codes = numerics.unpack_int4(canonical["weight_packed"], x.shape[1]).double()
-    wide = (t.double().repeat_interleave(asked.weight.cols, 1)[:, : x.shape[1]] for t in (offset, canonical["weight_scale"]))
+    offset = (
+        (stored_weight["weight_zero"].float() / stored_weight["weight_scale"].float()).to(x.dtype).float()
+    )
+    codes = numerics.unpack_int4(stored_weight["weight_packed"], x.shape[1]).double()
+    wide = (
+        t.double().repeat_interleave(asked.weight.group_size, 1)[:, : x.shape[1]]
+        for t in (offset, stored_weight["weight_scale"])
+    )
     y = x.double() @ ((codes + next(wide)) * next(wide)).t()
     return (y if bias is None else y + bias.double()).to(dtype)
 
@@ -74,7 +102,11 @@ DECLARED: dict[str, Linear] = {
     "npu.grouped_matmul_mxfp8": floor,
     "npu.grouped_weight_int8": rounded,
 }
-LATE = ("fp8", "mxfp8", "mxfp4")  # in the names of kernels that add a bias to the rounded product, which is rounded again
+LATE = (
+    "fp8",
+    "mxfp8",
+    "mxfp4",
+)  # in the names of kernels that add a bias to the rounded product, which is rounded again
 
 
 class Declared(aten.Reference):
@@ -83,37 +115,51 @@ class Declared(aten.Reference):
     def __init__(self, kernel: Kernel, packer: Kernel) -> None:
         self.kernel, self.packer = kernel, packer
         self.linear = DECLARED.get(kernel.name, scheme)
-        self.stored: dict[int, tuple[Packed, Canonical]] = {}
+        self.stored: dict[int, tuple[Packed, StoredWeight]] = {}
 
-    def pack(self, canonical: Canonical, spec: WeightSpec) -> Packed:
-        return self.packer.pack(canonical, spec)
+    def pack(self, stored_weight: StoredWeight, spec: WeightSpec) -> Packed:
+        return self.packer.pack(stored_weight, spec)
 
-    def unpack(self, packed: Packed, spec: WeightSpec) -> Canonical:
+    def unpack(self, packed: Packed, spec: WeightSpec) -> StoredWeight:
         key = packed[0].data_ptr()
         if key not in self.stored:  # unpacking is for saving: some kernels take a product for it
             self.stored[key] = packed, {name: t.cpu() for name, t in self.packer.unpack(packed, spec).items()}
         return self.stored[key][1]
 
-    def product(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec, dtype: torch.dtype) -> Tensor:
+    def product(
+        self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec, dtype: torch.dtype
+    ) -> Tensor:
         """Rounded once, to ``dtype``."""
         effective = spec.scheme if self.kernel.quantizes_activations else spec.scheme.weight_only
         late = bias is not None and any(name in self.kernel.name for name in LATE)
-        y = self.linear(x, self.unpack(packed, spec), replace(effective, rotation=0), None if late else bias, dtype)
+        y = self.linear(
+            x, self.unpack(packed, spec), replace(effective, rotation=0), None if late else bias, dtype
+        )
         return y + bias if late else y
 
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
         return self.product(x, packed, bias, spec, x.dtype)
 
     def run_gated(
-        self, x: Tensor, offsets: Tensor, gate_up: Sequence[Packed], down: Sequence[Packed], specs: tuple[WeightSpec, WeightSpec],
+        self,
+        x: Tensor,
+        offsets: Tensor,
+        gate_up: Sequence[Packed],
+        down: Sequence[Packed],
+        specs: tuple[WeightSpec, WeightSpec],
         activation: str,
-    ) -> Tensor:  # fmt: skip
-        """What lies between the products stays in fp32: where the kernel has one launch for gate, up and SwiGLU."""
+    ) -> Tensor:
+        """What lies between the products stays in fp32: where the kernel has one launch for gate, up and
+        SwiGLU.
+        """
         y, exact = torch.empty_like(x), torch.float32
         for i, second in enumerate(down):
             rows = slice(int(offsets[i]), int(offsets[i + 1]))
             if rows.start < rows.stop:
-                gate, up = (self.product(x[rows], packed, None, specs[0], exact) for packed in gate_up[2 * i : 2 * i + 2])
+                gate, up = (
+                    self.product(x[rows], packed, None, specs[0], exact)
+                    for packed in gate_up[2 * i : 2 * i + 2]
+                )
                 y[rows] = self.product(nn.functional.silu(gate) * up, second, None, specs[1], x.dtype)
         return y
 
@@ -143,10 +189,18 @@ class Checked(Kernel):
 
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
         """The kernel's own result."""
-        return self._same(self.kernel.run(x, packed, bias, spec), self.reference.run(x.cpu(), packed, _host(bias), spec))
+        return self._same(
+            self.kernel.run(x, packed, bias, spec), self.reference.run(x.cpu(), packed, _host(bias), spec)
+        )
 
     def run_grouped(
-        self, x: Tensor, offsets: Tensor, packed: Sequence[Packed], bias: Tensor | None, spec: WeightSpec, shared: int = 1
+        self,
+        x: Tensor,
+        offsets: Tensor,
+        packed: Sequence[Packed],
+        bias: Tensor | None,
+        spec: WeightSpec,
+        shared: int = 1,
     ) -> Tensor:
         """The kernel's own result."""
         assert isinstance(packed, Both)
@@ -154,16 +208,24 @@ class Checked(Kernel):
         return self._same(self.kernel.run_grouped(x, offsets, packed, bias, spec, shared), told)
 
     def run_gated(
-        self, x: Tensor, offsets: Tensor, gate_up: Sequence[Packed], down: Sequence[Packed], specs: tuple[WeightSpec, WeightSpec],
+        self,
+        x: Tensor,
+        offsets: Tensor,
+        gate_up: Sequence[Packed],
+        down: Sequence[Packed],
+        specs: tuple[WeightSpec, WeightSpec],
         activation: str,
-    ) -> Tensor | None:  # fmt: skip
+    ) -> Tensor | None:
         """The kernel's own result."""
         y = self.kernel.run_gated(x, offsets, gate_up, down, specs, activation)
         if y is None:
             return None
         assert isinstance(gate_up, Both)
         assert isinstance(down, Both)
-        return self._same(y, self.reference.run_gated(x.cpu(), offsets.cpu(), gate_up.single, down.single, specs, activation))
+        return self._same(
+            y,
+            self.reference.run_gated(x.cpu(), offsets.cpu(), gate_up.single, down.single, specs, activation),
+        )
 
     def _same(self, y: Tensor, told: Tensor) -> Tensor:
         self.errors.append(cases.relative_error(y, told))

@@ -1,4 +1,6 @@
-"""What ``quantport doctor`` says of an Ascend NPU that is seen but not used, against fakes of everything that is read."""
+"""What ``quantport doctor`` says of an Ascend NPU that is seen but not used, against fakes of everything that
+is read.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ def system(tmp_path):
     (tmp_path / "ascend" / "driver").mkdir(parents=True)
 
     def make(package=MATCHING, opens=True):
-        return Surroundings(tmp_path / "dev", tmp_path / "pci", tmp_path / "ascend", package, lambda name: opens)
+        return Surroundings(
+            tmp_path / "dev", tmp_path / "pci", tmp_path / "ascend", package, lambda name: opens
+        )
 
     return make
 

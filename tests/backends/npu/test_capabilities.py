@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from quantport.backend import Evidence, Rejected, Request, Status, WeightSpec
-from quantport.choice import choose
-from quantport.host import Host
+from quantport.planning.select_kernel import select_kernel
+from quantport.plugins.registry import Registry
 from quantport_npu.capabilities import ARCHS
 from quantport_npu.kernels.base import even, parts, uneven
 
-HOST = Host(only=["npu"])
+HOST = Registry(only=["npu"])
 FORMATS = {
     "ascend310p": ("310P", "fp16 int8"),
     "ascend910b": ("A2", "fp16 bf16 int8 int4"),
@@ -81,9 +81,11 @@ def test_facts(name):
     assert arch.compute is (torch.float16 if name == "ascend310p" else torch.bfloat16)
 
 
-@pytest.mark.parametrize(("name", "scheme"), [(name, scheme) for name, table in CHOSEN.items() for scheme in table])
+@pytest.mark.parametrize(
+    ("name", "scheme"), [(name, scheme) for name, table in CHOSEN.items() for scheme in table]
+)
 def test_choices(name, scheme):
-    choice = choose(asked(name, scheme), HOST.kernels("npu"))
+    choice = select_kernel(asked(name, scheme), HOST.kernels("npu"))
     assert f"{choice.status} {choice.kernel}" == CHOSEN[name][scheme]
     own = choice.kernel.startswith("npu.")
     assert choice.claim.evidence is (Evidence.SIMULATED if own else Evidence.DECLARED)
@@ -92,7 +94,9 @@ def test_choices(name, scheme):
 
 def test_the_310p_has_no_scales_of_tokens():
     assert "no npu_dynamic_quant" in why_not("npu.quant_matmul", asked("ascend310p", "int8"))
-    assert "no bfloat16" in why_not("npu.weight_quant_int8", asked("ascend310p", "int8", dtype=torch.bfloat16))
+    assert "no bfloat16" in why_not(
+        "npu.weight_quant_int8", asked("ascend310p", "int8", dtype=torch.bfloat16)
+    )
 
 
 def test_offsets_need_the_range_of_bf16():
@@ -102,7 +106,9 @@ def test_offsets_need_the_range_of_bf16():
 
 def test_a2_has_no_fp8_and_no_mx():
     assert "no e4m3fn matrix instruction" in why_not("npu.quant_matmul_fp8", asked("ascend910b", "fp8"))
-    assert "no mxfp4 matrix instruction" in why_not("npu.dual_level_quant_matmul", asked("ascend910b", "mxfp4_dualscale"))
+    assert "no mxfp4 matrix instruction" in why_not(
+        "npu.dual_level_quant_matmul", asked("ascend910b", "mxfp4_dualscale")
+    )
 
 
 @pytest.mark.parametrize(

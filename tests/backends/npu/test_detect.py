@@ -59,7 +59,11 @@ def test_several_npus_keep_their_index():
 )
 def test_an_unknown_soc_is_a_device_with_safe_facts(soc, name, arch_name, native):
     (found,) = devices(fake_torch_npu(soc, name))
-    assert (found.arch.name, found.arch.title, found.arch.native) == (arch_name, "unknown Ascend architecture", native)
+    assert (found.arch.name, found.arch.title, found.arch.native) == (
+        arch_name,
+        "unknown Ascend architecture",
+        native,
+    )
     assert f"SocVersion {soc}" in found.arch.source
 
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from quantport.backend import Accepted, Evidence, Rejected, Request, Status, WeightSpec
-from quantport.host import Host
+from quantport.plugins.registry import Registry
 from quantport_rocm.capabilities import ARCHS
 
-HOST = Host(only=["rocm"])
+HOST = Registry(only=["rocm"])
 W8A8 = ("fp8_per_tensor", "fp8_per_channel", "fp8_per_block", "int8")
 WEIGHT_ONLY = ("fp8_weight_only", "int8_weight_only", "int4_weight_only")
 OCP = ("gfx950", "gfx1200", "gfx1201")
@@ -55,7 +55,9 @@ def test_facts(name):
 def test_native_exactly_where_claimed(name, scheme):
     found = verdicts(simulated(name), scheme)
     accepted = native(found)
-    assert bool(accepted) is (scheme == "int8" or (scheme in ("fp8_per_tensor", "fp8_per_channel") and name in OCP))
+    assert bool(accepted) is (
+        scheme == "int8" or (scheme in ("fp8_per_tensor", "fp8_per_channel") and name in OCP)
+    )
     for verdict in accepted:
         assert verdict.precision == "W8A8"
         assert verdict.claim.evidence is Evidence.DECLARED
@@ -92,9 +94,13 @@ def test_e4m3fn_needs_rocm_6_5(name):
 
 def test_shapes_and_dtypes_that_torch_refuses():
     device = simulated("gfx950")
-    assert any("multiples of 16" in r.text for r in verdicts(device, "fp8_per_channel", n=72)["rocm._scaled_mm"].reasons)
     assert any(
-        "bfloat16 only" in r.text for r in verdicts(device, "fp8_per_channel", dtype=torch.float16)["rocm._scaled_mm"].reasons
+        "multiples of 16" in r.text
+        for r in verdicts(device, "fp8_per_channel", n=72)["rocm._scaled_mm"].reasons
+    )
+    assert any(
+        "bfloat16 only" in r.text
+        for r in verdicts(device, "fp8_per_channel", dtype=torch.float16)["rocm._scaled_mm"].reasons
     )
     assert any("multiples of 8" in r.text for r in verdicts(device, "int8", k=252)["rocm._int_mm"].reasons)
 

@@ -14,12 +14,17 @@ GIB = 1 << 30
 
 
 def fake_torch(*gcn, hip="7.2.26015-fc0010cf6a", cuda=None, available=True):
-    boxes = [SimpleNamespace(name=f"AMD fake {i}", total_memory=(i + 1) * GIB, gcnArchName=name) for i, name in enumerate(gcn)]
+    boxes = [
+        SimpleNamespace(name=f"AMD fake {i}", total_memory=(i + 1) * GIB, gcnArchName=name)
+        for i, name in enumerate(gcn)
+    ]
     return SimpleNamespace(
         __version__="2.13.0+fake",
         version=SimpleNamespace(cuda=cuda, hip=hip),
         cuda=SimpleNamespace(
-            is_available=lambda: available, device_count=lambda: len(gcn), get_device_properties=lambda i: boxes[i]
+            is_available=lambda: available,
+            device_count=lambda: len(gcn),
+            get_device_properties=lambda i: boxes[i],
         ),
     )
 
@@ -34,7 +39,10 @@ def test_every_architecture_is_found(name, suffix):
 
 
 def test_several_gpus_keep_their_index():
-    assert [str(d) for d in devices(fake_torch("gfx90a", "gfx1100"))] == ["rocm:0 (gfx90a)", "rocm:1 (gfx1100)"]
+    assert [str(d) for d in devices(fake_torch("gfx90a", "gfx1100"))] == [
+        "rocm:0 (gfx90a)",
+        "rocm:1 (gfx1100)",
+    ]
 
 
 @pytest.mark.parametrize("early", ["gfx940", "gfx941:sramecc+:xnack-"])
@@ -61,7 +69,9 @@ def test_an_unknown_name_is_a_device_with_safe_facts(name):
     assert "assumed" in arch.source
 
 
-@pytest.mark.parametrize(("hip", "expected"), [("6.4.43483-a187df25c", set()), ("6.5.0", {"rocm>=6.5"}), ("7.2.1", {"rocm>=6.5"})])
+@pytest.mark.parametrize(
+    ("hip", "expected"), [("6.4.43483-a187df25c", set()), ("6.5.0", {"rocm>=6.5"}), ("7.2.1", {"rocm>=6.5"})]
+)
 def test_the_build_of_torch_is_a_feature(hip, expected):
     assert devices(fake_torch("gfx950", hip=hip))[0].features == expected
 
@@ -91,7 +101,11 @@ def test_the_backend_on_this_machine_finds_nothing():
 def test_advice(tmp_path):
     kfd, pci = tmp_path / "kfd", tmp_path / "pci"
     assert advice(fake_torch(hip=None), kfd, pci) == ()
-    for name, vendor, kind in (("0", "0x8086", "0x030000"), ("1", "0x1002", "0x040300"), ("2", "0x1002", "0x038000")):
+    for name, vendor, kind in (
+        ("0", "0x8086", "0x030000"),
+        ("1", "0x1002", "0x040300"),
+        ("2", "0x1002", "0x038000"),
+    ):
         (pci / name).mkdir(parents=True)
         (pci / name / "vendor").write_text(f"{vendor}\n")
         (pci / name / "class").write_text(f"{kind}\n")

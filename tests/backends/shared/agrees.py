@@ -6,7 +6,7 @@ import torch
 
 from quantport import numerics
 from quantport.backend import WeightSpec
-from quantport.catalog import BUILTIN
+from quantport.scheme.catalog import BUILTIN
 from quantport.testing import cases
 
 

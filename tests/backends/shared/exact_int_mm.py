@@ -1,4 +1,6 @@
-"""Accelerators' ``_int_mm`` is exact. The host's stands for it in their tests, and saturates where oneDNN has no VNNI."""
+"""Accelerators' ``_int_mm`` is exact. The host's stands for it in their tests, and saturates where oneDNN has
+no VNNI.
+"""
 
 from __future__ import annotations
 

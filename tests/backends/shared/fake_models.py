@@ -1,8 +1,10 @@
-"""Both example models on fake tensors of a GPU: planned, bound to the planned kernels, and run as there, but for the numbers.
+"""Both example models on fake tensors of a GPU: planned, bound to the planned kernels, and run as there, but
+for the numbers.
 
-Every layer takes its kernel's own path: a prompt of 17 tokens, then one token with the cache. A fake tensor has no values, so a
-forward that asks for one (and would make the host wait for the GPU) fails. The experts of a MoE layer do ask where their rows
-begin: there the layer runs as ``torch.compile`` sees it, as one operator, and the kernels of its experts are run beside it.
+Every layer takes its kernel's own path: a prompt of 17 tokens, then one token with the cache. A fake tensor
+has no values, so a forward that asks for one (and would make the host wait for the GPU) fails. The experts of
+a MoE layer do ask where their rows begin: there the layer runs as ``torch.compile`` sees it, as one operator,
+and the kernels of its experts are run beside it.
 """
 
 from __future__ import annotations
@@ -18,12 +20,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from quantport.checkpoint import Checkpoint
 from quantport.config import QuantConfig
 from quantport.device import Device
-from quantport.host import host
-from quantport.layers import Layer, find_layers
-from quantport.loading.bind import by_module, check, make_module, put
-from quantport.loading.build import build
+from quantport.loading.skeleton import build
+from quantport.loading.swap_modules import by_module, check, make_module, put
+from quantport.model.layers import Layer, find_layers
 from quantport.modules import QuantExperts, QuantModule
-from quantport.planner import Plan, make_plan
+from quantport.planning.plan import Plan, make_plan
+from quantport.plugins.registry import default_registry
 from quantport.testing.fakes import fake_tensors
 from quantport_triton.launch import Launch, traced
 
@@ -31,9 +33,14 @@ MODELS = Path(__file__).parents[3] / "examples" / "models"
 DENSE, MOE = MODELS / "tiny-llama", MODELS / "tiny-qwen3-moe"
 PROMPT = 17
 OPS = {
-    "weight_only": "weight_only", "fp8": "scaled", "fp8_block": "scaled", "int8": "scaled", "int4_int8": "scaled",
-    "mx": "block_scaled", "nvfp4": "block_scaled",
-}  # fmt: skip
+    "weight_only": "weight_only",
+    "fp8": "scaled",
+    "fp8_block": "scaled",
+    "int8": "scaled",
+    "int4_int8": "scaled",
+    "mx": "block_scaled",
+    "nvfp4": "block_scaled",
+}
 
 
 Checked = tuple[list[QuantModule], list[Launch]]
@@ -58,15 +65,24 @@ def place(layer: Layer) -> str:
     return layer.name
 
 
-def planned(directory: Path, device: str | Device, scheme: str, fallback: str = "weight_only") -> tuple[nn.Module, Plan]:
+def planned(
+    directory: Path, device: str | Device, scheme: str, fallback: str = "weight_only"
+) -> tuple[nn.Module, Plan]:
     """The model on meta, and its plan for a simulated device, for example ``cuda:sm_90``."""
-    target = device if isinstance(device, Device) else host().device(device)
+    target = device if isinstance(device, Device) else default_registry().device(device)
     with Checkpoint.open(directory, headers_only=True) as checkpoint:
         tensors = checkpoint.tensors
     model, _ = build(directory, None, target.arch.compute, tensors)
     layers = check(find_layers(tensors), model, place)
-    config = QuantConfig.parse({"scheme": scheme, "fallback": fallback}, host().schemes)
-    return model, make_plan(layers, config, target, host().kernels(target.kind), host().schemes, dtype=target.arch.compute)
+    config = QuantConfig.parse({"scheme": scheme, "fallback": fallback}, default_registry().schemes)
+    return model, make_plan(
+        layers,
+        config,
+        target,
+        default_registry().kernels(target.kind),
+        default_registry().schemes,
+        dtype=target.arch.compute,
+    )
 
 
 def fake(t: Tensor, where: str) -> Tensor:
@@ -81,7 +97,9 @@ def bind(model: nn.Module, plan: Plan) -> dict[str, QuantModule]:
         module = new[path] = make_module(steps, model.get_submodule(path), plan.device.arch.compute)
         for name, spec in module.specs.items():
             layout = spec.scheme.layout(spec.n, spec.k)
-            module.set_weight(name, {key: torch.empty(shape, dtype=t, device=where) for key, (shape, t) in layout.items()})
+            module.set_weight(
+                name, {key: torch.empty(shape, dtype=t, device=where) for key, (shape, t) in layout.items()}
+            )
     put(model, new)
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -108,7 +126,9 @@ def answers(model: nn.Module, dtype: torch.dtype, where: str) -> Iterator[tuple[
         ids = torch.zeros(1, rows, dtype=torch.long, device=where)
         mask = torch.zeros(1, 1, rows, seen, dtype=dtype, device=where)
         with NoWaiting():
-            out = model(input_ids=ids, attention_mask=mask, position_ids=ids, use_cache=True, past_key_values=past)
+            out = model(
+                input_ids=ids, attention_mask=mask, position_ids=ids, use_cache=True, past_key_values=past
+            )
         past = out.past_key_values
         yield rows, out.logits
 
@@ -126,13 +146,18 @@ def check_model(directory: Path, device: str | Device, scheme: str, fallback: st
     """
     model, plan = planned(directory, device, scheme, fallback)
     dtype, where, met = plan.device.arch.compute, plan.device.torch_type, []
-    if where != "cuda":  # fused attention asks for code of the device, even for fake tensors; it is not what is tested
+    if (
+        where != "cuda"
+    ):  # fused attention asks for code of the device, even for fake tensors; it is not what is tested
         model.set_attn_implementation("eager")
 
     def note(module: QuantModule, args: tuple[Tensor, ...], y: Tensor) -> None:
         x = args[0]
         assert (y.shape[:-1], y.dtype, y.device.type) == (x.shape[:-1], dtype, where)
-        assert isinstance(module, QuantExperts) or (x.shape[-1], y.shape[-1]) == (module.in_features, module.out_features)
+        assert isinstance(module, QuantExperts) or (x.shape[-1], y.shape[-1]) == (
+            module.in_features,
+            module.out_features,
+        )
         met.append(module)
 
     with on_fake_gpu(plan.device.arch.name) as launches:
@@ -140,7 +165,11 @@ def check_model(directory: Path, device: str | Device, scheme: str, fallback: st
         for module in modules.values():
             module.register_forward_hook(note)
         for rows, logits in answers(model, dtype, where):
-            assert (logits.shape, logits.dtype, logits.device.type) == ((1, rows, model.config.vocab_size), dtype, where)
+            assert (logits.shape, logits.dtype, logits.device.type) == (
+                (1, rows, model.config.vocab_size),
+                dtype,
+                where,
+            )
         for module in modules.values():
             run_experts(module, dtype, where)
     assert sorted(map(id, met)) == sorted([*map(id, modules.values())] * 2)

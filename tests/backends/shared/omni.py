@@ -1,6 +1,8 @@
-"""What vLLM-Omni's users may quantize online on which device, and tiny diffusion transformers to show that they can here.
+"""What vLLM-Omni's users may quantize online on which device, and tiny diffusion transformers to show that
+they can here.
 
-The table: vllm-project/vllm-omni ``docs/user_guide/quantization/online.md``, the rows of Intel XPU and of Ascend NPU.
+The table: vllm-project/vllm-omni ``docs/user_guide/quantization/online.md``, the rows of Intel XPU and of
+Ascend NPU.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ TEXT = 96  # features of a word: fewer than a group of 128
 
 
 class Dit(nn.Module):
-    """One block of a diffusion transformer (Peebles and Xie, "Scalable Diffusion Models with Transformers"), with text beside it.
+    """One block of a diffusion transformer (Peebles and Xie, "Scalable Diffusion Models with Transformers"),
+    with text beside it.
 
     Image and words attend to each other; shift, scale and gate follow from the time step.
     """
@@ -37,12 +40,16 @@ class Dit(nn.Module):
         self.out = nn.Linear(hidden, features)
 
     def forward(self, image: Tensor, text: Tensor, time: Tensor) -> Tensor:
-        """Noise ``[batch, tokens, features]`` in the image, with ``text`` ``[batch, words, TEXT]``, at ``time`` ``[batch]``."""
+        """Noise ``[batch, tokens, features]`` in the image, with ``text`` ``[batch, words, TEXT]``, at
+        ``time`` ``[batch]``.
+        """
         x = torch.cat((self.image(image), self.text(text)), 1)
         angles = time[:, None] * torch.logspace(0, -4, x.shape[-1] // 2, device=x.device)
         steps = self.modulation(torch.cat((angles.cos(), angles.sin()), -1).to(x.dtype))
         shift, scale, gate, shift2, scale2, gate2 = steps[:, None].chunk(6, -1)
-        heads = self.qkv(self.norm(x) * (1 + scale) + shift).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        heads = (
+            self.qkv(self.norm(x) * (1 + scale) + shift).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        )
         q, k, v = heads.unbind(0)
         weights = torch.softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, -1)
         x = x + gate * self.proj((weights @ v).transpose(1, 2).flatten(2))
@@ -54,29 +61,51 @@ def _flux() -> nn.Module:
     from diffusers import FluxTransformer2DModel
 
     return FluxTransformer2DModel(
-        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=WIDTH, num_attention_heads=HEADS,
-        joint_attention_dim=TEXT, pooled_projection_dim=64, axes_dims_rope=(16, 24, 24),
-    )  # fmt: skip
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=WIDTH,
+        num_attention_heads=HEADS,
+        joint_attention_dim=TEXT,
+        pooled_projection_dim=64,
+        axes_dims_rope=(16, 24, 24),
+    )
 
 
 def _qwen_image() -> nn.Module:
     from diffusers import QwenImageTransformer2DModel
 
     return QwenImageTransformer2DModel(
-        in_channels=16, out_channels=4, num_layers=1, attention_head_dim=WIDTH, num_attention_heads=HEADS,
-        joint_attention_dim=TEXT, axes_dims_rope=(16, 24, 24),
-    )  # fmt: skip
+        in_channels=16,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=WIDTH,
+        num_attention_heads=HEADS,
+        joint_attention_dim=TEXT,
+        axes_dims_rope=(16, 24, 24),
+    )
 
 
 def _wan() -> nn.Module:
     from diffusers import WanTransformer3DModel
 
     return WanTransformer3DModel(
-        num_attention_heads=HEADS, attention_head_dim=WIDTH, in_channels=4, out_channels=4, text_dim=TEXT, ffn_dim=512, num_layers=1
+        num_attention_heads=HEADS,
+        attention_head_dim=WIDTH,
+        in_channels=4,
+        out_channels=4,
+        text_dim=TEXT,
+        ffn_dim=512,
+        num_layers=1,
     )
 
 
-FACTORIES: dict[str, Callable[[], nn.Module]] = {"dit": Dit, "flux": _flux, "qwen_image": _qwen_image, "wan": _wan}
+FACTORIES: dict[str, Callable[[], nn.Module]] = {
+    "dit": Dit,
+    "flux": _flux,
+    "qwen_image": _qwen_image,
+    "wan": _wan,
+}
 DIFFUSERS = tuple(name for name in FACTORIES if name != "dit")  # architectures of the package diffusers
 
 
@@ -108,7 +137,12 @@ def given(name: str, where: str = "cpu", dtype: torch.dtype = torch.bfloat16) ->
         mask = torch.ones(1, WORDS, dtype=torch.bool, device=where)
         return {**out, "encoder_hidden_states_mask": mask, "img_shapes": [[(1, SIDE, SIDE)]]}
     grid = torch.cartesian_prod(torch.zeros(1), torch.arange(1.0 * SIDE), torch.arange(1.0 * SIDE)).to(where)
-    return {**out, "pooled_projections": noise(1, 64), "img_ids": grid, "txt_ids": torch.zeros(WORDS, 3, device=where)}
+    return {
+        **out,
+        "pooled_projections": noise(1, 64),
+        "img_ids": grid,
+        "txt_ids": torch.zeros(WORDS, 3, device=where),
+    }
 
 
 def step(model: nn.Module, arguments: dict[str, Any]) -> Tensor:

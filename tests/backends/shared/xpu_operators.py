@@ -1,7 +1,9 @@
-"""Operators for Intel GPUs, on the CPU: they read every operand as their sources say, and refuse what those refuse.
+"""Operators for Intel GPUs, on the CPU: they read every operand as their sources say, and refuse what those
+refuse.
 
-Written element by element from PyTorch's ``mkldnn/xpu`` (Blas.cpp at 003d1b101f9e, detail/WoQMatmul.cpp at 088e390c9892) and from
-``vllm-xpu-kernels`` (csrc/xpu/onednn, csrc/quantization), and Intel's extension; they share no code with the kernels of quantport.
+Written element by element from PyTorch's ``mkldnn/xpu`` (Blas.cpp at 003d1b101f9e, detail/WoQMatmul.cpp at
+088e390c9892) and from ``vllm-xpu-kernels`` (csrc/xpu/onednn, csrc/quantization), and Intel's extension; they
+share no code with the kernels of quantport.
 """
 
 from __future__ import annotations
@@ -11,7 +13,9 @@ from torch import Tensor
 
 
 def u4(words: Tensor, k: int) -> Tensor:
-    """Codes ``[n, k]`` of oneDNN's u4 in int32 words ``[n, k / 8]``: K contiguous, the lowest nibble first."""
+    """Codes ``[n, k]`` of oneDNN's u4 in int32 words ``[n, k / 8]``: K contiguous, the lowest nibble
+    first.
+    """
     assert words.dtype is torch.int32
     assert words.is_contiguous()
     assert words.shape[1] * 8 == k
@@ -19,7 +23,9 @@ def u4(words: Tensor, k: int) -> Tensor:
 
 
 def woq_matmul(x: Tensor, codes: Tensor, group: int, scale: Tensor, zero: Tensor) -> Tensor:
-    """``woq_matmul_int4``: a scale and a zero point for each group of K and each column, ``[k / group, n]``."""
+    """``woq_matmul_int4``: a scale and a zero point for each group of K and each column, ``[k /
+    group, n]``.
+    """
     assert scale.is_contiguous()
     assert scale.shape == (x.shape[1] // group, codes.shape[0])
     weight = (codes - zero.t().repeat_interleave(group, 1)) * scale.t().float().repeat_interleave(group, 1)
@@ -54,7 +60,9 @@ def int4_gemm_w4a16(a, b, bias, b_scale, b_zp, group_size, g_idx):
 
 
 def fp8_gemm_w8a16(a, b, b_scale, bias):
-    """``dnnl_matmul_w8a16_fp8``: scales of blocks where they are 2-D with more than one row, else one, or one for each column."""
+    """``dnnl_matmul_w8a16_fp8``: scales of blocks where they are 2-D with more than one row, else one, or one
+    for each column.
+    """
     k, n = b.shape
     assert a.numel()
     assert a.dtype in (torch.bfloat16, torch.float16)
@@ -75,7 +83,9 @@ def fp8_gemm_w8a16(a, b, b_scale, bias):
 
 
 def fp8_gemm(a, b, out_dtype, a_scale, b_scale, bias):
-    """``dnnl_matmul_w8a8_fp8``: blocks where the scales of A have more than one column; both in fp32, or both in e8m0."""
+    """``dnnl_matmul_w8a8_fp8``: blocks where the scales of A have more than one column; both in fp32, or both
+    in e8m0.
+    """
     (m, k), n = a.shape, b.shape[1]
     assert a.dtype is b.dtype is torch.float8_e4m3fn
     assert a.is_contiguous()
@@ -111,7 +121,9 @@ def e2m1(codes: Tensor) -> Tensor:
 
 
 def fp4_gemm(a, b, a_scale, b_scale, out_dtype, bias):
-    """``dnnl_matmul_w4a4_fp4``: e8m0 scales in groups ``{1, 32}`` of A and ``{32, 1}`` of B, both row by row."""
+    """``dnnl_matmul_w4a4_fp4``: e8m0 scales in groups ``{1, 32}`` of A and ``{32, 1}`` of B, both row
+    by row.
+    """
     m, n, k = a.shape[0], b.shape[1], 2 * a.shape[1]
     assert a.numel()
     assert a.is_contiguous()
@@ -129,7 +141,9 @@ def fp4_gemm(a, b, a_scale, b_scale, out_dtype, bias):
 
 
 def per_token_group_quant_mxfp4(x, output_q, output_s, group_size, eps):
-    """``per_token_group_quant_mxfp4_vec_kernel``: scales rounded up from amax / 6, and codes that count the middles below |x|."""
+    """``per_token_group_quant_mxfp4_vec_kernel``: scales rounded up from amax / 6, and codes that count the
+    middles below |x|.
+    """
     assert x.is_contiguous()
     assert output_q.is_contiguous()
     assert group_size == 32
@@ -144,7 +158,9 @@ def per_token_group_quant_mxfp4(x, output_q, output_s, group_size, eps):
 
 
 def mm_mxfp4_out_marlin(out, x, weight, scale, group_size):
-    """``mm_mxfp4_out_marlin``: words ``[k / 8, n]`` with codes in the order of ``shuffle_weight``, scale bytes ``[k / 32, n]``."""
+    """``mm_mxfp4_out_marlin``: words ``[k / 8, n]`` with codes in the order of ``shuffle_weight``, scale
+    bytes ``[k / 32, n]``.
+    """
     (m, k), n = x.shape, weight.shape[1]
     assert out.dtype is x.dtype is torch.bfloat16, "pointers to other types are read as bfloat16"
     assert (weight.dtype, scale.dtype, group_size) == (torch.int32, torch.uint8, 32)
@@ -159,7 +175,9 @@ def mm_mxfp4_out_marlin(out, x, weight, scale, group_size):
 
 
 def int4_gemm_w4a8(a, a_scale, a_zp, b, b_scale, b_zp, group_size, g_idx, bias):
-    """``dnnl_matmul_w4a8_int4`` with signed activations; one scale for all of A, or one for each row. Returns fp16."""
+    """``dnnl_matmul_w4a8_int4`` with signed activations; one scale for all of A, or one for each row. Returns
+    fp16.
+    """
     (m, k), n = a.shape, b.shape[1]
     assert a.numel()
     assert a.dtype is torch.int8
@@ -183,7 +201,8 @@ CPU_INT8 = torch.ops.aten._weight_int8pack_mm
 
 
 def int8pack_mm(*args: Tensor, **kwargs: Tensor) -> Tensor:
-    """``_weight_int8pack_mm_xpu``, which reads scales in fp32; the CPU wants them in the dtype of x, and K % 16 == 0.
+    """``_weight_int8pack_mm_xpu``, which reads scales in fp32; the CPU wants them in the dtype of x, and K %
+    16 == 0.
 
     The call is first made as it is, to the operator of ATen, without data.
     """
@@ -194,7 +213,11 @@ def int8pack_mm(*args: Tensor, **kwargs: Tensor) -> Tensor:
     assert mat2.is_contiguous()
     assert scales.shape == mat2.shape[:1]
     assert scales.dtype is torch.float32
-    y = CPU_INT8(x.float(), mat2, torch.ones_like(scales)) if x.shape[1] % 16 == 0 else x.float() @ mat2.float().t()
+    y = (
+        CPU_INT8(x.float(), mat2, torch.ones_like(scales))
+        if x.shape[1] % 16 == 0
+        else x.float() @ mat2.float().t()
+    )
     return (y * scales).to(x.dtype)
 
 

@@ -1,4 +1,6 @@
-"""Every kernel of the Intel room that calls an operator, with the schemes, devices and shapes ``(n, k)`` that it is tried on."""
+"""Every kernel of the Intel room that calls an operator, with the schemes, devices and shapes ``(n, k)`` that
+it is tried on.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Intel GPUs on the CPU: devices that count as found, whose tensors are the CPU's, and the operators that they call."""
+"""Intel GPUs on the CPU: devices that count as found, whose tensors are the CPU's, and the operators that
+they call.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ import xpu_operators
 from exact_int_mm import exact_int_mm
 
 from quantport.device import Device
-from quantport.host import host
+from quantport.plugins.registry import default_registry
 from quantport_xpu import vendor
 from quantport_xpu.capabilities import ARCHS
 from quantport_xpu.detect import XpuBackend
@@ -35,7 +37,8 @@ def scaled_mm(a, b, *args, product=torch._scaled_mm, **kwargs):
 
 @contextmanager
 def found(devices: Sequence[Device], quantizes: bool = True) -> Iterator[None]:
-    """Inside, the process finds these devices and no other; torch has all operators, and Triton a backend: its interpreter.
+    """Inside, the process finds these devices and no other; torch has all operators, and Triton a backend:
+    its interpreter.
 
     Without ``quantizes`` the reference quantizes weights: the interpreter takes minutes for those of a model.
     """
@@ -55,8 +58,8 @@ def found(devices: Sequence[Device], quantizes: bool = True) -> Iterator[None]:
         patch.setattr(torch, "_scaled_mm", scaled_mm)
         patch.setattr("quantport_xpu.kernels.operators.registered", lambda name: True)
         patch.setattr("quantport_xpu.kernels.triton.backend_reason", lambda: "")
-        patch.setitem(host().backends, room.kind, room)
-        patch.setitem(vars(host()), "devices", tuple(devices))
+        patch.setitem(default_registry().backends, room.kind, room)
+        patch.setitem(vars(default_registry()), "devices", tuple(devices))
         yield
 
 
@@ -93,6 +96,8 @@ def operators() -> Iterator[None]:
 
 @contextmanager
 def gpus() -> Iterator[None]:
-    """Inside, a GPU of each kind is found that has facts of its own, with its operators: the setting of the conformance suite."""
+    """Inside, a GPU of each kind is found that has facts of its own, with its operators: the setting of the
+    conformance suite.
+    """
     with exact_int_mm(), operators(), found([gpu(arch, i) for i, arch in enumerate(ARCHS_HERE)]):
         yield

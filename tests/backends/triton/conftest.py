@@ -1,4 +1,6 @@
-"""Runs every Triton kernel in Triton's interpreter (``tests/conftest.py`` asks for it), mended where GPUs compute otherwise."""
+"""Runs every Triton kernel in Triton's interpreter (``tests/conftest.py`` asks for it), mended where GPUs
+compute otherwise.
+"""
 
 import numpy as np
 import pytest

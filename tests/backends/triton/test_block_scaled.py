@@ -1,4 +1,6 @@
-"""MX and NVFP4 in Triton's interpreter, which ``triton_emulation`` teaches ``tl.dot_scaled``, against the reference."""
+"""MX and NVFP4 in Triton's interpreter, which ``triton_emulation`` teaches ``tl.dot_scaled``, against the
+reference.
+"""
 
 import ml_dtypes
 import numpy as np
@@ -8,7 +10,7 @@ import triton_emulation
 
 from quantport import numerics, schemes
 from quantport.device import Arch, Device
-from quantport.kernel import Request, WeightSpec
+from quantport.kernels.base import Request, WeightSpec
 from quantport_triton.kernels.block_scaled import TritonMx, TritonNvfp4
 from quantport_triton.launch import traced
 
@@ -27,7 +29,11 @@ def problem(scheme, m, n, k, dtype=torch.bfloat16, seed=0):
     x = torch.randn(m, k, generator=generator) * 10 ** torch.randn(m, k, generator=generator)
     weight = torch.randn(n, k, generator=generator) * torch.exp(torch.randn(n, k, generator=generator))
     scheme = schemes[scheme]
-    return x.clamp(-3e4, 3e4).to(dtype), numerics.quantize_weight(weight.to(dtype), scheme), WeightSpec(scheme, n, k)
+    return (
+        x.clamp(-3e4, 3e4).to(dtype),
+        numerics.quantize_weight(weight.to(dtype), scheme),
+        WeightSpec(scheme, n, k),
+    )
 
 
 def check(x, stored, spec, bias=None):
@@ -96,12 +102,18 @@ def test_zeros_and_saturated_values(scheme):
 def test_huge_and_tiny_scales(scheme, of_x, of_weight):
     x, _, spec = problem(scheme, 3, 16, 128)
     weight = torch.randn(16, 128) * of_weight
-    y = check((x.float() / x.float().abs().max() * of_x).bfloat16(), numerics.quantize_weight(weight.bfloat16(), spec.scheme), spec)
+    y = check(
+        (x.float() / x.float().abs().max() * of_x).bfloat16(),
+        numerics.quantize_weight(weight.bfloat16(), spec.scheme),
+        spec,
+    )
     assert torch.isfinite(y).all()
     assert y.abs().max() > 0
 
 
-@pytest.mark.filterwarnings("ignore:(invalid value|divide by zero):RuntimeWarning")  # numpy, of what is tested here
+@pytest.mark.filterwarnings(
+    "ignore:(invalid value|divide by zero):RuntimeWarning"
+)  # numpy, of what is tested here
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("scheme", KERNELS)
 def test_a_token_that_is_not_finite_shows_and_hurts_no_other(scheme, value):
@@ -126,7 +138,9 @@ def test_serves_nothing_else(name):
 
 
 def test_the_emulation_by_hand():
-    """One product of each format: e2m1 codes 7 and 2 are 6 and 1, e4m3 0x7e and 0x38 are 448 and 1, e8m0 128 is 2."""
+    """One product of each format: e2m1 codes 7 and 2 are 6 and 1, e4m3 0x7e and 0x38 are 448 and 1, e8m0 128
+    is 2.
+    """
 
     class E2M1:
         name = "E2M1"
@@ -140,7 +154,11 @@ def test_the_emulation_by_hand():
 
     fp4 = np.array([[0x27, *[0] * 15]], np.uint8)
     assert triton_emulation.values(fp4, Scale([128], np.uint8), E2M1)[0, :3].tolist() == [12, 2, 0]
-    assert triton_emulation.values(fp4, Scale([0.5, 1], ml_dtypes.float8_e4m3fn), E2M1)[0, :3].tolist() == [3, 0.5, 0]
+    assert triton_emulation.values(fp4, Scale([0.5, 1], ml_dtypes.float8_e4m3fn), E2M1)[0, :3].tolist() == [
+        3,
+        0.5,
+        0,
+    ]
     fp8 = np.array([[0x7E, 0x38, *[0] * 30]], np.uint8)
     assert triton_emulation.values(fp8, Scale([126], np.uint8), E4M3)[0, :3].tolist() == [224, 0.5, 0]
 
@@ -148,5 +166,7 @@ def test_the_emulation_by_hand():
 def test_rows_that_are_not_aligned_are_said_to_be_slow():
     device = Device(Arch("test", "none", "nothing", frozenset(), ""))
     scheme = schemes["mxfp8"]
-    slow = [kernel(scheme.name).slow(Request(WeightSpec(scheme, 64, k), "linear", device)) for k in (1024, 1000)]
+    slow = [
+        kernel(scheme.name).slow(Request(WeightSpec(scheme, 64, k), "linear", device)) for k in (1024, 1000)
+    ]
     assert slow == ["", "codes are loaded one by one: K is 1000, not a multiple of 16"]

@@ -1,6 +1,7 @@
 """``torch.compile`` of quantized layers that run on Triton: one graph, whatever the number of rows.
 
-The kernels run in Triton's interpreter on the CPU, through the operator ``quantport::linear``, as they do on a GPU.
+The kernels run in Triton's interpreter on the CPU, through the operator ``quantport::linear``, as they do on
+a GPU.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from quantport import numerics
-from quantport.host import host
-from quantport.kernel import WeightSpec
+from quantport.kernels.base import WeightSpec
 from quantport.modules import QuantLinear
+from quantport.plugins.registry import default_registry
 from quantport.testing import cases
 
 HIDDEN, INNER = 32, 64
@@ -36,8 +37,12 @@ class Mlp(nn.Module):
 
 
 def linear(kernel: str, scheme: str, n: int, k: int) -> QuantLinear:
-    spec = WeightSpec(host().schemes[scheme], n, k)
-    module = QuantLinear(host().kernel(kernel), spec, nn.Parameter(cases.bias(n, torch.bfloat16), requires_grad=False))
+    spec = WeightSpec(default_registry().schemes[scheme], n, k)
+    module = QuantLinear(
+        default_registry().kernel(kernel),
+        spec,
+        nn.Parameter(cases.bias(n, torch.bfloat16), requires_grad=False),
+    )
     module.set_weight("", numerics.quantize_weight(cases.plain(n, k), spec.scheme))
     return module
 
@@ -51,7 +56,9 @@ def plain() -> Mlp:
 
 
 def graphs(model: Mlp, rows: tuple[int, ...], unbacked: bool = False) -> list[int]:
-    """How many graphs there are after each number of rows; every result is that of eager mode, bit for bit."""
+    """How many graphs there are after each number of rows; every result is that of eager mode, bit
+    for bit.
+    """
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)

@@ -14,7 +14,7 @@ import torch
 
 import quantport_triton
 from quantport.backend import Evidence, Request, WeightSpec
-from quantport.host import Host
+from quantport.plugins.registry import Registry
 from quantport_cuda.capabilities import ARCHS
 from quantport_triton import evidence
 from quantport_triton import quantize as launching
@@ -25,15 +25,17 @@ from quantport_triton.quantize import quantize
 from quantport_triton.weights import quantize_weight
 
 ROOT = Path(__file__).parents[3]
-HOST = Host(only=["cuda"])
+HOST = Registry(only=["cuda"])
 TARGETS = evidence.read("cuda")["targets"]
 SCHEMES = [*HOST.schemes.values(), HOST.schemes["nf4:double"], HOST.schemes["fp4:double"]]
 NOT_COMPILED = {"outcome": "nobody compiled it", "kernels": {}}
 OUTCOMES = {"native", "up-cast", "no matrix instruction", "refused", "not compiled"}
-# The compiler's own words change with its version: with another one the file is not stale, it is about something else.
+# The compiler's own words change with its version: with another one the file is not stale, it is about
+# something else.
 pinned = pytest.mark.skipif(
     (triton := pytest.importorskip("triton")).__version__ != evidence.read("cuda")["triton"],
-    reason=f"the evidence is of Triton {evidence.read('cuda')['triton']}, and {triton.__version__} is installed",
+    reason=f"the evidence is of Triton {evidence.read('cuda')['triton']}, and {triton.__version__} is "
+    "installed",
 )
 
 
@@ -47,7 +49,12 @@ def check(*arguments: str) -> tuple[int, str]:
 @pinned
 @pytest.mark.parametrize(
     "target",
-    [pytest.param(t, marks=[] if t in ("sm_75", "sm_80", "sm_90", "sm_100", "sm_120") else pytest.mark.slow) for t in ARCHS],
+    [
+        pytest.param(
+            t, marks=[] if t in ("sm_75", "sm_80", "sm_90", "sm_100", "sm_120") else pytest.mark.slow
+        )
+        for t in ARCHS
+    ],
 )
 def test_what_is_launched_is_what_was_compiled(target):
     code, told = check("--filed", "--target", target)
@@ -58,14 +65,22 @@ def test_what_is_launched_is_what_was_compiled(target):
 @pytest.mark.parametrize(
     ("target", "family"),
     [
-        ("sm_90", "fp8"), ("sm_100", "nvfp4"),
-        *(pytest.param(*pair, marks=pytest.mark.slow) for pair in (
-            ("sm_75", "weight_only"), ("sm_80", "int8"), ("sm_86", "int4_int8"), ("sm_89", "fp8_block"), ("sm_103", "quantize"),
-            ("sm_120", "mx"),
-            ("sm_121", "nvfp4"),
-        )),
+        ("sm_90", "fp8"),
+        ("sm_100", "nvfp4"),
+        *(
+            pytest.param(*pair, marks=pytest.mark.slow)
+            for pair in (
+                ("sm_75", "weight_only"),
+                ("sm_80", "int8"),
+                ("sm_86", "int4_int8"),
+                ("sm_89", "fp8_block"),
+                ("sm_103", "quantize"),
+                ("sm_120", "mx"),
+                ("sm_121", "nvfp4"),
+            )
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_sample_compiles_to_what_is_on_file(target, family):
     code, told = check("--all", "--filed", "--target", target, "--family", family)
     assert code == 0, told
@@ -80,9 +95,17 @@ def test_everything_compiles_to_what_is_on_file(target):
 
 
 def test_every_kernel_and_architecture_has_entries_and_no_entry_is_of_something_else():
-    """A scheme that is new in the core may lack one: its claims are then no more than interpreted, see below."""
+    """A scheme that is new in the core may lack one: its claims are then no more than interpreted,
+    see below.
+    """
     assert set(TARGETS) == set(ARCHS)
-    served = {(k.family, s.name) for k in HOST.kernels("cuda") if hasattr(k, "family") for s in SCHEMES if k.serves(s)}
+    served = {
+        (k.family, s.name)
+        for k in HOST.kernels("cuda")
+        if hasattr(k, "family")
+        for s in SCHEMES
+        if k.serves(s)
+    }
     for target, families in TARGETS.items():
         entries = {(f, s) for f, schemes in families.items() for s in schemes if f != "quantize"}
         assert entries <= served, target
@@ -91,7 +114,9 @@ def test_every_kernel_and_architecture_has_entries_and_no_entry_is_of_something_
 
 
 def test_every_outcome_follows_from_what_was_seen():
-    """As ``benchmarks/compile.py`` decides, without compiling: an outcome that somebody edits does not stand."""
+    """As ``benchmarks/compile.py`` decides, without compiling: an outcome that somebody edits does
+    not stand.
+    """
     matrix = {kernel.family: kernel.matrix for kernel in HOST.kernels("cuda") if hasattr(kernel, "family")}
     for target, families in TARGETS.items():
         for family, schemes in families.items():
@@ -122,19 +147,29 @@ def test_a_claim_is_no_stronger_than_its_evidence(target):
         for scheme in (s for s in SCHEMES if kernel.serves(s)):
             entry = TARGETS[target][kernel.family].get(scheme.name, NOT_COMPILED)
             for rows in (1, 64, 4096):
-                holds(kernel, Request(WeightSpec(scheme, 4096, 4096), "linear", device, device.arch.compute, rows), entry)
+                holds(
+                    kernel,
+                    Request(WeightSpec(scheme, 4096, 4096), "linear", device, device.arch.compute, rows),
+                    entry,
+                )
 
 
 def holds(kernel, request, entry):
     """What is claimed for a request is what the launches that it makes were seen to hold."""
     reasons = kernel.reasons_against(request)
     assert reasons or entry["outcome"] == "native" or entry is NOT_COMPILED
-    lacking = "matrix instruction [" in " ".join(map(str, reasons))  # says the table, and nothing needs to be added
-    assert any(entry.get("because", "\n") in reason.text for reason in reasons) is (entry["outcome"] == "refused" and not lacking)
+    lacking = "matrix instruction [" in " ".join(
+        map(str, reasons)
+    )  # says the table, and nothing needs to be added
+    assert any(entry.get("because", "\n") in reason.text for reason in reasons) is (
+        entry["outcome"] == "refused" and not lacking
+    )
     way = kernel.way_of(request)
     seen = entry["kernels"].get(way, {}).get("instruction", "")
     claim = kernel.claim(request)
-    assert claim.evidence is (Evidence.COMPILED if entry["outcome"] == "native" and seen else Evidence.INTERPRETED)
+    assert claim.evidence is (
+        Evidence.COMPILED if entry["outcome"] == "native" and seen else Evidence.INTERPRETED
+    )
     assert seen in claim.source or claim.evidence is Evidence.INTERPRETED
     assert not (claim.evidence is Evidence.COMPILED and way in ("gemv", "dequantize"))
 
@@ -154,8 +189,12 @@ def test_an_architecture_that_nobody_compiled_for_is_interpreted():
 
 @pinned
 def test_a_stale_file_is_found(tmp_path):
-    """A configuration that changes after the file was made, and an entry for something that is no longer launched."""
-    source = json.loads((ROOT / "backends/triton/quantport_triton/evidence/cuda.json").read_text(encoding="utf-8"))
+    """A configuration that changes after the file was made, and an entry for something that is no longer
+    launched.
+    """
+    source = json.loads(
+        (ROOT / "backends/triton/quantport_triton/evidence/cuda.json").read_text(encoding="utf-8")
+    )
     entry = source["targets"]["sm_90"]["weight_only"]["nf4"]
     entry["fingerprint"] = "0" * 16
     source["targets"]["sm_90"]["weight_only"]["gone"] = entry
@@ -180,7 +219,12 @@ def test_an_older_triton_quantizes_nothing_where_it_does_not_compile(monkeypatch
 
 @pytest.mark.parametrize(
     ("scheme", "target", "fits"),
-    [("mxfp8", "sm_121", False), ("int8", "sm_103", False), ("int8", "sm_90", True), ("fp8_per_channel", "sm_120", True)],
+    [
+        ("mxfp8", "sm_121", False),
+        ("int8", "sm_103", False),
+        ("int8", "sm_90", True),
+        ("fp8_per_channel", "sm_120", True),
+    ],
 )
 def test_an_older_triton_is_refused_where_it_does_not_compile(scheme, target, fits, monkeypatch):
     monkeypatch.setattr(base, "version", lambda: (3, 5))
@@ -188,7 +232,11 @@ def test_an_older_triton_is_refused_where_it_does_not_compile(scheme, target, fi
     request = Request(WeightSpec(HOST.schemes[scheme], 64, 64), "linear", here, torch.bfloat16)
     family = {"mxfp8": "mx", "fp8_per_channel": "fp8"}.get(scheme, scheme)
     (kernel,) = (k for k in HOST.kernels("cuda") if getattr(k, "family", "") == family)
-    told = [reason for reason in kernel.reasons_against(request) if "Triton 3.5 does not compile it" in reason.text]
+    told = [
+        reason
+        for reason in kernel.reasons_against(request)
+        if "Triton 3.5 does not compile it" in reason.text
+    ]
     assert bool(told) is not fits
 
 
@@ -213,5 +261,7 @@ assert seen(weight_only.gemm) != before[1], "a function that is called"
 @pinned
 def test_a_fingerprint_sees_what_a_kernel_is_made_of():
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", CHANGES], capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", CHANGES], capture_output=True, text=True, env=environment, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]

@@ -8,17 +8,23 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from quantport.backend import Quant, numerics
-from quantport.catalog import BUILTIN
 from quantport.numerics.scales import scale_values
+from quantport.scheme.catalog import BUILTIN
 from quantport_cuda.detect import CudaBackend
 from quantport_triton.launch import traced
 from quantport_triton.quantize import quantize, serves, swizzled
 from quantport_triton.weights import quantize_weight
 
 NAMES = [*BUILTIN, *(f"{name}:{option}" for name in BUILTIN for option in BUILTIN[name].options)]
-DECLINED = {name for name in NAMES if BUILTIN[name].weight.element.block or ":double" in name or "hqq" in name or name == "bf16"}
+DECLINED = {
+    name
+    for name in NAMES
+    if BUILTIN[name].weight.element.block or ":double" in name or "hqq" in name or name == "bf16"
+}
 WEIGHTS = [name for name in NAMES if name not in DECLINED]
-ACTIVATIONS = {quant: f"{quant}, {quant.scale} {quant.rule}" for name in NAMES if (quant := BUILTIN[name].activation)}
+ACTIVATIONS = {
+    quant: f"{quant}, {quant.scale} {quant.rule}" for name in NAMES if (quant := BUILTIN[name].activation)
+}
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 SPECIAL = [float("inf"), float("-inf"), float("nan")]
 
@@ -85,7 +91,9 @@ def test_dtypes_of_weights(name, dtype):
 def test_rotated_weights(name):
     weight = torch.randn(3, 96).bfloat16()
     got = numerics.quantize_weight(weight, BUILTIN[name], fast=quantize_weight)
-    for tensor, want in zip(got.values(), numerics.quantize_weight(weight, BUILTIN[name]).values(), strict=True):
+    for tensor, want in zip(
+        got.values(), numerics.quantize_weight(weight, BUILTIN[name]).values(), strict=True
+    ):
         same(tensor, want)
 
 
@@ -97,7 +105,9 @@ def test_activations(quant, dtype):
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (66, 1), (33, 8), (1, 5376)])
-@pytest.mark.parametrize("name", ["fp8_per_tensor", "int8", "fp8_per_block", "int4_weight_only", "fp6", "nvfp4", "nf4", "int4_mse"])
+@pytest.mark.parametrize(
+    "name", ["fp8_per_tensor", "int8", "fp8_per_block", "int4_weight_only", "fp6", "nvfp4", "nf4", "int4_mse"]
+)
 def test_shapes_of_weights(name, shape):
     check_weight(matrix(*shape, torch.bfloat16), BUILTIN[name])
 
@@ -105,18 +115,27 @@ def test_shapes_of_weights(name, shape):
 @pytest.mark.parametrize(
     "quant",
     [
-        Quant("int8", 0, 0), Quant("e4m3fn", 0, 0), Quant("e4m3fn", 1, 48), Quant("int8", 1, 1), Quant("e3m2", 1, 0),
-        Quant("e4m3fn", 3, 40), Quant("e2m1", 1, 6), Quant("int8", 1, 0, "bf16"), Quant("e2m1", 1, 16, "e4m3fn"),
-        Quant("e2m1", 1, 0),
+        Quant("int8", (0, 0)),
+        Quant("e4m3fn", (0, 0)),
+        Quant("e4m3fn", (1, 48)),
+        Quant("int8", (1, 1)),
+        Quant("e3m2", (1, 0)),
+        Quant("e4m3fn", (3, 40)),
+        Quant("e2m1", (1, 6)),
+        Quant("int8", (1, 0), "bf16"),
+        Quant("e2m1", (1, 16), "e4m3fn"),
+        Quant("e2m1", (1, 0)),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_other_blocks(quant):
     assert serves(quant)
     check_activations(matrix(7, 203, torch.bfloat16), quant)
 
 
-@pytest.mark.parametrize("quant", [Quant("e2m1", 1, 7), Quant("e4m3fn", 0, 32), Quant("e4m3fn", 256, 256)], ids=str)
+@pytest.mark.parametrize(
+    "quant", [Quant("e2m1", (1, 7)), Quant("e4m3fn", (0, 32)), Quant("e4m3fn", (256, 256))], ids=str
+)
 def test_what_has_no_kernel_is_quantized_by_the_reference(quant):
     assert not serves(quant)
     check_activations(matrix(7, 203, torch.bfloat16), quant)
@@ -181,11 +200,17 @@ def test_nan_and_inf_show_in_the_scales(name, value):
     weight[2, 70] = value
     scheme = BUILTIN[name]
     check_weight(weight, scheme)
-    assert not scale_values(quantize_weight(weight, scheme)["weight_scale"], scheme.weight.scale).isfinite().all()
+    assert (
+        not scale_values(quantize_weight(weight, scheme)["weight_scale"], scheme.weight.scale)
+        .isfinite()
+        .all()
+    )
 
 
 @pytest.mark.parametrize("value", SPECIAL, ids=str)
-@pytest.mark.parametrize("name", ["fp8", "int8", "fp8_per_block", "mxfp8", "mxfp4", "nvfp4", "mxfp4_dualscale"])
+@pytest.mark.parametrize(
+    "name", ["fp8", "int8", "fp8_per_block", "mxfp8", "mxfp4", "nvfp4", "mxfp4_dualscale"]
+)
 def test_nan_and_inf_of_a_token_stay_there(name, value):
     x, quant = torch.randn(3, 192).bfloat16(), BUILTIN[name].activation
     clean = quantize(x, quant)

@@ -12,22 +12,38 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantport.backend import FORMATS, numerics
-from quantport.catalog import BUILTIN
 from quantport.numerics.scales import scale_values
+from quantport.scheme.catalog import BUILTIN
 from quantport_triton.launch import Config, launch
 from quantport_triton.ops import encode as ops
 from quantport_triton.quantize import quantize
 from quantport_triton.weights import quantize_weight
 
 JUDGES = {
-    "e4m3fn": ml_dtypes.float8_e4m3fn, "e2m3": ml_dtypes.float6_e2m3fn, "e3m2": ml_dtypes.float6_e3m2fn,
+    "e4m3fn": ml_dtypes.float8_e4m3fn,
+    "e2m3": ml_dtypes.float6_e2m3fn,
+    "e3m2": ml_dtypes.float6_e3m2fn,
     "e2m1": ml_dtypes.float4_e2m1fn,
-}  # fmt: skip
+}
 SEARCHED = ["int4_mse", "mxfp4_dualscale", "mxfp4:mse", "mxfp8:mse", "nvfp4:mse"]
 PLAIN = [
-    "fp8_per_tensor", "fp8_per_channel", "fp8_per_block", "int8", "int4_weight_only_g32", "fp6", "nf4", "fp4", "nvfp4", "mxfp8",
-    "mxfp4", "mxfp4:floor", "mxfp4:ceil", "mxfp4:rceil", "mxfp6_e2m3", "mxfp6_e3m2:rceil",
-]  # fmt: skip
+    "fp8_per_tensor",
+    "fp8_per_channel",
+    "fp8_per_block",
+    "int8",
+    "int4_weight_only_g32",
+    "fp6",
+    "nf4",
+    "fp4",
+    "nvfp4",
+    "mxfp8",
+    "mxfp4",
+    "mxfp4:floor",
+    "mxfp4:ceil",
+    "mxfp4:rceil",
+    "mxfp6_e2m3",
+    "mxfp6_e3m2:rceil",
+]
 
 
 @triton.jit
@@ -48,12 +64,21 @@ def _divide(x, y, out, size, BLOCK: tl.constexpr):  # noqa: N803
 def encoded(x, name):
     codes = torch.empty(x.shape, dtype=torch.uint8)
     tensors = {"x": x, "codes": codes}
-    launch(_encode, (-(-x.numel() // 4096),), Config({"BLOCK": 4096}, fusion=False), tensors, {"size": x.numel()}, FORMAT=name)
+    launch(
+        _encode,
+        (-(-x.numel() // 4096),),
+        Config({"BLOCK": 4096}, fusion=False),
+        tensors,
+        {"size": x.numel()},
+        FORMAT=name,
+    )
     return codes
 
 
 def boundaries(name):
-    """Every value of a format, every midpoint of neighbours, and what lies next to each in fp32; both signs."""
+    """Every value of a format, every midpoint of neighbours, and what lies next to each in fp32; both
+    signs.
+    """
     values = numerics.values_of(name).unique()
     values = values[values.isfinite()]
     edges = torch.cat((values, (values[1:] + values[:-1]) / 2, torch.tensor([0.0, 1e-45, 1e-38, 3e38, 1e4])))
@@ -80,11 +105,21 @@ def test_quotients_are_correctly_rounded():
     generator = torch.Generator().manual_seed(0)
     for spread in (0, 40, 126):
         y = torch.rand(1 << 16, generator=generator) + 1
-        x = (torch.rand(1 << 16, generator=generator) + 1) * torch.exp2(torch.randint(-11, 8, (1 << 16,), generator=generator))
-        shift = torch.exp2(torch.randint(-spread, min(spread, 118) + 1, (1 << 16,), generator=generator).float())
+        x = (torch.rand(1 << 16, generator=generator) + 1) * torch.exp2(
+            torch.randint(-11, 8, (1 << 16,), generator=generator)
+        )
+        shift = torch.exp2(
+            torch.randint(-spread, min(spread, 118) + 1, (1 << 16,), generator=generator).float()
+        )
         x, y = x * shift, y * shift
         out = torch.empty_like(x)
-        launch(_divide, (16,), Config({"BLOCK": 4096}, fusion=False), {"x": x, "y": y, "out": out}, {"size": x.numel()})
+        launch(
+            _divide,
+            (16,),
+            Config({"BLOCK": 4096}, fusion=False),
+            {"x": x, "y": y, "out": out},
+            {"size": x.numel()},
+        )
         assert torch.equal(out, x / y)
 
 
@@ -115,7 +150,9 @@ def check_weight(x, scheme):
     finite = [scale_values(stored["weight_scale"], scheme.weight.scale).isfinite() for stored in (got, want)]
     assert torch.equal(*finite)
     for name in want if finite[1].all() else ():
-        assert torch.equal(got[name].flatten().view(torch.uint8), want[name].flatten().view(torch.uint8)), name
+        assert torch.equal(got[name].flatten().view(torch.uint8), want[name].flatten().view(torch.uint8)), (
+            name
+        )
 
 
 @given(matrices(), st.sampled_from(PLAIN))
@@ -130,11 +167,18 @@ def test_searched_weights_of_any_bits(x, name):
     check_weight(x, BUILTIN[name])
 
 
-@given(matrices(), st.sampled_from(["fp8", "int8", "fp8_per_block", "mxfp8", "mxfp4:rceil", "nvfp4", "mxfp4_dualscale", "mxfp6"]))
+@given(
+    matrices(),
+    st.sampled_from(
+        ["fp8", "int8", "fp8_per_block", "mxfp8", "mxfp4:rceil", "nvfp4", "mxfp4_dualscale", "mxfp6"]
+    ),
+)
 @settings(max_examples=80, deadline=None)
 def test_activations_of_any_bits(x, name):
     quant = BUILTIN[name].activation
     blocks, got = numerics.quantize_blocks(x, quant), quantize(x, quant)
     packed = blocks.codes if quant.element.bits == 8 else numerics.pack_bits(blocks.codes, quant.element.bits)
     for tensor, want in ((got.codes, packed), (got.scale, blocks.scale), (got.outer, blocks.outer)):
-        assert want is None or torch.equal(tensor.flatten().view(torch.uint8), want.flatten().view(torch.uint8))
+        assert want is None or torch.equal(
+            tensor.flatten().view(torch.uint8), want.flatten().view(torch.uint8)
+        )

@@ -5,7 +5,7 @@ import torch
 
 from quantport import numerics, schemes
 from quantport.device import Arch, Device
-from quantport.kernel import Request, WeightSpec
+from quantport.kernels.base import Request, WeightSpec
 from quantport_triton.kernels import scaled
 from quantport_triton.kernels.scaled import TritonFp8, TritonFp8Block, TritonInt4Int8, TritonInt8
 from quantport_triton.launch import traced
@@ -61,7 +61,8 @@ def test_any_shape_with_bias_in_fp16(scheme, shape):
 
 @pytest.mark.parametrize("rows", [5, pytest.param(130, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    "target", ["sm_80", "sm_90", *(pytest.param(t, marks=pytest.mark.slow) for t in ("sm_89", "sm_100", "sm_120"))]
+    "target",
+    ["sm_80", "sm_90", *(pytest.param(t, marks=pytest.mark.slow) for t in ("sm_89", "sm_100", "sm_120"))],
 )
 @pytest.mark.parametrize("scheme", KERNELS)
 def test_with_the_tiles_of_every_architecture(scheme, target, rows):
@@ -87,7 +88,9 @@ def test_split_k_gives_the_same_bits_at_every_call(scheme, rows):
 @pytest.mark.parametrize("rows", [1, 64])
 @pytest.mark.parametrize("scheme", KERNELS)
 def test_zeros_and_saturated_values(scheme, rows):
-    """Rows of zeros, rows of nothing but the largest value, and one outlier that leaves small codes to the rest."""
+    """Rows of zeros, rows of nothing but the largest value, and one outlier that leaves small codes to the
+    rest.
+    """
     x, _, spec = problem(scheme, rows, 48, 256)
     x[::3] = 0
     x[1::3] = 7 * torch.sign(x[1::3])
@@ -107,7 +110,9 @@ def test_huge_and_tiny_scales(scheme, of_x, of_weight):
 
 
 def test_scales_of_groups_in_any_order_in_memory(monkeypatch):
-    monkeypatch.setattr(scaled, "quantize", lambda x, quant, transposed: quantize(x, quant, transposed=not transposed))
+    monkeypatch.setattr(
+        scaled, "quantize", lambda x, quant, transposed: quantize(x, quant, transposed=not transposed)
+    )
     for rows in (3, 70):
         check(*problem("fp8_per_block", rows, 40, 640))
 
@@ -141,7 +146,9 @@ def test_int8_sums_are_exact():
     spec = WeightSpec(schemes["int8"], 1, 8193)
     half = 101 + torch.arange(4096, dtype=torch.int32).mul(7).remainder(27).to(torch.int8)
     codes = torch.cat((half, -half, torch.ones(1, dtype=torch.int8)))[None]
-    x = torch.full((1, 8193), 127.5, dtype=torch.bfloat16)  # half of the span: the scale is 1, the codes are 127
+    x = torch.full(
+        (1, 8193), 127.5, dtype=torch.bfloat16
+    )  # half of the span: the scale is 1, the codes are 127
     assert kernel("int8").run(x, (codes, torch.ones(1, 1)), None, spec).item() == 127
 
 
@@ -160,5 +167,7 @@ def test_serves_its_scheme_and_keeps_its_layout(name):
 def test_rows_that_are_not_aligned_are_said_to_be_slow():
     device = Device(Arch("test", "none", "nothing", frozenset(), ""))
     scheme = schemes["int4_w4a8"]
-    slow = [kernel(scheme.name).slow(Request(WeightSpec(scheme, 64, k), "linear", device)) for k in (1024, 1000)]
+    slow = [
+        kernel(scheme.name).slow(Request(WeightSpec(scheme, 64, k), "linear", device)) for k in (1024, 1000)
+    ]
     assert slow == ["", "codes are loaded one by one: K is 1000, not a multiple of 32"]

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantport import numerics
-from quantport.catalog import BUILTIN
-from quantport.kernel import WeightSpec
+from quantport.kernels.base import WeightSpec
+from quantport.scheme.catalog import BUILTIN
 from quantport_triton.kernels.weight_only import TritonWeightOnly, dequantized
 from quantport_triton.kernels.weights import FORMATS
 from quantport_triton.tuned import way
@@ -49,7 +49,10 @@ def test_the_values_of_a_weight_are_those_of_the_reference(scheme, n, k):
     stored, packed, spec = weight(scheme, n, k)
     for dtype in (torch.bfloat16, torch.float16):
         values = dequantized(torch.empty(0, k, dtype=dtype), packed, spec)
-        assert torch.equal(values, numerics.dequantize_weight(stored, spec.scheme, k, dtype)) or spec.scheme.rotation
+        assert (
+            torch.equal(values, numerics.dequantize_weight(stored, spec.scheme, k, dtype))
+            or spec.scheme.rotation
+        )
     if spec.scheme.rotation:  # the activations are rotated, not the weight back
         plain = WeightSpec(BUILTIN["int4_weight_only"], n, k)
         assert torch.equal(values, numerics.dequantize_weight(stored, plain.scheme, k, dtype))
@@ -82,7 +85,9 @@ def test_ways_of_an_architecture(target):
     assert ways == ["gemv", *middle, "dequantize", "dequantize"]
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int4_mse", "nvfp4", "mxfp4_dualscale", "fp8_per_block", "fp8_per_tensor"])
+@pytest.mark.parametrize(
+    "scheme", ["int8", "int4_mse", "nvfp4", "mxfp4_dualscale", "fp8_per_block", "fp8_per_tensor"]
+)
 def test_a_sum_that_is_split_is_the_same_every_time(scheme):
     stored, packed, spec = weight(scheme, 64, 4096)
     x = activations(4, 4096, torch.float16)
@@ -98,13 +103,21 @@ def test_no_rows_and_no_columns():
 
 @settings(max_examples=25, deadline=None)
 @given(
-    scheme=st.sampled_from(["fp8_weight_only", "int8_weight_only", "int4_weight_only_g32", "int4_mse", "nvfp4", "mxfp6", "nf4"]),
-    rows=st.integers(1, 18), n=st.integers(1, 70), k=st.integers(1, 200), magnitude=st.integers(-30, 12), seed=st.integers(0, 99),
-)  # fmt: skip
+    scheme=st.sampled_from(
+        ["fp8_weight_only", "int8_weight_only", "int4_weight_only_g32", "int4_mse", "nvfp4", "mxfp6", "nf4"]
+    ),
+    rows=st.integers(1, 18),
+    n=st.integers(1, 70),
+    k=st.integers(1, 200),
+    magnitude=st.integers(-30, 12),
+    seed=st.integers(0, 99),
+)
 def test_any_size_and_magnitude(scheme, rows, n, k, magnitude, seed):
     generator = torch.Generator().manual_seed(seed)
     spec = WeightSpec(BUILTIN[scheme], n, k)
-    stored = numerics.quantize_weight((torch.randn(n, k, generator=generator) * 2.0**magnitude).bfloat16(), spec.scheme)
+    stored = numerics.quantize_weight(
+        (torch.randn(n, k, generator=generator) * 2.0**magnitude).bfloat16(), spec.scheme
+    )
     x = activations(rows, k, torch.bfloat16, seed)
     assert error(KERNEL.run(x, KERNEL.pack(stored, spec), None, spec), x, stored, spec) <= KERNEL.tolerance
 
@@ -113,5 +126,7 @@ def test_what_it_packs_is_what_is_stored():
     for scheme in SCHEMES:
         stored, packed, spec = weight(scheme, 9, 70)
         again = KERNEL.unpack(packed, spec)
-        assert all(torch.equal(again[key].view(torch.uint8), t.view(torch.uint8)) for key, t in stored.items())
+        assert all(
+            torch.equal(again[key].view(torch.uint8), t.view(torch.uint8)) for key, t in stored.items()
+        )
     assert KERNEL.keeps_layout

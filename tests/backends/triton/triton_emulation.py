@@ -1,5 +1,6 @@
-"""Mends Triton's interpreter, where GPUs compute otherwise: products and rounding of bf16, fused multiplication, and
-``tl.dot_scaled``, with ml_dtypes as the judge of every format, summed in fp64. And spares it work that changes nothing.
+"""Mends Triton's interpreter, where GPUs compute otherwise: products and rounding of bf16, fused
+multiplication, and ``tl.dot_scaled``, with ml_dtypes as the judge of every format, summed in fp64. And spares
+it work that changes nothing.
 """
 
 import dataclasses
@@ -13,7 +14,9 @@ FORMATS = {"E2M1": ml_dtypes.float4_e2m1fn, "E4M3": ml_dtypes.float8_e4m3fn, "E5
 
 
 def values(codes, scale, kind, packed_along_k=True):
-    """An operand ``[rows, K]`` in fp64, from codes ``[rows, K]`` or ``[rows, K / 2]`` and scales ``[rows, K / (16 or 32)]``."""
+    """An operand ``[rows, K]`` in fp64, from codes ``[rows, K]`` or ``[rows, K / 2]`` and scales ``[rows, K /
+    (16 or 32)]``.
+    """
     assert packed_along_k
     codes = codes.view(np.uint8)
     if kind.name == "E2M1":  # two codes to a byte, the first one low
@@ -39,8 +42,9 @@ def install(interpreter):
 
 
 def _patching(interpreter):
-    """At every launch all members of the language are looked through for builtins, whose names do not change. And each sum of
-    integers is made twice more, to assert that it does not overflow, which nothing checks without ``debug``."""
+    """At every launch all members of the language are looked through for builtins, whose names do not change.
+    And each sum of integers is made twice more, to assert that it does not overflow, which nothing checks
+    without ``debug``."""
     builder = interpreter.interpreter_builder
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=builder.options.debug)
     is_builtin = interpreter.tl.core.is_builtin
@@ -59,7 +63,9 @@ def _patching(interpreter):
 
 
 def _bf16(interpreter, builder):
-    """The interpreter keeps bf16 as its bits and multiplies those; it cuts fp32 off to bf16; it rounds the product of ``fma``."""
+    """The interpreter keeps bf16 as its bits and multiplies those; it cuts fp32 off to bf16; it rounds the
+    product of ``fma``.
+    """
     tl, dot, cast = interpreter.tl, builder.create_dot, builder.cast_impl
 
     def wide(operand):
@@ -101,7 +107,17 @@ def _dot_scaled(interpreter, builder):
         return checked(self, left, left_scale, next(formats), right, right_scale, next(formats), *rest)
 
     def create_dot_scaled(
-        self, left, left_scale, left_format, right, right_scale, right_format, fast, left_packed, right_packed, total
+        self,
+        left,
+        left_scale,
+        left_format,
+        right,
+        right_scale,
+        right_format,
+        fast,
+        left_packed,
+        right_packed,
+        total,
     ):
         a = values(left.data, left_scale, left_format, left_packed)
         b = values(np.ascontiguousarray(right.data.T), right_scale, right_format, right_packed)

@@ -17,7 +17,9 @@ QUICK = ("int8", "fp8_per_channel", "fp8_per_block", "int4_weight_only", "mxfp4"
 
 
 def pytest_collection_modifyitems(items):
-    """Triton's interpreter quantizes models slowly: some schemes are loaded and saved, in the nightly target all."""
+    """Triton's interpreter quantizes models slowly: some schemes are loaded and saved, in the nightly target
+    all.
+    """
     for item in items:
         here = getattr(item, "originalname", "") == "test_checkpoint" and item.path.parent.name == "xpu"
         if here and item.callspec.params["scheme"].name not in QUICK:

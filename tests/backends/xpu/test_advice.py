@@ -1,4 +1,6 @@
-"""What ``quantport doctor`` says of an Intel GPU that is seen but not used, against fakes of everything that is read."""
+"""What ``quantport doctor`` says of an Intel GPU that is seen but not used, against fakes of everything that
+is read.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ INDEX = "--index-url https://download.pytorch.org/whl/xpu"
 
 def fake_torch(xpu="20260000", available=False):
     return SimpleNamespace(
-        __version__="2.13.0+fake", version=SimpleNamespace(xpu=xpu), xpu=SimpleNamespace(is_available=lambda: available)
+        __version__="2.13.0+fake",
+        version=SimpleNamespace(xpu=xpu),
+        xpu=SimpleNamespace(is_available=lambda: available),
     )
 
 
@@ -32,7 +36,9 @@ def drm(tmp_path):
     return tmp_path
 
 
-def surroundings(drm, libraries=("ze_loader", "ze_intel_gpu"), opens=True, environ=(), lacking=(), triton="", package=""):
+def surroundings(
+    drm, libraries=("ze_loader", "ze_intel_gpu"), opens=True, environ=(), lacking=(), triton="", package=""
+):
     return Surroundings(
         drm,
         lambda name: f"lib{name}.so.1" if name in libraries else None,
@@ -62,7 +68,11 @@ def test_a_torch_without_xpu_is_replaced(drm):
 @pytest.mark.parametrize(
     ("found", "cause", "command"),
     [
-        ({"libraries": ()}, "Level Zero loader (libze_loader) is missing", "sudo apt install libze1 libze-intel-gpu1"),
+        (
+            {"libraries": ()},
+            "Level Zero loader (libze_loader) is missing",
+            "sudo apt install libze1 libze-intel-gpu1",
+        ),
         ({"opens": False}, "may not open /dev/dri/renderD129", "sudo usermod -aG render $USER"),
         ({"environ": {"ZE_AFFINITY_MASK": "1"}}, "ZE_AFFINITY_MASK=1 may hide it", "unset ZE_AFFINITY_MASK"),
         (

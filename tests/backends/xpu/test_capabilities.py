@@ -9,21 +9,28 @@ import torch
 from torch.torch_version import TorchVersion
 
 from quantport.backend import Accepted, Evidence, Rejected, Request, Status, WeightSpec
-from quantport.choice import choose
-from quantport.host import Host
+from quantport.planning.select_kernel import select_kernel
+from quantport.plugins.registry import Registry
 from quantport_triton.launch import target_of, traced
 from quantport_xpu import vendor
 from quantport_xpu.capabilities import ARCHS
 from quantport_xpu.kernels import operators
 
-HOST = Host(only=["xpu"])
-# What a linear layer of 4096 x 4096 gets, for each scheme and architecture. Small letters: with 16-bit activations, where 8 or 4
+HOST = Registry(only=["xpu"])
+# What a linear layer of 4096 x 4096 gets, for each scheme and architecture. Small letters: with 16-bit
+# activations, where 8 or 4
 # bits were asked for.
 KERNELS = {
-    "S": "xpu._scaled_mm", "I": "xpu._int_mm", "Q": "xpu.triton_int4_int8", "P": "xpu._weight_int8pack_mm",
-    "F": "xpu._weight_int4pack_mm", "W": "xpu.triton_weight_only", "w": "xpu.triton_weight_only", "d": "torch.dequantize",
+    "S": "xpu._scaled_mm",
+    "I": "xpu._int_mm",
+    "Q": "xpu.triton_int4_int8",
+    "P": "xpu._weight_int8pack_mm",
+    "F": "xpu._weight_int4pack_mm",
+    "W": "xpu.triton_weight_only",
+    "w": "xpu.triton_weight_only",
+    "d": "torch.dequantize",
     "=": "torch.linear",
-}  # fmt: skip
+}
 STATUS = {"w": Status.WEIGHT_ONLY, "d": Status.DEQUANTIZE}  # the others are native
 INTERPRETED = "QWw"  # the others are declared
 TABLE = """
@@ -65,7 +72,11 @@ ALL = frozenset(vendor.SCHEMAS)
 
 
 def ask(device, scheme, n=4096, k=4096, dtype=torch.bfloat16, fallback="weight_only"):
-    return choose(Request(WeightSpec(HOST.schemes[scheme], n, k), "linear", device, dtype), HOST.kernels("xpu"), fallback)
+    return select_kernel(
+        Request(WeightSpec(HOST.schemes[scheme], n, k), "linear", device, dtype),
+        HOST.kernels("xpu"),
+        fallback,
+    )
 
 
 def verdicts(device, scheme, n=64, k=256, dtype=torch.bfloat16):
@@ -85,7 +96,9 @@ def refusal(device, scheme, kernel, **request):
 
 @pytest.fixture
 def here(monkeypatch):
-    """A Battlemage GPU with a torch and a Triton that have everything, and all the operators of vllm-xpu-kernels."""
+    """A Battlemage GPU with a torch and a Triton that have everything, and all the operators of
+    vllm-xpu-kernels.
+    """
     monkeypatch.setattr(operators, "registered", lambda name: True)
     monkeypatch.setattr("quantport_xpu.kernels.triton.backend_reason", lambda: "")
     return replace(simulated("bmg"), simulated=False, features=ALL)
@@ -107,7 +120,9 @@ def test_facts(name):
 
 
 def test_the_table_is_of_what_there_is():
-    """A scheme that is new in the core needs no line: what must follow from its facts is in the conformance suite."""
+    """A scheme that is new in the core needs no line: what must follow from its facts is in the conformance
+    suite.
+    """
     assert set(EXPECTED) <= set(HOST.schemes)
     assert set(LINES[0]) == set(ARCHS)
 
@@ -120,7 +135,9 @@ def test_what_a_linear_layer_gets(scheme):
         status = STATUS.get(cell, Status.NATIVE)
         assert (found.kernel, found.status) == (KERNELS[cell], status), name
         assert found.precision == (asked.weight_only if status is Status.WEIGHT_ONLY else asked).precision
-        assert found.claim.evidence is (Evidence.INTERPRETED if cell in INTERPRETED else Evidence.DECLARED), name
+        assert found.claim.evidence is (Evidence.INTERPRETED if cell in INTERPRETED else Evidence.DECLARED), (
+            name
+        )
         assert found.speed is None  # nothing is measured
         if cell in "SI":
             assert ARCHS[name].source in found.claim.source
@@ -146,7 +163,11 @@ def test_fp8_before_xe3p_is_storage_and_says_so(name):
         assert "multiplies e4m3fn natively" in refusal(device, "fp8_per_channel", "xpu._scaled_mm_emulated")
         return
     assert exact.status is Status.UNSUPPORTED
-    assert (found.kernel, found.status, found.precision) == ("xpu._scaled_mm_emulated", Status.REFERENCE, "W8A8")
+    assert (found.kernel, found.status, found.precision) == (
+        "xpu._scaled_mm_emulated",
+        Status.REFERENCE,
+        "W8A8",
+    )
     for said in (found.slow, refusal(device, "fp8_per_channel", "xpu._scaled_mm")):
         assert f"on {name}, oneDNN converts e4m3fn to a wider type before it multiplies" in said
         assert "oneDNN doc/common_concepts/data_types.md" in said
@@ -172,7 +193,10 @@ def test_operators_of_the_vendor_are_used_where_they_are_found(here, scheme, ker
     assert found.status is not Status.NATIVE or scheme in ("fp8_weight_only", "int4_weight_only", "int8")
     if kernel == "xpu.fp8_gemm_w8a16":
         reasons = next(v for v in less.verdicts if v.kernel == kernel).reasons
-        assert any("fp8_gemm_w8a16(Tensor A" in r.text and "of vllm-xpu-kernels, which was not found" in r.text for r in reasons)
+        assert any(
+            "fp8_gemm_w8a16(Tensor A" in r.text and "of vllm-xpu-kernels, which was not found" in r.text
+            for r in reasons
+        )
 
 
 @pytest.mark.parametrize("scheme", ["fp8_per_tensor", "fp8_per_channel", "fp8_per_block"])
@@ -181,7 +205,9 @@ def test_fp8_of_the_vendor_is_native_on_xe3p_alone(here, scheme):
     found = ask(xe3p, scheme, dtype=torch.float16)
     assert (found.kernel, found.status, found.precision) == ("xpu.fp8_gemm", Status.NATIVE, "W8A8")
     assert ask(xe3p, scheme).kernel == ("xpu.fp8_gemm" if scheme == "fp8_per_block" else "xpu._scaled_mm")
-    assert "bmg (Intel Arc B, Arc Pro B) has no e4m3fn matrix instruction" in refusal(here, scheme, "xpu.fp8_gemm", n=256, k=256)
+    assert "bmg (Intel Arc B, Arc Pro B) has no e4m3fn matrix instruction" in refusal(
+        here, scheme, "xpu.fp8_gemm", n=256, k=256
+    )
 
 
 def test_int4_of_the_vendor_stands_in_where_torch_has_none(here, monkeypatch):
@@ -191,7 +217,11 @@ def test_int4_of_the_vendor_stands_in_where_torch_has_none(here, monkeypatch):
 
 @pytest.mark.parametrize(
     ("scheme", "kernel"),
-    [("int8", "torch.dequantize"), ("int8_weight_only", "torch.dequantize"), ("int4_weight_only", "torch.dequantize")],
+    [
+        ("int8", "torch.dequantize"),
+        ("int8_weight_only", "torch.dequantize"),
+        ("int4_weight_only", "torch.dequantize"),
+    ],
 )
 def test_what_is_left_on_a_gpu_with_torch_alone_and_an_old_one(here, scheme, kernel, monkeypatch):
     monkeypatch.setattr(operators, "registered", lambda name: False)
@@ -205,11 +235,17 @@ def test_what_is_left_on_a_gpu_with_torch_alone_and_an_old_one(here, scheme, ker
 def test_int8_by_triton_where_torch_has_no_operator(here, monkeypatch):
     monkeypatch.setattr(operators, "registered", lambda name: name != "_int_mm")
     found = ask(here, "int8")
-    assert (found.kernel, found.status, found.claim.evidence) == ("xpu.triton_int8", Status.NATIVE, Evidence.INTERPRETED)
+    assert (found.kernel, found.status, found.claim.evidence) == (
+        "xpu.triton_int8",
+        Status.NATIVE,
+        Evidence.INTERPRETED,
+    )
 
 
 def test_an_unknown_gpu_gets_16_bits(here):
-    arch = replace(here.arch, name="xe_0x9", title="unknown Intel architecture", native=frozenset({"fp16", "bf16"}))
+    arch = replace(
+        here.arch, name="xe_0x9", title="unknown Intel architecture", native=frozenset({"fp16", "bf16"})
+    )
     found = ask(replace(here, arch=arch), "int8")
     assert (found.kernel, found.status) == ("xpu._weight_int8pack_mm", Status.WEIGHT_ONLY)
     old = replace(arch, native=frozenset({"fp16"}))
@@ -222,9 +258,24 @@ def test_an_unknown_gpu_gets_16_bits(here):
     [
         ("fp8_per_channel", "xpu._scaled_mm", {"n": 72}, "multiples of 16"),
         ("fp8_per_channel", "xpu._scaled_mm", {"dtype": torch.float16}, "bfloat16 only"),
-        ("int4_weight_only", "xpu._weight_int4pack_mm", {"k": 200}, "a multiple of the group of 128, not 200"),
-        ("int4_weight_only", "xpu._weight_int4pack_mm", {"dtype": torch.float16}, "in the dtype of the scales, bfloat16"),
-        ("int4_weight_only", "xpu.int4_gemm_w4a16", {"dtype": torch.float16}, "with scales in the dtype of the activations"),
+        (
+            "int4_weight_only",
+            "xpu._weight_int4pack_mm",
+            {"k": 200},
+            "a multiple of the group of 128, not 200",
+        ),
+        (
+            "int4_weight_only",
+            "xpu._weight_int4pack_mm",
+            {"dtype": torch.float16},
+            "in the dtype of the scales, bfloat16",
+        ),
+        (
+            "int4_weight_only",
+            "xpu.int4_gemm_w4a16",
+            {"dtype": torch.float16},
+            "with scales in the dtype of the activations",
+        ),
         ("int4_mse", "xpu._weight_int4pack_mm", {}, "does not run int4_mse"),
         ("int4_hqq", "xpu.int4_gemm_w4a16", {}, "does not run int4_hqq"),
         ("fp8_per_block", "xpu.fp8_gemm_w8a16", {"n": 256, "k": 128}, "two blocks along K, not 256 x 128"),
@@ -245,17 +296,30 @@ def test_int4_groups_that_onednn_does_not_take(here):
         weight = replace(HOST.schemes["int4_weight_only"].weight, cols=group)
         scheme = replace(HOST.schemes["int4_weight_only"], weight=weight)
         kernel = next(k for k in HOST.kernels("xpu") if k.name == "xpu._weight_int4pack_mm")
-        assert any(said in r.text for r in kernel.verdict(Request(WeightSpec(scheme, 64, 512), "linear", here)).reasons)
+        assert any(
+            said in r.text
+            for r in kernel.verdict(Request(WeightSpec(scheme, 64, 512), "linear", here)).reasons
+        )
 
 
 @pytest.mark.parametrize(
     ("version", "has"),
-    [("2.7.0+xpu", ""), ("2.8.0+xpu", "F"), ("2.9.1+xpu", "FI"), ("2.10.0+xpu", "FIPS"), ("2.13.0+cpu", "FIPS")],
+    [
+        ("2.7.0+xpu", ""),
+        ("2.8.0+xpu", "F"),
+        ("2.9.1+xpu", "FI"),
+        ("2.10.0+xpu", "FIPS"),
+        ("2.13.0+cpu", "FIPS"),
+    ],
 )
 def test_operators_appear_with_the_version_of_torch(monkeypatch, version, has):
     monkeypatch.setattr(torch, "__version__", TorchVersion(version))
     asked = {"F": "int4_weight_only", "I": "int8", "P": "int8_weight_only", "S": "fp8_per_channel"}
-    found = {cell for cell, scheme in asked.items() if isinstance(verdicts(simulated("xe3p"), scheme)[KERNELS[cell]], Accepted)}
+    found = {
+        cell
+        for cell, scheme in asked.items()
+        if isinstance(verdicts(simulated("xe3p"), scheme)[KERNELS[cell]], Accepted)
+    }
     assert found == set(has)
 
 

@@ -1,7 +1,8 @@
-"""The suite of every room, with Intel GPUs on the CPU: what is accepted runs and is right, and what is refused fails.
+"""The suite of every room, with Intel GPUs on the CPU: what is accepted runs and is right, and what is
+refused fails.
 
-ATen's operators are those of the CPU where it has them, the others are emulated (``xpu_operators.py``), and Triton's kernels run
-in its interpreter.
+ATen's operators are those of the CPU where it has them, the others are emulated (``xpu_operators.py``), and
+Triton's kernels run in its interpreter.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ class TestXpu(BackendConformance):
     kind = "xpu"
     stand_in = None
     setting = "xpu_stand_in:gpus"
-    # The interpreter runs one program of Triton's after another: tests/backends/triton takes more schemes, and up to 257 rows.
+    # The interpreter runs one program of Triton's after another: tests/backends/triton takes more schemes,
+    # and up to 257 rows.
     stands_for: ClassVar = {"xpu.triton_weight_only": ("fp8_per_block", "int4_hqq", "mxfp4_dualscale")}
     rows = (1, 17)
 
@@ -35,4 +37,4 @@ class TestXpu(BackendConformance):
 
     def test_fakes(self, subject, arch):
         """Of architectures that are not here: fake tensors of their own type."""
-        super().test_fakes(replace(subject, hosted=alone(XpuBackend())), arch)
+        super().test_fakes(replace(subject, registry=alone(XpuBackend())), arch)

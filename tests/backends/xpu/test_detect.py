@@ -23,13 +23,18 @@ NUMBERS = {
 
 
 def operator(name):
-    return SimpleNamespace(default=SimpleNamespace(_schema=torch._C.parse_schema(name + vendor.SCHEMAS[f"_xpu_C.{name}"])))
+    return SimpleNamespace(
+        default=SimpleNamespace(_schema=torch._C.parse_schema(name + vendor.SCHEMAS[f"_xpu_C.{name}"]))
+    )
 
 
 def fake_torch(*numbers, xpu="20260000", available=True, xmx=True, operators=()):
     boxes = [
         SimpleNamespace(
-            name=f"Intel fake {i}", total_memory=(i + 1) * GIB, architecture=n, has_subgroup_matrix_multiply_accumulate=xmx
+            name=f"Intel fake {i}",
+            total_memory=(i + 1) * GIB,
+            architecture=n,
+            has_subgroup_matrix_multiply_accumulate=xmx,
         )
         for i, n in enumerate(numbers)
     ]
@@ -38,7 +43,9 @@ def fake_torch(*numbers, xpu="20260000", available=True, xmx=True, operators=())
         ops=SimpleNamespace(_xpu_C=SimpleNamespace(**{name: operator(name) for name in operators})),
         version=SimpleNamespace(xpu=xpu),
         xpu=SimpleNamespace(
-            is_available=lambda: available, device_count=lambda: len(numbers), get_device_properties=lambda i: boxes[i]
+            is_available=lambda: available,
+            device_count=lambda: len(numbers),
+            get_device_properties=lambda i: boxes[i],
         ),
     )
 
@@ -47,7 +54,9 @@ def test_every_architecture_has_a_number():
     assert NUMBERS.keys() == ARCHS.keys()
 
 
-@pytest.mark.parametrize(("name", "number"), [(name, n) for name, numbers in NUMBERS.items() for n in numbers])
+@pytest.mark.parametrize(
+    ("name", "number"), [(name, n) for name, numbers in NUMBERS.items() for n in numbers]
+)
 def test_every_architecture_is_found(name, number):
     (found,) = devices(fake_torch(number))
     assert found.arch is ARCHS[name]

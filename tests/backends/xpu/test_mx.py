@@ -1,4 +1,6 @@
-"""MX formats and W4A8 of the vendor: what is chosen where, and deviations that are exactly what the kernels declare."""
+"""MX formats and W4A8 of the vendor: what is chosen where, and deviations that are exactly what the kernels
+declare.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +12,13 @@ import xpu_operators
 
 from quantport import numerics
 from quantport.backend import Accepted, Evidence, Rejected, Request, Status, WeightSpec
-from quantport.choice import choose
-from quantport.host import Host
+from quantport.planning.select_kernel import select_kernel
+from quantport.plugins.registry import Registry
 from quantport.testing import cases
 from quantport_xpu import vendor
 from quantport_xpu.kernels.mx import XpuMxfp4, XpuMxfp4Marlin, XpuMxfp4Quantized
 
-HOST = Host(only=["xpu"])
+HOST = Registry(only=["xpu"])
 N, K = 48, 256
 KERNELS = {kernel.name: kernel for kernel in HOST.kernels("xpu")}
 DEVIATING = {XpuMxfp4Quantized.name, XpuMxfp4Marlin.name}
@@ -33,37 +35,49 @@ def here(arch="bmg"):
 
 def ask(scheme, arch="bmg", fallback="weight_only", **request):
     spec = WeightSpec(HOST.schemes[scheme], request.pop("n", 4096), request.pop("k", 4096))
-    return choose(Request(spec, "linear", here(arch), **request), HOST.kernels("xpu"), fallback)
+    return select_kernel(Request(spec, "linear", here(arch), **request), HOST.kernels("xpu"), fallback)
 
 
 def refusal(scheme, kernel, arch="bmg", n=128, k=256, dtype=torch.bfloat16):
-    verdict = KERNELS[kernel].verdict(Request(WeightSpec(HOST.schemes[scheme], n, k), "linear", here(arch), dtype))
+    verdict = KERNELS[kernel].verdict(
+        Request(WeightSpec(HOST.schemes[scheme], n, k), "linear", here(arch), dtype)
+    )
     assert isinstance(verdict, Rejected)
     return " | ".join(map(str, verdict.reasons))
 
 
 def test_every_deviation_is_tested_here():
-    assert {name for name, kernel in KERNELS.items() if kernel.deviation} == DEVIATING
+    assert {name for name, kernel in KERNELS.items() if kernel.numeric_deviation} == DEVIATING
 
 
 @pytest.mark.parametrize("arch", ["pvc", "bmg", "xe3p"])
 @pytest.mark.parametrize(("scheme", "kernel"), [("mxfp8", "xpu.fp8_gemm_mx"), ("mxfp4", "xpu.fp4_gemm")])
 def test_mx_is_storage_and_its_operators_are_the_exact_emulation(scheme, kernel, arch):
-    """Both operands are converted before they are multiplied: nobody gets that unasked, and nobody calls it native."""
+    """Both operands are converted before they are multiplied: nobody gets that unasked, and nobody calls it
+    native.
+    """
     exact, default = ask(scheme, arch, "reference"), ask(scheme, arch)
-    assert (exact.kernel, exact.status, exact.deviation) == (kernel, Status.REFERENCE, "")
+    assert (exact.kernel, exact.status, exact.numeric_deviation) == (kernel, Status.REFERENCE, "")
     assert exact.claim.evidence is Evidence.DECLARED
     assert f"{arch} has no {scheme} matrix instruction" in exact.slow
     assert default.status is Status.WEIGHT_ONLY
-    assert default.kernel == ("xpu.mm_mxfp4_marlin" if (arch, scheme) == ("pvc", "mxfp4") else "xpu.triton_weight_only")
+    assert default.kernel == (
+        "xpu.mm_mxfp4_marlin" if (arch, scheme) == ("pvc", "mxfp4") else "xpu.triton_weight_only"
+    )
     assert ask(scheme, arch, "error").status is Status.UNSUPPORTED
 
 
 def test_the_plan_names_the_tie_rule():
     found = ask("mxfp4:rceil", fallback="reference")
-    assert (found.kernel, found.deviation) == ("xpu.fp4_gemm_quantized", "ties of activations go toward zero")
+    assert (found.kernel, found.numeric_deviation) == (
+        "xpu.fp4_gemm_quantized",
+        "ties of activations go toward zero",
+    )
     assert not isinstance(
-        KERNELS["xpu.fp4_gemm_quantized"].verdict(Request(WeightSpec(HOST.schemes["mxfp4"], N, K), "linear", here())), Accepted
+        KERNELS["xpu.fp4_gemm_quantized"].verdict(
+            Request(WeightSpec(HOST.schemes["mxfp4"], N, K), "linear", here())
+        ),
+        Accepted,
     )
 
 
@@ -85,7 +99,12 @@ def test_int4_w4a8_of_the_vendor_is_native():
         ("fp8_per_block", "xpu.fp8_gemm_mx", {}, "does not run fp8_per_block"),
         ("mxfp4", "xpu.mm_mxfp4_marlin", {}, "written for Xe-HPC, not for Xe2"),
         ("mxfp4", "xpu.mm_mxfp4_marlin", {"arch": "pvc", "n": 64}, "multiples of 128, not 64 x 256"),
-        ("mxfp4", "xpu.mm_mxfp4_marlin", {"arch": "pvc", "dtype": torch.float16}, "reads activations as bfloat16"),
+        (
+            "mxfp4",
+            "xpu.mm_mxfp4_marlin",
+            {"arch": "pvc", "dtype": torch.float16},
+            "reads activations as bfloat16",
+        ),
         ("int4_w4a8", "xpu.int4_gemm_w4a8", {"n": 60}, "N to be a multiple of 8, not 60"),
         ("int4_weight_only", "xpu.int4_gemm_w4a8", {}, "does not run int4_weight_only"),
     ],
@@ -95,12 +114,15 @@ def test_refusals_say_why(scheme, kernel, request_, reason):
 
 
 def toward_zero(x):
-    """MXFP4 as ``rceil`` scales it, with ties toward zero: an fp64 search over all codes, the smaller magnitude first."""
+    """MXFP4 as ``rceil`` scales it, with ties toward zero: an fp64 search over all codes, the smaller
+    magnitude first.
+    """
     groups = x.double().view(len(x), -1, 32)
     amax = groups.abs().amax(2, keepdim=True)
     _, exponent = torch.frexp(amax / 6)
     scale = torch.ldexp(
-        torch.ones_like(amax), torch.where(amax / 6 == torch.ldexp(torch.ones_like(amax), exponent - 1), exponent - 1, exponent)
+        torch.ones_like(amax),
+        torch.where(amax / 6 == torch.ldexp(torch.ones_like(amax), exponent - 1), exponent - 1, exponent),
     )
     values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)
     nearest = ((groups / scale).abs().unsqueeze(3) - values).abs().min(3).indices  # the first of equals
@@ -111,7 +133,9 @@ def toward_zero(x):
 def test_ties_go_toward_zero_and_nothing_else_differs(dtype):
     spec = WeightSpec(HOST.schemes["mxfp4:rceil"], N, K)
     steps = torch.arange(-24, 25) / 4  # every tie, every value, and what saturates nothing
-    tied = torch.cat((steps, torch.zeros(K - len(steps)))).repeat(3, 1) * torch.tensor([[1.0], [2.0**-9], [2.0**6]])
+    tied = torch.cat((steps, torch.zeros(K - len(steps)))).repeat(3, 1) * torch.tensor(
+        [[1.0], [2.0**-9], [2.0**6]]
+    )
     tied[:, 31::32] = 6 * torch.tensor([[1.0], [2.0**-9], [2.0**6]])
     stored = numerics.quantize_weight(cases.plain(N, K), spec.scheme)
     weight = numerics.dequantize_weight(stored, spec.scheme, K, torch.float32).double()
@@ -119,14 +143,20 @@ def test_ties_go_toward_zero_and_nothing_else_differs(dtype):
         found, exact = (k.run(x, k.pack(stored, spec), None, spec) for k in (XpuMxfp4Quantized(), XpuMxfp4()))
         assert cases.relative_error(found, toward_zero(x) @ weight.t()) < 2.0**-8
         assert cases.relative_error(exact, numerics.linear(x, stored, spec.scheme, None)) < 2.0**-8
-    found, exact = (k.run(tied.to(dtype), k.pack(stored, spec), None, spec) for k in (XpuMxfp4Quantized(), XpuMxfp4()))
+    found, exact = (
+        k.run(tied.to(dtype), k.pack(stored, spec), None, spec) for k in (XpuMxfp4Quantized(), XpuMxfp4())
+    )
     assert cases.relative_error(found, exact.double()) > 2.0**-6  # the deviation is seen
 
 
 def test_the_codes_of_every_tie():
-    """Golden: 0.25 to 0, 0.75 to 0.5, 1.25 to 1, 1.75 to 1.5, 2.5 to 2, 3.5 to 3, 5 to 4; the scale 2 ** ceil(log2(amax / 6))."""
+    """Golden: 0.25 to 0, 0.75 to 0.5, 1.25 to 1, 1.75 to 1.5, 2.5 to 2, 3.5 to 3, 5 to 4; the scale 2 **
+    ceil(log2(amax / 6)).
+    """
     x = torch.zeros(1, 32)
-    x[0, :16] = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0, -0.25, -0.75, -1.25, -1.75, -2.5, -3.5, -5.0, -6.0])
+    x[0, :16] = torch.tensor(
+        [0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0, -0.25, -0.75, -1.25, -1.75, -2.5, -3.5, -5.0, -6.0]
+    )
     codes, scale = XpuMxfp4Quantized().quantize(x, HOST.schemes["mxfp4:rceil"].activation)
     assert scale.view(torch.uint8).tolist() == [[127]]
     assert bytes(codes[0].tolist()).hex() == "10325476" + "98badcfe" + "00" * 8
@@ -160,7 +190,10 @@ def test_w4a8_survives_what_fp16_does_not_hold():
     kernel, spec = KERNELS["xpu.int4_gemm_w4a8"], WeightSpec(HOST.schemes["int4_w4a8"], 64, 1024)
     for size in (1e-30, 1e-6, 1e4, 1e10):
         stored = numerics.quantize_weight(cases.plain(64, 1024).float() * size, spec.scheme)
-        for x in (cases.activations(3, 1024, torch.bfloat16) * 1e4, cases.activations(3, 1024, torch.bfloat16) * 1e-6):
+        for x in (
+            cases.activations(3, 1024, torch.bfloat16) * 1e4,
+            cases.activations(3, 1024, torch.bfloat16) * 1e-6,
+        ):
             y = kernel.run(x, kernel.pack(stored, spec), None, spec)
             assert cases.relative_error(y, numerics.linear(x, stored, spec.scheme, None)) <= kernel.tolerance
 

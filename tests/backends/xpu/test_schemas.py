@@ -1,7 +1,8 @@
-"""Every operator that the room calls, against ATen's registry or the vendors' schemas; and calls one step away from a right one.
+"""Every operator that the room calls, against ATen's registry or the vendors' schemas; and calls one step
+away from a right one.
 
-The vendors' operators are registered with the schemas that the room ships, so that torch's dispatcher refuses wrong keywords, types
-and numbers of arguments; their emulations refuse wrong dtypes, ranks and layouts.
+The vendors' operators are registered with the schemas that the room ships, so that torch's dispatcher refuses
+wrong keywords, types and numbers of arguments; their emulations refuse wrong dtypes, ranks and layouts.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from xpu_runs import BMG, RUNS
 import quantport_xpu.kernels
 from quantport import numerics
 from quantport.backend import WeightSpec, aten
-from quantport.catalog import BUILTIN
+from quantport.scheme.catalog import BUILTIN
 from quantport.testing import cases
 from quantport_xpu import vendor
 from quantport_xpu.kernels.mx import XpuMxfp4Quantized
@@ -27,7 +28,8 @@ E8M0, FP8, FP4 = torch.float8_e8m0fnu, torch.float8_e4m3fn, torch.float4_e2m1fn_
 ATEN = {
     "aten._int_mm": "(Tensor self, Tensor mat2) -> Tensor",
     "aten._scaled_mm": (
-        "(Tensor self, Tensor mat2, Tensor scale_a, Tensor scale_b, Tensor? bias=None, Tensor? scale_result=None, "
+        "(Tensor self, Tensor mat2, Tensor scale_a, Tensor scale_b, Tensor? bias=None, Tensor? "
+        "scale_result=None, "
         "ScalarType? out_dtype=None, bool use_fast_accum=False) -> Tensor"
     ),
     "aten._weight_int8pack_mm": "(Tensor self, Tensor mat2, Tensor scales) -> Tensor",
@@ -44,7 +46,9 @@ def _operators(xpu_operators_registered):
 
 
 def written():
-    """Names of the operators in the text of the room's kernels, and of those of core that they derive from."""
+    """Names of the operators in the text of the room's kernels, and of those of core that they derive
+    from.
+    """
     files = [*Path(quantport_xpu.kernels.__file__).parent.glob("*.py"), Path(aten.__file__)]
     text = "\n".join(path.read_text() for path in files)
     called = set(re.findall(r"torch\.ops\.(\w+\.\w+(?:\.xpu)?)", text))
@@ -69,7 +73,9 @@ def test_every_operator_in_the_text_has_its_schema_here():
 
 @pytest.mark.parametrize("name", ATEN)
 def test_aten_has_it_as_it_is_called(name):
-    (schema,) = [s for s in torch._C._jit_get_schemas_for_operator(name.replace(".", "::")) if not s.overload_name]
+    (schema,) = [
+        s for s in torch._C._jit_get_schemas_for_operator(name.replace(".", "::")) if not s.overload_name
+    ]
     assert vendor.fits(schema, ATEN[name])
 
 
@@ -79,7 +85,9 @@ def test_every_operator_is_called_by_some_kernel():
         spec = WeightSpec(BUILTIN[scheme], *shapes[0])
         packed = kernel.pack(numerics.quantize_weight(cases.plain(spec.n, spec.k), spec.scheme), spec)
         with Calls() as calls:
-            kernel.run(cases.activations(M, spec.k, torch.bfloat16), packed, cases.bias(spec.n, torch.bfloat16), spec)
+            kernel.run(
+                cases.activations(M, spec.k, torch.bfloat16), packed, cases.bias(spec.n, torch.bfloat16), spec
+            )
         seen |= calls.seen
     # The operator of the CPU would take its place: the emulation calls that, see xpu_operators.int8pack_mm.
     assert set(OPERATORS) - seen == set()
@@ -99,9 +107,13 @@ def call(name, given, changed):
 
 def fp8(**changed):
     given = {
-        "A": ones(M, K, dtype=FP8), "B": ones(N, K, dtype=FP8).t(), "out_dtype": torch.bfloat16,
-        "A_scale_": ones(M, K // 32, dtype=E8M0), "B_scale_": ones(K // 32, N, dtype=E8M0), "bias_": None,
-    }  # fmt: skip
+        "A": ones(M, K, dtype=FP8),
+        "B": ones(N, K, dtype=FP8).t(),
+        "out_dtype": torch.bfloat16,
+        "A_scale_": ones(M, K // 32, dtype=E8M0),
+        "B_scale_": ones(K // 32, N, dtype=E8M0),
+        "bias_": None,
+    }
     return call("_xpu_C.fp8_gemm", given, changed)
 
 
@@ -112,27 +124,41 @@ def fp8_w8a16(**changed):
 
 def fp4(**changed):
     given = {
-        "A": ones(M, K // 2, dtype=torch.uint8).view(FP4), "B": ones(N, K // 2, dtype=torch.uint8).view(FP4).t(),
-        "A_scale": ones(M, K // 32, dtype=E8M0), "B_scale": ones(K // 32, N, dtype=E8M0), "out_dtype": torch.bfloat16,
+        "A": ones(M, K // 2, dtype=torch.uint8).view(FP4),
+        "B": ones(N, K // 2, dtype=torch.uint8).view(FP4).t(),
+        "A_scale": ones(M, K // 32, dtype=E8M0),
+        "B_scale": ones(K // 32, N, dtype=E8M0),
+        "out_dtype": torch.bfloat16,
         "bias_": None,
-    }  # fmt: skip
+    }
     return call("_xpu_C.fp4_gemm", given, changed)
 
 
 def w4a16(**changed):
     given = {
-        "A": x(), "B": ones(N, K // 8, dtype=torch.int32).t(), "bias": None, "B_scale": ones(K // 32, N, dtype=torch.bfloat16),
-        "B_zp": ones(1, dtype=torch.int8), "group_size": 32, "g_idx": None,
-    }  # fmt: skip
+        "A": x(),
+        "B": ones(N, K // 8, dtype=torch.int32).t(),
+        "bias": None,
+        "B_scale": ones(K // 32, N, dtype=torch.bfloat16),
+        "B_zp": ones(1, dtype=torch.int8),
+        "group_size": 32,
+        "g_idx": None,
+    }
     return call("_xpu_C.int4_gemm_w4a16", given, changed)
 
 
 def w4a8(**changed):
     given = {
-        "A_": ones(M, K, dtype=torch.int8), "A_scale": ones(1, dtype=torch.float16), "A_zp": torch.zeros(1, dtype=torch.int32),
-        "B": ones(N, K // 8, dtype=torch.int32).t(), "B_scale": ones(K // 32, N, dtype=torch.float16),
-        "B_zp": ones(1, dtype=torch.int8), "group_size": 32, "g_idx": None, "bias": None,
-    }  # fmt: skip
+        "A_": ones(M, K, dtype=torch.int8),
+        "A_scale": ones(1, dtype=torch.float16),
+        "A_zp": torch.zeros(1, dtype=torch.int32),
+        "B": ones(N, K // 8, dtype=torch.int32).t(),
+        "B_scale": ones(K // 32, N, dtype=torch.float16),
+        "B_zp": ones(1, dtype=torch.int8),
+        "group_size": 32,
+        "g_idx": None,
+        "bias": None,
+    }
     return call("_xpu_C.int4_gemm_w4a8", given, changed)
 
 
@@ -158,22 +184,30 @@ def int8(**changed):
 
 def int4(**changed):
     given = {
-        "mat2": ones(N, K // 8, dtype=torch.int32), "qGroupSize": 32, "qScale": ones(K // 32, N, dtype=torch.bfloat16),
+        "mat2": ones(N, K // 8, dtype=torch.int32),
+        "qGroupSize": 32,
+        "qScale": ones(K // 32, N, dtype=torch.bfloat16),
         "qZeros": ones(K // 32, N, dtype=torch.int8),
-    }  # fmt: skip
-    return torch.ops.aten._weight_int4pack_mm_with_scales_and_zeros(changed.pop("self", x()), **given | changed)
+    }
+    return torch.ops.aten._weight_int4pack_mm_with_scales_and_zeros(
+        changed.pop("self", x()), **given | changed
+    )
 
 
 def scaled(**changed):
     given = {"scale_a": ones(M, 1), "scale_b": ones(1, N), "out_dtype": torch.bfloat16}
-    return torch._scaled_mm(ones(M, K, dtype=FP8), changed.pop("mat2", ones(N, K, dtype=FP8).t()), **given | changed)
+    return torch._scaled_mm(
+        ones(M, K, dtype=FP8), changed.pop("mat2", ones(N, K, dtype=FP8).t()), **given | changed
+    )
 
 
 MISTAKES = {
     "a keyword of torch": lambda: fp8(scale_a=ones(M, 1)),
     "scales of two dtypes": lambda: fp8(B_scale_=ones(K // 32, N)),
     "scales of B by rows of the weight": lambda: fp8(B_scale_=ones(N, K // 32, dtype=E8M0)),
-    "exponents as bytes": lambda: fp8(A_scale_=ones(M, K // 32, dtype=torch.uint8), B_scale_=ones(K // 32, N, dtype=torch.uint8)),
+    "exponents as bytes": lambda: fp8(
+        A_scale_=ones(M, K // 32, dtype=torch.uint8), B_scale_=ones(K // 32, N, dtype=torch.uint8)
+    ),
     "an fp8 weight that is not transposed": lambda: fp8(B=ones(N, K, dtype=FP8)),
     "fp32 results": lambda: fp8(out_dtype=torch.float32),
     "activations that nobody quantized": lambda: fp8(A=x()),
@@ -187,10 +221,14 @@ MISTAKES = {
     "scales of int4 in fp32": lambda: w4a16(B_scale=ones(K // 32, N)),
     "words along N": lambda: w4a16(B=ones(K // 8, N, dtype=torch.int32)),
     "a group as a number with a fraction": lambda: w4a16(group_size=32.0),
-    "scales of W4A8 in bf16, which are read as fp16": lambda: w4a8(B_scale=ones(K // 32, N, dtype=torch.bfloat16)),
+    "scales of W4A8 in bf16, which are read as fp16": lambda: w4a8(
+        B_scale=ones(K // 32, N, dtype=torch.bfloat16)
+    ),
     "scales of tokens in fp32": lambda: w4a8(A_scale=ones(1)),
     "a zero of tokens in int8": lambda: w4a8(A_zp=torch.zeros(1, dtype=torch.int8)),
-    "scales of tokens of rank 1": lambda: w4a8(A_scale=ones(M, dtype=torch.float16), A_zp=torch.zeros(M, dtype=torch.int32)),
+    "scales of tokens of rank 1": lambda: w4a8(
+        A_scale=ones(M, dtype=torch.float16), A_zp=torch.zeros(M, dtype=torch.int32)
+    ),
     "groups of 16": lambda: quantizer(group_size=16),
     "scales as exponents": lambda: quantizer(output_s=ones(M, K // 32, dtype=torch.uint8)),
     "activations with strides": lambda: quantizer(input=cases.activations(K, M, torch.bfloat16).t()),
@@ -207,8 +245,10 @@ MISTAKES = {
     "fp16 activations, bf16 scales": lambda: int4(self=x(torch.float16)),
     "row scales as a vector": lambda: scaled(scale_a=ones(M)),
     "the name of a scale in another version": lambda: scaled(scale=ones(1)),
-    "int8 times bytes": lambda: torch._int_mm(ones(32, K, dtype=torch.int8), ones(N, K, dtype=torch.uint8).t()),
-}  # fmt: skip
+    "int8 times bytes": lambda: torch._int_mm(
+        ones(32, K, dtype=torch.int8), ones(N, K, dtype=torch.uint8).t()
+    ),
+}
 
 
 @pytest.mark.parametrize("right", [fp8, fp8_w8a16, fp4, w4a16, w4a8, quantizer, marlin, int8, int4, scaled])

@@ -1,8 +1,9 @@
-"""Kernels of ATen and of ``vllm-xpu-kernels``, on the CPU, against operators that read operands as their sources say.
+"""Kernels of ATen and of ``vllm-xpu-kernels``, on the CPU, against operators that read operands as their
+sources say.
 
-Where ATen has the operator for the CPU too (``_int_mm``, ``_scaled_mm``, ``_weight_int8pack_mm``), that runs. The others
-(``xpu_operators.py``) are registered with the schemas of the vendors, so that torch's dispatcher refuses a wrong keyword, type or
-number of arguments.
+Where ATen has the operator for the CPU too (``_int_mm``, ``_scaled_mm``, ``_weight_int8pack_mm``), that runs.
+The others (``xpu_operators.py``) are registered with the schemas of the vendors, so that torch's dispatcher
+refuses a wrong keyword, type or number of arguments.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from xpu_runs import BMG, RUNS
 
 from quantport import numerics
 from quantport.backend import Accepted, Request, WeightSpec
-from quantport.catalog import BUILTIN
+from quantport.scheme.catalog import BUILTIN
 from quantport.testing import cases
 from quantport.testing.check_runs import compare, make_job
 from quantport_xpu import vendor
@@ -74,7 +75,8 @@ def test_packing_loses_nothing_and_no_rows_are_no_rows(kernel, scheme, device, s
 
 
 @pytest.mark.parametrize(
-    ("kernel", "scheme"), [(XpuIntMM(), "int8"), (XpuInt8Pack(), "int8_weight_only"), (XpuFp8W8A16(), "fp8_weight_only")]
+    ("kernel", "scheme"),
+    [(XpuIntMM(), "int8"), (XpuInt8Pack(), "int8_weight_only"), (XpuFp8W8A16(), "fp8_weight_only")],
 )
 def test_fp16(kernel, scheme):
     spec = WeightSpec(BUILTIN[scheme], 64, 96)
@@ -83,7 +85,15 @@ def test_fp16(kernel, scheme):
     assert (
         compare(
             kernel,
-            [make_job(spec, numerics.quantize_weight(cases.plain(64, 96), spec.scheme), x, bias, kernel.quantizes_activations)],
+            [
+                make_job(
+                    spec,
+                    numerics.quantize_weight(cases.plain(64, 96), spec.scheme),
+                    x,
+                    bias,
+                    kernel.quantizes_activations,
+                )
+            ],
             CPU,
         )
         == ""
@@ -91,7 +101,9 @@ def test_fp16(kernel, scheme):
 
 
 def test_int4_agrees_with_the_operator_of_the_cpu():
-    """``_weight_int4pack_mm_for_cpu`` computes ``(code - 8) * scale + 0`` from codes that it packs itself: another layout."""
+    """``_weight_int4pack_mm_for_cpu`` computes ``(code - 8) * scale + 0`` from codes that it packs itself:
+    another layout.
+    """
     spec = WeightSpec(BUILTIN["int4_weight_only_g32"], 64, 256)
     stored = numerics.quantize_weight(cases.plain(64, 256), spec.scheme)
     codes = numerics.unpack_int4(stored["weight_packed"], 256).int() + 8
@@ -107,7 +119,9 @@ def test_int4_agrees_with_the_operator_of_the_cpu():
 
 
 def flipped_nibbles(packed):
-    return torch.stack([packed[0] >> 4 & 0x0F0F0F0F | (packed[0] & 0x0F0F0F0F) << 4]).view_as(packed[0]), *packed[1:]
+    return torch.stack([packed[0] >> 4 & 0x0F0F0F0F | (packed[0] & 0x0F0F0F0F) << 4]).view_as(
+        packed[0]
+    ), *packed[1:]
 
 
 INT4 = (XpuInt4Pack(), "int4_weight_only_g32", (64, 256))
@@ -116,7 +130,11 @@ MISTAKES = [
     ("zero of 7", *INT4, lambda p: (p[0], p[1], p[2] - 1)),
     ("zero of 0: signed codes", *INT4, lambda p: (p[0], p[1], p[2] * 0)),
     ("scales not transposed", *INT4, lambda p: (p[0], p[1].t().contiguous(), p[2])),
-    ("scales in the order of the stored tensor", *INT4, lambda p: (p[0], p[1].t().contiguous().view_as(p[1]), p[2])),
+    (
+        "scales in the order of the stored tensor",
+        *INT4,
+        lambda p: (p[0], p[1].t().contiguous().view_as(p[1]), p[2]),
+    ),
     ("scales with strides of the stored tensor", *INT4, lambda p: (p[0], p[1].t().contiguous().t(), p[2])),
     ("scales in fp32", *INT4, lambda p: (p[0], p[1].float(), p[2])),
     ("zeros in bf16, as CUDA has them", *INT4, lambda p: (p[0], p[1], p[2].bfloat16())),
@@ -124,25 +142,69 @@ MISTAKES = [
     ("codes in bytes", *INT4, lambda p: (p[0].view(torch.uint8), *p[1:])),
     ("int8 scales in bf16", XpuInt8Pack(), "int8_weight_only", (64, 256), lambda p: (p[0], p[1].bfloat16())),
     ("int8 transposed", XpuInt8Pack(), "int8_weight_only", (64, 256), lambda p: (p[0].t(), p[1])),
-    ("one zero for each group", XpuInt4W4A16(), "int4_weight_only", (64, 256), lambda p: (*p[:2], p[2].expand_as(p[1]))),
-    ("words along N", XpuInt4W4A16(), "int4_weight_only", (64, 256), lambda p: (p[0].t().contiguous().t(), *p[1:])),
-    ("fp8 scales of blocks by rows", XpuFp8W8A16(), "fp8_per_block", (384, 640), lambda p: (p[0], p[1].t().contiguous())),
-    ("fp8 scales by strides", XpuFp8W8A16(), "fp8_per_block", (256, 256), lambda p: (p[0], p[1].t().contiguous().t())),
-    ("fp8 scales of W8A8 by rows", XpuFp8Gemm(), "fp8_per_block", (384, 640), lambda p: (p[0], p[1].t().contiguous())),
-    ("row scales as a column", XpuScaledMM(), "fp8_per_channel", (64, 256), lambda p: (p[0], p[1].view(-1, 1))),
+    (
+        "one zero for each group",
+        XpuInt4W4A16(),
+        "int4_weight_only",
+        (64, 256),
+        lambda p: (*p[:2], p[2].expand_as(p[1])),
+    ),
+    (
+        "words along N",
+        XpuInt4W4A16(),
+        "int4_weight_only",
+        (64, 256),
+        lambda p: (p[0].t().contiguous().t(), *p[1:]),
+    ),
+    (
+        "fp8 scales of blocks by rows",
+        XpuFp8W8A16(),
+        "fp8_per_block",
+        (384, 640),
+        lambda p: (p[0], p[1].t().contiguous()),
+    ),
+    (
+        "fp8 scales by strides",
+        XpuFp8W8A16(),
+        "fp8_per_block",
+        (256, 256),
+        lambda p: (p[0], p[1].t().contiguous().t()),
+    ),
+    (
+        "fp8 scales of W8A8 by rows",
+        XpuFp8Gemm(),
+        "fp8_per_block",
+        (384, 640),
+        lambda p: (p[0], p[1].t().contiguous()),
+    ),
+    (
+        "row scales as a column",
+        XpuScaledMM(),
+        "fp8_per_channel",
+        (64, 256),
+        lambda p: (p[0], p[1].view(-1, 1)),
+    ),
     ("int8 codes as bytes", XpuIntMM(), "int8", (64, 256), lambda p: (p[0].view(torch.uint8), p[1])),
-]  # fmt: skip
+]
 
 
-@pytest.mark.parametrize(("kernel", "scheme", "shape", "plant"), [m[1:] for m in MISTAKES], ids=[m[0] for m in MISTAKES])
+@pytest.mark.parametrize(
+    ("kernel", "scheme", "shape", "plant"), [m[1:] for m in MISTAKES], ids=[m[0] for m in MISTAKES]
+)
 def test_a_planted_mistake_is_caught(kernel, scheme, shape, plant, monkeypatch):
     """In packing: every one either fails the operator, or its result is not the reference's."""
     spec, pack = WeightSpec(BUILTIN[scheme], *shape), type(kernel).pack
     x = cases.activations(5, shape[1], torch.bfloat16)
-    job = make_job(spec, numerics.quantize_weight(cases.plain(*shape), spec.scheme), x, None, kernel.quantizes_activations)
+    job = make_job(
+        spec,
+        numerics.quantize_weight(cases.plain(*shape), spec.scheme),
+        x,
+        None,
+        kernel.quantizes_activations,
+    )
     assert compare(kernel, [job], CPU) == ""
-    planted = plant(pack(kernel, job.canonical, spec))
-    monkeypatch.setattr(type(kernel), "pack", lambda self, canonical, spec: planted)
+    planted = plant(pack(kernel, job.stored_weight, spec))
+    monkeypatch.setattr(type(kernel), "pack", lambda self, stored_weight, spec: planted)
     assert caught(kernel, job)
 
 
@@ -158,9 +220,12 @@ def test_operators_of_the_vendor_are_found_by_their_signature():
     assert vendor.features(SimpleNamespace()) == frozenset()
     expected = vendor.SCHEMAS["_xpu_C.fp8_gemm_w8a16"]
     parse = torch._C.parse_schema
-    assert vendor.fits(parse("f(Tensor A, Tensor B, Tensor? B_scale_, Tensor? bias_, Tensor? out=None) -> Tensor"), expected)
+    assert vendor.fits(
+        parse("f(Tensor A, Tensor B, Tensor? B_scale_, Tensor? bias_, Tensor? out=None) -> Tensor"), expected
+    )
     for other in (
-        "(Tensor A, Tensor B, bool trans_B, Tensor? B_scale_, Tensor? bias_) -> Tensor",  # that of Intel's archived extension
+        # that of Intel's archived extension
+        "(Tensor A, Tensor B, bool trans_B, Tensor? B_scale_, Tensor? bias_) -> Tensor",
         "(Tensor A, Tensor B, Tensor? B_scale_) -> Tensor",
         "(Tensor A, Tensor B, Tensor? bias_, Tensor? B_scale_) -> Tensor",
         "(Tensor A, Tensor B, Tensor? B_scale_, Tensor? bias_, Tensor out) -> Tensor",
@@ -176,7 +241,10 @@ def test_a_package_that_does_not_load_is_named():
 
     assert vendor.load(lambda name: None, fails) == ""
     assert vendor.load(lambda name: object(), lambda name: None) == ""
-    assert vendor.load(lambda name: object(), fails) == "ImportError: libsycl.so.9: cannot open shared object file"
+    assert (
+        vendor.load(lambda name: object(), fails)
+        == "ImportError: libsycl.so.9: cannot open shared object file"
+    )
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def check_parts(error: QuantportError, *named: str, found: str) -> None:
     """All three parts say something, the message names what it must, and 'found' says what was wrong."""
     assert error.asked
     assert error.found
-    assert error.works
+    assert error.suggestion
     assert found in error.found, error.found
     for name in named:
         assert name in str(error), f"{name!r} is not named in: {error}"
@@ -54,13 +54,17 @@ def equal(found: torch.Tensor, expected: torch.Tensor) -> bool:
     return torch.equal(found.reshape(-1).view(torch.uint8), expected.reshape(-1).view(torch.uint8))
 
 
-def weights(*names: str, rows: int = 64, columns: int = 64, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
+def weights(
+    *names: str, rows: int = 64, columns: int = 64, dtype: torch.dtype = torch.bfloat16
+) -> dict[str, torch.Tensor]:
     """A tensor for each name, all different."""
     generator = torch.Generator().manual_seed(len(names))
     return {name: torch.randn(rows, columns, generator=generator).to(dtype) for name in names}
 
 
-def sharded(directory: Path, shards: dict[str, dict[str, torch.Tensor]], stem: str = "model") -> dict[str, str]:
+def sharded(
+    directory: Path, shards: dict[str, dict[str, torch.Tensor]], stem: str = "model"
+) -> dict[str, str]:
     """Writes shards and an index; returns the weight_map."""
     directory.mkdir(exist_ok=True)
     weight_map = {name: file for file, tensors in shards.items() for name in tensors}
@@ -71,7 +75,9 @@ def sharded(directory: Path, shards: dict[str, dict[str, torch.Tensor]], stem: s
 
 
 def write_index(directory: Path, weight_map: object, stem: str = "model") -> None:
-    (directory / f"{stem}.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (directory / f"{stem}.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
 
 
 def stream(*names: str) -> Iterator[tuple[str, torch.Tensor]]:

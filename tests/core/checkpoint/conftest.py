@@ -1,4 +1,6 @@
-"""Lets the tests of this folder import `checkpoint_blobs`: pytest's importlib mode puts no folder on the path."""
+"""Lets the tests of this folder import `checkpoint_blobs`: pytest's importlib mode puts no folder on the
+path.
+"""
 
 import sys
 from pathlib import Path

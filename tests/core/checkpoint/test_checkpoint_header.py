@@ -1,4 +1,6 @@
-"""The header parser: every lie is caught and named, and it agrees with the parser of the safetensors library."""
+"""The header parser: every lie is caught and named, and it agrees with the parser of the safetensors
+library.
+"""
 
 from __future__ import annotations
 
@@ -47,13 +49,17 @@ def test_every_dtype_of_this_torch(tag: str) -> None:
 
 
 def test_order_is_that_of_the_data() -> None:
-    raw = blob({"z": entry("U8", [2], 2, 4), "a": entry("U8", [0], 4, 4), "m": entry("U8", [2], 0, 2)}, b"1234")
+    raw = blob(
+        {"z": entry("U8", [2], 2, 4), "a": entry("U8", [0], 4, 4), "m": entry("U8", [2], 0, 2)}, b"1234"
+    )
     assert list(parse(raw).tensors) == ["m", "z", "a"]
 
 
 def test_zero_size_tensors_and_no_tensors() -> None:
     assert parse(blob({})).tensors == {}
-    raw = blob({"e": entry("F32", [0, 7], 0, 0), "w": entry("U8", [1], 0, 1), "f": entry("F64", [3, 0], 1, 1)}, b"x")
+    raw = blob(
+        {"e": entry("F32", [0, 7], 0, 0), "w": entry("U8", [1], 0, 1), "f": entry("F64", [3, 0], 1, 1)}, b"x"
+    )
     assert {n: i.shape for n, i in parse(raw).tensors.items()} == {"e": (0, 7), "w": (1,), "f": (3, 0)}
 
 
@@ -138,7 +144,10 @@ ENTRIES = {
     "negative offset": (entry("U8", [4], -4, 0), "data_offsets [-4, 0]"),
     "bool offset": (entry("U8", [1], False, True), "data_offsets [False, True]"),
     "begin after end": (entry("U8", [4], 4, 0), "data_offsets [4, 0]"),
-    "smaller than its shape": (entry("BF16", [2, 2], 0, 4), "4 bytes for BF16 of shape [2, 2], which takes 8"),
+    "smaller than its shape": (
+        entry("BF16", [2, 2], 0, 4),
+        "4 bytes for BF16 of shape [2, 2], which takes 8",
+    ),
     "larger than its shape": (entry("U8", [3], 0, 4), "4 bytes for U8 of shape [3], which takes 3"),
     "out of range": (entry("U8", [5], 0, 5), "truncated"),
     "far out of range": (entry("U8", [2**50], 0, 2**50), "truncated"),
@@ -157,11 +166,31 @@ def test_unknown_dtype_lists_the_known_and_suggests() -> None:
 
 
 LAYOUTS = {
-    "overlap": ({"a": entry("U8", [4], 0, 4), "b": entry("U8", [4], 2, 6)}, 6, "overlaps 'a' by 2 bytes", "'b'"),
-    "same place": ({"a": entry("U8", [4], 0, 4), "b": entry("U8", [4], 0, 4)}, 4, "overlaps 'a' by 4 bytes", "'b'"),
-    "empty inside": ({"a": entry("U8", [4], 0, 4), "b": entry("U8", [0], 2, 2)}, 4, "overlaps 'a' by 2 bytes", "'b'"),
+    "overlap": (
+        {"a": entry("U8", [4], 0, 4), "b": entry("U8", [4], 2, 6)},
+        6,
+        "overlaps 'a' by 2 bytes",
+        "'b'",
+    ),
+    "same place": (
+        {"a": entry("U8", [4], 0, 4), "b": entry("U8", [4], 0, 4)},
+        4,
+        "overlaps 'a' by 4 bytes",
+        "'b'",
+    ),
+    "empty inside": (
+        {"a": entry("U8", [4], 0, 4), "b": entry("U8", [0], 2, 2)},
+        4,
+        "overlaps 'a' by 2 bytes",
+        "'b'",
+    ),
     "hole first": ({"a": entry("U8", [4], 2, 6)}, 6, "a hole of 2 bytes after the header", "'a'"),
-    "hole between": ({"a": entry("U8", [4], 0, 4), "b": entry("U8", [1], 7, 8)}, 8, "a hole of 3 bytes after 'a'", "'b'"),
+    "hole between": (
+        {"a": entry("U8", [4], 0, 4), "b": entry("U8", [1], 7, 8)},
+        8,
+        "a hole of 3 bytes after 'a'",
+        "'b'",
+    ),
     "bytes after": ({"a": entry("U8", [4], 0, 4)}, 7, "3 bytes after 'a', which no tensor claims", "file"),
     "bytes and no tensor": ({}, 7, "7 bytes after the header", "file"),
     "truncated": ({"a": entry("U8", [4], 0, 4), "b": entry("U8", [4], 4, 8)}, 6, "truncated", "'b'"),
@@ -189,7 +218,9 @@ STRICTER = ("twice", "dtype 'F6", "does not pack in pairs", "shape [", "an entry
 
 
 def check_against_library(raw: bytes) -> None:
-    """Ours returns or raises CheckpointError; where the library accepts, ours says the same or refuses on purpose."""
+    """Ours returns or raises CheckpointError; where the library accepts, ours says the same or refuses on
+    purpose.
+    """
     try:
         ours = parse(raw)
     except CheckpointError as error:
@@ -197,7 +228,9 @@ def check_against_library(raw: bytes) -> None:
     try:
         theirs = deserialize(raw)
     except SafetensorError:
-        assert isinstance(ours, CheckpointError) or b"-0" in raw, f"the library refuses, quantport accepts {ours}"
+        assert isinstance(ours, CheckpointError) or b"-0" in raw, (
+            f"the library refuses, quantport accepts {ours}"
+        )
         return
     if isinstance(ours, CheckpointError):
         assert any(reason in ours.found for reason in STRICTER), f"the library accepts: {ours}"
@@ -234,7 +267,11 @@ def valid_headers(draw: st.DrawFn) -> tuple[dict[str, object], int]:
     """A header that covers its data, and the size of the data; entries in random order."""
     header: dict[str, object] = {}
     offset = 0
-    for name in draw(st.lists(st.text(min_size=1, max_size=6).filter(lambda n: n != "__metadata__"), max_size=5, unique=True)):
+    for name in draw(
+        st.lists(
+            st.text(min_size=1, max_size=6).filter(lambda n: n != "__metadata__"), max_size=5, unique=True
+        )
+    ):
         tag = draw(st.sampled_from(sorted(set(DTYPES) - {"F4"})))
         shape = draw(st.lists(st.integers(0, 3), max_size=4))
         size = torch.Size(shape).numel() * DTYPES[tag].itemsize
@@ -262,7 +299,9 @@ def test_fuzz_mutated_fields(made: tuple[dict[str, object], int], data: st.DataO
     names = [name for name in header if name != "__metadata__"]
     if names:
         target = header[data.draw(st.sampled_from(names))]
-        number = st.integers(-2, 20) | st.sampled_from([2**31, 2**32, 2**62, 2**63 - 1, 2**63, 2**64 - 1, 2**64])
+        number = st.integers(-2, 20) | st.sampled_from(
+            [2**31, 2**32, 2**62, 2**63 - 1, 2**63, 2**64 - 1, 2**64]
+        )
         field = data.draw(st.sampled_from(["dtype", "shape", "data_offsets", "begin", "end"]))
         if field == "dtype":
             target["dtype"] = data.draw(st.sampled_from([*DTYPES, "F6_E2M3", "", "f32"]) | JSON_VALUES)
@@ -272,7 +311,9 @@ def test_fuzz_mutated_fields(made: tuple[dict[str, object], int], data: st.DataO
             target["data_offsets"] = data.draw(st.lists(number, max_size=3) | JSON_VALUES)
         else:
             target["data_offsets"][field == "end"] = data.draw(number)
-    check_against_library(blob(header, b"\0" * max(0, size + data.draw(st.sampled_from([0, 0, 0, -1, 1, 8])))))
+    check_against_library(
+        blob(header, b"\0" * max(0, size + data.draw(st.sampled_from([0, 0, 0, -1, 1, 8]))))
+    )
 
 
 @settings(max_examples=400)

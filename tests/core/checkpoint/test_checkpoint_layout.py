@@ -16,7 +16,8 @@ SHARD = "model-{:05d}-of-00002.safetensors"
 ONE, TWO = SHARD.format(1), SHARD.format(2)
 
 
-# --- layouts -----------------------------------------------------------------------------------------------------------
+# --- layouts
+# -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["model", "diffusion_pytorch_model", "consolidated"])
@@ -77,7 +78,8 @@ def test_merged_metadata_of_the_first_file_wins(tmp_path: Path) -> None:
     assert Checkpoint.open(tmp_path).metadata == {"k": "first", "x": "1", "y": "2"}
 
 
-# --- what is wrong with a directory ------------------------------------------------------------------------------------
+# --- what is wrong with a directory
+# ------------------------------------------------------------------------------------
 
 
 def test_nothing_there(tmp_path: Path) -> None:
@@ -98,12 +100,12 @@ def test_empty_directory(tmp_path: Path) -> None:
         ("model-Q4_K_M.gguf", "original BF16/FP16"),
     ],
 )
-def test_only_other_formats(tmp_path: Path, name: str, works: str) -> None:
+def test_only_other_formats(tmp_path: Path, name: str, suggestion: str) -> None:
     (tmp_path / name).write_bytes(b"x")
     (tmp_path / "config.json").write_text("{}")
-    with raises(CheckpointError, str(tmp_path), works, found=f"no .safetensors file, only {name}"):
+    with raises(CheckpointError, str(tmp_path), suggestion, found=f"no .safetensors file, only {name}"):
         Checkpoint.open(tmp_path)
-    with raises(CheckpointError, name, works, found=f"only {name}"):
+    with raises(CheckpointError, name, suggestion, found=f"only {name}"):
         Checkpoint.open(tmp_path / name)
 
 
@@ -117,7 +119,9 @@ def test_a_pipeline_names_its_parts(tmp_path: Path) -> None:
 def test_several_indexes(tmp_path: Path) -> None:
     for stem in ("model.fp16", "model.bf16"):
         write_index(tmp_path, {"a": ONE}, stem)
-    with raises(CheckpointError, "pass the path of one", found="model.bf16.safetensors.index.json, model.fp16"):
+    with raises(
+        CheckpointError, "pass the path of one", found="model.bf16.safetensors.index.json, model.fp16"
+    ):
         Checkpoint.open(tmp_path)
 
 

@@ -19,7 +19,7 @@ from quantport.checkpoint import Checkpoint, save_tensors
 from quantport.checkpoint.partial import _host, appearing
 from quantport.errors import QuantportError, SaveError
 
-# --- names that are taken ----------------------------------------------------------------------------------------------
+# --- names that are taken
 
 
 def test_target_may_be_an_empty_directory(tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_overwrite_that_fails_keeps_the_old(tmp_path: Path, monkeypatch: pytest.
     assert set(Checkpoint.open(tmp_path / "m").tensors) == {"old"}
 
 
-# --- kills -------------------------------------------------------------------------------------------------------------
+# --- kills
 
 KILLED = """
     import os, signal, sys, torch
@@ -122,7 +122,9 @@ KILLED = """
 def killed(target: Path, *options: str) -> None:
     """Saves in another process that kills itself when two shards are on the disk."""
     code = textwrap.dedent(KILLED)
-    done = subprocess.run([sys.executable, "-c", code, str(target), *options], check=False, timeout=120, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(target), *options], check=False, timeout=120, capture_output=True
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 

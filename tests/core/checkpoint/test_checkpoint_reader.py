@@ -17,7 +17,8 @@ from quantport.checkpoint import Checkpoint
 from quantport.checkpoint.mapping import MappedFile
 from quantport.errors import CheckpointError
 
-# --- headers only ------------------------------------------------------------------------------------------------------
+# --- headers only
+# ------------------------------------------------------------------------------------------------------
 
 
 def test_46000_tensors_in_163_header_only_shards(tmp_path: Path) -> None:
@@ -28,7 +29,9 @@ def test_46000_tensors_in_163_header_only_shards(tmp_path: Path) -> None:
     for shard in range(shards):
         names = [f"model.layers.{i // 800}.mlp.experts.{i % 800}.weight" for i in range(shard, total, shards)]
         file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
-        header = {name: entry("F8_E4M3", [2048, 7168], i * size, (i + 1) * size) for i, name in enumerate(names)}
+        header = {
+            name: entry("F8_E4M3", [2048, 7168], i * size, (i + 1) * size) for i, name in enumerate(names)
+        }
         (tmp_path / file).write_bytes(blob(header))
         weight_map |= dict.fromkeys(names, file)
         count += len(names)
@@ -44,7 +47,8 @@ def test_46000_tensors_in_163_header_only_shards(tmp_path: Path) -> None:
         Checkpoint.open(tmp_path)
 
 
-# --- reading -----------------------------------------------------------------------------------------------------------
+# --- reading
+# -----------------------------------------------------------------------------------------------------------
 
 
 def mapping_of(address: int) -> str | None:
@@ -64,14 +68,38 @@ def test_read_is_a_view_of_a_private_mapping(tmp_path: Path) -> None:
     assert mapping_of(whole.data_ptr()) == f"rw-p {tmp_path / 'model.safetensors'}"
     assert rows.data_ptr() == whole.data_ptr() + 3 * 64 * 2
     assert checkpoint.read("b").data_ptr() == whole.data_ptr()
-    assert whole.data_ptr() - checkpoint.read("a").data_ptr() == checkpoint.tensors["b"].start - checkpoint.tensors["a"].start
+    assert (
+        whole.data_ptr() - checkpoint.read("a").data_ptr()
+        == checkpoint.tensors["b"].start - checkpoint.tensors["a"].start
+    )
 
 
 def test_every_dtype_comes_back_bit_for_bit(tmp_path: Path) -> None:
     made = {}
-    for name in ("bfloat16", "float16", "float32", "float64", "float8_e4m3fn", "float8_e5m2", "int8", "uint8", "int32", "int64"):
-        made[name] = torch.arange(24, dtype=torch.uint8).view(torch.uint8).repeat(8).view(getattr(torch, name)).view(2, -1)
-    made |= {"bool": torch.tensor([True, False]), "scalar": torch.tensor(2.5), "empty": torch.empty(0, 3, dtype=torch.int8)}
+    for name in (
+        "bfloat16",
+        "float16",
+        "float32",
+        "float64",
+        "float8_e4m3fn",
+        "float8_e5m2",
+        "int8",
+        "uint8",
+        "int32",
+        "int64",
+    ):
+        made[name] = (
+            torch.arange(24, dtype=torch.uint8)
+            .view(torch.uint8)
+            .repeat(8)
+            .view(getattr(torch, name))
+            .view(2, -1)
+        )
+    made |= {
+        "bool": torch.tensor([True, False]),
+        "scalar": torch.tensor(2.5),
+        "empty": torch.empty(0, 3, dtype=torch.int8),
+    }
     save_file(made, tmp_path / "model.safetensors")
     checkpoint = Checkpoint.open(tmp_path)
     theirs = load_file(tmp_path / "model.safetensors")
@@ -85,10 +113,23 @@ def test_every_dtype_comes_back_bit_for_bit(tmp_path: Path) -> None:
 
 def test_rows(tmp_path: Path) -> None:
     expected = weights("a", rows=10)["a"]
-    save_file({"a": expected, "none": torch.empty(0, 4), "flat": torch.empty(4, 0)}, tmp_path / "model.safetensors")
+    save_file(
+        {"a": expected, "none": torch.empty(0, 4), "flat": torch.empty(4, 0)}, tmp_path / "model.safetensors"
+    )
     checkpoint = Checkpoint.open(tmp_path)
-    for rows in (slice(None), slice(2, 5), slice(-3, None), slice(8, 99), slice(5, 5), slice(7, 2), slice(0, 4, 1)):
-        assert equal(checkpoint.read("a", rows), expected[rows if (rows.start or 0) <= (rows.stop or 99) else slice(0, 0)])
+    for rows in (
+        slice(None),
+        slice(2, 5),
+        slice(-3, None),
+        slice(8, 99),
+        slice(5, 5),
+        slice(7, 2),
+        slice(0, 4, 1),
+    ):
+        assert equal(
+            checkpoint.read("a", rows),
+            expected[rows if (rows.start or 0) <= (rows.stop or 99) else slice(0, 0)],
+        )
     assert checkpoint.read("none", slice(0, 2)).shape == (0, 4)
     assert checkpoint.read("flat", slice(1, 3)).shape == (2, 0)
 
@@ -109,7 +150,13 @@ def test_misaligned_data_is_copied_and_right(tmp_path: Path) -> None:
     values = torch.arange(6, dtype=torch.float32).view(3, 2)
     header = blob({"x": entry("U8", [1], 0, 1), "y": entry("F32", [3, 2], 1, 25)})
     pad = b" " * (-len(header) % 8)
-    raw = (len(header) - 8 + len(pad)).to_bytes(8, "little") + header[8:] + pad + b"\7" + values.numpy().tobytes()
+    raw = (
+        (len(header) - 8 + len(pad)).to_bytes(8, "little")
+        + header[8:]
+        + pad
+        + b"\7"
+        + values.numpy().tobytes()
+    )
     (tmp_path / "model.safetensors").write_bytes(raw)
     checkpoint = Checkpoint.open(tmp_path)
     found = checkpoint.read("y")

@@ -24,14 +24,17 @@ from quantport.errors import SaveError, WeightError
 SIZE = 64 * 64 * 2  # of one tensor of weights()
 
 
-# --- what is written ---------------------------------------------------------------------------------------------------
+# --- what is written
+# ---------------------------------------------------------------------------------------------------
 
 
 def test_one_shard_and_extra_files(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     target = tmp_path / "new" / "model"
     files = {"config.json": b'{"a": 1}', "sub/notes.txt": b"x"}
-    made = save_tensors(target, stream("a", "b"), metadata={"k": "v"}, files=files, copy=[tmp_path / "tokenizer.json"])
+    made = save_tensors(
+        target, stream("a", "b"), metadata={"k": "v"}, files=files, copy=[tmp_path / "tokenizer.json"]
+    )
     assert made == target
     assert only(target) == ["config.json", "model.safetensors", "sub", "tokenizer.json"]
     assert (target / "config.json").read_bytes() == b'{"a": 1}'
@@ -45,7 +48,9 @@ def test_one_shard_and_extra_files(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no modes there")
 def test_files_have_the_mode_that_the_umask_gives(tmp_path: Path) -> None:
-    """Safetensors 0.8 makes files that only their owner can read: on a server, that is not whom they are for."""
+    """Safetensors 0.8 makes files that only their owner can read: on a server, that is not whom they
+    are for.
+    """
     (tmp_path / "plain").touch()
     save_tensors(tmp_path / "m", stream("a", "b"), max_shard_bytes=1, files={"config.json": b""})
     modes = {path.stat().st_mode for path in (tmp_path / "m").iterdir()}
@@ -59,7 +64,13 @@ def test_shards_and_index(tmp_path: Path) -> None:
     assert only(tmp_path / "m") == [*shards, "model.safetensors.index.json"]
     index = json.loads((tmp_path / "m" / "model.safetensors.index.json").read_text())
     assert index["metadata"] == {"total_size": 5 * SIZE}
-    assert index["weight_map"] == {"a": shards[2], "b": shards[1], "c": shards[1], "d": shards[0], "e": shards[0]}
+    assert index["weight_map"] == {
+        "a": shards[2],
+        "b": shards[1],
+        "c": shards[1],
+        "d": shards[0],
+        "e": shards[0],
+    }
     with Checkpoint.open(tmp_path / "m") as checkpoint:
         assert all(torch.equal(checkpoint.read(name), tensor) for name, tensor in weights(*names).items())
 
@@ -71,11 +82,28 @@ def test_a_tensor_larger_than_a_shard_gets_its_own(tmp_path: Path) -> None:
 
 def test_dtypes_and_memory_layouts(tmp_path: Path) -> None:
     base = torch.arange(64, dtype=torch.uint8).view(8, 8)
-    made = {f"d{i}": base.view(dtype) for i, dtype in enumerate(
-        (torch.float8_e4m3fn, torch.int8, torch.int32, torch.bfloat16, torch.float16, torch.float32, torch.uint8)
-    )}  # fmt: skip
+    made = {
+        f"d{i}": base.view(dtype)
+        for i, dtype in enumerate(
+            (
+                torch.float8_e4m3fn,
+                torch.int8,
+                torch.int32,
+                torch.bfloat16,
+                torch.float16,
+                torch.float32,
+                torch.uint8,
+            )
+        )
+    }
     made = {name: tensor.clone() for name, tensor in made.items()}
-    made |= {"turned": base.t(), "part": base[2:4], "scalar": torch.tensor(1.5), "empty": torch.empty(0, 4), "also": torch.empty(0)}
+    made |= {
+        "turned": base.t(),
+        "part": base[2:4],
+        "scalar": torch.tensor(1.5),
+        "empty": torch.empty(0, 4),
+        "also": torch.empty(0),
+    }
     made["parameter"] = torch.nn.Parameter(torch.ones(3))
     made["imaginary"] = torch.tensor([1 + 2j]).conj().imag
     save_tensors(tmp_path / "m", made.items())
@@ -98,7 +126,9 @@ def test_tied_weights_are_written_under_both_names(tmp_path: Path) -> None:
 def test_from_checkpoint_to_checkpoint(tmp_path: Path) -> None:
     save_tensors(tmp_path / "one", stream("a", "b", "c"))
     with Checkpoint.open(tmp_path / "one") as source:
-        save_tensors(tmp_path / "two", ((name, source.read(name)) for name in source.tensors), max_shard_bytes=SIZE)
+        save_tensors(
+            tmp_path / "two", ((name, source.read(name)) for name in source.tensors), max_shard_bytes=SIZE
+        )
     with Checkpoint.open(tmp_path / "two") as copy:
         assert all(torch.equal(copy.read(name), tensor) for name, tensor in weights("a", "b", "c").items())
 
@@ -119,7 +149,8 @@ def test_holds_one_shard_and_the_next_tensor(tmp_path: Path) -> None:
     assert most <= 5
 
 
-# --- what can go wrong -------------------------------------------------------------------------------------------------
+# --- what can go wrong
+# -------------------------------------------------------------------------------------------------
 
 
 def nothing_left(directory: Path) -> bool:
@@ -181,7 +212,9 @@ def test_stream_raises(tmp_path: Path) -> None:
     with pytest.raises(WeightError) as caught:
         save_tensors(tmp_path / "m", broken(own), max_shard_bytes=1)
     assert caught.value is own
-    with raises(SaveError, str(tmp_path / "m"), found="the stream of tensors raised ZeroDivisionError: by zero"):
+    with raises(
+        SaveError, str(tmp_path / "m"), found="the stream of tensors raised ZeroDivisionError: by zero"
+    ):
         save_tensors(tmp_path / "m", broken(ZeroDivisionError("by zero")), max_shard_bytes=1)
     with pytest.raises(KeyboardInterrupt):
         save_tensors(tmp_path / "m", broken(KeyboardInterrupt()), max_shard_bytes=1)
@@ -218,7 +251,8 @@ LIMITED = """
     from quantport.errors import SaveError
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
     try:
-        save_tensors(sys.argv[1], ((f"w{i}", torch.ones(2_000 * (i + 1))) for i in range(4)), max_shard_bytes=1)
+        tensors = ((f"w{i}", torch.ones(2_000 * (i + 1))) for i in range(4))
+        save_tensors(sys.argv[1], tensors, max_shard_bytes=1)
     except SaveError as error:
         print(error)
 """
@@ -229,7 +263,11 @@ def test_the_system_stops_a_write_for_real(tmp_path: Path) -> None:
     """The system lets safetensors write no more than 20,000 bytes of the third shard."""
     code = textwrap.dedent(LIMITED)
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "m")], check=True, timeout=120, capture_output=True, text=True
+        [sys.executable, "-c", code, str(tmp_path / "m")],
+        check=True,
+        timeout=120,
+        capture_output=True,
+        text=True,
     )
     assert "File too large" in done.stdout
     assert nothing_left(tmp_path)
@@ -243,7 +281,9 @@ DENIED = {
 
 
 @pytest.mark.parametrize(("error", "found"), DENIED.values(), ids=DENIED)
-def test_refused_simulated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError, found: str) -> None:
+def test_refused_simulated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError, found: str
+) -> None:
     def refuse(*_: object) -> None:
         raise error
 

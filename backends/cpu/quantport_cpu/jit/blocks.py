@@ -1,4 +1,6 @@
-"""Blocks along a row of BF16 to codes with a scale each: MX, NVFP4, FP6 and the code books. A kernel for each format."""
+"""Blocks along a row of BF16 to codes with a scale each: MX, NVFP4, FP6 and the code books. A kernel for each
+format.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,13 @@ def _block(source, to, out, index, add, emax, high, factor, n_format, group, n_l
 
 def _body(n_format: int, group: int, n_lanes: int, kind: int, size: int, searched: int) -> Any:
     def rows(frame):
-        source, source_stride, k, to, to_stride = word(frame, 2), word(frame, 3), word(frame, 4), word(frame, 5), word(frame, 6)
+        source, source_stride, k, to, to_stride = (
+            word(frame, 2),
+            word(frame, 3),
+            word(frame, 4),
+            word(frame, 5),
+            word(frame, 6),
+        )
         out, bounce, add, emax = word(frame, 7), word(frame, 8), word(frame, 9), word(frame, 10)
         high, factor, tail = f32(word(frame, 11)), f32(word(frame, 12)), word(frame, 13)
         blocks = (k + group - 1) // group
@@ -57,7 +65,21 @@ def _body(n_format: int, group: int, n_lanes: int, kind: int, size: int, searche
                     wipe(bounce, 3 * group)
                     move(bounce, here, 2 * rest)
                     x, q = bounce, bounce + 2 * group
-                _block(x, q, out, row * blocks + c, add, emax, high, factor, n_format, group, n_lanes, kind, searched)
+                _block(
+                    x,
+                    q,
+                    out,
+                    row * blocks + c,
+                    add,
+                    emax,
+                    high,
+                    factor,
+                    n_format,
+                    group,
+                    n_lanes,
+                    kind,
+                    searched,
+                )
                 if rest < group:
                     move(codes, q, to_stride - size * c)
             if tail:  # the unused half of a last byte is zero, whatever the code of zero is
@@ -71,9 +93,10 @@ def _body(n_format: int, group: int, n_lanes: int, kind: int, size: int, searche
 def kernel(name: str, group: int, scale_kind: int, searched: bool) -> Kernel:
     """The kernel of one format.
 
-    Words: source, its stride, k, codes, their stride, scales, buffer of 3 * group bytes, what the rule adds (fp32 scales:
-    whether they are given), emax, the divisor of amax (fp32 bits), the global factor (fp32 bits), whether half a byte is
-    left over.
+    Words: source, its stride, k, codes, their stride, scales, buffer of 3 * group bytes, what the rule
+        adds (fp32 scales:
+    whether they are given), emax, the divisor of amax (fp32 bits), the global factor (fp32 bits), whether
+    half a byte is left over.
     """
     bits = ELEMENTS[name].bits
     return Kernel(_body(NUMBERS[name], group, min(group, 32), scale_kind, group * bits // 8, int(searched)))

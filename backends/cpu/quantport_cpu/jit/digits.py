@@ -1,4 +1,6 @@
-"""Activations as 23-bit integers in three base-256 digits, which integer dot products then multiply exactly."""
+"""Activations as 23-bit integers in three base-256 digits, which integer dot products then multiply
+exactly.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +14,18 @@ from quantport_cpu.jit.encode import bits32, f32, put32
 from quantport_cpu.jit.frame import Kernel, take, word
 
 LANES = 64
-_FULL = np.float32(2.0**22 * 0.98)  # largest magnitude as an integer; the margin keeps the rounding inside three digits
+_FULL = np.float32(
+    2.0**22 * 0.98
+)  # largest magnitude as an integer; the margin keeps the rounding inside three digits
 _LEAST = np.float32(2.0**-100)
 _EVEN_ODD = [8 * i + j for i in range(LANES // 8) for j in (0, 2, 4, 6, 1, 3, 5, 7)]
 
 
 @inline(types.int64)
 def top32(simd: Simd, x: Value, count: Value) -> Value:
-    """Largest magnitude of fp32 values as bits; ``count`` is a multiple of 64. NaN and Inf are larger than numbers."""
+    """Largest magnitude of fp32 values as bits; ``count`` is a multiple of 64. NaN and Inf are larger than
+    numbers.
+    """
     (best,) = simd.variables(simd.splat(0, LANES, I32), 1)
     with simd.steps(count, LANES) as i:
         v = simd.load(I32, LANES, simd.at(x, simd.b.mul(i, I64(4))))
@@ -29,9 +35,11 @@ def top32(simd: Simd, x: Value, count: Value) -> Value:
 
 @inline(types.void, 4)
 def split(simd: Simd, x: Value, to: Value, count: Value, inverse: Value, is_signed: int) -> None:
-    """Three planes of ``count`` digits each, low first: u8 with zero point 128, or s8 with even columns before odd ones.
+    """Three planes of ``count`` digits each, low first: u8 with zero point 128, or s8 with even columns
+    before odd ones.
 
-    Adding 1.5 * 2**23 (bits 0x4B400000) to a magnitude below 2**22 lands in [2**23, 2**24): fp32 there holds integers only.
+    Adding 1.5 * 2**23 (bits 0x4B400000) to a magnitude below 2**22 lands in [2**23, 2**24): fp32 there holds
+    integers only.
     """
     with simd.steps(count, LANES) as i:
         v = simd.load(F32, LANES, simd.at(x, simd.b.mul(i, I64(4))))
@@ -46,7 +54,9 @@ def split(simd: Simd, x: Value, to: Value, count: Value, inverse: Value, is_sign
 
 @inline(types.void)
 def group_sums(simd: Simd, digits: Value, group: Value, to: Value) -> None:
-    """Four int32 for one digit of one group: -8 and -136 times the sum over even columns, then over odd ones."""
+    """Four int32 for one digit of one group: -8 and -136 times the sum over even columns, then over
+    odd ones.
+    """
     (total,) = simd.variables(simd.splat(0, 8, I32), 1)
     with simd.steps(group, 8) as i:
         v = simd.widen(simd.load(I8, 8, simd.at(digits, i)), I32, signed=True)
@@ -66,7 +76,9 @@ def _sums(digits, count, group, to):
 
 
 def _digits(frame):
-    """A block is a row. Words: x fp32, padded k, digits, scales fp32, group or 0, sums int32 [M, k/group, 3, 4]."""
+    """A block is a row. Words: x fp32, padded k, digits, scales fp32, group or 0, sums int32 [M, k/group, 3,
+    4].
+    """
     x, k, to, scales = word(frame, 2), word(frame, 3), word(frame, 4), word(frame, 5)
     group, sums = word(frame, 6), word(frame, 7)
     while True:

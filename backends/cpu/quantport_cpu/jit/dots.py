@@ -1,4 +1,6 @@
-"""Few rows of activations times e4m3fn or int8 rows of weights: each weight is read once, decoded in registers."""
+"""Few rows of activations times e4m3fn or int8 rows of weights: each weight is read once, decoded in
+registers.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ DIGIT_ZERO = 0x808080  # what the three base-256 digits of an activation of zero
 
 
 def halves(simd: Simd, address: Value) -> Value:
-    """32 e4m3fn codes as fp16, value / 256: the exponent moves from bias 7 to bias 15, subnormals included."""
+    """32 e4m3fn codes as fp16, value / 256: the exponent moves from bias 7 to bias 15, subnormals
+    included.
+    """
     wide = simd.widen(simd.load(I8, 32, address), I16, signed=True)
     return simd.bits(simd.integer("and_", simd.integer("shl", wide, 7), ~0x4000), F16)
 
@@ -42,10 +46,22 @@ def _fp8_step(simd: Simd, x: Value, x_stride: Value, weights: list[Value], sums:
 
 @inline(types.void, 10)
 def fp8_tile(
-    simd: Simd, x: Value, x_stride: Value, w: Value, w_stride: Value, k: Value, chunk: Value, scale: Value,
-    scale_step: Value, out: Value, out_stride: Value, n_m: int,
-) -> None:  # fmt: skip
-    """Two weight rows times ``n_m`` rows of x; a scale for every ``chunk`` columns. ``w_stride`` 0 repeats the row."""
+    simd: Simd,
+    x: Value,
+    x_stride: Value,
+    w: Value,
+    w_stride: Value,
+    k: Value,
+    chunk: Value,
+    scale: Value,
+    scale_step: Value,
+    out: Value,
+    out_stride: Value,
+    n_m: int,
+) -> None:
+    """Two weight rows times ``n_m`` rows of x; a scale for every ``chunk`` columns. ``w_stride`` 0 repeats
+    the row.
+    """
     zero = simd.splat(0.0, 16, F32)
     totals = simd.variables(zero, ROWS * n_m)
     sums = [simd.variables(zero, max(1, 4 // n_m)) for _ in totals]
@@ -103,7 +119,9 @@ def _fp8(frame):
 
 
 def _whole(simd: Simd, plain: Value, digits: list[Value]) -> Value:
-    """fp32 sum of products from the exact sums of three digits, and the sum of the weights for their zero points."""
+    """fp32 sum of products from the exact sums of three digits, and the sum of the weights for their zero
+    points.
+    """
     plain, *sums = (simd.total(simd.widen(simd.b.load(v), I64, signed=True)) for v in (plain, *digits))
     value = simd.b.neg(simd.b.mul(plain, I64(DIGIT_ZERO)))
     for d, digit in enumerate(sums):
@@ -113,9 +131,17 @@ def _whole(simd: Simd, plain: Value, digits: list[Value]) -> Value:
 
 @inline(types.void, 8)
 def int8_tile(
-    simd: Simd, x: Value, x_stride: Value, x_scale: Value, w: Value, w_stride: Value, k: Value, out: Value,
-    out_stride: Value, n_m: int,
-) -> None:  # fmt: skip
+    simd: Simd,
+    x: Value,
+    x_stride: Value,
+    x_scale: Value,
+    w: Value,
+    w_stride: Value,
+    k: Value,
+    out: Value,
+    out_stride: Value,
+    n_m: int,
+) -> None:
     """Two weight rows times ``n_m`` rows of x, each as three planes of u8 digits with zero point 128."""
     zero = simd.splat(0, 16, I32)
     sums = simd.variables(zero, ROWS * n_m * 3)
@@ -148,14 +174,28 @@ def int8_tile(
         column = simd.b.select(simd.b.icmp_signed("==", w_stride, I64(0)), I64(0), I64(4 * r))
         for m in range(n_m):
             first = (r * n_m + m) * 3
-            scaled = simd.b.fmul(_whole(simd, plain[r], sums[first : first + 3]), simd.load(F32, 0, simd.at(x_scale, 4 * m)))
+            scaled = simd.b.fmul(
+                _whole(simd, plain[r], sums[first : first + 3]), simd.load(F32, 0, simd.at(x_scale, 4 * m))
+            )
             simd.store(scaled, simd.at(simd.at(out, column), simd.b.mul(out_stride, I64(m))))
 
 
 def _int8(frame):
     """A block is ``span`` weight rows."""
-    x, x_stride, x_scale, w, n = word(frame, 2), word(frame, 3), word(frame, 4), word(frame, 5), word(frame, 6)
-    k, out, out_stride, m, span = word(frame, 7), word(frame, 8), word(frame, 9), word(frame, 10), word(frame, 11)
+    x, x_stride, x_scale, w, n = (
+        word(frame, 2),
+        word(frame, 3),
+        word(frame, 4),
+        word(frame, 5),
+        word(frame, 6),
+    )
+    k, out, out_stride, m, span = (
+        word(frame, 7),
+        word(frame, 8),
+        word(frame, 9),
+        word(frame, 10),
+        word(frame, 11),
+    )
     while True:
         block = take(frame)
         if block >= word(frame, 1):
@@ -167,7 +207,17 @@ def _int8(frame):
                 int8_tile(x, x_stride, x_scale, here, stride, k, to, out_stride, 1)
             else:
                 for i in range(0, m, 2):
-                    int8_tile(x + i * x_stride, x_stride, x_scale + 4 * i, here, stride, k, to + i * out_stride, out_stride, 2)
+                    int8_tile(
+                        x + i * x_stride,
+                        x_stride,
+                        x_scale + 4 * i,
+                        here,
+                        stride,
+                        k,
+                        to + i * out_stride,
+                        out_stride,
+                        2,
+                    )
 
 
 fp8_kernel = Kernel(_fp8)

@@ -1,7 +1,8 @@
-"""The number formats that kernels are made for, as plain numbers: nothing here is a tensor, nothing depends on torch's defaults.
+"""The number formats that kernels are made for, as plain numbers: nothing here is a tensor, nothing depends
+on torch's defaults.
 
-What is compiled into a kernel is a constant in ``ELEMENTS`` or in the source of this package, so that the key of the cache on disk
-covers it (``store.key``).
+What is compiled into a kernel is a constant in ``ELEMENTS`` or in the source of this package, so that the key
+of the cache on disk covers it (``store.key``).
 """
 
 from __future__ import annotations

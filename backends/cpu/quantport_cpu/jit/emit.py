@@ -1,4 +1,5 @@
-"""A few words of LLVM vector code, so that kernels say which lanes they compute instead of hoping for a vectorizer.
+"""A few words of LLVM vector code, so that kernels say which lanes they compute instead of hoping for a
+vectorizer.
 
 Vectors have any power-of-two length; LLVM splits them into the registers of the machine it compiles for.
 """
@@ -16,7 +17,7 @@ from llvmlite import ir  # llvmlite has no types
 from numba.core import types
 from numba.extending import intrinsic
 
-from quantport_cpu.jit.target import Target, host
+from quantport_cpu.jit.target import Target, default_registry
 
 cgutils: Any = numba.core.cgutils
 Value = Any  # an llvmlite value
@@ -36,12 +37,14 @@ def inline(returns: Any, *literal: int) -> Callable[[Callable[..., Value]], Any]
 
     def wrap(emit: Callable[..., Value]) -> Any:
         def typing(context: Any, *args: Any) -> Any:
-            wanted = [a if i in literal else types.float32 if isinstance(a, types.Float) else types.int64
-                      for i, a in enumerate(args)]  # fmt: skip
+            wanted = [
+                a if i in literal else types.float32 if isinstance(a, types.Float) else types.int64
+                for i, a in enumerate(args)
+            ]
 
             def generate(context: Any, builder: Any, typed: Any, values: Sequence[Value]) -> Value:
                 given = [args[i].literal_value if i in literal else v for i, v in enumerate(values)]
-                out = emit(Simd(builder, host()), *given)
+                out = emit(Simd(builder, default_registry()), *given)
                 return context.get_dummy_value() if returns is types.void else out
 
             return returns(*wanted), generate
@@ -117,11 +120,15 @@ class Simd:
         return reduce(self.b.fadd, values)
 
     def integer(self, op: str, value: Value, constant: int) -> Value:
-        """``value op constant`` in every lane: ``and_``, ``or_``, ``xor``, ``shl``, ``lshr``, ``add``, ``sub``."""
+        """``value op constant`` in every lane: ``and_``, ``or_``, ``xor``, ``shl``, ``lshr``, ``add``,
+        ``sub``.
+        """
         return getattr(self.b, op)(value, self.splat(constant, value.type.count, value.type.element))
 
     def same(self, name: str, *args: Value) -> Value:
-        """An intrinsic over vectors of one type: ``fma``, ``umax``, ``smax``, ``maxnum``, ``minnum``, ``fabs``."""
+        """An intrinsic over vectors of one type: ``fma``, ``umax``, ``smax``, ``maxnum``, ``minnum``,
+        ``fabs``.
+        """
         kind = args[0].type
         return self.call(f"llvm.{name}.v{kind.count}{_NAMES[str(kind.element)]}", kind, *args)
 
@@ -133,18 +140,27 @@ class Simd:
             value = self.b.fadd(*(self.shuffle(value, value, range(i, i + half)) for i in (0, half)))
         if kind.element == F32:
             return self.b.extract_element(value, ir.Constant(I32, 0))
-        return self.call(f"llvm.vector.reduce.{op}.v{kind.count}{_NAMES[str(kind.element)]}", kind.element, value)
+        return self.call(
+            f"llvm.vector.reduce.{op}.v{kind.count}{_NAMES[str(kind.element)]}", kind.element, value
+        )
 
     def in_parts(self, op: Callable[..., Value], parts: int, *vectors: Value) -> Value:
-        """An operation of lane by lane, over vectors that are cut into so many parts, which must be 1 or 2."""
+        """An operation of lane by lane, over vectors that are cut into so many parts, which must be 1
+        or 2.
+        """
         if parts == 1:
             return op(*vectors)
-        halves = ([self.shuffle(v, v, range(i * v.type.count // 2, (i + 1) * v.type.count // 2)) for v in vectors] for i in (0, 1))
+        halves = (
+            [self.shuffle(v, v, range(i * v.type.count // 2, (i + 1) * v.type.count // 2)) for v in vectors]
+            for i in (0, 1)
+        )
         low, high = (op(*half) for half in halves)
         return self.shuffle(low, high, range(2 * low.type.count))
 
     def pairs(self, left: Value, right: Value) -> Value:
-        """Sums of two neighbouring products of int16: 32 lanes to 16 of int32, exact but for (-32768 * -32768) * 2."""
+        """Sums of two neighbouring products of int16: 32 lanes to 16 of int32, exact but for (-32768 *
+        -32768) * 2.
+        """
         bits = self.target.pair_bits
         if bits:
             name = "llvm.x86.avx512.pmaddw.d.512" if bits == 512 else "llvm.x86.avx2.pmadd.wd"
@@ -154,11 +170,15 @@ class Simd:
         return self.b.add(*(self.shuffle(product, product, range(i, left.type.count, 2)) for i in (0, 1)))
 
     def dot4(self, total: Value, unsigned: Value, signed: Value) -> Value:
-        """Adds to each of 16 int32 lanes four products u8 x s8, exactly. Vectors of 64 bytes, given as 16 x i32."""
+        """Adds to each of 16 int32 lanes four products u8 x s8, exactly. Vectors of 64 bytes, given as 16 x
+        i32.
+        """
         bits = self.target.dot_bits
         if bits:
             name, into = f"llvm.x86.avx512.vpdpbusd.{bits}", ir.VectorType(I32, bits // 32)
-            return self.in_parts(lambda *parts: self.call(name, into, *parts), 512 // bits, total, unsigned, signed)
+            return self.in_parts(
+                lambda *parts: self.call(name, into, *parts), 512 // bits, total, unsigned, signed
+            )
         u, s = (self.bits(v, I16, 32) for v in (unsigned, signed))
         even = self.pairs(self.integer("and_", u, 255), self.integer("ashr", self.integer("shl", s, 8), 8))
         odd = self.pairs(self.integer("lshr", u, 8), self.integer("ashr", s, 8))
@@ -211,7 +231,10 @@ class Simd:
     def steps(self, stop: Value, step: int) -> Iterator[Value]:
         """Loops over ``0, step, ...`` while a whole step fits below ``stop``; gives the index."""
         whole = self.b.and_(stop, ir.Constant(I64, -step))
-        with cgutils.for_range_slice(self.b, ir.Constant(I64, 0), whole, ir.Constant(I64, step), I64) as (index, _):
+        with cgutils.for_range_slice(self.b, ir.Constant(I64, 0), whole, ir.Constant(I64, step), I64) as (
+            index,
+            _,
+        ):
             yield index
 
     @contextmanager

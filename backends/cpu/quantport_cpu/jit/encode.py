@@ -1,4 +1,6 @@
-"""The quantizer kernel: magnitudes, scales and codes of BF16 rows, with each panel of rows read from memory once."""
+"""The quantizer kernel: magnitudes, scales and codes of BF16 rows, with each panel of rows read from memory
+once.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def magnitude(simd: Simd, source: Value, count: Value) -> Value:
 
 
 def quotient(simd: Simd, x: Value, scale: Value, inverse: Value, is_divide: int) -> Value:
-    """``x / scale`` as a true division gives it, for bf16 ``x``: a product, and one step of Newton on the remainder."""
+    """``x / scale`` as a true division gives it, for bf16 ``x``: a product, and one step of Newton on the
+    remainder.
+    """
     if is_divide:
         return simd.b.fdiv(x, scale)
     q = simd.b.fmul(x, inverse)
@@ -44,12 +48,15 @@ def quotient(simd: Simd, x: Value, scale: Value, inverse: Value, is_divide: int)
 def _e4m3(simd: Simd, q: Value, sign: Value) -> Value:
     """fp32 to e4m3fn bits in int32 lanes. ``sign`` holds the sign in bit 31.
 
-    Adding 2**20 times the power of two of q rounds q to three bits, to nearest even, in the low bits of the sum.
+    Adding 2**20 times the power of two of q rounds q to three bits, to nearest even, in the low bits of the
+    sum.
     """
     lanes = q.type.count
     q = simd.same("minnum", simd.same("fabs", q), simd.splat(448.0, lanes, F32))
     power = simd.integer("and_", simd.bits(q, I32), 0x7F800000)
-    power = simd.same("umax", power, simd.splat(121 << 23, lanes, I32))  # 2**-6: below it the codes are evenly spaced
+    power = simd.same(
+        "umax", power, simd.splat(121 << 23, lanes, I32)
+    )  # 2**-6: below it the codes are evenly spaced
     magic = simd.integer("add", power, 20 << 23)
     steps = simd.b.sub(simd.bits(simd.b.fadd(q, simd.bits(magic, F32)), I32), magic)
     exponent = simd.integer("sub", simd.integer("lshr", power, 20), 121 << 3)
@@ -66,7 +73,16 @@ def _integers(simd: Simd, q: Value, low: float, high: float, offset: int) -> Val
 
 
 @inline(types.void, 5, 6)
-def encode(simd: Simd, source: Value, to: Value, count: Value, scale: Value, inverse: Value, n_kind: int, is_divide: int) -> None:
+def encode(
+    simd: Simd,
+    source: Value,
+    to: Value,
+    count: Value,
+    scale: Value,
+    inverse: Value,
+    n_kind: int,
+    is_divide: int,
+) -> None:
     """Codes of ``count`` bf16: a byte each, or for int4 a nibble each."""
     scales, inverses = simd.splat(scale, LANES), simd.splat(inverse, LANES)
 
@@ -211,7 +227,14 @@ def _quantize(frame):
                 scale, inverse = f32(get32(mine, blocks + c)), f32(get32(mine, 2 * blocks + c))
                 start = c * cols
                 byte = start >> 1 if kind == INT4 else start
-                _encode(source + row * source_stride + 2 * start, base + byte, min(cols, k - start), scale, inverse, kind)
+                _encode(
+                    source + row * source_stride + 2 * start,
+                    base + byte,
+                    min(cols, k - start),
+                    scale,
+                    inverse,
+                    kind,
+                )
             if kind == INT4:
                 end_row(base, k, to_stride)
 

@@ -1,8 +1,10 @@
-"""Weights in small floats or code books, with scales of blocks: few rows of activations, or decoded for a matmul.
+"""Weights in small floats or code books, with scales of blocks: few rows of activations, or decoded for a
+matmul.
 
-32 weights become two vectors of 16 fp32: 4-bit codes through a table in one register, 6- and 8-bit floats by their bits as
-fp16 values, which differ by a power of two that the caller multiplies (``UNIT``). The lanes hold the columns in the order
-that unpacking gives them; activations are brought into the same order (``ORDER``).
+32 weights become two vectors of 16 fp32: 4-bit codes through a table in one register, 6- and 8-bit floats by
+their bits as fp16 values, which differ by a power of two that the caller multiplies (``UNIT``). The lanes
+hold the columns in the order that unpacking gives them; activations are brought into the same order
+(``ORDER``).
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ def decode(simd: Simd, address: Value, table: Value, n_format: int) -> list[Valu
         half = halves(simd, address)
     else:
         packed = simd.load(I8, 24, address)
-        words = simd.bits(simd.shuffle(packed, packed, [3 * (i // 4) + min(i % 4, 2) for i in range(32)]), I32, 8)
+        words = simd.bits(
+            simd.shuffle(packed, packed, [3 * (i // 4) + min(i % 4, 2) for i in range(32)]), I32, 8
+        )
         shifts = [simd.integer("lshr", words, 6 * i) if i else words for i in range(4)]
         pairs = [simd.shuffle(shifts[i], shifts[i + 1], range(16)) for i in (0, 2)]
         codes = simd.narrow(simd.shuffle(pairs[0], pairs[1], range(32)), I16)
@@ -72,10 +76,24 @@ def _place(simd: Simd, w: Value, column: Value, n_format: int) -> Value:
 
 @inline(types.void, 12, 13, 14, 15)
 def tile(
-    simd: Simd, x: Value, x_stride: Value, w: Value, w_stride: Value, k: Value, scale: Value, scale_stride: Value,
-    outer: Value, outer_stride: Value, table: Value, out: Value, out_stride: Value,
-    n_format: int, n_kind: int, n_group: int, n_m: int,
-) -> None:  # fmt: skip
+    simd: Simd,
+    x: Value,
+    x_stride: Value,
+    w: Value,
+    w_stride: Value,
+    k: Value,
+    scale: Value,
+    scale_stride: Value,
+    outer: Value,
+    outer_stride: Value,
+    table: Value,
+    out: Value,
+    out_stride: Value,
+    n_format: int,
+    n_kind: int,
+    n_group: int,
+    n_m: int,
+) -> None:
     """Two weight rows times ``n_m`` rows of x. ``w_stride`` 0 repeats the row."""
     values = simd.load(F32, 16, table)
     sums = simd.variables(simd.splat(0.0, 16, F32), ROWS * n_m)
@@ -103,7 +121,16 @@ def tile(
 
 @inline(types.void, 6, 7, 8)
 def plain(
-    simd: Simd, w: Value, k: Value, scale: Value, outer: Value, table: Value, out: Value, n_format: int, n_kind: int, n_group: int
+    simd: Simd,
+    w: Value,
+    k: Value,
+    scale: Value,
+    outer: Value,
+    table: Value,
+    out: Value,
+    n_format: int,
+    n_kind: int,
+    n_group: int,
 ) -> None:
     """One weight row as fp32, columns in order."""
     values = simd.load(F32, 16, table)
@@ -111,15 +138,28 @@ def plain(
     order = [i % turn * (STEP // turn) + i // turn for i in range(STEP)]
     with cgutils.for_range_slice(simd.b, I64(0), k, I64(STEP), I64) as (column, _):
         factor = factors(simd, scale, outer, column, n_kind, n_group)
-        lanes = [simd.b.fmul(v, factor) for v in decode(simd, _place(simd, w, column, n_format), values, n_format)]
+        lanes = [
+            simd.b.fmul(v, factor) for v in decode(simd, _place(simd, w, column, n_format), values, n_format)
+        ]
         simd.store(simd.shuffle(lanes[0], lanes[1], order), simd.at(out, simd.b.mul(column, I64(4))))
 
 
 def _body(n_format: int, n_kind: int, n_group: int, bits: int) -> Any:
     def rows(frame):
         x, x_stride, w, n, k = word(frame, 2), word(frame, 3), word(frame, 4), word(frame, 5), word(frame, 6)
-        scale, scale_stride, outer, outer_stride = word(frame, 7), word(frame, 8), word(frame, 9), word(frame, 10)
-        table, out, m, span, out_stride = word(frame, 11), word(frame, 12), word(frame, 13), word(frame, 14), word(frame, 15)
+        scale, scale_stride, outer, outer_stride = (
+            word(frame, 7),
+            word(frame, 8),
+            word(frame, 9),
+            word(frame, 10),
+        )
+        table, out, m, span, out_stride = (
+            word(frame, 11),
+            word(frame, 12),
+            word(frame, 13),
+            word(frame, 14),
+            word(frame, 15),
+        )
         stride = k * bits >> 3
         while True:
             block = take(frame)
@@ -133,29 +173,73 @@ def _body(n_format: int, n_kind: int, n_group: int, bits: int) -> Any:
                     plain(here, k, s, o, table, out + 4 * k * row, n_format, n_kind, n_group)
                 elif m == 1:
                     tile(
-                        x, x_stride, here, step, k, s, s_step, o, o_step, table, out + 4 * row, out_stride,
-                        n_format, n_kind, n_group, 1,
-                    )  # fmt: skip
+                        x,
+                        x_stride,
+                        here,
+                        step,
+                        k,
+                        s,
+                        s_step,
+                        o,
+                        o_step,
+                        table,
+                        out + 4 * row,
+                        out_stride,
+                        n_format,
+                        n_kind,
+                        n_group,
+                        1,
+                    )
                 elif m == 2:
                     tile(
-                        x, x_stride, here, step, k, s, s_step, o, o_step, table, out + 4 * row, out_stride,
-                        n_format, n_kind, n_group, 2,
-                    )  # fmt: skip
+                        x,
+                        x_stride,
+                        here,
+                        step,
+                        k,
+                        s,
+                        s_step,
+                        o,
+                        o_step,
+                        table,
+                        out + 4 * row,
+                        out_stride,
+                        n_format,
+                        n_kind,
+                        n_group,
+                        2,
+                    )
                 else:
                     for i in range(0, m, 4):
                         tile(
-                            x + i * x_stride, x_stride, here, step, k, s, s_step, o, o_step, table,
-                            out + 4 * row + i * out_stride, out_stride, n_format, n_kind, n_group, 4,
-                        )  # fmt: skip
+                            x + i * x_stride,
+                            x_stride,
+                            here,
+                            step,
+                            k,
+                            s,
+                            s_step,
+                            o,
+                            o_step,
+                            table,
+                            out + 4 * row + i * out_stride,
+                            out_stride,
+                            n_format,
+                            n_kind,
+                            n_group,
+                            4,
+                        )
 
     return rows
 
 
 @once
 def kernel(name: str, kind: int, group: int) -> Kernel:
-    """The kernel of one format. A block is ``span`` weight rows; with no rows of x, the weights themselves are written.
+    """The kernel of one format. A block is ``span`` weight rows; with no rows of x, the weights themselves
+    are written.
 
-    Words: x, its stride, weights, n, k, scales, their stride, outer scales, their stride, table, out, rows of x, span,
+    Words: x, its stride, weights, n, k, scales, their stride, outer scales, their stride, table, out,
+        rows of x, span,
     stride of out.
     """
     return Kernel(_body(NUMBERS[name], kind, group, ELEMENTS[name].bits))

@@ -1,9 +1,9 @@
 """Compiles kernels and runs them on torch's own threads.
 
-A kernel is a C function ``void(int64*)``. Its argument is a frame: word 0 counts the blocks that were taken, word 1 is
-the number of blocks, the rest are addresses and sizes. Every thread takes blocks until none is left, so a thread that
-comes late does less. On Linux the threads are those of the OpenMP team that torch itself uses, so that the two do not
-contend for cores; elsewhere they are a pool.
+A kernel is a C function ``void(int64*)``. Its argument is a frame: word 0 counts the blocks that were taken,
+word 1 is the number of blocks, the rest are addresses and sizes. Every thread takes blocks until none is
+left, so a thread that comes late does less. On Linux the threads are those of the OpenMP team that torch
+itself uses, so that the two do not contend for cores; elsewhere they are a pool.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from quantport.backend import once
 from quantport_cpu.jit import machine, store
 from quantport_cpu.jit.emit import I64, Simd, Value, inline
 from quantport_cpu.jit.memory import Array, has_memory
-from quantport_cpu.jit.target import host
+from quantport_cpu.jit.target import default_registry
 
 SIZE = 16  # words of a frame
 SMALL = 1 << 18  # elements under which one thread is enough
@@ -51,10 +51,12 @@ class Kernel:
 
     def __init__(self, body: Body) -> None:
         self.body = body
-        self._code: tuple[Any, int, Callable[[int], None]] | None = None  # what owns the machine code, its address, and the call
+        self._code: tuple[Any, int, Callable[[int], None]] | None = (
+            None  # what owns the machine code, its address, and the call
+        )
 
     def _load(self) -> tuple[Any, int, Callable[[int], None]]:
-        name = store.key(self.body, host())
+        name = store.key(self.body, default_registry())
         code = store.read(name)
         if code is None:
             code = machine.compiled(machine.assembly(self.body))
@@ -64,7 +66,9 @@ class Kernel:
 
     @property
     def code(self) -> tuple[Any, int, Callable[[int], None]]:
-        """The machine code, which is compiled or read on the first use: what owns it, its address, and the call."""
+        """The machine code, which is compiled or read on the first use: what owns it, its address, and the
+        call.
+        """
         if self._code is None:
             with _COMPILING:
                 if self._code is None:

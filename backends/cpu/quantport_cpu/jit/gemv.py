@@ -35,7 +35,9 @@ def few(x: Tensor) -> torch.Size:
     """
     if x.dim() != 2 or not 0 < x.shape[0] <= MOST:
         raise BackendError(
-            "multiply few rows by a compiled kernel", f"activations {list(x.shape)}", f"[M, K] with M from 1 to {MOST}"
+            "multiply few rows by a compiled kernel",
+            f"activations {list(x.shape)}",
+            f"[M, K] with M from 1 to {MOST}",
         )
     return x.shape
 
@@ -62,14 +64,29 @@ def fp8(x: Tensor, codes: Tensor, scale: Tensor | None = None) -> Tensor:
     out = fp32(x, rows, n)
     scales, step, stride, chunk = blocks_of_128(scale, n, k)
     dots.fp8_kernel(
-        -(-n // _SPAN), array(values, torch.float32, *values.shape), 4 * values.shape[1], array(codes, torch.uint8, n, k), n, k,
-        scales, step, stride, chunk, array(out, torch.float32, rows, n), 4 * n, rows, _SPAN, threads=threads_for(n * k),
-    )  # fmt: skip
+        -(-n // _SPAN),
+        array(values, torch.float32, *values.shape),
+        4 * values.shape[1],
+        array(codes, torch.uint8, n, k),
+        n,
+        k,
+        scales,
+        step,
+        stride,
+        chunk,
+        array(out, torch.float32, rows, n),
+        4 * n,
+        rows,
+        _SPAN,
+        threads=threads_for(n * k),
+    )
     return out if rows == m else out[:m]
 
 
 def blocks_of_128(scale: Tensor | None, n: int, k: int) -> tuple[Array, int, int, int]:
-    """Scales of 128x128 blocks, the bytes from one to the next and from row to row, and the columns of a block; or ones."""
+    """Scales of 128x128 blocks, the bytes from one to the next and from row to row, and the columns of a
+    block; or ones.
+    """
     if scale is None:
         return ONE, 0, 0, k
     columns = -(-k // 128)
@@ -91,9 +108,19 @@ def int8(x: Tensor, codes: Tensor) -> Tensor:
     planes, scale, _ = digits_of(x, rows, columns, 0)
     out = fp32(x, rows, n)
     dots.int8_kernel(
-        -(-n // _SPAN), planes, 3 * columns, scale, array(codes, torch.int8, n, k), n, k, array(out, torch.float32, rows, n), 4 * n,
-        rows, _SPAN, threads=threads_for(n * k),
-    )  # fmt: skip
+        -(-n // _SPAN),
+        planes,
+        3 * columns,
+        scale,
+        array(codes, torch.int8, n, k),
+        n,
+        k,
+        array(out, torch.float32, rows, n),
+        4 * n,
+        rows,
+        _SPAN,
+        threads=threads_for(n * k),
+    )
     return out if rows == m else out[:m]
 
 
@@ -114,9 +141,20 @@ def int4(x: Tensor, packed: Tensor, pairs: Tensor, group: int) -> Tensor:
     planes, scale, sums = digits_of(x, rows, k, group)
     out = fp32(x, rows, n)
     nibbles.int4_kernel(
-        n // nibbles.BLOCK, planes, sums, scale, array(packed, torch.uint8, n, k // 2), n, k, group,
-        array(pairs, torch.bfloat16, k // group, n, 2), 4 * n, array(out, torch.float32, rows, n), rows, threads=threads_for(n * k),
-    )  # fmt: skip
+        n // nibbles.BLOCK,
+        planes,
+        sums,
+        scale,
+        array(packed, torch.uint8, n, k // 2),
+        n,
+        k,
+        group,
+        array(pairs, torch.bfloat16, k // group, n, 2),
+        4 * n,
+        array(out, torch.float32, rows, n),
+        rows,
+        threads=threads_for(n * k),
+    )
     return out if rows == m else out[:m]
 
 
@@ -187,11 +225,23 @@ def _blocks(weight: Blocks, x: Array | None, out: Tensor, span: int) -> None:
     kind = floats.DUAL if outer is not None else _SCALES.get(weight.scale_name, (floats.F32_SCALE, dtype))[0]
     outers = -(-k // floats.OUTER)
     floats.kernel(name, kind, weight.group)(
-        -(-n // span), x or 0, 4 * k, array(weight.codes, torch.uint8, n, k * ELEMENTS[name].bits // 8), n, k,
-        array(weight.scale, dtype, n, group), group * dtype.itemsize,
-        0 if outer is None else array(outer, torch.float32, n, outers), 4 * outers, _table(name),
-        array(out, torch.float32, rows, n if x else k), rows if x else 0, span, 4 * n, threads=threads_for(n * k),
-    )  # fmt: skip
+        -(-n // span),
+        x or 0,
+        4 * k,
+        array(weight.codes, torch.uint8, n, k * ELEMENTS[name].bits // 8),
+        n,
+        k,
+        array(weight.scale, dtype, n, group),
+        group * dtype.itemsize,
+        0 if outer is None else array(outer, torch.float32, n, outers),
+        4 * outers,
+        _table(name),
+        array(out, torch.float32, rows, n if x else k),
+        rows if x else 0,
+        span,
+        4 * n,
+        threads=threads_for(n * k),
+    )
 
 
 _SCALES = {"e8m0": (floats.E8M0, torch.uint8), "e4m3fn": (floats.E4M3, torch.uint8)}
@@ -204,11 +254,17 @@ def _table(name: str) -> Array:
 
 
 def digits_of(x: Tensor, rows: int, columns: int, group: int) -> tuple[Array, Array, Array]:
-    """Digits of x, uint8 ``[rows, 3, columns]``; their scale for each row, fp32; and the sums of each group, int32."""
+    """Digits of x, uint8 ``[rows, 3, columns]``; their scale for each row, fp32; and the sums of each group,
+    int32.
+    """
     values = array(padded(x, rows, columns), torch.float32, rows, columns)
     groups = columns // group if group else 0
-    planes = array(torch.empty(rows, 3, columns, dtype=torch.uint8, device=x.device), torch.uint8, rows, 3, columns)
+    planes = array(
+        torch.empty(rows, 3, columns, dtype=torch.uint8, device=x.device), torch.uint8, rows, 3, columns
+    )
     scale = array(fp32(x, rows), torch.float32, rows)
-    sums = array(torch.empty(rows, groups, 3, 4, dtype=torch.int32, device=x.device), torch.int32, rows, groups, 3, 4)
+    sums = array(
+        torch.empty(rows, groups, 3, 4, dtype=torch.int32, device=x.device), torch.int32, rows, groups, 3, 4
+    )
     digits.kernel(rows, values, columns, planes, scale, group, sums, threads=threads_for(rows * columns))
     return planes, scale, sums

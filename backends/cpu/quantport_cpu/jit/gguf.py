@@ -68,7 +68,13 @@ def block(simd: Simd, source: Value, to: Value, n_kind: int) -> None:
 
 def _body(n_kind: int, size: int) -> Any:
     def rows(frame):
-        source, source_stride, k, to, bounce = word(frame, 2), word(frame, 3), word(frame, 4), word(frame, 5), word(frame, 6)
+        source, source_stride, k, to, bounce = (
+            word(frame, 2),
+            word(frame, 3),
+            word(frame, 4),
+            word(frame, 5),
+            word(frame, 6),
+        )
         blocks = (k + BLOCK - 1) // BLOCK
         while True:
             row = take(frame)

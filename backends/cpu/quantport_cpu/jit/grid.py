@@ -1,4 +1,6 @@
-"""Scales and offsets by least squared error (``numerics.search.least_squares_grid``), and int4 groups with them."""
+"""Scales and offsets by least squared error (``numerics.search.least_squares_grid``), and int4 groups with
+them.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +79,9 @@ def bf16(value):
 
 @once
 def solver(size: int, top: int) -> Any:
-    """``numerics.search.least_squares_grid`` for one block of ``size`` values, which it moves to their middle."""
+    """``numerics.search.least_squares_grid`` for one block of ``size`` values, which it moves to their
+    middle.
+    """
     one, half, size_, top_ = np.float32(1), np.float32(2), np.float32(size), np.float32(top)
 
     @njit(error_model="numpy")
@@ -127,8 +131,16 @@ def _group(source, to, scales, zeros, index, trials, work):
 
 
 def _rows(frame):
-    """A block is a row. Words: source, its stride, k, codes, their stride, scales, offsets, trials (fp32), 768 bytes."""
-    source, source_stride, k, to, to_stride = word(frame, 2), word(frame, 3), word(frame, 4), word(frame, 5), word(frame, 6)
+    """A block is a row. Words: source, its stride, k, codes, their stride, scales, offsets, trials (fp32),
+    768 bytes.
+    """
+    source, source_stride, k, to, to_stride = (
+        word(frame, 2),
+        word(frame, 3),
+        word(frame, 4),
+        word(frame, 5),
+        word(frame, 6),
+    )
     scales, zeros, trials, work = word(frame, 7), word(frame, 8), word(frame, 9), word(frame, 10)
     groups, bounce = (k + GROUP - 1) // GROUP, work + 512
     while True:

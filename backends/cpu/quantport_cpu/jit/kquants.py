@@ -1,4 +1,6 @@
-"""GGUF's q4_k and q5_k: super-blocks of 256 BF16 in 8 blocks of 32 with 6-bit scales and offsets, as ``numerics.kquants``."""
+"""GGUF's q4_k and q5_k: super-blocks of 256 BF16 in 8 blocks of 32 with 6-bit scales and offsets, as
+``numerics.kquants``.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ def sub_codes(simd: Simd, source: Value, to: Value, low: Value, step: Value, n_t
 
 @inline(types.void, 2)
 def pack_codes(simd: Simd, codes: Value, to: Value, n_high: int) -> None:
-    """Eight blocks of codes to nibbles, two blocks to 32 bytes; before them, where codes have one, the fifth bits."""
+    """Eight blocks of codes to nibbles, two blocks to 32 bytes; before them, where codes have one, the fifth
+    bits.
+    """
     blocks = [simd.load(I8, SUB, simd.at(codes, SUB * i)) for i in range(COUNT)]
     if n_high:
         bits = simd.splat(0, SUB, I8)
@@ -83,7 +87,9 @@ def _super(source, to, trials, work, n_top):
     for i in range(COUNT):
         spread(source + 2 * SUB * i, x, work, SUB)
         low, high = min(f32(get32(work, 0)), np.float32(0)), f32(get32(work, 1))
-        scale, zero = _solve_4(x, low, high, trials, work) if n_top == 15 else _solve_5(x, low, high, trials, work)
+        scale, zero = (
+            _solve_4(x, low, high, trials, work) if n_top == 15 else _solve_5(x, low, high, trials, work)
+        )
         scale, least = max(scale, np.float32(0)), max(-zero, np.float32(0))
         put32(scales, i, bits32(scale))
         put32(offsets, i, bits32(least))
@@ -96,7 +102,10 @@ def _super(source, to, trials, work, n_top):
     put16(to, 0, d)
     put16(to, 1, low_d)
     for i in range(COUNT):
-        sc, m = _six_bits(f32(get32(scales, i)), half_value(d)), _six_bits(f32(get32(offsets, i)), half_value(low_d))
+        sc, m = (
+            _six_bits(f32(get32(scales, i)), half_value(d)),
+            _six_bits(f32(get32(offsets, i)), half_value(low_d)),
+        )
         put8(six + i, sc)
         put8(six + 8 + i, m)
         low, step = half_value(low_d) * np.float32(m), half_value(d) * np.float32(sc)

@@ -1,7 +1,8 @@
-"""From a Python body to machine code in memory: numba writes LLVM's assembly, LLVM compiles it, and the linker loads it.
+"""From a Python body to machine code in memory: numba writes LLVM's assembly, LLVM compiles it, and the
+linker loads it.
 
-What is loaded holds one function and calls nothing but ``RUNTIME``. numba's wrapper, which raises Python's errors, is left behind:
-bodies raise none.
+What is loaded holds one function and calls nothing but ``RUNTIME``. numba's wrapper, which raises Python's
+errors, is left behind: bodies raise none.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import llvmlite.binding as llvm
 import numba
 
-from quantport_cpu.jit.target import host
+from quantport_cpu.jit.target import default_registry
 
 ENTRY = "kernel"
 RUNTIME = ("memcpy", "memmove", "memset")
@@ -22,7 +23,7 @@ RUNTIME = ("memcpy", "memmove", "memset")
 def machine(triple: str = "", name: str = "", features: str = "") -> Any:
     """LLVM's compiler, for the processor that numba compiles for by default."""
     if not triple:
-        triple, name, features = llvm.get_process_triple(), host().name, host().listed
+        triple, name, features = llvm.get_process_triple(), default_registry().name, default_registry().listed
     make = llvm.Target.from_triple(triple).create_target_machine
     return make(cpu=name, features=features, opt=3, reloc="static", codemodel="jitdefault", jit=True)
 

@@ -1,7 +1,7 @@
 """What compiled code may touch: memory that was checked, and is held for the whole call.
 
-Compiled code believes every address that it is given. Addresses are made here and nowhere else, from tensors whose dtype,
-shape, strides and device were compared with what the kernel reads.
+Compiled code believes every address that it is given. Addresses are made here and nowhere else, from tensors
+whose dtype, shape, strides and device were compared with what the kernel reads.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ class Array(NamedTuple):
         """
         if offset < 0 or size < 0 or offset + size > self.size:
             found = f"{self.size} bytes"
-            raise BackendError(f"hand bytes {offset} to {offset + size} to a compiled kernel", found, "a part of the memory")
+            raise BackendError(
+                f"hand bytes {offset} to {offset + size} to a compiled kernel", found, "a part of the memory"
+            )
         return self._replace(address=self.address + offset, size=size)
 
 
@@ -71,7 +73,9 @@ def rows(tensor: Tensor, dtype: torch.dtype, count: int, size: int) -> Array:
 
 
 def constants(values: Sequence[float]) -> Array:
-    """fp32 numbers that no default dtype, default device or trace can touch: made once, kept with the module that names them."""
+    """fp32 numbers that no default dtype, default device or trace can touch: made once, kept with the module
+    that names them.
+    """
     owner = (ctypes.c_float * len(values))(*values)
     return Array(ctypes.addressof(owner), ctypes.sizeof(owner), owner, is_tensor=False)
 
@@ -93,7 +97,9 @@ def has_memory(words: Iterable[Any]) -> bool:
     kinds = {w.has_memory for w in words if isinstance(w, Array) and w.is_tensor}
     if len(kinds) > 1:
         found = "some of them are fake or meta tensors, and some are real"
-        raise BackendError("run a compiled kernel over tensors", found, "all of them real, or all of them fake")
+        raise BackendError(
+            "run a compiled kernel over tensors", found, "all of them real, or all of them fake"
+        )
     return kinds != {False}
 
 

@@ -1,4 +1,6 @@
-"""int4 in ATen's packed layout: few rows of activations times blocks of 64 channels with VNNI, and the packing itself."""
+"""int4 in ATen's packed layout: few rows of activations times blocks of 64 channels with VNNI, and the
+packing itself.
+"""
 
 from __future__ import annotations
 
@@ -12,20 +14,29 @@ AHEAD = 8192  # bytes that are asked for ahead: past the page, where the process
 
 
 def _unpack(lanes: int, high: int) -> list[int]:
-    """x86's byte and word unpacking: the low or the high half of each 128 bits of two vectors, interleaved."""
+    """x86's byte and word unpacking: the low or the high half of each 128 bits of two vectors,
+    interleaved.
+    """
     per = lanes // 4
-    return [i + side for lane in range(4) for i in range(per * lane + per // 2 * high, per * lane + per // 2 * (high + 1))
-            for side in (0, lanes)]  # fmt: skip
+    return [
+        i + side
+        for lane in range(4)
+        for i in range(per * lane + per // 2 * high, per * lane + per // 2 * (high + 1))
+        for side in (0, lanes)
+    ]
 
 
 def _columns(simd: Simd, w: Value, high: int) -> list[Value]:
     """Eight columns of a block as two vectors, for 8 + 8 of its 32 bytes (``high`` or not).
 
-    Each 32-bit lane holds four columns of one byte: columns 0, 2, 4, 6 in the low half of the vector, 1, 3, 5, 7 in
-    the high half. The first vector is of bytes 0-3 and 16-19 (+ 8 * high), the second of 4-7 and 20-23.
+    Each 32-bit lane holds four columns of one byte: columns 0, 2, 4, 6 in the low half of the vector, 1, 3,
+    5, 7 in the high half. The first vector is of bytes 0-3 and 16-19 (+ 8 * high), the second of 4-7 and
+    20-23.
     """
     a, b, c, d = (simd.load(I8, 64, simd.at(w, 64 * i)) for i in range(4))
-    low, top = (simd.bits(simd.shuffle(pair[0], pair[1], _unpack(64, high)), I16, 32) for pair in ((a, b), (c, d)))
+    low, top = (
+        simd.bits(simd.shuffle(pair[0], pair[1], _unpack(64, high)), I16, 32) for pair in ((a, b), (c, d))
+    )
     return [simd.bits(simd.shuffle(low, top, _unpack(32, h)), I32, 16) for h in (0, 1)]
 
 
@@ -36,12 +47,20 @@ def _even_odd(simd: Simd, even: Value, odd: Value) -> Value:
 
 def _fold(simd: Simd, p: Value, q: Value) -> Value:
     """Adds even to odd columns of the two vectors of ``_columns``: 16 bytes in order."""
-    return simd.b.add(*(simd.shuffle(p, q, [*range(i, i + 4), *range(i + 16, i + 20), *range(i + 4, i + 8),
-                                            *range(i + 20, i + 24)]) for i in (0, 8)))  # fmt: skip
+    return simd.b.add(
+        *(
+            simd.shuffle(
+                p, q, [*range(i, i + 4), *range(i + 16, i + 20), *range(i + 4, i + 8), *range(i + 20, i + 24)]
+            )
+            for i in (0, 8)
+        )
+    )
 
 
 class _Sums:
-    """The integer sums of one group and one half of the bytes, for ``n_m`` rows: [m][digit][vector][whole byte or low]."""
+    """The integer sums of one group and one half of the bytes, for ``n_m`` rows: [m][digit][vector][whole
+    byte or low].
+    """
 
     def __init__(self, simd: Simd, n_m: int) -> None:
         self.simd, self.n_m = simd, n_m
@@ -77,14 +96,18 @@ class _Sums:
         s = self.simd
         whole: list[list[Value]] = [[], []]
         for v in (0, 1):
-            bytes_, low = ([s.b.load(self.variables[m * 12 + d * 4 + v * 2 + i]) for d in range(3)] for i in (0, 1))
+            bytes_, low = (
+                [s.b.load(self.variables[m * 12 + d * 4 + v * 2 + i]) for d in range(3)] for i in (0, 1)
+            )
             high = [s.b.sub(b, a) for b, a in zip(bytes_, low, strict=True)]
             for i, digits in enumerate((low, high)):
                 whole[i].append((s.b.add(digits[0], s.integer("shl", digits[1], 8)), digits[2]))
         out = []
         for (p, q), unit in zip(whole, (1.0, 1 / 16), strict=True):
-            small, large = (s.b.fmul(s.number(_fold(s, p[i], q[i])), s.splat(f * unit, 16, F32))
-                            for i, f in enumerate((1.0, 65536.0)))  # fmt: skip
+            small, large = (
+                s.b.fmul(s.number(_fold(s, p[i], q[i])), s.splat(f * unit, 16, F32))
+                for i, f in enumerate((1.0, 65536.0))
+            )
             out.append(s.b.fadd(small, large))
         return out[0], out[1]
 
@@ -108,9 +131,21 @@ def _sum(simd: Simd, sums: Value) -> Value:
 
 @inline(types.void, 12)
 def int4_tile(
-    simd: Simd, x: Value, x_stride: Value, sums: Value, sums_stride: Value, x_scale: Value, w: Value, k: Value,
-    group: Value, pairs: Value, pairs_stride: Value, out: Value, out_stride: Value, n_m: int,
-) -> None:  # fmt: skip
+    simd: Simd,
+    x: Value,
+    x_stride: Value,
+    sums: Value,
+    sums_stride: Value,
+    x_scale: Value,
+    w: Value,
+    k: Value,
+    group: Value,
+    pairs: Value,
+    pairs_stride: Value,
+    out: Value,
+    out_stride: Value,
+    n_m: int,
+) -> None:
     """64 channels times ``n_m`` rows of x, given as s8 digits with their sums per group."""
     totals = [[simd.variables(simd.splat(0.0, 16, F32), 2) for _ in range(n_m)] for _ in (0, 1)]
     with cgutils.for_range_slice(simd.b, I64(0), k, group, I64) as (begin, count):
@@ -125,7 +160,9 @@ def int4_tile(
                     simd.prefetch(simd.at(address, AHEAD + 64 * line))
                 acc.step(_columns(simd, address, high), simd.at(x, simd.b.add(begin, i)), x_stride)
             for m in range(n_m):
-                plain = _sum(simd, simd.at(simd.at(sums, simd.b.mul(count, I64(48))), simd.b.mul(sums_stride, I64(m))))
+                plain = _sum(
+                    simd, simd.at(simd.at(sums, simd.b.mul(count, I64(48))), simd.b.mul(sums_stride, I64(m)))
+                )
                 for nibble, value in enumerate(acc.finish(m)):
                     total = totals[high][m][nibble]
                     scale, zero = _pair(simd, scales, 32 * nibble + 8 * high)
@@ -153,12 +190,37 @@ def _int4(frame):
             break
         here, scales, to = w + block * 32 * k, pairs + 256 * block, out + 256 * block
         if m == 1:
-            int4_tile(x, x_stride, sums, sums_stride, x_scale, here, k, group, scales, pairs_stride, to, out_stride, 1)
+            int4_tile(
+                x,
+                x_stride,
+                sums,
+                sums_stride,
+                x_scale,
+                here,
+                k,
+                group,
+                scales,
+                pairs_stride,
+                to,
+                out_stride,
+                1,
+            )
         for i in range(0, m - 1, 2):
             int4_tile(
-                x + i * x_stride, x_stride, sums + i * sums_stride, sums_stride, x_scale + 4 * i, here, k, group,
-                scales, pairs_stride, to + i * out_stride, out_stride, 2,
-            )  # fmt: skip
+                x + i * x_stride,
+                x_stride,
+                sums + i * sums_stride,
+                sums_stride,
+                x_scale + 4 * i,
+                here,
+                k,
+                group,
+                scales,
+                pairs_stride,
+                to + i * out_stride,
+                out_stride,
+                2,
+            )
 
 
 int4_kernel = Kernel(_int4)

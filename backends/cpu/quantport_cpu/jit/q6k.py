@@ -1,4 +1,6 @@
-"""GGUF's q6_k: super-blocks of 256 BF16 in 16 blocks of 16 with 8-bit scales, as ``numerics.kquants.quantize_q6_k``."""
+"""GGUF's q6_k: super-blocks of 256 BF16 in 16 blocks of 16 with 8-bit scales, as
+``numerics.kquants.quantize_q6_k``.
+"""
 
 from __future__ import annotations
 
@@ -104,10 +106,17 @@ def _super(source, to, work):
 def _rows(frame):
     """A block is a row. Words: source, its stride, k, blocks, 1 KiB.
 
-    The loop stands in ``kquants`` and ``gguf`` too: numba's cache finds a body again by the numbers that it captures, not by the
+    The loop stands in ``kquants`` and ``gguf`` too: numba's cache finds a body again by the numbers that
+        it captures, not by the
     functions, so that one body for all three would be compiled anew in each process.
     """
-    source, source_stride, k, to, work = word(frame, 2), word(frame, 3), word(frame, 4), word(frame, 5), word(frame, 6)
+    source, source_stride, k, to, work = (
+        word(frame, 2),
+        word(frame, 3),
+        word(frame, 4),
+        word(frame, 5),
+        word(frame, 6),
+    )
     blocks, bounce = (k + SUPER - 1) // SUPER, work + 512
     while True:
         row = take(frame)

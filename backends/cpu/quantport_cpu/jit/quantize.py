@@ -30,14 +30,19 @@ def quantize_weight(weight: Tensor, scheme: Scheme) -> dict[str, Tensor] | None:
         scheme: The scheme.
 
     Returns:
-        The tensors of ``scheme.layout(n, k)``, or None for what it does not serve (another dtype, an empty weight, a
-        scheme without codes). Scales are NaN or Inf exactly where the weight holds a NaN or an Inf; the codes there
-        mean nothing.
+        The tensors of ``scheme.layout(n, k)``, or None for what it does not serve (another dtype, an empty
+        weight, a scheme without codes). Scales are NaN or Inf exactly where the weight holds a NaN or an Inf;
+        the codes there mean nothing.
     """
     quant = scheme.weight
     if not _served(weight):
         return None
-    if quant.format not in _KINDS or not quant.plain or quant.cols % 8 or quant.scale_dtype is not _KINDS[quant.format][1]:
+    if (
+        quant.format not in _KINDS
+        or not quant.plain
+        or quant.group_size % 8
+        or quant.scale_dtype is not _KINDS[quant.format][1]
+    ):
         return rows.quantize(weight, scheme)
     stored = rows.empty(weight, scheme)
     codes, scale = stored.values()
@@ -51,25 +56,35 @@ def pack_int4(words: Tensor, block: int, n_pad: int, k_pad: int, threads: int = 
     Args:
         words: int32 ``[n, ceil(k/8)]`` with contiguous rows: the ``weight_packed`` of a checkpoint.
         block: Channels of one block: 64, or 32.
-        n_pad: Channels of the result, a multiple of ``block``; those from n on are zero nibbles, as are columns from k on.
+        n_pad: Channels of the result, a multiple of ``block``; those from n on are zero nibbles, as are
+            columns from k on.
         k_pad: Columns of the result, even.
         threads: Threads to use.
 
     Returns:
-        uint8 ``[n_pad, k_pad/2]``: for each block and column, byte j holds channel j and, high, channel ``j + block/2``.
+        uint8 ``[n_pad, k_pad/2]``: for each block and column, byte j holds channel j and, high, channel ``j +
+        block/2``.
     """
     n, size = words.shape
     out = torch.empty(n_pad, k_pad // 2, dtype=torch.uint8, device=words.device)
     blocks, width = n_pad // block, min(4 * size, k_pad // 2)
     repack.kernel(
-        blocks, memory_rows(words, torch.int32, n, size), 4 * words.stride(0), n, width,
-        array(out, torch.uint8, n_pad, k_pad // 2), k_pad, block // 2, rows.scratch(words, 1024 * blocks), threads=threads,
-    )  # fmt: skip
+        blocks,
+        memory_rows(words, torch.int32, n, size),
+        4 * words.stride(0),
+        n,
+        width,
+        array(out, torch.uint8, n_pad, k_pad // 2),
+        k_pad,
+        block // 2,
+        rows.scratch(words, 1024 * blocks),
+        threads=threads,
+    )
     return out
 
 
 def rows_int8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantizes activations per token, as ``numerics.quantize(x, Quant("int8", 1, 0))`` does.
+    """Quantizes activations per token, as ``numerics.quantize(x, Quant("int8", (1, 0)))`` does.
 
     Args:
         x: ``[M, K]``, any floating dtype; bf16 is fast.
@@ -77,7 +92,7 @@ def rows_int8(x: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         ``(codes int8 [M, K], scale fp32 [M, 1])``.
     """
-    quant = Quant("int8", 1, 0)
+    quant = Quant("int8", (1, 0))
     if not _served(x):
         return numerics.quantize(x, quant)
     codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
@@ -87,20 +102,37 @@ def rows_int8(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _served(x: Tensor) -> bool:
-    return x.dtype is torch.bfloat16 and x.dim() == 2 and x.numel() > 0 and x.stride(1) == 1 and x.device.type == "cpu"
+    return (
+        x.dtype is torch.bfloat16
+        and x.dim() == 2
+        and x.numel() > 0
+        and x.stride(1) == 1
+        and x.device.type == "cpu"
+    )
 
 
 def _run(x: Tensor, quant: Quant, codes: Tensor, scale: Tensor, threads: int) -> None:
     n, k = x.shape
-    rows_, cols = quant.rows or n, quant.cols or k
+    rows_, cols = quant.block_shape[0] or n, quant.group_size or k
     panels, blocks = math.ceil(n / rows_), math.ceil(k / cols)
     kind, scale_dtype, code_dtype = _KINDS[quant.format]
     width = math.ceil(k / 8) if quant.format == "int4" else k
     size = 12 * blocks  # bytes of scratch of one thread at a time
     half_range = int.from_bytes(struct.pack("<f", quant.element.half_range), "little")
     encode.kernel(
-        panels, memory_rows(x, torch.bfloat16, n, k), 2 * x.stride(0), n, k, rows_, cols,
-        array(codes, code_dtype, n, width), width * code_dtype.itemsize,
-        array(scale, scale_dtype, panels, blocks), rows.scratch(x, (panels if threads > 1 else 1) * size),
-        size if threads > 1 else 0, kind, half_range, threads=threads,
-    )  # fmt: skip
+        panels,
+        memory_rows(x, torch.bfloat16, n, k),
+        2 * x.stride(0),
+        n,
+        k,
+        rows_,
+        cols,
+        array(codes, code_dtype, n, width),
+        width * code_dtype.itemsize,
+        array(scale, scale_dtype, panels, blocks),
+        rows.scratch(x, (panels if threads > 1 else 1) * size),
+        size if threads > 1 else 0,
+        kind,
+        half_range,
+        threads=threads,
+    )

@@ -13,14 +13,23 @@ WIDTH = 16  # bytes of a row, and rows, of one tile
 
 def _zip(lanes: int) -> tuple[list[int], list[int]]:
     """x86's byte unpacking of two vectors: the low and the high halves of each 16 bytes, interleaved."""
-    low, high = ([i + side for base in range(0, lanes, 16) for i in range(base + start, base + start + 8) for side in (0, lanes)]
-                 for start in (0, 8))  # fmt: skip
+    low, high = (
+        [
+            i + side
+            for base in range(0, lanes, 16)
+            for i in range(base + start, base + start + 8)
+            for side in (0, lanes)
+        ]
+        for start in (0, 8)
+    )
     return low, high
 
 
 @inline(types.void)
 def tile(simd: Simd, low: Value, high: Value, stride: Value, to: Value, to_stride: Value) -> None:
-    """16 rows of 16 bytes at ``low`` and at ``high`` to 32 columns of 16 bytes: nibbles of low rows, high rows above them."""
+    """16 rows of 16 bytes at ``low`` and at ``high`` to 32 columns of 16 bytes: nibbles of low rows, high
+    rows above them.
+    """
     rows = []
     for r in range(WIDTH):
         a, b = (simd.load(I8, WIDTH, simd.at(base, simd.b.mul(stride, I64(r)))) for base in (low, high))
@@ -51,7 +60,9 @@ def wipe(simd: Simd, to: Value, size: Value) -> None:
 
 @njit(error_model="numpy")
 def _edge(source, source_stride, n, row, column, width, half, bounce, out, low, size):
-    """A tile that crosses the edge of the weight, through zeroed buffers; keeps ``size`` of its 32 columns."""
+    """A tile that crosses the edge of the weight, through zeroed buffers; keeps ``size`` of its 32
+    columns.
+    """
     wipe(bounce, 2 * 16 * 16)
     for side in range(2):
         first = row + side * half + low

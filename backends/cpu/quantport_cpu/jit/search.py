@@ -1,4 +1,6 @@
-"""Block scales of least squared error among the neighbours of a first one (``numerics.search.scale`` and ``outer``)."""
+"""Block scales of least squared error among the neighbours of a first one (``numerics.search.scale`` and
+``outer``).
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ from quantport_cpu.jit.small import (
     multiplied,
     power_value,
     rounded,
-)  # fmt: skip
+)
 
 OUTER, INNER = 512, 32
 _E2M1 = NUMBERS["e2m1"]
@@ -29,7 +31,9 @@ _INFINITY = np.float32(np.inf)
 
 
 @inline(types.float32, 3, 4, 5)
-def loss(simd: Simd, source: Value, scale: Value, inverse: Value, n_format: int, n_size: int, how: int) -> Value:
+def loss(
+    simd: Simd, source: Value, scale: Value, inverse: Value, n_format: int, n_size: int, how: int
+) -> Value:
     """Squared error of bf16 under one scale."""
     if element_of(n_format).codebook:
         return F32(0)  # typed, and never run
@@ -71,13 +75,17 @@ def float_search(source, start, factor, n_format, n_size):
 
 @inline(types.float32)
 def outer_loss(simd: Simd, source: Value, candidate: Value, squares: Value) -> Value:
-    """Squared error of 512 bf16 under an outer scale, with scales of rule ``even`` inside; ``squares`` is 2 KiB of memory."""
+    """Squared error of 512 bf16 under an outer scale, with scales of rule ``even`` inside; ``squares`` is 2
+    KiB of memory.
+    """
     element = ELEMENTS["e2m1"]
     outer = simd.splat(candidate, INNER)
     with simd.steps(I64(OUTER), INNER) as i:
         x = floats(simd, simd.at(source, simd.b.mul(i, I64(2))), INNER)
         inner = simd.b.fdiv(x, outer)
-        top = simd.call("llvm.vector.reduce.umax.v32i32", I32, simd.integer("and_", simd.bits(inner, I32), 0x7FFFFFFF))
+        top = simd.call(
+            "llvm.vector.reduce.umax.v32i32", I32, simd.integer("and_", simd.bits(inner, I32), 0x7FFFFFFF)
+        )
         top = simd.b.lshr(simd.b.add(top, I32(1 << 21)), I32(23))
         exponent = _limited(simd, simd.b.sub(top, I32(2)))
         step = simd.splat(_power(simd, exponent), INNER)
@@ -87,7 +95,9 @@ def outer_loss(simd: Simd, source: Value, candidate: Value, squares: Value) -> V
         simd.store(simd.b.fmul(error, error), simd.at(squares, simd.b.mul(i, I64(4))))
     parts = [simd.load(F32, INNER, simd.at(squares, 4 * INNER * i)) for i in range(OUTER // INNER)]
     while len(parts) > 1:
-        parts = [simd.b.fadd(a, b) for a, b in zip(parts[: len(parts) // 2], parts[len(parts) // 2 :], strict=True)]
+        parts = [
+            simd.b.fadd(a, b) for a, b in zip(parts[: len(parts) // 2], parts[len(parts) // 2 :], strict=True)
+        ]
     return simd.total(parts[0])
 
 
@@ -140,9 +150,16 @@ def _dual(source, to, count, out, outer, index, work, rule):
 
 
 def _dual_rows(frame):
-    """A block is a row. Words: source, its stride, k, codes, their stride, scales, outer scales, 3584 bytes, and what the
-    rule of the scales is: whether to search, what it adds, emax, and the divisor of amax (fp32 bits)."""
-    source, source_stride, k, to, to_stride = word(frame, 2), word(frame, 3), word(frame, 4), word(frame, 5), word(frame, 6)
+    """A block is a row. Words: source, its stride, k, codes, their stride, scales, outer scales, 3584 bytes,
+    and what the rule of the scales is: whether to search, what it adds, emax, and the divisor of amax (fp32
+    bits)."""
+    source, source_stride, k, to, to_stride = (
+        word(frame, 2),
+        word(frame, 3),
+        word(frame, 4),
+        word(frame, 5),
+        word(frame, 6),
+    )
     out, outer, work = word(frame, 7), word(frame, 8), word(frame, 9)
     blocks, outers, bounce = (k + INNER - 1) // INNER, (k + OUTER - 1) // OUTER, work + 4 * OUTER
     while True:
@@ -156,7 +173,9 @@ def _dual_rows(frame):
                 wipe(bounce, 3 * OUTER)
                 move(bounce, here, 2 * size)
                 x, q = bounce, bounce + 2 * OUTER
-            _dual(x, q, size, out + row * blocks + OUTER // INNER * c, outer, row * outers + c, work, frame + 80)
+            _dual(
+                x, q, size, out + row * blocks + OUTER // INNER * c, outer, row * outers + c, work, frame + 80
+            )
             if size < OUTER:
                 move(codes, q, to_stride - OUTER // 2 * c)
 

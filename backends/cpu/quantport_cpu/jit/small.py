@@ -1,7 +1,8 @@
-"""BF16 to the codes of small floats and code books, and their block scales: what the quantizers of blocks are made of.
+"""BF16 to the codes of small floats and code books, and their block scales: what the quantizers of blocks are
+made of.
 
-Arguments that choose the code are literals: intrinsics take them as such, and compiled functions pass them on with
-``literally``. So a kernel needs nothing but integers in its closure, which are part of its key on disk.
+Arguments that choose the code are literals: intrinsics take them as such, and compiled functions pass them on
+with ``literally``. So a kernel needs nothing but integers in its closure, which are part of its key on disk.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ def floats(simd: Simd, source: Value, lanes: int) -> Value:
 
 
 def _magic(simd: Simd, x: Value, element: Element) -> tuple[Value, Value, Value]:
-    """Magnitude of x, saturated; its exponent bits, at least those of the smallest normal; and what rounds it when added.
+    """Magnitude of x, saturated; its exponent bits, at least those of the smallest normal; and what rounds it
+    when added.
 
     Adding 2**(e + 23 - m) rounds to steps of 2**(e - m), to nearest even, in the low bits of the sum.
     """
@@ -45,7 +47,9 @@ def small(simd: Simd, x: Value, element: Element) -> Value:
     a, power, magic = _magic(simd, x, element)
     steps = simd.b.sub(simd.bits(simd.b.fadd(a, simd.bits(magic, F32)), I32), magic)
     rest = simd.integer("sub", simd.integer("lshr", power, 23 - mantissa), _smallest(exponent) << mantissa)
-    sign = simd.integer("and_", simd.integer("lshr", simd.bits(x, I32), 32 - element.bits), 1 << (element.bits - 1))
+    sign = simd.integer(
+        "and_", simd.integer("lshr", simd.bits(x, I32), 32 - element.bits), 1 << (element.bits - 1)
+    )
     return simd.b.or_(simd.b.add(steps, rest), sign)
 
 
@@ -68,7 +72,9 @@ def nearest(simd: Simd, x: Value, element: Element) -> Value:
 
 
 def pack(simd: Simd, codes: Value, bits: int) -> Value:
-    """Codes in int32 lanes to bytes: two or four codes to one or three of them, the first in the lowest bits."""
+    """Codes in int32 lanes to bytes: two or four codes to one or three of them, the first in the
+    lowest bits.
+    """
     codes = simd.narrow(codes, I8)
     lanes = codes.type.count
     if bits == 8:
@@ -84,18 +90,35 @@ def pack(simd: Simd, codes: Value, bits: int) -> Value:
 
 @inline(types.void, 5, 6, 7)
 def codes_of(
-    simd: Simd, source: Value, to: Value, count: Value, scale: Value, inverse: Value, n_format: int, n_lanes: int, how: int
+    simd: Simd,
+    source: Value,
+    to: Value,
+    count: Value,
+    scale: Value,
+    inverse: Value,
+    n_format: int,
+    n_lanes: int,
+    how: int,
 ) -> None:
-    """Codes of ``count`` bf16, a multiple of the lanes. ``how``: ``inverse`` is exact, or a Newton step mends it, or divide."""
+    """Codes of ``count`` bf16, a multiple of the lanes. ``how``: ``inverse`` is exact, or a Newton step mends
+    it, or divide.
+    """
     element = element_of(n_format)
     scales, inverses = simd.splat(scale, n_lanes), simd.splat(inverse, n_lanes)
     with simd.steps(count, n_lanes) as i:
         x = floats(simd, simd.at(source, simd.b.mul(i, I64(2))), n_lanes)
-        q = simd.b.fmul(x, inverses) if how == MULTIPLY else quotient(simd, x, scales, inverses, how == DIVIDE)
+        q = (
+            simd.b.fmul(x, inverses)
+            if how == MULTIPLY
+            else quotient(simd, x, scales, inverses, how == DIVIDE)
+        )
         if not element.codebook:  # the sign of a quotient that underflows
             q = simd.same("copysign", q, x)
         codes = nearest(simd, q, element) if element.codebook else small(simd, q, element)
-        simd.store(pack(simd, codes, element.bits), simd.at(to, simd.b.lshr(simd.b.mul(i, I64(element.bits)), I64(3))))
+        simd.store(
+            pack(simd, codes, element.bits),
+            simd.at(to, simd.b.lshr(simd.b.mul(i, I64(element.bits)), I64(3))),
+        )
 
 
 @inline(types.int64)
@@ -121,7 +144,9 @@ def power_value(exponent):
 
 @njit(error_model="numpy")
 def e8m0_of(bits, add, emax, high):
-    """e8m0 code of a largest magnitude, given as fp32 bits. A rule is what it adds; ``high`` is 0 but for ``rceil``."""
+    """e8m0 code of a largest magnitude, given as fp32 bits. A rule is what it adds; ``high`` is 0 but for
+    ``rceil``.
+    """
     if bits >= 0x7F800000:
         return 255
     if high > np.float32(0):

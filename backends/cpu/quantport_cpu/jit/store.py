@@ -1,8 +1,9 @@
 """Machine code of kernels on disk, so that each is compiled once per machine and not once per process.
 
-The key of an entry covers all that its code was made from: every source file of this package, the constants that come from
-elsewhere (``ELEMENTS``), the numbers that the kernel captures, the versions of the compilers, and the processor. An entry that is
-damaged is compiled again. Where no folder can be written, kernels are compiled in each process.
+The key of an entry covers all that its code was made from: every source file of this package, the constants
+that come from elsewhere (``ELEMENTS``), the numbers that the kernel captures, the versions of the compilers,
+and the processor. An entry that is damaged is compiled again. Where no folder can be written, kernels are
+compiled in each process.
 """
 
 from __future__ import annotations
@@ -54,7 +55,9 @@ def captured(body: Callable[..., Any]) -> tuple[Any, ...]:
 
 
 def sources(package: Path) -> str:
-    """A digest of every source file of a package, and of the constants that come from elsewhere; '' where there are no sources."""
+    """A digest of every source file of a package, and of the constants that come from elsewhere; '' where
+    there are no sources.
+    """
     files = sorted(package.glob("*.py"))
     digest = hashlib.sha256(repr(sorted(ELEMENTS.items())).encode())
     for path in files:
@@ -70,11 +73,19 @@ _IMPORTED = sources(_PACKAGE)
 def key(body: Callable[..., Any], target: Target) -> str:
     """The name of the entry of a kernel."""
     numbers = "_".join(map(str, captured(body)))
-    kernel = f"{body.__module__.rpartition('.')[2]}.{body.__qualname__.partition('.')[0].strip('_')}.{numbers}".rstrip(".")
+    module, name = body.__module__.rpartition(".")[2], body.__qualname__.partition(".")[0].strip("_")
+    kernel = f"{module}.{name}.{numbers}".rstrip(".")
     made_of = (
-        _IMPORTED, body.__module__, body.__qualname__, captured(body), target,
-        platform.machine(), platform.python_version(), numba.__version__, llvmlite.__version__,
-    )  # fmt: skip
+        _IMPORTED,
+        body.__module__,
+        body.__qualname__,
+        captured(body),
+        target,
+        platform.machine(),
+        platform.python_version(),
+        numba.__version__,
+        llvmlite.__version__,
+    )
     return f"{kernel}-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:40]}"
 
 
@@ -97,7 +108,9 @@ def read(name: str) -> bytes | None:
 
 
 def write(name: str, code: bytes) -> None:
-    """Adds an entry, whole or not at all; nothing where the folder cannot be written, or sources were edited since their import."""
+    """Adds an entry, whole or not at all; nothing where the folder cannot be written, or sources were edited
+    since their import.
+    """
     if not is_known():
         return
     with contextlib.suppress(OSError):

@@ -1,7 +1,8 @@
-"""The processor that kernels are compiled for: numba's, which ``NUMBA_CPU_NAME`` and ``NUMBA_CPU_FEATURES`` restrict.
+"""The processor that kernels are compiled for: numba's, which ``NUMBA_CPU_NAME`` and ``NUMBA_CPU_FEATURES``
+restrict.
 
-Code is chosen by instruction sets, never by the name of a processor, and only by those that are listed: an empty
-``NUMBA_CPU_FEATURES`` promises nothing, whatever the processor of that name has.
+Code is chosen by instruction sets, never by the name of a processor, and only by those that are listed: an
+empty ``NUMBA_CPU_FEATURES`` promises nothing, whatever the processor of that name has.
 """
 
 from __future__ import annotations
@@ -43,14 +44,18 @@ class Target(NamedTuple):
 
     @property
     def dot_bits(self) -> int:
-        """Width of the vectors of which one instruction adds four products u8 x s8 to each int32: 512, 256, or 0 without VNNI."""
+        """Width of the vectors of which one instruction adds four products u8 x s8 to each int32: 512, 256,
+        or 0 without VNNI.
+        """
         if self.has(*AVX512, "avx512vnni"):
             return 512
         return 256 if self.has("avx2", "avxvnni") else 0
 
     @property
     def pair_bits(self) -> int:
-        """Width of the vectors of which one instruction adds two products of int16 to each int32: 512, 256, or 0."""
+        """Width of the vectors of which one instruction adds two products of int16 to each int32: 512, 256,
+        or 0.
+        """
         return 512 if self.has(*AVX512) else 256 if self.has("avx2") else 0
 
     @property
@@ -62,11 +67,15 @@ class Target(NamedTuple):
     def missing(self) -> str:
         """What kernels need and it lacks: '' where they run."""
         lacking = [f.upper() for f in AVX2 if self.is_x86 and not self.has(f)]
-        return f"the compiled kernels need AVX2, FMA and F16C: {self.name} has no {', '.join(lacking)}" if lacking else ""
+        return (
+            f"the compiled kernels need AVX2, FMA and F16C: {self.name} has no {', '.join(lacking)}"
+            if lacking
+            else ""
+        )
 
 
 @cache
-def host() -> Target:
+def default_registry() -> Target:
     """What numba compiles for in this process."""
     config: Any = numba.core.config
     chosen = config.CPU_FEATURES

@@ -12,4 +12,13 @@ from quantport_cpu.kernels.int8 import CpuInt8, CpuInt8WeightOnly
 
 def kernels() -> tuple[Kernel, ...]:
     """Every kernel of the room."""
-    return (CpuInt8(), CpuInt8WeightOnly(), CpuFp8WeightOnly(), CpuInt4Int8(), CpuInt4(), CpuBlocks(), CpuBf16(), *aten.portable())
+    return (
+        CpuInt8(),
+        CpuInt8WeightOnly(),
+        CpuFp8WeightOnly(),
+        CpuInt4Int8(),
+        CpuInt4(),
+        CpuBlocks(),
+        CpuBf16(),
+        *aten.portable(),
+    )

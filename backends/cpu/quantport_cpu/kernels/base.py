@@ -1,4 +1,6 @@
-"""What the kernels of the room share: measured speeds and errors as data, and the claim that follows from them."""
+"""What the kernels of the room share: measured speeds and errors as data, and the claim that follows from
+them.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ TINY = torch.finfo(torch.float32).tiny
 
 
 SMALLEST = 16  # a layer with fewer elements than the measured one by this factor has no known speed
-COMPILED = 64  # up to this many rows, compiled kernels that take a few rows at a time beat decoding a whole block
+COMPILED = (
+    64  # up to this many rows, compiled kernels that take a few rows at a time beat decoding a whole block
+)
 _AT_ONCE = 8  # rows that they take at a time
 _PANEL = 128  # rows of a panel: 2 MiB of fp32 at K = 4096
 
@@ -39,13 +43,14 @@ def has_fast_dots() -> bool:
     """Whether compiled kernels run here, and one instruction of theirs sums four products of bytes."""
     if available():
         return False
-    from quantport_cpu.jit.target import host
+    from quantport_cpu.jit.target import default_registry
 
-    return host().dot_bits > 0
+    return default_registry().dot_bits > 0
 
 
 def by_panels(x: Tensor, n: int, decode: Callable[[int, Tensor], Tensor]) -> Tensor:
-    """x fp32 ``[M, K]`` times a weight that is decoded to fp32 in panels of rows which stay in cache: fp32 ``[M, N]``.
+    """x fp32 ``[M, K]`` times a weight that is decoded to fp32 in panels of rows which stay in cache: fp32
+    ``[M, N]``.
 
     Args:
         x: Activations.
@@ -61,7 +66,9 @@ def by_panels(x: Tensor, n: int, decode: Callable[[int, Tensor], Tensor]) -> Ten
 
 @cache
 def measured(arch: str) -> dict[str, Any]:
-    """The measurements of one architecture (``tuned/<arch>.json``, written by ``benchmarks/linear.py``), or nothing."""
+    """The measurements of one architecture (``tuned/<arch>.json``, written by ``benchmarks/linear.py``), or
+    nothing.
+    """
     path = files("quantport_cpu") / "tuned" / f"{arch}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
@@ -97,30 +104,50 @@ class CpuKernel(Kernel):
         return float(speeds[nearest])
 
     def claim(self, request: Request) -> Claim:
-        """``measured`` where this architecture was measured, with device, date and error; else ``declared``."""
+        """``measured`` where this architecture was measured, with device, date and error; else
+        ``declared``.
+        """
         row = self._row(request)
         if not row:
             return Claim(Evidence.DECLARED, f"{self.made_of}; not yet measured on this architecture")
         run = measured(request.device.arch.name)["run"]
         how = ", with numba" if measured(request.device.arch.name).get("compiled") else ""
-        where = f"{run['device']}, {run['date']}, commit {run['commit']}{how}, relative error {row['error']:.1e}"
-        proof = Measurement(f"quantport_cpu/tuned/{request.device.arch.name}.json", run["device"], run["date"], run["commit"])
-        return Claim(Evidence.MEASURED, f"benchmarks/results/linear-{request.device.arch.name}.md ({where})", proof)
+        where = (
+            f"{run['device']}, {run['date']}, commit {run['commit']}{how}, relative error {row['error']:.1e}"
+        )
+        proof = Measurement(
+            f"quantport_cpu/tuned/{request.device.arch.name}.json", run["device"], run["date"], run["commit"]
+        )
+        return Claim(
+            Evidence.MEASURED, f"benchmarks/results/linear-{request.device.arch.name}.md ({where})", proof
+        )
 
 
 class CpuGrouped(CpuKernel):
-    """A kernel with compiled code for groups of few rows: all of them, gate and up together, in one launch."""
+    """A kernel with compiled code for groups of few rows: all of them, gate and up together, in one
+    launch.
+    """
 
     def limit(self, spec: WeightSpec) -> int:
         """Rows of a group up to which the compiled code takes it; 0 where it cannot run."""
         return 0
 
     @abstractmethod
-    def few(self, x: Tensor, groups: Sequence[Few], packed: Sequence[Packed], spec: WeightSpec, shared: int) -> Tensor:
-        """``Kernel.run_grouped`` of these groups, whose rows are all of ``x``: fp32 ``[M, shared * N]``, no bias."""
+    def few(
+        self, x: Tensor, groups: Sequence[Few], packed: Sequence[Packed], spec: WeightSpec, shared: int
+    ) -> Tensor:
+        """``Kernel.run_grouped`` of these groups, whose rows are all of ``x``: fp32 ``[M, shared * N]``, no
+        bias.
+        """
 
     def run_grouped(
-        self, x: Tensor, offsets: Tensor, packed: Sequence[Packed], bias: Tensor | None, spec: WeightSpec, shared: int = 1
+        self,
+        x: Tensor,
+        offsets: Tensor,
+        packed: Sequence[Packed],
+        bias: Tensor | None,
+        spec: WeightSpec,
+        shared: int = 1,
     ) -> Tensor:
         bounds, limit = offsets.tolist(), self.limit(spec)
         groups = [Few(g, a, b) for g, (a, b) in enumerate(pairwise(bounds)) if 0 < b - a <= limit]
@@ -132,17 +159,23 @@ class CpuGrouped(CpuKernel):
         rest = [0 if b - a <= limit else b - a for a, b in pairwise(bounds)]
         rows = torch.cat([torch.arange(a, b, dtype=torch.int64, device=x.device) for _, a, b in groups])
         starts = accumulate((b - a for _, a, b in groups), initial=0)
-        moved = [Few(f.group, start, start + f.stop - f.start) for f, start in zip(groups, starts, strict=False)]
+        moved = [
+            Few(f.group, start, start + f.stop - f.start) for f, start in zip(groups, starts, strict=False)
+        ]
         out = x.new_empty(x.shape[0], shared * spec.n)
         out[rows] = self.few(x[rows], moved, packed, spec, shared).to(x.dtype)
         for g in (g for g, many in enumerate(rest) if many):
             own = x[bounds[g] : bounds[g + 1]]
             for j in range(shared):
-                out[bounds[g] : bounds[g + 1], j * spec.n : (j + 1) * spec.n] = self.run(own, packed[shared * g + j], None, spec)
+                out[bounds[g] : bounds[g + 1], j * spec.n : (j + 1) * spec.n] = self.run(
+                    own, packed[shared * g + j], None, spec
+                )
         return out
 
 
-def jobs_of(groups: Sequence[Few], shared: int, columns: int) -> tuple[list[tuple[int, int, int, int]], list[int]]:
+def jobs_of(
+    groups: Sequence[Few], shared: int, columns: int
+) -> tuple[list[tuple[int, int, int, int]], list[int]]:
     """Jobs for the compiled code, which see the weights of these groups only, and which weights those are.
 
     Args:
@@ -154,11 +187,19 @@ def jobs_of(groups: Sequence[Few], shared: int, columns: int) -> tuple[list[tupl
         ``(start, stop, place of the weight in the list, column)`` of each, and the list: indices of weights.
     """
     used = [shared * f.group + j for f in groups for j in range(shared)]
-    return [(f.start, f.stop, shared * i + j, j * columns) for i, f in enumerate(groups) for j in range(shared)], used
+    return [
+        (f.start, f.stop, shared * i + j, j * columns) for i, f in enumerate(groups) for j in range(shared)
+    ], used
 
 
 def by_group(values: Sequence[Tensor], groups: Sequence[Few]) -> Tensor:
-    """Scales of output channels, ``[N]`` for each weight used, as fp32 ``[M, shared * N]``: a line for each row."""
+    """Scales of output channels, ``[N]`` for each weight used, as fp32 ``[M, shared * N]``: a line for each
+    row.
+    """
     lines = torch.cat([v.view(-1) for v in values]).view(len(groups), -1)
     counts = [f.stop - f.start for f in groups]
-    return lines if max(counts) == 1 else lines.repeat_interleave(torch.tensor(counts, dtype=torch.int64, device=lines.device), 0)
+    return (
+        lines
+        if max(counts) == 1
+        else lines.repeat_interleave(torch.tensor(counts, dtype=torch.int64, device=lines.device), 0)
+    )

@@ -1,4 +1,6 @@
-"""BF16 layers that stay BF16, with the weight reordered once for oneDNN: the honest baseline of every other kernel."""
+"""BF16 layers that stay BF16, with the weight reordered once for oneDNN: the honest baseline of every other
+kernel.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quantport.backend import Canonical, Packed, Reason, Request, Scheme, WeightSpec
+from quantport.backend import Packed, Reason, Request, Scheme, StoredWeight, WeightSpec
 from quantport_cpu.kernels.base import CpuKernel
 
 
@@ -30,10 +32,10 @@ class CpuBf16(CpuKernel):
             reasons.append(Reason(f"it takes bfloat16 activations, not {request.dtype}"))
         return reasons
 
-    def pack(self, canonical: Canonical, spec: WeightSpec) -> Packed:
-        return (torch.ops.mkldnn._reorder_linear_weight(canonical["weight"], 16),)
+    def pack(self, stored_weight: StoredWeight, spec: WeightSpec) -> Packed:
+        return (torch.ops.mkldnn._reorder_linear_weight(stored_weight["weight"], 16),)
 
-    def unpack(self, packed: Packed, spec: WeightSpec) -> Canonical:
+    def unpack(self, packed: Packed, spec: WeightSpec) -> StoredWeight:
         return {"weight": packed[0].to_dense()}
 
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:

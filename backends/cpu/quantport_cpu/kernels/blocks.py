@@ -1,7 +1,8 @@
-"""Small floats and code books with block scales, and 16-bit activations: MX, NVFP4, dual scale, NF4, FP4, FP6.
+"""Small floats and code books with block scales, and 16-bit activations: MX, NVFP4, dual scale, NF4, FP4,
+FP6.
 
-Weights stay as they are stored. Few rows of activations are multiplied in one pass over the codes; for many, panels of rows
-that stay in cache are decoded to fp32.
+Weights stay as they are stored. Few rows of activations are multiplied in one pass over the codes; for many,
+panels of rows that stay in cache are decoded to fp32.
 """
 
 from __future__ import annotations
@@ -36,12 +37,19 @@ class CpuBlocks(CpuKernel):
 
     def serves(self, scheme: Scheme) -> bool:
         quant = scheme.weight
-        if quant.format not in _FORMATS or quant.rows != 1 or quant.zero or (quant.format, quant.scale) == ("e4m3fn", "fp32"):
+        if (
+            quant.format not in _FORMATS
+            or quant.block_shape[0] != 1
+            or quant.zero_point
+            or (quant.format, quant.scale) == ("e4m3fn", "fp32")
+        ):
             return False
         if quant.scale == "e4m3fn":
-            return quant.cols == 16 and quant.outer in (None, (0, 0))
-        outer = quant.outer is None or (quant.scale == "e8m0" and quant.outer == (1, _OUTER))
-        return quant.scale in ("e8m0", "fp32") and quant.cols > 0 and quant.cols % 32 == 0 and outer
+            return quant.group_size == 16 and quant.outer_block in (None, (0, 0))
+        outer = quant.outer_block is None or (quant.scale == "e8m0" and quant.outer_block == (1, _OUTER))
+        return (
+            quant.scale in ("e8m0", "fp32") and quant.group_size > 0 and quant.group_size % 32 == 0 and outer
+        )
 
     def reasons_against(self, request: Request) -> Sequence[Reason]:
         reasons = [Reason(reason)] if (reason := _reason(request.device)) else []
@@ -53,15 +61,15 @@ class CpuBlocks(CpuKernel):
         from quantport_cpu.jit import gemv
 
         quant, rows = spec.scheme.weight, x.shape[0]
-        outer = packed[2] if quant.outer and quant.scale == "e8m0" else None
-        scale = numerics.dequantize_scales(self.unpack(packed, spec)) if quant.double else packed[1]
-        weight = gemv.Blocks(quant.format, quant.scale, quant.cols, packed[0], scale, outer, spec.k)
+        outer = packed[2] if quant.outer_block and quant.scale == "e8m0" else None
+        scale = numerics.dequantize_scales(self.unpack(packed, spec)) if quant.scale_quant else packed[1]
+        weight = gemv.Blocks(quant.format, quant.scale, quant.group_size, packed[0], scale, outer, spec.k)
         if rows <= _FEW:
             y = gemv.blocks(x, weight) if rows else x.new_zeros(0, spec.n, dtype=torch.float32)
         else:
             y = by_panels(x.float(), spec.n, lambda r, panel: gemv.decode(weight.rows(r, len(panel)), panel))
         if (unit := gemv.unit(weight)) != 1:
             y.mul_(unit)
-        if quant.outer == (0, 0):
+        if quant.outer_block == (0, 0):
             y.div_(packed[2])
         return (y if bias is None else y.add_(bias)).to(x.dtype)

@@ -1,7 +1,7 @@
 """e4m3fn weights with 16-bit activations: the exact bit trick, in row blocks that stay in cache.
 
-``((int16)byte << 7) & 0xBFFF`` read as fp16 is the e4m3fn value / 256, exactly, subnormals included: the exponent
-moves from bias 7 to bias 15. ATen's own conversion is scalar, and its fp8 matmul a reference loop.
+``((int16)byte << 7) & 0xBFFF`` read as fp16 is the e4m3fn value / 256, exactly, subnormals included: the
+exponent moves from bias 7 to bias 15. ATen's own conversion is scalar, and its fp8 matmul a reference loop.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class CpuFp8WeightOnly(CpuGrouped):
 
     def serves(self, scheme: Scheme) -> bool:
         quant = scheme.weight
-        blocks = (quant.rows, quant.cols) in ((0, 0), (1, 0), (128, 128))
+        blocks = quant.block_shape in ((0, 0), (1, 0), (128, 128))
         return quant.format == "e4m3fn" and quant.plain and quant.scale == "fp32" and blocks
 
     def reasons_against(self, request: Request) -> Sequence[Reason]:
@@ -42,7 +42,7 @@ class CpuFp8WeightOnly(CpuGrouped):
 
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
         codes, scale = packed
-        blocks, rows = spec.scheme.weight.cols, x.shape[0]
+        blocks, rows = spec.scheme.weight.group_size, x.shape[0]
         if 0 < rows <= COMPILED and not available():
             from quantport_cpu.jit import gemv
 
@@ -58,17 +58,23 @@ class CpuFp8WeightOnly(CpuGrouped):
     def limit(self, spec: WeightSpec) -> int:
         return 0 if available() else COMPILED
 
-    def few(self, x: Tensor, groups: Sequence[Few], packed: Sequence[Packed], spec: WeightSpec, shared: int) -> Tensor:
+    def few(
+        self, x: Tensor, groups: Sequence[Few], packed: Sequence[Packed], spec: WeightSpec, shared: int
+    ) -> Tensor:
         from quantport_cpu.jit import grouped
 
         jobs, used = jobs_of(groups, shared, spec.n)
         codes, scales = [packed[i][0] for i in used], [packed[i][1] for i in used]
-        blocks = spec.scheme.weight.cols
-        y = grouped.fp8(x, [grouped.Job(*j) for j in jobs], codes, scales if blocks else None, shared * spec.n)
+        blocks = spec.scheme.weight.group_size
+        y = grouped.fp8(
+            x, [grouped.Job(*j) for j in jobs], codes, scales if blocks else None, shared * spec.n
+        )
         return y if blocks else y.mul_(by_group([s.view(-1).expand(spec.n) for s in scales], groups))
 
     def _few(self, x: Tensor, codes: Tensor) -> Tensor:
-        """Rows scaled into fp16 by a power of two, which is exact for all but the tiniest elements of a row."""
+        """Rows scaled into fp16 by a power of two, which is exact for all but the tiniest elements of
+        a row.
+        """
         n = codes.shape[0]
         out = torch.empty(x.shape[0], n, dtype=torch.float32, device=x.device)
         exponent = torch.frexp(x.abs().amax(-1, keepdim=True).clamp_min_(TINY))[1].float()

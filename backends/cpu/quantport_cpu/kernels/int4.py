@@ -1,4 +1,6 @@
-"""int4 groups with 16-bit activations through ATen's packed CPU kernel; another route where there are many rows."""
+"""int4 groups with 16-bit activations through ATen's packed CPU kernel; another route where there are many
+rows.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quantport.backend import Canonical, Device, Packed, Reason, Request, Scheme, WeightSpec, aten
+from quantport.backend import Device, Packed, Reason, Request, Scheme, StoredWeight, WeightSpec, aten
 from quantport_cpu.jit import available
 from quantport_cpu.kernels.base import COMPILED, CpuGrouped, Few, by_few, has_fast_dots, jobs_of
 from quantport_cpu.kernels.int8 import PER_TOKEN, per_token
@@ -17,7 +19,8 @@ _GROUPS = (32, 64, 128, 256)  # columns that share a scale, as ATen's kernel tak
 
 
 def block_rows() -> int:
-    """Output channels that ATen interleaves in one block: 64 with AVX-512, 32 with AVX2, 0 where the layout is unknown.
+    """Output channels that ATen interleaves in one block: 64 with AVX-512, 32 with AVX2, 0 where the layout
+    is unknown.
 
     Source: pytorch ``aten/src/ATen/native/cpu/int4mm_kernel.cpp``, ``weight_to_int4pack_kernel``.
     """
@@ -43,19 +46,21 @@ def _layout_reasons(device: Device) -> list[Reason]:
 
 
 def _padded(spec: WeightSpec) -> tuple[int, int]:
-    block, group = block_rows(), spec.scheme.weight.cols
+    block, group = block_rows(), spec.scheme.weight.group_size
     return math.ceil(spec.n / block) * block, math.ceil(spec.k / group) * group
 
 
 def pack_nibbles(nibbles: Tensor, block: int) -> Tensor:
-    """Rearranges codes into the layout of ``_convert_weight_to_int4pack_for_cpu``, byte for byte, without its int32 input.
+    """Rearranges codes into the layout of ``_convert_weight_to_int4pack_for_cpu``, byte for byte, without its
+    int32 input.
 
     Args:
         nibbles: uint8 ``[n, k/2]``, code + 8, low nibble first; n a multiple of ``block``.
         block: From ``block_rows``.
 
     Returns:
-        uint8 ``[n, k/2]``: for each block and column, byte j holds channel j and, high, channel ``j + block/2``.
+        uint8 ``[n, k/2]``: for each block and column, byte j holds channel j and, high, channel ``j +
+        block/2``.
     """
     n, half_k = nibbles.shape
     half = block // 2
@@ -87,50 +92,74 @@ class CpuInt4(CpuGrouped):
 
     def serves(self, scheme: Scheme) -> bool:
         quant = scheme.weight
-        return quant.format == "int4" and quant.rows == 1 and quant.cols in _GROUPS and quant.scale == "bf16" and not quant.outer
+        return (
+            quant.format == "int4"
+            and quant.block_shape[0] == 1
+            and quant.group_size in _GROUPS
+            and quant.scale == "bf16"
+            and not quant.outer_block
+        )
 
     def reasons_against(self, request: Request) -> Sequence[Reason]:
         reasons = _layout_reasons(request.device)
         if request.dtype is not torch.bfloat16:
-            reasons.append(Reason(f"the packed int4 kernel is scalar for {request.dtype} activations; it takes bfloat16"))
+            reasons.append(
+                Reason(f"the packed int4 kernel is scalar for {request.dtype} activations; it takes bfloat16")
+            )
         return reasons
 
-    def pack(self, canonical: Canonical, spec: WeightSpec) -> Packed:
+    def pack(self, stored_weight: StoredWeight, spec: WeightSpec) -> Packed:
         n, k = _padded(spec)
-        pairs = torch.zeros(k // spec.scheme.weight.cols, n, 2, dtype=torch.bfloat16, device=canonical["weight_scale"].device)
-        pairs[:, : spec.n, 0] = canonical["weight_scale"].t()
-        if spec.scheme.weight.zero:
-            pairs[:, : spec.n, 1] = canonical["weight_zero"].t()
+        pairs = torch.zeros(
+            k // spec.scheme.weight.group_size,
+            n,
+            2,
+            dtype=torch.bfloat16,
+            device=stored_weight["weight_scale"].device,
+        )
+        pairs[:, : spec.n, 0] = stored_weight["weight_scale"].t()
+        if spec.scheme.weight.zero_point:
+            pairs[:, : spec.n, 1] = stored_weight["weight_zero"].t()
         if not available():
             from quantport_cpu.jit.quantize import pack_int4
 
-            return pack_int4(canonical["weight_packed"], block_rows(), n, k), pairs
-        nibbles = canonical["weight_packed"].view(torch.uint8)[:, : math.ceil(spec.k / 2)]
+            return pack_int4(stored_weight["weight_packed"], block_rows(), n, k), pairs
+        nibbles = stored_weight["weight_packed"].view(torch.uint8)[:, : math.ceil(spec.k / 2)]
         missing = (0, k // 2 - nibbles.shape[1], 0, n - spec.n)
         if any(missing):
             nibbles = torch.nn.functional.pad(nibbles, missing)
         return pack_nibbles(nibbles, block_rows()), pairs
 
-    def unpack(self, packed: Packed, spec: WeightSpec) -> Canonical:
+    def unpack(self, packed: Packed, spec: WeightSpec) -> StoredWeight:
         width = math.ceil(spec.k / 8) * 4  # bytes of whole int32 words
         nibbles = unpack_nibbles(packed[0], block_rows())[: spec.n]
         nibbles = torch.nn.functional.pad(nibbles, (0, max(0, width - nibbles.shape[1])))[:, :width]
         words = nibbles.clone(memory_format=torch.contiguous_format).view(torch.int32)
         scale, zero = (packed[1][:, : spec.n, i].t().contiguous() for i in (0, 1))
-        return {"weight_packed": words, "weight_scale": scale} | ({"weight_zero": zero} if spec.scheme.weight.zero else {})
+        return {"weight_packed": words, "weight_scale": scale} | (
+            {"weight_zero": zero} if spec.scheme.weight.zero_point else {}
+        )
 
     def limit(self, spec: WeightSpec) -> int:
-        fits = spec.scheme.weight.cols % 64 == 0 and not spec.scheme.weight.zero and block_rows() == 64
+        fits = (
+            spec.scheme.weight.group_size % 64 == 0
+            and not spec.scheme.weight.zero_point
+            and block_rows() == 64
+        )
         return COMPILED if fits and has_fast_dots() else 0
 
-    def few(self, x: Tensor, groups: Sequence[Few], packed: Sequence[Packed], spec: WeightSpec, shared: int) -> Tensor:
+    def few(
+        self, x: Tensor, groups: Sequence[Few], packed: Sequence[Packed], spec: WeightSpec, shared: int
+    ) -> Tensor:
         from quantport_cpu.jit import grouped
 
         n, k = _padded(spec)
         x = x if k == spec.k else torch.nn.functional.pad(x, (0, k - spec.k))
         jobs, used = jobs_of(groups, shared, n)
         nibbles, pairs = [packed[i][0] for i in used], [packed[i][1] for i in used]
-        y = grouped.int4(x, [grouped.Job(*j) for j in jobs], nibbles, pairs, spec.scheme.weight.cols, shared * n)
+        y = grouped.int4(
+            x, [grouped.Job(*j) for j in jobs], nibbles, pairs, spec.scheme.weight.group_size, shared * n
+        )
         return y if n == spec.n else y.view(-1, shared, n)[..., : spec.n].reshape(-1, shared * spec.n)
 
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
@@ -142,7 +171,7 @@ class CpuInt4(CpuGrouped):
         n, k = _padded(spec)
         if k != spec.k:
             x = torch.nn.functional.pad(x, (0, k - spec.k))
-        group = spec.scheme.weight.cols
+        group = spec.scheme.weight.group_size
         if 0 < x.shape[0] <= COMPILED and group % 64 == 0 and block_rows() == 64 and has_fast_dots():
             from quantport_cpu.jit import gemv
 
@@ -153,7 +182,9 @@ class CpuInt4(CpuGrouped):
 
 
 class CpuInt4Int8(CpuInt4):
-    """W4A8: activations per token in int8, whose values bf16 holds exactly, times int4 groups; scales in fp32."""
+    """W4A8: activations per token in int8, whose values bf16 holds exactly, times int4 groups; scales in
+    fp32.
+    """
 
     name = "cpu.int4_int8"
     quantizes_activations = True

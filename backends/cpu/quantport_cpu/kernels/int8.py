@@ -1,10 +1,11 @@
 """int8 weights as they are stored: nothing to pack.
 
-Few rows go through a compiled kernel. Many go through oneDNN's int8 matmul behind ``torch._int_mm`` where its sums are exact, and
-elsewhere through fp32 matmuls over panels of the weight, whose products of bytes are exact too.
+Few rows go through a compiled kernel. Many go through oneDNN's int8 matmul behind ``torch._int_mm`` where its
+sums are exact, and elsewhere through fp32 matmuls over panels of the weight, whose products of bytes are
+exact too.
 
-oneDNN's prepacked linear is faster above a few rows, but its packing (``onednn.qlinear_prepack``) is a scalar loop of
-several seconds per GB, which no load can afford.
+oneDNN's prepacked linear is faster above a few rows, but its packing (``onednn.qlinear_prepack``) is a scalar
+loop of several seconds per GB, which no load can afford.
 """
 
 from __future__ import annotations
@@ -18,22 +19,36 @@ from torch.utils._python_dispatch import _disable_current_modes
 from quantport.backend import Packed, Quant, Reason, Refusal, Request, Scheme, WeightSpec, aten, once
 from quantport_cpu.features import usable_features
 from quantport_cpu.jit import available
-from quantport_cpu.kernels.base import COMPILED, TINY, CpuGrouped, Few, by_few, by_group, by_panels, has_fast_dots, jobs_of
+from quantport_cpu.kernels.base import (
+    COMPILED,
+    TINY,
+    CpuGrouped,
+    Few,
+    by_few,
+    by_group,
+    by_panels,
+    has_fast_dots,
+    jobs_of,
+)
 
 _SINGLE = 3  # up to this many rows, one matrix-vector call for each beats one matmul
 _COMPILED = 8  # up to this many rows the compiled kernel is fastest
 _WITHOUT_INT_MM = 32  # and up to this many, a few at a time, where the next best is fp32 panels
 _FEW = 16  # up to this many rows, ATen's W8A16 kernel beats three int8 matmuls
-PER_TOKEN = Quant("int8", 1, 0)
+PER_TOKEN = Quant("int8", (1, 0))
 _DIGIT = 0x808080  # 128 in each of three base-256 digits
-_FULL = 2.0**22 * 0.98  # largest magnitude of a row as a 23-bit integer; the margin keeps rounding inside three digits
+_FULL = (
+    2.0**22 * 0.98
+)  # largest magnitude of a row as a 23-bit integer; the margin keeps rounding inside three digits
 
 
 @once
 def int_mm_is_exact_and_fast() -> bool:
-    """Whether oneDNN's int8 matmul is one of dot products here: elsewhere it is a loop, or saturates, which is tried too.
+    """Whether oneDNN's int8 matmul is one of dot products here: elsewhere it is a loop, or saturates, which
+    is tried too.
 
-    Without VNNI it may add products in pairs that saturate at 16 bits: 127 * 127 * 64 becomes 8160 instead of 1032256. Source:
+    Without VNNI it may add products in pairs that saturate at 16 bits: 127 * 127 * 64 becomes 8160
+        instead of 1032256. Source:
     oneDNN ``dev_guide_int8_computations``.
     """
     if not {"avx512_vnni", "avx_vnni", "i8mm"} & usable_features():
@@ -44,7 +59,9 @@ def int_mm_is_exact_and_fast() -> bool:
 
 
 def matmul(q: Tensor, weight: Tensor) -> Tensor:
-    """fp32 ``q @ weight.T`` for int8 ``[M, K]`` and ``[N, K]``: sums of exact products, exact themselves where int32 has them."""
+    """fp32 ``q @ weight.T`` for int8 ``[M, K]`` and ``[N, K]``: sums of exact products, exact themselves
+    where int32 has them.
+    """
     if not takes_int_mm(weight):
         return panels(q.float(), weight)
     if 1 < q.shape[0] <= _SINGLE:
@@ -53,7 +70,9 @@ def matmul(q: Tensor, weight: Tensor) -> Tensor:
 
 
 def takes_int_mm(weight: Tensor) -> bool:
-    """Whether ``torch._int_mm`` is the way for a weight; it misreads the strides of one with a single column."""
+    """Whether ``torch._int_mm`` is the way for a weight; it misreads the strides of one with a single
+    column.
+    """
     return weight.shape[1] > 1 and int_mm_is_exact_and_fast()
 
 
@@ -78,12 +97,20 @@ class _Int8(CpuGrouped):
 
     def serves(self, scheme: Scheme) -> bool:
         quant = scheme.weight
-        return quant.format == "int8" and quant.plain and quant.rows <= 1 and not quant.cols and quant.scale == "fp32"
+        return (
+            quant.format == "int8"
+            and quant.plain
+            and quant.block_shape[0] <= 1
+            and not quant.group_size
+            and quant.scale == "fp32"
+        )
 
     def limit(self, spec: WeightSpec) -> int:
         return 0 if available() else self.grouped if has_fast_dots() else _COMPILED
 
-    def few(self, x: Tensor, groups: Sequence[Few], packed: Sequence[Packed], spec: WeightSpec, shared: int) -> Tensor:
+    def few(
+        self, x: Tensor, groups: Sequence[Few], packed: Sequence[Packed], spec: WeightSpec, shared: int
+    ) -> Tensor:
         from quantport_cpu.jit import grouped
 
         jobs, used = jobs_of(groups, shared, spec.n)
@@ -91,8 +118,12 @@ class _Int8(CpuGrouped):
         return y.mul_(by_group([packed[i][1].view(-1).expand(spec.n) for i in used], groups))
 
     def multiply_few(self, x: Tensor, weight: Tensor) -> Tensor | None:
-        """fp32 ``x @ weight.T`` by the compiled kernel, read at the speed of memory, or None where there are too many rows."""
-        if available() or not 0 < x.shape[0] <= (_COMPILED if int_mm_is_exact_and_fast() else _WITHOUT_INT_MM):
+        """fp32 ``x @ weight.T`` by the compiled kernel, read at the speed of memory, or None where there are
+        too many rows.
+        """
+        if available() or not 0 < x.shape[0] <= (
+            _COMPILED if int_mm_is_exact_and_fast() else _WITHOUT_INT_MM
+        ):
             return None
         from quantport_cpu.jit import gemv
 
@@ -111,9 +142,13 @@ class CpuInt8(_Int8):
         return super().serves(scheme) and scheme.activation == PER_TOKEN
 
     def reasons_against(self, request: Request) -> Sequence[Reason]:
-        return [Reason(r.text, Refusal.NOT_OFFERED) for r in aten.native_reason(request, "int8")]  # it would run, and win nothing
+        return [
+            Reason(r.text, Refusal.NOT_OFFERED) for r in aten.native_reason(request, "int8")
+        ]  # it would run, and win nothing
 
-    def few(self, x: Tensor, groups: Sequence[Few], packed: Sequence[Packed], spec: WeightSpec, shared: int) -> Tensor:
+    def few(
+        self, x: Tensor, groups: Sequence[Few], packed: Sequence[Packed], spec: WeightSpec, shared: int
+    ) -> Tensor:
         q, token = per_token(x)  # once for all weights that share the rows
         return super().few(q.float(), groups, packed, spec, shared).mul_(token)
 
@@ -126,10 +161,11 @@ class CpuInt8(_Int8):
 
 
 class CpuInt8WeightOnly(_Int8):
-    """W8A16. Few rows go through a compiled kernel or ATen's; many through three exact int8 matmuls, or fp32 ones.
+    """W8A16. Few rows go through a compiled kernel or ATen's; many through three exact int8 matmuls, or fp32
+    ones.
 
-    For the former each row becomes 23-bit integers, that is three balanced base-256 digits: the low three bytes of the
-    integer + 0x808080, each less 128.
+    For the former each row becomes 23-bit integers, that is three balanced base-256 digits: the low three
+    bytes of the integer + 0x808080, each less 128.
     """
 
     name = "cpu.int8_weight_only"
@@ -140,7 +176,9 @@ class CpuInt8WeightOnly(_Int8):
 
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
         weight, channel = packed
-        few = x.shape[0] <= _FEW and x.dtype is torch.bfloat16 and spec.k % 16 == 0  # ATen reads past the end otherwise
+        few = (
+            x.shape[0] <= _FEW and x.dtype is torch.bfloat16 and spec.k % 16 == 0
+        )  # ATen reads past the end otherwise
         y = self.multiply_few(x, weight)
         if y is None:
             y = self._few(x, weight) if few else self._many(x.float(), weight)

@@ -21,22 +21,31 @@ def _triton(kernel: type[Kernel]) -> Callable[[], Kernel]:
     return lambda: made("cuda")
 
 
-# Among kernels that run a request equally natively, the fastest one measured wins, and where nothing is measured the first here.
-# Which architectures, shapes and builds a kernel takes is its own to say: each line only says why it stands before the next.
+# Among kernels that run a request equally natively, the fastest one measured wins, and where nothing is
+# measured the first here.
+# Which architectures, shapes and builds a kernel takes is its own to say: each line only says why it stands
+# before the next.
 ORDER: tuple[Callable[[], Kernel], ...] = (
     measured(CudaScaledMM),  # fp8 by row: cuBLASLt or CUTLASS, which NVIDIA tunes for each architecture
     measured(CudaScaledBlocks),  # fp8 in blocks: cuBLASLt takes sm_90 alone
     measured(CudaScaledMX),  # mxfp8, and mxfp4 in some builds: cuBLASLt, as above
     measured(CudaScaledNV),
-    _triton(TritonFp8),  # fp8 by row in fp16, in sizes that are no multiples of 16, and in builds that have no code for the GPU
+    # fp8 by row in fp16, in sizes that are no multiples of 16, and in builds that have no code for the GPU
+    _triton(TritonFp8),
     _triton(TritonFp8Block),  # fp8 in blocks everywhere else
     _triton(TritonMx),  # mxfp4, and mxfp4 weights with mxfp8 activations, which cuBLASLt does not multiply
     _triton(TritonNvfp4),
     _triton(CudaTritonInt8),  # int8: scales in the same launch
     _triton(CudaTritonInt4Int8),
-    measured(CudaIntMM),  # padded up to 32 rows, and the scales in passes of their own; for what Triton does not compile
-    _triton(TritonWeightOnly),  # 16-bit activations: reads the stored layout, with every number of rows and both 16-bit types
-    measured(CudaInt4Pack),  # one launch for all numbers of rows: decodes the weight once for every 16 of them
+    measured(
+        CudaIntMM
+    ),  # padded up to 32 rows, and the scales in passes of their own; for what Triton does not compile
+    _triton(
+        TritonWeightOnly
+    ),  # 16-bit activations: reads the stored layout, with every number of rows and both 16-bit types
+    measured(
+        CudaInt4Pack
+    ),  # one launch for all numbers of rows: decodes the weight once for every 16 of them
 )
 
 

@@ -1,8 +1,8 @@
 """MXFP8, MXFP4 and NVFP4 through the block-scaled tensor cores of Blackwell, by ``torch._scaled_mm``.
 
-Scales of weights are kept in the order that cuBLASLt reads, those of activations are written so. torch does not ask on which
-architecture it runs here: older ones fail inside cuBLASLt, so this room asks (``torch/testing/_internal/common_cuda.py``:
-compute capability 10.0 and later).
+Scales of weights are kept in the order that cuBLASLt reads, those of activations are written so. torch does
+not ask on which architecture it runs here: older ones fail inside cuBLASLt, so this room asks
+(``torch/testing/_internal/common_cuda.py``: compute capability 10.0 and later).
 """
 
 from __future__ import annotations
@@ -13,11 +13,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quantport.backend import Canonical, Claim, Evidence, Kernel, Packed, Reason, Request, Scheme, WeightSpec, aten
+from quantport.backend import (
+    Claim,
+    Evidence,
+    Kernel,
+    Packed,
+    Reason,
+    Request,
+    Scheme,
+    StoredWeight,
+    WeightSpec,
+    aten,
+)
 from quantport_cuda.kernels.scaled import BLAS, NEW, build_reasons
 from quantport_triton.quantize import Quantized, quantize, swizzled, unswizzled
 
-_GATE = "torch 2.15.0 torch/testing/_internal/common_cuda.py, PLATFORM_SUPPORTS_MX_GEMM (compute capability 10.0 and later)"
+_GATE = (
+    "torch 2.15.0 torch/testing/_internal/common_cuda.py, PLATFORM_SUPPORTS_MX_GEMM (compute "
+    "capability 10.0 and later)"
+)
 _DTYPES = {"e4m3fn": torch.float8_e4m3fn, "e8m0": torch.float8_e8m0fnu, "e2m1": torch.float4_e2m1fn_x2}
 
 
@@ -32,20 +46,24 @@ class _BlockScaled(Kernel):
         assert activation is not None  # serves refused it otherwise
         reasons = list(aten.native_reason(request, activation.unit))
         if not reasons:
-            reasons += build_reasons(request, self.name, "cuda>=12.9" if request.device.arch.name in NEW else "cuda>=12.8")
+            reasons += build_reasons(
+                request, self.name, "cuda>=12.9" if request.device.arch.name in NEW else "cuda>=12.8"
+            )
         if spec.n % 16 or spec.k % 32:
-            reasons.append(Reason(f"{self.name} needs N to be a multiple of 16 and K of 32, not {spec.n} x {spec.k}"))
+            reasons.append(
+                Reason(f"{self.name} needs N to be a multiple of 16 and K of 32, not {spec.n} x {spec.k}")
+            )
         return reasons
 
     def claim(self, request: Request) -> Claim:
         """PyTorch's own gate, and the instruction."""
         return Claim(Evidence.DECLARED, f"{BLAS}; {_GATE}; {request.device.arch.source}")
 
-    def pack(self, canonical: Canonical, spec: WeightSpec) -> Packed:
-        codes, scale, *rest = super().pack(canonical, spec)
+    def pack(self, stored_weight: StoredWeight, spec: WeightSpec) -> Packed:
+        codes, scale, *rest = super().pack(stored_weight, spec)
         return codes, swizzled(scale.view(torch.uint8)).flatten(), *rest
 
-    def unpack(self, packed: Packed, spec: WeightSpec) -> Canonical:
+    def unpack(self, packed: Packed, spec: WeightSpec) -> StoredWeight:
         codes, scale, *rest = packed
         shape = spec.scheme.weight.scale_shape(spec.n, spec.k)
         return super().unpack((codes, unswizzled(scale, *shape), *rest), spec)
@@ -68,13 +86,15 @@ def _operands(x: Quantized, packed: Packed, spec: WeightSpec) -> tuple[Tensor, T
 
 
 class CudaScaledMX(_BlockScaled):
-    """MXFP8, and MXFP4 where torch is built with MSLK (cuBLASLt multiplies no MXFP4), on sm_100 and sm_103."""
+    """MXFP8, and MXFP4 where torch is built with MSLK (cuBLASLt multiplies no MXFP4), on sm_100 and
+    sm_103.
+    """
 
     name = "cuda._scaled_mm_mx"
 
     def serves(self, scheme: Scheme) -> bool:
         weight, activation = scheme.weight, scheme.activation
-        if activation is None or weight.outer or weight.format not in ("e4m3fn", "e2m1"):
+        if activation is None or weight.outer_block or weight.format not in ("e4m3fn", "e2m1"):
             return False
         return activation.unit == weight.unit and weight.scale == "e8m0"
 
@@ -83,7 +103,11 @@ class CudaScaledMX(_BlockScaled):
         reasons, arch = list(super().reasons_against(request)), request.device.arch
         if "mxfp4" in arch.native and request.weight.scheme.weight.format == "e2m1":
             if arch.name not in ("sm_100", "sm_103"):
-                reasons.append(Reason(f"torch multiplies mxfp4 on compute capability 10.x only, not on {arch.name} [{BLAS}]"))
+                reasons.append(
+                    Reason(
+                        f"torch multiplies mxfp4 on compute capability 10.x only, not on {arch.name} [{BLAS}]"
+                    )
+                )
             if "mslk" not in request.device.features:
                 reasons.append(Reason(f"torch multiplies mxfp4 only when built with MSLK [{BLAS}]"))
             if not hasattr(torch.nn.functional, "scaled_mm"):
@@ -96,12 +120,15 @@ class CudaScaledMX(_BlockScaled):
             return torch._scaled_mm(a, b, scale_a=token, scale_b=scale, out_dtype=torch.bfloat16)
         functional = torch.nn.functional
         recipe, order = functional.ScalingType.BlockWise1x32, functional.SwizzleType.SWIZZLE_32_4_4
-        y: Tensor = functional.scaled_mm(a, b, token, recipe, scale, recipe, order, order, output_dtype=torch.bfloat16)
+        y: Tensor = functional.scaled_mm(
+            a, b, token, recipe, scale, recipe, order, order, output_dtype=torch.bfloat16
+        )
         return y
 
 
 class CudaScaledNV(_BlockScaled):
-    """NVFP4. torch takes one outer factor for each operand, and ours has one for each token: they are divided out afterwards.
+    """NVFP4. torch takes one outer factor for each operand, and ours has one for each token: they are divided
+    out afterwards.
 
     Without them sums reach 1e12, which bf16 holds.
     """
@@ -110,7 +137,11 @@ class CudaScaledNV(_BlockScaled):
 
     def serves(self, scheme: Scheme) -> bool:
         weight, activation = scheme.weight, scheme.activation
-        return activation is not None and weight.unit == activation.unit == "nvfp4" and activation.outer == (1, 0)
+        return (
+            activation is not None
+            and weight.unit == activation.unit == "nvfp4"
+            and activation.outer_block == (1, 0)
+        )
 
     def multiply(self, x: Quantized, packed: Packed, spec: WeightSpec) -> Tensor:
         assert x.outer is not None  # the scheme has it

@@ -8,7 +8,9 @@ from quantport.backend import Claim, Evidence, Kernel, Quant, Request, aten
 from quantport_triton.kernels.scaled import TritonInt4Int8, TritonInt8
 from quantport_triton.quantize import quantize
 
-_INT = "PyTorch aten/src/ATen/native/cuda/Blas.cpp, _int_mm_out_cuda (more than 16 rows, K and N multiples of 8)"
+_INT = (
+    "PyTorch aten/src/ATen/native/cuda/Blas.cpp, _int_mm_out_cuda (more than 16 rows, K and N multiples of 8)"
+)
 _SLOW = (
     "sm_103 multiplies int8 through mma.sync only: 165 TOPS on GB300, where B200 has 4500 "
     "[torch 2.15.0 torch/_inductor/analysis/device_info.py]"
@@ -24,7 +26,9 @@ class _Int8(Kernel):
 
 
 class CudaIntMM(_Int8, aten.IntMM):
-    """``torch._int_mm`` through cuBLASLt; up to 16 rows are padded. Scales are multiplied afterwards, in passes of their own."""
+    """``torch._int_mm`` through cuBLASLt; up to 16 rows are padded. Scales are multiplied afterwards, in
+    passes of their own.
+    """
 
     name = "cuda._int_mm"
 

@@ -7,7 +7,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quantport.backend import Canonical, Claim, Evidence, Kernel, Packed, Quant, Reason, Refusal, Request, Scheme, WeightSpec, aten
+from quantport.backend import (
+    Claim,
+    Evidence,
+    Kernel,
+    Packed,
+    Quant,
+    Reason,
+    Refusal,
+    Request,
+    Scheme,
+    StoredWeight,
+    WeightSpec,
+    aten,
+)
 from quantport_triton.quantize import quantize
 
 BLAS = "PyTorch aten/src/ATen/native/cuda/ScaledBlas.cpp at 0174dfabc023"
@@ -24,20 +37,28 @@ def build_reasons(request: Request, name: str, feature: str = "cuda>=12.9") -> l
     device = request.device
     if device.simulated or feature in device.features:
         return []
-    return [Reason(f"{name} needs a torch built for CUDA {feature.removeprefix('cuda>=')} or later on {device.arch.name}")]
+    return [
+        Reason(
+            f"{name} needs a torch built for CUDA {feature.removeprefix('cuda>=')} or later on "
+            f"{device.arch.name}"
+        )
+    ]
 
 
 class CudaScaledMM(aten.ScaledMM):
     """``torch._scaled_mm`` with row scales: cuBLASLt on sm_90 from CUDA 12.9 on, else CUTLASS.
 
-    Partial sums are added in fp32 (``use_fast_accum=False``): without that, Hopper's tensor cores keep about 14 bits of a sum
+    Partial sums are added in fp32 (``use_fast_accum=False``): without that, Hopper's tensor cores keep
+        about 14 bits of a sum
     (DeepSeek-V3, arXiv:2412.19437, section 3.3.2).
     """
 
     name = "cuda._scaled_mm"
 
     def reasons_against(self, request: Request) -> Sequence[Reason]:
-        """Adds: the row-wise kernel holds code for sm_103 and sm_121 only in builds for CUDA 12.9 and later."""
+        """Adds: the row-wise kernel holds code for sm_103 and sm_121 only in builds for CUDA 12.9 and
+        later.
+        """
         old = build_reasons(request, self.name) if request.device.arch.name in NEW else []
         return [*super().reasons_against(request), *old]
 
@@ -53,10 +74,11 @@ class CudaScaledMM(aten.ScaledMM):
 class CudaScaledBlocks(Kernel):
     """128x128 blocks through cuBLASLt, on sm_90 alone.
 
-    Limits: N and K whole blocks. torch does without that, but its shape function (``_meta_registrations.py`` of 2.13) counts
-    whole blocks. cuBLASLt reads the scales of a row of blocks with a stride that is a multiple of 16 bytes, which
-    ``F.scaled_mm`` asks for and ``torch._scaled_mm`` cannot express. Rows are filled up to a multiple of four for the same
-    reason: the scales of the activations lie column by column.
+    Limits: N and K whole blocks. torch does without that, but its shape function
+        (``_meta_registrations.py`` of 2.13) counts
+    whole blocks. cuBLASLt reads the scales of a row of blocks with a stride that is a multiple of 16 bytes,
+    which ``F.scaled_mm`` asks for and ``torch._scaled_mm`` cannot express. Rows are filled up to a multiple
+    of four for the same reason: the scales of the activations lie column by column.
     """
 
     name = "cuda._scaled_mm_blocks"
@@ -64,16 +86,19 @@ class CudaScaledBlocks(Kernel):
     quantizes_activations = True
 
     def serves(self, scheme: Scheme) -> bool:
-        return (scheme.weight, scheme.activation) == (Quant("e4m3fn", 128, 128), Quant("e4m3fn", 1, 128))
+        return (scheme.weight, scheme.activation) == (Quant("e4m3fn", (128, 128)), Quant("e4m3fn", (1, 128)))
 
     def reasons_against(self, request: Request) -> Sequence[Reason]:
         spec, arch = request.weight, request.device.arch
         reasons = list(aten.native_reason(request, "e4m3fn"))
         if not reasons and arch.name != "sm_90":
-            reasons.append(Reason(f"torch multiplies 128x128 blocks on sm_90 only, not on {arch.name} [{BLAS}]"))
+            reasons.append(
+                Reason(f"torch multiplies 128x128 blocks on sm_90 only, not on {arch.name} [{BLAS}]")
+            )
         reasons = reasons or build_reasons(request, self.name)
         if spec.n % 128 or spec.k % 128:
-            # torch's shape function counts whole blocks only; what cuBLASLt does with the others is not known.
+            # torch's shape function counts whole blocks only; what cuBLASLt does with the others is not
+            # known.
             needs = f"{self.name} needs N and K to be multiples of 128, not {spec.n} x {spec.k}"
             reasons.append(Reason(needs, Refusal.UNSAFE))
         if not hasattr(torch.nn.functional, "scaled_mm"):
@@ -84,11 +109,13 @@ class CudaScaledBlocks(Kernel):
         """PyTorch's own gate, and the instruction."""
         return Claim(Evidence.DECLARED, f"{_BLOCKS}; {request.device.arch.source}")
 
-    def pack(self, canonical: Canonical, spec: WeightSpec) -> Packed:
-        scale = canonical["weight_scale"]
-        return canonical["weight"].view(torch.uint8), torch.nn.functional.pad(scale, (0, -scale.shape[1] % 4))
+    def pack(self, stored_weight: StoredWeight, spec: WeightSpec) -> Packed:
+        scale = stored_weight["weight_scale"]
+        return stored_weight["weight"].view(torch.uint8), torch.nn.functional.pad(
+            scale, (0, -scale.shape[1] % 4)
+        )
 
-    def unpack(self, packed: Packed, spec: WeightSpec) -> Canonical:
+    def unpack(self, packed: Packed, spec: WeightSpec) -> StoredWeight:
         weight, scale = packed
         columns = spec.scheme.weight.scale_shape(spec.n, spec.k)[1]
         return {"weight": weight.view(torch.float8_e4m3fn), "weight_scale": scale[:, :columns].contiguous()}
@@ -102,5 +129,7 @@ class CudaScaledBlocks(Kernel):
         q = quantize(x, spec.scheme.activation, transposed=True)
         functional = torch.nn.functional
         one, square = functional.ScalingType.BlockWise1x128, functional.ScalingType.BlockWise128x128
-        y = functional.scaled_mm(q.codes, weight.view(q.codes.dtype).t(), q.scale, one, scale.t(), square)[:rows]  # bf16
+        y = functional.scaled_mm(q.codes, weight.view(q.codes.dtype).t(), q.scale, one, scale.t(), square)[
+            :rows
+        ]  # bf16
         return (y if bias is None else y + bias).to(x.dtype)

@@ -5,7 +5,13 @@ from __future__ import annotations
 from quantport.backend import Kernel, aten
 from quantport_npu.kernels import grouped
 from quantport_npu.kernels.floating import NpuFp8, NpuFp8Block
-from quantport_npu.kernels.integer import NpuInt8, NpuWeightFp8, NpuWeightInt4, NpuWeightInt4Offset, NpuWeightInt8
+from quantport_npu.kernels.integer import (
+    NpuInt8,
+    NpuWeightFp8,
+    NpuWeightInt4,
+    NpuWeightInt4Offset,
+    NpuWeightInt8,
+)
 from quantport_npu.kernels.mx import WAYS, NpuDualScale, NpuMx
 
 

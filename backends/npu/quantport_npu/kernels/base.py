@@ -1,4 +1,6 @@
-"""What the kernels of the room share: limits, evidence, and columns beyond the vendor's limit in several products."""
+"""What the kernels of the room share: limits, evidence, and columns beyond the vendor's limit in several
+products.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ def parts(n: int) -> list[slice]:
 
 
 def even(scale: Tensor) -> Tensor:
-    """Scales ``[n, groups]`` in pairs, as the MX operators take them: ``[n, ceil(groups / 2), 2]``, filled with zeros."""
+    """Scales ``[n, groups]`` in pairs, as the MX operators take them: ``[n, ceil(groups / 2), 2]``, filled
+    with zeros.
+    """
     return torch.nn.functional.pad(scale, (0, scale.shape[1] % 2)).view(scale.shape[0], -1, 2)
 
 
@@ -47,7 +51,9 @@ class NpuKernel(Kernel):
     tolerance = 2.0**-6
 
     def reasons_against(self, request: Request) -> Sequence[Reason]:
-        """The format, the dtype of activations, the limit of K, and operators that the installed build lacks."""
+        """The format, the dtype of activations, the limit of K, and operators that the installed
+        build lacks.
+        """
         spec, arch = request.weight, request.device.arch
         reasons = list(aten.native_reason(request, self.unit))
         if request.dtype not in HALVES:
@@ -57,7 +63,9 @@ class NpuKernel(Kernel):
         if spec.k > LIMIT:
             reasons.append(Reason(f"{self.name} takes K up to {LIMIT}, not {spec.k} [{self.source}]"))
         if not request.device.simulated:
-            reasons += [Reason(why) for call, arguments in self.calls.items() if (why := lacking(call, arguments))]
+            reasons += [
+                Reason(why) for call, arguments in self.calls.items() if (why := lacking(call, arguments))
+            ]
         return reasons
 
     def claim(self, request: Request) -> Claim:
@@ -72,7 +80,10 @@ class NpuKernel(Kernel):
         if not x.shape[0]:  # the operators take no empty tensors
             return x.new_empty(0, spec.n)
         q = self.activations(x, spec)
-        done = [self.multiply(q, packed, part, None if bias is None else bias[part], x.dtype, spec) for part in parts(spec.n)]
+        done = [
+            self.multiply(q, packed, part, None if bias is None else bias[part], x.dtype, spec)
+            for part in parts(spec.n)
+        ]
         return done[0] if len(done) == 1 else torch.cat(done, -1)
 
     def activations(self, x: Tensor, spec: WeightSpec) -> Packed:
@@ -80,5 +91,13 @@ class NpuKernel(Kernel):
         return (x,)
 
     @abstractmethod
-    def multiply(self, q: Packed, packed: Packed, part: slice, bias: Tensor | None, dtype: torch.dtype, spec: WeightSpec) -> Tensor:
+    def multiply(
+        self,
+        q: Packed,
+        packed: Packed,
+        part: slice,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        spec: WeightSpec,
+    ) -> Tensor:
         """``[m, part]`` in ``dtype``: activations by the output channels of one part."""

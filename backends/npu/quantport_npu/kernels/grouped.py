@@ -1,7 +1,8 @@
-"""Experts: all groups of rows by weights of their own in one launch, the weights of all experts in one tensor.
+"""Experts: all groups of rows by weights of their own in one launch, the weights of all experts in one
+tensor.
 
-On the 950, gate, up, SwiGLU and the quantization of what comes out are one launch too. On the other chips that operator takes
-INT8 in FRACTAL_NZ only, which no view of a stack is.
+On the 950, gate, up, SwiGLU and the quantization of what comes out are one launch too. On the other chips
+that operator takes INT8 in FRACTAL_NZ only, which no view of a stack is.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from quantport.backend import Canonical, Kernel, Packed, Reason, Request, StackedKernel, WeightSpec
+from quantport.backend import Kernel, Packed, Reason, Request, StackedKernel, StoredWeight, WeightSpec
 from quantport_npu.kernels.base import Calls, NpuKernel
 from quantport_npu.kernels.floating import NpuFp8
 from quantport_npu.kernels.integer import NpuInt8, NpuWeightInt4, NpuWeightInt8
@@ -39,10 +40,18 @@ class NpuGrouped(StackedKernel, NpuKernel):
     def reasons_against(self, request: Request) -> Sequence[Reason]:
         reasons, arch = list(super().reasons_against(request)), request.device.arch
         if not reasons and arch.family not in self.families:
-            reasons.append(Reason(f"{self.name} is documented for {', '.join(self.families)}, not {arch.name} [{self.source}]"))
+            reasons.append(
+                Reason(
+                    f"{self.name} is documented for {', '.join(self.families)}, not {arch.name} "
+                    f"[{self.source}]"
+                )
+            )
         if 2 * request.weight.n > LIMIT:
             reasons.append(
-                Reason(f"{self.name} takes up to {LIMIT} columns of gate and up, not 2 x {request.weight.n} [{self.source}]")
+                Reason(
+                    f"{self.name} takes up to {LIMIT} columns of gate and up, not 2 x "
+                    f"{request.weight.n} [{self.source}]"
+                )
             )
         return reasons
 
@@ -52,7 +61,13 @@ class NpuGrouped(StackedKernel, NpuKernel):
         return self.run_grouped(x, offsets, self.bundle([packed]), None if bias is None else bias[None], spec)
 
     def run_grouped(
-        self, x: Tensor, offsets: Tensor, packed: Sequence[Packed], bias: Tensor | None, spec: WeightSpec, shared: int = 1
+        self,
+        x: Tensor,
+        offsets: Tensor,
+        packed: Sequence[Packed],
+        bias: Tensor | None,
+        spec: WeightSpec,
+        shared: int = 1,
     ) -> Tensor:
         if not len(x):
             return x.new_empty(0, shared * spec.n)
@@ -63,12 +78,21 @@ class NpuGrouped(StackedKernel, NpuKernel):
 
     @abstractmethod
     def grouped(self, q: Packed, stack: Packed, ends: Tensor, dtype: torch.dtype) -> Tensor:
-        """Quantized activations by a stack; ``ends`` int64 ``[groups]`` are where the rows of each group end."""
+        """Quantized activations by a stack; ``ends`` int64 ``[groups]`` are where the rows of each
+        group end.
+        """
 
     def launch(self, q: Packed, weight: Tensor, ends: Tensor, dtype: torch.dtype, **scales: Any) -> Tensor:
         """The operator, for rows in groups."""
         y: list[Tensor] = torch.ops.npu.npu_grouped_matmul(
-            [q[0]], [weight], group_list=ends, split_item=3, group_type=0, group_list_type=0, output_dtype=dtype, **scales
+            [q[0]],
+            [weight],
+            group_list=ends,
+            split_item=3,
+            group_type=0,
+            group_list_type=0,
+            output_dtype=dtype,
+            **scales,
         )
         return y[0]
 
@@ -77,10 +101,20 @@ class _Gated(NpuGrouped):
     """A kernel whose activations the fused operator can quantize again after SwiGLU."""
 
     def run_gated(
-        self, x: Tensor, offsets: Tensor, gate_up: Sequence[Packed], down: Sequence[Packed], specs: tuple[WeightSpec, WeightSpec],
+        self,
+        x: Tensor,
+        offsets: Tensor,
+        gate_up: Sequence[Packed],
+        down: Sequence[Packed],
+        specs: tuple[WeightSpec, WeightSpec],
         activation: str,
-    ) -> Tensor | None:  # fmt: skip
-        if activation != "silu" or family() != "A5" or lacking(_GATED, ("weight_scale_dtype",)) or not self.gates(specs[0]):
+    ) -> Tensor | None:
+        if (
+            activation != "silu"
+            or family() != "A5"
+            or lacking(_GATED, ("weight_scale_dtype",))
+            or not self.gates(specs[0])
+        ):
             return None
         ends = offsets[1:].long()
         hidden = self.gated(self.activations(x, specs[0]), gate_up[0], ends)
@@ -98,7 +132,10 @@ class _Gated(NpuGrouped):
 class _PerToken(_Gated):
     """8-bit weights with a scale for each output channel, in the stored layout."""
 
-    calls: ClassVar[Calls] = {"npu_dynamic_quant": (), "npu_grouped_matmul": ("per_token_scale", "output_dtype")}
+    calls: ClassVar[Calls] = {
+        "npu_dynamic_quant": (),
+        "npu_grouped_matmul": ("per_token_scale", "output_dtype"),
+    }
     element: ClassVar[torch.dtype]
 
     def sides(self, stack: Packed) -> Packed:
@@ -108,7 +145,9 @@ class _PerToken(_Gated):
 
     def grouped(self, q: Packed, stack: Packed, ends: Tensor, dtype: torch.dtype) -> Tensor:
         weight, scale = self.sides(stack)
-        return self.launch(q, weight, ends, dtype, scale=[self.scale_for(dtype, scale)], per_token_scale=[q[1]])
+        return self.launch(
+            q, weight, ends, dtype, scale=[self.scale_for(dtype, scale)], per_token_scale=[q[1]]
+        )
 
     def scale_for(self, dtype: torch.dtype, scale: Tensor) -> Tensor:
         """Scales as the operator takes them for results of ``dtype``."""
@@ -128,7 +167,10 @@ class NpuGroupedInt8(_PerToken, NpuInt8):
     name = "npu.grouped_matmul"
     families = ("A2", "A3", "A5")
     source = f"{_PAGE}; {_ON_950}"
-    deviation = f"{NpuInt8.deviation}; scales of output channels are rounded to bfloat16 where the result is bfloat16; {_FUSED}"
+    numeric_deviation = (
+        f"{NpuInt8.numeric_deviation}; scales of output channels are rounded to bfloat16 where the "
+        f"result is bfloat16; {_FUSED}"
+    )
     element = torch.int8
     pack, unpack = Kernel.pack, Kernel.unpack
 
@@ -140,16 +182,21 @@ class NpuGroupedFp8(_PerToken, NpuFp8):
     """FP8 by FP8, a scale for each token and each output channel."""
 
     name = "npu.grouped_matmul_fp8"
-    deviation = _FUSED
+    numeric_deviation = _FUSED
     families = ("A5",)
-    calls: ClassVar[Calls] = {"npu_dynamic_quant": ("dst_type",), "npu_grouped_matmul": ("per_token_scale", "x_dtype")}
+    calls: ClassVar[Calls] = {
+        "npu_dynamic_quant": ("dst_type",),
+        "npu_grouped_matmul": ("per_token_scale", "x_dtype"),
+    }
     source = _ON_950
     element = torch.float8_e4m3fn
 
-    def pack(self, canonical: Canonical, spec: WeightSpec) -> Packed:
-        return canonical["weight"].view(torch.uint8), canonical["weight_scale"].expand(spec.n, 1).contiguous()
+    def pack(self, stored_weight: StoredWeight, spec: WeightSpec) -> Packed:
+        return stored_weight["weight"].view(torch.uint8), stored_weight["weight_scale"].expand(
+            spec.n, 1
+        ).contiguous()
 
-    def unpack(self, packed: Packed, spec: WeightSpec) -> Canonical:
+    def unpack(self, packed: Packed, spec: WeightSpec) -> StoredWeight:
         rows = spec.scheme.weight.scale_shape(spec.n, spec.k)[0]
         return {"weight": packed[0].view(self.element), "weight_scale": packed[1][:rows].contiguous()}
 
@@ -168,13 +215,21 @@ class NpuGroupedMx(_Gated, NpuMx):
         super().__init__(name)
         self.name = name.replace("quant_matmul", "grouped_matmul")
         if self.fuses:
-            self.deviation = "; ".join(filter(None, (self.deviation, _FUSED)))
+            self.numeric_deviation = "; ".join(filter(None, (self.numeric_deviation, _FUSED)))
 
     def grouped(self, q: Packed, stack: Packed, ends: Tensor, dtype: torch.dtype) -> Tensor:
         weight, scale = self.sides(stack)
         four = {"x_dtype": E2M1, "weight_dtype": E2M1} if self.way.weight == "e2m1" else {}
         return self.launch(
-            q, weight, ends, dtype, scale=[scale], per_token_scale=[q[1]], scale_dtype=E8M0, per_token_scale_dtype=E8M0, **four
+            q,
+            weight,
+            ends,
+            dtype,
+            scale=[scale],
+            per_token_scale=[q[1]],
+            scale_dtype=E8M0,
+            per_token_scale_dtype=E8M0,
+            **four,
         )
 
     def gates(self, spec: WeightSpec) -> bool:
@@ -183,22 +238,35 @@ class NpuGroupedMx(_Gated, NpuMx):
 
     @property
     def fuses(self) -> bool:
-        """MXFP8 with the rule of OCP: builds differ about the shape of MXFP4 results, and there is no other rule.
+        """MXFP8 with the rule of OCP: builds differ about the shape of MXFP4 results, and there is no other
+        rule.
 
-        The page writes the exponent of results with the brackets of rounding; it is read as that of npu_dynamic_mx_quant, a floor.
+        The page writes the exponent of results with the brackets of rounding; it is read as that of
+        npu_dynamic_mx_quant, a floor.
         """
         return self.way.weight == "e4m3fn" and self.way.options["scale_alg"] == 0
 
     def gated(self, q: Packed, stack: Packed, ends: Tensor) -> Packed:
         weight, scale = self.sides(stack)
         out: Packed = torch.ops.npu.npu_grouped_matmul_swiglu_quant_v2(
-            q[0], [weight], [scale], q[1], ends, dequant_mode=2, dequant_dtype=torch.float32, quant_mode=2,
-            quant_dtype=torch.float8_e4m3fn, weight_scale_dtype=E8M0, x_scale_dtype=E8M0,
-        )  # fmt: skip
+            q[0],
+            [weight],
+            [scale],
+            q[1],
+            ends,
+            dequant_mode=2,
+            dequant_dtype=torch.float32,
+            quant_mode=2,
+            quant_dtype=torch.float8_e4m3fn,
+            weight_scale_dtype=E8M0,
+            x_scale_dtype=E8M0,
+        )
         return out
 
     def sides(self, stack: Packed) -> Packed:
-        """Transposed views: weights ``[groups, K, shared * N]`` and scales ``[groups, K / 64, shared * N, 2]``."""
+        """Transposed views: weights ``[groups, K, shared * N]`` and scales ``[groups, K / 64, shared * N,
+        2]``.
+        """
         weight, scale = (t.flatten(1, 2) for t in stack)
         weight = weight if self.way.weight == "e2m1" else weight.view(torch.float8_e4m3fn)
         return weight.transpose(1, 2), scale.transpose(1, 2)
@@ -215,15 +283,22 @@ class NpuGroupedWeightInt8(NpuGrouped, NpuWeightInt8):
     def grouped(self, q: Packed, stack: Packed, ends: Tensor, dtype: torch.dtype) -> Tensor:
         scale = stack[1].flatten(1).to(dtype)
         weight = stack[0].flatten(1, 2).transpose(1, 2)
-        return self.launch(q, weight, ends, dtype, antiquant_scale=[scale], antiquant_offset=[torch.zeros_like(scale)])
+        return self.launch(
+            q, weight, ends, dtype, antiquant_scale=[scale], antiquant_offset=[torch.zeros_like(scale)]
+        )
 
 
 class NpuGroupedWeightInt4(NpuGrouped, NpuWeightInt4):
-    """INT4 in groups with 16-bit activations. Words and scales of gate and up alternate along N, in one matrix for each expert."""
+    """INT4 in groups with 16-bit activations. Words and scales of gate and up alternate along N, in one
+    matrix for each expert.
+    """
 
     name = "npu.grouped_weight_int4"
     families = ("A2", "A3")
-    calls: ClassVar[Calls] = {**NpuWeightInt4.calls, "npu_grouped_matmul": ("antiquant_scale", "antiquant_offset", "output_dtype")}
+    calls: ClassVar[Calls] = {
+        **NpuWeightInt4.calls,
+        "npu_grouped_matmul": ("antiquant_scale", "antiquant_offset", "output_dtype"),
+    }
     source = _PAGE
 
     groups = "one group or several equal ones along K"
@@ -238,12 +313,16 @@ class NpuGroupedWeightInt4(NpuGrouped, NpuWeightInt4):
     def slot(self, stack: Packed, group: int, which: int) -> Packed:
         return tuple(t[group, :, which] for t in stack)
 
-    def unpack(self, packed: Packed, spec: WeightSpec) -> Canonical:
-        return super().unpack(tuple(t.contiguous() for t in packed), spec)  # the operator that gives codes back takes no slots
+    def unpack(self, packed: Packed, spec: WeightSpec) -> StoredWeight:
+        return super().unpack(
+            tuple(t.contiguous() for t in packed), spec
+        )  # the operator that gives codes back takes no slots
 
     def grouped(self, q: Packed, stack: Packed, ends: Tensor, dtype: torch.dtype) -> Tensor:
         words, scale = stack[0].flatten(2), stack[1].flatten(2).to(dtype)
-        return self.launch(q, words, ends, dtype, antiquant_scale=[scale], antiquant_offset=[torch.zeros_like(scale)])
+        return self.launch(
+            q, words, ends, dtype, antiquant_scale=[scale], antiquant_offset=[torch.zeros_like(scale)]
+        )
 
 
 def kernels() -> tuple[NpuGrouped, ...]:

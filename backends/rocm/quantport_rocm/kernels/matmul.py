@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from quantport.backend import Claim, Evidence, Reason, Request, aten
 
 _BLAS = "PyTorch aten/src/ATen/native/cuda/ScaledBlas.cpp at 0174dfabc023"
-_INT = "PyTorch aten/src/ATen/native/cuda/Blas.cpp, _int_mm_out_cuda (more than 16 rows, K and N multiples of 8)"
+_INT = (
+    "PyTorch aten/src/ATen/native/cuda/Blas.cpp, _int_mm_out_cuda (more than 16 rows, K and N multiples of 8)"
+)
 
 
 class RocmScaledMM(aten.ScaledMM):
@@ -23,7 +25,9 @@ class RocmScaledMM(aten.ScaledMM):
             lacks = "the conversion of the weights is not in this version"
             reasons.append(Reason(f"{device.arch.name} multiplies e4m3fnuz, not e4m3fn, and {lacks}"))
         elif "e4m3fn" in device.arch.native and not device.simulated and "rocm>=6.5" not in device.features:
-            reasons.append(Reason(f"{self.name} takes e4m3fn only in a torch built for ROCm 6.5 or later [{_BLAS}]"))
+            reasons.append(
+                Reason(f"{self.name} takes e4m3fn only in a torch built for ROCm 6.5 or later [{_BLAS}]")
+            )
         return reasons
 
     def claim(self, request: Request) -> Claim:

@@ -1,4 +1,6 @@
-"""What the Triton kernels share: a name for each room, and reasons and claims that follow from the evidence."""
+"""What the Triton kernels share: a name for each room, and reasons and claims that follow from the
+evidence.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ class TritonKernel(Kernel):
 
     Attributes:
         family: What it is called within every room, in the evidence and in the tuned configurations.
-        oldest: Architecture -> the first Triton that makes its matrix instruction of the kernel, where that is not the oldest.
+        oldest: Architecture -> the first Triton that makes its matrix instruction of the kernel, where
+            that is not the oldest.
         matrix: How the matrix instructions in machine code begin that are native for it.
     """
 
@@ -37,14 +40,19 @@ class TritonKernel(Kernel):
             reasons.append(Reason(f"Triton {have} does not compile it for {arch.name}: {need} does"))
         if request.dtype not in (torch.bfloat16, torch.float16):
             # Triton may multiply them all the same, on other units or as something narrower.
-            reasons.append(Reason(f"{self.name} takes activations of 16 bits, not {request.dtype}", Refusal.NOT_OFFERED))
+            reasons.append(
+                Reason(f"{self.name} takes activations of 16 bits, not {request.dtype}", Refusal.NOT_OFFERED)
+            )
         elif request.dtype is torch.bfloat16 and "bf16" not in arch.native:
-            reasons.append(Reason(f"{arch.name} ({arch.title}) has no bf16: activations must be float16 [{arch.source}]"))
+            reasons.append(
+                Reason(f"{arch.name} ({arch.title}) has no bf16: activations must be float16 [{arch.source}]")
+            )
         return [*reasons, *evidence.refusals(arch.kind, arch.name, self.family, scheme)]
 
     def claim(self, request: Request) -> Claim:
-        """``compiled`` where what runs at so many rows has the matrix instruction in its machine code for the architecture, else
-        ``interpreted``. Machine code was made for the dtype that the architecture computes in."""
+        """``compiled`` where what runs at so many rows has the matrix instruction in its machine code for the
+        architecture, else ``interpreted``. Machine code was made for the dtype that the architecture computes
+        in."""
         arch = request.device.arch
         name = arch.name if request.dtype is arch.compute else f"{arch.name} in {request.dtype}"
         return evidence.claim(arch.kind, name, self.family, request.weight.scheme.name, self.way_of(request))

@@ -1,4 +1,6 @@
-"""MX and NVFP4: both operands in 4 or 8 bits, with scales of blocks that the matrix unit of Blackwell applies itself."""
+"""MX and NVFP4: both operands in 4 or 8 bits, with scales of blocks that the matrix unit of Blackwell applies
+itself.
+"""
 
 from __future__ import annotations
 
@@ -16,21 +18,25 @@ from quantport_triton.quantize import quantize
 from quantport_triton.tuned import way
 
 _FORMATS = {"e4m3fn": "e4m3", "e2m1": "e2m1"}
-_MX8, _MX4 = (Quant(name, 1, 32, "e8m0") for name in ("e4m3fn", "e2m1"))
-_NV4 = Quant("e2m1", 1, 16, "e4m3fn", outer=(0, 0))
+_MX8, _MX4 = (Quant(name, (1, 32), "e8m0") for name in ("e4m3fn", "e2m1"))
+_NV4 = Quant("e2m1", (1, 16), "e4m3fn", outer_block=(0, 0))
 
 
 class TritonBlockScaled(TritonKernel):
-    """What these families share. They run where the matrix unit has the formats only; elsewhere weight-only kernels are faster.
+    """What these families share. They run where the matrix unit has the formats only; elsewhere weight-only
+    kernels are faster.
 
-    The matrix unit multiplies codes and scales exactly and adds in fp32; order alone differs from the reference, and
-    ``tolerance`` covers it: half a unit in bf16 is ``2**-9``.
+    The matrix unit multiplies codes and scales exactly and adds in fp32; order alone differs from the
+    reference, and ``tolerance`` covers it: half a unit in bf16 is ``2**-9``.
 
     Attributes:
-        pairs: What weight and activations may be; the rule or search that their scales come from does not matter.
+        pairs: What weight and activations may be; the rule or search that their scales come from does not
+            matter.
     """
 
-    oldest = dict.fromkeys(("sm_103", "sm_120", "sm_121"), (3, 6))  # before, the last two multiply bf16 instead
+    oldest = dict.fromkeys(
+        ("sm_103", "sm_120", "sm_121"), (3, 6)
+    )  # before, the last two multiply bf16 instead
     matrix = ("QMMA.SF", "OMMA.SF", "UTCQMMA", "UTCOMMA")  # those that apply scales of blocks
     tolerance = 2.0**-7
     quantizes_activations = True
@@ -44,7 +50,9 @@ class TritonBlockScaled(TritonKernel):
         scheme = request.weight.scheme
         units = {quant.unit: None for quant in (scheme.weight, scheme.activation) if quant}
         # Elsewhere Triton would multiply in bf16, which weight-only kernels do with less work.
-        native = [reason for unit in units for reason in aten.native_reason(request, unit, Refusal.NOT_OFFERED)]
+        native = [
+            reason for unit in units for reason in aten.native_reason(request, unit, Refusal.NOT_OFFERED)
+        ]
         return native or super().reasons_against(request)  # one reason is enough
 
     def slow(self, request: Request) -> str:
@@ -57,8 +65,10 @@ class TritonBlockScaled(TritonKernel):
         assert activation is not None  # serves asks for it
         left = quantize(x, activation)
         codes, scale = packed[:2]
-        two = quant.outer is not None  # levels of scales
-        stored = torch.float8_e4m3fn if two else torch.uint8  # how Triton tells scales per 16 from scales per 32
+        two = quant.outer_block is not None  # levels of scales
+        stored = (
+            torch.float8_e4m3fn if two else torch.uint8
+        )  # how Triton tells scales per 16 from scales per 32
         y = x.new_empty(m, spec.n)
         tensors = {
             "x": left.codes.view(torch.uint8),
@@ -75,7 +85,7 @@ class TritonBlockScaled(TritonKernel):
         constants = {
             "X": _FORMATS[activation.format],
             "W": _FORMATS[quant.format],
-            "GROUP": quant.cols,
+            "GROUP": quant.group_size,
             "TOKEN": two,
             "ROW": 0 if two else -1,
         }
@@ -84,7 +94,19 @@ class TritonBlockScaled(TritonKernel):
         blocks["BK"] = blocks["BK"] * 8 // activation.element.bits  # the files count bytes
         blocks["WIDEN"] = blocks.get("WIDEN", 0) * (quant.format != activation.format)
         config = Config(blocks, config.warps, config.stages)
-        multiply(ops.gemm, config, y, k, tensors, factors, numbers, torch.float32, True, **constants, BIAS=bias is not None)
+        multiply(
+            ops.gemm,
+            config,
+            y,
+            k,
+            tensors,
+            factors,
+            numbers,
+            torch.float32,
+            True,
+            **constants,
+            BIAS=bias is not None,
+        )
         return y
 
 
@@ -99,4 +121,4 @@ class TritonNvfp4(TritonBlockScaled):
     """NVFP4: e4m3fn scales per 16; the factors of the weight and of each token divide the sum."""
 
     family = "nvfp4"
-    pairs = ((_NV4, replace(_NV4, outer=(1, 0))),)
+    pairs = ((_NV4, replace(_NV4, outer_block=(1, 0))),)

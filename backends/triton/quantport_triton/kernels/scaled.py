@@ -1,4 +1,6 @@
-"""Quantized weights times quantized activations, with scales of rows, tokens or groups: e4m3fn, int8, and int4 times int8."""
+"""Quantized weights times quantized activations, with scales of rows, tokens or groups: e4m3fn, int8, and
+int4 times int8.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +23,13 @@ INT8 = ("IMMA", "IGMMA", "UTCIMMA")
 
 
 class TritonScaled(TritonKernel):
-    """What these families share: activations are quantized, codes are multiplied, scales are applied to the sums.
+    """What these families share: activations are quantized, codes are multiplied, scales are applied to the
+    sums.
 
-    Products of codes are exact, and so are sums of int8; sums in fp32 and the rounding of the output differ from the
-    reference by their order only, which ``tolerance`` covers: half a unit in bf16 is ``2**-9``, and the reference rounds alike.
+    Products of codes are exact, and so are sums of int8; sums in fp32 and the rounding of the output differ
+    from the reference by their order only, which ``tolerance`` covers: half a unit in bf16 is ``2**-9``, and
+    the
+        reference rounds alike.
 
     Attributes:
         weights: What the weight may be.
@@ -40,7 +45,9 @@ class TritonScaled(TritonKernel):
         return scheme.weight in self.weights and scheme.activation == self.activation
 
     def reasons_against(self, request: Request) -> Sequence[Reason]:
-        return aten.native_reason(request, self.activation.format) or super().reasons_against(request)  # one reason is enough
+        return aten.native_reason(request, self.activation.format) or super().reasons_against(
+            request
+        )  # one reason is enough
 
     def slow(self, request: Request) -> str:
         return unaligned(request)
@@ -49,19 +56,42 @@ class TritonScaled(TritonKernel):
         from quantport_triton.ops import scaled as ops
 
         quant, (m, k) = spec.scheme.weight, x.shape
-        left = quantize(x, self.activation, transposed=bool(self.activation.cols))  # a step reads a column
+        left = quantize(
+            x, self.activation, transposed=bool(self.activation.group_size)
+        )  # a step reads a column
         codes, scale = packed
         codes = codes.view(quant.element.storage) if quant.element.is_float8 else codes
         config = way(target_of(x.device), self.family, m)[1]
         config = Config({"PROMOTE": 0, **config.blocks}, config.warps, config.stages)
-        sums = torch.int32 if self.activation.format == "int8" and not quant.cols else torch.float32
+        sums = torch.int32 if self.activation.format == "int8" and not quant.group_size else torch.float32
         y = x.new_empty(m, spec.n)
         factors = {"of_token": left.scale, "of_row": scale, "bias": y if bias is None else bias}
         token_step, group_step = left.scale.stride()
-        numbers = {"units": codes.shape[1], "groups": scale.shape[1], "token_step": token_step, "group_step": group_step}
-        row = -1 if quant.cols else quant.rows
-        constants = {"GROUP": quant.cols, "TOKEN": not self.activation.cols, "ROW": row, "BIAS": bias is not None}
-        multiply(ops.gemm, config, y, k, {"x": left.codes, "codes": codes}, factors, numbers, sums, False, **constants)
+        numbers = {
+            "units": codes.shape[1],
+            "groups": scale.shape[1],
+            "token_step": token_step,
+            "group_step": group_step,
+        }
+        row = -1 if quant.group_size else quant.block_shape[0]
+        constants = {
+            "GROUP": quant.group_size,
+            "TOKEN": not self.activation.group_size,
+            "ROW": row,
+            "BIAS": bias is not None,
+        }
+        multiply(
+            ops.gemm,
+            config,
+            y,
+            k,
+            {"x": left.codes, "codes": codes},
+            factors,
+            numbers,
+            sums,
+            False,
+            **constants,
+        )
         return y
 
 
@@ -69,29 +99,33 @@ class TritonFp8(TritonScaled):
     """W8A8 e4m3fn: a scale for each token, and one for each output channel or for the whole weight."""
 
     family, matrix, oldest = "fp8", E4M3FN, _OLDEST
-    weights = (Quant("e4m3fn", 0, 0), Quant("e4m3fn", 1, 0))
-    activation = Quant("e4m3fn", 1, 0)
+    weights = (Quant("e4m3fn", (0, 0)), Quant("e4m3fn", (1, 0)))
+    activation = Quant("e4m3fn", (1, 0))
 
 
 class TritonFp8Block(TritonScaled):
-    """W8A8 e4m3fn: scales of 1 x 128 activations and of 128 x 128 weights, applied to each partial product in fp32."""
+    """W8A8 e4m3fn: scales of 1 x 128 activations and of 128 x 128 weights, applied to each partial product in
+    fp32.
+    """
 
     family, matrix, oldest = "fp8_block", E4M3FN, _OLDEST
-    weights = (Quant("e4m3fn", 128, 128),)
-    activation = Quant("e4m3fn", 1, 128)
+    weights = (Quant("e4m3fn", (128, 128)),)
+    activation = Quant("e4m3fn", (1, 128))
 
 
 class TritonInt8(TritonScaled):
     """W8A8 int8: exact sums in int32, then a scale for each token and one for each output channel."""
 
     family, matrix = "int8", INT8
-    weights = (Quant("int8", 1, 0),)
-    activation = Quant("int8", 1, 0)
+    weights = (Quant("int8", (1, 0)),)
+    activation = Quant("int8", (1, 0))
 
 
 class TritonInt4Int8(TritonScaled):
-    """W4A8: int4 codes become int8 in registers; the exact sum over each group of 128 is scaled and added in fp32."""
+    """W4A8: int4 codes become int8 in registers; the exact sum over each group of 128 is scaled and added in
+    fp32.
+    """
 
     family, matrix = "int4_int8", INT8
-    weights = (Quant("int4", 1, 128, "bf16"),)
-    activation = Quant("int8", 1, 0)
+    weights = (Quant("int4", (1, 128), "bf16"),)
+    activation = Quant("int8", (1, 0))

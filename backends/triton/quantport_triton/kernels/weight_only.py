@@ -1,4 +1,6 @@
-"""Weights as asked, activations in 16 bits: every 4-, 6- and 8-bit format, on every architecture that Triton compiles for."""
+"""Weights as asked, activations in 16 bits: every 4-, 6- and 8-bit format, on every architecture that Triton
+compiles for.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ import sys
 import torch
 from torch import Tensor
 
-from quantport.backend import Canonical, Packed, Request, Scheme, WeightSpec
+from quantport.backend import Packed, Request, Scheme, StoredWeight, WeightSpec
 from quantport_triton.kernels.base import TritonKernel
 from quantport_triton.kernels.tiling import split_k
 from quantport_triton.kernels.weights import FORMATS, Stored, stored
@@ -18,8 +20,9 @@ from quantport_triton.tuned import way
 class TritonWeightOnly(TritonKernel):
     """W4A16, W6A16 and W8A16: codes are decoded in registers, next to the matrix unit.
 
-    Few rows of activations read the codes once. From some number on (``tuned``), where the matrix unit and not the memory
-    is the limit, the weight is decoded once for each call and multiplied by the vendor's own matmul.
+    Few rows of activations read the codes once. From some number on (``tuned``), where the matrix unit and
+    not the memory is the limit, the weight is decoded once for each call and multiplied by the vendor's own
+    matmul.
     """
 
     family = "weight_only"
@@ -27,8 +30,10 @@ class TritonWeightOnly(TritonKernel):
 
     def serves(self, scheme: Scheme) -> bool:
         quant = scheme.weight
-        whole_rows = quant.rows <= 1 and not quant.cols
-        return quant.format in FORMATS and (whole_rows or (quant.rows > 0 and quant.cols % 8 == 0))
+        whole_rows = quant.block_shape[0] <= 1 and not quant.group_size
+        return quant.format in FORMATS and (
+            whole_rows or (quant.block_shape[0] > 0 and quant.group_size % 8 == 0)
+        )
 
     def slow(self, request: Request) -> str:
         k, bits = request.weight.k, request.weight.scheme.weight.element.bits
@@ -42,9 +47,11 @@ class TritonWeightOnly(TritonKernel):
     def keeps_layout(self) -> bool:
         return True
 
-    def pack(self, canonical: Canonical, spec: WeightSpec) -> Packed:
-        packed = super().pack(canonical, spec)
-        stored(packed, spec)  # makes the table of a code book now, and not in a forward that a CUDA graph captures
+    def pack(self, stored_weight: StoredWeight, spec: WeightSpec) -> Packed:
+        packed = super().pack(stored_weight, spec)
+        stored(
+            packed, spec
+        )  # makes the table of a code book now, and not in a forward that a CUDA graph captures
         return packed
 
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
@@ -58,13 +65,16 @@ class TritonWeightOnly(TritonKernel):
 def _in_words(config: Config, weight: Stored) -> Config:
     """The configuration with words of codes in place of codes along K."""
     blocks = {
-        ("BW" if key == "BK" else key): size // (weight.per_word if key == "BK" else 1) for key, size in config.blocks.items()
+        ("BW" if key == "BK" else key): size // (weight.per_word if key == "BK" else 1)
+        for key, size in config.blocks.items()
     }
     return Config(blocks, config.warps, config.stages)
 
 
 def dequantized(x: Tensor, packed: Packed, spec: WeightSpec) -> Tensor:
-    """The weight ``[N, K]`` in the dtype and on the device of ``x``, as ``numerics.dequantize_weight`` gives it."""
+    """The weight ``[N, K]`` in the dtype and on the device of ``x``, as ``numerics.dequantize_weight`` gives
+    it.
+    """
     from quantport_triton.ops import weight_only as ops
 
     weight = stored(packed, spec)
@@ -103,5 +113,13 @@ def _gemm(x: Tensor, weight: Stored, bias: Tensor | None, spec: WeightSpec, conf
         tensors = {"parts": out, "scale": tensors["scale"], "bias": tensors["bias"], "y": y}
         constants = {key: weight.constants[key] for key in ("ROWS", "GROUP")}
         config = Config({"SPLIT": split, "BN": 256})
-        launch(ops.add, (-(-spec.n // 256), m), config, tensors, {"M": m, "N": spec.n}, **constants, BIAS=bias is not None)
+        launch(
+            ops.add,
+            (-(-spec.n // 256), m),
+            config,
+            tensors,
+            {"M": m, "N": spec.n},
+            **constants,
+            BIAS=bias is not None,
+        )
     return y

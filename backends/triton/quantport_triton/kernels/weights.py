@@ -30,7 +30,8 @@ def stored(packed: Packed, spec: WeightSpec) -> Stored:
     """The arguments of ``quantport_triton.ops.decode`` for a weight in its stored layout.
 
     Args:
-        packed: What ``Kernel.pack`` returns where nothing overrides it: codes, scales, and what else the scheme has.
+        packed: What ``Kernel.pack`` returns where nothing overrides it: codes, scales, and what else the
+            scheme has.
         spec: Scheme and shape.
     """
     quant = spec.scheme.weight
@@ -41,15 +42,22 @@ def stored(packed: Packed, spec: WeightSpec) -> Stored:
     row = codes.shape[1] * codes.element_size()
     size = 3 if bits == 6 else 1 if row % 4 else 4
     zero = held.get("weight_zero", held.get("weight_scale_offset", scale))
-    outer = held.get("weight_global_scale", held.get("weight_outer_scale", held.get("weight_scale_scale", scale)))
+    outer = held.get(
+        "weight_global_scale", held.get("weight_outer_scale", held.get("weight_scale_scale", scale))
+    )
     table = _table(quant.format, codes) if quant.element.codebook else scale
     tensors = {"codes": codes, "scale": scale, "zero": zero, "outer": outer, "table": table}
     numbers = {"units": row // size, "groups": scale.shape[1]}
     constants = {
-        "FORMAT": "table" if quant.element.codebook else quant.format, "BITS": bits, "BYTES": size, "ROWS": quant.rows,
-        "GROUP": quant.cols, "SCALE": "double" if quant.double else quant.scale, "OUTER": _outer(quant.outer, quant.cols),
-        "ZERO": quant.zero,
-    }  # fmt: skip
+        "FORMAT": "table" if quant.element.codebook else quant.format,
+        "BITS": bits,
+        "BYTES": size,
+        "ROWS": quant.block_shape[0],
+        "GROUP": quant.group_size,
+        "SCALE": "double" if quant.scale_quant else quant.scale,
+        "OUTER": _outer(quant.outer_block, quant.group_size),
+        "ZERO": quant.zero_point,
+    }
     return Stored(tensors, numbers, constants)
 
 
@@ -61,9 +69,14 @@ def _outer(outer: tuple[int, int] | None, cols: int) -> int:
 def _table(name: str, codes: Tensor) -> Tensor:
     """Values of a code book, and of the 8-bit code of its scales: fp32 ``[272]`` on the device of ``codes``.
 
-    Kept for each device, since copying it there would stop a forward, and a graph that is captured; a fake one is not kept.
+    Kept for each device, since copying it there would stop a forward, and a graph that is captured; a fake
+    one is not kept.
     """
-    return codes.new_empty(272, dtype=torch.float32) if isinstance(codes, FakeTensor) else _kept(name, codes.device)
+    return (
+        codes.new_empty(272, dtype=torch.float32)
+        if isinstance(codes, FakeTensor)
+        else _kept(name, codes.device)
+    )
 
 
 @once

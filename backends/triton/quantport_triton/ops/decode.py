@@ -1,8 +1,10 @@
-"""Stored codes to values, in registers: the part that every weight-only kernel shares. Bits and fp32 only, so that it
-compiles alike from Volta to Blackwell, and for fp8 too where no conversion instruction exists (below sm_89).
+"""Stored codes to values, in registers: the part that every weight-only kernel shares. Bits and fp32 only, so
+that it compiles alike from Volta to Blackwell, and for fp8 too where no conversion instruction exists (below
+sm_89).
 
-A row of codes is read in words of ``BYTES`` bytes, each with ``BYTES * 8 / BITS`` codes, the first in the lowest bits: 4 bytes,
-or 3 for codes of 6 bits, or 1 where rows are not whole words. The formats and their layouts: ``docs/numerics.md``.
+A row of codes is read in words of ``BYTES`` bytes, each with ``BYTES * 8 / BITS`` codes, the first in the
+lowest bits: 4 bytes, or 3 for codes of 6 bits, or 1 where rows are not whole words. The formats and their
+layouts: ``docs/numerics.md``.
 """
 
 from __future__ import annotations
@@ -44,8 +46,9 @@ def values(word, place, table, FORMAT: tl.constexpr, BITS: tl.constexpr):
     Args:
         word: int32.
         place: Index of the code in its word, broadcastable with ``word``.
-        table: With ``FORMAT="table"``, pointer to the 16 values of a code book: 64 bytes that stay in the nearest cache.
-        FORMAT: A format of ``quantport.formats``, or ``table``.
+        table: With ``FORMAT="table"``, pointer to the 16 values of a code book: 64 bytes that stay in the
+            nearest cache.
+        FORMAT: A format of ``quantport.scheme.formats``, or ``table``.
         BITS: Bits of a code.
     """
     return raw(word, place, table, FORMAT, BITS) * unit(place, FORMAT)
@@ -53,8 +56,10 @@ def values(word, place, table, FORMAT: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def raw(word, place, table, FORMAT: tl.constexpr, BITS: tl.constexpr):
-    """``values`` over ``unit``. Integers are left where they stand in the word, as mantissa bits of 2**23, which is then
-    subtracted: one logic and one fp32 instruction for each, where a shift, a mask and a conversion would take four times as long.
+    """``values`` over ``unit``. Integers are left where they stand in the word, as mantissa bits of 2**23,
+    which is then subtracted: one logic and one fp32 instruction for each, where a shift, a mask and a
+    conversion would
+        take four times as long.
     """
     if FORMAT == "int4":  # stored as code + 8
         half = tl.where(place < 4, word, word >> 16)
@@ -101,13 +106,26 @@ def small_float(code, BITS: tl.constexpr, MANTISSA: tl.constexpr, BIAS: tl.const
 
 
 @triton.jit
-def scales(scale, zero, outer, table, rows, group, groups, inside, ROWS: tl.constexpr, SCALE: tl.constexpr, OUTER: tl.constexpr):
+def scales(
+    scale,
+    zero,
+    outer,
+    table,
+    rows,
+    group,
+    groups,
+    inside,
+    ROWS: tl.constexpr,
+    SCALE: tl.constexpr,
+    OUTER: tl.constexpr,
+):
     """Scales of blocks of weights: fp32, of the shape of ``rows + group``.
 
     Args:
         scale: Pointer to stored scales ``[n / ROWS, groups]``.
         zero: With ``SCALE="double"``, pointer to the offset of all scales ``[1]``.
-        outer: Pointer to outer scales ``[n, groups / OUTER]`` or ``[1]``; with ``SCALE="double"``, to those of rows ``[n]``.
+        outer: Pointer to outer scales ``[n, groups / OUTER]`` or ``[1]``; with ``SCALE="double"``, to
+            those of rows ``[n]``.
         table: With ``SCALE="double"``, pointer to the 16 values of codes and then the 256 of scales.
         rows: Row indices, int64.
         group: Group indices.
@@ -115,7 +133,8 @@ def scales(scale, zero, outer, table, rows, group, groups, inside, ROWS: tl.cons
         inside: Which groups exist; the others get some finite scale.
         ROWS: Rows that share a scale; 0 for all.
         SCALE: ``fp32``, ``bf16``, ``e8m0``, ``e4m3fn`` or ``double``.
-        OUTER: Groups that share an outer scale, which multiplies; 0 for none; -1 for one factor of all, which divides.
+        OUTER: Groups that share an outer scale, which multiplies; 0 for none; -1 for one factor of all,
+            which divides.
     """
     place = group if ROWS == 0 else rows // ROWS * groups + group
     stored = tl.load(scale + place, mask=inside, other=0)

@@ -1,10 +1,11 @@
 """fp32 values to stored codes and scales, in registers: the inverse of ``decode``, exact to the last bit.
 
-Integers and fp32 only, so that it compiles alike from Volta to Blackwell: rounding is an addition of a power of two whose last
-bit is the step wanted, which fp32 rounds to nearest even. Magnitudes are handled as their bits, int32: these have the order of the
-values, with NaN above all, so that a maximum keeps it. Divisions are true ones: ``div_rn``, which before Triton 3.6 takes subnormal
-numbers for 0, so that a block whose scale is below 2**-126 gets that of zeros. Where a scale is NaN, its codes mean nothing. The
-kernels are compiled without fused multiply-add (``Config.fusion``), so that every product is rounded.
+Integers and fp32 only, so that it compiles alike from Volta to Blackwell: rounding is an addition of a power
+of two whose last bit is the step wanted, which fp32 rounds to nearest even. Magnitudes are handled as their
+bits, int32: these have the order of the values, with NaN above all, so that a maximum keeps it. Divisions are
+true ones: ``div_rn``, which before Triton 3.6 takes subnormal numbers for 0, so that a block whose scale is
+below 2**-126 gets that of zeros. Where a scale is NaN, its codes mean nothing. The kernels are compiled
+without fused multiply-add (``Config.fusion``), so that every product is rounded.
 
 The formats and rules: ``docs/numerics.md``.
 """
@@ -19,17 +20,48 @@ EPS = tl.constexpr(2.0**-23)
 EPS_E4M3FN = tl.constexpr(0x20)  # 0.125
 TINY = tl.constexpr(0x00800000)  # bits of 2**-126
 # Midpoints of neighbours in fp32. FP4 has one less, for its second zero is never used: its last is repeated.
-NF4 = tl.constexpr((
-    -0.8480963706970215, -0.6106328964233398, -0.4599952697753906, -0.33967941999435425, -0.23460739850997925,
-    -0.13791173696517944, -0.045525018125772476, 0.03979014977812767, 0.120255246758461, 0.2035212516784668,
-    0.2920137643814087, 0.3893125355243683, 0.5016634464263916, 0.6427869200706482, 0.8614784479141235,
-))  # fmt: skip
-FP4 = tl.constexpr((
-    -0.8333333730697632, -0.5833333730697632, -0.4166666865348816, -0.2916666865348816, -0.2083333432674408, -0.0859375,
-    -0.0026041667442768812, 0.0026041667442768812, 0.0859375, 0.2083333432674408, 0.2916666865348816, 0.4166666865348816,
-    0.5833333730697632, 0.8333333730697632, 0.8333333730697632,
-))  # fmt: skip
-FP4_LOWER, FP4_UPPER = tl.constexpr(0x09EFCDAB), tl.constexpr(0x33254761)  # codes by rank, the lowest value in the lowest bits
+NF4 = tl.constexpr(
+    (
+        -0.8480963706970215,
+        -0.6106328964233398,
+        -0.4599952697753906,
+        -0.33967941999435425,
+        -0.23460739850997925,
+        -0.13791173696517944,
+        -0.045525018125772476,
+        0.03979014977812767,
+        0.120255246758461,
+        0.2035212516784668,
+        0.2920137643814087,
+        0.3893125355243683,
+        0.5016634464263916,
+        0.6427869200706482,
+        0.8614784479141235,
+    )
+)
+FP4 = tl.constexpr(
+    (
+        -0.8333333730697632,
+        -0.5833333730697632,
+        -0.4166666865348816,
+        -0.2916666865348816,
+        -0.2083333432674408,
+        -0.0859375,
+        -0.0026041667442768812,
+        0.0026041667442768812,
+        0.0859375,
+        0.2083333432674408,
+        0.2916666865348816,
+        0.4166666865348816,
+        0.5833333730697632,
+        0.8333333730697632,
+        0.8333333730697632,
+    )
+)
+FP4_LOWER, FP4_UPPER = (
+    tl.constexpr(0x09EFCDAB),
+    tl.constexpr(0x33254761),
+)  # codes by rank, the lowest value in the lowest bits
 
 
 @triton.jit
@@ -69,10 +101,11 @@ def round_as(x, like):
 
 @triton.jit
 def rounding(a, SHIFT: tl.constexpr, SMALLEST: tl.constexpr):
-    """What rounds a magnitude to a small float when it is added: bits of ``2**(e + SHIFT)``, and those of ``2**e``.
+    """What rounds a magnitude to a small float when it is added: bits of ``2**(e + SHIFT)``, and those of
+    ``2**e``.
 
-    ``e`` is the exponent of ``a``, or ``SMALLEST``, that of the smallest normal number; ``SHIFT`` is 23 less the mantissa bits.
-    The last bit of ``2**(e + SHIFT)`` is a step of ``a``.
+    ``e`` is the exponent of ``a``, or ``SMALLEST``, that of the smallest normal number; ``SHIFT`` is 23 less
+    the mantissa bits. The last bit of ``2**(e + SHIFT)`` is a step of ``a``.
     """
     exponent = tl.maximum(a.to(tl.int32, bitcast=True), (SMALLEST + 127) << 23) & INFINITE
     return exponent + (SHIFT << 23), exponent
@@ -80,7 +113,9 @@ def rounding(a, SHIFT: tl.constexpr, SMALLEST: tl.constexpr):
 
 @triton.jit
 def small(x, signed, SHIFT: tl.constexpr, SMALLEST: tl.constexpr, BITS: tl.constexpr, HIGH: tl.constexpr):
-    """Codes of a small float, saturating; with the sign of ``signed``. Steps and exponent count up together."""
+    """Codes of a small float, saturating; with the sign of ``signed``. Steps and exponent count up
+    together.
+    """
     a = tl.minimum(tl.abs(x), HIGH)
     magic, exponent = rounding(a, SHIFT, SMALLEST)
     steps = (a + magic.to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True) - magic
@@ -232,10 +267,13 @@ def scale_of(amax, SCALE: tl.constexpr, HALF: tl.constexpr, UP: tl.constexpr, EM
 
 @triton.jit
 def divide(x, divisor):
-    """``x / divisor`` rounded to nearest even, in six instructions for each x: two steps of refinement from the correctly rounded
-    reciprocal. Source: Markstein, "Computation of elementary functions on the IBM RISC System/6000 processor", 1990.
+    """``x / divisor`` rounded to nearest even, in six instructions for each x: two steps of refinement from
+    the correctly rounded reciprocal. Source: Markstein, "Computation of elementary functions on the IBM RISC
+    System/6000
+        processor", 1990.
 
-    Residuals are exact as long as nothing underflows: both operands are scaled away from the ends of fp32. Quotients below
+    Residuals are exact as long as nothing underflows: both operands are scaled away from the ends of
+        fp32. Quotients below
     2**-12 may be off by their last bit, and have no sign when they are zero: no code depends on that.
 
     Args:

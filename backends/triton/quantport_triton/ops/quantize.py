@@ -1,7 +1,9 @@
-"""Quantization of a matrix: every element is read once, or twice where a scale spans more than one program can hold.
+"""Quantization of a matrix: every element is read once, or twice where a scale spans more than one program
+can hold.
 
-A tile is ``[BR, BG, P]``: rows, groups of a row, and elements of a group, padded to a power of two. Its scales come from the
-maximum over the last dimension; its codes are packed in registers and stored as whole words.
+A tile is ``[BR, BG, P]``: rows, groups of a row, and elements of a group, padded to a power of two. Its
+scales come from the maximum over the last dimension; its codes are packed in registers and stored as whole
+words.
 """
 
 from __future__ import annotations
@@ -22,12 +24,23 @@ from quantport_triton.ops.encode import (
     magnitude,
     round_as,
     scale_of,
-)  # fmt: skip
+)
 
 
 @triton.jit
-def put_codes(codes, code, row, rows, start, K, units,
-              GROUP: tl.constexpr, BITS: tl.constexpr, BYTES: tl.constexpr, EVEN: tl.constexpr):  # fmt: skip
+def put_codes(
+    codes,
+    code,
+    row,
+    rows,
+    start,
+    K,
+    units,
+    GROUP: tl.constexpr,
+    BITS: tl.constexpr,
+    BYTES: tl.constexpr,
+    EVEN: tl.constexpr,
+):
     """Stores codes ``[BR, BG, P]`` of groups that begin at columns ``start`` ``[BG]``.
 
     Args:
@@ -72,9 +85,11 @@ def put_scales(scale, stored, row, rows, group, groups, row_step, group_step, SW
         scale: Pointer to fp32, uint8, or the bits of bf16.
         stored: What to store.
         row: int64 ``[BR]``; those from ``rows`` on do not exist, and so for ``group`` and ``groups``.
-        row_step: Scales from one row to the next; in the swizzled layout, tiles of 4 groups that lie side by side.
+        row_step: Scales from one row to the next; in the swizzled layout, tiles of 4 groups that lie side
+            by side.
         group_step: Scales from one group to the next.
-        SWIZZLE: Whether to store tiles of 128 x 4 as cuBLASLt reads them: row r of a tile at ``r % 32 * 16 + r // 32 * 4``.
+        SWIZZLE: Whether to store tiles of 128 x 4 as cuBLASLt reads them: row r of a tile at ``r % 32 *
+            16 + r // 32 * 4``.
     """
     r, c = row[:, None], group[None, :]
     if SWIZZLE:
@@ -86,23 +101,41 @@ def put_scales(scale, stored, row, rows, group, groups, row_step, group_step, SW
 
 @triton.jit
 def two_level(top, factor, HALF: tl.constexpr):
-    """NVFP4 inside a known global factor: from the bits of the largest magnitudes ``[BR, BG]``, stored scales and divisors."""
+    """NVFP4 inside a known global factor: from the bits of the largest magnitudes ``[BR, BG]``, stored scales
+    and divisors.
+    """
     code = e4m3fn_scale(factor * tl.div_rn(top.to(tl.float32, bitcast=True), HALF))
     return code, tl.div_rn(e4m3fn_value(code), factor)
 
 
 @triton.jit
 def global_factor(top, HALF: tl.constexpr):
-    """NVFP4's factor for the bits of a largest magnitude; 1 for zeros. Torch divides a number by a tensor in two steps, too."""
+    """NVFP4's factor for the bits of a largest magnitude; 1 for zeros. Torch divides a number by a tensor in
+    two steps, too.
+    """
     factor = tl.div_rn(1.0, tl.maximum(top, TINY).to(tl.float32, bitcast=True)) * (448.0 * HALF)
     return tl.where(factor == float("inf"), 1.0, factor)
 
 
 @triton.jit
-def outer_scaled(value, x, outer, row, rows, start, K,
-                 FORMAT: tl.constexpr, HALF: tl.constexpr, GROUP: tl.constexpr, OUTER: tl.constexpr, LOG: tl.constexpr,
-                 SEARCH: tl.constexpr):  # fmt: skip
-    """Divides a tile by one factor for each ``OUTER`` columns, rounded to the dtype of ``x``; stores the factors."""
+def outer_scaled(
+    value,
+    x,
+    outer,
+    row,
+    rows,
+    start,
+    K,
+    FORMAT: tl.constexpr,
+    HALF: tl.constexpr,
+    GROUP: tl.constexpr,
+    OUTER: tl.constexpr,
+    LOG: tl.constexpr,
+    SEARCH: tl.constexpr,
+):
+    """Divides a tile by one factor for each ``OUTER`` columns, rounded to the dtype of ``x``; stores the
+    factors.
+    """
     BR: tl.constexpr = value.shape[0]
     COUNT: tl.constexpr = value.shape[1] * value.shape[2] // OUTER
     wide = tl.reshape(value, (BR, COUNT, OUTER))
@@ -118,14 +151,41 @@ def outer_scaled(value, x, outer, row, rows, start, K,
 
 
 @triton.jit
-def groups(x, codes, scale, outer, top, N, K, stride, units, blocks, row_step, group_step,
-           FORMAT: tl.constexpr, BITS: tl.constexpr, BYTES: tl.constexpr, EVEN: tl.constexpr, SCALE: tl.constexpr,
-           HALF: tl.constexpr, UP: tl.constexpr, EMAX: tl.constexpr, GROUP: tl.constexpr, OUTER: tl.constexpr, LOG: tl.constexpr,
-           OUTER_LOG: tl.constexpr, SEARCH: tl.constexpr, SWIZZLE: tl.constexpr, P: tl.constexpr, BR: tl.constexpr,
-           BG: tl.constexpr):  # fmt: skip
+def groups(
+    x,
+    codes,
+    scale,
+    outer,
+    top,
+    N,
+    K,
+    stride,
+    units,
+    blocks,
+    row_step,
+    group_step,
+    FORMAT: tl.constexpr,
+    BITS: tl.constexpr,
+    BYTES: tl.constexpr,
+    EVEN: tl.constexpr,
+    SCALE: tl.constexpr,
+    HALF: tl.constexpr,
+    UP: tl.constexpr,
+    EMAX: tl.constexpr,
+    GROUP: tl.constexpr,
+    OUTER: tl.constexpr,
+    LOG: tl.constexpr,
+    OUTER_LOG: tl.constexpr,
+    SEARCH: tl.constexpr,
+    SWIZZLE: tl.constexpr,
+    P: tl.constexpr,
+    BR: tl.constexpr,
+    BG: tl.constexpr,
+):
     """A scale for each ``GROUP`` columns of each row.
 
-    ``OUTER``: 0, columns of an outer scale, or -1 for one global factor, from ``top``. ``LOG``, ``OUTER_LOG``: what powers of
+    ``OUTER``: 0, columns of an outer scale, or -1 for one global factor, from ``top``. ``LOG``,
+        ``OUTER_LOG``: what powers of
     two ``GROUP`` and ``OUTER`` are, for ``SEARCH``.
 
     Grid: ``cdiv(N, BR) * cdiv(blocks, BG)``, along rows first.
@@ -140,7 +200,9 @@ def groups(x, codes, scale, outer, top, N, K, stride, units, blocks, row_step, g
     inside = (row < N)[:, None, None] & ((k < K) & (inner < GROUP)[None, :])[None, :, :]
     value = fp32(x, row[:, None, None] * stride + k[None, :, :], inside)
     if OUTER > 0:
-        value = outer_scaled(value, x, outer, row, N, first * GROUP, K, FORMAT, HALF, GROUP, OUTER, OUTER_LOG, SEARCH)
+        value = outer_scaled(
+            value, x, outer, row, N, first * GROUP, K, FORMAT, HALF, GROUP, OUTER, OUTER_LOG, SEARCH
+        )
     amax = tl.max(magnitude(value), 2)
     if OUTER == -1:
         factor = global_factor(tl.load(top), HALF)
@@ -157,10 +219,25 @@ def groups(x, codes, scale, outer, top, N, K, stride, units, blocks, row_step, g
 
 
 @triton.jit
-def offsets(x, codes, scale, zero, N, K, stride, units, blocks,
-            BYTES: tl.constexpr, EVEN: tl.constexpr, GROUP: tl.constexpr, LOG: tl.constexpr, BR: tl.constexpr,
-            BG: tl.constexpr):  # fmt: skip
-    """int4 with a scale and an offset in bf16 for each ``GROUP`` columns, by least squares. Grid: as ``groups``.
+def offsets(
+    x,
+    codes,
+    scale,
+    zero,
+    N,
+    K,
+    stride,
+    units,
+    blocks,
+    BYTES: tl.constexpr,
+    EVEN: tl.constexpr,
+    GROUP: tl.constexpr,
+    LOG: tl.constexpr,
+    BR: tl.constexpr,
+    BG: tl.constexpr,
+):
+    """int4 with a scale and an offset in bf16 for each ``GROUP`` columns, by least squares. Grid: as
+    ``groups``.
 
     The last block is filled up with its last element.
     """
@@ -184,9 +261,28 @@ def offsets(x, codes, scale, zero, N, K, stride, units, blocks,
 
 
 @triton.jit
-def row_part(value, top, codes, scale, row, rows, first, K, units, blocks, row_step, group_step,
-             FORMAT: tl.constexpr, BITS: tl.constexpr, BYTES: tl.constexpr, EVEN: tl.constexpr, SCALE: tl.constexpr,
-             HALF: tl.constexpr, GROUP: tl.constexpr, SWIZZLE: tl.constexpr):  # fmt: skip
+def row_part(
+    value,
+    top,
+    codes,
+    scale,
+    row,
+    rows,
+    first,
+    K,
+    units,
+    blocks,
+    row_step,
+    group_step,
+    FORMAT: tl.constexpr,
+    BITS: tl.constexpr,
+    BYTES: tl.constexpr,
+    EVEN: tl.constexpr,
+    SCALE: tl.constexpr,
+    HALF: tl.constexpr,
+    GROUP: tl.constexpr,
+    SWIZZLE: tl.constexpr,
+):
     """Codes of ``[1, BG, P]`` of a row whose largest magnitude is ``top``; with ``GROUP``, its scales too."""
     start = first + tl.arange(0, value.shape[1]) * value.shape[2]
     if GROUP:
@@ -201,9 +297,30 @@ def row_part(value, top, codes, scale, row, rows, first, K, units, blocks, row_s
 
 
 @triton.jit
-def rows(x, codes, scale, outer, N, K, stride, units, blocks, row_step, group_step,
-         FORMAT: tl.constexpr, BITS: tl.constexpr, BYTES: tl.constexpr, EVEN: tl.constexpr, SCALE: tl.constexpr, HALF: tl.constexpr,
-         GROUP: tl.constexpr, SWIZZLE: tl.constexpr, ONCE: tl.constexpr, BG: tl.constexpr, P: tl.constexpr):  # fmt: skip
+def rows(
+    x,
+    codes,
+    scale,
+    outer,
+    N,
+    K,
+    stride,
+    units,
+    blocks,
+    row_step,
+    group_step,
+    FORMAT: tl.constexpr,
+    BITS: tl.constexpr,
+    BYTES: tl.constexpr,
+    EVEN: tl.constexpr,
+    SCALE: tl.constexpr,
+    HALF: tl.constexpr,
+    GROUP: tl.constexpr,
+    SWIZZLE: tl.constexpr,
+    ONCE: tl.constexpr,
+    BG: tl.constexpr,
+    P: tl.constexpr,
+):
     """One scale, or with ``GROUP`` one global factor, for each row, and a row per program.
 
     A row stays in registers when it fits (``ONCE``), else it is read again, from the cache. Grid: ``N``.
@@ -223,21 +340,80 @@ def rows(x, codes, scale, outer, N, K, stride, units, blocks, row_step, group_st
         stored, _divisor = scale_of(top, SCALE, HALF, 0, 0)
         tl.store(scale + row * row_step, (stored + tl.zeros((1,), stored.dtype)).to(scale.dtype.element_ty))
     if ONCE:
-        row_part(value, top, codes, scale, row, N, 0, K, units, blocks, row_step, group_step,
-                 FORMAT, BITS, BYTES, EVEN, SCALE, HALF, GROUP, SWIZZLE)  # fmt: skip
+        row_part(
+            value,
+            top,
+            codes,
+            scale,
+            row,
+            N,
+            0,
+            K,
+            units,
+            blocks,
+            row_step,
+            group_step,
+            FORMAT,
+            BITS,
+            BYTES,
+            EVEN,
+            SCALE,
+            HALF,
+            GROUP,
+            SWIZZLE,
+        )
     else:
         for first in range(0, K, BG * P):
             k = (first + column)[None, :, :]
             value = fp32(x, row[:, None, None] * stride + k, k < K)
-            row_part(value, top, codes, scale, row, N, first, K, units, blocks, row_step, group_step,
-                     FORMAT, BITS, BYTES, EVEN, SCALE, HALF, GROUP, SWIZZLE)  # fmt: skip
+            row_part(
+                value,
+                top,
+                codes,
+                scale,
+                row,
+                N,
+                first,
+                K,
+                units,
+                blocks,
+                row_step,
+                group_step,
+                FORMAT,
+                BITS,
+                BYTES,
+                EVEN,
+                SCALE,
+                HALF,
+                GROUP,
+                SWIZZLE,
+            )
 
 
 @triton.jit
-def squares(x, codes, scale, N, K, stride, units, blocks,
-            FORMAT: tl.constexpr, BITS: tl.constexpr, BYTES: tl.constexpr, EVEN: tl.constexpr, SCALE: tl.constexpr,
-            HALF: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, BR: tl.constexpr, P: tl.constexpr):  # fmt: skip
-    """A scale for each block of ``ROWS`` x ``GROUP``, a block per program. Grid: ``cdiv(N, ROWS) * blocks``."""
+def squares(
+    x,
+    codes,
+    scale,
+    N,
+    K,
+    stride,
+    units,
+    blocks,
+    FORMAT: tl.constexpr,
+    BITS: tl.constexpr,
+    BYTES: tl.constexpr,
+    EVEN: tl.constexpr,
+    SCALE: tl.constexpr,
+    HALF: tl.constexpr,
+    ROWS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BR: tl.constexpr,
+    P: tl.constexpr,
+):
+    """A scale for each block of ``ROWS`` x ``GROUP``, a block per program. Grid: ``cdiv(N, ROWS) *
+    blocks``.
+    """
     program = tl.program_id(0)
     above = tl.arange(0, BR)
     row = (program // blocks).to(tl.int64) * ROWS + above
@@ -249,7 +425,9 @@ def squares(x, codes, scale, N, K, stride, units, blocks,
     value = fp32(x, row[:, None, None] * stride + k, inside)
     stored, divisor = scale_of(tl.max(tl.max(tl.max(magnitude(value), 2), 1), 0), SCALE, HALF, 0, 0)
     tl.store(scale + program, stored.to(scale.dtype.element_ty))
-    put_codes(codes, codes_of(value, divisor, FORMAT, SCALE), row, N, start, K, units, GROUP, BITS, BYTES, EVEN)
+    put_codes(
+        codes, codes_of(value, divisor, FORMAT, SCALE), row, N, start, K, units, GROUP, BITS, BYTES, EVEN
+    )
 
 
 @triton.jit
@@ -267,9 +445,20 @@ def largest(x, top, size, BLOCK: tl.constexpr, STEPS: tl.constexpr):
 
 
 @triton.jit
-def whole(x, codes, scale, top, size,
-          FORMAT: tl.constexpr, SCALE: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """8-bit codes of ``size`` elements with one scale, which follows from ``top`` ``[1]``. Grid: ``cdiv(size, BLOCK)``."""
+def whole(
+    x,
+    codes,
+    scale,
+    top,
+    size,
+    FORMAT: tl.constexpr,
+    SCALE: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """8-bit codes of ``size`` elements with one scale, which follows from ``top`` ``[1]``. Grid: ``cdiv(size,
+    BLOCK)``.
+    """
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     stored, divisor = scale_of(tl.load(top), SCALE, HALF, 0, 0)
     tl.store(scale, stored.to(scale.dtype.element_ty), mask=tl.program_id(0) == 0)

@@ -1,7 +1,8 @@
-"""Scales that are searched for: least squared error, in the arithmetic and the order of ``quantport.numerics.search``.
+"""Scales that are searched for: least squared error, in the arithmetic and the order of
+``quantport.numerics.search``.
 
-Sums are folds of halves, as there, so that the same candidate wins for the same bits. What depends on them is compiled without
-fused multiply-add.
+Sums are folds of halves, as there, so that the same candidate wins for the same bits. What depends on them is
+compiled without fused multiply-add.
 """
 
 from __future__ import annotations
@@ -9,7 +10,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quantport_triton.ops.encode import INFINITE, divide, e4m3fn_value, e8m0, inverse, magnitude, nearest, power
+from quantport_triton.ops.encode import (
+    INFINITE,
+    divide,
+    e4m3fn_value,
+    e8m0,
+    inverse,
+    magnitude,
+    nearest,
+    power,
+)
 
 NAN = tl.constexpr(float("nan"))
 TOP = tl.constexpr(15.0)
@@ -27,7 +37,9 @@ def fold(x, LOG: tl.constexpr):
 
 
 @triton.jit
-def neighbour(value, first, factor, best, kept, step, FORMAT: tl.constexpr, SCALE: tl.constexpr, LOG: tl.constexpr):
+def neighbour(
+    value, first, factor, best, kept, step, FORMAT: tl.constexpr, SCALE: tl.constexpr, LOG: tl.constexpr
+):
     """Tries the scale ``step`` codes above the first: the new best error and code, ``[BR, BG]``."""
     if SCALE == "e8m0":
         code = tl.minimum(tl.maximum(first + step, 0), 254)
@@ -45,7 +57,8 @@ def neighbour(value, first, factor, best, kept, step, FORMAT: tl.constexpr, SCAL
 
 @triton.jit
 def neighbours(value, first, factor, FORMAT: tl.constexpr, SCALE: tl.constexpr, LOG: tl.constexpr):
-    """Best of the neighbours of the scales of the rule: codes ``[BR, BG]``, and divisors as ``scale_of`` gives them.
+    """Best of the neighbours of the scales of the rule: codes ``[BR, BG]``, and divisors as ``scale_of``
+    gives them.
 
     Args:
         value: fp32 ``[BR, BG, 2**LOG]``.
@@ -53,7 +66,9 @@ def neighbours(value, first, factor, FORMAT: tl.constexpr, SCALE: tl.constexpr, 
         factor: Global factor of e4m3fn scales.
     """
     best, kept = tl.full(first.shape, float("inf"), tl.float32), first
-    for i in tl.static_range(3 if SCALE == "e8m0" else 10):  # 0, -1, 1, -2, 2, -3, 3, 4, 5, 6: of equal ones the first wins
+    for i in tl.static_range(
+        3 if SCALE == "e8m0" else 10
+    ):  # 0, -1, 1, -2, 2, -3, 3, 4, 5, 6: of equal ones the first wins
         step = (i // 2 if i % 2 == 0 else -((i + 1) // 2)) if i < 7 else i - 3
         best, kept = neighbour(value, first, factor, best, kept, step, FORMAT, SCALE, LOG)
     if SCALE == "e8m0":
@@ -67,7 +82,9 @@ def neighbours(value, first, factor, FORMAT: tl.constexpr, SCALE: tl.constexpr, 
 
 @triton.jit
 def outer(wide, first, FORMAT: tl.constexpr, HALF: tl.constexpr, GROUP: tl.constexpr, LOG: tl.constexpr):
-    """Best outer scales ``[BR, COUNT]`` of ``[BR, COUNT, 2**LOG]``: an octave in eighths, from ``first`` down."""
+    """Best outer scales ``[BR, COUNT]`` of ``[BR, COUNT, 2**LOG]``: an octave in eighths, from ``first``
+    down.
+    """
     BR: tl.constexpr = wide.shape[0]
     COUNT: tl.constexpr = wide.shape[1]
     best, kept = tl.full(first.shape, float("inf"), tl.float32), first
@@ -85,9 +102,13 @@ def outer(wide, first, FORMAT: tl.constexpr, HALF: tl.constexpr, GROUP: tl.const
 
 @triton.jit
 def fit(x, sx, start, step, best, scale, zero, LOG: tl.constexpr):
-    """Codes of ``x`` on a grid, and the line through them: the better of it and what is kept, ``[BR, BG]``."""
+    """Codes of ``x`` on a grid, and the line through them: the better of it and what is kept, ``[BR,
+    BG]``.
+    """
     q = (x - start[:, :, None]) * tl.div_rn(1.0, step)[:, :, None]
-    q = tl.maximum(tl.minimum(q, TOP, propagate_nan=tl.PropagateNan.ALL), 0.0, propagate_nan=tl.PropagateNan.ALL)
+    q = tl.maximum(
+        tl.minimum(q, TOP, propagate_nan=tl.PropagateNan.ALL), 0.0, propagate_nan=tl.PropagateNan.ALL
+    )
     q = (q + 12582912.0) - 12582912.0
     INVERSE: tl.constexpr = 0.5**LOG
     sq = fold(q, LOG)
@@ -97,12 +118,18 @@ def fit(x, sx, start, step, best, scale, zero, LOG: tl.constexpr):
     explained = covariance * slope
     better = (explained > best) & (explained < float("inf"))
     intercept = (sx - slope * sq) * INVERSE
-    return tl.where(better, explained, best), tl.where(better, slope, scale), tl.where(better, intercept, zero)
+    return (
+        tl.where(better, explained, best),
+        tl.where(better, slope, scale),
+        tl.where(better, intercept, zero),
+    )
 
 
 @triton.jit
 def least_squares(x, LOG: tl.constexpr):
-    """Scale and offset, unrounded, of blocks ``[BR, BG, 2**LOG]``: value = code * scale + offset, codes from 0 to 15."""
+    """Scale and offset, unrounded, of blocks ``[BR, BG, 2**LOG]``: value = code * scale + offset, codes from
+    0 to 15.
+    """
     bad = tl.max(magnitude(x), 2) >= INFINITE
     low = tl.where(bad, NAN, tl.min(x, 2))
     high = tl.where(bad, NAN, tl.max(x, 2))

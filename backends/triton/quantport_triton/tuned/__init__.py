@@ -1,8 +1,9 @@
-"""Configurations of kernels, as data: ``default.json``, and a file for each architecture where something else is better.
+"""Configurations of kernels, as data: ``default.json``, and a file for each architecture where something else
+is better.
 
-A file maps a family of kernels to its ways, in the order of rows of activations: the first whose ``rows`` is not below
-them is taken. ``null`` is any number. The other keys are block sizes, and what ``Config`` has. ``{"like": "sm_120"}`` is
-all that a file says of an architecture that has nothing of its own.
+A file maps a family of kernels to its ways, in the order of rows of activations: the first whose ``rows`` is
+not below them is taken. ``null`` is any number. The other keys are block sizes, and what ``Config`` has.
+``{"like": "sm_120"}`` is all that a file says of an architecture that has nothing of its own.
 """
 
 from __future__ import annotations

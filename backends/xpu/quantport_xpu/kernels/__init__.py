@@ -11,7 +11,8 @@ from quantport_xpu.kernels.triton import XpuTritonInt4Int8, XpuTritonInt8, XpuTr
 from quantport_xpu.kernels.vendor import XpuFp8Gemm, XpuFp8W8A16, XpuInt4W4A8, XpuInt4W4A16
 from quantport_xpu.kernels.weight_only import XpuInt4Pack, XpuInt8Pack
 
-# Nothing is measured: among kernels that run a request equally natively the first one here wins. What torch itself calls is
+# Nothing is measured: among kernels that run a request equally natively the first one here wins. What torch
+# itself calls is
 # first, since PyTorch's tests run it on these GPUs; Triton's kernels were compiled by nobody for them.
 ORDER: tuple[Callable[[], Kernel], ...] = (
     XpuScaledMM,

@@ -1,4 +1,6 @@
-"""MX formats through ``vllm-xpu-kernels`` and Intel's extension. No Intel GPU of the table multiplies blocks with e8m0 scales."""
+"""MX formats through ``vllm-xpu-kernels`` and Intel's extension. No Intel GPU of the table multiplies blocks
+with e8m0 scales.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,6 @@ import torch
 from torch import Tensor
 
 from quantport.backend import (
-    Canonical,
     Claim,
     Evidence,
     Kernel,
@@ -20,28 +21,45 @@ from quantport.backend import (
     Request,
     Scheme,
     Status,
+    StoredWeight,
     WeightSpec,
     aten,
     numerics,
-)  # fmt: skip
+)
 from quantport_xpu.kernels.vendor import vendor_reasons
 
 _KERNELS = "vllm-project/vllm-xpu-kernels"
-_FP8 = f"{_KERNELS} csrc/xpu/onednn/fp8_gemm_w8a8.h at dda91d171fbc, test_mxfp8_gemm (e8m0 scales [K / 32, N])"
-_FP4 = f"{_KERNELS} csrc/xpu/onednn/fp4_gemm_w4a4.h at 67928905bfbd; vllm-project/vllm XPUMxFp4LinearKernel (scales [K / 32, N])"
+_FP8 = (
+    f"{_KERNELS} csrc/xpu/onednn/fp8_gemm_w8a8.h at dda91d171fbc, test_mxfp8_gemm (e8m0 scales [K / 32, N])"
+)
+_FP4 = (
+    f"{_KERNELS} csrc/xpu/onednn/fp4_gemm_w4a4.h at 67928905bfbd; vllm-project/vllm "
+    "XPUMxFp4LinearKernel (scales [K / 32, N])"
+)
 _QUANTIZER = f"{_KERNELS} csrc/quantization/fp4/mxfp4_quant.h at 18fe6526b40a"
-_MARLIN = "intel/intel-extension-for-pytorch XEGEMM_MXFP4_marlin.cpp and test_marlin_mxfp4_linear.py at acaa1016cdba"
+_MARLIN = (
+    "intel/intel-extension-for-pytorch XEGEMM_MXFP4_marlin.cpp and test_marlin_mxfp4_linear.py at "
+    "acaa1016cdba"
+)
 _E2M1 = ("Xe-HPC", "Xe2", "Xe3", "Xe3p")  # families for which oneDNN's table has e2m1, be it by conversion
 SMALLEST = 2.0**-126  # of scales
 
 
 def is_mx(quant: Quant | None, name: str) -> bool:
     """Whether an operand has a power-of-two scale for each 32 along K and no other."""
-    return quant is not None and (quant.format, quant.rows, quant.cols, quant.scale, quant.outer) == (name, 1, 32, "e8m0", None)
+    return quant is not None and (
+        quant.format,
+        quant.block_shape[0],
+        quant.group_size,
+        quant.scale,
+        quant.outer_block,
+    ) == (name, 1, 32, "e8m0", None)
 
 
 def block_reason(request: Request, kernel: str) -> tuple[Reason, ...]:
-    """The reason against blocks that are cut off, or nothing. One alone may count as one scale for a row: nobody tests that."""
+    """The reason against blocks that are cut off, or nothing. One alone may count as one scale for a row:
+    nobody tests that.
+    """
     k = request.weight.k
     kind = Refusal.UNSAFE if k < 32 else Refusal.IMPOSSIBLE
     return (Reason(f"{kernel} needs K to be a multiple of 32, not {k}", kind),) if k % 32 else ()
@@ -71,13 +89,16 @@ class _Mx(aten.Quantizing):
     def slow(self, request: Request) -> str:
         arch, scheme = request.device.arch, request.weight.scheme
         unit = scheme.activation.unit if scheme.activation else ""
-        return f"{arch.name} has no {unit} matrix instruction [{arch.source}], and activations are quantized first"
+        return (
+            f"{arch.name} has no {unit} matrix instruction [{arch.source}], and activations are "
+            "quantized first"
+        )
 
-    def pack(self, canonical: Canonical, spec: WeightSpec) -> Packed:
-        weight, scale = super().pack(canonical, spec)
+    def pack(self, stored_weight: StoredWeight, spec: WeightSpec) -> Packed:
+        weight, scale = super().pack(stored_weight, spec)
         return weight, scale.t().contiguous()
 
-    def unpack(self, packed: Packed, spec: WeightSpec) -> Canonical:
+    def unpack(self, packed: Packed, spec: WeightSpec) -> StoredWeight:
         return super().unpack((packed[0], packed[1].t().contiguous()), spec)
 
     def quantize(self, x: Tensor, quant: Quant) -> tuple[Tensor, Tensor]:
@@ -95,13 +116,21 @@ class _Mx(aten.Quantizing):
 
     @abstractmethod
     def multiply(
-        self, codes: Tensor, token: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype, bias: Tensor | None
+        self,
+        codes: Tensor,
+        token: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        dtype: torch.dtype,
+        bias: Tensor | None,
     ) -> Tensor:
         """The operator, for results of ``dtype``."""
 
 
 class XpuMxfp8(_Mx):
-    """W8A8 in MXFP8 through ``_xpu_C.fp8_gemm`` with e8m0 scales: the numbers of MXFP8, multiplied in a wider type."""
+    """W8A8 in MXFP8 through ``_xpu_C.fp8_gemm`` with e8m0 scales: the numbers of MXFP8, multiplied in a wider
+    type.
+    """
 
     name = "xpu.fp8_gemm_mx"
     element = "e4m3fn"
@@ -112,7 +141,13 @@ class XpuMxfp8(_Mx):
         return Claim(Evidence.DECLARED, _FP8)
 
     def multiply(
-        self, codes: Tensor, token: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype, bias: Tensor | None
+        self,
+        codes: Tensor,
+        token: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        dtype: torch.dtype,
+        bias: Tensor | None,
     ) -> Tensor:
         y: Tensor = torch.ops._xpu_C.fp8_gemm(codes, weight.view(codes.dtype).t(), dtype, token, scale, bias)
         return y
@@ -128,7 +163,11 @@ class XpuMxfp4(_Mx):
     def reasons_against(self, request: Request) -> Sequence[Reason]:
         """Adds: on the older GPUs oneDNN has no e2m1 at all."""
         arch = request.device.arch
-        known = [] if arch.family in _E2M1 else [Reason(f"{self.name}: oneDNN has no e2m1 on {arch.name} [{arch.source}]")]
+        known = (
+            []
+            if arch.family in _E2M1
+            else [Reason(f"{self.name}: oneDNN has no e2m1 on {arch.name} [{arch.source}]")]
+        )
         return [*super().reasons_against(request), *known]
 
     def claim(self, request: Request) -> Claim:
@@ -141,7 +180,13 @@ class XpuMxfp4(_Mx):
         return numerics.pack_bits(codes, 4), token
 
     def multiply(
-        self, codes: Tensor, token: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype, bias: Tensor | None
+        self,
+        codes: Tensor,
+        token: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        dtype: torch.dtype,
+        bias: Tensor | None,
     ) -> Tensor:
         left, right = (t.view(torch.float4_e2m1fn_x2) for t in (codes, weight))
         y: Tensor = torch.ops._xpu_C.fp4_gemm(left, right.t(), token, scale, dtype, bias)
@@ -149,13 +194,15 @@ class XpuMxfp4(_Mx):
 
 
 class XpuMxfp4Quantized(XpuMxfp4):
-    """W4A4 in ``mxfp4:rceil`` as vLLM runs it: activations quantized by ``_C.per_token_group_quant_mxfp4``, in one launch.
+    """W4A4 in ``mxfp4:rceil`` as vLLM runs it: activations quantized by ``_C.per_token_group_quant_mxfp4``,
+    in one launch.
 
-    Its scales are those of ``rceil``. Ties go toward zero: its comparisons with the middle of two codes are strict.
+    Its scales are those of ``rceil``. Ties go toward zero: its comparisons with the middle of two codes
+        are strict.
     """
 
     name = "xpu.fp4_gemm_quantized"
-    deviation = "ties of activations go toward zero"
+    numeric_deviation = "ties of activations go toward zero"
     operators = (*XpuMxfp4.operators, "_C.per_token_group_quant_mxfp4")
 
     def serves(self, scheme: Scheme) -> bool:
@@ -173,11 +220,13 @@ class XpuMxfp4Quantized(XpuMxfp4):
 
 
 class XpuMxfp4Marlin(Kernel):
-    """W4A16 in MXFP4 through ``torch_ipex.mm_mxfp4_out_marlin`` of Intel's archived extension: codes become bf16 in registers."""
+    """W4A16 in MXFP4 through ``torch_ipex.mm_mxfp4_out_marlin`` of Intel's archived extension: codes become
+    bf16 in registers.
+    """
 
     name = "xpu.mm_mxfp4_marlin"
     tolerance = 2.0**-7
-    deviation = "a scale of 2**-127 is read as zero"  # its byte becomes the exponent of a bf16
+    numeric_deviation = "a scale of 2**-127 is read as zero"  # its byte becomes the exponent of a bf16
 
     def serves(self, scheme: Scheme) -> bool:
         return is_mx(scheme.weight, "e2m1")
@@ -186,11 +235,20 @@ class XpuMxfp4Marlin(Kernel):
         spec, arch = request.weight, request.device.arch
         reasons = list(vendor_reasons(request, self.name, "torch_ipex.mm_mxfp4_out_marlin.xpu"))
         if arch.family != "Xe-HPC":
-            reasons.append(Reason(f"{self.name} is written for Xe-HPC, not for {arch.family} [{_MARLIN}]", Refusal.UNSAFE))
+            reasons.append(
+                Reason(
+                    f"{self.name} is written for Xe-HPC, not for {arch.family} [{_MARLIN}]", Refusal.UNSAFE
+                )
+            )
         if request.dtype is not torch.bfloat16:
-            reasons.append(Reason(f"{self.name} reads activations as bfloat16, whatever they are: not {request.dtype}"))
+            reasons.append(
+                Reason(f"{self.name} reads activations as bfloat16, whatever they are: not {request.dtype}")
+            )
         if spec.n % 128 or spec.k % 128:
-            tested = f"{self.name} is tested by its vendor with N and K that are multiples of 128, not {spec.n} x {spec.k}"
+            tested = (
+                f"{self.name} is tested by its vendor with N and K that are multiples of 128, not "
+                f"{spec.n} x {spec.k}"
+            )
             reasons.append(Reason(tested, Refusal.UNSAFE))
         return reasons
 
@@ -198,12 +256,12 @@ class XpuMxfp4Marlin(Kernel):
         """The vendor's source and test."""
         return Claim(Evidence.DECLARED, _MARLIN)
 
-    def pack(self, canonical: Canonical, spec: WeightSpec) -> Packed:
+    def pack(self, stored_weight: StoredWeight, spec: WeightSpec) -> Packed:
         """Codes 0 4 1 5 2 6 3 7 of eight to a word, the lowest nibble first: int32 ``[K / 8, N]``."""
-        words = _shuffled(canonical["weight_packed"], (2, 4)).view(torch.int32)
-        return words.t().contiguous(), canonical["weight_scale"].t().contiguous()
+        words = _shuffled(stored_weight["weight_packed"], (2, 4)).view(torch.int32)
+        return words.t().contiguous(), stored_weight["weight_scale"].t().contiguous()
 
-    def unpack(self, packed: Packed, spec: WeightSpec) -> Canonical:
+    def unpack(self, packed: Packed, spec: WeightSpec) -> StoredWeight:
         words, scale = (t.t().contiguous() for t in packed)
         return {"weight_packed": _shuffled(words.view(torch.uint8), (4, 2)), "weight_scale": scale}
 

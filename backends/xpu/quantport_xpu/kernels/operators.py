@@ -18,7 +18,8 @@ def registered(operator: str) -> bool:
 def operator_reason(request: Request, kernel: str, operator: str, since: str) -> tuple[Reason, ...]:
     """The reason against an operator that torch lacks on XPU, or nothing.
 
-    Of a GPU that is here, torch's dispatcher knows; for a simulated one, the version of this torch tells what it would have.
+    Of a GPU that is here, torch's dispatcher knows; for a simulated one, the version of this torch tells what
+    it would have.
 
     Args:
         request: What is asked.

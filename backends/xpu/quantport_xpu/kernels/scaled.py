@@ -28,7 +28,9 @@ class XpuScaledMM(aten.ScaledMM):
     name = "xpu._scaled_mm"
 
     def reasons_against(self, request: Request) -> Sequence[Reason]:
-        """Adds: before Xe3p the operator runs, but converts both operands first, so that it only loses time."""
+        """Adds: before Xe3p the operator runs, but converts both operands first, so that it only
+        loses time.
+        """
         gate = operator_reason(request, self.name, "_scaled_mm", "2.10")
         slower = [Reason(why, Refusal.SLOWER)] if (why := converts(request)) else []
         return [*super().reasons_against(request), *gate, *slower]
@@ -45,8 +47,8 @@ class XpuScaledMM(aten.ScaledMM):
 class XpuFp8Emulated(XpuScaledMM):
     """The same operator where XMX has no fp8: the numbers of W8A8, multiplied in 16 bits.
 
-    fp8 is then a format to store, and weight-only kernels round less and do less. So its status is ``reference``: it is taken where
-    the exact emulation is asked for, before that of torch.
+    fp8 is then a format to store, and weight-only kernels round less and do less. So its status is
+    ``reference``: it is taken where the exact emulation is asked for, before that of torch.
     """
 
     name = "xpu._scaled_mm_emulated"
@@ -55,8 +57,13 @@ class XpuFp8Emulated(XpuScaledMM):
     def reasons_against(self, request: Request) -> Sequence[Reason]:
         """All but the need for a matrix instruction; and nothing is emulated where there is one."""
         unit = aten.native_reason(request, "e4m3fn")
-        native = Reason(f"{request.device.arch.name} multiplies e4m3fn natively: {XpuScaledMM.name} does", Refusal.NOT_OFFERED)
-        others = [r for r in super().reasons_against(request) if r not in unit and r.kind is not Refusal.SLOWER]
+        native = Reason(
+            f"{request.device.arch.name} multiplies e4m3fn natively: {XpuScaledMM.name} does",
+            Refusal.NOT_OFFERED,
+        )
+        others = [
+            r for r in super().reasons_against(request) if r not in unit and r.kind is not Refusal.SLOWER
+        ]
         return others if unit else [native, *others]
 
     def slow(self, request: Request) -> str:
@@ -64,7 +71,9 @@ class XpuFp8Emulated(XpuScaledMM):
 
 
 class XpuIntMM(aten.IntMM):
-    """``torch._int_mm`` through oneDNN: any rows and sizes. Scales are multiplied afterwards, in passes of their own."""
+    """``torch._int_mm`` through oneDNN: any rows and sizes. Scales are multiplied afterwards, in passes of
+    their own.
+    """
 
     name = "xpu._int_mm"
 

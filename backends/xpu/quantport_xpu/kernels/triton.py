@@ -1,4 +1,5 @@
-"""Triton's kernels where Triton has a backend for Intel GPUs: the package ``triton-xpu``, in place of ``triton``.
+"""Triton's kernels where Triton has a backend for Intel GPUs: the package ``triton-xpu``, in place of
+``triton``.
 
 It compiles on a machine with such a GPU only, so that their evidence is no more than Triton's interpreter.
 """

@@ -7,19 +7,37 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quantport.backend import Canonical, Claim, Evidence, Kernel, Packed, Quant, Reason, Refusal, Request, Scheme, WeightSpec, aten
+from quantport.backend import (
+    Claim,
+    Evidence,
+    Kernel,
+    Packed,
+    Quant,
+    Reason,
+    Refusal,
+    Request,
+    Scheme,
+    StoredWeight,
+    WeightSpec,
+    aten,
+)
 from quantport_xpu.kernels.weight_only import ZERO, Int4Groups
 from quantport_xpu.vendor import missing
 
 _FP8 = "vllm-project/vllm-xpu-kernels csrc/xpu/onednn/fp8_gemm_w8a16.h at 07f4fbd668ca"
 _W8A8 = "vllm-project/vllm-xpu-kernels csrc/xpu/onednn/fp8_gemm_w8a8.h at 09c5374b2427"
 _W4A8 = "vllm-project/vllm-xpu-kernels csrc/xpu/onednn/int4_gemm_w4a8.h at 7671b1ca729f"
-_W4A8_USE = "vllm-project/vllm INCXPUW4A8LinearMethod (scales in fp16, the int8 datapath) and XPUW4A8IntLinearKernel"
+_W4A8_USE = (
+    "vllm-project/vllm INCXPUW4A8LinearMethod (scales in fp16, the int8 datapath) and XPUW4A8IntLinearKernel"
+)
 _INT4 = "vllm-project/vllm-xpu-kernels csrc/xpu/onednn/int4_gemm_w4a16.h at f8e6ad7c6f0c"
 
 
-def vendor_reasons(request: Request, kernel: str, *operators: str, wide: Refusal = Refusal.IMPOSSIBLE) -> tuple[Reason, ...]:
-    """Why operators (names in ``vendor.SCHEMAS``) are not called: they are not here, or take other activations.
+def vendor_reasons(
+    request: Request, kernel: str, *operators: str, wide: Refusal = Refusal.IMPOSSIBLE
+) -> tuple[Reason, ...]:
+    """Why operators (names in ``vendor.SCHEMAS``) are not called: they are not here, or take other
+    activations.
 
     ``wide`` says what they do with fp32.
     """
@@ -30,15 +48,23 @@ def vendor_reasons(request: Request, kernel: str, *operators: str, wide: Refusal
 
 
 class XpuInt4W4A16(Int4Groups):
-    """W4A16 through ``_xpu_C.int4_gemm_w4a16``: int4 in groups, without offsets, the bias in the same launch."""
+    """W4A16 through ``_xpu_C.int4_gemm_w4a16``: int4 in groups, without offsets, the bias in the same
+    launch.
+    """
 
     name = "xpu.int4_gemm_w4a16"
 
     def reasons_against(self, request: Request) -> Sequence[Reason]:
-        reasons = [*super().reasons_against(request), *vendor_reasons(request, self.name, "_xpu_C.int4_gemm_w4a16")]
+        reasons = [
+            *super().reasons_against(request),
+            *vendor_reasons(request, self.name, "_xpu_C.int4_gemm_w4a16"),
+        ]
         if request.dtype is torch.float16:
             reasons.append(
-                Reason(f"{self.name} is tested by its vendor with scales in the dtype of the activations; ours are bfloat16")
+                Reason(
+                    f"{self.name} is tested by its vendor with scales in the dtype of the "
+                    "activations; ours are bfloat16"
+                )
             )
         return reasons
 
@@ -55,22 +81,22 @@ class XpuInt4W4A16(Int4Groups):
             return x.new_empty(0, spec.n)
         words, scale, zero = packed
         operator = torch.ops._xpu_C.int4_gemm_w4a16
-        y: Tensor = operator(x, words.t(), bias, scale, zero, spec.scheme.weight.cols, None)
+        y: Tensor = operator(x, words.t(), bias, scale, zero, spec.scheme.weight.group_size, None)
         return y
 
 
 class XpuInt4W4A8(XpuInt4W4A16, aten.Quantizing):
     """W4A8 through ``_xpu_C.int4_gemm_w4a8``: XMX multiplies int8, the codes become int8 on the way.
 
-    The operator reads the scales as fp16, whatever they are, and returns fp16. So it gets weight scales that a power of two has
-    brought to [1, 2) at the largest, and for the tokens one scale, another power of two, with which no sum overflows; the scales of
-    tokens are multiplied afterwards, in fp32.
+    The operator reads the scales as fp16, whatever they are, and returns fp16. So it gets weight scales that
+    a power of two has brought to [1, 2) at the largest, and for the tokens one scale, another power of two,
+    with which no sum overflows; the scales of tokens are multiplied afterwards, in fp32.
     """
 
     name = "xpu.int4_gemm_w4a8"
 
     def serves(self, scheme: Scheme) -> bool:
-        return super().serves(scheme) and scheme.activation == Quant("int8", 1, 0)
+        return super().serves(scheme) and scheme.activation == Quant("int8", (1, 0))
 
     def reasons_against(self, request: Request) -> Sequence[Reason]:
         spec = request.weight
@@ -85,18 +111,25 @@ class XpuInt4W4A8(XpuInt4W4A16, aten.Quantizing):
         """The vendor's source, vLLM's account of what it multiplies, and the instruction."""
         return Claim(Evidence.DECLARED, f"{_W4A8}; {_W4A8_USE}; {request.device.arch.source}")
 
-    def pack(self, canonical: Canonical, spec: WeightSpec) -> Packed:
-        """Adds to what W4A16 needs: the scales in fp16, what they lack to the true ones, and the one scale of the tokens."""
-        words, scale, zero = super().pack(canonical, spec)
+    def pack(self, stored_weight: StoredWeight, spec: WeightSpec) -> Packed:
+        """Adds to what W4A16 needs: the scales in fp16, what they lack to the true ones, and the one scale of
+        the tokens.
+        """
+        words, scale, zero = super().pack(stored_weight, spec)
         values = scale.float()
         largest = torch.where(torch.isfinite(values), values, 0).amax()
         exponent = torch.frexp(largest).exponent - 1
         exponent = exponent.float()  # older torch takes a power of integers in the default dtype
         half = torch.ldexp(values, -exponent).half()
-        bound = torch.full((1,), 2.0 ** -max(0, (128 * 8 * 2 * spec.k).bit_length() - 15), dtype=torch.float16, device=scale.device)
+        bound = torch.full(
+            (1,),
+            2.0 ** -max(0, (128 * 8 * 2 * spec.k).bit_length() - 15),
+            dtype=torch.float16,
+            device=scale.device,
+        )
         return words, scale, zero, half, torch.ldexp(1 / bound.float(), exponent), bound
 
-    def unpack(self, packed: Packed, spec: WeightSpec) -> Canonical:
+    def unpack(self, packed: Packed, spec: WeightSpec) -> StoredWeight:
         return super().unpack(packed[:3], spec)
 
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
@@ -106,7 +139,7 @@ class XpuInt4W4A8(XpuInt4W4A16, aten.Quantizing):
         assert spec.scheme.activation is not None  # serves refused it otherwise
         q, token = self.quantize(x, spec.scheme.activation)
         operator, none = torch.ops._xpu_C.int4_gemm_w4a8, torch.zeros_like(bound, dtype=torch.int32)
-        y: Tensor = operator(q, bound, none, words.t(), half, zero, spec.scheme.weight.cols, None, None)
+        y: Tensor = operator(q, bound, none, words.t(), half, zero, spec.scheme.weight.group_size, None, None)
         y = y.float() * (token * factor)
         return (y if bias is None else y + bias).to(x.dtype)
 
@@ -114,20 +147,32 @@ class XpuInt4W4A8(XpuInt4W4A16, aten.Quantizing):
 class _Fp8(Kernel):
     """e4m3fn weights with one scale, one for each output channel, or one for each 128x128.
 
-    The vendor tells the last from the others by scales that have more than one row: those of K in blocks, at least two.
+    The vendor tells the last from the others by scales that have more than one row: those of K in blocks,
+        at least two.
     """
 
     def serves(self, scheme: Scheme) -> bool:
         quant = scheme.weight
-        return quant.format == "e4m3fn" and quant.scale == "fp32" and (quant.rows, quant.cols) in ((0, 0), (1, 0), (128, 128))
+        return (
+            quant.format == "e4m3fn"
+            and quant.scale == "fp32"
+            and quant.block_shape in ((0, 0), (1, 0), (128, 128))
+        )
 
     def reasons_against(self, request: Request) -> Sequence[Reason]:
         spec = request.weight
         reasons = list(vendor_reasons(request, self.name, f"_xpu_C.{self.name.partition('.')[2]}"))
-        several = spec.scheme.weight.cols and max(spec.n, spec.k) > 128  # one block has one scale, as a tensor has
+        several = (
+            spec.scheme.weight.group_size and max(spec.n, spec.k) > 128
+        )  # one block has one scale, as a tensor has
         if several and (spec.n % 128 or spec.k % 128 or spec.k < 256):
-            needs = f"{self.name} needs N and K to be multiples of 128, and two blocks along K, not {spec.n} x {spec.k} [{_FP8}]"
-            whole = spec.k % 128 == 0 and spec.k >= 256  # what it does with blocks that are cut off along N only is not known
+            needs = (
+                f"{self.name} needs N and K to be multiples of 128, and two blocks along K, not "
+                f"{spec.n} x {spec.k} [{_FP8}]"
+            )
+            whole = (
+                spec.k % 128 == 0 and spec.k >= 256
+            )  # what it does with blocks that are cut off along N only is not known
             reasons.append(Reason(needs, Refusal.UNSAFE if whole else Refusal.IMPOSSIBLE))
         return reasons
 
@@ -135,13 +180,15 @@ class _Fp8(Kernel):
         """The vendor's source."""
         return Claim(Evidence.DECLARED, _FP8)
 
-    def pack(self, canonical: Canonical, spec: WeightSpec) -> Packed:
-        scale = canonical["weight_scale"]
-        return canonical["weight"].view(torch.uint8), scale.t().contiguous() if spec.scheme.weight.cols else scale.view(-1)
+    def pack(self, stored_weight: StoredWeight, spec: WeightSpec) -> Packed:
+        scale = stored_weight["weight_scale"]
+        return stored_weight["weight"].view(
+            torch.uint8
+        ), scale.t().contiguous() if spec.scheme.weight.group_size else scale.view(-1)
 
-    def unpack(self, packed: Packed, spec: WeightSpec) -> Canonical:
+    def unpack(self, packed: Packed, spec: WeightSpec) -> StoredWeight:
         weight, scale = packed
-        scale = scale.t().contiguous() if spec.scheme.weight.cols else scale.view(-1, 1)
+        scale = scale.t().contiguous() if spec.scheme.weight.group_size else scale.view(-1, 1)
         return {"weight": weight.view(torch.float8_e4m3fn), "weight_scale": scale}
 
 
@@ -166,7 +213,7 @@ class XpuFp8Gemm(_Fp8, aten.Quantizing):
     tolerance = 2.0**-6
 
     def serves(self, scheme: Scheme) -> bool:
-        return super().serves(scheme) and scheme.activation == Quant("e4m3fn", 1, scheme.weight.cols)
+        return super().serves(scheme) and scheme.activation == Quant("e4m3fn", (1, scheme.weight.group_size))
 
     def reasons_against(self, request: Request) -> Sequence[Reason]:
         # Elsewhere oneDNN converts both operands first.

@@ -1,4 +1,5 @@
-"""The suite of every room, all of it, on a simulated NPU: what is accepted runs and is right, and what is refused fails.
+"""The suite of every room, all of it, on a simulated NPU: what is accepted runs and is right, and what is
+refused fails.
 
 A kernel that declares a deviation is judged by the scheme's reference with just that in it (``declared.py``).
 """
@@ -32,13 +33,17 @@ def by_declaration(kernel, monkeypatch, request):
         return
 
     experts = request.node.callspec.params.get("layer") == "moe"
-    exact = experts and register.family() == register.A5 and hasattr(kernel, "gates")  # SwiGLU in the launch: fp32 in between
+    exact = (
+        experts and register.family() == register.A5 and hasattr(kernel, "gates")
+    )  # SwiGLU in the launch: fp32 in between
 
-    def told(x, canonical, scheme, bias=None):
-        return linear(x, canonical, scheme, bias, torch.float32 if exact else x.dtype)
+    def told(x, stored_weight, scheme, bias=None):
+        return linear(x, stored_weight, scheme, bias, torch.float32 if exact else x.dtype)
 
     for module in (builders, check_grouped, check_runs):
-        monkeypatch.setattr(module, "numerics", SimpleNamespace(quantize_weight=numerics.quantize_weight, linear=told))
+        monkeypatch.setattr(
+            module, "numerics", SimpleNamespace(quantize_weight=numerics.quantize_weight, linear=told)
+        )
     check_runs._plain.cache_clear()
     yield
     check_runs._plain.cache_clear()
@@ -67,8 +72,14 @@ class TestSimulatedNpu(BackendConformance):
 
     def test_opcheck(self, subject, kernel, scheme, layer, traced):
         if kernel.name in TILED:
-            pytest.skip("opcheck compares elements one by one, and here they lie in tiles (FRACTAL_NZ); test_compile runs it")
+            pytest.skip(
+                "opcheck compares elements one by one, and here they lie in tiles (FRACTAL_NZ); "
+                "test_compile runs it"
+            )
         super().test_opcheck(subject, kernel, scheme, layer, traced)
 
     def test_inductor(self, subject):
-        pytest.skip("torch_npu's Inductor generates code with triton-ascend, whose compiler is part of CANN; aot_eager is tried")
+        pytest.skip(
+            "torch_npu's Inductor generates code with triton-ascend, whose compiler is part of "
+            "CANN; aot_eager is tried"
+        )

@@ -12,7 +12,7 @@ from simulator import register
 from simulator.register import A5, E2M1, E8M0
 
 from quantport.backend import Accepted, Request, WeightSpec
-from quantport.host import host
+from quantport.plugins.registry import default_registry
 from quantport.testing import builders, cases
 
 NPU = torch.ops.npu
@@ -42,9 +42,11 @@ LAUNCHES = LAUNCHES_OF_950 if ON_950 else LAUNCHES
 
 def layer(name, activation="silu"):
     """A layer of four experts with the kernel that a plan would choose, and its reference."""
-    scheme = host().schemes[name]
-    request = Request(WeightSpec(scheme, builders.INTERMEDIATE, builders.HIDDEN), "moe", host().device("npu"))
-    kernel = next(k for k in host().kernels("npu") if isinstance(k.verdict(request), Accepted))
+    scheme = default_registry().schemes[name]
+    request = Request(
+        WeightSpec(scheme, builders.INTERMEDIATE, builders.HIDDEN), "moe", default_registry().device("npu")
+    )
+    kernel = next(k for k in default_registry().kernels("npu") if isinstance(k.verdict(request), Accepted))
     module, reference = builders.experts(kernel, scheme, request.device)
     module.activation = activation
     return module, reference
@@ -63,7 +65,9 @@ def test_all_experts_take_one_launch_for_each_product(scheme):
     assert LAUNCHES[scheme] == register.CALLS
 
 
-@pytest.mark.parametrize("scheme", [s for s in LAUNCHES if s != "mxfp8"])  # whose scales of activations are declared to differ
+@pytest.mark.parametrize(
+    "scheme", [s for s in LAUNCHES if s != "mxfp8"]
+)  # whose scales of activations are declared to differ
 def test_experts_are_right(scheme):
     module, reference = layer(scheme)
     error = cases.relative_error(module(*inputs(9)).cpu(), reference(*builders.routed(9, torch.bfloat16)))
@@ -104,7 +108,7 @@ def test_other_activations_and_training_take_the_plain_way(scheme):
 @pytest.mark.skipif(not ON_950, reason="only the 950 multiplies, gates and quantizes in one launch")
 def test_groups_whose_width_mx_does_not_take_go_the_plain_way():
     kernel = layer("mxfp8")[0].kernel
-    scheme = host().schemes["mxfp8"]
+    scheme = default_registry().schemes["mxfp8"]
     assert [kernel.gates(WeightSpec(scheme, n, 128)) for n in (32, 64, 96, 128)] == [False, True, False, True]
 
 
@@ -118,10 +122,15 @@ def ends(*stops, dtype=torch.int64):
 
 def int8(**changed):
     given = {
-        "x": [zeros(6, 64, dtype=torch.int8)], "weight": [zeros(3, 32, 64, dtype=torch.int8).transpose(1, 2)],
-        "scale": [zeros(3, 32, dtype=torch.bfloat16)], "per_token_scale": [zeros(6)], "group_list": ends(2, 2, 6),
-        "split_item": 3, "group_type": 0, "output_dtype": torch.bfloat16,
-    }  # fmt: skip
+        "x": [zeros(6, 64, dtype=torch.int8)],
+        "weight": [zeros(3, 32, 64, dtype=torch.int8).transpose(1, 2)],
+        "scale": [zeros(3, 32, dtype=torch.bfloat16)],
+        "per_token_scale": [zeros(6)],
+        "group_list": ends(2, 2, 6),
+        "split_item": 3,
+        "group_type": 0,
+        "output_dtype": torch.bfloat16,
+    }
     return NPU.npu_grouped_matmul(**given | changed)[0]
 
 
@@ -129,17 +138,24 @@ def mx(**changed):
     byte = torch.uint8
     four = {"x_dtype": E2M1, "weight_dtype": E2M1, "scale_dtype": E8M0, "per_token_scale_dtype": E8M0}
     given = {
-        "x": [zeros(6, 32, dtype=byte)], "weight": [zeros(3, 32, 32, dtype=byte).transpose(1, 2)],
-        "scale": [zeros(3, 32, 1, 2, dtype=byte).transpose(1, 2)], "per_token_scale": [zeros(6, 1, 2, dtype=byte)], **four,
-    }  # fmt: skip
+        "x": [zeros(6, 32, dtype=byte)],
+        "weight": [zeros(3, 32, 32, dtype=byte).transpose(1, 2)],
+        "scale": [zeros(3, 32, 1, 2, dtype=byte).transpose(1, 2)],
+        "per_token_scale": [zeros(6, 1, 2, dtype=byte)],
+        **four,
+    }
     return int8(**given | changed)
 
 
 def gated(**changed):
     given = {
-        "x": zeros(6, 64, dtype=torch.int8), "weight": [zeros(3, 32, 64, dtype=torch.int8).transpose(1, 2)],
-        "weight_scale": [zeros(3, 32)], "x_scale": zeros(6), "group_list": ends(2, 2, 6), "dequant_dtype": torch.float32,
-    }  # fmt: skip
+        "x": zeros(6, 64, dtype=torch.int8),
+        "weight": [zeros(3, 32, 64, dtype=torch.int8).transpose(1, 2)],
+        "weight_scale": [zeros(3, 32)],
+        "x_scale": zeros(6),
+        "group_list": ends(2, 2, 6),
+        "dequant_dtype": torch.float32,
+    }
     return NPU.npu_grouped_matmul_swiglu_quant_v2(**given | changed)[0]
 
 
@@ -167,7 +183,7 @@ MISTAKES_OF_950 = {
     "SwiGLU of two tensors of weights": lambda: gated(weight=[zeros(3, 64, 16, dtype=torch.int8)] * 2),
     "SwiGLU with the modes of MX": lambda: gated(dequant_mode=2, quant_mode=2),
     "SwiGLU into another element": lambda: gated(quant_dtype=torch.float8_e4m3fn),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("call", [int8, mx, gated] if ON_950 else [int8])
@@ -189,7 +205,11 @@ def test_the_operators_of_the_950_are_refused_elsewhere():
 
 
 def test_a_grouped_kernel_refuses_linear_layers_by_name():
-    kernel = next(k for k in host().kernels("npu") if k.name == "npu.grouped_matmul")
-    request = Request(WeightSpec(host().schemes["int8"], 64, 64), "moe", host().device("npu"))
+    kernel = next(k for k in default_registry().kernels("npu") if k.name == "npu.grouped_matmul")
+    request = Request(
+        WeightSpec(default_registry().schemes["int8"], 64, 64), "moe", default_registry().device("npu")
+    )
     assert isinstance(kernel.verdict(request), Accepted)
-    assert "it is for moe layers" in " ".join(map(str, kernel.verdict(replace(request, layer="linear")).reasons))
+    assert "it is for moe layers" in " ".join(
+        map(str, kernel.verdict(replace(request, layer="linear")).reasons)
+    )

@@ -1,4 +1,6 @@
-"""float8 on products without it, and bf16 on the 310P: weights load, run, move and are saved, with the bytes of the CPU."""
+"""float8 on products without it, and bf16 on the 310P: weights load, run, move and are saved, with the bytes
+of the CPU.
+"""
 
 from simulator.need import simulated
 
@@ -13,22 +15,27 @@ from simulator import register
 from simulator.memory import MisuseError
 
 import quantport
-from quantport import aten, numerics
+from quantport import numerics
 from quantport.backend import WeightSpec
-from quantport.cache import rows
-from quantport.host import host
-from quantport.lookup import look_up, why_not_rows
+from quantport.kernels import aten
+from quantport.kernels.embedding import look_up, why_not_rows
+from quantport.kvcache import rows
+from quantport.plugins.registry import default_registry
 from quantport.testing import cases
 from quantport.testing.check_runs import check_reference
 from quantport.testing.subject import Subject
 
 MODEL = Path(__file__).parents[4] / "examples" / "models" / "tiny-llama"
 N, K = 48, 200
-LOADED = ["fp8", "nvfp4_weight_only", *(["int4_weight_only"] if register.family() == "310P" else [])]  # of bf16 scales
+LOADED = [
+    "fp8",
+    "nvfp4_weight_only",
+    *(["int4_weight_only"] if register.family() == "310P" else []),
+]  # of bf16 scales
 PACKED = ("_packed", "_scale", "_zero")
 E4M3 = torch.float8_e4m3fn
-SCHEMES = [s for s in host().schemes.values() if "e4m3fn" in (s.weight.format, s.weight.scale)]
-BF16_SCALES = [s for s in host().schemes.values() if s.weight.scale == "bf16"]
+SCHEMES = [s for s in default_registry().schemes.values() if "e4m3fn" in (s.weight.format, s.weight.scale)]
+BF16_SCALES = [s for s in default_registry().schemes.values() if s.weight.scale == "bf16"]
 REFUSED = {
     "a cast from float8": lambda x: x.float(),
     "a cast to float8": lambda x: x.view(torch.uint8).half().to(E4M3),
@@ -65,15 +72,17 @@ def test_the_reference_quantizes_to_the_same_bytes(scheme):
 @pytest.mark.parametrize("kernel", [aten.Dequantize(), aten.Reference()], ids=lambda kernel: kernel.name)
 def test_weights_run(scheme, kernel):
     spec, x = WeightSpec(scheme, N, K), cases.activations(5, K, torch.float16)
-    canonical = numerics.quantize_weight(cases.plain(N, K), scheme)
-    packed = kernel.pack({key: t.to("npu") for key, t in canonical.items()}, spec)
+    stored_weight = numerics.quantize_weight(cases.plain(N, K), scheme)
+    packed = kernel.pack({key: t.to("npu") for key, t in stored_weight.items()}, spec)
     y = kernel.apply(x.to("npu"), packed, None, spec).cpu()
-    expected = numerics.linear(x, canonical, scheme if kernel.quantizes_activations else scheme.weight_only)
+    expected = numerics.linear(
+        x, stored_weight, scheme if kernel.quantizes_activations else scheme.weight_only
+    )
     assert cases.relative_error(y, expected) <= kernel.tolerance
     if not why_not_rows(scheme, K):
         ids = torch.tensor([3, 0, 47])
         looked = look_up(kernel, ids.to("npu"), packed, spec, torch.float16).cpu()
-        assert torch.equal(looked, numerics.dequantize_weight(canonical, scheme, K, torch.float16)[ids])
+        assert torch.equal(looked, numerics.dequantize_weight(stored_weight, scheme, K, torch.float16)[ids])
 
 
 @pytest.mark.parametrize("name", ["fp8", "fp8_e5m2"])
@@ -83,13 +92,19 @@ def test_the_kv_cache_has_the_same_bytes(name):
     kind, x = rows.cache_dtype(name), cases.activations(5, 64, torch.float16)
     there, here = rows.encode(x.to("npu"), kind), rows.encode(x, kind)
     assert torch.equal(there.cpu(), here)
-    assert torch.equal(rows.decode(there, 64, kind, torch.float16).cpu(), rows.decode(here, 64, kind, torch.float16))
+    assert torch.equal(
+        rows.decode(there, 64, kind, torch.float16).cpu(), rows.decode(here, 64, kind, torch.float16)
+    )
 
 
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")  # torch_npu's own way to deepcopy
 @pytest.mark.parametrize("scheme", LOADED)
 def test_a_model_loads_is_copied_saved_and_loaded_again(scheme, tmp_path):
-    expected = {key: t for key, t in quantport.load(MODEL, scheme, device="cpu").state_dict().items() if key.endswith(PACKED)}
+    expected = {
+        key: t
+        for key, t in quantport.load(MODEL, scheme, device="cpu").state_dict().items()
+        if key.endswith(PACKED)
+    }
     assert expected
     here = quantport.load(MODEL, scheme, device="npu")
     quantport.save(here, tmp_path / "saved")

@@ -1,4 +1,6 @@
-"""A model many times larger than the budget, loaded onto a simulated NPU: never more than the quantized model and the budget."""
+"""A model many times larger than the budget, loaded onto a simulated NPU: never more than the quantized model
+and the budget.
+"""
 
 from simulator.need import simulated
 
@@ -21,7 +23,10 @@ SCHEMES = {"A2": ("int8", "int4_weight_only"), "950": ("fp8", "mxfp8", "mxfp4")}
 
 def own(model):
     """Bytes of a model's tensors, each with the 32 that torch_npu adds, in its units of 512."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*model.parameters(), *model.buffers())}
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for t in (*model.parameters(), *model.buffers())
+    }
     return sum(-(-(size + 32) // 512) * 512 for size in storages.values())
 
 
@@ -30,10 +35,18 @@ def large(tmp_path_factory):
     """A checkpoint of 220 MB in BF16: linear layers and experts."""
     where = tmp_path_factory.mktemp("large")
     config = Qwen3MoeConfig(
-        hidden_size=1024, intermediate_size=2048, num_hidden_layers=2, num_experts=16, num_experts_per_tok=2,
-        moe_intermediate_size=1024, vocab_size=1024, num_attention_heads=8, num_key_value_heads=8, head_dim=128,
+        hidden_size=1024,
+        intermediate_size=2048,
+        num_hidden_layers=2,
+        num_experts=16,
+        num_experts_per_tok=2,
+        moe_intermediate_size=1024,
+        vocab_size=1024,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        head_dim=128,
         dtype=torch.bfloat16,
-    )  # fmt: skip
+    )
     with torch.device("meta"):
         model = Qwen3MoeForCausalLM(config).bfloat16()
     model = model.to_empty(device="cpu")

@@ -22,7 +22,13 @@ def x(dtype=torch.bfloat16):
 def int8(**changed):
     q, token = NPU.npu_dynamic_quant(x(), dst_type=torch.int8)
     weight = NPU.npu_format_cast(torch.ones(K, N, dtype=torch.int8, device="npu"), 29)
-    given = {"x1": q, "x2": weight, "scale": torch.ones(N, device="npu"), "pertoken_scale": token, "output_dtype": torch.bfloat16}
+    given = {
+        "x1": q,
+        "x2": weight,
+        "scale": torch.ones(N, device="npu"),
+        "pertoken_scale": token,
+        "output_dtype": torch.bfloat16,
+    }
     return NPU.npu_quant_matmul(**given | changed)
 
 
@@ -31,9 +37,17 @@ def mx(element=E2M1, **changed):
     scale = torch.full((K // 64, N, 2), 127, dtype=torch.uint8, device="npu")
     weight = torch.zeros(N, K // 2, dtype=torch.uint8, device="npu").t()
     given = {
-        "x1": q, "x2": weight, "scale": scale, "pertoken_scale": token, "output_dtype": torch.bfloat16, "x1_dtype": E2M1,
-        "x2_dtype": E2M1, "scale_dtype": E8M0, "pertoken_scale_dtype": E8M0, "group_sizes": [1, 1, 32],
-    }  # fmt: skip
+        "x1": q,
+        "x2": weight,
+        "scale": scale,
+        "pertoken_scale": token,
+        "output_dtype": torch.bfloat16,
+        "x1_dtype": E2M1,
+        "x2_dtype": E2M1,
+        "scale_dtype": E8M0,
+        "pertoken_scale_dtype": E8M0,
+        "group_sizes": [1, 1, 32],
+    }
     return NPU.npu_quant_matmul(**given | changed)
 
 
@@ -53,11 +67,17 @@ def fp8(**changed):
 
 def dual(**changed):
     codes, level0, level1 = NPU.npu_dynamic_dual_level_mx_quant(x())
-    tiles = NPU.npu_format_cast(torch.zeros(N, K // 2, dtype=torch.int8, device="npu"), 29, customize_dtype=torch.int8)
+    tiles = NPU.npu_format_cast(
+        torch.zeros(N, K // 2, dtype=torch.int8, device="npu"), 29, customize_dtype=torch.int8
+    )
     given = {
-        "x1": codes, "x2": tiles, "x1_level0_scale": level0, "x2_level0_scale": torch.ones(1, N, device="npu"),
-        "x1_level1_scale": level1, "x2_level1_scale": torch.full((N, K // 64, 2), 127, dtype=torch.uint8, device="npu"),
-    }  # fmt: skip
+        "x1": codes,
+        "x2": tiles,
+        "x1_level0_scale": level0,
+        "x2_level0_scale": torch.ones(1, N, device="npu"),
+        "x1_level1_scale": level1,
+        "x2_level1_scale": torch.full((N, K // 64, 2), 127, dtype=torch.uint8, device="npu"),
+    }
     return NPU.npu_dual_level_quant_matmul(**given | changed)
 
 
@@ -79,7 +99,9 @@ MISTAKES = {
     "no group sizes": lambda: mx(group_sizes=None),
     "scales that are not in pairs": lambda: mx(scale=npu(K // 32, N, dtype=torch.uint8)),
     "e2m1 weights packed along N": lambda: mx(x2=npu(K, N // 2, dtype=torch.uint8)),
-    "an algorithm of scales that fp8 has not": lambda: NPU.npu_dynamic_mx_quant(x(), dst_type=torch.float8_e4m3fn, scale_alg=2),
+    "an algorithm of scales that fp8 has not": lambda: NPU.npu_dynamic_mx_quant(
+        x(), dst_type=torch.float8_e4m3fn, scale_alg=2
+    ),
     "fp32 activations": lambda: NPU.npu_dynamic_quant(x(torch.float32), dst_type=torch.int8),
     "int4 codes out of range": lambda: NPU.npu_convert_weight_to_int4pack(npu(K, N, dtype=torch.int32) + 8),
     "int4 codes of int8": lambda: NPU.npu_convert_weight_to_int4pack(npu(K, N, dtype=torch.int8)),
@@ -92,14 +114,20 @@ MISTAKES = {
         antiquant_group_size=0,
     ),
     "offsets of another dtype than the scales": lambda: int4(antiquant_offset=npu(K // 32, N)),
-    "one offset for each channel where scales are in groups": lambda: int4(antiquant_offset=npu(N, dtype=torch.bfloat16)),
-    "fp8 weights in groups": lambda: fp8(antiquant_scale=npu(K // 32, N, dtype=torch.bfloat16), antiquant_group_size=32),
+    "one offset for each channel where scales are in groups": lambda: int4(
+        antiquant_offset=npu(N, dtype=torch.bfloat16)
+    ),
+    "fp8 weights in groups": lambda: fp8(
+        antiquant_scale=npu(K // 32, N, dtype=torch.bfloat16), antiquant_group_size=32
+    ),
     "fp8 weights with offsets": lambda: fp8(antiquant_offset=npu(N, dtype=torch.bfloat16)),
     "one scale for all of an fp8 weight": lambda: fp8(antiquant_scale=npu(1, dtype=torch.bfloat16)),
     "an fp32 bias to fp8 weights": lambda: fp8(bias=npu(N)),
     "a dual-scale weight that is not in tiles": lambda: dual(x2=npu(N, K // 2, dtype=torch.int8)),
     "outer scales along the inputs": lambda: dual(x2_level0_scale=npu(N, 1)),
-    "a smoothing scale that is not implemented": lambda: NPU.npu_dynamic_dual_level_mx_quant(x(), smooth_scale=npu(K)),
+    "a smoothing scale that is not implemented": lambda: NPU.npu_dynamic_dual_level_mx_quant(
+        x(), smooth_scale=npu(K)
+    ),
 }
 
 
@@ -117,7 +145,11 @@ def test_a_mistake_is_refused(mistake):
 def test_constants_are_torch_npus():
     import torch_npu
 
-    assert (vendor.E8M0, vendor.E2M1) == (torch_npu.float8_e8m0fnu, torch_npu.float4_e2m1fn_x2) == (register.E8M0, register.E2M1)
+    assert (
+        (vendor.E8M0, vendor.E2M1)
+        == (torch_npu.float8_e8m0fnu, torch_npu.float4_e2m1fn_x2)
+        == (register.E8M0, register.E2M1)
+    )
 
 
 def test_what_a_build_lacks_is_read_from_its_schema():
@@ -128,7 +160,9 @@ def test_what_a_build_lacks_is_read_from_its_schema():
 
 def test_the_published_example_of_dual_scale():
     """op-plugin's own test: all 8.0 gives bytes 0x77, 1.3333 and the exponent of 1."""
-    codes, level0, level1 = NPU.npu_dynamic_dual_level_mx_quant(torch.full((1, 512), 8.0, dtype=torch.bfloat16, device="npu"))
+    codes, level0, level1 = NPU.npu_dynamic_dual_level_mx_quant(
+        torch.full((1, 512), 8.0, dtype=torch.bfloat16, device="npu")
+    )
     assert set(codes.flatten().tolist()) == {0x77}
     assert level0.item() == pytest.approx(4 / 3)
     assert set(level1.flatten().tolist()) == {127}

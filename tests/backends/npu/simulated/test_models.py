@@ -1,7 +1,9 @@
-"""Both example models on a simulated NPU, from the checkpoint to the text, against the reference of every layer on the CPU.
+"""Both example models on a simulated NPU, from the checkpoint to the text, against the reference of every
+layer on the CPU.
 
-The reference is that of the scheme, with what each kernel declares of its own (``declared.py``). Every product is held to the
-tolerance of its kernel, for the activations that it really got; the logits are held to the same through all layers.
+The reference is that of the scheme, with what each kernel declares of its own (``declared.py``). Every
+product is held to the tolerance of its kernel, for the activations that it really got; the logits are held to
+the same through all layers.
 """
 
 from simulator.need import simulated
@@ -64,21 +66,32 @@ def generate(model, ids):
 def same_routes(here, there, text):
     """How many tokens go to the same experts in every layer of both, before the first that does not.
 
-    A router may be in doubt between two experts, and then a rounding decides; what follows is another computation.
+    A router may be in doubt between two experts, and then a rounding decides; what follows is another
+    computation.
     """
     seen = [], []
     for model, notes in zip((here, there), seen, strict=True):
         for module in (m for m in model.modules() if isinstance(m, QuantExperts)):
-            module.register_forward_pre_hook(lambda _, given, notes=notes: notes.append(given[1].cpu().sort(-1).values))
+            module.register_forward_pre_hook(
+                lambda _, given, notes=notes: notes.append(given[1].cpu().sort(-1).values)
+            )
         with torch.no_grad():
             model(text.to(model.device))
-    differs = torch.stack([(a != b).any(-1) for a, b in zip(*seen, strict=True)]).any(0) if seen[0] else torch.zeros(text.shape[1])
+    differs = (
+        torch.stack([(a != b).any(-1) for a, b in zip(*seen, strict=True)]).any(0)
+        if seen[0]
+        else torch.zeros(text.shape[1])
+    )
     return int(differs.nonzero()[0]) if differs.any() else text.shape[1]
 
 
 def clearest(model, tokenizer):
-    """What the reference says to the prompt about which it is surest: near ties of others may go either way."""
-    said = [(ids, *generate(model, ids)) for ids in (tokenizer(p, return_tensors="pt").input_ids for p in PROMPTS)]
+    """What the reference says to the prompt about which it is surest: near ties of others may go
+    either way.
+    """
+    said = [
+        (ids, *generate(model, ids)) for ids in (tokenizer(p, return_tensors="pt").input_ids for p in PROMPTS)
+    ]
 
     def doubt(ids, text, logits):
         top = logits[ids.shape[1] - 1 : -1].topk(2, -1).values
@@ -89,7 +102,10 @@ def clearest(model, tokenizer):
 
 def own(model):
     """Bytes of a model's tensors, each with the 32 that torch_npu adds, in its units of 512."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*model.parameters(), *model.buffers())}
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for t in (*model.parameters(), *model.buffers())
+    }
     return sum(-(-(size + 32) // 512) * 512 for size in storages.values())
 
 
@@ -117,7 +133,11 @@ def test_a_model_runs_as_the_reference_says(model, scheme):
     ids, expected, wanted = clearest(there, AutoTokenizer.from_pretrained(model))
     register.CALLS.clear()
     text, logits = generate(here, ids.to("npu"))
-    assert set(register.CALLS) & {"npu_quant_matmul", "npu_weight_quant_batchmatmul", "npu_dual_level_quant_matmul"}
+    assert set(register.CALLS) & {
+        "npu_quant_matmul",
+        "npu_weight_quant_batchmatmul",
+        "npu_dual_level_quant_matmul",
+    }
     assert text.shape[1] == ids.shape[1] + TOKENS
     assert torch.equal(text.cpu(), expected)
     same = same_routes(here, there, expected)
@@ -125,4 +145,6 @@ def test_a_model_runs_as_the_reference_says(model, scheme):
     assert (logits - wanted)[:same].abs().max() <= (TOLERANCE + ROUNDED) * wanted.abs().max()
     checked = declared.check_each(here)
     generate(here, ids.to("npu"))
-    assert all(kernel.errors and max(kernel.errors) <= kernel.kernel.tolerance <= TOLERANCE for kernel in checked)
+    assert all(
+        kernel.errors and max(kernel.errors) <= kernel.kernel.tolerance <= TOLERANCE for kernel in checked
+    )

@@ -1,4 +1,5 @@
-"""What vLLM-Omni's table promises for Ascend runs here, for language models and diffusion transformers, by native kernels.
+"""What vLLM-Omni's table promises for Ascend runs here, for language models and diffusion transformers, by
+native kernels.
 
 Language models are in ``test_models.py``, for the same schemes; here are diffusion transformers.
 """
@@ -15,11 +16,14 @@ from simulator import register
 from torch import nn
 
 import quantport
-from quantport.capability import Status
-from quantport.host import host
+from quantport.kernels.verdict import Status
+from quantport.plugins.registry import default_registry
 
 ROW = omni.TABLE["npu"]
-OF_FAMILY = {"A2": ("int8",), "950": tuple(ROW)}  # MX and FP8 need the cube unit of the 950; FP8 is no promise of the table
+OF_FAMILY = {
+    "A2": ("int8",),
+    "950": tuple(ROW),
+}  # MX and FP8 need the cube unit of the 950; FP8 is no promise of the table
 HERE = OF_FAMILY[register.family()]
 TOLERANCE = 2.0**-6  # of every kernel of the room
 
@@ -34,22 +38,30 @@ def quantized(name, scheme, where):
 
 
 def test_what_the_table_promises_runs_somewhere():
-    assert {scheme for scheme, mark in ROW.items() if mark is omni.YES} <= {s for schemes in OF_FAMILY.values() for s in schemes}
+    assert {scheme for scheme, mark in ROW.items() if mark is omni.YES} <= {
+        s for schemes in OF_FAMILY.values() for s in schemes
+    }
 
 
 def host_norm(x, gamma, epsilon):
-    """``torch_npu.npu_rms_norm`` on the host: diffusers calls it for every tensor, wherever torch_npu is installed."""
+    """``torch_npu.npu_rms_norm`` on the host: diffusers calls it for every tensor, wherever torch_npu is
+    installed.
+    """
     return (nn.functional.rms_norm(x.float(), gamma.shape, gamma.float(), epsilon).to(x.dtype),)
 
 
 @pytest.mark.parametrize("scheme", HERE)
 @pytest.mark.parametrize("name", omni.FACTORIES)
 def test_a_diffusion_transformer_runs_natively(name, scheme, monkeypatch):
-    """One denoising step: every linear layer by a native kernel, each product and the result within the kernel's tolerance."""
+    """One denoising step: every linear layer by a native kernel, each product and the result within the
+    kernel's tolerance.
+    """
     model, plan = quantized(name, scheme, "npu")
     assert {step.choice.status for step in plan.quantized} == {Status.NATIVE}
     assert all(step.choice.kernel.startswith("npu.") for step in plan.quantized)
-    assert {step.choice.precision for step in plan.quantized} == {host().schemes[scheme].precision}
+    assert {step.choice.precision for step in plan.quantized} == {
+        default_registry().schemes[scheme].precision
+    }
     reference, _ = quantized(name, scheme, "cpu")
     declared.as_declared(reference, model)
     register.CALLS.clear()

@@ -1,4 +1,6 @@
-"""What quantizing one weight holds on the device is what the budget counts for it, measured by the allocator of torch_npu."""
+"""What quantizing one weight holds on the device is what the budget counts for it, measured by the allocator
+of torch_npu.
+"""
 
 from simulator.need import simulated
 
@@ -9,12 +11,15 @@ import torch
 
 from quantport import numerics
 from quantport.backend import WeightSpec
-from quantport.budget import need
-from quantport.host import host
+from quantport.planning.memory import need
+from quantport.plugins.registry import default_registry
 from quantport.testing import cases
 
 SHAPES = ((768, 256), (512, 512), (1024, 1024))  # narrower than a block of 512; as wide; more than one chunk
-SCHEMES = [*host().schemes.values(), *(host().schemes[name] for name in ("mxfp8:mse", "mxfp4_weight_only:mse:hadamard"))]
+SCHEMES = [
+    *default_registry().schemes.values(),
+    *(default_registry().schemes[name] for name in ("mxfp8:mse", "mxfp4_weight_only:mse:hadamard")),
+]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.name)

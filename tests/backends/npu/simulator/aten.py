@@ -1,11 +1,13 @@
 """PyTorch's own operators on the simulated NPU: each runs on CPU tensors that lie over the NPU's memory.
 
-torch_npu's kernels of these call CANN, which has no host version. What allocates, views and describes stays torch_npu's own.
+torch_npu's kernels of these call CANN, which has no host version. What allocates, views and describes stays
+torch_npu's own.
 
-Dtypes that CANN's Cast and InplaceCopy do not list for a product are bytes there: they are allocated, viewed, and copied whole
-between host and device, and every other operator refuses them (hicann/ops-math math/cast/docs/aclnnCast.md and
-conversion/view_copy/docs/aclnnInplaceCopy.md; Ascend/pytorch torch_npu/csrc/aten/ops/op_api/CopyKernelOpApi.cpp, which converts on
-the host where a copy between the two changes the dtype).
+Dtypes that CANN's Cast and InplaceCopy do not list for a product are bytes there: they are allocated, viewed,
+and copied whole between host and device, and every other operator refuses them (hicann/ops-math
+math/cast/docs/aclnnCast.md and conversion/view_copy/docs/aclnnInplaceCopy.md; Ascend/pytorch
+torch_npu/csrc/aten/ops/op_api/CopyKernelOpApi.cpp, which converts on the host where a copy between the two
+changes the dtype).
 """
 
 from __future__ import annotations
@@ -22,7 +24,18 @@ from simulator.register import A5, I310, family
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-_OURS = ("empty", "new_empty", "set_", "resize", "record_stream", "is_pinned", "_pin_memory", "is_set_to", "_reshape_alias", "npu_")
+_OURS = (
+    "empty",
+    "new_empty",
+    "set_",
+    "resize",
+    "record_stream",
+    "is_pinned",
+    "_pin_memory",
+    "is_set_to",
+    "_reshape_alias",
+    "npu_",
+)
 
 # torch_npu's own autograd of these leads to CANN at once; here they have no gradients.
 CUSTOM = (
@@ -36,12 +49,20 @@ CUSTOM = (
 )
 
 
-_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu)
+_FLOAT8 = (
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+    torch.float8_e4m3fnuz,
+    torch.float8_e5m2fnuz,
+    torch.float8_e8m0fnu,
+)
 
 
 def _known(name: str, tensor: Tensor) -> None:
     """Refuses a tensor of a dtype that the SoC computes nothing with."""
-    absent = (tensor.dtype in _FLOAT8 and family() != A5) or (tensor.dtype is torch.bfloat16 and family() == I310)
+    absent = (tensor.dtype in _FLOAT8 and family() != A5) or (
+        tensor.dtype is torch.bfloat16 and family() == I310
+    )
     why = f"{family()} has no {tensor.dtype}: it is viewed, or copied whole to and from the host"
     check(tensor.device.type != "npu" or not absent, name, why)
 
@@ -51,7 +72,9 @@ def _views(schema: Any) -> bool:
 
 
 def _each(call: Callable[[Any], Any], value: Any) -> Any:
-    """``call`` on every part of an argument or a result: the lists and tuples that the dispatcher hands out hold no others."""
+    """``call`` on every part of an argument or a result: the lists and tuples that the dispatcher hands out
+    hold no others.
+    """
     return type(value)(_each(call, v) for v in value) if type(value) in (list, tuple) else call(value)
 
 
@@ -60,7 +83,12 @@ def _run(operator: Any, *args: Any, **kwargs: Any) -> Any:
     device = kwargs.pop("device", None)
     host: dict[int, Tensor] = {}
     copies = operator is torch.ops.aten._to_copy.default
-    crosses = copies and device is not None and torch.device(device).type != args[0].device.type and args[0].is_contiguous()
+    crosses = (
+        copies
+        and device is not None
+        and torch.device(device).type != args[0].device.type
+        and args[0].is_contiguous()
+    )
 
     def down(value: Any) -> Any:
         if isinstance(value, Tensor) and value.device.type == "npu":
@@ -85,11 +113,15 @@ def _run(operator: Any, *args: Any, **kwargs: Any) -> Any:
 
     if "pin_memory" in kwargs:
         kwargs["pin_memory"] = False
-    return _each(up, operator(*_each(down, args), **{name: _each(down, value) for name, value in kwargs.items()}))
+    return _each(
+        up, operator(*_each(down, args), **{name: _each(down, value) for name, value in kwargs.items()})
+    )
 
 
 def _composed(operator: Any, *args: Any, **kwargs: Any) -> Any:
-    """An operator that torch composes of others: on the host; of fake tensors, which have no memory, as torch composes it."""
+    """An operator that torch composes of others: on the host; of fake tensors, which have no memory, as torch
+    composes it.
+    """
     if any(isinstance(value, FakeTensor) for value in (*args, *kwargs.values())):
         return operator.decompose(*args, **kwargs)
     return _run(operator, *args, **kwargs)
@@ -100,7 +132,9 @@ def _copy(to: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     if to.device == source.device or not (to.is_contiguous() and source.is_contiguous()):
         _known("copy_", to)
         _known("copy_", source)
-    (over(to) if to.device.type == "npu" else to).copy_(matrix(source) if source.device.type == "npu" else source)
+    (over(to) if to.device.type == "npu" else to).copy_(
+        matrix(source) if source.device.type == "npu" else source
+    )
     return to
 
 
@@ -112,7 +146,9 @@ def _copy_back(source: Tensor, to: Tensor) -> Tensor:
 def _clone(tensor: Tensor, *, memory_format: torch.memory_format | None = None) -> Tensor:
     _known("clone", tensor)
     if layout(tensor) == NZ:
-        out = torch_npu.empty_with_format(list(tensor.shape), dtype=tensor.dtype, device=tensor.device, acl_format=NZ)
+        out = torch_npu.empty_with_format(
+            list(tensor.shape), dtype=tensor.dtype, device=tensor.device, acl_format=NZ
+        )
         lies(out).copy_(lies(tensor))
         return out
     return place(over(tensor).clone(memory_format=memory_format or torch.preserve_format))
@@ -126,7 +162,11 @@ def install(library: torch.library.Library) -> None:
         for name in torch._C._dispatch_get_registrations_for_dispatch_key("PrivateUse1"):
             space, _, full = name.partition("::")
             base, _, overload = full.partition(".")
-            packet = getattr(torch.ops.aten, base, None) if space == "aten" and not base.startswith(_OURS) else None
+            packet = (
+                getattr(torch.ops.aten, base, None)
+                if space == "aten" and not base.startswith(_OURS)
+                else None
+            )
             operator = getattr(packet, overload or "default", None)
             if operator is not None and not _views(operator._schema):
                 library.impl(full, special.get(name) or partial(_run, operator), "PrivateUse1")

@@ -15,8 +15,19 @@ def build(where: Path) -> None:
     shared = ["gcc", "-shared", "-fPIC", "-O1", "-w"]
     source = Path(__file__).with_name("driver.c")
     subprocess.run([*shared, "-o", where / "libascendcl.so", source], check=True)
-    for name in NAMES:  # torch_npu opens some of them by name, and looks functions up in that one: each leads to the first
-        out = ["-o", where / f"lib{name}.so", "-Wl,--no-as-needed", f"-L{where}", "-lascendcl", "-x", "c", "/dev/null"]
+    for name in (
+        NAMES
+    ):  # torch_npu opens some of them by name, and looks functions up in that one: each leads to the first
+        out = [
+            "-o",
+            where / f"lib{name}.so",
+            "-Wl,--no-as-needed",
+            f"-L{where}",
+            "-lascendcl",
+            "-x",
+            "c",
+            "/dev/null",
+        ]
         subprocess.run([*shared, *out], check=True)
 
 

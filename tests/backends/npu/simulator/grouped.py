@@ -1,7 +1,8 @@
 """Grouped matrix multiplications of CANN on the host: rows in groups, each by a matrix of its own.
 
 From Ascend/op-plugin at 517f2e7d, docs/zh/custom_APIs/torch_npu/torch_npu-npu_grouped_matmul.md and
-torch_npu-npu_grouped_matmul_swiglu_quant_v2.md, and for the 950 test/test_custom_ops/test_npu_grouped_matmul.py. One tensor of
+torch_npu-npu_grouped_matmul_swiglu_quant_v2.md, and for the 950
+test/test_custom_ops/test_npu_grouped_matmul.py. One tensor of
 activations, one of weights and one of results are simulated (the documents' single, single, single).
 """
 
@@ -34,16 +35,30 @@ def _single(name: str, tensors: list[Tensor] | None, what: str) -> Tensor:
 
 def _slices(name: str, ends: Tensor | None, rows: int, groups: int) -> Iterator[slice]:
     """Rows of each group from cumulative sums."""
-    check(ends is not None and ends.dtype is torch.int64 and tuple(ends.shape) == (groups,), name, f"int64 group_list of {groups}")
+    check(
+        ends is not None and ends.dtype is torch.int64 and tuple(ends.shape) == (groups,),
+        name,
+        f"int64 group_list of {groups}",
+    )
     assert ends is not None
     stops = over(ends).tolist()
-    check(groups <= 1024 and stops == sorted(stops) and stops[0] >= 0 and stops[-1] == rows, name, f"ends {stops} of {rows} rows")
+    check(
+        groups <= 1024 and stops == sorted(stops) and stops[0] >= 0 and stops[-1] == rows,
+        name,
+        f"ends {stops} of {rows} rows",
+    )
     return (slice(a, b) for a, b in zip([0, *stops], stops, strict=False))
 
 
 def _weights(name: str, weight: Tensor, k: int) -> tuple[int, int]:
-    check(weight.dim() == 3 and layout(weight) != NZ, name, "weights [groups, K, N] whose elements lie in rows")
-    check(weight.is_contiguous() or _transposed(weight), name, "weights contiguous, or a transposed view of contiguous ones")
+    check(
+        weight.dim() == 3 and layout(weight) != NZ, name, "weights [groups, K, N] whose elements lie in rows"
+    )
+    check(
+        weight.is_contiguous() or _transposed(weight),
+        name,
+        "weights contiguous, or a transposed view of contiguous ones",
+    )
     check(weight.shape[1] == k, name, f"activations of {k}, weights {list(weight.shape)}")
     check(k <= LIMIT and weight.shape[2] <= LIMIT, name, f"last dimensions up to {LIMIT}")
     return weight.shape[0], weight.shape[2]
@@ -57,21 +72,49 @@ def _scales(name: str, what: str, scale: Tensor, shape: tuple[int, ...], *dtypes
 
 @operator(A2, A3, A5)
 def npu_grouped_matmul(
-    x: list[Tensor], weight: list[Tensor], *, bias: Any = None, scale: list[Tensor] | None = None, offset: Any = None,
-    antiquant_scale: list[Tensor] | None = None, antiquant_offset: list[Tensor] | None = None,
-    per_token_scale: list[Tensor] | None = None, group_list: Tensor | None = None, activation_input: Any = None,
-    activation_quant_scale: Any = None, activation_quant_offset: Any = None, split_item: int | None = 0,
-    group_type: int | None = None, group_list_type: int | None = 0, act_type: int | None = 0, tuning_config: Any = None,
-    output_dtype: int | None = None, x_dtype: int | None = None, weight_dtype: int | None = None, scale_dtype: int | None = None,
+    x: list[Tensor],
+    weight: list[Tensor],
+    *,
+    bias: Any = None,
+    scale: list[Tensor] | None = None,
+    offset: Any = None,
+    antiquant_scale: list[Tensor] | None = None,
+    antiquant_offset: list[Tensor] | None = None,
+    per_token_scale: list[Tensor] | None = None,
+    group_list: Tensor | None = None,
+    activation_input: Any = None,
+    activation_quant_scale: Any = None,
+    activation_quant_offset: Any = None,
+    split_item: int | None = 0,
+    group_type: int | None = None,
+    group_list_type: int | None = 0,
+    act_type: int | None = 0,
+    tuning_config: Any = None,
+    output_dtype: int | None = None,
+    x_dtype: int | None = None,
+    weight_dtype: int | None = None,
+    scale_dtype: int | None = None,
     per_token_scale_dtype: int | None = None,
-) -> list[Tensor]:  # fmt: skip
+) -> list[Tensor]:
     name = "npu_grouped_matmul"
     rest = (bias, offset, activation_input, activation_quant_scale, activation_quant_offset, tuning_config)
-    check(all(value is None for value in rest) and not act_type, name, "bias, offset and activations are not simulated")
-    check(split_item in (2, 3) and group_type == 0 and group_list_type == 0, name, "one result, groups of rows, cumulative sums")
+    check(
+        all(value is None for value in rest) and not act_type,
+        name,
+        "bias, offset and activations are not simulated",
+    )
+    check(
+        split_item in (2, 3) and group_type == 0 and group_list_type == 0,
+        name,
+        "one result, groups of rows, cumulative sums",
+    )
     allowed(name, "output_dtype", output_dtype, tuple(OUTPUTS))
     left, right = _single(name, x, "activations"), _single(name, weight, "weights")
-    check(left.dim() == 2 and left.is_contiguous() and left.numel(), name, "a contiguous matrix that is not empty")
+    check(
+        left.dim() == 2 and left.is_contiguous() and left.numel(),
+        name,
+        "a contiguous matrix that is not empty",
+    )
     if antiquant_scale is not None:
         check(scale is per_token_scale is None, name, "scales of weights, or scales of both")
         multiply = _antiquant(name, left, right, antiquant_scale, antiquant_offset, output_dtype)
@@ -90,11 +133,22 @@ Dtypes = tuple[int | None, ...]
 
 
 def _antiquant(
-    name: str, x: Tensor, weight: Tensor, scales: list[Tensor], offsets: list[Tensor] | None, output: int | None
+    name: str,
+    x: Tensor,
+    weight: Tensor,
+    scales: list[Tensor],
+    offsets: list[Tensor] | None,
+    output: int | None,
 ) -> Multiply:
-    """16-bit activations by ``(weight + offset) * scale``: int8 by channel; int4 by channel or in equal groups along K."""
+    """16-bit activations by ``(weight + offset) * scale``: int8 by channel; int4 by channel or in equal
+    groups along K.
+    """
     check(family() in (A2, A3), name, f"16-bit activations by integers are not documented for {family()}")
-    check(x.dtype in HALVES and OUTPUTS.get(output or 0) is x.dtype, name, f"results of the dtype of the activations, {x.dtype}")
+    check(
+        x.dtype in HALVES and OUTPUTS.get(output or 0) is x.dtype,
+        name,
+        f"results of the dtype of the activations, {x.dtype}",
+    )
     allowed(name, "the dtype of weights", weight.dtype, (torch.int8, torch.int32))
     if weight.dtype is torch.int32:
         check(weight.is_contiguous(), name, "int4 weights [groups, K, N / 8] are simulated")
@@ -106,18 +160,32 @@ def _antiquant(
     check(n <= LIMIT, name, f"N up to {LIMIT}, not {n}")
     scale = _single(name, scales, "scales")
     parts = scale.shape[1] if scale.dim() == 3 else 0
-    check(not parts or (weight.dtype is torch.int32 and k % parts == 0), name, f"{parts} groups along K of {k}: of int4, and whole")
+    check(
+        not parts or (weight.dtype is torch.int32 and k % parts == 0),
+        name,
+        f"{parts} groups along K of {k}: of int4, and whole",
+    )
     shape = (groups, parts, n) if parts else (groups, n)
-    by, plus = (_scales(name, "antiquant", t, shape, x.dtype) for t in (scale, _single(name, offsets, "offsets")))
+    by, plus = (
+        _scales(name, "antiquant", t, shape, x.dtype) for t in (scale, _single(name, offsets, "offsets"))
+    )
     spread = [np.repeat(t, k // parts, 1) if parts else t[:, None] for t in (by, plus)]
     values = (codes + spread[1]) * spread[0]
     return lambda g, own: over(x)[own].float().numpy() @ values[g]
 
 
 def _per_token(
-    name: str, x: Tensor, weight: Tensor, scale: Tensor, token: Tensor, dtypes: Dtypes, output: torch.dtype | None
+    name: str,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    token: Tensor,
+    dtypes: Dtypes,
+    output: torch.dtype | None,
 ) -> Multiply:
-    """A scale for each row and each column: int8, and fp8 on the 950. int8 gives bf16 with scales in bf16, fp16 with fp32."""
+    """A scale for each row and each column: int8, and fp8 on the 950. int8 gives bf16 with scales in bf16,
+    fp16 with fp32.
+    """
     check(dtypes == (None,) * 4, name, "dtypes of MX")
     takes = (torch.int8, *FLOAT8) if family() == A5 else (torch.int8,)
     check(x.dtype is weight.dtype and x.dtype in takes, name, f"{x.dtype} x {weight.dtype} on {family()}")
@@ -129,21 +197,37 @@ def _per_token(
     return lambda g, own: (left[own] @ right[g]).astype(np.float32) * by[g] * tokens[own, None]
 
 
-def _mx(name: str, x: Tensor, weight: Tensor, scale: Tensor, token: Tensor, dtypes: Dtypes, output: torch.dtype | None) -> Multiply:
+def _mx(
+    name: str,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    token: Tensor,
+    dtypes: Dtypes,
+    output: torch.dtype | None,
+) -> Multiply:
     """A power of two for each 32 along K, on the 950: fp8 or e2m1."""
     check(family() == A5, name, f"no MX on {family()}")
     four = dtypes == (E2M1, E2M1, E8M0, E8M0)
     check(four or dtypes == (None, None, E8M0, E8M0), name, f"dtypes {dtypes}")
     allowed(name, "the dtype of activations and weights", x.dtype, BYTES if four else FLOAT8)
     allowed(name, "the dtype of activations and weights", weight.dtype, BYTES if four else FLOAT8)
-    check(not four or _transposed(weight), name, "e2m1 weights are packed along K: [groups, N, K / 2], transposed")
+    check(
+        not four or _transposed(weight),
+        name,
+        "e2m1 weights are packed along K: [groups, N, K / 2], transposed",
+    )
     groups, n = _weights(name, weight, x.shape[1])
     check(not four or x.shape[1] > 1, name, "K of MXFP4 is not 2 (GroupedMatmulKernelNpuOpApi.cpp)")
     left = e2m1(over(x)) if four else over(x).float().numpy()
     right = e2m1(over(weight).transpose(1, 2)).transpose(0, 2, 1) if four else over(weight).float().numpy()
     k = left.shape[1]
     half = -(-k // 64)
-    by = _scales(name, "scales", scale, (groups, half, n, 2), torch.uint8).transpose(0, 2, 1, 3).reshape(groups, n, -1)
+    by = (
+        _scales(name, "scales", scale, (groups, half, n, 2), torch.uint8)
+        .transpose(0, 2, 1, 3)
+        .reshape(groups, n, -1)
+    )
     tokens = _scales(name, "scales of tokens", token, (len(x), half, 2), torch.uint8).reshape(len(x), -1)
     left = left * np.repeat(powers(tokens), 32, 1)[:, :k]
     right = right * np.repeat(powers(np.ascontiguousarray(by)), 32, 2)[..., :k].transpose(0, 2, 1)
@@ -152,20 +236,40 @@ def _mx(name: str, x: Tensor, weight: Tensor, scale: Tensor, token: Tensor, dtyp
 
 @operator(A5)
 def npu_grouped_matmul_swiglu_quant_v2(
-    x: Tensor, weight: list[Tensor], weight_scale: list[Tensor], x_scale: Tensor, group_list: Tensor, *,
-    smooth_scale: Any = None, weight_assist_matrix: Any = None, bias: Any = None, dequant_mode: int | None = 0,
-    dequant_dtype: int | None = 6, quant_mode: int | None = 0, quant_dtype: int | None = 1, group_list_type: int | None = 0,
-    tuning_config: Any = None, x_dtype: int | None = None, weight_dtype: int | None = None, weight_scale_dtype: int | None = None,
+    x: Tensor,
+    weight: list[Tensor],
+    weight_scale: list[Tensor],
+    x_scale: Tensor,
+    group_list: Tensor,
+    *,
+    smooth_scale: Any = None,
+    weight_assist_matrix: Any = None,
+    bias: Any = None,
+    dequant_mode: int | None = 0,
+    dequant_dtype: int | None = 6,
+    quant_mode: int | None = 0,
+    quant_dtype: int | None = 1,
+    group_list_type: int | None = 0,
+    tuning_config: Any = None,
+    x_dtype: int | None = None,
+    weight_dtype: int | None = None,
+    weight_scale_dtype: int | None = None,
     x_scale_dtype: int | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Only the 950 is simulated: the other chips take A8W8 in FRACTAL_NZ. Exponents of results are floored, as elsewhere."""
+) -> tuple[Tensor, Tensor]:
+    """Only the 950 is simulated: the other chips take A8W8 in FRACTAL_NZ. Exponents of results are floored,
+    as elsewhere.
+    """
     name = "npu_grouped_matmul_swiglu_quant_v2"
-    check(smooth_scale is weight_assist_matrix is bias is tuning_config is None, name, "no smoothing, no bias")
+    check(
+        smooth_scale is weight_assist_matrix is bias is tuning_config is None, name, "no smoothing, no bias"
+    )
     check((dequant_dtype, group_list_type) == (FLOAT, 0), name, "products in fp32, cumulative sums")
     check(x_dtype is weight_dtype is None, name, "MXFP4 is not simulated")
     right, scale = _single(name, weight, "weights"), _single(name, weight_scale, "scales")
     mx = (weight_scale_dtype, x_scale_dtype) == (E8M0, E8M0)
-    check((dequant_mode, quant_mode) == ((2, 2) if mx else (0, 0)), name, f"modes {dequant_mode}, {quant_mode}")
+    check(
+        (dequant_mode, quant_mode) == ((2, 2) if mx else (0, 0)), name, f"modes {dequant_mode}, {quant_mode}"
+    )
     element = ELEMENTS.get(quant_dtype)
     check(TORCH.get(element) is x.dtype, name, f"results of {quant_dtype} for activations of {x.dtype}")
     check(not mx or right.shape[2] % 128 == 0, name, f"N in multiples of 128 for MX, not {right.shape[2]}")
@@ -173,7 +277,9 @@ def npu_grouped_matmul_swiglu_quant_v2(
         multiply = _mx(name, x, right, scale, x_scale, (None, None, E8M0, E8M0), None)
     else:
         multiply = _per_token(name, x, right, scale, x_scale, (None,) * 4, None)
-    y = np.concatenate([multiply(g, own) for g, own in enumerate(_slices(name, group_list, len(x), right.shape[0]))])
+    y = np.concatenate(
+        [multiply(g, own) for g, own in enumerate(_slices(name, group_list, len(x), right.shape[0]))]
+    )
     act, gate = np.split(y, 2, 1)
     hidden = (act / (1 + np.exp(-act)) * gate).astype(np.float32)
     if not mx:

@@ -1,4 +1,6 @@
-"""Device memory as the host sees it: the simulated driver hands out host memory, so a CPU tensor can lie over an NPU tensor."""
+"""Device memory as the host sees it: the simulated driver hands out host memory, so a CPU tensor can lie over
+an NPU tensor.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ def check(condition: object, operator: str, asked: str) -> None:
 def layout(tensor: Tensor) -> int:
     """The storage format of an NPU tensor."""
     try:
-        return int(torch.ops.npu.get_npu_format(tensor))  # the operator itself: torch_npu's function makes an enum of it, slowly
+        return int(
+            torch.ops.npu.get_npu_format(tensor)
+        )  # the operator itself: torch_npu's function makes an enum of it, slowly
     except RuntimeError:  # a storage that torch made by itself, as for pickle, has bytes and no format
         return ND
 
@@ -44,10 +48,16 @@ def lies(tensor: Tensor) -> Tensor:
 
 def over(tensor: Tensor) -> Tensor:
     """A CPU tensor over the memory of an NPU tensor; a write to one is a write to the other."""
-    check(layout(tensor) in PLAIN, "memory", f"a tensor of format {layout(tensor)} was read as if its elements lay in rows")
+    check(
+        layout(tensor) in PLAIN,
+        "memory",
+        f"a tensor of format {layout(tensor)} was read as if its elements lay in rows",
+    )
     if not tensor.untyped_storage().nbytes():
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
-    return torch.empty(0, dtype=tensor.dtype).set_(_storage(tensor), tensor.storage_offset(), tensor.shape, tensor.stride())
+    return torch.empty(0, dtype=tensor.dtype).set_(
+        _storage(tensor), tensor.storage_offset(), tensor.shape, tensor.stride()
+    )
 
 
 def place(tensor: Tensor) -> Tensor:
@@ -58,16 +68,26 @@ def place(tensor: Tensor) -> Tensor:
 
 
 def to_nz(rows: Tensor) -> Tensor:
-    """FRACTAL_NZ of a CPU matrix ``[m, n]``: tiles of 16 rows of 32 bytes, column of tiles after column of tiles, filled with 0."""
+    """FRACTAL_NZ of a CPU matrix ``[m, n]``: tiles of 16 rows of 32 bytes, column of tiles after column of
+    tiles, filled with 0.
+    """
     m, n = rows.shape
     width = 32 // rows.dtype.itemsize
     filled = torch.nn.functional.pad(rows, (0, -n % width, 0, -m % 16))
-    return filled.view(filled.shape[0] // 16, 16, filled.shape[1] // width, width).permute(2, 0, 1, 3).contiguous()
+    return (
+        filled.view(filled.shape[0] // 16, 16, filled.shape[1] // width, width)
+        .permute(2, 0, 1, 3)
+        .contiguous()
+    )
 
 
 def read_nz(tensor: Tensor) -> Tensor:
     """The matrix in an NPU tensor of format FRACTAL_NZ, as a CPU tensor."""
-    check(layout(tensor) == NZ and tensor.is_contiguous(), "memory", "a whole tensor of format FRACTAL_NZ is needed")
+    check(
+        layout(tensor) == NZ and tensor.is_contiguous(),
+        "memory",
+        "a whole tensor of format FRACTAL_NZ is needed",
+    )
     m, n = tensor.shape
     width = 32 // tensor.dtype.itemsize
     tiles = lies(tensor).view(tensor.dtype).view(-(-n // width), -(-m // 16), 16, width)

@@ -11,9 +11,14 @@ import pytest
 
 
 def simulated(*families: str) -> None:
-    """Skips the module that calls it where torch_npu is not installed, or the SoC is of none of the families."""
+    """Skips the module that calls it where torch_npu is not installed, or the SoC is of none of the
+    families.
+    """
     if find_spec("torch_npu") is None:
-        pytest.skip("torch_npu is not installed: `make npu` runs this in an environment of its own", allow_module_level=True)
+        pytest.skip(
+            "torch_npu is not installed: `make npu` runs this in an environment of its own",
+            allow_module_level=True,
+        )
     from simulator import register, start
 
     assert start.DRIVER

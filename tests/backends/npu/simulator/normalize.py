@@ -1,6 +1,8 @@
-"""Normalization of CANN on the host, which the models of diffusers call by themselves wherever torch_npu is installed.
+"""Normalization of CANN on the host, which the models of diffusers call by themselves wherever torch_npu is
+installed.
 
-From Ascend/op-plugin docs/zh/custom_APIs/torch_npu (beta, npu_rms_norm) and hicann/ops-nn norm/rms_norm/docs/aclnnRmsNorm.md.
+From Ascend/op-plugin docs/zh/custom_APIs/torch_npu (beta, npu_rms_norm) and hicann/ops-nn
+norm/rms_norm/docs/aclnnRmsNorm.md.
 """
 
 from __future__ import annotations
@@ -16,8 +18,14 @@ from torch import Tensor
 @operator(I310, A2, A3, A5)
 def npu_rms_norm(input: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> tuple[Tensor, Tensor]:  # noqa: A002  # the schema's name
     name = "npu_rms_norm"
-    check(2 <= input.dim() <= 8 and gamma.shape == input.shape[-1:], name, f"{list(input.shape)} by {list(gamma.shape)}")
-    check(gamma.dtype in (input.dtype, torch.float32), name, f"gamma of {gamma.dtype}, input of {input.dtype}")
+    check(
+        2 <= input.dim() <= 8 and gamma.shape == input.shape[-1:],
+        name,
+        f"{list(input.shape)} by {list(gamma.shape)}",
+    )
+    check(
+        gamma.dtype in (input.dtype, torch.float32), name, f"gamma of {gamma.dtype}, input of {input.dtype}"
+    )
     x = numbers(input)
     inverse = 1 / np.sqrt((x * x).mean(-1, keepdims=True) + np.float32(epsilon))
     y = torch.from_numpy(x * inverse * over(gamma).float().numpy()).to(input.dtype)

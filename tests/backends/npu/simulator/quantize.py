@@ -1,4 +1,5 @@
-"""Quantization operators of CANN on the host, from Ascend/op-plugin docs/zh/custom_APIs/torch_npu and hicann/ops-nn quant/*/docs.
+"""Quantization operators of CANN on the host, from Ascend/op-plugin docs/zh/custom_APIs/torch_npu and
+hicann/ops-nn quant/*/docs.
 
 Arithmetic is numpy's and ml_dtypes', so that it checks quantport's own numerics and does not repeat them.
 """
@@ -26,10 +27,18 @@ def numbers(tensor: Tensor) -> np.ndarray:
 
 
 def cast(values: np.ndarray, element: str) -> np.ndarray:
-    """Rounds to nearest, ties to even, and saturates; NaN of a block of zeros becomes 0. One byte for each code."""
-    values = np.nan_to_num(values.astype(np.float32), nan=0.0, posinf=MAXIMA[element], neginf=-MAXIMA[element])
+    """Rounds to nearest, ties to even, and saturates; NaN of a block of zeros becomes 0. One byte for each
+    code.
+    """
+    values = np.nan_to_num(
+        values.astype(np.float32), nan=0.0, posinf=MAXIMA[element], neginf=-MAXIMA[element]
+    )
     values = np.clip(values, -MAXIMA[element], MAXIMA[element])
-    return np.rint(values).astype(np.int8) if element in ("int8", "int4") else values.astype(FLOATS[element]).view(np.uint8)
+    return (
+        np.rint(values).astype(np.int8)
+        if element in ("int8", "int4")
+        else values.astype(FLOATS[element]).view(np.uint8)
+    )
 
 
 def _tensor(codes: np.ndarray, element: str) -> Tensor:
@@ -50,7 +59,9 @@ def pairs(codes: np.ndarray, bits: int) -> np.ndarray:
 
 
 def exponents(amax: np.ndarray, element: str, algorithm: int, most: float) -> np.ndarray:
-    """e8m0 bytes of MX blocks (``aclnnDynamicMxQuantV2``): 0 floors, 1 rounds amax / max up, 2 rounds by the mantissa of amax."""
+    """e8m0 bytes of MX blocks (``aclnnDynamicMxQuantV2``): 0 floors, 1 rounds amax / max up, 2 rounds by the
+    mantissa of amax.
+    """
     bits = amax.astype(np.float32).view(np.uint32)
     exponent, mantissa = (bits >> 23).astype(np.int64), bits & 0x7FFFFF
     if algorithm == 0:
@@ -87,13 +98,24 @@ def _takes(name: str, x: Tensor, least: int = 2) -> None:
 
 @operator(A2, A3, A5)
 def npu_dynamic_quant(
-    source: Tensor, *, smooth_scales: Tensor | None = None, group_index: Tensor | None = None, dst_type: int | None = None,
-    quant_mode: str = "pertoken", dst_type_max: float = 0.0,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    source: Tensor,
+    *,
+    smooth_scales: Tensor | None = None,
+    group_index: Tensor | None = None,
+    dst_type: int | None = None,
+    quant_mode: str = "pertoken",
+    dst_type_max: float = 0.0,
+) -> tuple[Tensor, Tensor]:
     _takes("npu_dynamic_quant", source)
-    allowed("npu_dynamic_quant", "dst_type", dst_type, (None, 1, 16, 23, 24) if family() == A5 else (None, 1, 16))
+    allowed(
+        "npu_dynamic_quant", "dst_type", dst_type, (None, 1, 16, 23, 24) if family() == A5 else (None, 1, 16)
+    )
     allowed("npu_dynamic_quant", "quant_mode", quant_mode, ("pertoken",))
-    check(smooth_scales is group_index is None and not dst_type_max, "npu_dynamic_quant", "smoothing is not simulated")
+    check(
+        smooth_scales is group_index is None and not dst_type_max,
+        "npu_dynamic_quant",
+        "smoothing is not simulated",
+    )
     element, x = ELEMENTS[dst_type], numbers(source)
     scale = np.abs(x).max(-1) / np.float32(MAXIMA[element])
     with np.errstate(all="ignore"):
@@ -103,9 +125,15 @@ def npu_dynamic_quant(
 
 @operator(A2, A3, A5)
 def npu_dynamic_block_quant(
-    x: Tensor, *, min_scale: float = 0.0, round_mode: str = "rint", dst_type: int = 1, row_block_size: int = 1,
-    col_block_size: int = 128, dst_type_max: float = 0.0,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    *,
+    min_scale: float = 0.0,
+    round_mode: str = "rint",
+    dst_type: int = 1,
+    row_block_size: int = 1,
+    col_block_size: int = 128,
+    dst_type_max: float = 0.0,
+) -> tuple[Tensor, Tensor]:
     name = "npu_dynamic_block_quant"
     _takes(name, x)
     allowed(name, "dst_type", dst_type, (1, 23, 24, 291, 292) if family() == A5 else (1,))
@@ -124,9 +152,16 @@ def npu_dynamic_block_quant(
 
 @operator(A5)
 def npu_dynamic_mx_quant(
-    source: Tensor, *, axis: int = -1, round_mode: str = "rint", dst_type: int = E2M1, block_size: int = 32,
-    scale_alg: int | None = 0, dst_type_max: float = 0.0, max_low_bound: float = 0.0,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    source: Tensor,
+    *,
+    axis: int = -1,
+    round_mode: str = "rint",
+    dst_type: int = E2M1,
+    block_size: int = 32,
+    scale_alg: int | None = 0,
+    dst_type_max: float = 0.0,
+    max_low_bound: float = 0.0,
+) -> tuple[Tensor, Tensor]:
     name = "npu_dynamic_mx_quant"
     _takes(name, source, 1)
     allowed(name, "dst_type", dst_type, (23, 24, 291, 292, E2M1))
@@ -135,11 +170,15 @@ def npu_dynamic_mx_quant(
     allowed(name, "round_mode", round_mode, ("rint",))
     allowed(name, "block_size", block_size, (32,))
     allowed(name, "scale_alg", scale_alg, (0, 2) if element == "e2m1" else (0, 1))
-    check(not dst_type_max or (scale_alg == 2 and 6 <= dst_type_max <= 12), name, f"dst_type_max {dst_type_max}")
+    check(
+        not dst_type_max or (scale_alg == 2 and 6 <= dst_type_max <= 12), name, f"dst_type_max {dst_type_max}"
+    )
     check(not max_low_bound, name, "max_low_bound is not simulated")
     blocks = grouped(numbers(source), 32)
     scale = exponents(np.abs(blocks).max(-1), element, scale_alg or 0, dst_type_max)
-    codes = cast(blocks / powers(scale)[..., None], element).reshape(*source.shape[:-1], -1)[..., : source.shape[-1]]
+    codes = cast(blocks / powers(scale)[..., None], element).reshape(*source.shape[:-1], -1)[
+        ..., : source.shape[-1]
+    ]
     return _tensor(codes, element), place(torch.from_numpy(even(scale)))
 
 
@@ -157,7 +196,9 @@ def npu_dynamic_dual_level_mx_quant(
         divided = torch.from_numpy(np.nan_to_num(outer / level0[..., None])).to(source.dtype).float().numpy()
     blocks = grouped(divided.reshape(*source.shape[:-1], -1)[..., : source.shape[-1]], 32)
     level1 = exponents(np.abs(blocks).max(-1), "e2m1", 0, 0.0)
-    codes = cast(blocks / powers(level1)[..., None], "e2m1").reshape(*source.shape[:-1], -1)[..., : source.shape[-1]]
+    codes = cast(blocks / powers(level1)[..., None], "e2m1").reshape(*source.shape[:-1], -1)[
+        ..., : source.shape[-1]
+    ]
     return _tensor(codes, "e2m1"), place(torch.from_numpy(level0)), place(torch.from_numpy(even(level1)))
 
 
@@ -171,10 +212,14 @@ def npu_format_cast(
     if acl_format == layout(source) or (acl_format in PLAIN and layout(source) in PLAIN):
         return source
     allows = torch_npu._C._npu_getOption("ALLOW_INTERNAL_FORMAT") == b"enable"
-    if acl_format == NZ and family() != A5 and not allows:  # op_plugin/ops/aclops/FormatCastKernelNpu.cpp, before CANN 9.1
+    if (
+        acl_format == NZ and family() != A5 and not allows
+    ):  # op_plugin/ops/aclops/FormatCastKernelNpu.cpp, before CANN 9.1
         return source
     check(source.dim() == 2 and source.is_contiguous(), name, "a contiguous matrix is simulated")
-    out = torch_npu.empty_with_format(list(source.shape), dtype=source.dtype, device=source.device, acl_format=acl_format)
+    out = torch_npu.empty_with_format(
+        list(source.shape), dtype=source.dtype, device=source.device, acl_format=acl_format
+    )
     if acl_format == NZ:
         tiles = to_nz(over(source)).view(torch.uint8).flatten()
         lies(out)[: len(tiles)] = tiles
@@ -186,7 +231,11 @@ def npu_format_cast(
 @operator(A2, A3, A5)
 def npu_convert_weight_to_int4pack(weight: Tensor, inner_k_tiles: int = 0) -> Tensor:
     name = "npu_convert_weight_to_int4pack"
-    check(weight.dtype is torch.int32 and weight.dim() == 2 and weight.is_contiguous(), name, "a contiguous int32 matrix")
+    check(
+        weight.dtype is torch.int32 and weight.dim() == 2 and weight.is_contiguous(),
+        name,
+        "a contiguous int32 matrix",
+    )
     check(weight.shape[1] % 8 == 0 and not inner_k_tiles, name, "the last dimension must be a multiple of 8")
     codes = over(weight).numpy()
     check(codes.size == 0 or (codes.min() >= -8 and codes.max() <= 7), name, "values must be -8 to 7")

@@ -1,4 +1,6 @@
-"""How the vendor's operators get their bodies: under the wheel's own schema, and checked against its own shape functions."""
+"""How the vendor's operators get their bodies: under the wheel's own schema, and checked against its own
+shape functions.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,16 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
 INT4, HIF8, E5M2, E4M3, E8M0, E2M1, E1M2 = 285, 290, 291, 292, 293, 296, 297  # 256 + aclDataType
-ELEMENTS = {None: "int8", 1: "int8", 16: "int4", 23: "e5m2", 24: "e4m3", E5M2: "e5m2", E4M3: "e4m3", E2M1: "e2m1"}
+ELEMENTS = {
+    None: "int8",
+    1: "int8",
+    16: "int4",
+    23: "e5m2",
+    24: "e4m3",
+    E5M2: "e5m2",
+    E4M3: "e4m3",
+    E2M1: "e2m1",
+}
 OUTPUTS = {5: torch.float16, 15: torch.bfloat16}
 A2, A3, A5, I310 = "A2", "A3", "950", "310P"
 CALLS: list[str] = []  # names of the operators that ran, in order: what a test may ask for

@@ -1,8 +1,9 @@
 """What the room packs, through the weight-only operators of Intel's archived extension on the CPU.
 
-The same words and codes go to ATen's and to vllm-xpu-kernels' operators for Intel GPUs. ``make ipex`` runs the real wheel, in an
-environment of its own. An emulation, written from the extension's C++ (csrc/cpu/aten/kernels/Woq*Krnl.cpp and
-csrc/cpu/jit/cpu/kernels/LinearWoqPacked.cpp at v2.8.0+cpu), runs everywhere.
+The same words and codes go to ATen's and to vllm-xpu-kernels' operators for Intel GPUs. ``make ipex`` runs
+the real wheel, in an environment of its own. An emulation, written from the extension's C++
+(csrc/cpu/aten/kernels/Woq*Krnl.cpp and csrc/cpu/jit/cpu/kernels/LinearWoqPacked.cpp at v2.8.0+cpu), runs
+everywhere.
 """
 
 from __future__ import annotations
@@ -16,21 +17,27 @@ import torch
 
 from quantport import numerics
 from quantport.backend import WeightSpec
-from quantport.catalog import BUILTIN
+from quantport.scheme.catalog import BUILTIN
 from quantport.testing import cases
 from quantport_xpu import vendor
 from quantport_xpu.kernels.weight_only import XpuInt4Pack, XpuInt8Pack
 
 NEEDED = "2.8.0"
 INT8, INT4 = 1, 2  # WOQ_DTYPE_INT8, WOQ_DTYPE_INT4 of woq_defines.h
-MODES = (0, 0)  # LOWP_MODE_NONE: multiplied in the dtype of the activations; act_quant_mode, which only LOWP_MODE_INT8 reads
+MODES = (
+    0,
+    0,
+    # LOWP_MODE_NONE: multiplied in the dtype of the activations; act_quant_mode: LOWP_MODE_INT8 reads it
+)
 SCHEMAS = {
     "ipex_prepack::weight_only_qlinear_prepack": (
-        "(Tensor W, int W_dtype, int[] W_shape, Tensor scales, Tensor? zero_points, Tensor? B, Tensor? g_idx, int? batch_size, "
+        "(Tensor W, int W_dtype, int[] W_shape, Tensor scales, Tensor? zero_points, Tensor? B, "
+        "Tensor? g_idx, int? batch_size, "
         "int group_size, int lowp_mode, int act_quant_mode, bool cache_weight_for_large_batch=False)"
     ),
     "ipex_prepack::weight_only_qlinear_prepack_int4": (
-        "(Tensor W, Tensor scales, Tensor? zeros, Tensor? B, Tensor? g_idx, int? batch_size, int group_size, int lowp_mode, "
+        "(Tensor W, Tensor scales, Tensor? zeros, Tensor? B, Tensor? g_idx, int? batch_size, int "
+        "group_size, int lowp_mode, "
         "int act_quant_mode, bool cache_weight_for_large_batch=False, int weight_format=0)"
     ),
     "torch_ipex::ipex_woq_linear": "(Tensor input, Tensor W_prepack)",
@@ -38,9 +45,13 @@ SCHEMAS = {
 
 
 class Emulated:
-    """A packed weight: int8 codes, or bytes of two codes with the even one low; scales and offsets ``[N]`` or ``[N, groups]``."""
+    """A packed weight: int8 codes, or bytes of two codes with the even one low; scales and offsets ``[N]`` or
+    ``[N, groups]``.
+    """
 
-    def __init__(self, w, w_dtype, shape, scales, zero_points, bias, g_idx, batch, group, lowp_mode, act_quant_mode):
+    def __init__(
+        self, w, w_dtype, shape, scales, zero_points, bias, g_idx, batch, group, lowp_mode, act_quant_mode
+    ):
         n, k = shape
         assert (g_idx, batch, lowp_mode, act_quant_mode) == (None, None, *MODES)
         assert scales.dtype is torch.float32
@@ -71,18 +82,32 @@ def prepack_int4(w, scales, zeros, bias, g_idx, batch, group, lowp_mode, act_qua
     """The plain format only: words are read as bytes."""
     w = w.view(torch.uint8)
     return Emulated(
-        w, INT4, [w.shape[0], w.shape[1] * 2], scales.float(), zeros, bias, g_idx, batch, group, lowp_mode, act_quant_mode
+        w,
+        INT4,
+        [w.shape[0], w.shape[1] * 2],
+        scales.float(),
+        zeros,
+        bias,
+        g_idx,
+        batch,
+        group,
+        lowp_mode,
+        act_quant_mode,
     )
 
 
 EMULATION = SimpleNamespace(
-    ipex_prepack=SimpleNamespace(weight_only_qlinear_prepack=Emulated, weight_only_qlinear_prepack_int4=prepack_int4),
+    ipex_prepack=SimpleNamespace(
+        weight_only_qlinear_prepack=Emulated, weight_only_qlinear_prepack_int4=prepack_int4
+    ),
     torch_ipex=SimpleNamespace(ipex_woq_linear=lambda x, handle: handle.run(x)),
 )
 
 
 def installed() -> bool:
-    """Whether the wheel is here, and the torch that it is for: over any other it fails, or ends the process."""
+    """Whether the wheel is here, and the torch that it is for: over any other it fails, or ends the
+    process.
+    """
     try:
         found = metadata.version(vendor.EXTENSION)
     except metadata.PackageNotFoundError:
@@ -119,12 +144,18 @@ TOLERANCE = {torch.float32: 2.0**-14, torch.bfloat16: 2.0**-7}
 @pytest.mark.parametrize("shape", [(64, 256), (33, 384), (1, 128)])
 @pytest.mark.parametrize("scheme", ["int4_weight_only", "int4_weight_only_g32"])
 def test_int4_words_of_the_gpu_are_those_of_the_cpu(ops, scheme, shape, dtype):
-    """Words, scales and zeros as ``aten::_weight_int4pack_mm_with_scales_and_zeros`` gets them; the CPU wants groups last."""
+    """Words, scales and zeros as ``aten::_weight_int4pack_mm_with_scales_and_zeros`` gets them; the CPU wants
+    groups last.
+    """
     spec, stored, x, bias, expected = job(scheme, *shape, dtype)
     words, scale, zero = XpuInt4Pack().pack(stored, spec)
     scale, zero = scale.t().contiguous().float(), zero.t().contiguous().float()
-    end = (bias, None, None, spec.scheme.weight.cols, *MODES)
-    packed = [ops.ipex_prepack.weight_only_qlinear_prepack(words.view(torch.uint8), INT4, list(shape), scale, zero, *end)]
+    end = (bias, None, None, spec.scheme.weight.group_size, *MODES)
+    packed = [
+        ops.ipex_prepack.weight_only_qlinear_prepack(
+            words.view(torch.uint8), INT4, list(shape), scale, zero, *end
+        )
+    ]
     if scale.shape[1] > 1:  # prepack_int4 squeezes its scales, and then asks for their second dimension
         packed.append(ops.ipex_prepack.weight_only_qlinear_prepack_int4(words, scale, zero, *end))
     for context in packed:
@@ -157,7 +188,9 @@ def test_a_planted_mistake_is_caught(ops, mistake):
         scale = scale.flip(1)
     end = (bias, None, None, 32, *MODES)
     context = ops.ipex_prepack.weight_only_qlinear_prepack(data, INT4, [64, 256], scale, zero, *end)
-    assert cases.relative_error(ops.torch_ipex.ipex_woq_linear(x, context.get_data_handle()), expected) > 2.0**-7
+    assert (
+        cases.relative_error(ops.torch_ipex.ipex_woq_linear(x, context.get_data_handle()), expected) > 2.0**-7
+    )
 
 
 @pytest.mark.parametrize("name", SCHEMAS)

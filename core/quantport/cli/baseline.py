@@ -1,0 +1,145 @@
+"""What Transformers gives to the command line: the tokenizer, the 16-bit original, and quiet."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from quantport.errors import BudgetError, CheckpointError, ConfigError, QuantportError
+from quantport.loading import quantport_format
+from quantport.loading.locate import locate
+from quantport.loading.skeleton import read_json
+
+
+def _transformers(asked: str) -> Any:
+    try:
+        return importlib.import_module("transformers")
+    except ImportError:
+        raise CheckpointError(
+            asked, "Transformers is not installed", "pip install 'quantport[transformers]'"
+        ) from None
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """Inside, Transformers shows no bars, and it and what it imports log errors only: the command line speaks
+    for itself.
+    """
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    _transformers("run a model")
+    logs = importlib.import_module("transformers.utils.logging")
+    level, bars = logs.get_verbosity(), logs.is_progress_bar_enabled()
+    logs.set_verbosity_error()
+    logs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.disable(before)
+        logs.set_verbosity(level)
+        if bars:
+            logs.enable_progress_bar()
+
+
+def tokenizer(directory: Path) -> Any:
+    """The tokenizer of a checkpoint directory.
+
+    Raises:
+        CheckpointError: it has no config, or no tokenizer that can be read.
+    """
+    if not (directory / "config.json").exists():
+        found = (
+            "no config.json there"
+            if directory.is_dir()
+            else "a file, not a directory"
+            if directory.exists()
+            else "no such path"
+        )
+        raise CheckpointError(
+            f"run {directory}", found, "a Transformers checkpoint directory with a tokenizer"
+        )
+    read_json(directory / "config.json")  # its own error: Transformers blames the tokenizer
+    try:
+        return _transformers(f"run {directory}").AutoTokenizer.from_pretrained(directory)
+    except QuantportError:
+        raise
+    except Exception as error:  # Transformers and tokenizers raise a zoo of types, plain Exception among them
+        found = (
+            f"{type(error).__name__}: "
+            f"{str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+        )
+        suggestion = "tokenizer.json and tokenizer_config.json beside config.json"
+        raise CheckpointError(f"read the tokenizer of {directory}", found, suggestion) from error
+
+
+def find(directory: Path, baseline: str | None) -> Path:
+    """The checkpoint of the 16-bit original: the model itself unless it is quantized."""
+    if baseline is None and quantport_format.read(directory) is not None:
+        found = "it is quantized already: its 16-bit original is not there"
+        raise ConfigError(
+            f"--compare of {directory}", found, "--baseline with the checkpoint that it was made from"
+        )
+    base = directory if baseline is None else locate(baseline)
+    if not (base / "config.json").exists():
+        raise ConfigError(
+            f"--baseline {baseline}", "no config.json there", "the checkpoint directory of the 16-bit model"
+        )
+    if baseline is not None and quantport_format.read(base) is not None:
+        raise ConfigError(f"--baseline {baseline}", "it is quantized itself", "the 16-bit model")
+    return base
+
+
+def sample(directory: Path, base: Path, text: Path | None) -> str:
+    """The text to compare on: what was asked for, or eval.txt in or beside the model or its original."""
+    places = [
+        d / "eval.txt"
+        for d in dict.fromkeys((directory, directory.resolve().parent, base, base.resolve().parent))
+    ]
+    path = text or next((p for p in places if p.is_file()), None)
+    if path is None:
+        found = "no eval.txt in the model's directory or beside it"
+        raise ConfigError("--compare", found, "--text FILE, some pages of plain text")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        found = getattr(error, "strerror", "") or str(error)
+        raise ConfigError(f"--text {path}", found, "a readable file of plain text in UTF-8") from None
+
+
+def positions(model: Any) -> int | None:
+    """The longest text that the model takes, in tokens; None when its configuration does not say."""
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    found = getattr(config, "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
+
+
+def load(model: Any, directory: Path) -> Any:
+    """Loads the 16-bit original beside its quantized model: the same class, dtype and device.
+
+    Raises:
+        BudgetError: there is no room for both.
+    """
+    device = model.quantport_plan.device
+    needed = sum(f.stat().st_size for f in directory.glob("*.safetensors"))
+    room = None if device.memory is None else device.memory - model.quantport_plan.after
+    if room is not None and needed > room:
+        found = (
+            f"BF16 needs {needed / 1e9:.1f} GB beside the quantized model; {max(room, 0) / 1e9:.1f} GB "
+            "are free"
+        )
+        raise BudgetError(
+            f"--compare on {device}", found, "run without --compare, or a device with more memory"
+        )
+    try:
+        base = type(model).from_pretrained(directory, dtype=model.dtype)
+    except Exception as error:  # Transformers raises a zoo of types
+        found = f"Transformers says {type(error).__name__}: {str(error).strip()[:300]}"
+        raise CheckpointError(
+            f"load the original in {directory}", found, "--baseline with the 16-bit checkpoint"
+        ) from error
+    return base.to(device.torch_device).eval()

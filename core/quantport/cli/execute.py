@@ -1,0 +1,150 @@
+"""Commands that do something: run, quantize and bench."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quantport.cli import bench_linear, run_model
+from quantport.cli.app import command
+from quantport.cli.options import (
+    ConfigOption,
+    DeviceOption,
+    FallbackOption,
+    FormatOption,
+    IgnoreOption,
+    JsonOption,
+    KVCacheOption,
+    Model,
+    RowsOption,
+    SchemeOption,
+    form,
+    read_config,
+)
+
+
+@command
+def run(
+    model: Model,
+    scheme: SchemeOption = None,
+    device: DeviceOption = "auto",
+    config: ConfigOption = None,
+    ignore: IgnoreOption = None,
+    rows: RowsOption = 1,
+    fallback: FallbackOption = None,
+    kv_cache: KVCacheOption = None,
+    prompt: Annotated[
+        str, typer.Option("--prompt", "-p", help="Text to continue.")
+    ] = "The following exceptions are",
+    tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="Tokens to generate, greedily.")] = 48,
+    seed: Annotated[
+        int, typer.Option("--seed", help="Seed of torch; greedy text does not depend on it.")
+    ] = 0,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Load BF16 too: perplexity, KL, top-1, bytes, tokens/s.")
+    ] = False,
+    text: Annotated[
+        Path | None, typer.Option("--text", help="Text for --compare; eval.txt beside the model if left out.")
+    ] = None,
+    windows: Annotated[
+        int, typer.Option("--windows", min=1, help="For --compare: windows of 256 tokens, at most.")
+    ] = 64,
+    baseline: Annotated[
+        str | None, typer.Option("--baseline", help="For --compare: the 16-bit model; MODEL if left out.")
+    ] = None,
+    style: FormatOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Load, quantize and generate text; with --compare, measure it against BF16 on the same text.
+
+    Examples:
+        quantport run examples/models/tiny-llama --scheme int8
+        quantport run examples/models/tiny-llama --scheme int8 --compare
+        quantport run examples/models/tiny-llama --scheme int8 --kv-cache fp8 --compare
+        quantport run MODEL --scheme int4 --prompt 'Once upon a time' --tokens 100
+        quantport run OUT --compare --baseline MODEL --text pages.txt   (OUT written by quantize)
+    """
+
+    chosen = form(style, as_json)
+    run_model.run(
+        run_model.Request(
+            model,
+            scheme,
+            device,
+            read_config(config, ignore, kv_cache),
+            rows,
+            fallback.value if fallback else None,
+        ),
+        run_model.Text(prompt, tokens, seed),
+        run_model.Comparison(text, windows, baseline) if compare else None,
+        chosen,
+    )
+
+
+@command
+def quantize(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="Directory to write: new, or empty.", show_default=False)],
+    scheme: SchemeOption = None,
+    device: DeviceOption = "auto",
+    config: ConfigOption = None,
+    ignore: IgnoreOption = None,
+    rows: RowsOption = 1,
+    fallback: FallbackOption = None,
+    kv_cache: KVCacheOption = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the checkpoint that is there.")
+    ] = False,
+    style: FormatOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a quantized checkpoint that `quantport run` and `quantport.load` read back bit-identically.
+
+    OUT appears complete or not at all.
+
+    Examples:
+        quantport quantize MODEL OUT --scheme int8 --kv-cache fp8
+        quantport quantize MODEL OUT --scheme int4 --ignore '*.down_proj' --overwrite
+        quantport run OUT   (reads it back; it is quantized, so no --scheme)
+    """
+
+    chosen = form(style, as_json)
+    settings = read_config(config, ignore, kv_cache)
+    request = run_model.Request(model, scheme, device, settings, rows, fallback.value if fallback else None)
+    run_model.quantize(request, out, overwrite, chosen)
+
+
+@command
+def bench(
+    schemes: Annotated[
+        list[str] | None, typer.Option("--scheme", "-s", help="Scheme; repeatable; all by default.")
+    ] = None,
+    device: DeviceOption = "auto",
+    size: Annotated[tuple[int, int], typer.Option("--size", help="N and K of the linear layer.")] = (
+        4096,
+        4096,
+    ),
+    rows: Annotated[
+        list[int] | None, typer.Option("--rows", min=1, help="Rows of activations; repeatable; 1, 16, 128.")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Few copies and rounds: shows that it runs, measures nothing.")
+    ] = False,
+    style: FormatOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure this machine: each scheme's linear layer against BF16, as ratios from one run, weights cold in
+    cache.
+
+    Examples:
+        quantport bench
+        quantport bench --scheme int8 --scheme int4 --rows 1 --rows 16
+        quantport bench --size 512 512 --quick   (a smoke test, not a measurement)
+    """
+    from quantport.cli import page
+
+    chosen = form(style, as_json)
+    found = bench_linear.bench(schemes, device, size, tuple(rows or (1, 16, 128)), quick)
+    page.emit(bench_linear.bench_page(found), chosen)

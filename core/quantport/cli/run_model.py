@@ -1,0 +1,206 @@
+"""``quantport run`` and ``quantport quantize``: load, then generate and compare, or write."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import quantport
+from quantport.checkpoint.partial import check_free
+from quantport.cli import baseline, compare
+from quantport.cli.page import Column, Grid, emit, progress, size, write
+from quantport.cli.plans import plan_page
+from quantport.errors import CheckpointError, ConfigError, SaveError
+from quantport.loading import quantport_format
+from quantport.loading.locate import locate
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to load, and how: the arguments of ``quantport.load``."""
+
+    model: str
+    scheme: str | None
+    device: str
+    config: dict[str, Any] | None
+    rows: int
+    fallback: str | None
+
+    def load(self) -> Any:
+        """Loads the model behind a progress bar."""
+        with progress("loading and quantizing") as report:
+            return quantport.load(
+                self.model,
+                self.scheme,
+                config=self.config,
+                device=self.device,
+                rows=self.rows,
+                fallback=self.fallback,
+                progress=report,
+            )
+
+
+@dataclass(frozen=True)
+class Text:
+    """What to generate."""
+
+    prompt: str
+    tokens: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What to compare on: a text file, at most so many windows of it, and the checkpoint of the original."""
+
+    text: Path | None
+    windows: int
+    baseline: str | None
+
+
+def run(request: Request, text: Text, comparison: Comparison | None, form: str) -> None:
+    """Loads, generates and compares. In a terminal the text is shown before the rest is measured."""
+    directory = locate(request.model)
+    with baseline.hushed():
+        tokenizer = baseline.tokenizer(directory)
+        ids = _prompt(tokenizer, text.prompt)
+        base = baseline.find(directory, comparison.baseline) if comparison else directory
+        sample = baseline.sample(directory, base, comparison.text) if comparison else ""
+        torch.manual_seed(text.seed)
+        start = time.perf_counter()
+        model = request.load()
+        seconds = time.perf_counter() - start
+        ids = ids.to(model.device)
+        _fits(model, ids, text.tokens)
+        compare.warm_up(model, ids, text.tokens)
+        out, rate = compare.timed(model, ids, text.tokens)
+        written = str(tokenizer.decode(out[0], skip_special_tokens=True))
+        if form == "table":
+            write(f"{written}\n")
+        page = plan_page(model.quantport_plan)
+        page.data = {"text": written, "load_seconds": seconds, "tokens_per_second": rate, "plan": page.data}
+        page.say(f"loaded in {seconds:.1f} s; {rate:.1f} tokens/s after a warm-up")
+        if comparison:
+            page.data["compare"] = _compare(
+                model, base, tokenizer, sample, ids, text.tokens, comparison.windows
+            )
+            page.blocks.append(_grid(page.data["compare"]))
+    if form != "table":
+        page.blocks.insert(0, Grid((Column("text"),), [(written,)]))
+    emit(page, form)
+
+
+def _compare(
+    model: Any, base_at: Path, tokenizer: Any, sample: str, ids: Tensor, tokens: int, count: int
+) -> dict[str, Any]:
+    """Quality on the same windows, speed in turns, of both models side by side in memory."""
+    made = model.quantport_plan
+    windows = compare.cut(tokenizer(sample, verbose=False).input_ids, count, baseline.positions(model))
+    base = baseline.load(model, base_at)
+    with progress("comparing with BF16", "windows") as report:
+        quality = compare.quality(model, base, windows.to(model.device), report)
+    rates = compare.rates({"quantized": model, "bf16": base}, ids, tokens)
+    weights = {p.data_ptr(): p.nbytes for p in base.parameters()}
+    return {
+        **quality,
+        "bytes": made.after,
+        "bytes_bf16": sum(weights.values()),
+        "kv_cache": made.kv_cache,
+        "tokens_per_second": rates["quantized"],
+        "tokens_per_second_bf16": rates["bf16"],
+        "text_bf16": str(tokenizer.decode(compare.generate(base, ids, tokens)[0], skip_special_tokens=True)),
+    }
+
+
+def _grid(c: dict[str, Any]) -> Grid:
+    change = c["perplexity"] / c["perplexity_bf16"] - 1
+    speed = c["tokens_per_second"] / c["tokens_per_second_bf16"]
+    rows = (
+        ("perplexity", f"{c['perplexity_bf16']:.3f}", f"{c['perplexity']:.3f}", f"{change:+.2%}"),
+        ("KL divergence (nats/token)", "0", f"{c['kl']:.5f}", ""),
+        ("top-1 agreement", "100%", f"{c['top1']:.1%}", ""),
+        (
+            "bytes of weights",
+            size(c["bytes_bf16"]),
+            size(c["bytes"]),
+            f"{c['bytes'] / c['bytes_bf16'] - 1:+.0%}",
+        ),
+        *_kv_row(c["kv_cache"]),
+        ("tokens/s", f"{c['tokens_per_second_bf16']:.1f}", f"{c['tokens_per_second']:.1f}", f"{speed:.2f}x"),
+    )
+    columns = (
+        Column(""),
+        Column("BF16", right=True),
+        Column("quantized", right=True),
+        Column("change", right=True),
+    )
+    return Grid(columns, rows, f"against BF16, {c['tokens_scored']} tokens in windows of {c['window']}")
+
+
+def _kv_row(kv: dict[str, Any]) -> list[tuple[str, ...]]:
+    bf16, taken = kv["bytes_per_token_bf16"], kv["bytes_per_token"]
+    return [("KV bytes/token", str(bf16), str(taken), f"{taken / bf16 - 1:+.0%}")] if bf16 else []
+
+
+def _prompt(tokenizer: Any, prompt: str) -> Tensor:
+    """Tokens ``[1, prompt]``; an empty prompt is the beginning of a text, where the tokenizer has one."""
+    ids = list(tokenizer(prompt, verbose=False).input_ids)
+    if not ids and tokenizer.bos_token_id is not None:
+        ids = [tokenizer.bos_token_id]
+    if not ids:
+        raise ConfigError(f"--prompt {prompt!r}", "it has no tokens", "some text to continue")
+    return torch.tensor([ids], dtype=torch.int64, device="cpu")
+
+
+def _fits(model: Any, ids: Tensor, tokens: int) -> None:
+    """Refuses a model that writes no text, and a text longer than its positions."""
+    if not (hasattr(model, "can_generate") and model.can_generate()):
+        suggestion = "a causal language model; quantport.load in Python for any other"
+        raise ConfigError(f"run {type(model).__name__}", "it does not generate text", suggestion)
+    most = baseline.positions(model)
+    if most is not None and ids.shape[1] + tokens > most:
+        found = f"the model has {most} positions, and the prompt has {ids.shape[1]} tokens"
+        suggestion = f"--tokens {most - ids.shape[1]}" if most > ids.shape[1] else "a shorter --prompt"
+        raise ConfigError(f"--tokens {tokens}", found, suggestion)
+
+
+def quantize(request: Request, out: Path, overwrite: bool, form: str) -> None:
+    """Loads and saves; what would refuse the directory in the end does so before the work."""
+    source = locate(request.model)
+    _writable(out, overwrite, source)
+    if quantport_format.read(source if source.is_dir() else source.parent) is not None:
+        raise CheckpointError(
+            f"quantize {source}",
+            "quantport wrote it: it is quantized already",
+            "its 16-bit original, or copy it",
+        )
+    model = request.load()
+    with progress(f"writing {out}"):
+        quantport.save(model, out, overwrite=overwrite)
+    page = plan_page(model.quantport_plan)
+    written = sum(f.stat().st_size for f in out.iterdir())
+    page.data = {"directory": str(out), "bytes_written": written, "plan": page.data}
+    page.say(f"wrote {out}: {size(written)}; try `quantport run {out}`", "good")
+    emit(page, form)
+
+
+def _writable(out: Path, overwrite: bool, source: Path) -> None:
+    asked = f"write {out}"
+    if out.resolve() in (source.resolve(), *source.resolve().parents):
+        raise SaveError(asked, f"the checkpoint that is read is there: {source}", "another directory")
+    try:
+        check_free(out, overwrite)
+    except SaveError as error:
+        raise SaveError(
+            asked, error.found, error.suggestion.replace("overwrite=True", "--overwrite")
+        ) from None
+    parent = next(p for p in out.absolute().parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        found = f"no permission to write in {parent}" if parent.is_dir() else f"{parent} is a file"
+        raise SaveError(asked, found, "a directory that you may write")

@@ -1,0 +1,321 @@
+"""The configuration: our schema, which also reads the spellings of vLLM and vLLM-Omni."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from quantport.config.vllm_keys import OTHER_KEYS, explain, is_component_map, weight_of
+from quantport.errors import ConfigError
+from quantport.kvcache import cache_dtype
+from quantport.model.layers import Layer, tied_scheme
+from quantport.model.patterns import compile_pattern
+from quantport.scheme.catalog import Schemes
+
+_WHOLE = {
+    "fallback",
+    "on_unmatched",
+    "nonfinite",
+    "kv_cache_dtype",
+    "kv_cache_skip_layers",
+}  # said once for all components
+DUALSCALE_BLOCKS = 5
+_BLOCK = re.compile(r"(?:^|\.)(blocks|layers|h|transformer_blocks|single_transformer_blocks)\.(\d+)\.")
+
+
+class QuantConfig(BaseModel):
+    """What to quantize, and how.
+
+    Patterns (in ``ignore`` and ``targets``) are exact module names, globs (``*.mlp.*``), or ``re:`` and a
+    regular expression that is matched from the start of the name, as in vLLM. For fused layers (``qkv_proj``,
+    ``gate_up_proj``) a pattern may match the fused name or the unfused names; the unfused names must then
+    agree. For experts it may match the layer, one expert (``*.experts.3``) or one projection
+    (``*.experts.3.down_proj``).
+
+    Attributes:
+        scheme: Scheme of every layer; None lets the device choose.
+        linear: Scheme of linear layers instead; an explicit null leaves them in 16 bits.
+        moe: Scheme of MoE experts instead; an explicit null leaves them in 16 bits.
+        ignore: Patterns of layers left in 16 bits. Also ``ignored_layers``.
+        targets: Pattern -> scheme (or null) for single layers; they win over ``linear``, ``moe`` and
+            ``scheme``.
+        components: Component prefix -> configuration (or null), for models of several parts.
+        fallback: What to do where the device cannot run a scheme: ``weight_only`` keeps the weights and runs
+            the activations in 16 bits, ``reference`` emulates the scheme exactly, ``error`` refuses.
+        on_unmatched: A pattern that matches nothing is an ``error``, or a ``warn``-ing.
+        nonfinite: A weight with NaN or Inf is an ``error``, or they are read as ``zero``.
+        activation_scheme: ``dynamic``; there is no calibration, so ``static`` is refused.
+        weight_block_size: [128, 128] with ``fp8_per_block``; anything else is refused.
+        group_size: 128 or 32 with ``int4_weight_only``.
+        num_bf16_fallback_layers: This many first blocks (``blocks.0``, ``layers.0`` and so on) stay in 16
+            bits. By default 5 for ``mxfp4_dualscale`` in models whose blocks are called ``blocks`` (diffusion
+            transformers), as in vLLM-Omni; else 0.
+        kv_cache_dtype: ``fp8`` (``fp8_e4m3``), ``fp8_e5m2``, ``int8`` or ``int4``; null or ``auto`` is 16
+            bits.
+        kv_cache_skip_layers: Layers whose KV cache stays in 16 bits; negative ones count from the last.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    scheme: str | None = None
+    linear: str | None = None
+    moe: str | None = None
+    ignore: tuple[str, ...] = ()
+    targets: dict[str, str | None] = {}
+    components: dict[str, QuantConfig | None] = {}
+    fallback: Literal["weight_only", "error", "reference"] = "weight_only"
+    on_unmatched: Literal["error", "warn"] = "error"
+    nonfinite: Literal["error", "zero"] = "error"
+    activation_scheme: Literal["dynamic"] = "dynamic"
+    weight_block_size: tuple[int, int] | None = None
+    group_size: Literal[32, 128] | None = None
+    num_bf16_fallback_layers: int | None = Field(None, ge=0, strict=True)
+    kv_cache_dtype: str | None = None
+    kv_cache_skip_layers: tuple[int, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spellings(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        out: dict[str, Any] = {}
+        for key, value in data.items():
+            name = OTHER_KEYS.get(str(key), str(key))
+            if name in out:
+                raise ValueError(f"{key!r} and another spelling of {name!r} are both given")
+            out[name] = weight_of(value) if name in ("linear", "moe") else value
+        return out
+
+    @field_validator("components", mode="before")
+    @classmethod
+    def _component_values(cls, value: Any) -> Any:
+        return (
+            {k: {"scheme": v} if isinstance(v, str) else v for k, v in value.items()}
+            if isinstance(value, Mapping)
+            else value
+        )
+
+    @field_validator("ignore", "targets")
+    @classmethod
+    def _patterns(cls, value: Any) -> Any:
+        for pattern in value:
+            compile_pattern(pattern)
+        return value
+
+    @field_validator("kv_cache_dtype")
+    @classmethod
+    def _kv_cache(cls, value: str | None) -> str | None:
+        return value and cache_dtype(value).name
+
+    @model_validator(mode="after")
+    def _consistent(self) -> QuantConfig:
+        beside = [k for k in ("linear", "moe") if k in self.model_fields_set] + [
+            k for k in ("ignore", "targets", "num_bf16_fallback_layers") if getattr(self, k)
+        ]
+        if self.components and beside:
+            raise ValueError(f"{', '.join(beside)} beside components: put it into each component")
+        inner = {k for c in self.components.values() if c for k in c.model_fields_set & _WHOLE}
+        if inner:
+            raise ValueError(
+                f"{', '.join(sorted(inner))} inside a component: it holds for the whole model, put "
+                "it beside components"
+            )
+        if self.kv_cache_skip_layers and cache_dtype(self.kv_cache_dtype).quant is None:
+            raise ValueError(
+                "kv_cache_skip_layers without a kv_cache_dtype: every layer stays in 16 bits already"
+            )
+        both = set(self.ignore) & set(self.targets)
+        if both:
+            raise ValueError(f"{sorted(both)[0]!r} is in ignore and in targets: keep one")
+        if self.weight_block_size not in (None, (128, 128)):
+            raise ValueError(
+                f"weight_block_size {list(self.weight_block_size or ())}: only [128, 128], with fp8_per_block"
+            )
+        return self
+
+    @classmethod
+    def parse(cls, value: Any, schemes: Schemes) -> QuantConfig:
+        """Reads a configuration.
+
+        Args:
+            value: None, a scheme name, a mapping (ours, vLLM's, or per component as vLLM-Omni's), or a
+                QuantConfig.
+            schemes: Known schemes.
+
+        Raises:
+            ConfigError: unknown key, scheme or value; conflicting values; a bad regular expression.
+        """
+        if value is None or isinstance(value, str):
+            value = {"scheme": value}
+        if isinstance(value, Mapping) and is_component_map(value, cls.model_fields):
+            value = {"components": dict(value)}
+        try:
+            config = value if isinstance(value, QuantConfig) else cls.model_validate(value)
+        except ValidationError as error:
+            raise explain(error, cls.model_fields) from None
+        return config._checked(schemes)
+
+    def _checked(self, schemes: Schemes) -> QuantConfig:
+        """Resolves aliases and group sizes to canonical scheme names."""
+
+        def name(value: str | None) -> str | None:
+            if value in (None, "none"):
+                return None
+            found = schemes[str(value)]
+            if (
+                not self.group_size
+                or found.weight.group_size == self.group_size
+                or found.weight.format != "int4"
+            ):
+                return found.name
+            if found.name.split(":")[0] == "int4_weight_only":
+                return found.name.replace("int4_weight_only", "int4_weight_only_g32", 1)
+            what = f"this scheme has groups of {found.weight.group_size}"
+            raise ConfigError(
+                f"{value!r} with group_size={self.group_size}",
+                what,
+                "scheme='int4_weight_only', or no group_size",
+            )
+
+        updates: dict[str, Any] = {
+            f: name(getattr(self, f)) for f in ("scheme", "linear", "moe") if f in self.model_fields_set
+        }
+        updates["targets"] = {p: name(s) for p, s in self.targets.items()}
+        updates["components"] = {
+            c: None if v is None else v._checked(schemes) for c, v in self.components.items()
+        }
+        used = {
+            s
+            for s in (
+                updates.get("scheme"),
+                updates.get("linear"),
+                updates.get("moe"),
+                *updates["targets"].values(),
+            )
+            if s
+        }
+        named = ", ".join(sorted(used)) or "no scheme"
+        if self.weight_block_size and "fp8_per_block" not in used:
+            raise ConfigError(
+                f"weight_block_size with {named}", "only fp8_per_block has blocks", "scheme='fp8_per_block'"
+            )
+        if self.group_size and not any(s.startswith("int4") for s in used):
+            raise ConfigError(f"group_size with {named}", "only int4 has groups", "scheme='int4_weight_only'")
+        return self.model_copy(update=updates)
+
+    def for_layer(self, layer: Layer, default: str | None) -> tuple[str | None, str]:
+        """Chooses the scheme of one layer.
+
+        Args:
+            layer: The layer.
+            default: The scheme to use where the configuration names none.
+
+        Returns:
+            ``(scheme name or None, why it is left alone)``.
+
+        Raises:
+            ConfigError: patterns that conflict, shards that disagree, or a component without an entry.
+        """
+        if self.components:
+            return self._component(layer, default)
+        if layer.tied:
+            return tied_scheme(layer, self.targets)
+        if layer.keep and layer.name not in self.targets:
+            return None, layer.keep
+        decision = self.decide(layer.path) or (
+            None if layer.experts or not layer.shards else self._agree(layer)
+        )
+        if decision is not None:
+            scheme, pattern = decision
+            return scheme, "" if scheme else f"left alone by pattern {pattern!r}"
+        scheme, why = self.scheme or default, ""
+        if layer.kind in ("linear", "moe") and layer.kind in self.model_fields_set:
+            scheme = getattr(self, layer.kind)
+            why = "" if scheme else f"left alone by {layer.kind}=null"
+        first = self._first_blocks(layer.name, scheme)
+        return (None, first) if first else (scheme, why)
+
+    def _first_blocks(self, name: str, scheme: str | None) -> str:
+        """Why a layer stays because it is in one of the first blocks, or an empty string."""
+        found = _BLOCK.search(name)
+        count = self.num_bf16_fallback_layers
+        if count is None and found and found[1] == "blocks" and str(scheme).startswith("mxfp4_dualscale"):
+            count = DUALSCALE_BLOCKS
+        if not found or int(found[2]) >= (count or 0):
+            return ""
+        return f"left alone by num_bf16_fallback_layers={count}: it is in block {found[2]}"
+
+    def _component(self, layer: Layer, default: str | None) -> tuple[str | None, str]:
+        config = self.of_component(layer)
+        if config is None:
+            return None, f"component {self._name_of_component(layer)!r} is mapped to null"
+        return config.for_layer(layer, self.scheme or default)
+
+    def of_component(self, layer: Layer) -> QuantConfig | None:
+        """The configuration whose patterns hold for a layer: this one, or that of its component
+        (null: none).
+        """
+        return self.components[self._name_of_component(layer)] if self.components else self
+
+    def _name_of_component(self, layer: Layer) -> str:
+        inside = [c for c in self.components if layer.name == c or layer.name.startswith(c + ".")]
+        if not inside:
+            raise ConfigError(
+                f"the component of {layer.name}",
+                f"the configuration maps only: {', '.join(self.components)}",
+                f"add {layer.name.partition('.')[0]!r}: a configuration, or null to leave it alone",
+            )
+        return max(inside, key=len)
+
+    def decide(self, names: Sequence[str]) -> tuple[str | None, str] | None:
+        """What patterns say: ``(scheme or None, pattern)``, or None when they say nothing.
+
+        Args:
+            names: Of something and of what it is inside, outermost first: experts, one of them, its
+                projection. A pattern speaks for the outermost that it matches, and the innermost that is
+                spoken for decides.
+        """
+        spoken, decision = set[str](), None
+        for name in names:
+            matching = {p for p in (*self.ignore, *self.targets) if compile_pattern(p).match(name)} - spoken
+            decision = self._one(name, matching) or decision
+            spoken |= matching
+        return decision
+
+    def _one(self, name: str, matching: set[str]) -> tuple[str | None, str] | None:
+        ignored = [p for p in self.ignore if p in matching]
+        targets = {p: s for p, s in self.targets.items() if p in matching}
+        if (ignored and targets) or len(set(targets.values())) > 1:
+            raise ConfigError(
+                f"the scheme of {name}",
+                f"it matches {', '.join(map(repr, [*ignored, *targets]))}, which disagree",
+                "make the patterns exclude each other",
+            )
+        if ignored:
+            return None, ignored[0]
+        return next(((s, p) for p, s in targets.items()), None)
+
+    def _agree(self, layer: Layer) -> tuple[str | None, str] | None:
+        decisions = {shard: self.decide((shard,)) for shard in layer.shards}
+        by_choice: dict[str, str] = {}
+        for shard, decision in decisions.items():
+            by_choice.setdefault("no pattern" if decision is None else decision[0] or "ignored", shard)
+        if len(by_choice) > 1:
+            raise ConfigError(
+                f"one scheme for {layer.name}",
+                "its parts disagree: " + ", ".join(f"{s} -> {c}" for c, s in by_choice.items()),
+                "the parts of a fused layer are stored as one: match all of them, none of them, or "
+                f"{layer.name!r} itself",
+            )
+        return next(iter(decisions.values()))
+
+    def patterns(self) -> tuple[str, ...]:
+        """Every pattern, those of the components included."""
+        own = (*self.ignore, *self.targets)
+        return own + tuple(p for c in self.components.values() if c for p in c.patterns())
+
+
+QuantConfig.model_rebuild()

@@ -1,0 +1,1 @@
+"""What a kernel is, what it says of a request, and the kernels of torch operators that every device has."""

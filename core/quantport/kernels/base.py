@@ -1,0 +1,265 @@
+"""The contract of a kernel: a request in, the reasons against it out; no reasons means yes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from quantport.device import Device
+from quantport.kernels.verdict import Accepted, Claim, Reason, Rejected, Status, Verdict
+from quantport.numerics import raw, rotate
+from quantport.scheme import Scheme
+
+StoredWeight = dict[str, Tensor]
+Packed = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class WeightSpec:
+    """Which weight a kernel is bound to: the scheme and the logical shape [n, k]. Passed to every call of the
+    kernel.
+    """
+
+    scheme: Scheme
+    n: int
+    k: int
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a layer needs.
+
+    Attributes:
+        weight: Scheme and shape of one weight (of one expert, for ``moe``).
+        layer: ``linear`` or ``moe``.
+        device: Where it shall run.
+        dtype: Activation dtype.
+        rows: Expected rows of the activations (1 = decode of one sequence).
+    """
+
+    weight: WeightSpec
+    layer: str
+    device: Device
+    dtype: torch.dtype = torch.bfloat16
+    rows: int = 1
+
+
+class Kernel(ABC):
+    """One way to run one or more schemes on one kind of device. Stateless: one instance serves every layer.
+
+    Attributes:
+        name: Unique name, for example ``cpu.int8``.
+        status: ``native`` if it computes on units built for the precision, ``dequantize`` or
+            ``reference`` otherwise.
+        tolerance: Largest accepted relative error against the reference,
+            ``max|y - y_ref| / max|y_ref|`` over a whole output.
+        deviation: Named difference from the scheme's numerics; empty when there is none.
+        quantizes_activations: False for weight-only kernels.
+        layers: Kinds of layers that it is for.
+    """
+
+    name: str
+    status: Status = Status.NATIVE
+    tolerance: float = 2.0**-6
+    numeric_deviation: str = ""
+    quantizes_activations: bool = False
+    layers: tuple[str, ...] = ("linear", "moe")
+
+    def serves(self, scheme: Scheme) -> bool:
+        """Whether the kernel is for this scheme at all; what it needs of hardware and shape is in
+        ``reasons_against``.
+        """
+        return True
+
+    @abstractmethod
+    def reasons_against(self, request: Request) -> Sequence[Reason]:
+        """Returns why the request cannot run; empty means that it can."""
+
+    @abstractmethod
+    def claim(self, request: Request) -> Claim:
+        """Returns how we know that an accepted request runs on this architecture."""
+
+    def speed(self, request: Request) -> float | None:
+        """Returns the speed relative to the best BF16 path at ``request.rows``, or None when nobody measured
+        it.
+        """
+        return None
+
+    def slow(self, request: Request) -> str:
+        """Returns why the request is known to be slower than BF16 without measuring it, or an empty
+        string.
+        """
+        return ""
+
+    def pack(self, stored_weight: StoredWeight, spec: WeightSpec) -> Packed:
+        """Turns the stored tensors (``Scheme.layout``) into what ``run`` reads.
+
+        The default keeps them, float8 viewed as uint8: torch compares, pickles and traces bytes better
+            than float8.
+        """
+        return tuple(raw(stored_weight[name]) for name in spec.scheme.layout(spec.n, spec.k))
+
+    @property
+    def keeps_layout(self) -> bool:
+        """Whether packed weights are the stored tensors as they are, so that single rows can be read out of
+        them.
+        """
+        return type(self).pack is Kernel.pack
+
+    def unpack(self, packed: Packed, spec: WeightSpec) -> StoredWeight:
+        """The exact inverse of ``pack``."""
+        layout = spec.scheme.layout(spec.n, spec.k)
+        return {name: t.view(dtype) for (name, (_, dtype)), t in zip(layout.items(), packed, strict=True)}
+
+    @abstractmethod
+    def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
+        """Computes ``x @ W.T + bias``.
+
+        Args:
+            x: Activations ``[M, K]``, contiguous, in the dtype of the request; rotated already, if the
+                scheme is.
+            packed: What ``pack`` returned.
+            bias: ``[N]`` or None.
+            spec: Scheme and shape.
+
+        Returns:
+            ``[M, N]`` in the dtype of ``x``.
+        """
+
+    def apply(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
+        """Runs on activations as the layer gets them: rotates them first where the scheme is rotated."""
+        return self.run(rotate(x, spec.scheme.rotation) if spec.scheme.rotation else x, packed, bias, spec)
+
+    def apply_grouped(
+        self,
+        x: Tensor,
+        offsets: Tensor,
+        packed: Sequence[Packed],
+        bias: Tensor | None,
+        spec: WeightSpec,
+        shared: int = 1,
+    ) -> Tensor:
+        """``run_grouped`` on activations as the layer gets them, as ``apply``."""
+        rotated = rotate(x, spec.scheme.rotation) if spec.scheme.rotation else x
+        return self.run_grouped(rotated, offsets, packed, bias, spec, shared)
+
+    def run_grouped(
+        self,
+        x: Tensor,
+        offsets: Tensor,
+        packed: Sequence[Packed],
+        bias: Tensor | None,
+        spec: WeightSpec,
+        shared: int = 1,
+    ) -> Tensor:
+        """Multiplies each group of rows by weights of its own: the experts of a MoE layer. The default calls
+        ``run`` for each.
+
+        Override it where one launch for all groups is faster; the result must be that of the default, within
+        ``tolerance``.
+
+        Args:
+            x: Activations ``[T, K]``, contiguous, sorted by group.
+            offsets: int32 ``[G + 1]`` on the device of ``x``, ascending, from 0 to T: group g has the rows
+                ``offsets[g]`` to ``offsets[g + 1]``, perhaps none.
+            packed: What ``bundle`` made of ``shared`` weights for each group.
+            bias: ``[G, shared * N]`` or None.
+            spec: Scheme and shape of every weight.
+            shared: Weights of a group that read the same rows: 2 for gate and up.
+
+        Returns:
+            ``[T, shared * N]`` in the dtype of ``x``: the products of the weights of a group side by side.
+        """
+        bounds = offsets.tolist()
+        out = x.new_empty(x.shape[0], shared * spec.n)
+        for g, (start, stop) in enumerate(pairwise(bounds)):
+            for j in range(shared if start < stop else 0):
+                columns = slice(j * spec.n, (j + 1) * spec.n)
+                part = None if bias is None else bias[g, columns].contiguous()
+                out[start:stop, columns] = self.run(x[start:stop], packed[shared * g + j], part, spec)
+        return out
+
+    def bundle(self, packed: Sequence[Packed], shared: int = 1) -> Sequence[Packed]:
+        """What ``run_grouped`` reads: ``shared`` weights for each group, group by group. Called once for many
+        runs.
+        """
+        return packed
+
+    def run_gated(
+        self,
+        x: Tensor,
+        offsets: Tensor,
+        gate_up: Sequence[Packed],
+        down: Sequence[Packed],
+        specs: tuple[WeightSpec, WeightSpec],
+        activation: str,
+    ) -> Tensor | None:
+        """Experts as a whole, ``down(activation(gate(x)) * up(x))``, where that takes fewer launches than
+        ``run_grouped`` twice.
+
+        Args:
+            x: Activations ``[T, K]``, as in ``run_grouped``.
+            offsets: int32 ``[G + 1]``, as in ``run_grouped``.
+            gate_up: What ``bundle`` made of gate and up of each expert.
+            down: What ``bundle`` made of down of each expert.
+            specs: Scheme and shape of gate and up, and of down.
+            activation: A name in ``quantport.modules.routing.ACTIVATIONS``.
+
+        Returns:
+            ``[T, K]`` in the dtype of ``x``, or None (the default): there is no such way for these.
+        """
+        return None
+
+    def verdict(self, request: Request) -> Verdict:
+        """Folds the methods above into a verdict; a kernel that raises here is a refusal that says so."""
+        try:
+            if not self.serves(request.weight.scheme):
+                return Rejected(
+                    self.name, (Reason(f"it does not run {request.weight.scheme.name}"),), unrelated=True
+                )
+            if request.layer not in self.layers:
+                return Rejected(
+                    self.name, (Reason(f"it is for {', '.join(self.layers)} layers"),), unrelated=True
+                )
+            reasons = _reasons(self.reasons_against(request))
+            if reasons:
+                return Rejected(self.name, reasons)
+            scheme = request.weight.scheme
+            effective = scheme if self.quantizes_activations else scheme.weight_only
+            status = self.status
+            if scheme.activation and not self.quantizes_activations:
+                status = Status.WEIGHT_ONLY
+            claim, speed = self.claim(request), self.speed(request)
+            return Accepted(
+                self.name,
+                status,
+                effective.precision,
+                claim,
+                speed,
+                self.slow(request),
+                self.numeric_deviation,
+            )
+        except Exception as error:  # a stranger's code: its failure is a reason, never a crash of the plan
+            return Rejected(self.name, (Reason(f"the kernel raised {type(error).__name__}: {error}"),))
+
+
+def _reasons(given: Sequence[Reason]) -> tuple[Reason, ...]:
+    """What ``reasons_against`` returned, if that is what it must be: a kernel of a stranger may have been
+    written for texts.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    reasons = (given,) if isinstance(given, str) else tuple(given)
+    for one in reasons:
+        if not isinstance(one, Reason):
+            raise TypeError(
+                f"reasons_against returned {one!r}, a {type(one).__name__}: return a sequence of "
+                "Reason(text, kind)"
+            )
+    return reasons

@@ -1,0 +1,157 @@
+"""What building a model changes, for the thread that builds it only: parameters are on meta, and so is no
+default dtype of others.
+
+Transformers sets the default dtype of the whole process while it builds. Here that of the building thread
+stands in: torch has none of its own for a thread, so that every call which would take the default is given
+the dtype instead. Only ``torch.Tensor(...)`` cannot be: parameters that are made so take their dtype from the
+checkpoint.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+# A factory may load a model itself; other threads wait for their turn.
+_BUILDING = threading.RLock()
+_FLOATS = frozenset(
+    {
+        torch.bartlett_window,
+        torch.blackman_window,
+        torch.empty,
+        torch.empty_permuted,
+        torch.empty_strided,
+        torch.eye,
+        torch.fft.fftfreq,
+        torch.fft.rfftfreq,
+        torch.hamming_window,
+        torch.hann_window,
+        torch.kaiser_window,
+        torch.linspace,
+        torch.logspace,
+        torch.normal,
+        torch.ones,
+        torch.rand,
+        torch.randn,
+        torch.zeros,
+    }
+)
+_INFERRING = frozenset(
+    {torch.arange, torch.as_tensor, torch.asarray, torch.full, torch.range, torch.scalar_tensor, torch.tensor}
+)
+_CASTS = frozenset({Tensor.bfloat16, Tensor.double, Tensor.float, Tensor.half, Tensor.type})
+
+
+class _Defaults(TorchFunctionMode):
+    """The default dtype of one thread; that of the process until code of this thread sets one."""
+
+    def __init__(self) -> None:
+        self.dtype: torch.dtype | None = None
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if (
+            self.dtype is None
+            or _INSIDE.get() is not self
+            or func in _CASTS
+            or any(map(_typed, tree_leaves((args, kwargs))))
+        ):
+            return func(*args, **kwargs)
+        if func in _FLOATS:
+            return func(*args, **{**kwargs, "dtype": self.dtype})
+        out = func(*args, **kwargs)
+        if not isinstance(out, Tensor) or not out.is_floating_point():
+            return out
+        if func in _INFERRING:
+            return func(*args, **{**kwargs, "dtype": self.dtype})
+        args, kwargs = tree_map_only(Tensor, self._promoted, (args, kwargs))
+        return func(*args, **kwargs).to(self.dtype)  # numbers alone have no dtype to promote to
+
+    def _promoted(self, tensor: Tensor) -> Tensor:
+        """As torch promotes integers that become floats; masks stay."""
+        return tensor if tensor.dtype is torch.bool else tensor.to(self.dtype)
+
+
+_INSIDE: ContextVar[_Defaults | None] = ContextVar("quantport_building", default=None)
+
+
+def _typed(leaf: Any) -> bool:
+    """Whether an argument says which floats come out: then no default is asked for."""
+    if isinstance(leaf, Tensor):
+        return leaf.is_floating_point() or leaf.is_complex()
+    return isinstance(leaf, torch.dtype) or hasattr(leaf, "dtype")  # NumPy's
+
+
+@contextmanager
+def building() -> Iterator[None]:
+    """Inside, parameters of new modules are on the meta device, and a default dtype that is set is that of
+    this thread.
+
+    Buffers stay real, whatever the default device: they are not all in checkpoints.
+    """
+    with _BUILDING, _patched(), torch.device("cpu"), _Defaults() as defaults:
+        token = _INSIDE.set(defaults)
+        try:
+            yield
+        finally:
+            _INSIDE.reset(token)
+
+
+@contextmanager
+def as_usual() -> Iterator[None]:
+    """Inside, nothing is as in ``building``, even where a factory that builds one model loads another."""
+    token = _INSIDE.set(None)
+    try:
+        yield
+    finally:
+        _INSIDE.reset(token)
+
+
+@contextmanager
+def _patched() -> Iterator[None]:
+    """Functions of torch that ask first whether their thread is one that builds; the others see no
+    difference.
+    """
+    register, set_dtype, get_dtype = (
+        nn.Module.register_parameter,
+        torch.set_default_dtype,
+        torch.get_default_dtype,
+    )
+
+    def register_parameter(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if _INSIDE.get() is not None and param is not None and param.device.type != "meta":
+            param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+        register(module, name, param)
+
+    def set_default_dtype(d: torch.dtype, /) -> None:
+        defaults = _INSIDE.get()
+        if defaults is None:
+            set_dtype(d)
+        else:
+            defaults.dtype = d
+
+    def get_default_dtype() -> torch.dtype:
+        defaults = _INSIDE.get()
+        return (defaults and defaults.dtype) or get_dtype()
+
+    nn.Module.register_parameter = register_parameter  # type: ignore[method-assign,assignment]  # restored below
+    torch.set_default_dtype, torch.get_default_dtype = set_default_dtype, get_default_dtype
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+        torch.set_default_dtype, torch.get_default_dtype = set_dtype, get_dtype

@@ -1,0 +1,171 @@
+"""Streams weights: read, quantize on the device, pack, drop. Several tensors at a time, as many as fit the
+budget.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    FIRST_EXCEPTION,
+    CancelledError,
+    Future,
+    ThreadPoolExecutor,
+    wait,
+)
+from contextlib import contextmanager
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+from quantport.errors import BudgetError, ConfigError
+from quantport.loading.threads import one_native_thread
+
+LOOK = 0.5  # seconds: an interrupt that comes just before Python waits is seen when it ends to wait
+
+Progress = Callable[[int, int, str], None]
+
+
+class Task(NamedTuple):
+    """One unit of work: a weight to quantize or a tensor to copy.
+
+    Attributes:
+        name: For progress.
+        size: Bytes that it reads.
+        run: Does it. Runs in a worker thread with one native thread, since parallelism is over tensors.
+        need: Bytes that it holds meanwhile: what it reads, scratch, and what it stores before that is packed.
+    """
+
+    name: str
+    size: int
+    run: Callable[[], None]
+    need: int = 0
+
+
+class Gate:
+    """Counts bytes in flight, and lets a task in only when it fits beside those that run.
+
+    Tasks enter in the order in which they come: a large one is never overtaken for ever. One that needs
+        more than the
+    whole budget would wait for ever, so it is refused. What a task has freed still counts until the allocator
+    has given it back to the system: small tensors of many experts, freed between others that stay, leave
+    holes that
+        nothing else fits.
+
+    It is open while ``opened`` is held. Nothing but leaving a ``with`` releases a lock in one step, so that
+    no interrupt can come before the gate is shut, as one can at the beginning of a ``finally``.
+    """
+
+    def __init__(self, budget: int) -> None:
+        self.budget, self.used, self.loose = budget, 0, 0
+        self.opened = threading.Lock()
+        self._turn = threading.Lock()
+        self._freed = threading.Condition()
+
+    @contextmanager
+    def admit(self, task: Task) -> Iterator[None]:
+        """Inside, the bytes of a task count.
+
+        Raises:
+            BudgetError: it can never fit.
+            CancelledError: the gate was shut before it fitted.
+        """
+        if task.need > self.budget:
+            found = f"{task.name} alone needs {task.need / 1e6:.1f} MB"
+            raise BudgetError(
+                f"stream within {self.budget / 1e6:.1f} MB", found, f"budget={task.need} or more"
+            )
+        with self._turn, self._freed:
+            self._freed.wait_for(lambda: not self.opened.locked() or self.used + task.need <= self.budget)
+            if not self.opened.locked():
+                raise CancelledError
+            if self.used + self.loose + task.need > self.budget:
+                give_back()
+                self.loose = 0
+            self.used += task.need
+        try:
+            yield
+        finally:
+            with self._freed:
+                self.used -= task.need
+                self.loose += task.need
+                self._freed.notify_all()
+
+    def wake(self) -> None:
+        """Tells tasks that wait that the gate was shut, which they would see when the next task ends."""
+        with self._freed:
+            self._freed.notify_all()
+
+
+@cache
+def _trim() -> Callable[[int], int] | None:
+    """``malloc_trim`` of glibc; other allocators have none."""
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError, TypeError):
+        return None
+
+
+def give_back() -> None:
+    """Gives freed memory back to the system, where the C library can."""
+    trim = _trim()
+    if trim:
+        trim(0)
+
+
+def run_tasks(
+    tasks: Sequence[Task],
+    progress: Progress | None = None,
+    workers: int | None = None,
+    budget: int | None = None,
+) -> None:
+    """Runs every task; the first error, or an interrupt, stops the rest and is raised.
+
+    Tasks that run are waited for; a second interrupt ends that too, and then they are the last to run.
+
+    Args:
+        tasks: In the order in which they should read.
+        progress: Called with (bytes done, bytes in total, name) after each task, from this thread.
+        workers: Threads; the number of usable cores by default.
+        budget: The ``need`` of the tasks in flight is never more than this; None for no bound.
+
+    Raises:
+        BudgetError: one task alone needs more.
+    """
+    if workers is not None and workers < 1:
+        raise ConfigError(
+            f"workers={workers}", "not a number of threads", "1 or more; by default the number of cores"
+        )
+    count = workers or (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    gate = Gate(sys.maxsize if budget is None else budget)
+    pool = ThreadPoolExecutor(count, "quantport", initializer=one_native_thread)
+    try:
+        with gate.opened:
+            _wait({pool.submit(_quiet, task, gate): task for task in tasks}, progress)
+    finally:
+        gate.wake()
+        pool.shutdown(wait=True, cancel_futures=True)
+        give_back()
+
+
+def _wait(futures: Mapping[Future[None], Task], progress: Progress | None) -> None:
+    total, done, pending = sum(t.size for t in futures.values()), 0, set(futures)
+    while pending:
+        finished, pending = wait(pending, LOOK, FIRST_EXCEPTION if progress is None else FIRST_COMPLETED)
+        for future in finished:
+            future.result()
+            done += futures[future].size
+            if progress:
+                progress(done, total, futures[future].name)
+
+
+def _quiet(task: Task, gate: Gate) -> None:
+    with gate.admit(task), torch.no_grad():
+        task.run()

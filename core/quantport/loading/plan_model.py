@@ -1,0 +1,114 @@
+"""``plan``: what loading would do, from headers alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantport.checkpoint import Checkpoint
+from quantport.config import QuantConfig
+from quantport.device import Device
+from quantport.errors import ConfigError
+from quantport.kvcache import kv_shape
+from quantport.loading.locate import locate, refuse_quantized
+from quantport.loading.skeleton import read_json
+from quantport.loading.swap_modules import check
+from quantport.model.fused_projections import with_cuts
+from quantport.model.layers import find_layers
+from quantport.model.tied_weights import from_config
+from quantport.planning.plan import Plan, make_plan
+from quantport.plugins.registry import default_registry
+
+Source = str | os.PathLike[str]
+
+
+def merge(scheme: str | None, config: Any, options: Mapping[str, Any]) -> QuantConfig:
+    """Merges the arguments into one checked configuration; two different schemes are a conflict."""
+    parsed = QuantConfig.parse(config, default_registry().schemes)
+    given = {k: v for k, v in options.items() if v is not None}
+    if scheme is not None:
+        asked: str | None = default_registry().schemes[scheme].name
+        if parsed.group_size and default_registry().schemes[scheme].weight.format == "int4":
+            asked = QuantConfig.parse(
+                {"scheme": asked, "group_size": parsed.group_size}, default_registry().schemes
+            ).scheme
+        if parsed.scheme not in (None, asked):
+            raise ConfigError(
+                f"scheme={scheme!r}", f"config says scheme={parsed.scheme!r}", "give one of them"
+            )
+        given["scheme"] = asked
+    return (
+        QuantConfig.parse({**parsed.model_dump(exclude_unset=True), **given}, default_registry().schemes)
+        if given
+        else parsed
+    )
+
+
+def plan(
+    model: Source | nn.Module,
+    scheme: str | None = None,
+    *,
+    config: Any = None,
+    device: str | torch.device | Device = "auto",
+    rows: int = 1,
+    dtype: torch.dtype | None = None,
+    fallback: str | None = None,
+    budget: int | str | None = None,
+) -> Plan:
+    """Says what ``load`` or ``quantize_`` would do, and why, for a device that need not be here. Reads
+    headers only.
+
+    Args:
+        model: A checkpoint directory or file (its data may be missing), or a module.
+        scheme: Scheme name; None uses the configuration, or lets the device choose.
+        config: A ``QuantConfig`` or what it parses.
+        device: Found (``auto``, ``kind``, ``kind:0``) or simulated (``kind:arch``).
+        rows: Expected rows of the activations.
+        dtype: Activation dtype; by default that of the weights, or what the device computes in.
+        fallback: Overrides ``config.fallback``.
+        budget: As for ``load``.
+
+    Returns:
+        The plan.
+    """
+    target = default_registry().device(device)
+    parsed = merge(scheme, config, {"fallback": fallback})
+    if isinstance(model, nn.Module):
+        layers, source = (
+            check(find_layers(dict(model.named_parameters())), model, lambda x: x.name),
+            type(model).__name__,
+        )
+        described: Any = getattr(model, "config", None)
+        kv = kv_shape(described.to_dict()) if hasattr(described, "to_dict") else None
+    else:
+        with Checkpoint.open(locate(model), headers_only=True) as checkpoint:
+            refuse_quantized(checkpoint)
+            told, source = read_json(checkpoint.directory / "config.json"), str(model)
+            layers = [with_cuts(layer, told) for layer in from_config(find_layers(checkpoint.tensors), told)]
+            kv = kv_shape(told)
+    kernels, schemes = default_registry().kernels(target.kind), default_registry().schemes
+    return make_plan(
+        layers, parsed, target, kernels, schemes, source=source, rows=rows, dtype=dtype, kv=kv, budget=budget
+    )
+
+
+def refuse_nothing(decided: Plan) -> None:
+    """Refuses to carry out a plan that quantizes nothing, unless the configuration says so.
+
+    Raises:
+        ConfigError: names why the layers stay.
+    """
+    chosen = any("left alone by" in s.note or "mapped to null" in s.note for s in decided.steps)
+    if chosen or any(s.asked for s in decided.steps):
+        return
+    notes = dict.fromkeys(s.note for s in decided.steps if s.layer.kind != "other")
+    found = "no layer can be quantized" + (
+        f": {'; '.join(notes)}" if notes else ": it has no linear layers and no experts"
+    )
+    raise ConfigError(
+        f"quantize {decided.source}", found, "a 16-bit model with torch.nn.Linear layers or experts"
+    )

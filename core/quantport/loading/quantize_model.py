@@ -1,0 +1,76 @@
+"""``quantize_``: a module that is in memory already."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantport.errors import ConfigError
+from quantport.kvcache import default_cache
+from quantport.loading.executor import Progress, Task, run_tasks
+from quantport.loading.plan_model import plan, refuse_nothing
+from quantport.loading.swap_modules import by_module, make_module, put
+from quantport.loading.weight_tasks import quantize_tasks, select
+from quantport.model.layers import Part
+from quantport.modules import QuantModule
+from quantport.planning.plan import Plan
+from quantport.plugins.registry import default_registry
+
+
+def quantize_(
+    model: nn.Module,
+    scheme: str | None = None,
+    *,
+    config: Any = None,
+    rows: int = 1,
+    fallback: str | None = None,
+    progress: Progress | None = None,
+) -> Plan:
+    """Quantizes a module in memory, in place, on the device where it is: wholly, or not at all.
+
+    Args:
+        model: The module; its linear layers and experts are replaced.
+        scheme: As for ``load``.
+        config: As for ``load``.
+        rows: As for ``load``.
+        fallback: As for ``load``.
+        progress: As for ``load``.
+
+    Returns:
+        The plan that was carried out; also ``model.quantport_plan``.
+    """
+    if any(isinstance(m, QuantModule) for m in model.modules()):
+        suggestion = "the 16-bit model; what it is now is in model.quantport_plan"
+        raise ConfigError(f"quantize {type(model).__name__}", "it is quantized already", suggestion)
+    here = next((p.device for p in model.parameters()), torch.device("cpu"))
+    target = next(
+        (d for d in default_registry().devices if d.torch_type == here.type and d.index == (here.index or 0)),
+        None,
+    )
+    decided = plan(model, scheme, config=config, device=target or str(here), rows=rows, fallback=fallback)
+    refuse_nothing(decided)
+    cache = default_cache(model, decided.config.kv_cache_dtype, decided.config.kv_cache_skip_layers)
+    params = dict(model.named_parameters())
+
+    def read(part: Part) -> tuple[Tensor, Callable[[], None]]:
+        return select(
+            params[part.tensor], part
+        ), lambda: None  # nothing to release: the caller owns the tensor
+
+    new: dict[str, QuantModule] = {}
+    tasks: list[Task] = []
+    for name, steps in by_module(decided.steps, lambda layer: layer.home).items():
+        module = new[name] = make_module(steps, model.get_submodule(name), steps[0].layer.dtype)
+        for step in steps:
+            tasks += quantize_tasks(
+                step, module, read, decided.config.nonfinite, decided.device.kind, owned=True
+            )
+    run_tasks(tasks, progress, budget=decided.budget)
+    put(model, new)
+    if cache:
+        cache.install()
+    model.quantport_plan = decided  # type: ignore[assignment]  # a note on the model, not a submodule
+    return decided

@@ -1,0 +1,124 @@
+"""Builds the module tree of a model without its weights: from a Transformers config, or from any factory."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantport.errors import CheckpointError, QuantportError
+from quantport.loading.build_context import building
+
+Factory = Callable[[], nn.Module]
+
+
+def build(
+    directory: Path, factory: Factory | None, dtype: torch.dtype, names: Mapping[str, Any]
+) -> tuple[nn.Module, dict[str, str]]:
+    """Builds the model on the meta device.
+
+    Args:
+        directory: Of the checkpoint.
+        factory: Makes the module; None reads ``config.json`` with Transformers.
+        dtype: Dtype of floating parameters.
+        names: Tensor names of the checkpoint.
+
+    Returns:
+        ``(model, names)``: the model in eval mode, and for each tensor of the checkpoint its name in the
+        model.
+
+    Raises:
+        CheckpointError: no factory, and no ``config.json`` that Transformers can build.
+    """
+    if factory is not None:
+        with building():
+            made = factory()
+        if not isinstance(made, nn.Module):
+            found = f"it returned a {type(made).__name__}: {made!r}"
+            raise CheckpointError(
+                "build the model with model=", found, "a function that returns a torch.nn.Module"
+            )
+        return made.eval(), {name: name for name in names}
+    if not (directory / "config.json").exists():
+        raise CheckpointError(
+            f"build the model of {directory}",
+            "no config.json",
+            "pass model=, a function that makes the module",
+        )
+    return _transformers(directory, dtype, names)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object; an absent file is an empty one.
+
+    Raises:
+        CheckpointError: not JSON, or not an object.
+    """
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"read {path}", f"not JSON: {error}", "a JSON object") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"read {path}", f"a JSON {type(value).__name__}", "a JSON object")
+    return value
+
+
+def _transformers(
+    directory: Path, dtype: torch.dtype, names: Mapping[str, Any]
+) -> tuple[nn.Module, dict[str, str]]:
+    try:
+        transformers = importlib.import_module("transformers")
+    except ImportError:
+        raise CheckpointError(
+            f"build the model of {directory}",
+            "Transformers is not installed",
+            "pip install 'quantport[transformers]'",
+        ) from None
+    suggestion = "another version of Transformers, or model=, a function that makes the module"
+    try:
+        config = transformers.AutoConfig.from_pretrained(directory)
+        for part in (config, *(v for v in vars(config).values() if hasattr(v, "quantization_config"))):
+            vars(part).pop("quantization_config", None)  # ours: the modules are placed by quantport
+        cls = getattr(
+            transformers, next(iter(config.architectures or ()), "<no architecture in config.json>")
+        )
+        with building():
+            model = cls._from_config(config, dtype=dtype)
+    except Exception as error:  # Transformers raises a zoo of types on a config that it cannot build
+        found = f"Transformers says {type(error).__name__}: {error}"
+        raise CheckpointError(f"build the model of {directory}", found, suggestion) from error
+    if (directory / "generation_config.json").exists() and model.can_generate():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
+    model.name_or_path = str(directory)
+    return model.eval(), _rename(model, names)
+
+
+def _rename(model: Any, names: Mapping[str, Any]) -> dict[str, str]:
+    """Applies the renamings that Transformers keeps for checkpoints of this architecture (experts are fused
+    by us).
+    """
+    loading = importlib.import_module("transformers.core_model_loading")
+    mapping = importlib.import_module("transformers.conversion_mapping")
+    transforms = mapping.get_model_conversion_mapping(model)
+    converters = [t for t in transforms if isinstance(t, loading.WeightConverter)]
+    renamings = [t for t in transforms if not isinstance(t, loading.WeightConverter)]
+    known = model.state_dict()
+    out = {}
+    for name in names:
+        out[name], _ = loading.rename_source_key(name, renamings, [], model.base_model_prefix, known)
+        converter = next((c for c in converters if c.rename_source_key(out[name])[1] is not None), None)
+        if converter is not None and ".experts." not in name:
+            operations = ", ".join(type(o).__name__ for o in converter.operations)
+            raise QuantportError(
+                f"load {name} into {type(model).__name__}",
+                f"Transformers converts it with {operations}",
+                "load it with Transformers, save_pretrained it, and load that",
+            )
+    return out

@@ -1,0 +1,230 @@
+"""Binds planned layers to the modules of a model: what stands at a layer's name decides whether it can be
+quantized.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantport.errors import CheckpointError
+from quantport.kernels.base import Kernel, WeightSpec
+from quantport.model.fused_projections import with_cuts
+from quantport.model.layers import EMBEDDING, Layer, uneven
+from quantport.model.tied_weights import one_layer, partners, why_not_embedding
+from quantport.modules import (
+    QuantEmbedding,
+    QuantExperts,
+    QuantFused,
+    QuantLinear,
+    QuantModule,
+    TiedLinear,
+    activation_name,
+    why_not_experts,
+)
+from quantport.planning.plan import Step
+from quantport.plugins.registry import default_registry
+
+Place = Callable[[Layer], str]
+NO_MODULE = "the model has no module of this name"
+
+
+def check(layers: Iterable[Layer], model: nn.Module, place: Place) -> list[Layer]:
+    """Marks the layers that the model does not hold as plain linear layers or experts, with the reason.
+
+    Experts that are separate modules become separate layers.
+    """
+    layers = list(layers)
+    _even(layers, model, place)
+    ties = partners(model)
+    config: Any = getattr(model, "config", None)
+    told = config.to_dict() if hasattr(config, "to_dict") else {}
+    checked = one_layer([x for layer in layers for x in _check(layer, model, place, ties)])
+    return [with_cuts(layer, told) for layer in checked]
+
+
+def _check(
+    layer: Layer, model: nn.Module, place: Place, ties: Mapping[str, tuple[str, ...]]
+) -> Iterable[Layer]:
+    path = place(layer)
+    module = _module(model, path)
+    if layer.kind == "moe" and isinstance(module, nn.ModuleList):
+        for single in _separate(layer):
+            yield from _check(single, model, place, ties)
+        return
+    if layer.kind == "linear" and not layer.keep and type(module) is nn.Embedding:
+        layer = replace(layer, keep=EMBEDDING)  # whatever it is called
+    if layer.lookup and type(module) is nn.Linear:
+        layer = replace(layer, keep="")  # as the ``x_embedder`` of diffusion transformers
+    keep = layer.keep or _why_not(layer, module, path)
+    tied = ties.get(path, ()) if layer.lookup else ()
+    if layer.lookup and module is not None:
+        keep = why_not_embedding(module, (model.get_submodule(p) for p in tied)) or keep
+    elif layer.kind != "other" and path in ties:
+        keep = "its weight is tied to another module's: left in 16 bits"
+    if (not keep or (layer.opt_in and layer.keep == keep)) and module is not None:
+        _fits(layer, module)
+    parent = _module(model, path.rpartition(".")[0])
+    if not keep and type(parent) is nn.TransformerEncoderLayer:
+        keep = "torch's fused encoder layer reads its 16-bit weight"
+    yield replace(layer, keep=keep, tied=tied)
+
+
+def _even(layers: Sequence[Layer], model: nn.Module, place: Place) -> None:
+    """Refuses single experts that cannot be fused as the model wants them, since one is absent or of another
+    shape.
+
+    Raises:
+        CheckpointError: names the first.
+    """
+    lost = [layer for layer in layers if layer.kind == "linear" and _module(model, place(layer)) is None]
+    for base, found in uneven(lost).items():
+        first = next(layer for layer in lost if layer.name.startswith(f"{base}."))
+        path = place(first).removesuffix(first.name.removeprefix(base))
+        if hasattr(_module(model, path), "gate_up_proj"):
+            suggestion = "a checkpoint with gate, up and down of every expert, from 0 on, in equal shapes"
+            raise CheckpointError(f"load the experts {base}", found, suggestion)
+
+
+def _separate(layer: Layer) -> Iterable[Layer]:
+    for e in range(layer.experts):
+        for projection, n, k in layer.weights:
+            part = layer.parts[projection][e]
+            name = part.tensor.removesuffix(".weight")
+            weights = (("weight", n, k),)
+            yield Layer(
+                name,
+                "moe",
+                weights,
+                layer.dtype,
+                parts={"weight": (part,)},
+                keep=layer.keep,
+                group=layer.name,
+            )
+
+
+def _module(model: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _why_not(layer: Layer, module: nn.Module | None, path: str) -> str:
+    if layer.kind == "other":
+        return ""
+    if not path:
+        return "it is the whole model: put it into a module to replace it there"
+    if module is None:
+        return NO_MODULE
+    if isinstance(module, QuantModule):
+        return "it is quantized already"
+    if layer.kind == "moe" and layer.experts:
+        if not all(hasattr(module, p) for p in ("gate_up_proj", "down_proj")):
+            return f"its experts are a {type(module).__name__}, without gate_up_proj and down_proj"
+        return why_not_experts(module)
+    return (
+        ""
+        if type(module) is nn.Linear
+        else f"its module is a {type(module).__name__}, not a plain torch.nn.Linear"
+    )
+
+
+def _fits(layer: Layer, module: nn.Module) -> None:
+    """Refuses a weight of another shape than the module that takes it.
+
+    Raises:
+        CheckpointError: names the layer.
+    """
+    shapes = {name: (n, k) for name, n, k in layer.weights}
+    if layer.experts:
+        (i, h), e = shapes["gate_proj"], layer.experts
+        found: dict[str, tuple[int, ...]] = {
+            "gate_up_proj": (e, 2 * i, h),
+            "down_proj": (e, *shapes["down_proj"]),
+        }
+    else:
+        rows, (_, k) = sum(n for n, _ in shapes.values()), next(iter(shapes.values()))
+        found = {"weight": (rows, k)}  # of all projections of a fused layer
+    for name, shape in found.items():
+        expected = tuple(getattr(module, name).shape)
+        if shape != expected:
+            raise CheckpointError(
+                f"load {layer.name}.{name} into {type(module).__name__}",
+                f"shape {list(shape)} in the checkpoint",
+                f"shape {list(expected)}: a checkpoint and a model of the same sizes",
+            )
+
+
+def by_module(steps: Iterable[Step], place: Place) -> dict[str, list[Step]]:
+    """The steps with a kernel by the path of the module that they fill: one step for most, the pieces of some
+    experts.
+    """
+    out: dict[str, list[Step]] = {}
+    for step in steps:
+        if step.choice:
+            out.setdefault(place(step.layer), []).append(step)
+    return out
+
+
+def make_module(steps: Sequence[Step], old: nn.Module, dtype: torch.dtype) -> QuantModule:
+    """Makes the empty quantized module for a layer, or for its pieces, with the bias of the module that it
+    stands for.
+    """
+    bound = {s.layer.name: (_kernel(s), default_registry().schemes[s.scheme]) for s in steps}
+    most = max(steps, key=lambda s: s.layer.elements)
+    kernel, scheme = bound[most.layer.name]
+    specs = {name: WeightSpec(scheme, n, k) for s in steps for name, n, k in s.layer.weights}
+    if most.layer.lookup:
+        return QuantEmbedding(
+            kernel, next(iter(specs.values())), dtype, most.layer.tied, getattr(old, "padding_idx", None)
+        )
+    if not most.layer.experts:
+        bias = old._parameters.get("bias")
+        return (
+            QuantFused(kernel, specs, bias, dtype)
+            if len(specs) > 1
+            else QuantLinear(kernel, specs.popitem()[1], bias, dtype)
+        )
+    activation = activation_name(old)
+    assert activation is not None  # why_not_experts refused it otherwise
+    others = {w: bound[s.layer.name] for s in steps if s is not most for w, _, _ in s.layer.each}
+    return QuantExperts(
+        kernel, specs["gate_proj"], specs["down_proj"], most.layer.experts, activation, dtype, others
+    )
+
+
+def _kernel(step: Step) -> Kernel:
+    assert step.choice is not None  # only steps with a kernel come here
+    return default_registry().kernel(step.choice.kernel)
+
+
+def put(model: nn.Module, new: Mapping[str, nn.Module]) -> None:
+    """Puts modules where others stood, under every name that those have; output heads that are tied to them
+    follow.
+    """
+    new = dict(new)
+    _add_heads(model, new)
+    by_id = {id(model.get_submodule(path)): module for path, module in new.items()}
+    for path, module in list(model.named_modules(remove_duplicate=False)):
+        if id(module) in by_id:
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, by_id[id(module)].train(model.training))
+
+
+def _add_heads(model: nn.Module, new: dict[str, nn.Module]) -> None:
+    """Adds the output heads of quantized embeddings to the modules to put, and tells the model that nothing
+    is left to tie.
+    """
+    for path, module in list(new.items()):
+        if isinstance(module, QuantEmbedding):
+            for name in module.tied:
+                new[name] = TiedLinear(module, model.get_submodule(name)._parameters.get("bias"))
+                said: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+                if said.pop(f"{name}.weight", None):
+                    keys = {k: v for k, v in model._tied_weights_keys.items() if v != f"{path}.weight"}  # type: ignore[union-attr,operator]  # Transformers
+                    model._tied_weights_keys = keys  # type: ignore[assignment]  # of this model, not of its class

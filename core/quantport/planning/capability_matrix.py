@@ -1,0 +1,84 @@
+"""The capability matrix: scheme x architecture x layer kind, folded from the same verdicts as the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from quantport.device import Arch, Device
+from quantport.errors import ConfigError, one_of
+from quantport.kernels.base import Request, WeightSpec
+from quantport.planning.select_kernel import Choice, choice_dict, select_kernel
+from quantport.plugins.registry import Registry, default_registry
+
+LAYERS = ("linear", "moe")
+_SHAPE = (4096, 4096)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one scheme gets on one architecture for one kind of layer."""
+
+    scheme: str
+    arch: Arch
+    layer: str
+    asked: str
+    choice: Choice
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain data for JSON."""
+        return {
+            "scheme": self.scheme,
+            "device": str(self.arch),
+            "title": self.arch.title,
+            "family": self.arch.family,
+            "layer": self.layer,
+            "asked": self.asked,
+            **choice_dict(self.choice),
+        }
+
+
+def matrix(
+    scheme: str | None = None,
+    device: str | None = None,
+    layer: str | None = None,
+    *,
+    registry: Registry | None = None,
+) -> tuple[Cell, ...]:
+    """Answers what works where.
+
+    Args:
+        scheme: Only this scheme.
+        device: Only this device: a kind, ``kind:arch``, or ``auto`` for the one found.
+        layer: ``linear`` or ``moe``; both by default.
+        hosted: The host to ask; the one of this process by default.
+
+    Returns:
+        One cell for each scheme, architecture and layer kind, for a weight of 4096 x 4096 and one row.
+    """
+    asked = registry or default_registry()
+    if layer is not None and layer not in LAYERS:
+        raise ConfigError(f"layer={layer!r}", "no such kind of layer", one_of(layer, LAYERS))
+    schemes = (
+        [asked.schemes[scheme]]
+        if scheme
+        else [s for s in asked.schemes.values() if s.weight.format != "bf16"]
+    )
+    cells = []
+    for target in _targets(asked, device):
+        kernels = asked.kernels(target.kind)
+        for s in schemes:
+            for kind in [layer] if layer else LAYERS:
+                request = Request(WeightSpec(s, *_SHAPE), kind, target, target.arch.compute)
+                cells.append(Cell(s.name, target.arch, kind, s.precision, select_kernel(request, kernels)))
+    return tuple(cells)
+
+
+def _targets(asked: Registry, device: str | None) -> Sequence[Device]:
+    if device in asked.backends:
+        kinds = [str(device)]
+    elif device:
+        return [asked.device(device)]
+    else:
+        kinds = list(asked.backends)
+    return [asked.device(f"{kind}:{arch}") for kind in kinds for arch in asked.backends[kind].archs]

@@ -1,0 +1,89 @@
+"""The memory that loading may hold beside the quantized model: how much, and what one weight takes of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+
+from quantport.errors import BudgetError, ConfigError
+from quantport.kernels.base import WeightSpec
+from quantport.numerics.blocks import LARGE, padded
+
+BUDGET = 512 << 20  # bytes, where nobody says otherwise
+PLAIN, SEARCH = 24, 36  # bytes of scratch for each element of a chunk: six fp32 copies; a search holds nine
+SCRATCH = SEARCH * LARGE  # bytes of scratch that quantizing one weight holds at most
+_UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "KIB": 1 << 10,
+    "MIB": 1 << 20,
+    "GIB": 1 << 30,
+}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?B?)\s*", re.IGNORECASE)
+
+
+def parse_budget(value: int | str | None) -> int | None:
+    """Reads bytes, or a text such as ``"512MB"`` (powers of 1000) or ``"512MiB"`` (powers of 1024).
+
+    Raises:
+        ConfigError: it is neither, or not positive.
+    """
+    if value is None:
+        return None
+    match = _SIZE.fullmatch(value) if isinstance(value, str) else None
+    size = value if isinstance(value, int) and not isinstance(value, bool) else 0
+    if match and match[2].upper() in _UNITS:
+        size = int(float(match[1]) * _UNITS[match[2].upper()])
+    if size <= 0:
+        raise ConfigError(
+            f"budget={value!r}", "not an amount of memory", "bytes, or a text such as '512MB' or '2GiB'"
+        )
+    return size
+
+
+def need(spec: WeightSpec, source: torch.dtype | None) -> int:
+    """Bytes that are in flight while one weight is read, quantized and packed.
+
+    Args:
+        spec: The weight.
+        source: Dtype that it is read in; None when the caller owns it and it is no part of the stream.
+
+    Returns:
+        The source, the stored tensors before they are packed, codes before several share a byte, and scratch.
+    """
+    quant, elements = spec.scheme.weight, spec.n * spec.k
+    read = elements * source.itemsize if source else 0
+    codes = elements if quant.element.bits < 8 or quant.element.block else 0
+    scratch = min(SCRATCH, (SEARCH if quant.searched else PLAIN) * spec.n * padded(spec.k, quant))
+    if (
+        spec.scheme.rotation
+    ):  # in fp32: the weight, its rotation and the rotated blocks; then the rotation beside the scratch
+        scratch = max(12 * elements, 4 * elements + scratch)
+    return read + spec.scheme.bytes(spec.n, spec.k) + codes + scratch
+
+
+def resolve_budget(asked: int | None, needs: Mapping[str, int]) -> int:
+    """The budget to keep: what was asked for, or the default, or more where the largest weight needs more
+    than that.
+
+    Args:
+        asked: In bytes, or None.
+        needs: Weight name -> bytes that it needs by itself.
+
+    Raises:
+        BudgetError: a weight needs more than was asked for; it is named.
+    """
+    largest = max(needs, key=lambda name: needs[name], default=None)
+    most = needs[largest] if largest is not None else 0
+    if asked is not None and most > asked:
+        raise BudgetError(
+            f"stream within {asked / 1e6:.1f} MB (budget=)",
+            f"{largest} alone needs {most / 1e6:.1f} MB to be read, quantized and packed",
+            f"budget={most} or more",
+        )
+    return max(BUDGET, most) if asked is None else asked

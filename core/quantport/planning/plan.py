@@ -1,0 +1,343 @@
+"""The plan: pure. Layers, configuration, device and kernels in; one Step for each layer out, with every
+verdict.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from quantport.config import QuantConfig
+from quantport.config.resolve import check_patterns, split
+from quantport.device import Device
+from quantport.errors import ConfigError, UnsupportedError
+from quantport.kernels.base import Kernel, Request, WeightSpec
+from quantport.kernels.verdict import Status
+from quantport.kvcache import KVShape, kv_summary
+from quantport.model.fused_projections import split as split_fused
+from quantport.model.layers import FLOATS, Layer
+from quantport.planning.memory import BUDGET, need, parse_budget, resolve_budget
+from quantport.planning.select_kernel import (
+    Choice,
+    best_scheme,
+    choice_dict,
+    select_embedding_kernel,
+    select_kernel,
+)
+from quantport.scheme import Scheme
+from quantport.scheme.catalog import Schemes
+
+
+@dataclass(frozen=True)
+class Step:
+    """What happens to one layer.
+
+    Attributes:
+        layer: The layer.
+        asked: Scheme asked for, or None for a layer that stays in 16 bits.
+        choice: What it gets; None for a layer that stays as it is.
+        note: Why it stays, or why it is slower than BF16 and what would be faster.
+        before: Bytes of its weights in the checkpoint.
+        after: Bytes once loaded.
+    """
+
+    layer: Layer
+    asked: str | None
+    choice: Choice | None
+    note: str
+    before: int
+    after: int
+
+    @property
+    def scheme(self) -> str:
+        """Scheme of the module that runs it: ``bf16`` for a layer that stays, but prepacked."""
+        return self.asked or "bf16"
+
+    @property
+    def slow(self) -> bool:
+        """True when the chosen path is measured or known to be slower than BF16 at the expected rows."""
+        return bool(self.asked and self.choice and self.choice.slow)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One Step for each layer of a model on one device. A value: print it, save it, compare it.
+
+    Attributes:
+        source: The model, as asked.
+        device: The device, found or simulated.
+        config: The configuration it follows.
+        steps: One for each layer, in checkpoint order.
+        rows: Expected rows of the activations.
+        why: Why this scheme, when the device chose it.
+        kv_shape: What the KV cache keeps for each token; None where that is not known.
+        budget: Bytes that the stream may hold beside the loaded model.
+    """
+
+    source: str
+    device: Device
+    config: QuantConfig
+    steps: tuple[Step, ...]
+    rows: int = 1
+    why: str = ""
+    kv_shape: KVShape | None = None
+    budget: int = BUDGET
+
+    @property
+    def before(self) -> int:
+        """Bytes of all tensors in the checkpoint."""
+        return sum(s.before for s in self.steps)
+
+    @property
+    def after(self) -> int:
+        """Bytes of all tensors once loaded."""
+        return sum(s.after for s in self.steps)
+
+    @property
+    def peak(self) -> int:
+        """Predicted peak bytes while loading: the loaded model and the budget for the stream."""
+        return self.after + self.budget
+
+    @property
+    def quantized(self) -> tuple[Step, ...]:
+        """The steps that quantize."""
+        return tuple(s for s in self.steps if s.asked not in (None, "bf16"))
+
+    @property
+    def kv_cache(self) -> dict[str, Any]:
+        """Dtype of the KV cache, the layers it skips, and its bytes per token beside those of BF16."""
+        return kv_summary(self.kv_shape, self.config.kv_cache_dtype, self.config.kv_cache_skip_layers)
+
+    @cached_property
+    def by_layer(self) -> dict[str, Step]:
+        """Layer name -> step."""
+        return {s.layer.name: s for s in self.steps}
+
+    def __str__(self) -> str:
+        groups = Counter(
+            (s.asked, s.choice.precision, str(s.choice.status), s.choice.kernel)
+            for s in self.quantized
+            if s.choice
+        )
+        lines = [
+            f"  {n} layers: {a} -> {p} {status} by {kernel}" for (a, p, status, kernel), n in groups.items()
+        ]
+        kept = len(self.steps) - len(self.quantized)
+        total = f"  {kept} stay as stored; {self.before / 1e6:.1f} MB -> {self.after / 1e6:.1f} MB"
+        return "\n".join([f"{self.source} on {self.device}", *lines, total])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON: stable keys, no objects."""
+        return {
+            "source": self.source,
+            "device": str(self.device),
+            "rows": self.rows,
+            "why": self.why,
+            "config": self.config.model_dump(mode="json", exclude_unset=True),
+            "bytes_before": self.before,
+            "bytes_after": self.after,
+            "bytes_peak": self.peak,
+            "kv_cache": self.kv_cache,
+            "layers": [_step_dict(s) for s in self.steps if s.layer.kind != "other"],
+        }
+
+    def to_json(self) -> str:
+        """The plan as JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+
+def _step_dict(step: Step) -> dict[str, Any]:
+    choice = step.choice
+    out: dict[str, Any] = {
+        "name": step.layer.name,
+        "kind": step.layer.kind,
+        "asked": step.asked,
+        "bytes_before": step.before,
+        "bytes_after": step.after,
+        "note": step.note,
+    }
+    if choice:
+        out |= {k: v for k, v in choice_dict(choice).items() if k != "verdicts"}
+    return out
+
+
+def make_plan(
+    layers: Iterable[Layer],
+    config: QuantConfig,
+    device: Device,
+    kernels: Sequence[Kernel],
+    schemes: Schemes,
+    *,
+    source: str = "",
+    rows: int = 1,
+    dtype: torch.dtype | None = None,
+    kv: KVShape | None = None,
+    budget: int | str | None = None,
+) -> Plan:
+    """Plans every layer. Pure: no host, no hardware, no weights.
+
+    Args:
+        layers: From ``find_layers``.
+        config: Checked configuration.
+        device: Found or simulated.
+        kernels: The device's kernels.
+        schemes: Known schemes.
+        source: Name of the model, for people.
+        rows: Expected rows of the activations.
+        dtype: Activation dtype; by default that of the weights, or what the device computes in.
+        kv: What the model keeps for each token, where that is known.
+        budget: Bytes (or ``"512MB"``) that the stream may hold beside the model; by default 512 MiB, or what
+            the largest weight needs.
+
+    Raises:
+        BudgetError: a single weight needs more than ``budget``.
+        ConfigError: patterns that match nothing or disagree.
+        UnsupportedError: the fallback policy leaves a layer without a kernel.
+    """
+    if not isinstance(rows, int) or rows < 1:
+        raise ConfigError(
+            f"rows={rows!r}",
+            "not a number of rows",
+            "1 for decoding one sequence, more for batches and prompts",
+        )
+    if dtype is not None and dtype not in FLOATS:
+        found = "not a floating dtype that models compute in"
+        raise ConfigError(f"dtype={dtype!r}", found, "torch.bfloat16, torch.float16 or torch.float32")
+    asked = parse_budget(budget)
+    layers = list(layers)
+    check_patterns(config, layers)
+    parts = [c for c in config.components.values() if c] or [config]
+    named = bool(config.scheme) or all(c.scheme or {"linear", "moe"} <= c.model_fields_set for c in parts)
+    default, why = (None, "") if named else best_scheme(device, kernels, schemes, rows)
+    planner = _Planner(config, device, kernels, schemes, rows, dtype)
+    steps = tuple(planner.step(*piece) for layer in layers for piece in split(layer, config, default))
+    kv_summary(
+        kv, config.kv_cache_dtype, config.kv_cache_skip_layers
+    )  # refuses a layer that the model does not have
+    return Plan(source, device, config, steps, rows, why, kv, resolve_budget(asked, _needs(steps, schemes)))
+
+
+def _needs(steps: Iterable[Step], schemes: Schemes) -> dict[str, int]:
+    """What the largest weight of each layer needs while it is quantized."""
+    return {
+        s.layer.name: max(
+            need(WeightSpec(schemes[s.scheme], n, k), s.layer.dtype) for _, n, k in s.layer.weights
+        )
+        for s in steps
+        if s.choice
+    }
+
+
+@dataclass
+class _Planner:
+    """Memoizes choices: the layers of a model repeat."""
+
+    config: QuantConfig
+    device: Device
+    kernels: Sequence[Kernel]
+    schemes: Schemes
+    rows: int
+    dtype: torch.dtype | None
+    cache: dict[object, tuple[Choice, str]] = field(default_factory=dict)
+
+    def step(self, layer: Layer, asked: str | None, why: str) -> Step:
+        if asked is None:
+            return Step(
+                layer,
+                None,
+                self._dense(layer) if layer.only else self._kept(layer),
+                why,
+                layer.bytes,
+                layer.bytes,
+            )
+        if layer.kind == "other" or (layer.keep and not layer.opt_in):
+            raise ConfigError(
+                f"scheme {asked!r} for {layer.name}",
+                layer.keep,
+                "name linear layers, experts, an lm_head or an embedding",
+            )
+        scheme = self.schemes[asked]
+        layer, fused = split_fused(layer, scheme)
+        key = (asked, layer.kind, layer.weights, layer.dtype, layer.name if layer.lookup else "")
+        if key not in self.cache:
+            self.cache[key] = self._choose(layer, scheme)
+        choice, note = self.cache[key]
+        if choice.status is Status.UNSUPPORTED:
+            raise UnsupportedError(
+                f"{asked} for {layer.name} on {self.device} with fallback={self.config.fallback!r}",
+                "; ".join(choice.reasons),
+                "fallback='weight_only' or 'reference', a *_weight_only scheme, or another device "
+                "(see `quantport matrix`)",
+            )
+        after = sum(scheme.bytes(n, k) for _, n, k in layer.each)
+        return Step(layer, asked, choice, "; ".join(filter(None, (fused, note))), layer.bytes, after)
+
+    def _kept(self, layer: Layer) -> Choice | None:
+        """The prepacked BF16 kernel for a linear layer that stays, where the device has one that was measured
+        faster.
+        """
+        multiplied = layer.kind == "linear" and (not layer.keep or (layer.opt_in and not layer.lookup))
+        if not multiplied or layer.dtype is not torch.bfloat16 or self.dtype not in (None, torch.bfloat16):
+            return None
+        choice = select_kernel(
+            self._request(layer, self.schemes["bf16"], *layer.weights[0][1:]), self.kernels
+        )
+        return choice if choice.speed is not None and choice.speed >= 1 else None
+
+    def _dense(self, layer: Layer) -> Choice:
+        """The 16-bit kernel for experts or projections that stay, inside a layer whose other weights are
+        quantized.
+
+        Raises:
+            ConfigError: they are not stored in BF16, the one dtype that is kept there.
+            UnsupportedError: the device has no 16-bit kernel.
+        """
+        if layer.dtype is not torch.bfloat16:
+            suggestion = "a scheme for them, or null for the whole layer"
+            raise ConfigError(
+                f"{layer.name} in 16 bits beside quantized experts",
+                f"it is stored as {layer.dtype}",
+                suggestion,
+            )
+        choice = select_kernel(
+            [self._request(layer, self.schemes["bf16"], n, k) for _, n, k in layer.weights], self.kernels
+        )
+        if choice.status is Status.UNSUPPORTED:
+            raise UnsupportedError(
+                f"{layer.name} in 16 bits on {self.device}", "; ".join(choice.reasons), "a scheme for it"
+            )
+        return choice
+
+    def _choose(self, layer: Layer, scheme: Scheme) -> tuple[Choice, str]:
+        requests = [self._request(layer, scheme, n, k) for _, n, k in layer.weights]
+        if layer.lookup:
+            return select_embedding_kernel(
+                requests[0], self.kernels, self.config.fallback, layer.name, layer.tied
+            )
+        choice = select_kernel(requests, self.kernels, self.config.fallback)
+        note = ""
+        if choice.slow:
+            note = f"slower than BF16: {choice.slow}"
+            faster = self._faster(requests[0])
+            note += f"; faster here: {faster}" if faster else "; no scheme is faster here"
+        return choice, note
+
+    def _faster(self, request: Request) -> str:
+        """The fastest scheme that beats BF16 for this shape, with its speed."""
+        best, name = 1.0, ""
+        for scheme in self.schemes.values():
+            weight = replace(request.weight, scheme=scheme)
+            speed = select_kernel(replace(request, weight=weight), self.kernels).speed
+            if speed is not None and speed > best:
+                best, name = speed, scheme.name
+        return f"{name} ({best:.1f}x)" if name else ""
+
+    def _request(self, layer: Layer, scheme: Scheme, n: int, k: int) -> Request:
+        dtype = self.dtype or (self.device.arch.compute if layer.dtype is torch.bfloat16 else layer.dtype)
+        return Request(WeightSpec(scheme, n, k), layer.kind, self.device, dtype, self.rows)

@@ -1,0 +1,210 @@
+"""Chooses a kernel: a pure fold over the kernels' verdicts. The plan, the matrix and the modules all choose
+here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from quantport.device import Device
+from quantport.errors import ConfigError
+from quantport.kernels.base import Kernel, Request, WeightSpec
+from quantport.kernels.embedding import embedding_kernels, why_not_rows
+from quantport.kernels.verdict import Accepted, Claim, Evidence, Rejected, Status, Verdict
+from quantport.scheme.catalog import Schemes
+
+_RANK = {Status.NATIVE: 0, Status.WEIGHT_ONLY: 1, Status.DEQUANTIZE: 2, Status.REFERENCE: 3}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a request gets on a device.
+
+    Attributes:
+        status: The outcome.
+        precision: Effective precision, empty when unsupported.
+        kernel: Chosen kernel, empty when unsupported.
+        claim: Evidence and its source.
+        reasons: Why it is not what was asked, or why not a better kernel; empty when native.
+        activations: How activations are quantized in effect, for example ``e4m3fn per token``.
+        speed: Relative to the best BF16 path at the expected rows; None when nobody measured it.
+        slow: Why it is slower than BF16 (measured, or known without measuring); empty when it is not.
+        deviation: Named difference from the scheme's numerics, or empty.
+        verdicts: Every kernel's verdict, for whoever wants to know why.
+    """
+
+    status: Status
+    precision: str
+    kernel: str
+    claim: Claim | None
+    reasons: tuple[str, ...]
+    activations: str = "16-bit"
+    speed: float | None = None
+    slow: str = ""
+    numeric_deviation: str = ""
+    verdicts: tuple[Verdict, ...] = ()
+
+
+def choice_dict(choice: Choice) -> dict[str, Any]:
+    """Plain data of one choice, for JSON."""
+    out = asdict(replace(choice, verdicts=()))
+    out["evidence"] = str(choice.claim.evidence) if choice.claim else ""
+    out["source"] = choice.claim.source if choice.claim else ""
+    out["status"] = str(choice.status)
+    out["verdicts"] = [
+        {"kernel": v.kernel, "reasons": [str(r) for r in v.reasons] if isinstance(v, Rejected) else []}
+        for v in choice.verdicts
+    ]
+    del out["claim"]
+    return out
+
+
+def select_kernel(
+    request: Request | Sequence[Request], kernels: Sequence[Kernel], fallback: str = "weight_only"
+) -> Choice:
+    """Chooses the kernel for one request, or one kernel for all weights of a layer.
+
+    The asked precision on native units comes first; then, by policy, the same weights with 16-bit
+    activations, or the exact emulation. Among equals the fastest wins.
+
+    Args:
+        request: What the layer needs; several for the weights of one layer, which then share a scheme and
+            a kernel.
+        kernels: Every kernel of the device.
+        fallback: ``weight_only``, ``reference`` or ``error``.
+
+    Returns:
+        The choice; its status is ``unsupported`` when the policy leaves nothing.
+    """
+    requests = [request] if isinstance(request, Request) else list(request)
+    request = requests[0]
+    verdicts = tuple(_worst([k.verdict(r) for r in requests]) for k in kernels)
+    accepted = [v for v in verdicts if isinstance(v, Accepted)]
+    scheme = request.weight.scheme
+    asked = [v for v in accepted if v.precision == scheme.precision and v.status is not Status.REFERENCE]
+    weight_only = [v for v in accepted if v.status is Status.WEIGHT_ONLY] if fallback == "weight_only" else []
+    emulated = [v for v in accepted if v.status is Status.REFERENCE] if fallback != "error" else []
+    pool = asked or weight_only or emulated
+    reasons = _reasons(request, verdicts)
+    if not pool:
+        return Choice(Status.UNSUPPORTED, "", "", None, reasons, verdicts=verdicts)
+    best = min(pool, key=lambda v: (_RANK[v.status], -(v.speed or 0)))
+    reasons = () if best.status is Status.NATIVE else reasons
+    slow = (
+        f"measured at {best.speed:.2f}x BF16 at {request.rows} rows"
+        if best.speed is not None and best.speed < 1
+        else best.slow
+    )
+    activations = (scheme if best.precision == scheme.precision else scheme.weight_only).activations
+    return Choice(
+        best.status,
+        best.precision,
+        best.kernel,
+        best.claim,
+        reasons,
+        activations,
+        best.speed,
+        slow,
+        best.numeric_deviation,
+        verdicts,
+    )
+
+
+def _worst(verdicts: Sequence[Verdict]) -> Verdict:
+    """The refusal among a kernel's verdicts on the weights of one layer, else the first."""
+    return next((v for v in verdicts if isinstance(v, Rejected)), verdicts[0])
+
+
+def _reasons(request: Request, verdicts: Sequence[Verdict]) -> tuple[str, ...]:
+    """Why no native kernel of the asked precision ran, deduplicated; a missing kernel is told from missing
+    hardware.
+    """
+    scheme, arch = request.weight.scheme, request.device.arch
+    out: list[str] = []
+    if scheme.activation:
+        name = scheme.activation.unit
+        if name in arch.native:
+            out.append(
+                f"{arch.name} multiplies {name} natively, but this version has no kernel for "
+                f"{scheme.name} on it that fits"
+            )
+        else:
+            out.append(f"{arch.name} ({arch.title}) has no {name} matrix instruction [{arch.source}]")
+    else:
+        out.append(f"this version has no fused {scheme.precision} kernel for {arch.name}")
+    for verdict in verdicts:
+        if isinstance(verdict, Rejected) and not verdict.unrelated:
+            out += [
+                f"{verdict.kernel}: {r}"
+                for r in verdict.reasons
+                if "no " + scheme.weight.format not in r.text
+            ]
+    return tuple(dict.fromkeys(out))
+
+
+def best_scheme(
+    device: Device, kernels: Sequence[Kernel], schemes: Schemes, rows: int = 1
+) -> tuple[str, str]:
+    """Picks the scheme for a device when nobody names one: near-lossless first, native, and not slower than
+    BF16.
+
+    Returns:
+        ``(scheme name, why)``.
+    """
+    order = ("fp8_per_channel", "int8", "fp8_weight_only", "int8_weight_only")
+    told: list[str] = []
+    for name in order:
+        choice = select_kernel(
+            Request(WeightSpec(schemes[name], 4096, 4096), "linear", device, device.arch.compute, rows),
+            kernels,
+        )
+        if choice.status is Status.NATIVE and not choice.slow:
+            speed = "" if choice.speed is None else f", {choice.speed:.1f}x BF16"
+            evidence = choice.claim.evidence if choice.claim else Evidence.DECLARED
+            passed = f" (passed over: {'; '.join(told)})" if told else ""
+            return name, f"{name}: {choice.precision} by {choice.kernel}{speed} [{evidence}]{passed}"
+        told.append(
+            f"{name} is {choice.status}" + (f", slower than BF16: {choice.slow}" if choice.slow else "")
+        )
+    return (
+        "int8_weight_only",
+        "int8_weight_only: half the bytes and near-lossless; nothing here is faster than BF16 "
+        f"({'; '.join(told)})",
+    )
+
+
+def select_embedding_kernel(
+    request: Request, kernels: Sequence[Kernel], fallback: str, name: str, tied: Sequence[str]
+) -> tuple[Choice, str]:
+    """Chooses the kernel of an embedding, which is also that of the output heads that share its weight.
+
+    Returns:
+        ``(choice, note)``.
+
+    Raises:
+        ConfigError: rows of this scheme cannot be looked up.
+    """
+    scheme = request.weight.scheme
+    if why := why_not_rows(scheme, request.weight.k):
+        suggestion = (
+            "a scheme with scales per row or per group of a row, such as int8_weight_only; or null, to "
+            "leave it in 16 bits"
+        )
+        raise ConfigError(f"scheme {scheme.name!r} for the embedding {name}", why, suggestion)
+    usable = embedding_kernels(kernels, bool(tied))
+    if not tied:
+        found = select_kernel(request, usable)
+        reasons = ("rows are looked up and dequantized; nothing is multiplied",)
+        return replace(
+            found, reasons=reasons, slow="", status=Status.DEQUANTIZE
+        ) if found.kernel else found, ""
+    found, best = select_kernel(request, usable, fallback), select_kernel(request, kernels, fallback)
+    note = f"one weight with {', '.join(tied)}"
+    if best.kernel != found.kernel:
+        note += (
+            f"; {best.kernel} packs it so that rows cannot be looked up: multiplied by "
+            f"{found.kernel or 'no other kernel'}"
+        )
+    return found, note

@@ -1,0 +1,6 @@
+"""Schemes: the numbers that weights and activations become, as data."""
+
+from quantport.scheme.quant import Quant
+from quantport.scheme.scheme import Scheme
+
+__all__ = ["Quant", "Scheme"]

@@ -1,0 +1,146 @@
+"""Schemes: what the numbers are, on every device. A scheme knows no hardware."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+
+from quantport.errors import ConfigError, one_of
+from quantport.scheme.formats import BF16, E8M0
+from quantport.scheme.quant import RULES, Quant, blocks_of
+
+Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
+GGUF_BYTES = {"q4_0": 18, "q8_0": 34, "q4_k": 144, "q5_k": 176, "q6_k": 210}
+ROTATION = 128
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """One quantization scheme for the weight ``[N, K]`` and the activations ``[M, K]`` of a linear layer.
+
+    ``quantport.numerics`` is the judge of what the fields mean, and ``docs/numerics.md`` the contract.
+
+    Attributes:
+        name: Canonical name; options follow it after colons.
+        weight: Weight quantization.
+        activation: Dynamic activation quantization, or None (weight-only: activations stay 16-bit).
+        summary: One line for people.
+        aliases: Other spellings, as vLLM, vLLM-Omni and others write them.
+        rotation: Size of the Hadamard blocks along K that rotate weights and activations alike; 0 for none.
+    """
+
+    name: str
+    weight: Quant
+    activation: Quant | None
+    summary: str
+    aliases: tuple[str, ...] = ()
+    rotation: int = 0
+
+    @property
+    def precision(self) -> str:
+        """Bits of weights and activations, for example ``W8A8`` or ``W4A16``."""
+        return f"W{self.weight.element.bits}A{self.activation.element.bits if self.activation else 16}"
+
+    @property
+    def activations(self) -> str:
+        """How activations are quantized, for people: ``e4m3fn per token``, or ``16-bit``."""
+        if self.activation is None:
+            return "16-bit"
+        return f"{self.activation.format} per " + (
+            f"1x{self.activation.group_size}" if self.activation.group_size else "token"
+        )
+
+    @property
+    def weight_only(self) -> Scheme:
+        """The same weights with 16-bit activations."""
+        return replace(self, activation=None)
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """What may follow the name after a colon."""
+        weight = self.weight
+        chosen = set(self.name.split(":")) & {*RULES, "mse"}  # one rule is enough
+        rules = RULES if weight.scale == E8M0.name and not chosen else ()
+        mse = ("mse",) if weight.scale in ("e8m0", "e4m3fn") and not weight.searched and not chosen else ()
+        double = ("double",) if weight.element.codebook and not weight.scale_quant else ()
+        hadamard = (
+            ("hadamard",)
+            if weight.element.bits == 4 and not weight.element.block and not self.rotation
+            else ()
+        )
+        return tuple(r for r in rules if r != weight.rule) + mse + double + hadamard
+
+    def option(self, name: str) -> Scheme:
+        """The scheme with one option: another scale rule, ``mse``, ``double`` or ``hadamard``.
+
+        Raises:
+            ConfigError: the scheme has no such option.
+        """
+        if name not in self.options:
+            suggestion = one_of(name, self.options) if self.options else f"{self.name!r}: it has no options"
+            raise ConfigError(f"option {name!r} of scheme {self.name!r}", "no such option", suggestion)
+        weight, activation, rotation = self.weight, self.activation, self.rotation
+        if name == "hadamard":
+            rotation = ROTATION
+        elif name == "double":
+            weight = replace(weight, scale_quant=True)
+        else:
+            weight = replace(weight, rule=name)
+            activation = (
+                replace(activation, rule=name)
+                if activation and activation.scale == "e8m0" and name in RULES
+                else activation
+            )
+        changed = replace(
+            self, name=f"{self.name}:{name}", weight=weight, activation=activation, rotation=rotation
+        )
+        return replace(changed, aliases=(), summary=f"{self.summary}; {name}")
+
+    def layout(self, n: int, k: int) -> Layout:
+        """Stored tensors of one weight ``[n, k]``: name -> (shape, dtype). Where compressed-tensors has the
+        format, its layout.
+
+        ``weight`` [n, k] for 8-bit and bf16 elements, else ``weight_packed``: int4 eight to an int32 word,
+        the others as bytes, low bits first. ``weight_scale``, one for each block. Where the scheme has them:
+            ``weight_zero``
+        (offsets), ``weight_global_scale`` [1] (what block scales were multiplied with, as in NVFP4),
+        ``weight_outer_scale`` (a factor for each outer block), ``weight_scale_scale`` [n, 1] and
+        ``weight_scale_offset`` [1] (of quantized scales). GGUF: ``weight_blocks`` uint8 [n, bytes].
+        """
+        quant, element = self.weight, self.weight.element
+        if element is BF16:
+            return {"weight": ((n, k), torch.bfloat16)}
+        if element.block:
+            return {
+                "weight_blocks": ((n, math.ceil(k / element.block) * GGUF_BYTES[element.name]), torch.uint8)
+            }
+        scale = quant.scale_shape(n, k)
+        out: Layout = {"weight_packed": ((n, math.ceil(k / 8)), torch.int32)}
+        if element.bits == 8:
+            out = {"weight": ((n, k), element.storage)}
+        elif element.name != "int4":
+            out = {"weight_packed": ((n, packed_bytes(k, element.bits)), torch.uint8)}
+        out["weight_scale"] = (scale, torch.uint8 if quant.scale_quant else quant.scale_dtype)
+        if quant.scale_quant:
+            out |= {
+                "weight_scale_scale": ((n, 1), torch.float32),
+                "weight_scale_offset": ((1,), torch.float32),
+            }
+        if quant.zero_point:
+            out["weight_zero"] = (scale, quant.scale_dtype)
+        if quant.outer_block == (0, 0):
+            out["weight_global_scale"] = ((1,), torch.float32)
+        elif quant.outer_block:
+            out["weight_outer_scale"] = (blocks_of(n, k, *quant.outer_block), torch.float32)
+        return out
+
+    def bytes(self, n: int, k: int) -> int:
+        """Bytes of one quantized weight ``[n, k]`` with its scales."""
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.layout(n, k).values())
+
+
+def packed_bytes(k: int, bits: int) -> int:
+    """Bytes of ``k`` codes of 4 or 6 bits, in whole groups of two or four."""
+    return math.ceil(k / 2) if bits == 4 else 3 * math.ceil(k / 4)
