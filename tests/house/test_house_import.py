@@ -61,9 +61,9 @@ def test_a_cache_is_counted_without_transformers():
 
 
 def test_finding_the_rooms_loads_no_runtime():
-    fresh = imported("quantport.plugins.registry; quantport.plugins.registry.default_registry().backends") - imported(
-        "torch"
-    )
+    fresh = imported(
+        "quantport.plugins.registry; quantport.plugins.registry.default_registry().backends"
+    ) - imported("torch")
     assert set(house.entry_points("quantport.backends").values()) <= fresh
     assert not fresh & (RUNTIMES - {"pytest"})
 

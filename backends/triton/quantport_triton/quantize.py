@@ -304,7 +304,7 @@ def _rows(x: Tensor, quant: Quant, out: Quantized, swizzle: bool) -> None:
 
 
 def _squares(x: Tensor, quant: Quant, out: Quantized) -> None:
-    from quantport_triton.ops import quantize as ops
+    from quantport_triton.ops import quantize_blocks as ops
 
     call = _call(x, quant, out)
     down, across = power_above(quant.block_shape[0]), power_above(quant.group_size)
@@ -323,7 +323,7 @@ def _squares(x: Tensor, quant: Quant, out: Quantized) -> None:
 
 
 def _whole(x: Tensor, quant: Quant, out: Quantized) -> None:
-    from quantport_triton.ops import quantize as ops
+    from quantport_triton.ops import quantize_blocks as ops
 
     call = _call(x, quant, out)
     block = call.blocks["TILE"]
@@ -335,7 +335,7 @@ def _whole(x: Tensor, quant: Quant, out: Quantized) -> None:
 
 def _largest(x: Tensor) -> Tensor:
     """Bits of the largest magnitude of a matrix without gaps: int32 ``[1]``."""
-    from quantport_triton.ops import quantize as ops
+    from quantport_triton.ops import quantize_blocks as ops
 
     top, blocks = x.new_zeros(1, dtype=torch.int32), tuned(x, "quantize")
     block, steps = blocks["TILE"], blocks["STEPS"]

@@ -146,19 +146,12 @@ def plain(
 
 def _body(n_format: int, n_kind: int, n_group: int, bits: int) -> Any:
     def rows(frame):
+        # fmt: off
         x, x_stride, w, n, k = word(frame, 2), word(frame, 3), word(frame, 4), word(frame, 5), word(frame, 6)
-        scale, scale_stride, outer, outer_stride = (
-            word(frame, 7),
-            word(frame, 8),
-            word(frame, 9),
-            word(frame, 10),
-        )
+        scale, scale_stride = word(frame, 7), word(frame, 8)
+        outer, outer_stride = word(frame, 9), word(frame, 10)
         table, out, m, span, out_stride = (
-            word(frame, 11),
-            word(frame, 12),
-            word(frame, 13),
-            word(frame, 14),
-            word(frame, 15),
+            word(frame, 11), word(frame, 12), word(frame, 13), word(frame, 14), word(frame, 15),
         )
         stride = k * bits >> 3
         while True:
@@ -169,66 +162,26 @@ def _body(n_format: int, n_kind: int, n_group: int, bits: int) -> Any:
                 here, s, o = w + row * stride, scale + row * scale_stride, outer + row * outer_stride
                 step = stride if row + 1 < n else 0
                 s_step, o_step = (scale_stride, outer_stride) if row + 1 < n else (0, 0)
+                y = out + 4 * row
                 if m == 0:
                     plain(here, k, s, o, table, out + 4 * k * row, n_format, n_kind, n_group)
                 elif m == 1:
                     tile(
-                        x,
-                        x_stride,
-                        here,
-                        step,
-                        k,
-                        s,
-                        s_step,
-                        o,
-                        o_step,
-                        table,
-                        out + 4 * row,
-                        out_stride,
-                        n_format,
-                        n_kind,
-                        n_group,
-                        1,
+                        x, x_stride, here, step, k, s, s_step, o, o_step, table, y, out_stride,
+                        n_format, n_kind, n_group, 1,
                     )
                 elif m == 2:
                     tile(
-                        x,
-                        x_stride,
-                        here,
-                        step,
-                        k,
-                        s,
-                        s_step,
-                        o,
-                        o_step,
-                        table,
-                        out + 4 * row,
-                        out_stride,
-                        n_format,
-                        n_kind,
-                        n_group,
-                        2,
+                        x, x_stride, here, step, k, s, s_step, o, o_step, table, y, out_stride,
+                        n_format, n_kind, n_group, 2,
                     )
                 else:
                     for i in range(0, m, 4):
                         tile(
-                            x + i * x_stride,
-                            x_stride,
-                            here,
-                            step,
-                            k,
-                            s,
-                            s_step,
-                            o,
-                            o_step,
-                            table,
-                            out + 4 * row + i * out_stride,
-                            out_stride,
-                            n_format,
-                            n_kind,
-                            n_group,
-                            4,
+                            x + i * x_stride, x_stride, here, step, k, s, s_step, o, o_step, table,
+                            y + i * out_stride, out_stride, n_format, n_kind, n_group, 4,
                         )
+        # fmt: on
 
     return rows
 
