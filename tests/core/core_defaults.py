@@ -20,7 +20,8 @@ elif DEVICE != "cpu":
 
 import quantport  # noqa: E402  # tables that are made on import are made under these defaults, too
 import quantport_cpu.detect  # noqa: E402
-from quantport import aten, numerics  # noqa: E402
+from quantport import numerics  # noqa: E402
+from quantport.kernels import aten  # noqa: E402
 from quantport.kernels.base import WeightSpec  # noqa: E402
 from quantport.kvcache import cache_dtype, decode, encode  # noqa: E402
 from quantport.modules import QuantExperts, QuantLinear  # noqa: E402

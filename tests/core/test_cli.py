@@ -36,7 +36,7 @@ def parts(result) -> dict[str, str]:
     lines = result.stderr.splitlines()
     assert lines[0].endswith("Error")
     found = {name: text for name, _, text in (line.partition(": ") for line in lines[1:])}
-    assert list(found) == ["asked", "found", "works"]
+    assert list(found) == ["asked", "found", "try"]
     assert all(found.values())
     return found
 
@@ -120,8 +120,8 @@ def test_matrix_filters():
         for c in cells
     ] == [("fp8_per_tensor", "cuda:sm_80", "linear", "W8A16")]
     assert "no e4m3fn matrix instruction" in ask("matrix", "-s", "fp8", "-d", "cuda:sm_80").stdout
-    assert "did you mean 'sm_89'" in parts(ask("matrix", "--device", "cuda:sm_8", code=2))["works"]
-    assert "did you mean 'int8'" in parts(ask("matrix", "--scheme", "int9", code=2))["works"]
+    assert "did you mean 'sm_89'" in parts(ask("matrix", "--device", "cuda:sm_8", code=2))["try"]
+    assert "did you mean 'int8'" in parts(ask("matrix", "--scheme", "int9", code=2))["try"]
 
 
 def test_acceptance_moe_on_ampere_is_weight_only_and_says_why():
@@ -132,7 +132,7 @@ def test_acceptance_moe_on_ampere_is_weight_only_and_says_why():
     assert "no e4m3fn matrix instruction" in text
     error = parts(ask(*asked, "--fallback", "error", code=2))
     assert "no e4m3fn matrix instruction" in error["found"]
-    assert "fallback" in error["works"]
+    assert "fallback" in error["try"]
 
 
 def test_acceptance_moe_on_hopper_quantizes_activations_per_token():
@@ -249,7 +249,7 @@ def registry(monkeypatch):
     def use(*points):
         with pytest.warns(RuntimeWarning) if len(points) > 1 else Nothing():
             found = Registry(points, only=[])
-        monkeypatch.setattr("quantport.cli.doctor.host", lambda: found)
+        monkeypatch.setattr("quantport.cli.doctor.default_registry", lambda: found)
         return found
 
     return use

@@ -105,7 +105,7 @@ def test_compare_of_a_quantized_checkpoint_needs_its_original(small, tmp_path):
     out = tmp_path / "out"
     ask("quantize", small, out, "--scheme", "int8", "--format", "markdown")
     error = parts(ask("run", out, "--compare", "--text", TEXT, code=2))
-    assert "--baseline" in error["works"]
+    assert "--baseline" in error["try"]
     assert "it is quantized itself" in parts(ask("run", out, "--compare", "--baseline", out, code=2))["found"]
     assert "no config.json" in parts(ask("run", out, "--compare", "--baseline", tmp_path, code=2))["found"]
     data = json.loads(
@@ -120,7 +120,7 @@ def test_quantize_refuses_a_taken_directory_before_it_works(small, tmp_path, mon
     (taken / "notes.txt").write_text("mine")
     with monkeypatch.context() as patch:
         patch.setattr(quantport, "load", lambda *a, **k: pytest.fail("it loaded first"))
-        assert "--overwrite" in parts(ask("quantize", small, taken, "--scheme", "int8", code=2))["works"]
+        assert "--overwrite" in parts(ask("quantize", small, taken, "--scheme", "int8", code=2))["try"]
         assert (
             "no weights"
             in parts(ask("quantize", small, taken, "--scheme", "int8", "--overwrite", code=2))["found"]
@@ -129,7 +129,7 @@ def test_quantize_refuses_a_taken_directory_before_it_works(small, tmp_path, mon
         assert "a file" in parts(ask("quantize", small, taken / "notes.txt" / "x", code=2))["found"]
         assert "is read" in parts(ask("quantize", small, small, "--overwrite", code=2))["found"]
         assert "is read" in parts(ask("quantize", small, small.parent, "--overwrite", code=2))["found"]
-        patch.setattr("quantport.cli.run.os.access", lambda *a: False)
+        patch.setattr("quantport.cli.run_model.os.access", lambda *a: False)
         assert "no permission" in parts(ask("quantize", small, tmp_path / "new", code=2))["found"]
     assert [p.name for p in taken.iterdir()] == ["notes.txt"]
 
@@ -164,17 +164,15 @@ def test_too_short_a_text(small, tmp_path):
     assert "at least 64 tokens" in str(
         ask("run", small, "--tokens", "2", "--compare", "--text", tmp_path / "short.txt", code=2).stderr
     )
-    assert (
-        "UTF-8" in parts(ask("run", small, "--compare", "--text", tmp_path / "binary.txt", code=2))["works"]
-    )
+    assert "UTF-8" in parts(ask("run", small, "--compare", "--text", tmp_path / "binary.txt", code=2))["try"]
 
 
 def test_run_without_config_or_tokenizer(small, tmp_path):
     assert "no config.json" in parts(ask("run", tmp_path, code=2))["found"]
     shutil.copy(small / "config.json", tmp_path)
-    assert "tokenizer.json" in parts(ask("run", tmp_path, code=2))["works"]
+    assert "tokenizer.json" in parts(ask("run", tmp_path, code=2))["try"]
     (tmp_path / "tokenizer.json").write_text("{")
-    assert "tokenizer.json" in parts(ask("run", tmp_path, code=2))["works"]
+    assert "tokenizer.json" in parts(ask("run", tmp_path, code=2))["try"]
 
 
 def test_a_config_that_is_no_json(tmp_path):

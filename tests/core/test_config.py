@@ -6,9 +6,10 @@ import pytest
 import torch
 from core_references import check_parts
 
-from quantport.config import QuantConfig, compile_pattern
+from quantport.config import QuantConfig
 from quantport.errors import ConfigError
 from quantport.model.layers import Layer
+from quantport.model.patterns import compile_pattern
 from quantport.scheme import Quant, Scheme
 from quantport.scheme.catalog import BUILTIN, Schemes
 

@@ -230,7 +230,7 @@ def test_the_command_line(tmp_path):
     settings.write_text(json.dumps({"scheme": "int8", "kv_cache_dtype": "int4", "kv_cache_skip_layers": [0]}))
     assert "layers 0 in 16 bits" in ask("plan", DENSE, "--config", settings).stdout
     assert (
-        "one of them" in parts(ask("plan", DENSE, "--config", settings, "--kv-cache", "fp8", code=2))["works"]
+        "one of them" in parts(ask("plan", DENSE, "--config", settings, "--kv-cache", "fp8", code=2))["try"]
     )
     assert "no such dtype" in parts(ask("plan", DENSE, "--kv-cache", "fp9", code=2))["found"]
     call = (

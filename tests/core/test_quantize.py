@@ -293,7 +293,7 @@ def test_moves_and_casts():
 def test_a_move_that_fails_leaves_the_module_whole(monkeypatch):
     model = quantized("int8").to("meta")
     shapes = {n: t.shape for n, t in model.state_dict().items()}
-    monkeypatch.setattr(base, "host", lambda: Registry(points=[]))
+    monkeypatch.setattr(base, "default_registry", lambda: Registry(points=[]))
     with pytest.raises(QuantportError):
         model.to_empty(device="cpu")
     assert {n: t.shape for n, t in model.state_dict().items()} == shapes

@@ -84,7 +84,7 @@ def _root(
 def explain(error: QuantportError) -> None:
     """Prints the three parts of an error to stderr, each under its name."""
     view = Console(stderr=True, markup=False, highlight=False, emoji=False)
-    parts = (("asked", error.asked), ("found", error.found), ("works", error.suggestion))
+    parts = (("asked", error.asked), ("found", error.found), ("try", error.suggestion))
     if not sys.stderr.isatty():  # one part to a line, whole, for pipes and logs
         view.print(f"{type(error).__name__}\n{error}", soft_wrap=True)
         return

@@ -93,7 +93,7 @@ def test_empty_directory(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "works"),
+    ("name", "suggestion"),
     [
         ("pytorch_model.bin", "save_pretrained"),
         ("consolidated.00.pth", "save_pretrained"),

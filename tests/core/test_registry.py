@@ -40,25 +40,25 @@ def aside(points, plugin_name, stage, *named):
     """A host of these, of which exactly one was set aside, with exactly one warning; the good one works."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        host = Registry(points)
-        found, kernels = host.devices, host.kernels("good")
+        registry = Registry(points)
+        found, kernels = registry.devices, registry.kernels("good")
     assert [(w.category, plugin_name in str(w.message)) for w in caught] == [(RuntimeWarning, True)]
-    assert len(host.problems) == 1, host.problems
-    problem = host.problems[0]
+    assert len(registry.problems) == 1, registry.problems
+    problem = registry.problems[0]
     assert (problem.plugin, problem.stage) == (plugin_name, stage)
     for name in named:
         assert name in problem.error
     assert [d.kind for d in found if d.kind == "good"] == ["good"]
     assert [k.name for k in kernels] == ["good.k"]
-    return host
+    return registry
 
 
 def test_a_good_one_has_no_problem(good):
-    host = Registry([good])
-    assert list(host.backends) == ["good"]
-    assert host.device().kind == "good"
-    assert host.kernel("good.k").name == "good.k"
-    assert host.problems == []
+    registry = Registry([good])
+    assert list(registry.backends) == ["good"]
+    assert registry.device().kind == "good"
+    assert registry.kernel("good.k").name == "good.k"
+    assert registry.problems == []
 
 
 def test_import_raises(good, monkeypatch):
@@ -74,7 +74,7 @@ def test_import_raises(good, monkeypatch):
 def test_import_of_a_broken_file(good, tmp_path, monkeypatch):
     (tmp_path / "broken_room.py").write_text("raise OSError('libacme.so.1: cannot open shared object file')")
     monkeypatch.syspath_prepend(tmp_path)
-    host = aside(
+    registry = aside(
         [EntryPoint("bad", "broken_room", "quantport.backends"), good],
         "bad",
         "import",
@@ -82,7 +82,7 @@ def test_import_of_a_broken_file(good, tmp_path, monkeypatch):
         "libacme.so.1",
     )
     with pytest.raises(DeviceError) as caught:
-        host.device("bad")
+        registry.device("bad")
     check_parts(caught.value, "'bad'", "libacme.so.1", "good")
 
 
@@ -98,10 +98,10 @@ def test_hook_raises(good, monkeypatch):
 
 def test_detection_raises(good, monkeypatch):
     bad = backend_plugin(monkeypatch, "bad", FakeBackend("bad", found=OSError("driver gone")))
-    host = aside([bad, good], "bad", "detection", "OSError", "driver gone")
-    assert host.device("bad:a1").simulated, "planning needs no detection"
+    registry = aside([bad, good], "bad", "detection", "OSError", "driver gone")
+    assert registry.device("bad:a1").simulated, "planning needs no detection"
     with pytest.raises(DeviceError, match="driver gone"):
-        host.device("bad")
+        registry.device("bad")
 
 
 def test_detection_problem_names_the_plugin(good, monkeypatch):
@@ -131,12 +131,12 @@ def test_detection_gives_a_wrong_type(good, monkeypatch, answer):
     ids=str.split("raises one texts class half"),
 )
 def test_kernels_raise_or_give_a_wrong_type(good, monkeypatch, answer):
-    host = aside(
+    registry = aside(
         [backend_plugin(monkeypatch, "bad", FakeBackend("bad", kernels=answer)), good], "bad", "kernels"
     )
-    assert host.kernels("bad") == ()
+    assert registry.kernels("bad") == ()
     with pytest.raises(BackendError) as caught:
-        host.kernel("bad.k")
+        registry.kernel("bad.k")
     check_parts(caught.value, "'bad.k'", "good.k")
 
 
@@ -179,11 +179,11 @@ def test_two_kernels_of_one_name(good, monkeypatch):
     points = [good, backend_plugin(monkeypatch, "zthief", FakeBackend("thief", kernels=[thief]))]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        host = Registry(points)
-        kernel = host.kernel("good.k")
+        registry = Registry(points)
+        kernel = registry.kernel("good.k")
     assert kernel is not thief
     assert len(caught) == 1
-    assert "good.k" in host.problems[0].error
+    assert "good.k" in registry.problems[0].error
 
 
 @pytest.mark.parametrize("answer", [None, "cpu", FakeBackend, 3], ids=str)
@@ -204,10 +204,10 @@ def test_backend_without_the_hook(good, monkeypatch):
 
 def test_schemes_of_plugins(good, monkeypatch):
     mine = Scheme("mine", INT8, None, "", ("my",))
-    host = Registry(
+    registry = Registry(
         [plugin(monkeypatch, "extra", "quantport.plugins", quantport_schemes=lambda: [mine]), good]
     )
-    assert host.schemes["my"] is mine
+    assert registry.schemes["my"] is mine
     assert "mine" not in BUILTIN
 
 
@@ -225,9 +225,9 @@ def test_scheme_that_clashes_sets_the_whole_plugin_aside(good, monkeypatch, sche
         quantport_schemes=lambda: schemes,
         quantport_backend=lambda: backend,
     )
-    host = aside([good, bad], "bad", "import")
-    assert set(host.schemes) == set(BUILTIN)
-    assert "bad" not in host.backends
+    registry = aside([good, bad], "bad", "import")
+    assert set(registry.schemes) == set(BUILTIN)
+    assert "bad" not in registry.backends
 
 
 def test_restriction(good, monkeypatch):
@@ -243,33 +243,33 @@ def test_restriction(good, monkeypatch):
 
 def test_restriction_does_not_import_the_rest(good, tmp_path, monkeypatch):
     monkeypatch.setenv("QUANTPORT_BACKENDS", "good")
-    host = Registry([good, EntryPoint("bad", "no_such_module_of_anybody", "quantport.backends")])
-    assert host.problems == []
+    registry = Registry([good, EntryPoint("bad", "no_such_module_of_anybody", "quantport.backends")])
+    assert registry.problems == []
 
 
 def test_detection_is_lazy_and_happens_once(monkeypatch):
     calls = []
     backend = FakeBackend("lazy", found=lambda: calls.append(1) or [device("lazy")])
-    host = Registry([backend_plugin(monkeypatch, "lazy", backend)])
+    registry = Registry([backend_plugin(monkeypatch, "lazy", backend)])
     assert calls == []
-    assert host.devices == host.devices
+    assert registry.devices == registry.devices
     assert calls == [1]
 
 
 def test_problems_warn_once(monkeypatch):
-    host = Registry([backend_plugin(monkeypatch, "bad", FakeBackend("bad", found=OSError("gone")))])
+    registry = Registry([backend_plugin(monkeypatch, "bad", FakeBackend("bad", found=OSError("gone")))])
     with pytest.warns(RuntimeWarning, match="gone"):
-        assert host.devices == ()
+        assert registry.devices == ()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert host.devices == ()
+        assert registry.devices == ()
     with pytest.raises(DeviceError) as caught:
-        host.device("auto")
+        registry.device("auto")
     check_parts(caught.value, "'auto'", "no backend found a device", "doctor")
 
 
 @pytest.fixture
-def default_registry(monkeypatch):
+def registry(monkeypatch):
     fast = FakeBackend(
         "fast", "xpu", 10, [device("fast", 0, torch_type="xpu"), device("fast", 1, torch_type="xpu")]
     )
@@ -277,35 +277,35 @@ def default_registry(monkeypatch):
     return Registry([backend_plugin(monkeypatch, "slow", slow), backend_plugin(monkeypatch, "fast", fast)])
 
 
-def test_device_auto_takes_the_highest_rank(host, monkeypatch):
-    assert str(host.device()) == "fast:0 (a1)"
+def test_device_auto_takes_the_highest_rank(registry, monkeypatch):
+    assert str(registry.device()) == "fast:0 (a1)"
     monkeypatch.setenv("QUANTPORT_DEVICE", "slow")
-    assert host.device().kind == "slow"
-    assert host.device("fast:1").index == 1, "device= wins over the environment"
+    assert registry.device().kind == "slow"
+    assert registry.device("fast:1").index == 1, "device= wins over the environment"
     monkeypatch.setenv("QUANTPORT_DEVICE", "fsat")
     with pytest.raises(DeviceError, match="did you mean 'fast'"):
-        host.device()
+        registry.device()
 
 
-def test_device_forms(host):
+def test_device_forms(registry):
     given = device("elsewhere")
-    assert host.device(given) is given
-    assert host.device("fast").index == 0
-    simulated = host.device("fast:a2")
+    assert registry.device(given) is given
+    assert registry.device("fast").index == 0
+    simulated = registry.device("fast:a2")
     assert (simulated.simulated, simulated.torch_type, simulated.memory, str(simulated)) == (
         True,
         "xpu",
         None,
         "fast:a2",
     )
-    assert host.device("fast:1").torch_device == torch.device("xpu:1")
-    assert host.device("slow").torch_device == torch.device("cpu")
+    assert registry.device("fast:1").torch_device == torch.device("xpu:1")
+    assert registry.device("slow").torch_device == torch.device("cpu")
 
 
-def test_device_from_a_torch_device(host):
+def test_device_from_a_torch_device(registry):
     """torch names devices by torch_type ("cuda" on ROCm too), rooms by kind."""
-    assert str(host.device(torch.device("xpu", 1))) == "fast:1 (a1)"
-    assert host.device(torch.device("cpu")).kind == "slow"
+    assert str(registry.device(torch.device("xpu", 1))) == "fast:1 (a1)"
+    assert registry.device(torch.device("cpu")).kind == "slow"
 
 
 @pytest.mark.parametrize(
@@ -319,9 +319,9 @@ def test_device_from_a_torch_device(host):
         ("FAST", ["'FAST'", "known"]),
     ],
 )
-def test_device_errors(host, asked, named):
+def test_device_errors(registry, asked, named):
     with pytest.raises(DeviceError) as caught:
-        host.device(asked)
+        registry.device(asked)
     check_parts(caught.value, *named)
 
 
