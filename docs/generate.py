@@ -12,6 +12,8 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import grimp
+
 from quantport.device import Arch
 from quantport.planning.capability_matrix import Cell, matrix
 from quantport.plugins.registry import default_registry
@@ -229,12 +231,40 @@ def put(path: Path, name: str, block: str) -> str:
     return f"{before}{begin}{block}\n{end}{after}"
 
 
+def house() -> str:
+    """The import graph of core as a picture: an arrow to each part that another needs and that nothing it
+    needs needs too.
+    """
+    graph = grimp.build_graph("quantport", cache_dir=None)
+    parts = sorted(part for part in graph.find_children("quantport") if not part.endswith("__main__"))
+    for part in parts:
+        graph.squash_module(part)
+    needs = {part: graph.find_modules_directly_imported_by(part) & set(parts) - {part} for part in parts}
+
+    def below(part: str) -> set[str]:
+        return needs[part].union(*map(below, needs[part]))
+
+    arrows = [
+        f"    {_short(part)} --> {_short(other)}"
+        for part in parts
+        for other in sorted(needs[part])
+        if not any(other in below(between) for between in needs[part] - {other})
+    ]
+    return "\n".join(["```mermaid", "graph TD", *arrows, "```"])
+
+
+def _short(part: str) -> str:
+    return part.rpartition(".")[2]
+
+
 def generated() -> dict[Path, str]:
     """Every file with generated parts, as it should be."""
+    architecture = ROOT / "docs" / "architecture.md"
     readme, rooms = ROOT / "README.md", {kind: ROOT / "backends" / kind / "README.md" for kind in ROOMS}
     return {
         ROOT / "docs" / "matrix.md": matrix_page(),
         readme: put(readme, "matrix", readme_block()),
+        architecture: put(architecture, "imports", house()),
         **{room: put(room, "kernels", kernels_of(kind)) for kind, room in rooms.items()},
     }
 

@@ -17,7 +17,8 @@ spec.loader.exec_module(generate)
 
 
 @pytest.mark.parametrize(
-    "path", ["docs/matrix.md", "README.md", *(f"backends/{kind}/README.md" for kind in generate.ROOMS)]
+    "path",
+    ["docs/matrix.md", "docs/architecture.md", "README.md", *(f"backends/{kind}/README.md" for kind in generate.ROOMS)]
 )
 def test_current(path):
     stale = generate.generated()[ROOT / path] != (ROOT / path).read_text(encoding="utf-8")
