@@ -33,7 +33,7 @@ def planned(layers, config="int8", kernels=(NATIVE, DEQUANTIZE), on=None, **opti
 
 
 def schemes(plan):
-    return {s.layer.name: s.asked for s in plan.steps}
+    return {s.layer.name: s.requested_scheme for s in plan.steps}
 
 
 def test_bytes_and_steps():
@@ -43,9 +43,9 @@ def test_bytes_and_steps():
         )
     )
     a, norm, head = plan.steps
-    assert (a.asked, a.before, a.after, a.note) == ("int8", 8192, 4096 + 64 * 4, "")
-    assert (norm.asked, norm.before, norm.after) == (None, 128, 128)
-    assert (head.asked, head.before, head.after) == (None, 1280, 1280)
+    assert (a.requested_scheme, a.before, a.after, a.note) == ("int8", 8192, 4096 + 64 * 4, "")
+    assert (norm.requested_scheme, norm.before, norm.after) == (None, 128, 128)
+    assert (head.requested_scheme, head.before, head.after) == (None, 1280, 1280)
     assert "output head" in head.note
     assert (plan.before, plan.after) == (8192 + 128 + 1280, 4352 + 128 + 1280)
     assert plan.peak > plan.after
@@ -217,7 +217,7 @@ def test_the_fastest_of_equals_wins_and_slow_is_said():
         FakeKernel("k.fast", quantizes=True, speed=2.0),
     )
     assert planned(linears("a"), "int8", (slow, fast)).steps[0].choice.kernel == "k.fast"
-    step = planned(linears("a"), "int8", (slow,), rows=16).steps[0]
+    step = planned(linears("a"), "int8", (slow,), num_tokens=16).steps[0]
     assert step.slow
     assert "0.50x BF16 at 16 rows" in step.note
     assert "no scheme is faster here" in step.note
