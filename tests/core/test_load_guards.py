@@ -60,7 +60,14 @@ def test_nothing_to_quantize_is_refused():
 
 @pytest.mark.parametrize(
     "options",
-    [{"rows": 0}, {"rows": "1"}, {"workers": 0}, {"device": 0}, {"dtype": torch.int8}, {"dtype": "bfloat16"}],
+    [
+        {"num_tokens": 0},
+        {"num_tokens": "1"},
+        {"workers": 0},
+        {"device": 0},
+        {"dtype": torch.int8},
+        {"dtype": "bfloat16"},
+    ],
     ids=str,
 )
 def test_arguments_are_checked(folder, options):

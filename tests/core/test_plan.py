@@ -8,13 +8,15 @@ import json
 
 import pytest
 import torch
-from core_fakes import FakeKernel, Shape, device
+from core_fakes import FakeKernel, Shape, arch, device
 from core_references import check_parts
 
 from quantport.config import QuantConfig
+from quantport.device import Device
 from quantport.errors import ConfigError, UnsupportedError
-from quantport.kernels.verdict import Status
+from quantport.kernels.verdict import Reason, ReasonCode, Status
 from quantport.model.layers import find_layers
+from quantport.model.roles import SkipCode
 from quantport.planning.plan import make_plan
 from quantport.scheme.catalog import BUILTIN
 
@@ -243,6 +245,43 @@ def test_rejected_kernels_are_in_the_reasons():
     assert any("k.picky refuses 64 x 64" in r for r in reasons)
 
 
+class NoUnit(FakeKernel):
+    """Refuses, and says of what it is about."""
+
+    def __init__(self, name, code):
+        super().__init__(name, quantizes=True)
+        self.code = code
+
+    def reasons_against(self, request):
+        return (Reason(f"no int8 matrix instruction, says {self.name}", code=self.code),)
+
+
+def test_a_missing_instruction_is_said_once_and_told_by_its_code():
+    """Whatever the texts say: it is the code that decides what the summary says already."""
+    same, other = NoUnit("k.same", ReasonCode.NO_MATRIX_INSTRUCTION), NoUnit("k.other", ReasonCode.OTHER)
+    without = Device(arch(native=("bf16",)), 0)
+    summary, *rest = planned(linears("a"), "int8", (same, other, DEQUANTIZE), without).steps[0].choice.reasons
+    assert "has no int8 matrix instruction" in summary
+    assert rest == ["k.other: no int8 matrix instruction, says k.other"]
+    # where the summary says something else, the kernel's own reason is news
+    _, *rest = planned(linears("a"), "int8", (same, DEQUANTIZE)).steps[0].choice.reasons
+    assert rest == ["k.same: no int8 matrix instruction, says k.same"]
+
+
+def test_steps_carry_why_they_are_skipped():
+    layers = linears("blocks.0.a", "blocks.1.a", "blocks.1.b", "lm_head")
+    config = {"scheme": "int8", "ignore": ["*.b"], "num_bf16_fallback_layers": 1}
+    steps = planned(layers, config).by_layer
+    codes = {name: step.skip_reason and step.skip_reason.code for name, step in steps.items()}
+    assert codes == {
+        "blocks.0.a": SkipCode.FIRST_BLOCKS,
+        "blocks.1.a": None,
+        "blocks.1.b": SkipCode.PATTERN,
+        "lm_head": SkipCode.ROLE,
+    }
+    assert all(step.note == str(step.skip_reason or "") for step in steps.values())
+
+
 def test_json_is_stable_and_plain():
     layers, config = linears("a", "lm_head"), {"scheme": "int8", "linear": None, "targets": {"a": "int8"}}
     first, second = planned(layers, config, source="m"), planned(layers, config, source="m")
@@ -271,6 +310,7 @@ def test_json_is_stable_and_plain():
         "native",
         "W8A8",
     )
+    assert a["deviation"] == ""
     assert (a["evidence"], a["source"]) == ("declared", "acme.example/kernels")
     assert head["asked"] is None
     assert "output head" in head["note"]
