@@ -24,7 +24,7 @@ from quantport.kernels.base import WeightSpec
 from quantport.loading import weight_tasks as loading_tasks
 from quantport.loading.copy_tensors import copy_into
 from quantport.loading.executor import Task, run_tasks
-from quantport.planning.memory import need, parse_budget
+from quantport.planning.memory import parse_budget, peak_bytes
 from quantport.planning.plan import BUDGET
 from quantport.scheme.catalog import BUILTIN
 
@@ -133,7 +133,7 @@ def test_the_default_grows_for_one_large_weight_and_the_plan_says_so(tmp_path):
         {"a": torch.nn.Linear(1 << 14, 1 << 14, bias=False, device="meta", dtype=torch.bfloat16)}
     )
     plan = quantport.plan(module, "int8", device="cpu")
-    assert plan.budget == need(spec, torch.bfloat16) > BUDGET
+    assert plan.budget == peak_bytes(spec, torch.bfloat16) > BUDGET
     assert plan.peak == plan.after + plan.budget
     assert layers["a.weight"].nbytes < plan.budget
     assert quantport.plan(MOE, "int8").budget == BUDGET

@@ -81,8 +81,14 @@ def test_unknown_words_are_met_with_the_known_ones():
     assert "--scheme" in ask("plan", DENSE, "--schema", "int8", code=2).stderr
     assert "table" in ask("devices", "--format", "xml", code=2).stderr
     assert "weight_only" in ask("plan", DENSE, "--fallback", "none", code=2).stderr
-    assert ask("plan", DENSE, "--rows", "0", code=2).stderr
+    assert ask("plan", DENSE, "--num-tokens", "0", code=2).stderr
     assert ask("plan", code=2).stderr
+
+
+@pytest.mark.parametrize("option", ["--num-tokens", "--rows"])
+def test_the_number_of_tokens_has_two_spellings(option):
+    data = json.loads(ask("plan", DENSE, "--scheme", "int8", "--json", option, "7").stdout)
+    assert data["rows"] == 7
 
 
 def test_devices():

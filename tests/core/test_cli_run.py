@@ -263,7 +263,7 @@ def test_bench_quickly():
         "--size",
         "64",
         "96",
-        "--rows",
+        "--num-tokens",
         "1",
         "--rows",
         "3",

@@ -7,9 +7,11 @@ import torch
 from core_references import check_parts
 
 from quantport.config import QuantConfig
+from quantport.config.resolve import resolve
 from quantport.errors import ConfigError
 from quantport.model.layers import Layer
 from quantport.model.patterns import compile_pattern
+from quantport.model.roles import SkipCode
 from quantport.scheme import Quant, Scheme
 from quantport.scheme.catalog import BUILTIN, Schemes
 
@@ -223,28 +225,38 @@ def test_schemes_table():
         BUILTIN["int_8"]
 
 
-def test_choice_for_a_layer_is_a_name_and_a_reason():
+@pytest.mark.parametrize(
+    ("value", "scheme", "code"),
+    [
+        ("int8", "int8", None),
+        (None, "fp8_weight_only", None),
+        ({"scheme": "int8", "linear": None}, None, SkipCode.NULL_SCHEME),
+        ({"scheme": "int8", "linear": "none"}, None, SkipCode.NULL_SCHEME),
+        ({"scheme": "int8", "moe": None}, "int8", None),
+        ({"scheme": "int8", "ignore": ["*.b"]}, None, SkipCode.PATTERN),
+        ({"scheme": "int8", "targets": {"*.b": "fp8"}}, "fp8_per_tensor", None),
+        ({"scheme": "int8", "linear": "int4", "targets": {"*.b": None}}, None, SkipCode.PATTERN),
+        ({"scheme": "int8", "num_bf16_fallback_layers": 1}, None, SkipCode.FIRST_BLOCKS),
+        ({"scheme": "int8", "num_bf16_fallback_layers": 1, "linear": None}, None, SkipCode.FIRST_BLOCKS),
+        ({"blocks": None}, None, SkipCode.NULL_COMPONENT),
+    ],
+)
+def test_an_assignment_is_a_scheme_or_a_reason(value, scheme, code):
+    layer = Layer("blocks.0.b", "linear", (("weight", 8, 8),), torch.bfloat16)
+    (assignment,) = resolve([layer], parse(value), "fp8_weight_only")
+    assert assignment.scheme == scheme
+    assert (assignment.skip_reason and assignment.skip_reason.code) == code
+    assert not assignment.skip_reason or assignment.skip_reason.configured
+
+
+def test_reasons_are_told_in_words():
     layer = Layer("a.b", "linear", (("weight", 8, 8),), torch.bfloat16)
-    assert parse("int8").for_layer(layer, None) == ("int8", "")
-    assert parse(None).for_layer(layer, "int8") == ("int8", "")
-    assert parse({"scheme": "int8", "linear": None}).for_layer(layer, None) == (
-        None,
-        "left alone by linear=null",
-    )
-    assert parse({"scheme": "int8", "linear": "none"}).for_layer(layer, None) == (
-        None,
-        "left alone by linear=null",
-    )
-    assert parse({"scheme": "int8", "moe": None}).for_layer(layer, None) == ("int8", "")
-    assert parse({"scheme": "int8", "ignore": ["a.*"]}).for_layer(layer, None) == (
-        None,
-        "left alone by pattern 'a.*'",
-    )
-    assert parse({"scheme": "int8", "targets": {"a.*": "fp8"}}).for_layer(layer, None) == (
-        "fp8_per_tensor",
-        "",
-    )
-    assert (
-        parse({"scheme": "int8", "linear": "int4", "targets": {"a.*": None}}).for_layer(layer, None)[0]
-        is None
-    )
+    told = {}
+    for value in ({"linear": None}, {"ignore": ["a.*"]}, {"targets": {"re:a": None}}):
+        (assignment,) = resolve([layer], parse({"scheme": "int8", **value}), None)
+        told[next(iter(value))] = str(assignment.skip_reason)
+    assert told == {
+        "linear": "left alone by linear=null",
+        "ignore": "left alone by pattern 'a.*'",
+        "targets": "left alone by pattern 're:a'",
+    }

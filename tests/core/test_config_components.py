@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from core_references import check_parts
@@ -9,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantport.config import QuantConfig
+from quantport.config.resolve import resolve
 from quantport.config.vllm_keys import OTHER_KEYS
 from quantport.errors import ConfigError
 from quantport.model.layers import Layer
@@ -23,6 +26,16 @@ def linear(name):
     return Layer(name, "linear", (("weight", 64, 64),), torch.bfloat16)
 
 
+def assigned(config, *names, default=None):
+    """Scheme and reason of each of these linear layers."""
+    found = resolve([linear(name) for name in names], config, default)
+    return [(a.scheme, str(a.skip_reason or "")) for a in found]
+
+
+def schemes(config, *names):
+    return [scheme for scheme, _ in assigned(config, *names)]
+
+
 def test_component_map_of_vllm_omni():
     config = parse(
         {
@@ -31,10 +44,12 @@ def test_component_map_of_vllm_omni():
             "transformer_2": {"scheme": "int8", "ignore": ["*.skip"]},
         }
     )
-    assert config.for_layer(linear("transformer.a"), None) == ("fp8_per_tensor", "")
-    assert config.for_layer(linear("transformer_2.a"), None) == ("int8", "")
-    assert config.for_layer(linear("transformer_2.skip"), None)[0] is None
-    assert config.for_layer(linear("vae.conv"), None) == (None, "component 'vae' is mapped to null")
+    assert assigned(config, "transformer.a", "transformer_2.a", "transformer_2.skip", "vae.conv") == [
+        ("fp8_per_tensor", ""),
+        ("int8", ""),
+        (None, "left alone by pattern '*.skip'"),
+        (None, "component 'vae' is mapped to null"),
+    ]
     assert config.patterns() == ("*.skip",)
 
 
@@ -42,27 +57,21 @@ def test_dot_boundary():
     """transformer must not catch transformer_2, as plain startswith does in vLLM-Omni."""
     config = parse({"transformer": {"method": "fp8"}})
     with pytest.raises(ConfigError) as caught:
-        config.for_layer(linear("transformer_2.a"), None)
+        assigned(config, "transformer_2.a")
     check_parts(caught.value, "transformer_2.a", "'transformer_2'", "null")
 
 
 def test_longest_prefix_wins():
     config = parse({"components": {"a": "int8", "a.b": "fp8", "a.b.c": None}})
-    assert config.for_layer(linear("a.x"), None)[0] == "int8"
-    assert config.for_layer(linear("a.b.x"), None)[0] == "fp8_per_tensor"
-    assert config.for_layer(linear("a.b.c.x"), None)[0] is None
-    assert config.for_layer(linear("a.bc"), None)[0] == "int8"
+    assert schemes(config, "a.x", "a.b.x", "a.b.c.x", "a.bc") == ["int8", "fp8_per_tensor", None, "int8"]
 
 
 def test_a_component_without_a_scheme_takes_the_default():
     """The one of the whole configuration, else the one that the device chooses: never a silent no-op."""
     config = parse({"scheme": "int8", "components": {"a": {"ignore": ["a.skip"]}, "b": "fp8"}})
-    assert config.for_layer(linear("a.x"), None) == ("int8", "")
-    assert config.for_layer(linear("b.x"), None)[0] == "fp8_per_tensor"
-    assert parse({"components": {"a": {"ignore": ["a.skip"]}}}).for_layer(linear("a.x"), "int8") == (
-        "int8",
-        "",
-    )
+    assert schemes(config, "a.x", "a.skip", "b.x") == ["int8", None, "fp8_per_tensor"]
+    config = parse({"components": {"a": {"ignore": ["a.skip"]}}})
+    assert assigned(config, "a.x", "a.skip", default="int8")[0] == ("int8", "")
 
 
 @pytest.mark.parametrize("key", ["ignore", "targets", "linear"])
@@ -74,12 +83,21 @@ def test_keys_beside_components_act_or_are_refused(key):
     except ConfigError as error:
         check_parts(error, key)
         return
-    assert config.for_layer(linear("a.x"), None)[0] is None
+    assert schemes(config, "a.x") == [None]
 
 
 def test_a_component_that_says_nothing_is_named():
     with pytest.raises(ConfigError, match="unknown_key"):
         parse({"transformer": {"unknown_key": 1}})
+
+
+def test_nested_components_split_experts_too():
+    weights = (("gate_proj", 8, 8), ("up_proj", 8, 8), ("down_proj", 8, 8))
+    experts = Layer("a.b.experts", "moe", weights, torch.bfloat16, 2)
+    inner = {"scheme": "int8", "ignore": ["*.experts.1"]}
+    config = parse({"components": {"a": {"components": {"a.b": inner}}}})
+    found = {a.layer.name: a.scheme for a in resolve([experts], config, None)}
+    assert found == {"a.b.experts": "int8", "a.b.experts.1": None}
 
 
 def test_nested_components_are_checked_too():
@@ -124,7 +142,10 @@ def test_fuzz(value):
     assert isinstance(config, QuantConfig)
     assert parse(config.model_dump(exclude_unset=True)) == config
     try:
-        scheme, why = config.for_layer(linear("a.b"), "int8")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of patterns that match nothing
+            unmatched = config.model_copy(update={"on_unmatched": "warn"})
+            ((scheme, why),) = assigned(unmatched, "a.b", default="int8")
     except ConfigError as error:
         check_parts(error)
     else:

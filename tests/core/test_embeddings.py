@@ -274,7 +274,7 @@ def test_which_layouts_have_rows():
 def test_an_embedding_is_one_whatever_it_is_called():
     model = nn.ModuleDict({"emb": nn.Embedding(50, 64), "out": nn.Linear(64, 8)}).bfloat16()
     plan = quantport.quantize_(model, "int8", config={"targets": {"emb": "int8_weight_only"}})
-    assert plan.by_layer["emb"].asked == "int8_weight_only"
+    assert plan.by_layer["emb"].requested_scheme == "int8_weight_only"
     assert model["emb"](torch.tensor([[1, 2]])).shape == (1, 2, 64)
 
 

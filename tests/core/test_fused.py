@@ -225,7 +225,7 @@ def test_patterns_still_name_the_layer_or_its_parts():
     assert layers[0].shards == ("a.q_proj", "a.k_proj", "a.v_proj")
     model = phi()
     plan = quantport.plan(model, "fp8_per_tensor", config={"ignore": ["*.[qkv]_proj"]})
-    assert plan.by_layer[LAYER].asked is None
+    assert plan.by_layer[LAYER].requested_scheme is None
 
 
 def test_nothing_is_done_when_one_projection_fails():

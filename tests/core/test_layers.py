@@ -6,7 +6,8 @@ import pytest
 import torch
 from core_fakes import Shape, tensors
 
-from quantport.model.layers import find_layers, why_kept
+from quantport.model.layers import find_layers
+from quantport.model.roles import Role, SkipCode
 
 
 def by_name(found):
@@ -23,16 +24,16 @@ def test_dense():
         )
     )
     q = layers["model.a.q_proj"]
-    assert (q.kind, q.weights, q.dtype, q.experts, q.keep) == (
+    assert (q.kind, q.weights, q.dtype, q.experts, q.skip_reason) == (
         "linear",
         (("weight", 6, 8),),
         torch.bfloat16,
         0,
-        "",
+        None,
     )
     assert (q.elements, q.bytes, q.shards) == (48, 96, ())
     assert q.parts["weight"] == (("model.a.q_proj.weight", None, None, None),)
-    assert layers["model.embed_tokens"].keep.startswith("embedding")
+    assert layers["model.embed_tokens"].role is Role.EMBEDDING
     assert {n: x.kind for n, x in layers.items() if x.kind == "other"} == {
         "model.a.q_proj.bias": "other",
         "model.norm.weight": "other",
@@ -103,14 +104,14 @@ def test_experts_at_the_root(prefix):
 def test_fused_experts_that_are_stored_transposed_are_left_alone():
     """Llama 4 and gpt-oss store [experts, in, out]: halving the rows would split inputs, not gate from up."""
     layers = find_layers(tensors(a__experts__gate_up_proj=(4, 8, 12), a__experts__down_proj=(4, 6, 8)))
-    assert all(x.keep for x in layers), "gate [4, 12] and down [6, 8] do not fit together"
+    assert all(x.skip_reason for x in layers), "gate [4, 12] and down [6, 8] do not fit together"
     assert sum(x.elements for x in layers) == 4 * (8 * 12 + 6 * 8)
 
 
 def test_fused_experts_of_odd_rows_lose_nothing():
     layers = find_layers(tensors(a__experts__gate_up_proj=(2, 7, 8), a__experts__down_proj=(2, 8, 3)))
     assert sum(x.elements for x in layers) == 2 * (7 * 8 + 8 * 3)
-    assert all(x.keep for x in layers)
+    assert all(x.skip_reason for x in layers)
 
 
 def test_experts_that_are_not_uniform_become_linear_layers():
@@ -147,7 +148,7 @@ def test_shared_experts_are_linear():
         tensors(m__shared_experts__gate_proj__weight=(6, 8), m__shared_expert__up_proj__weight=(6, 8))
     )
     assert {x.kind for x in layers.values()} == {"linear"}
-    assert {x.keep for x in layers.values()} == {""}
+    assert {x.skip_reason for x in layers.values()} == {None}
 
 
 def test_fused_names_have_shards():
@@ -160,36 +161,53 @@ def test_fused_names_have_shards():
 
 
 @pytest.mark.parametrize(
-    ("name", "why"),
+    ("name", "role"),
     [
-        ("lm_head", "output head"),
-        ("model.lm_head", "output head"),
-        ("embed_out", "output head"),
-        ("transformer.wte", "embedding"),
-        ("a.embed_tokens", "embedding"),
-        ("mlp.gate", "router"),
-        ("block_sparse_moe.gate", "router"),
-        ("ffn.router", "router"),
-        ("ffn.router.layer", "router"),
-        ("mlp.shared_expert_gate", "router"),
-        ("mlp.gate_proj", ""),
-        ("a.gated", ""),
-        ("my_lm_head2", ""),
+        ("lm_head", Role.HEAD),
+        ("model.lm_head", Role.HEAD),
+        ("embed_out", Role.HEAD),
+        ("transformer.wte", Role.EMBEDDING),
+        ("a.embed_tokens", Role.EMBEDDING),
+        ("mlp.gate", Role.ROUTER),
+        ("block_sparse_moe.gate", Role.ROUTER),
+        ("ffn.router", Role.ROUTER),
+        ("ffn.router.layer", Role.ROUTER),
+        ("mlp.shared_expert_gate", Role.ROUTER),
+        ("score", Role.CLASSIFIER),
+        ("bert.classifier", Role.CLASSIFIER),
+        ("mlp.gate_proj", Role.LINEAR),
+        ("a.gated", Role.LINEAR),
+        ("my_lm_head2", Role.LINEAR),
     ],
 )
-def test_what_is_left_alone_by_default(name, why):
-    assert why_kept(name).startswith(why)
-    assert bool(why_kept(name)) == bool(why)
+def test_what_is_left_alone_by_default_hangs_on_the_role(name, role):
+    (layer,) = find_layers({f"{name}.weight": Shape((8, 8))})
+    assert layer.role is role
+    assert layer.skipped_as(SkipCode.ROLE) == (role in (Role.HEAD, Role.EMBEDDING, Role.ROUTER))
+    assert layer.opt_in == (role in (Role.HEAD, Role.EMBEDDING))
+
+
+def test_an_embedding_stored_in_another_dtype_is_one_and_cannot_be_asked_for():
+    (layer,) = find_layers({"embed_tokens.weight": Shape((8, 8), torch.int8)})
+    assert (layer.role, layer.opt_in) == (Role.EMBEDDING, False)
+
+
+@pytest.mark.parametrize(("shape", "role"), [((8, 4, 3, 3), Role.CONVOLUTION), ((8,), Role.OTHER)])
+def test_what_is_no_matrix_has_a_role_too(shape, role):
+    (layer,) = find_layers({"a.weight": Shape(shape)})
+    assert (layer.kind, layer.role, layer.skipped_as(SkipCode.NOT_A_MATRIX)) == ("other", role, True)
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (8, 0)], ids=str)
 def test_zero_size(shape):
-    assert by_name(tensors(a__weight=shape))["a"].keep == "zero-size weight"
+    assert by_name(tensors(a__weight=shape))["a"].skipped_as(SkipCode.ZERO_SIZE)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float64, torch.float8_e4m3fn], ids=str)
 def test_other_dtypes_are_kept_with_their_name(dtype):
-    assert str(dtype) in find_layers({"a.weight": Shape((8, 8), dtype)})[0].keep
+    (layer,) = find_layers({"a.weight": Shape((8, 8), dtype)})
+    assert layer.skipped_as(SkipCode.STORED_DTYPE)
+    assert str(dtype) in str(layer.skip_reason)
 
 
 def test_odd_names_and_shapes():

@@ -49,7 +49,8 @@ def test_load_equals_quantize(path, scheme, originals):
     same_state(loaded, model)
     steps = loaded.quantport_plan.by_layer
     assert all(
-        steps[s.layer.name].asked == s.asked and steps[s.layer.name].after == s.after for s in plan.quantized
+        steps[s.layer.name].requested_scheme == s.requested_scheme and steps[s.layer.name].after == s.after
+        for s in plan.quantized
     )
     assert len(plan.quantized) == len(loaded.quantport_plan.quantized)
     assert not loaded.training
@@ -67,10 +68,12 @@ def test_what_was_quantized(originals):
     assert sum(isinstance(m, QuantLinear) and m.scheme == "int8" for m in moe.modules()) == 4 * 4
     assert sum(isinstance(m, QuantExperts) for m in moe.modules()) == 4
     assert dense.get_input_embeddings().weight is dense.lm_head.weight, "tied"
-    kept = [s.note for s in dense.quantport_plan.steps if s.layer.kind == "linear" and not s.asked]
+    kept = [s.note for s in dense.quantport_plan.steps if s.layer.kind == "linear" and not s.requested_scheme]
     assert kept == ["embedding: looked up, not multiplied"]
     notes = {
-        s.layer.name: s.note for s in moe.quantport_plan.steps if s.layer.kind == "linear" and not s.asked
+        s.layer.name: s.note
+        for s in moe.quantport_plan.steps
+        if s.layer.kind == "linear" and not s.requested_scheme
     }
     assert notes["lm_head"].startswith("output head")
     assert sum(note.startswith("router") for note in notes.values()) == 4
@@ -169,7 +172,7 @@ def test_ignore_targets_and_moe(tmp_path):
         "moe": None,
     }
     model = quantport.load(MOE, config=config)
-    asked = {s.layer.name: s.asked for s in model.quantport_plan.steps}
+    asked = {s.layer.name: s.requested_scheme for s in model.quantport_plan.steps}
     assert asked["model.layers.0.self_attn.q_proj"] == model.model.layers[0].self_attn.q_proj.scheme == "int8"
     assert asked["model.layers.0.self_attn.k_proj"] == "fp8_per_tensor"
     assert asked["model.layers.0.self_attn.o_proj"] is None
@@ -190,7 +193,9 @@ def test_experts_as_modules_take_the_patterns_of_the_plan(tmp_path, pattern):
 
 def test_no_scheme_lets_the_device_choose_and_say_why():
     model = quantport.load(DENSE)
-    scheme = model.quantport_plan.steps[-1].asked or model.quantport_plan.quantized[0].asked
+    scheme = (
+        model.quantport_plan.steps[-1].requested_scheme or model.quantport_plan.quantized[0].requested_scheme
+    )
     assert model.quantport_plan.why.startswith(scheme)
 
 
@@ -236,7 +241,7 @@ def test_zero_size_and_one_column(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # torch says that initializing nothing is a no-op
         model = quantport.load(write(tmp_path / "c", made(factory)), "int4", model=factory)
-    notes = {s.layer.name: s.note for s in model.quantport_plan.steps if not s.asked}
+    notes = {s.layer.name: s.note for s in model.quantport_plan.steps if not s.requested_scheme}
     assert notes["empty"] == notes["hollow"] == "zero-size weight"
     assert isinstance(model["one"], QuantModule)
     assert isinstance(model["row"], QuantModule)

@@ -23,6 +23,7 @@ from quantport.errors import (
     UnsupportedError,
     WeightError,
 )
+from quantport.model.roles import SkipCode
 from quantport.planning.plan import BUDGET
 from quantport.plugins.registry import default_registry
 
@@ -232,9 +233,10 @@ def test_tensors_that_the_model_does_not_have_are_said(tmp_path):
     """Transformers warns of unexpected keys; a plan that names them does too."""
     folder = write(tmp_path / "c", {**state(), "extra.weight": torch.ones(4, 4), "more": torch.ones(3)})
     model = quantport.load(folder, "int8", model=Tiny)
-    notes = {s.layer.name: s.note for s in model.quantport_plan.steps}
-    assert "no module" in notes["extra"]
-    assert "more" in notes
+    steps = model.quantport_plan.by_layer
+    assert steps["extra"].skip_reason.code is SkipCode.NO_MODULE
+    assert "no module" in steps["extra"].note
+    assert "more" in steps
     assert "extra" not in dict(model.named_modules())
 
 
@@ -260,6 +262,8 @@ def test_a_module_of_another_kind_is_left_alone(tmp_path):
         return nn.ModuleDict({"a": Mine(8, 8), "b": nn.Linear(8, 8), "moe": Moe()})
 
     model = quantport.load(write(tmp_path / "c", made(factory)), "int8", model=factory)
-    assert "Mine" in model.quantport_plan.by_layer["a"].note
+    step = model.quantport_plan.by_layer["a"]
+    assert step.skip_reason.code is SkipCode.OTHER_LINEAR
+    assert "Mine" in step.note
     assert type(model["a"]) is Mine
     assert torch.equal(model["a"].weight, made(factory)["a"].weight)

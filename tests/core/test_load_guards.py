@@ -60,7 +60,14 @@ def test_nothing_to_quantize_is_refused():
 
 @pytest.mark.parametrize(
     "options",
-    [{"rows": 0}, {"rows": "1"}, {"workers": 0}, {"device": 0}, {"dtype": torch.int8}, {"dtype": "bfloat16"}],
+    [
+        {"num_tokens": 0},
+        {"num_tokens": "1"},
+        {"workers": 0},
+        {"device": 0},
+        {"dtype": torch.int8},
+        {"dtype": "bfloat16"},
+    ],
     ids=str,
 )
 def test_arguments_are_checked(folder, options):
@@ -72,7 +79,7 @@ def test_more_arguments_are_checked(folder):
     for call in (
         lambda: quantport.load(None),
         lambda: quantport.matrix(layer="lin"),
-        lambda: quantport.plan(folder, rows=-1),
+        lambda: quantport.plan(folder, num_tokens=-1),
     ):
         with pytest.raises(QuantportError):
             call()
@@ -81,7 +88,7 @@ def test_more_arguments_are_checked(folder):
 def test_names_are_matched_without_case_and_schemes_by_value(folder):
     with pytest.raises(QuantportError, match="did you mean 'int8'"):
         quantport.plan(folder, "INT8")
-    assert quantport.plan(folder, quantport.schemes["int8"]).quantized[0].asked == "int8"
+    assert quantport.plan(folder, quantport.schemes["int8"]).quantized[0].requested_scheme == "int8"
 
 
 def test_a_plan_prints_as_a_summary(folder):

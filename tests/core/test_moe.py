@@ -23,6 +23,7 @@ from quantport.cli.plans import plan_page
 from quantport.errors import CheckpointError, ConfigError, RoutingError, WeightError
 from quantport.kernels.base import Kernel, WeightSpec
 from quantport.model.layers import PROJECTIONS, find_layers
+from quantport.model.roles import Role
 from quantport.modules import QuantExperts, ops
 from quantport.plugins.registry import default_registry
 from quantport.scheme.catalog import BUILTIN
@@ -58,7 +59,7 @@ def fused(tmp_path):
 
 def test_single_experts_and_projections_get_another_scheme(mixed):
     steps = mixed.quantport_plan.by_layer
-    asked = {name: step.asked for name, step in steps.items() if ".experts" in name}
+    asked = {name: step.requested_scheme for name, step in steps.items() if ".experts" in name}
     assert asked == {
         FIRST: "int8",
         f"{FIRST}.3": "fp8_weight_only",
@@ -130,8 +131,8 @@ def test_mixed_experts_are_saved_copied_and_traced(mixed, tmp_path):
     again = quantport.load(folder)
     same_state(again, mixed)
     assert torch.equal(again(ids).logits, mixed(ids).logits)
-    assert {n: s.asked for n, s in again.quantport_plan.by_layer.items() if ".experts" in n} == {
-        n: s.asked for n, s in mixed.quantport_plan.by_layer.items() if ".experts" in n
+    assert {n: s.requested_scheme for n, s in again.quantport_plan.by_layer.items() if ".experts" in n} == {
+        n: s.requested_scheme for n, s in mixed.quantport_plan.by_layer.items() if ".experts" in n
     }
     assert (quantport.save(again, tmp_path / "two") / "quantport.json").read_bytes() == (
         folder / "quantport.json"
@@ -167,9 +168,12 @@ def test_experts_that_are_modules_take_the_same_patterns(tmp_path):
     model = quantport.load(folder, config=config, model=Tiny)
     assert {m.scheme for m in model.moe.experts[1].children()} == {"fp8_per_tensor"}
     assert model.moe.experts[2].up_proj.scheme == "int8"
-    assert model.quantport_plan.by_layer["moe.experts.2.down_proj"].asked is None
+    assert model.quantport_plan.by_layer["moe.experts.2.down_proj"].requested_scheme is None
     planned = quantport.plan(folder, config=config).by_layer
-    assert (planned["moe.experts.1"].asked, planned["moe.experts.2.down_proj"].asked) == (
+    assert (
+        planned["moe.experts.1"].requested_scheme,
+        planned["moe.experts.2.down_proj"].requested_scheme,
+    ) == (
         "fp8_per_tensor",
         None,
     )
@@ -195,10 +199,10 @@ def test_the_innermost_pattern_wins():
         "scheme": "int8",
     }
     plan = quantport.plan(MOE, config=config).by_layer
-    assert plan[f"{FIRST}.3.down_proj"].asked == "int4_weight_only"
-    assert FIRST not in plan or plan[FIRST].asked == "int8"
+    assert plan[f"{FIRST}.3.down_proj"].requested_scheme == "int4_weight_only"
+    assert FIRST not in plan or plan[FIRST].requested_scheme == "int8"
     assert all(
-        s.asked == "fp8_per_tensor"
+        s.requested_scheme == "fp8_per_tensor"
         for n, s in plan.items()
         if n.startswith(f"{FIRST}.") and not n.endswith("down_proj")
     )
@@ -233,10 +237,10 @@ def test_routers_and_shared_experts(router, expert, names):
         "m.mlp.shared_expert_gate.weight": Shape((1, 8)),
     }
     layers = {x.name: x for x in find_layers({**shapes, **extra})}
-    assert layers[f"m.{router}"].keep.startswith("router")
-    assert layers["m.mlp.shared_expert_gate"].keep.startswith("router")
+    assert layers[f"m.{router}"].role is Role.ROUTER
+    assert layers["m.mlp.shared_expert_gate"].role is Role.ROUTER
     assert layers[f"m.{router}.e_score_correction_bias"].kind == "other"
-    assert not layers["m.mlp.shared_experts.up_proj"].keep
+    assert not layers["m.mlp.shared_experts.up_proj"].skip_reason
     assert sum(x.kind == "moe" for x in layers.values()) == 1
 
 
@@ -340,7 +344,7 @@ def test_experts_that_are_absent_or_uneven(tmp_path, change, named):
 def test_no_experts_and_empty_experts(shapes):
     layers = find_layers({name: Shape(shape) for name, shape in shapes.items()})
     assert layers
-    assert all(layer.keep for layer in layers)
+    assert all(layer.skip_reason for layer in layers)
     assert sum(layer.bytes for layer in layers) == 0
 
 

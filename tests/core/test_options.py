@@ -81,7 +81,7 @@ class Blocks(nn.Module):
 def test_first_blocks_stay(name, count, kept):
     config = {"scheme": "mxfp4_dualscale"} | ({} if count is None else {"num_bf16_fallback_layers": count})
     plan = quantport.plan(Blocks(name), config=config, device="cpu:generic")
-    stayed = [s.layer.name for s in plan.steps if s.layer.kind == "linear" and s.asked is None]
+    stayed = [s.layer.name for s in plan.steps if s.layer.kind == "linear" and s.requested_scheme is None]
     assert stayed == [f"{name}.{i}.a" for i in range(kept)]
     assert all("num_bf16_fallback_layers" in s.note for s in plan.steps if s.layer.name in stayed)
 
@@ -90,7 +90,9 @@ def test_other_schemes_keep_no_blocks_and_a_target_wins():
     assert len(quantport.plan(Blocks("blocks"), "mxfp4", device="cpu:generic").quantized) == 7
     config = {"scheme": "mxfp4_dualscale", "targets": {"blocks.0.a": "int8"}}
     assert (
-        quantport.plan(Blocks("blocks"), config=config, device="cpu:generic").by_layer["blocks.0.a"].asked
+        quantport.plan(Blocks("blocks"), config=config, device="cpu:generic")
+        .by_layer["blocks.0.a"]
+        .requested_scheme
         == "int8"
     )
 

@@ -8,13 +8,15 @@ import json
 
 import pytest
 import torch
-from core_fakes import FakeKernel, Shape, device
+from core_fakes import FakeKernel, Shape, arch, device
 from core_references import check_parts
 
 from quantport.config import QuantConfig
+from quantport.device import Device
 from quantport.errors import ConfigError, UnsupportedError
-from quantport.kernels.verdict import Status
+from quantport.kernels.verdict import Reason, ReasonCode, Status
 from quantport.model.layers import find_layers
+from quantport.model.roles import SkipCode
 from quantport.planning.plan import make_plan
 from quantport.scheme.catalog import BUILTIN
 
@@ -33,7 +35,7 @@ def planned(layers, config="int8", kernels=(NATIVE, DEQUANTIZE), on=None, **opti
 
 
 def schemes(plan):
-    return {s.layer.name: s.asked for s in plan.steps}
+    return {s.layer.name: s.requested_scheme for s in plan.steps}
 
 
 def test_bytes_and_steps():
@@ -43,9 +45,9 @@ def test_bytes_and_steps():
         )
     )
     a, norm, head = plan.steps
-    assert (a.asked, a.before, a.after, a.note) == ("int8", 8192, 4096 + 64 * 4, "")
-    assert (norm.asked, norm.before, norm.after) == (None, 128, 128)
-    assert (head.asked, head.before, head.after) == (None, 1280, 1280)
+    assert (a.requested_scheme, a.before, a.after, a.note) == ("int8", 8192, 4096 + 64 * 4, "")
+    assert (norm.requested_scheme, norm.before, norm.after) == (None, 128, 128)
+    assert (head.requested_scheme, head.before, head.after) == (None, 1280, 1280)
     assert "output head" in head.note
     assert (plan.before, plan.after) == (8192 + 128 + 1280, 4352 + 128 + 1280)
     assert plan.peak > plan.after
@@ -217,7 +219,7 @@ def test_the_fastest_of_equals_wins_and_slow_is_said():
         FakeKernel("k.fast", quantizes=True, speed=2.0),
     )
     assert planned(linears("a"), "int8", (slow, fast)).steps[0].choice.kernel == "k.fast"
-    step = planned(linears("a"), "int8", (slow,), rows=16).steps[0]
+    step = planned(linears("a"), "int8", (slow,), num_tokens=16).steps[0]
     assert step.slow
     assert "0.50x BF16 at 16 rows" in step.note
     assert "no scheme is faster here" in step.note
@@ -241,6 +243,43 @@ def test_rejected_kernels_are_in_the_reasons():
     picky = FakeKernel("k.picky", accepts=lambda r: False, quantizes=True)
     reasons = planned(linears("a"), "int8", (picky, DEQUANTIZE)).steps[0].choice.reasons
     assert any("k.picky refuses 64 x 64" in r for r in reasons)
+
+
+class NoUnit(FakeKernel):
+    """Refuses, and says of what it is about."""
+
+    def __init__(self, name, code):
+        super().__init__(name, quantizes=True)
+        self.code = code
+
+    def reasons_against(self, request):
+        return (Reason(f"no int8 matrix instruction, says {self.name}", code=self.code),)
+
+
+def test_a_missing_instruction_is_said_once_and_told_by_its_code():
+    """Whatever the texts say: it is the code that decides what the summary says already."""
+    same, other = NoUnit("k.same", ReasonCode.NO_MATRIX_INSTRUCTION), NoUnit("k.other", ReasonCode.OTHER)
+    without = Device(arch(native=("bf16",)), 0)
+    summary, *rest = planned(linears("a"), "int8", (same, other, DEQUANTIZE), without).steps[0].choice.reasons
+    assert "has no int8 matrix instruction" in summary
+    assert rest == ["k.other: no int8 matrix instruction, says k.other"]
+    # where the summary says something else, the kernel's own reason is news
+    _, *rest = planned(linears("a"), "int8", (same, DEQUANTIZE)).steps[0].choice.reasons
+    assert rest == ["k.same: no int8 matrix instruction, says k.same"]
+
+
+def test_steps_carry_why_they_are_skipped():
+    layers = linears("blocks.0.a", "blocks.1.a", "blocks.1.b", "lm_head")
+    config = {"scheme": "int8", "ignore": ["*.b"], "num_bf16_fallback_layers": 1}
+    steps = planned(layers, config).by_layer
+    codes = {name: step.skip_reason and step.skip_reason.code for name, step in steps.items()}
+    assert codes == {
+        "blocks.0.a": SkipCode.FIRST_BLOCKS,
+        "blocks.1.a": None,
+        "blocks.1.b": SkipCode.PATTERN,
+        "lm_head": SkipCode.ROLE,
+    }
+    assert all(step.note == str(step.skip_reason or "") for step in steps.values())
 
 
 def test_json_is_stable_and_plain():
@@ -271,6 +310,7 @@ def test_json_is_stable_and_plain():
         "native",
         "W8A8",
     )
+    assert a["deviation"] == ""
     assert (a["evidence"], a["source"]) == ("declared", "acme.example/kernels")
     assert head["asked"] is None
     assert "output head" in head["note"]

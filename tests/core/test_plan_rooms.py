@@ -49,7 +49,7 @@ def test_best_scheme_says_why():
     assert name == "int8_weight_only"
     assert "int8 is native, slower than BF16" in why
     plan = planned(linears("a"), None, (int8, DEQUANTIZE))
-    assert ({s.layer.name: s.asked for s in plan.steps}, plan.why.startswith("int8:")) == (
+    assert ({s.layer.name: s.requested_scheme for s in plan.steps}, plan.why.startswith("int8:")) == (
         {"a": "int8"},
         True,
     )
@@ -187,7 +187,7 @@ def test_671b_from_headers_alone(header_only, record_property):
     quantized = sum(s.layer.elements for s in plan.quantized)
     assert plan.after == quantized + scales + 2 * (elements - quantized)
     assert {str(s.choice.status) for s in plan.quantized} == {"weight_only"}
-    kept = {s.layer.name: s.note for s in plan.steps if not s.asked and s.layer.kind == "linear"}
+    kept = {s.layer.name: s.note for s in plan.steps if not s.requested_scheme and s.layer.kind == "linear"}
     assert len(kept) == 58 + 2
     assert kept["lm_head"].startswith("output head")
     assert kept["model.layers.3.mlp.gate"].startswith("router")
@@ -202,7 +202,7 @@ def test_671b_with_patterns(header_only):
         "targets": {"*.shared_experts.*": "int8"},
     }
     plan = quantport.plan(header_only, config=config, device="cuda:sm_90")
-    asked = [s.asked for s in plan.quantized]
+    asked = [s.requested_scheme for s in plan.quantized]
     assert {name: asked.count(name) for name in set(asked)} == {
         "int4_weight_only": 58,
         "int8": 58 * 3,

@@ -36,7 +36,7 @@ def test_modules_hold_the_reference_weights(scheme):
         assert all(same_bits(found[key], tensor) for key, tensor in expected.items()), name
         assert {k: v.data_ptr() for k, v in found.items()}.keys() == expected.keys()
     assert model.up.bias is not None
-    assert model.quantport_plan.quantized[0].asked == scheme
+    assert model.quantport_plan.quantized[0].requested_scheme == scheme
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -126,7 +126,7 @@ def test_multihead_attention_is_left_alone_with_a_reason():
     with pytest.raises(QuantportError, match="no layer can be quantized"):
         quantport.quantize_(model, "int8")
     for name in ("linear1", "linear2"):  # torch's fast path reads their weights by itself
-        assert plan.by_layer[name].asked or plan.by_layer[name].note
+        assert plan.by_layer[name].requested_scheme or plan.by_layer[name].note
     assert "NonDynamicallyQuantizableLinear" in plan.by_layer["self_attn.out_proj"].note
     assert type(model.self_attn.out_proj).__name__ == "NonDynamicallyQuantizableLinear"
     full = made(factory)(x).float()

@@ -33,8 +33,8 @@ def test_a_transformers_model_comes_back(path, scheme, tmp_path):
     assert config["quantization_config"]["quant_method"] == "quantport"
     assert config["architectures"] == json.loads((path / "config.json").read_text())["architectures"]
     assert again.quantport_plan.after == model.quantport_plan.after
-    assert {s.layer.name: s.asked for s in again.quantport_plan.quantized} == {
-        s.layer.name: s.asked for s in model.quantport_plan.quantized
+    assert {s.layer.name: s.requested_scheme for s in again.quantport_plan.quantized} == {
+        s.layer.name: s.requested_scheme for s in model.quantport_plan.quantized
     }
 
 

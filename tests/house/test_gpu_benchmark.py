@@ -242,7 +242,7 @@ def test_evidence_is_of_kernels_that_were_right_and_the_room_reads_it(bench, tmp
     measured.measurements.cache_clear()
     host = Registry(only=["cuda"])
     request = Request(
-        WeightSpec(host.schemes["int8"], 4096, 4096), "linear", host.device("cuda:sm_90"), rows=512
+        WeightSpec(host.schemes["int8"], 4096, 4096), "linear", host.device("cuda:sm_90"), num_tokens=512
     )
     choice = select_kernel(request, host.kernels("cuda"))
     measured.measurements.cache_clear()

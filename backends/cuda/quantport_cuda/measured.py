@@ -54,7 +54,7 @@ class Measured(Kernel):
             return super().speed(
                 request
             )  # in a small layer the launch decides, which the table does not know
-        nearest = min(speeds, key=lambda m: abs(math.log(int(m) / request.rows)))
+        nearest = min(speeds, key=lambda m: abs(math.log(int(m) / request.num_tokens)))
         return float(speeds[nearest])
 
     def claim(self, request: Request) -> Claim:

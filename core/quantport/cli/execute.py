@@ -18,7 +18,7 @@ from quantport.cli.options import (
     JsonOption,
     KVCacheOption,
     Model,
-    RowsOption,
+    NumTokensOption,
     SchemeOption,
     form,
     read_config,
@@ -32,7 +32,7 @@ def run(
     device: DeviceOption = "auto",
     config: ConfigOption = None,
     ignore: IgnoreOption = None,
-    rows: RowsOption = 1,
+    num_tokens: NumTokensOption = 1,
     fallback: FallbackOption = None,
     kv_cache: KVCacheOption = None,
     prompt: Annotated[
@@ -74,7 +74,7 @@ def run(
             scheme,
             device,
             read_config(config, ignore, kv_cache),
-            rows,
+            num_tokens,
             fallback.value if fallback else None,
         ),
         run_model.Text(prompt, tokens, seed),
@@ -91,7 +91,7 @@ def quantize(
     device: DeviceOption = "auto",
     config: ConfigOption = None,
     ignore: IgnoreOption = None,
-    rows: RowsOption = 1,
+    num_tokens: NumTokensOption = 1,
     fallback: FallbackOption = None,
     kv_cache: KVCacheOption = None,
     overwrite: Annotated[
@@ -112,7 +112,8 @@ def quantize(
 
     chosen = form(style, as_json)
     settings = read_config(config, ignore, kv_cache)
-    request = run_model.Request(model, scheme, device, settings, rows, fallback.value if fallback else None)
+    policy = fallback.value if fallback else None
+    request = run_model.Request(model, scheme, device, settings, num_tokens, policy)
     run_model.quantize(request, out, overwrite, chosen)
 
 
@@ -126,8 +127,11 @@ def bench(
         4096,
         4096,
     ),
-    rows: Annotated[
-        list[int] | None, typer.Option("--rows", min=1, help="Rows of activations; repeatable; 1, 16, 128.")
+    num_tokens: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--num-tokens", "--rows", min=1, help="Tokens (rows of activations); repeatable; 1, 16, 128."
+        ),
     ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Few copies and rounds: shows that it runs, measures nothing.")
@@ -140,11 +144,11 @@ def bench(
 
     Examples:
         quantport bench
-        quantport bench --scheme int8 --scheme int4 --rows 1 --rows 16
+        quantport bench --scheme int8 --scheme int4 --num-tokens 1 --num-tokens 16
         quantport bench --size 512 512 --quick   (a smoke test, not a measurement)
     """
     from quantport.cli import page
 
     chosen = form(style, as_json)
-    found = bench_linear.bench(schemes, device, size, tuple(rows or (1, 16, 128)), quick)
+    found = bench_linear.bench(schemes, device, size, tuple(num_tokens or (1, 16, 128)), quick)
     page.emit(bench_linear.bench_page(found), chosen)

@@ -17,7 +17,7 @@ from quantport.cli.options import (
     KVCacheOption,
     LayerKind,
     Model,
-    RowsOption,
+    NumTokensOption,
     SchemeOption,
     form,
     read_config,
@@ -77,7 +77,7 @@ def plan(
     device: DeviceOption = "auto",
     config: ConfigOption = None,
     ignore: IgnoreOption = None,
-    rows: RowsOption = 1,
+    num_tokens: NumTokensOption = 1,
     fallback: FallbackOption = None,
     kv_cache: KVCacheOption = None,
     style: FormatOption = None,
@@ -102,7 +102,7 @@ def plan(
         scheme,
         config=settings,
         device=device,
-        rows=rows,
+        num_tokens=num_tokens,
         fallback=fallback.value if fallback else None,
     )
     page.emit(plans.plan_page(made), chosen)

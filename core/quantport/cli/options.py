@@ -66,8 +66,14 @@ IgnoreOption = Annotated[
 KVCacheOption = Annotated[
     str | None, typer.Option("--kv-cache", help="KV cache: fp8, fp8_e5m2, int8, int4; 16 bits when left out.")
 ]
-RowsOption = Annotated[
-    int, typer.Option("--rows", min=1, help="Rows of activations to choose kernels for: 1 is decoding.")
+NumTokensOption = Annotated[
+    int,
+    typer.Option(
+        "--num-tokens",
+        "--rows",
+        min=1,
+        help="Tokens at a time (rows of activations) to choose kernels for: 1 is decoding.",
+    ),
 ]
 FallbackOption = Annotated[
     Fallback | None, typer.Option("--fallback", help="Where the device cannot run the scheme itself.")

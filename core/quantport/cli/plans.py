@@ -37,7 +37,7 @@ def plan_page(plan: Plan) -> Page:
     page.say("")
     saved = 1 - plan.after / plan.before if plan.before else 0
     totals = f"total: {size(plan.before)} -> {size(plan.after)} ({saved:.0%} less)"
-    quantized = sum(step.asked != "bf16" for step in plan.quantized)
+    quantized = sum(step.requested_scheme != "bf16" for step in plan.quantized)
     page.say(f"{totals}, peak while loading at most {size(plan.peak)}, {quantized} layers quantized")
     if text := _kv_line(plan):
         page.say(text)
@@ -77,7 +77,9 @@ def group(steps: Sequence[Step]) -> list[list[Step]]:
             if other
             else (layer.weights, layer.experts, len(layer.only), layer.dtype, layer.name.count("."))
         )
-        out.setdefault((layer.kind, leaf, shape, step.asked, step.choice, step.note), []).append(step)
+        out.setdefault((layer.kind, leaf, shape, step.requested_scheme, step.choice, step.note), []).append(
+            step
+        )
     return list(out.values())
 
 
@@ -130,7 +132,7 @@ def _row(name: str, steps: Sequence[Step]) -> tuple[str, ...]:
         if choice
         else ("as stored", "-", "-", "-")
     )
-    return name, str(len(steps)), first.asked or "-", *known, shapes, *sizes
+    return name, str(len(steps)), first.requested_scheme or "-", *known, shapes, *sizes
 
 
 def _effective(choice: Choice) -> str:
@@ -143,7 +145,11 @@ def _evidence(choice: Choice) -> str:
 
 def _summary(plan: Plan, named: Sequence[tuple[str, Sequence[Step]]]) -> dict[str, Any]:
     """What the groups share, for people and machines."""
-    kept = [(name, steps) for name, steps in named if not steps[0].asked and steps[0].layer.kind != "other"]
+    kept = [
+        (name, steps)
+        for name, steps in named
+        if not steps[0].requested_scheme and steps[0].layer.kind != "other"
+    ]
     return {
         "fallback": plan.config.fallback,
         "groups": [_group_dict(name, steps) for name, steps in named],
@@ -161,9 +167,9 @@ def _reasons(plan: Plan) -> list[str]:
     for step in plan.quantized:
         if step.choice is None:
             continue
-        out.update(dict.fromkeys(f"{step.asked}: {reason}" for reason in step.choice.reasons))
+        out.update(dict.fromkeys(f"{step.requested_scheme}: {reason}" for reason in step.choice.reasons))
         if step.choice.numeric_deviation:
-            out[f"{step.asked} deviates from the scheme: {step.choice.numeric_deviation}"] = None
+            out[f"{step.requested_scheme} deviates from the scheme: {step.choice.numeric_deviation}"] = None
     return list(out)
 
 
@@ -191,7 +197,7 @@ def _group_dict(name: str, steps: Sequence[Step]) -> dict[str, Any]:
         else [{"weight": w, "n": n, "k": k} for w, n, k in layer.weights],
         "experts": layer.experts,
         "dtype": str(layer.dtype).removeprefix("torch."),
-        "asked": first.asked,
+        "asked": first.requested_scheme,
         "status": str(choice.status) if choice else "kept",
         "precision": choice.precision if choice else None,
         "activations": choice.activations if choice else None,

@@ -29,7 +29,7 @@ class Request:
     scheme: str | None
     device: str
     config: dict[str, Any] | None
-    rows: int
+    num_tokens: int
     fallback: str | None
 
     def load(self) -> Any:
@@ -40,7 +40,7 @@ class Request:
                 self.scheme,
                 config=self.config,
                 device=self.device,
-                rows=self.rows,
+                num_tokens=self.num_tokens,
                 fallback=self.fallback,
                 progress=report,
             )

@@ -1,72 +1,240 @@
-"""Splits the experts of a MoE layer where patterns give single experts or projections another scheme than the
-rest.
+"""Which scheme each weight gets, and why: from the layers of a model and a configuration, in one pass.
+
+What decides, strongest first: a component mapped to null; that a layer is left alone by default, unless
+``targets`` names it; patterns; the first blocks; ``linear`` and ``moe``; ``scheme``; the default. Experts are
+split where patterns tell some of them from the rest.
 """
 
 from __future__ import annotations
 
 import difflib
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-from quantport.config import QuantConfig
+from quantport.config.schema import QuantConfig
 from quantport.errors import ConfigError
 from quantport.model.layers import Layer
 from quantport.model.patterns import compile_pattern
+from quantport.model.roles import SkipCode, SkipReason
 
-Decision = tuple[str | None, str]
+_DUALSCALE_BLOCKS = 5
+_BLOCK = re.compile(r"(?:^|\.)(blocks|layers|h|transformer_blocks|single_transformer_blocks)\.(\d+)\.")
 
 
-def split(layer: Layer, config: QuantConfig, default: str | None) -> list[tuple[Layer, str | None, str]]:
-    """Chooses the scheme of a layer, or of each piece of it.
+@dataclass(frozen=True)
+class Assignment:
+    """What a layer, or a piece of one, gets.
+
+    Attributes:
+        layer: The layer; or a piece of it, under a name of its own.
+        scheme: Name of its scheme; None where it is left alone.
+        skip_reason: Why it is left alone.
+    """
+
+    layer: Layer
+    scheme: str | None
+    skip_reason: SkipReason | None = None
+
+
+class _Decision(NamedTuple):
+    """A scheme, or None and why."""
+
+    scheme: str | None
+    skip_reason: SkipReason | None = None
+
+
+def needs_default(config: QuantConfig) -> bool:
+    """Whether the configuration names no scheme for some layers, so that the device has to choose one."""
+    inner = [c for c in config.components.values() if c] or [config]
+    return not config.scheme and any(
+        not c.scheme and not {"linear", "moe"} <= c.model_fields_set for c in inner
+    )
+
+
+def resolve(layers: Sequence[Layer], config: QuantConfig, default_scheme: str | None) -> list[Assignment]:
+    """Says which scheme each weight of a model gets, and why.
 
     Args:
-        layer: The layer.
-        config: The configuration.
-        default: The scheme where the configuration names none.
+        layers: The layers of the model.
+        config: A checked configuration.
+        default_scheme: Name of the scheme where the configuration names none.
 
     Returns:
-        ``(layer, scheme or None, why it is left alone)``: one entry for most layers. For experts that differ,
-        one for the rest, under the name of the layer, and one for each projection of all experts
-        (``experts.*.down_proj``), expert (``experts.3``) or projection (``experts.3.down_proj``) that got
-        another scheme.
+        One assignment for most layers, in their order. For experts that differ, one for the rest, under the
+        name of the layer, and one for each projection of all experts (``experts.*.down_proj``), expert
+        (``experts.3``) or projection (``experts.3.down_proj``) that got another scheme.
+
+    Raises:
+        ConfigError: patterns that match nothing or conflict, parts that disagree, or a component without an
+            entry.
     """
-    whole = config.for_layer(layer, default)
-    inner = config.of_component(layer) if layer.experts else None
-    if inner is None or not (inner.ignore or inner.targets):
-        return [(layer, *whole)]
-    names = set(layer.shards)
-    if layer.keep and not any(p in names and scheme for p, scheme in inner.targets.items()):
-        return [(layer, *whole)]
-    decided = _decisions(layer, inner, whole)
-    if len({scheme for scheme, _ in decided.values()}) == 1:
-        return [(layer, *next(iter(decided.values())))]
-    pieces = {unit: members for unit, members in _units(layer, decided) if decided[members[0]][0] != whole[0]}
-    taken = {weight for members in pieces.values() for weight in members}
-    rest = tuple(weight for weight in decided if weight not in taken)
-    out = [(_piece(layer, layer.name, rest), *whole)] if rest else []
-    return out + [(_piece(layer, f"{layer.name}.{unit}", m), *decided[m[0]]) for unit, m in pieces.items()]
+    check_patterns(config, layers)
+    return [assignment for layer in layers for assignment in _assign(layer, config, default_scheme)]
 
 
-def _decisions(layer: Layer, config: QuantConfig, whole: Decision) -> dict[str, Decision]:
-    """What each weight gets."""
-    out = {}
+def _assign(layer: Layer, config: QuantConfig, default: str | None) -> list[Assignment]:
+    while config.components:
+        component = _component_of(layer, config)
+        inner, default = config.components[component], config.scheme or default
+        if inner is None:
+            text = f"component {component!r} is mapped to null"
+            return [Assignment(layer, None, SkipReason(SkipCode.NULL_COMPONENT, text))]
+        config = inner
+    whole = _decide(layer, config, default)
+    if layer.experts and (config.ignore or config.targets):
+        return _split_experts(layer, config, whole)
+    return [Assignment(layer, *whole)]
+
+
+def _component_of(layer: Layer, config: QuantConfig) -> str:
+    inside = [c for c in config.components if layer.name == c or layer.name.startswith(c + ".")]
+    if not inside:
+        raise ConfigError(
+            f"the component of {layer.name}",
+            f"the configuration maps only: {', '.join(config.components)}",
+            f"add {layer.name.partition('.')[0]!r}: a configuration, or null to leave it alone",
+        )
+    return max(inside, key=len)
+
+
+def _decide(layer: Layer, config: QuantConfig, default: str | None) -> _Decision:
+    """What a layer gets as a whole."""
+    if layer.tied:
+        return _by_tied_names(layer, config.targets)
+    if layer.skip_reason and layer.name not in config.targets:
+        return _Decision(None, layer.skip_reason)
+    by_pattern = _by_patterns(layer.path, config)
+    if by_pattern is None and layer.shards and not layer.experts:
+        by_pattern = _by_shards(layer, config)
+    return by_pattern or _by_kind(layer, config, default)
+
+
+def _by_kind(layer: Layer, config: QuantConfig, default: str | None) -> _Decision:
+    """What no pattern speaks for."""
+    scheme, skip = config.scheme or default, None
+    if layer.kind in ("linear", "moe") and layer.kind in config.model_fields_set:
+        scheme = config.linear if layer.kind == "linear" else config.moe
+        skip = SkipReason(SkipCode.NULL_SCHEME, f"left alone by {layer.kind}=null")
+    if first := _in_first_blocks(layer.name, config.num_bf16_fallback_layers, scheme):
+        return _Decision(None, first)
+    return _Decision(scheme) if scheme else _Decision(None, skip)
+
+
+def _in_first_blocks(name: str, count: int | None, scheme: str | None) -> SkipReason | None:
+    block = _BLOCK.search(name)
+    if block and count is None and block[1] == "blocks" and str(scheme).startswith("mxfp4_dualscale"):
+        count = _DUALSCALE_BLOCKS
+    if not block or int(block[2]) >= (count or 0):
+        return None
+    text = f"left alone by num_bf16_fallback_layers={count}: it is in block {block[2]}"
+    return SkipReason(SkipCode.FIRST_BLOCKS, text)
+
+
+def _by_tied_names(layer: Layer, targets: Mapping[str, str | None]) -> _Decision:
+    """One weight under several names: ``targets`` names all of them alike, or none."""
+    names = (layer.name, *layer.tied)
+    schemes = {name: targets[name] for name in names if name in targets}
+    if not schemes:
+        return _Decision(None, layer.skip_reason)
+    scheme = next(iter(schemes.values()))
+    if len(schemes) < len(names) or set(schemes.values()) != {scheme}:
+        raise ConfigError(
+            f"the scheme of {next(iter(schemes))}",
+            f"one tied weight under {len(names)} names: "
+            + ", ".join(f"{name} -> {schemes.get(name, 'nothing')}" for name in names),
+            f"name each of {', '.join(names)} in targets, with one scheme; it is quantized and kept once",
+        )
+    return _Decision(scheme) if scheme else _Decision(None, _left_by(layer.name))
+
+
+def _by_shards(layer: Layer, config: QuantConfig) -> _Decision | None:
+    """What patterns say of the parts of a fused layer, which are stored as one."""
+    decisions = {shard: _by_patterns((shard,), config) for shard in layer.shards}
+    outcomes: dict[str, str] = {}
+    for shard, decision in decisions.items():
+        outcome = "no pattern" if decision is None else decision.scheme or "ignored"
+        outcomes.setdefault(outcome, shard)
+    if len(outcomes) > 1:
+        raise ConfigError(
+            f"one scheme for {layer.name}",
+            "its parts disagree: "
+            + ", ".join(f"{shard} -> {outcome}" for outcome, shard in outcomes.items()),
+            "the parts of a fused layer are stored as one: match all of them, none of them, or "
+            f"{layer.name!r} itself",
+        )
+    return next(iter(decisions.values()))
+
+
+def _by_patterns(names: Sequence[str], config: QuantConfig) -> _Decision | None:
+    """What patterns say, or None where they say nothing.
+
+    Args:
+        names: Of something and of what it is inside, outermost first: experts, one of them, its projection.
+            A pattern speaks for the outermost that it matches, and the innermost that is spoken for decides.
+        config: The configuration.
+    """
+    patterns = (*config.ignore, *config.targets)
+    spoken, decision = set[str](), None
+    for name in names if patterns else ():
+        matching = {p for p in patterns if compile_pattern(p).match(name)} - spoken
+        decision = _by_matching(name, matching, config) or decision
+        spoken |= matching
+    return decision
+
+
+def _by_matching(name: str, matching: set[str], config: QuantConfig) -> _Decision | None:
+    """What the patterns that match a name say together."""
+    if not matching:
+        return None
+    ignored = [p for p in config.ignore if p in matching]
+    targets = {p: s for p, s in config.targets.items() if p in matching}
+    if (ignored and targets) or len(set(targets.values())) > 1:
+        raise ConfigError(
+            f"the scheme of {name}",
+            f"it matches {', '.join(map(repr, [*ignored, *targets]))}, which disagree",
+            "make the patterns exclude each other",
+        )
+    pattern, scheme = (ignored[0], None) if ignored else next(iter(targets.items()))
+    return _Decision(scheme) if scheme else _Decision(None, _left_by(pattern))
+
+
+def _left_by(pattern: str) -> SkipReason:
+    return SkipReason(SkipCode.PATTERN, f"left alone by pattern {pattern!r}")
+
+
+def _split_experts(layer: Layer, config: QuantConfig, whole: _Decision) -> list[Assignment]:
+    """The experts of a layer, in pieces where patterns give some of them another scheme than the rest."""
+    if layer.skip_reason:
+        inside = set(layer.shards)
+        if not any(pattern in inside and scheme for pattern, scheme in config.targets.items()):
+            return [Assignment(layer, *whole)]
+    decisions = {}
     for weight, _, _ in layer.each:
         expert = weight.partition(".")[0]
-        found = config.decide((layer.name, f"{layer.name}.{expert}", f"{layer.name}.{weight}"))
-        out[weight] = (
-            whole if found is None else (found[0], "" if found[0] else f"left alone by pattern {found[1]!r}")
-        )
-    return out
+        names = (layer.name, f"{layer.name}.{expert}", f"{layer.name}.{weight}")
+        decisions[weight] = _by_patterns(names, config) or whole
+    if len({decision.scheme for decision in decisions.values()}) == 1:
+        return [Assignment(layer, *next(iter(decisions.values())))]
+    units = [(u, ws) for u, ws in _units(layer, decisions) if decisions[ws[0]].scheme != whole.scheme]
+    apart = {weight for _, weights in units for weight in weights}
+    rest = tuple(weight for weight in decisions if weight not in apart)
+    pieces = [Assignment(_piece(layer, layer.name, rest), *whole)] if rest else []
+    return pieces + [
+        Assignment(_piece(layer, f"{layer.name}.{unit}", weights), *decisions[weights[0]])
+        for unit, weights in units
+    ]
 
 
-def _units(layer: Layer, decided: Mapping[str, Decision]) -> Iterator[tuple[str, tuple[str, ...]]]:
+def _units(layer: Layer, decisions: Mapping[str, _Decision]) -> Iterator[tuple[str, tuple[str, ...]]]:
     """The largest groups of weights that share a scheme: a projection of all experts, an expert, a single
     weight.
     """
 
-    def agree(names: Iterable[str]) -> bool:
-        return len({decided[name][0] for name in names}) == 1
+    def agree(weights: Iterable[str]) -> bool:
+        return len({decisions[weight].scheme for weight in weights}) == 1
 
     projections = [name for name, _, _ in layer.weights]
     columns = {p: tuple(f"{e}.{p}" for e in range(layer.experts)) for p in projections}
@@ -77,12 +245,12 @@ def _units(layer: Layer, decided: Mapping[str, Decision]) -> Iterator[tuple[str,
         if len(left) == len(projections) and agree(left):
             yield str(e), left
         else:
-            yield from ((name, (name,)) for name in left)
+            yield from ((weight, (weight,)) for weight in left)
 
 
 def _piece(layer: Layer, name: str, only: tuple[str, ...]) -> Layer:
-    used = {weight.partition(".")[2] for weight in only}
-    weights = tuple(w for w in layer.weights if w[0] in used)
+    projections = {weight.partition(".")[2] for weight in only}
+    weights = tuple(w for w in layer.weights if w[0] in projections)
     return replace(layer, name=name, weights=weights, group=layer.name, only=only)
 
 
@@ -92,24 +260,29 @@ def check_patterns(config: QuantConfig, layers: Sequence[Layer]) -> None:
     Raises:
         ConfigError: one matches nothing.
     """
+    patterns = config.patterns()
+    if not patterns:
+        return
     names = list(dict.fromkeys(name for layer in layers for name in (layer.name, *layer.path, *layer.tied)))
-    for pattern in config.patterns():
-        compiled = compile_pattern(pattern)
-        if any(compiled.match(n) for n in names) or any(compiled.match(s) for x in layers for s in x.shards):
+    shards = [shard for layer in layers for shard in layer.shards]
+    for pattern in patterns:
+        matches = compile_pattern(pattern).match
+        if any(map(matches, names)) or any(map(matches, shards)):
             continue
-        inside = f"*{pattern}*"
-        tied = (
-            " (an output head tied to the embedding is no layer of its own)"
-            if pattern.rpartition(".")[2] == "lm_head"
-            else ""
-        )
-        hint = f"did you mean {inside!r}? " if any(compile_pattern(inside).match(n) for n in names) else ""
-        close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
-        error = ConfigError(
-            f"pattern {pattern!r}",
-            f"it matches none of {len(names)} layers{tied}",
-            f"{hint}close names: {', '.join(close) or 'none'}; on_unmatched='warn' to go on",
-        )
+        error = _unmatched(pattern, names)
         if config.on_unmatched == "error":
             raise error
-        warnings.warn(str(error), UserWarning, stacklevel=3)
+        warnings.warn(str(error), UserWarning, stacklevel=4)
+
+
+def _unmatched(pattern: str, names: Sequence[str]) -> ConfigError:
+    inside = f"*{pattern}*"
+    is_head = pattern.rpartition(".")[2] == "lm_head"
+    tied = " (an output head tied to the embedding is no layer of its own)" if is_head else ""
+    hint = f"did you mean {inside!r}? " if any(map(compile_pattern(inside).match, names)) else ""
+    close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
+    return ConfigError(
+        f"pattern {pattern!r}",
+        f"it matches none of {len(names)} layers{tied}",
+        f"{hint}close names: {', '.join(close) or 'none'}; on_unmatched='warn' to go on",
+    )

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -11,7 +10,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from quantport.config.vllm_keys import OTHER_KEYS, explain, is_component_map, weight_of
 from quantport.errors import ConfigError
 from quantport.kvcache import cache_dtype
-from quantport.model.layers import Layer, tied_scheme
 from quantport.model.patterns import compile_pattern
 from quantport.scheme.catalog import Schemes
 
@@ -22,8 +20,6 @@ _WHOLE = {
     "kv_cache_dtype",
     "kv_cache_skip_layers",
 }  # said once for all components
-DUALSCALE_BLOCKS = 5
-_BLOCK = re.compile(r"(?:^|\.)(blocks|layers|h|transformer_blocks|single_transformer_blocks)\.(\d+)\.")
 
 
 class QuantConfig(BaseModel):
@@ -205,112 +201,6 @@ class QuantConfig(BaseModel):
         if self.group_size and not any(s.startswith("int4") for s in used):
             raise ConfigError(f"group_size with {named}", "only int4 has groups", "scheme='int4_weight_only'")
         return self.model_copy(update=updates)
-
-    def for_layer(self, layer: Layer, default: str | None) -> tuple[str | None, str]:
-        """Chooses the scheme of one layer.
-
-        Args:
-            layer: The layer.
-            default: The scheme to use where the configuration names none.
-
-        Returns:
-            ``(scheme name or None, why it is left alone)``.
-
-        Raises:
-            ConfigError: patterns that conflict, shards that disagree, or a component without an entry.
-        """
-        if self.components:
-            return self._component(layer, default)
-        if layer.tied:
-            return tied_scheme(layer, self.targets)
-        if layer.keep and layer.name not in self.targets:
-            return None, layer.keep
-        decision = self.decide(layer.path) or (
-            None if layer.experts or not layer.shards else self._agree(layer)
-        )
-        if decision is not None:
-            scheme, pattern = decision
-            return scheme, "" if scheme else f"left alone by pattern {pattern!r}"
-        scheme, why = self.scheme or default, ""
-        if layer.kind in ("linear", "moe") and layer.kind in self.model_fields_set:
-            scheme = getattr(self, layer.kind)
-            why = "" if scheme else f"left alone by {layer.kind}=null"
-        first = self._first_blocks(layer.name, scheme)
-        return (None, first) if first else (scheme, why)
-
-    def _first_blocks(self, name: str, scheme: str | None) -> str:
-        """Why a layer stays because it is in one of the first blocks, or an empty string."""
-        found = _BLOCK.search(name)
-        count = self.num_bf16_fallback_layers
-        if count is None and found and found[1] == "blocks" and str(scheme).startswith("mxfp4_dualscale"):
-            count = DUALSCALE_BLOCKS
-        if not found or int(found[2]) >= (count or 0):
-            return ""
-        return f"left alone by num_bf16_fallback_layers={count}: it is in block {found[2]}"
-
-    def _component(self, layer: Layer, default: str | None) -> tuple[str | None, str]:
-        config = self.of_component(layer)
-        if config is None:
-            return None, f"component {self._name_of_component(layer)!r} is mapped to null"
-        return config.for_layer(layer, self.scheme or default)
-
-    def of_component(self, layer: Layer) -> QuantConfig | None:
-        """The configuration whose patterns hold for a layer: this one, or that of its component
-        (null: none).
-        """
-        return self.components[self._name_of_component(layer)] if self.components else self
-
-    def _name_of_component(self, layer: Layer) -> str:
-        inside = [c for c in self.components if layer.name == c or layer.name.startswith(c + ".")]
-        if not inside:
-            raise ConfigError(
-                f"the component of {layer.name}",
-                f"the configuration maps only: {', '.join(self.components)}",
-                f"add {layer.name.partition('.')[0]!r}: a configuration, or null to leave it alone",
-            )
-        return max(inside, key=len)
-
-    def decide(self, names: Sequence[str]) -> tuple[str | None, str] | None:
-        """What patterns say: ``(scheme or None, pattern)``, or None when they say nothing.
-
-        Args:
-            names: Of something and of what it is inside, outermost first: experts, one of them, its
-                projection. A pattern speaks for the outermost that it matches, and the innermost that is
-                spoken for decides.
-        """
-        spoken, decision = set[str](), None
-        for name in names:
-            matching = {p for p in (*self.ignore, *self.targets) if compile_pattern(p).match(name)} - spoken
-            decision = self._one(name, matching) or decision
-            spoken |= matching
-        return decision
-
-    def _one(self, name: str, matching: set[str]) -> tuple[str | None, str] | None:
-        ignored = [p for p in self.ignore if p in matching]
-        targets = {p: s for p, s in self.targets.items() if p in matching}
-        if (ignored and targets) or len(set(targets.values())) > 1:
-            raise ConfigError(
-                f"the scheme of {name}",
-                f"it matches {', '.join(map(repr, [*ignored, *targets]))}, which disagree",
-                "make the patterns exclude each other",
-            )
-        if ignored:
-            return None, ignored[0]
-        return next(((s, p) for p, s in targets.items()), None)
-
-    def _agree(self, layer: Layer) -> tuple[str | None, str] | None:
-        decisions = {shard: self.decide((shard,)) for shard in layer.shards}
-        by_choice: dict[str, str] = {}
-        for shard, decision in decisions.items():
-            by_choice.setdefault("no pattern" if decision is None else decision[0] or "ignored", shard)
-        if len(by_choice) > 1:
-            raise ConfigError(
-                f"one scheme for {layer.name}",
-                "its parts disagree: " + ", ".join(f"{s} -> {c}" for c, s in by_choice.items()),
-                "the parts of a fused layer are stored as one: match all of them, none of them, or "
-                f"{layer.name!r} itself",
-            )
-        return next(iter(decisions.values()))
 
     def patterns(self) -> tuple[str, ...]:
         """Every pattern, those of the components included."""

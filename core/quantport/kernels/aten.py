@@ -13,7 +13,7 @@ from torch import Tensor
 
 from quantport import numerics
 from quantport.kernels.base import Kernel, Packed, Request, StoredWeight, WeightSpec
-from quantport.kernels.verdict import Claim, Evidence, Reason, Refusal, Status
+from quantport.kernels.verdict import Claim, Evidence, Reason, ReasonCode, Refusal, Status
 from quantport.scheme import Quant, Scheme
 
 DECLARED = Claim(Evidence.DECLARED, "pure torch operators; the same code is tested on the CPU")
@@ -28,9 +28,8 @@ def native_reason(
     arch = request.device.arch
     if format_name in arch.native:
         return ()
-    return (
-        Reason(f"{arch.name} ({arch.title}) has no {format_name} matrix instruction [{arch.source}]", kind),
-    )
+    text = f"{arch.name} ({arch.title}) has no {format_name} matrix instruction [{arch.source}]"
+    return (Reason(text, kind, ReasonCode.NO_MATRIX_INSTRUCTION),)
 
 
 class Portable(Kernel):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from quantport.device import Device
-from quantport.kernels.verdict import Accepted, Claim, Reason, Rejected, Status, Verdict
+from quantport.kernels.verdict import Accepted, Claim, Reason, ReasonCode, Rejected, Status, Verdict
 from quantport.numerics import raw, rotate
 from quantport.scheme import Scheme
 
@@ -39,14 +39,14 @@ class Request:
         layer: ``linear`` or ``moe``.
         device: Where it shall run.
         dtype: Activation dtype.
-        rows: Expected rows of the activations (1 = decode of one sequence).
+        num_tokens: Expected tokens at a time: rows of the activations (1 = decode of one sequence).
     """
 
     weight: WeightSpec
     layer: str
     device: Device
     dtype: torch.dtype = torch.bfloat16
-    rows: int = 1
+    num_tokens: int = 1
 
 
 class Kernel(ABC):
@@ -85,8 +85,8 @@ class Kernel(ABC):
         """Returns how we know that an accepted request runs on this architecture."""
 
     def speed(self, request: Request) -> float | None:
-        """Returns the speed relative to the best BF16 path at ``request.rows``, or None when nobody measured
-        it.
+        """Returns the speed relative to the best BF16 path for ``request.num_tokens``, or None when nobody
+        measured it.
         """
         return None
 
@@ -245,7 +245,11 @@ class Kernel(ABC):
                 self.numeric_deviation,
             )
         except Exception as error:  # a stranger's code: its failure is a reason, never a crash of the plan
-            return Rejected(self.name, (Reason(f"the kernel raised {type(error).__name__}: {error}"),))
+            return Rejected(self.name, (_raised(error),))
+
+
+def _raised(error: Exception) -> Reason:
+    return Reason(f"the kernel raised {type(error).__name__}: {error}", code=ReasonCode.RAISED)
 
 
 def _reasons(given: Sequence[Reason]) -> tuple[Reason, ...]:

@@ -59,12 +59,34 @@ class Refusal(str, Enum):
         return self.value
 
 
+class ReasonCode(str, Enum):
+    """What a refusal is about, where code asks.
+
+    ``no_matrix_instruction``: the architecture multiplies the format of the scheme on no unit of its own.
+        ``raised``: the kernel raised when it was asked. ``other``: everything else.
+    """
+
+    NO_MATRIX_INSTRUCTION = "no_matrix_instruction"
+    RAISED = "raised"
+    OTHER = "other"
+
+    def __str__(self) -> str:
+        return self.value
+
+
 @dataclass(frozen=True)
 class Reason:
-    """Why a kernel refuses a request: code decides by the kind, people read the text."""
+    """Why a kernel refuses a request: code decides by kind and code, people read the text.
+
+    Attributes:
+        text: For people.
+        kind: What would happen if the call were made all the same.
+        code: What it is about.
+    """
 
     text: str
     kind: Refusal = Refusal.IMPOSSIBLE
+    code: ReasonCode = ReasonCode.OTHER
 
     def __str__(self) -> str:
         return self.text
@@ -130,7 +152,7 @@ class Accepted:
         status: What the user gets.
         precision: Effective precision, for example ``W8A16``.
         claim: How we know.
-        speed: Measured speed relative to the best BF16 path at the expected rows (1.0 = equal); None =
+        speed: Measured speed relative to the best BF16 path for the expected tokens (1.0 = equal); None =
             not measured.
         slow: Why it is known to be slower than BF16 without measuring, or empty.
         deviation: Named difference from the scheme's numerics, or an empty string.

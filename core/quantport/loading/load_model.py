@@ -20,9 +20,10 @@ from quantport.loading.executor import Progress, Task, run_tasks
 from quantport.loading.locate import locate, refuse_quantized
 from quantport.loading.plan_model import Source, merge, refuse_nothing
 from quantport.loading.skeleton import Factory, build, read_json
-from quantport.loading.swap_modules import NO_MODULE, by_module, check, make_module, put
+from quantport.loading.swap_modules import by_module, check, make_module, put
 from quantport.loading.weight_tasks import quantize_tasks
 from quantport.model.layers import Layer, Part, find_layers
+from quantport.model.roles import SkipCode
 from quantport.modules import QuantModule
 from quantport.planning.plan import Plan, Step, make_plan
 from quantport.plugins.registry import default_registry
@@ -38,7 +39,7 @@ def load(
     device: str | torch.device | Device = "auto",
     model: Factory | None = None,
     dtype: torch.dtype | None = None,
-    rows: int = 1,
+    num_tokens: int = 1,
     fallback: str | None = None,
     progress: Progress | None = None,
     workers: int | None = None,
@@ -54,7 +55,7 @@ def load(
         model: Makes the module; by default Transformers builds it from ``config.json``.
         dtype: Dtype of what stays in 16 bits; by default that of the checkpoint, or what the device
             computes in.
-        rows: Expected rows of the activations, for choosing kernels.
+        num_tokens: Expected tokens at a time (rows of the activations), for choosing kernels.
         fallback: Overrides ``config.fallback``.
         progress: Called with (bytes done, bytes in total, name).
         workers: Tensors that are quantized at a time; the number of cores by default.
@@ -104,7 +105,7 @@ def load(
             kernels,
             default_registry().schemes,
             source=str(path_or_id),
-            rows=rows,
+            num_tokens=num_tokens,
             dtype=compute,
             kv=kv,
             budget=budget,
@@ -153,7 +154,8 @@ class _Loader:
             taken |= _tensors(steps[0].layer)
         for step in self.plan.steps:
             fused = any(p.expert is not None for ps in step.layer.parts.values() for p in ps)
-            if not step.choice and step.layer.experts and not fused and step.note != NO_MODULE:
+            lost = step.layer.skipped_as(SkipCode.NO_MODULE)
+            if not step.choice and step.layer.experts and not fused and not lost:
                 out += self._fuse_tasks(step.layer)
                 taken |= _tensors(step.layer)
         put(self.model, new)
@@ -254,8 +256,8 @@ def _homeless(model: nn.Module, layers: Sequence[Layer], source: object) -> None
     """Refuses a model that has a module for none of the layers; single layers without one are named in the
     plan.
     """
-    usable = any(layer.kind != "other" and not layer.keep for layer in layers)
-    lost = [layer.name for layer in layers if layer.keep == NO_MODULE]
+    usable = any(layer.kind != "other" and not layer.skip_reason for layer in layers)
+    lost = [layer.name for layer in layers if layer.skipped_as(SkipCode.NO_MODULE)]
     if lost and not usable:
         found = (
             f"no module for any layer ({lost[0]}, ...); it has: "
@@ -269,10 +271,10 @@ def _homeless(model: nn.Module, layers: Sequence[Layer], source: object) -> None
 def _placed(layers: Iterable[Layer], record: quantport_format.Record) -> None:
     """Refuses a saved checkpoint whose quantized layers the model does not have."""
     for layer in layers:
-        if layer.name in record.layers and layer.keep and not layer.opt_in:
+        if layer.name in record.layers and layer.skip_reason and not layer.opt_in:
             raise CheckpointError(
                 f"load the quantized layer {layer.name}",
-                layer.keep,
+                str(layer.skip_reason),
                 "the model that the checkpoint was saved from",
             )
 

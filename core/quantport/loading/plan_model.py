@@ -54,7 +54,7 @@ def plan(
     *,
     config: Any = None,
     device: str | torch.device | Device = "auto",
-    rows: int = 1,
+    num_tokens: int = 1,
     dtype: torch.dtype | None = None,
     fallback: str | None = None,
     budget: int | str | None = None,
@@ -67,7 +67,7 @@ def plan(
         scheme: Scheme name; None uses the configuration, or lets the device choose.
         config: A ``QuantConfig`` or what it parses.
         device: Found (``auto``, ``kind``, ``kind:0``) or simulated (``kind:arch``).
-        rows: Expected rows of the activations.
+        num_tokens: Expected tokens at a time: rows of the activations.
         dtype: Activation dtype; by default that of the weights, or what the device computes in.
         fallback: Overrides ``config.fallback``.
         budget: As for ``load``.
@@ -92,7 +92,16 @@ def plan(
             kv = kv_shape(told)
     kernels, schemes = default_registry().kernels(target.kind), default_registry().schemes
     return make_plan(
-        layers, parsed, target, kernels, schemes, source=source, rows=rows, dtype=dtype, kv=kv, budget=budget
+        layers,
+        parsed,
+        target,
+        kernels,
+        schemes,
+        source=source,
+        num_tokens=num_tokens,
+        dtype=dtype,
+        kv=kv,
+        budget=budget,
     )
 
 
@@ -102,8 +111,8 @@ def refuse_nothing(decided: Plan) -> None:
     Raises:
         ConfigError: names why the layers stay.
     """
-    chosen = any("left alone by" in s.note or "mapped to null" in s.note for s in decided.steps)
-    if chosen or any(s.asked for s in decided.steps):
+    configured = any(s.skip_reason and s.skip_reason.configured for s in decided.steps)
+    if configured or any(s.requested_scheme for s in decided.steps):
         return
     notes = dict.fromkeys(s.note for s in decided.steps if s.layer.kind != "other")
     found = "no layer can be quantized" + (

@@ -25,7 +25,7 @@ def quantize_(
     scheme: str | None = None,
     *,
     config: Any = None,
-    rows: int = 1,
+    num_tokens: int = 1,
     fallback: str | None = None,
     progress: Progress | None = None,
 ) -> Plan:
@@ -35,7 +35,7 @@ def quantize_(
         model: The module; its linear layers and experts are replaced.
         scheme: As for ``load``.
         config: As for ``load``.
-        rows: As for ``load``.
+        num_tokens: As for ``load``.
         fallback: As for ``load``.
         progress: As for ``load``.
 
@@ -50,7 +50,9 @@ def quantize_(
         (d for d in default_registry().devices if d.torch_type == here.type and d.index == (here.index or 0)),
         None,
     )
-    decided = plan(model, scheme, config=config, device=target or str(here), rows=rows, fallback=fallback)
+    decided = plan(
+        model, scheme, config=config, device=target or str(here), num_tokens=num_tokens, fallback=fallback
+    )
     refuse_nothing(decided)
     cache = default_cache(model, decided.config.kv_cache_dtype, decided.config.kv_cache_skip_layers)
     params = dict(model.named_parameters())

@@ -13,7 +13,8 @@ from quantport.checkpoint import Checkpoint
 from quantport.config import QuantConfig
 from quantport.errors import CheckpointError
 from quantport.loading.skeleton import read_json
-from quantport.model.layers import EMBEDDING, Layer, Part, find_layers
+from quantport.model.layers import Layer, Part, find_layers
+from quantport.model.roles import Role, skipped_by_default
 from quantport.plugins.registry import default_registry
 
 FILE = "quantport.json"
@@ -21,6 +22,7 @@ _RUNTIME = {
     "kv_cache_dtype",
     "kv_cache_skip_layers",
 }  # what may change from run to run: it is not in the weights
+_ROLES = {"linear": Role.LINEAR, "moe": Role.EXPERTS, "embedding": Role.EMBEDDING}
 
 
 class SavedLayer(BaseModel):
@@ -81,9 +83,18 @@ def layers(record: Record, checkpoint: Checkpoint) -> list[Layer]:
             parts[weight] = tuple(Part(full) for full in _expected(checkpoint, name, entry, weight, n, k))
         taken |= {part.tensor for stored in parts.values() for part in stored}
         dtype = getattr(torch, entry.dtype)
-        kind, keep = ("linear", EMBEDDING) if entry.kind == "embedding" else (entry.kind, "")
         out.append(
-            Layer(name, kind, tuple(entry.weights), dtype, entry.experts, parts, keep, tied=tuple(entry.tied))
+            Layer(
+                name,
+                kind="linear" if entry.kind == "embedding" else entry.kind,
+                weights=tuple(entry.weights),
+                dtype=dtype,
+                experts=entry.experts,
+                parts=parts,
+                role=_ROLES[entry.kind],
+                skip_reason=skipped_by_default(_ROLES[entry.kind]),
+                tied=tuple(entry.tied),
+            )
         )
     return out + find_layers({n: t for n, t in checkpoint.tensors.items() if n not in taken})
 

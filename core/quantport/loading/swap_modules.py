@@ -14,7 +14,8 @@ from torch import nn
 from quantport.errors import CheckpointError
 from quantport.kernels.base import Kernel, WeightSpec
 from quantport.model.fused_projections import with_cuts
-from quantport.model.layers import EMBEDDING, Layer, uneven
+from quantport.model.layers import Layer, uneven
+from quantport.model.roles import Role, SkipCode, SkipReason, skipped_by_default
 from quantport.model.tied_weights import one_layer, partners, why_not_embedding
 from quantport.modules import (
     QuantEmbedding,
@@ -30,7 +31,6 @@ from quantport.planning.plan import Step
 from quantport.plugins.registry import default_registry
 
 Place = Callable[[Layer], str]
-NO_MODULE = "the model has no module of this name"
 
 
 def check(layers: Iterable[Layer], model: nn.Module, place: Place) -> list[Layer]:
@@ -56,22 +56,27 @@ def _check(
         for single in _separate(layer):
             yield from _check(single, model, place, ties)
         return
-    if layer.kind == "linear" and not layer.keep and type(module) is nn.Embedding:
-        layer = replace(layer, keep=EMBEDDING)  # whatever it is called
-    if layer.lookup and type(module) is nn.Linear:
-        layer = replace(layer, keep="")  # as the ``x_embedder`` of diffusion transformers
-    keep = layer.keep or _why_not(layer, module, path)
-    tied = ties.get(path, ()) if layer.lookup else ()
-    if layer.lookup and module is not None:
-        keep = why_not_embedding(module, (model.get_submodule(p) for p in tied)) or keep
+    if layer.kind == "linear" and not layer.skip_reason and type(module) is nn.Embedding:
+        layer = _with_role(layer, Role.EMBEDDING)  # whatever it is called
+    if layer.role is Role.EMBEDDING and layer.opt_in and type(module) is nn.Linear:
+        layer = _with_role(layer, Role.LINEAR)  # as the ``x_embedder`` of diffusion transformers
+    is_table = layer.role is Role.EMBEDDING and layer.opt_in
+    tied = ties.get(path, ()) if is_table else ()
+    skip = layer.skip_reason or _why_not(layer, module, path)
+    if is_table and module is not None:
+        skip = why_not_embedding(module, (model.get_submodule(p) for p in tied)) or skip
     elif layer.kind != "other" and path in ties:
-        keep = "its weight is tied to another module's: left in 16 bits"
-    if (not keep or (layer.opt_in and layer.keep == keep)) and module is not None:
+        skip = SkipReason(SkipCode.TIED, "its weight is tied to another module's: left in 16 bits")
+    if module is not None and (skip is None or (layer.opt_in and skip is layer.skip_reason)):
         _fits(layer, module)
     parent = _module(model, path.rpartition(".")[0])
-    if not keep and type(parent) is nn.TransformerEncoderLayer:
-        keep = "torch's fused encoder layer reads its 16-bit weight"
-    yield replace(layer, keep=keep, tied=tied)
+    if skip is None and type(parent) is nn.TransformerEncoderLayer:
+        skip = SkipReason(SkipCode.FUSED_ENCODER, "torch's fused encoder layer reads its 16-bit weight")
+    yield replace(layer, skip_reason=skip, tied=tied)
+
+
+def _with_role(layer: Layer, role: Role) -> Layer:
+    return replace(layer, role=role, skip_reason=skipped_by_default(role))
 
 
 def _even(layers: Sequence[Layer], model: nn.Module, place: Place) -> None:
@@ -102,7 +107,8 @@ def _separate(layer: Layer) -> Iterable[Layer]:
                 weights,
                 layer.dtype,
                 parts={"weight": (part,)},
-                keep=layer.keep,
+                role=layer.role,
+                skip_reason=layer.skip_reason,
                 group=layer.name,
             )
 
@@ -114,24 +120,26 @@ def _module(model: nn.Module, path: str) -> nn.Module | None:
         return None
 
 
-def _why_not(layer: Layer, module: nn.Module | None, path: str) -> str:
+def _why_not(layer: Layer, module: nn.Module | None, path: str) -> SkipReason | None:
+    """Why what stands at the path of a layer cannot be replaced, or None."""
     if layer.kind == "other":
-        return ""
+        return None
     if not path:
-        return "it is the whole model: put it into a module to replace it there"
+        text = "it is the whole model: put it into a module to replace it there"
+        return SkipReason(SkipCode.WHOLE_MODEL, text)
     if module is None:
-        return NO_MODULE
+        return SkipReason(SkipCode.NO_MODULE, "the model has no module of this name")
     if isinstance(module, QuantModule):
-        return "it is quantized already"
+        return SkipReason(SkipCode.QUANTIZED_ALREADY, "it is quantized already")
     if layer.kind == "moe" and layer.experts:
+        text = why_not_experts(module)
         if not all(hasattr(module, p) for p in ("gate_up_proj", "down_proj")):
-            return f"its experts are a {type(module).__name__}, without gate_up_proj and down_proj"
-        return why_not_experts(module)
-    return (
-        ""
-        if type(module) is nn.Linear
-        else f"its module is a {type(module).__name__}, not a plain torch.nn.Linear"
-    )
+            text = f"its experts are a {type(module).__name__}, without gate_up_proj and down_proj"
+        return SkipReason(SkipCode.OTHER_EXPERTS, text) if text else None
+    if type(module) is nn.Linear:
+        return None
+    text = f"its module is a {type(module).__name__}, not a plain torch.nn.Linear"
+    return SkipReason(SkipCode.OTHER_LINEAR, text)
 
 
 def _fits(layer: Layer, module: nn.Module) -> None:
@@ -179,7 +187,7 @@ def make_module(steps: Sequence[Step], old: nn.Module, dtype: torch.dtype) -> Qu
     most = max(steps, key=lambda s: s.layer.elements)
     kernel, scheme = bound[most.layer.name]
     specs = {name: WeightSpec(scheme, n, k) for s in steps for name, n, k in s.layer.weights}
-    if most.layer.lookup:
+    if most.layer.role is Role.EMBEDDING:
         return QuantEmbedding(
             kernel, next(iter(specs.values())), dtype, most.layer.tied, getattr(old, "padding_idx", None)
         )

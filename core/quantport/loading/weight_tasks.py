@@ -12,7 +12,7 @@ from quantport import numerics
 from quantport.loading.executor import Task
 from quantport.model.layers import Part
 from quantport.modules import QuantModule
-from quantport.planning.memory import need
+from quantport.planning.memory import peak_bytes
 from quantport.planning.plan import Step
 from quantport.plugins.registry import default_registry
 
@@ -59,7 +59,7 @@ def quantize_tasks(
 
     for weight, n, k in layer.each:
         part = layer.part(weight)
-        held = need(module.specs[weight], None if owned else layer.dtype)
+        held = peak_bytes(module.specs[weight], None if owned else layer.dtype)
         yield Task(part.tensor, n * k * layer.dtype.itemsize, partial(run, part, weight), held)
 
 

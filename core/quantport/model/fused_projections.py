@@ -52,7 +52,7 @@ def spans(scheme: Scheme) -> bool:
     return None in shard_dims(scheme, 0).values()
 
 
-def split(layer: Layer, scheme: Scheme) -> tuple[Layer, str]:
+def split_projections(layer: Layer, scheme: Scheme) -> tuple[Layer, str]:
     """The layer with one weight for each of its projections, if a scale would span them; and a note that says
     so.
     """

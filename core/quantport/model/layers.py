@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from quantport.errors import ConfigError
+from quantport.model.roles import Role, SkipCode, SkipReason, role_of, skipped_by_default
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -21,19 +21,10 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _PROJECTION = {**{p: p for p in PROJECTIONS}, "w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 _EXPERT = re.compile(r"^((?:.+\.)?experts)\.(\d+)\.(\w+)\.weight$")
 _FUSED_EXPERTS = re.compile(r"^((?:.+\.)?experts)\.(gate_up_proj|down_proj)$")
-HEAD = "output head: left in 16 bits by default"
-EMBEDDING = "embedding: looked up, not multiplied"
-_HEADS = {"lm_head", "embed_out", "output_projection"}
-_ROUTERS = {"gate", "router", "shared_expert_gate", "gate_network"}
-_EMBEDDINGS = {
-    "wte",
-    "wpe",
-    "tok_embeddings",
-    "word_embeddings",
-    "position_embeddings",
-    "embeddings",
-    "relative_attention_bias",
-}
+_CONVOLUTION = (3, 4, 5)  # dimensions of a weight over one, two or three of space
+_UNEVEN = SkipReason(
+    SkipCode.UNEVEN_EXPERTS, "experts that are not stored as gate, up [I, H] and down [H, I]"
+)
 
 
 class TensorLike(Protocol):
@@ -65,13 +56,14 @@ class Layer:
 
     Attributes:
         name: Dotted module path.
-        kind: ``linear``, ``moe``, or ``other`` (never quantized).
+        kind: What kernels are asked for: ``linear``, ``moe``, or ``other`` (never quantized).
         weights: Logical weights ``(name, n, k)``: one for a linear layer, three for the experts of a MoE
             layer.
         experts: Number of experts, 0 for a linear layer.
         dtype: Stored dtype of the weights.
         parts: Where each weight comes from: ``parts[weight name]`` is one Part, or one for each expert.
-        keep: Why it is left alone by default; empty when it is not.
+        role: What it is in the model.
+        skip_reason: Why it is left alone by default; None when it is not.
         group: Name of the MoE layer that it is a part of, which patterns may use too; empty for most.
         tied: Names of other layers that share its weight: the output heads of an embedding.
         cuts: Name and rows of each projection of a fused linear layer, where the model says them.
@@ -85,21 +77,21 @@ class Layer:
     dtype: torch.dtype
     experts: int = 0
     parts: Mapping[str, tuple[Part, ...]] = field(default_factory=dict, compare=False, repr=False)
-    keep: str = ""
+    role: Role = Role.LINEAR
+    skip_reason: SkipReason | None = None
     group: str = ""
     tied: tuple[str, ...] = ()
     cuts: tuple[tuple[str, int], ...] = ()
     only: tuple[str, ...] = ()
 
     @property
-    def lookup(self) -> bool:
-        """Whether it is an embedding, whose rows are looked up."""
-        return self.keep.startswith(EMBEDDING)
-
-    @property
     def opt_in(self) -> bool:
         """Whether it is left alone by default, but quantized where ``targets`` names it exactly."""
-        return self.lookup or self.keep.startswith(HEAD)
+        return self.skipped_as(SkipCode.ROLE) and self.role in (Role.EMBEDDING, Role.HEAD)
+
+    def skipped_as(self, code: SkipCode) -> bool:
+        """Whether it is left alone by default, and for this reason."""
+        return self.skip_reason is not None and self.skip_reason.code is code
 
     @property
     def each(self) -> tuple[tuple[str, int, int], ...]:
@@ -158,43 +150,6 @@ class Layer:
         return tuple(f"{parent}.{s}".lstrip(".") for s in FUSED.get(last, ()))
 
 
-def why_kept(name: str) -> str:
-    """Why a matrix of this module name is left alone by default, or an empty string."""
-    last = name.rpartition(".")[2]
-    if last in _HEADS:
-        return HEAD
-    if last in _ROUTERS or ".router." in f".{name}.":
-        return "router: left in 16 bits, it decides which experts run"
-    if last in _EMBEDDINGS or "embed" in last:
-        return EMBEDDING
-    return ""
-
-
-def tied_scheme(layer: Layer, targets: Mapping[str, str | None]) -> tuple[str | None, str]:
-    """The scheme of one weight under several names, and why there is none: ``targets`` names all of them
-    alike, or none.
-
-    Raises:
-        ConfigError: only some are named, or they are to have different schemes.
-    """
-    names = (layer.name, *layer.tied)
-    asked = {name: targets[name] for name in names if name in targets}
-    if not asked:
-        return None, layer.keep
-    scheme = next(iter(asked.values()))
-    if len(asked) < len(names) or set(asked.values()) != {scheme}:
-        said = ", ".join(f"{name} -> {asked.get(name, 'nothing')}" for name in names)
-        suggestion = (
-            f"name each of {', '.join(names)} in targets, with one scheme; it is quantized and kept once"
-        )
-        raise ConfigError(
-            f"the scheme of {next(iter(asked))}",
-            f"one tied weight under {len(names)} names: {said}",
-            suggestion,
-        )
-    return scheme, "" if scheme else f"left alone by pattern {layer.name!r}"
-
-
 def find_layers(tensors: Mapping[str, TensorLike]) -> list[Layer]:
     """Groups tensors into layers.
 
@@ -239,23 +194,28 @@ def _split(name: str, projection: str, tensor: TensorLike) -> Iterable[tuple[str
 
 def _single(name: str, tensor: TensorLike) -> Layer:
     module, _, leaf = name.rpartition(".")
-    part = {leaf: (Part(name),)}
+    parts = {leaf: (Part(name),)}
     if leaf != "weight" or len(tensor.shape) != 2:
         return Layer(
             name,
             "other",
             ((leaf, 1, math.prod(tensor.shape)),),
             tensor.dtype,
-            parts=part,
-            keep="not a matrix of a layer",
+            parts=parts,
+            role=Role.CONVOLUTION if leaf == "weight" and len(tensor.shape) in _CONVOLUTION else Role.OTHER,
+            skip_reason=SkipReason(SkipCode.NOT_A_MATRIX, "not a matrix of a layer"),
         )
     n, k = tensor.shape
-    keep = why_kept(module)
-    if tensor.dtype not in FLOATS:
-        keep = f"stored as {tensor.dtype}"
-    elif n == 0 or k == 0:
-        keep = "zero-size weight"
-    return Layer(module, "linear", ((leaf, n, k),), tensor.dtype, parts=part, keep=keep)
+    role = role_of(module)
+    skip = _unusable(tensor.dtype, n * k) or skipped_by_default(role)
+    return Layer(module, "linear", ((leaf, n, k),), tensor.dtype, parts=parts, role=role, skip_reason=skip)
+
+
+def _unusable(dtype: torch.dtype, elements: int) -> SkipReason | None:
+    """Why no weight of this dtype and size is quantized, or None."""
+    if dtype not in FLOATS:
+        return SkipReason(SkipCode.STORED_DTYPE, f"stored as {dtype}")
+    return None if elements else SkipReason(SkipCode.ZERO_SIZE, "zero-size weight")
 
 
 def _experts(
@@ -266,21 +226,14 @@ def _experts(
     dtypes = {tensors[name].dtype for name in used}
     weights = _uniform(projections, tensors)
     if weights and len(dtypes) == 1:
-        count = len(projections["gate_proj"])
+        count, dtype = len(projections["gate_proj"]), dtypes.pop()
         parts = {p: tuple(projections[p][e] for e in range(count)) for p in PROJECTIONS}
-        dtype = dtypes.pop()
-        empty = "" if all(n * k for _, n, k in weights) else "zero-size weight"
-        yield Layer(
-            base, "moe", weights, dtype, count, parts, empty if dtype in FLOATS else f"stored as {dtype}"
-        )
+        skip = _unusable(dtype, min(n * k for _, n, k in weights))
+        yield Layer(base, "moe", weights, dtype, count, parts, Role.EXPERTS, skip)
         return
     for name, part in used.items():
         single = _single(name, tensors[name])
-        yield (
-            single
-            if part.expert is None
-            else replace(single, keep="experts that are not stored as gate, up [I, H] and down [H, I]")
-        )
+        yield single if part.expert is None else replace(single, role=Role.EXPERTS, skip_reason=_UNEVEN)
 
 
 def _uniform(

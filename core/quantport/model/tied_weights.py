@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from quantport.model.layers import HEAD, Layer
+from quantport.model.layers import Layer
+from quantport.model.roles import Role, SkipCode, SkipReason
 
 
 def partners(model: nn.Module) -> dict[str, tuple[str, ...]]:
@@ -43,11 +44,11 @@ def partners(model: nn.Module) -> dict[str, tuple[str, ...]]:
 def from_config(layers: Iterable[Layer], config: Mapping[str, Any]) -> list[Layer]:
     """Ties the layers of a checkpoint as its ``config.json`` says, for planning without a model."""
     out = list(layers)
-    tables = [x for x in out if x.lookup]
+    tables = [x for x in out if x.role is Role.EMBEDDING and x.opt_in]
     if not config.get("tie_word_embeddings") or not tables:
         return out
     table = max(tables, key=lambda x: x.weights[0][1])
-    heads = tuple(x.name for x in out if x.keep == HEAD) or ("lm_head",)
+    heads = tuple(x.name for x in out if x.role is Role.HEAD and x.opt_in) or ("lm_head",)
     return one_layer([replace(x, tied=heads) if x is table else x for x in out])
 
 
@@ -61,7 +62,9 @@ def one_layer(layers: Sequence[Layer]) -> list[Layer]:
             x,
             name=f"{x.name}.weight",
             kind="other",
-            keep=f"a second copy of {owner[x.name]}, to which it is tied",
+            skip_reason=SkipReason(
+                SkipCode.SECOND_COPY, f"a second copy of {owner[x.name]}, to which it is tied"
+            ),
         )
         if x.name in owner
         else x
@@ -69,11 +72,15 @@ def one_layer(layers: Sequence[Layer]) -> list[Layer]:
     ]
 
 
-def why_not_embedding(module: nn.Module, others: Iterable[nn.Module]) -> str:
-    """Why an embedding cannot become a ``QuantEmbedding``, or an empty string."""
-    if type(module) is not nn.Embedding:
-        return f"its module is a {type(module).__name__}, not a plain torch.nn.Embedding"
-    if module.max_norm is not None:
-        return "it renormalizes its rows (max_norm)"
+def why_not_embedding(module: nn.Module, others: Iterable[nn.Module]) -> SkipReason | None:
+    """Why an embedding cannot become a ``QuantEmbedding``, or None."""
     strange = next((type(m).__name__ for m in others if type(m) is not nn.Linear), "")
-    return f"its weight is tied to a {strange}, not to plain torch.nn.Linear modules" if strange else ""
+    if type(module) is not nn.Embedding:
+        text = f"its module is a {type(module).__name__}, not a plain torch.nn.Embedding"
+    elif module.max_norm is not None:
+        text = "it renormalizes its rows (max_norm)"
+    elif strange:
+        text = f"its weight is tied to a {strange}, not to plain torch.nn.Linear modules"
+    else:
+        return None
+    return SkipReason(SkipCode.OTHER_EMBEDDING, text)

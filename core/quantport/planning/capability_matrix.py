@@ -22,7 +22,7 @@ class Cell:
     scheme: str
     arch: Arch
     layer: str
-    asked: str
+    requested_precision: str
     choice: Choice
 
     def to_dict(self) -> dict[str, object]:
@@ -33,7 +33,7 @@ class Cell:
             "title": self.arch.title,
             "family": self.arch.family,
             "layer": self.layer,
-            "asked": self.asked,
+            "asked": self.requested_precision,
             **choice_dict(self.choice),
         }
 
@@ -51,22 +51,22 @@ def matrix(
         scheme: Only this scheme.
         device: Only this device: a kind, ``kind:arch``, or ``auto`` for the one found.
         layer: ``linear`` or ``moe``; both by default.
-        hosted: The host to ask; the one of this process by default.
+        registry: Where backends and schemes are registered; the one of this process by default.
 
     Returns:
         One cell for each scheme, architecture and layer kind, for a weight of 4096 x 4096 and one row.
     """
-    asked = registry or default_registry()
+    registry = registry or default_registry()
     if layer is not None and layer not in LAYERS:
         raise ConfigError(f"layer={layer!r}", "no such kind of layer", one_of(layer, LAYERS))
     schemes = (
-        [asked.schemes[scheme]]
+        [registry.schemes[scheme]]
         if scheme
-        else [s for s in asked.schemes.values() if s.weight.format != "bf16"]
+        else [s for s in registry.schemes.values() if s.weight.format != "bf16"]
     )
     cells = []
-    for target in _targets(asked, device):
-        kernels = asked.kernels(target.kind)
+    for target in _targets(registry, device):
+        kernels = registry.kernels(target.kind)
         for s in schemes:
             for kind in [layer] if layer else LAYERS:
                 request = Request(WeightSpec(s, *_SHAPE), kind, target, target.arch.compute)
@@ -74,11 +74,11 @@ def matrix(
     return tuple(cells)
 
 
-def _targets(asked: Registry, device: str | None) -> Sequence[Device]:
-    if device in asked.backends:
+def _targets(registry: Registry, device: str | None) -> Sequence[Device]:
+    if device in registry.backends:
         kinds = [str(device)]
     elif device:
-        return [asked.device(device)]
+        return [registry.device(device)]
     else:
-        kinds = list(asked.backends)
-    return [asked.device(f"{kind}:{arch}") for kind in kinds for arch in asked.backends[kind].archs]
+        kinds = list(registry.backends)
+    return [registry.device(f"{kind}:{arch}") for kind in kinds for arch in registry.backends[kind].archs]

@@ -46,8 +46,8 @@ def parse_budget(value: int | str | None) -> int | None:
     return size
 
 
-def need(spec: WeightSpec, source: torch.dtype | None) -> int:
-    """Bytes that are in flight while one weight is read, quantized and packed.
+def peak_bytes(spec: WeightSpec, source: torch.dtype | None) -> int:
+    """Most bytes that are in flight while one weight is read, quantized and packed.
 
     Args:
         spec: The weight.
@@ -67,23 +67,23 @@ def need(spec: WeightSpec, source: torch.dtype | None) -> int:
     return read + spec.scheme.bytes(spec.n, spec.k) + codes + scratch
 
 
-def resolve_budget(asked: int | None, needs: Mapping[str, int]) -> int:
+def resolve_budget(requested: int | None, peaks: Mapping[str, int]) -> int:
     """The budget to keep: what was asked for, or the default, or more where the largest weight needs more
     than that.
 
     Args:
-        asked: In bytes, or None.
-        needs: Weight name -> bytes that it needs by itself.
+        requested: In bytes, or None.
+        peaks: Weight name -> bytes that it needs by itself.
 
     Raises:
         BudgetError: a weight needs more than was asked for; it is named.
     """
-    largest = max(needs, key=lambda name: needs[name], default=None)
-    most = needs[largest] if largest is not None else 0
-    if asked is not None and most > asked:
+    largest = max(peaks, key=lambda name: peaks[name], default=None)
+    most = peaks[largest] if largest is not None else 0
+    if requested is not None and most > requested:
         raise BudgetError(
-            f"stream within {asked / 1e6:.1f} MB (budget=)",
+            f"stream within {requested / 1e6:.1f} MB (budget=)",
             f"{largest} alone needs {most / 1e6:.1f} MB to be read, quantized and packed",
             f"budget={most} or more",
         )
-    return max(BUDGET, most) if asked is None else asked
+    return max(BUDGET, most) if requested is None else requested

@@ -14,15 +14,16 @@ from typing import Any
 import torch
 
 from quantport.config import QuantConfig
-from quantport.config.resolve import check_patterns, split
+from quantport.config.resolve import Assignment, needs_default, resolve
 from quantport.device import Device
 from quantport.errors import ConfigError, UnsupportedError
 from quantport.kernels.base import Kernel, Request, WeightSpec
 from quantport.kernels.verdict import Status
 from quantport.kvcache import KVShape, kv_summary
-from quantport.model.fused_projections import split as split_fused
+from quantport.model.fused_projections import split_projections
 from quantport.model.layers import FLOATS, Layer
-from quantport.planning.memory import BUDGET, need, parse_budget, resolve_budget
+from quantport.model.roles import Role, SkipReason
+from quantport.planning.memory import BUDGET, parse_budget, peak_bytes, resolve_budget
 from quantport.planning.select_kernel import (
     Choice,
     best_scheme,
@@ -40,29 +41,31 @@ class Step:
 
     Attributes:
         layer: The layer.
-        asked: Scheme asked for, or None for a layer that stays in 16 bits.
+        requested_scheme: Name of the scheme that it shall have; None for a layer that stays in 16 bits.
         choice: What it gets; None for a layer that stays as it is.
-        note: Why it stays, or why it is slower than BF16 and what would be faster.
+        note: For people: why it stays, or why it is slower than BF16 and what would be faster.
         before: Bytes of its weights in the checkpoint.
         after: Bytes once loaded.
+        skip_reason: Why it stays in 16 bits; None for one that is quantized.
     """
 
     layer: Layer
-    asked: str | None
+    requested_scheme: str | None
     choice: Choice | None
     note: str
     before: int
     after: int
+    skip_reason: SkipReason | None = None
 
     @property
     def scheme(self) -> str:
         """Scheme of the module that runs it: ``bf16`` for a layer that stays, but prepacked."""
-        return self.asked or "bf16"
+        return self.requested_scheme or "bf16"
 
     @property
     def slow(self) -> bool:
-        """True when the chosen path is measured or known to be slower than BF16 at the expected rows."""
-        return bool(self.asked and self.choice and self.choice.slow)
+        """True when the chosen path is measured or known to be slower than BF16 for the expected tokens."""
+        return bool(self.requested_scheme and self.choice and self.choice.slow)
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ class Plan:
         device: The device, found or simulated.
         config: The configuration it follows.
         steps: One for each layer, in checkpoint order.
-        rows: Expected rows of the activations.
+        num_tokens: Expected tokens at a time: rows of the activations.
         why: Why this scheme, when the device chose it.
         kv_shape: What the KV cache keeps for each token; None where that is not known.
         budget: Bytes that the stream may hold beside the loaded model.
@@ -84,7 +87,7 @@ class Plan:
     device: Device
     config: QuantConfig
     steps: tuple[Step, ...]
-    rows: int = 1
+    num_tokens: int = 1
     why: str = ""
     kv_shape: KVShape | None = None
     budget: int = BUDGET
@@ -107,7 +110,7 @@ class Plan:
     @property
     def quantized(self) -> tuple[Step, ...]:
         """The steps that quantize."""
-        return tuple(s for s in self.steps if s.asked not in (None, "bf16"))
+        return tuple(s for s in self.steps if s.requested_scheme not in (None, "bf16"))
 
     @property
     def kv_cache(self) -> dict[str, Any]:
@@ -121,7 +124,7 @@ class Plan:
 
     def __str__(self) -> str:
         groups = Counter(
-            (s.asked, s.choice.precision, str(s.choice.status), s.choice.kernel)
+            (s.requested_scheme, s.choice.precision, str(s.choice.status), s.choice.kernel)
             for s in self.quantized
             if s.choice
         )
@@ -137,7 +140,7 @@ class Plan:
         return {
             "source": self.source,
             "device": str(self.device),
-            "rows": self.rows,
+            "rows": self.num_tokens,
             "why": self.why,
             "config": self.config.model_dump(mode="json", exclude_unset=True),
             "bytes_before": self.before,
@@ -157,7 +160,7 @@ def _step_dict(step: Step) -> dict[str, Any]:
     out: dict[str, Any] = {
         "name": step.layer.name,
         "kind": step.layer.kind,
-        "asked": step.asked,
+        "asked": step.requested_scheme,
         "bytes_before": step.before,
         "bytes_after": step.after,
         "note": step.note,
@@ -175,7 +178,7 @@ def make_plan(
     schemes: Schemes,
     *,
     source: str = "",
-    rows: int = 1,
+    num_tokens: int = 1,
     dtype: torch.dtype | None = None,
     kv: KVShape | None = None,
     budget: int | str | None = None,
@@ -189,7 +192,7 @@ def make_plan(
         kernels: The device's kernels.
         schemes: Known schemes.
         source: Name of the model, for people.
-        rows: Expected rows of the activations.
+        num_tokens: Expected tokens at a time: rows of the activations.
         dtype: Activation dtype; by default that of the weights, or what the device computes in.
         kv: What the model keeps for each token, where that is known.
         budget: Bytes (or ``"512MB"``) that the stream may hold beside the model; by default 512 MiB, or what
@@ -200,97 +203,92 @@ def make_plan(
         ConfigError: patterns that match nothing or disagree.
         UnsupportedError: the fallback policy leaves a layer without a kernel.
     """
-    if not isinstance(rows, int) or rows < 1:
+    if not isinstance(num_tokens, int) or num_tokens < 1:
         raise ConfigError(
-            f"rows={rows!r}",
-            "not a number of rows",
+            f"num_tokens={num_tokens!r}",
+            "not a number of tokens",
             "1 for decoding one sequence, more for batches and prompts",
         )
     if dtype is not None and dtype not in FLOATS:
         found = "not a floating dtype that models compute in"
         raise ConfigError(f"dtype={dtype!r}", found, "torch.bfloat16, torch.float16 or torch.float32")
-    asked = parse_budget(budget)
-    layers = list(layers)
-    check_patterns(config, layers)
-    parts = [c for c in config.components.values() if c] or [config]
-    named = bool(config.scheme) or all(c.scheme or {"linear", "moe"} <= c.model_fields_set for c in parts)
-    default, why = (None, "") if named else best_scheme(device, kernels, schemes, rows)
-    planner = _Planner(config, device, kernels, schemes, rows, dtype)
-    steps = tuple(planner.step(*piece) for layer in layers for piece in split(layer, config, default))
-    kv_summary(
-        kv, config.kv_cache_dtype, config.kv_cache_skip_layers
-    )  # refuses a layer that the model does not have
-    return Plan(source, device, config, steps, rows, why, kv, resolve_budget(asked, _needs(steps, schemes)))
+    requested_budget = parse_budget(budget)
+    default, why = best_scheme(device, kernels, schemes, num_tokens) if needs_default(config) else (None, "")
+    planner = _Planner(config, device, kernels, schemes, num_tokens, dtype)
+    steps = tuple(planner.step(assignment) for assignment in resolve(list(layers), config, default))
+    # refuses a layer that the model does not have
+    kv_summary(kv, config.kv_cache_dtype, config.kv_cache_skip_layers)
+    total = resolve_budget(requested_budget, _peaks(steps, schemes))
+    return Plan(source, device, config, steps, num_tokens, why, kv, total)
 
 
-def _needs(steps: Iterable[Step], schemes: Schemes) -> dict[str, int]:
-    """What the largest weight of each layer needs while it is quantized."""
+def _peaks(steps: Iterable[Step], schemes: Schemes) -> dict[str, int]:
+    """Most bytes that are in flight while a weight of each layer is quantized."""
     return {
-        s.layer.name: max(
-            need(WeightSpec(schemes[s.scheme], n, k), s.layer.dtype) for _, n, k in s.layer.weights
+        step.layer.name: max(
+            peak_bytes(WeightSpec(schemes[step.scheme], n, k), step.layer.dtype)
+            for _, n, k in step.layer.weights
         )
-        for s in steps
-        if s.choice
+        for step in steps
+        if step.choice
     }
 
 
 @dataclass
 class _Planner:
-    """Memoizes choices: the layers of a model repeat."""
+    """Makes the steps. Choices are kept, since the layers of a model repeat."""
 
     config: QuantConfig
     device: Device
     kernels: Sequence[Kernel]
     schemes: Schemes
-    rows: int
+    num_tokens: int
     dtype: torch.dtype | None
-    cache: dict[object, tuple[Choice, str]] = field(default_factory=dict)
+    choices: dict[object, tuple[Choice, str]] = field(default_factory=dict)
 
-    def step(self, layer: Layer, asked: str | None, why: str) -> Step:
-        if asked is None:
-            return Step(
-                layer,
-                None,
-                self._dense(layer) if layer.only else self._kept(layer),
-                why,
-                layer.bytes,
-                layer.bytes,
-            )
-        if layer.kind == "other" or (layer.keep and not layer.opt_in):
+    def step(self, assignment: Assignment) -> Step:
+        if assignment.scheme is None:
+            return self._skip(assignment.layer, assignment.skip_reason)
+        return self._quantize(assignment.layer, assignment.scheme)
+
+    def _skip(self, layer: Layer, reason: SkipReason | None) -> Step:
+        choice = self._dense_experts(layer) if layer.only else self._prepacked(layer)
+        return Step(layer, None, choice, str(reason or ""), layer.bytes, layer.bytes, reason)
+
+    def _quantize(self, layer: Layer, scheme_name: str) -> Step:
+        if layer.kind == "other" or (layer.skip_reason and not layer.opt_in):
             raise ConfigError(
-                f"scheme {asked!r} for {layer.name}",
-                layer.keep,
+                f"scheme {scheme_name!r} for {layer.name}",
+                str(layer.skip_reason),
                 "name linear layers, experts, an lm_head or an embedding",
             )
-        scheme = self.schemes[asked]
-        layer, fused = split_fused(layer, scheme)
-        key = (asked, layer.kind, layer.weights, layer.dtype, layer.name if layer.lookup else "")
-        if key not in self.cache:
-            self.cache[key] = self._choose(layer, scheme)
-        choice, note = self.cache[key]
+        scheme = self.schemes[scheme_name]
+        layer, parts_note = split_projections(layer, scheme)
+        choice, kernel_note = self._choose(layer, scheme)
         if choice.status is Status.UNSUPPORTED:
             raise UnsupportedError(
-                f"{asked} for {layer.name} on {self.device} with fallback={self.config.fallback!r}",
+                f"{scheme_name} for {layer.name} on {self.device} with fallback={self.config.fallback!r}",
                 "; ".join(choice.reasons),
                 "fallback='weight_only' or 'reference', a *_weight_only scheme, or another device "
                 "(see `quantport matrix`)",
             )
+        note = "; ".join(filter(None, (parts_note, kernel_note)))
         after = sum(scheme.bytes(n, k) for _, n, k in layer.each)
-        return Step(layer, asked, choice, "; ".join(filter(None, (fused, note))), layer.bytes, after)
+        return Step(layer, scheme_name, choice, note, layer.bytes, after)
 
-    def _kept(self, layer: Layer) -> Choice | None:
+    def _prepacked(self, layer: Layer) -> Choice | None:
         """The prepacked BF16 kernel for a linear layer that stays, where the device has one that was measured
         faster.
         """
-        multiplied = layer.kind == "linear" and (not layer.keep or (layer.opt_in and not layer.lookup))
-        if not multiplied or layer.dtype is not torch.bfloat16 or self.dtype not in (None, torch.bfloat16):
+        skipped = layer.skip_reason is not None and not (layer.opt_in and layer.role is Role.HEAD)
+        if layer.kind != "linear" or skipped:
             return None
-        choice = select_kernel(
-            self._request(layer, self.schemes["bf16"], *layer.weights[0][1:]), self.kernels
-        )
+        if layer.dtype is not torch.bfloat16 or self.dtype not in (None, torch.bfloat16):
+            return None
+        choice = select_kernel(self._requests(layer, self.schemes["bf16"]), self.kernels)
         return choice if choice.speed is not None and choice.speed >= 1 else None
 
-    def _dense(self, layer: Layer) -> Choice:
+    def _dense_experts(self, layer: Layer) -> Choice:
         """The 16-bit kernel for experts or projections that stay, inside a layer whose other weights are
         quantized.
 
@@ -299,15 +297,12 @@ class _Planner:
             UnsupportedError: the device has no 16-bit kernel.
         """
         if layer.dtype is not torch.bfloat16:
-            suggestion = "a scheme for them, or null for the whole layer"
             raise ConfigError(
                 f"{layer.name} in 16 bits beside quantized experts",
                 f"it is stored as {layer.dtype}",
-                suggestion,
+                "a scheme for them, or null for the whole layer",
             )
-        choice = select_kernel(
-            [self._request(layer, self.schemes["bf16"], n, k) for _, n, k in layer.weights], self.kernels
-        )
+        choice = select_kernel(self._requests(layer, self.schemes["bf16"]), self.kernels)
         if choice.status is Status.UNSUPPORTED:
             raise UnsupportedError(
                 f"{layer.name} in 16 bits on {self.device}", "; ".join(choice.reasons), "a scheme for it"
@@ -315,18 +310,25 @@ class _Planner:
         return choice
 
     def _choose(self, layer: Layer, scheme: Scheme) -> tuple[Choice, str]:
-        requests = [self._request(layer, scheme, n, k) for _, n, k in layer.weights]
-        if layer.lookup:
-            return select_embedding_kernel(
-                requests[0], self.kernels, self.config.fallback, layer.name, layer.tied
-            )
+        """The choice for a layer, and a note on it; chosen once for all layers that are alike."""
+        is_table = layer.role is Role.EMBEDDING
+        key = (scheme.name, layer.kind, layer.weights, layer.dtype, layer.name if is_table else "")
+        if key not in self.choices:
+            choose = self._choose_embedding if is_table else self._choose_multiplied
+            self.choices[key] = choose(layer, self._requests(layer, scheme))
+        return self.choices[key]
+
+    def _choose_embedding(self, layer: Layer, requests: Sequence[Request]) -> tuple[Choice, str]:
+        fallback = self.config.fallback
+        return select_embedding_kernel(requests[0], self.kernels, fallback, layer.name, layer.tied)
+
+    def _choose_multiplied(self, layer: Layer, requests: Sequence[Request]) -> tuple[Choice, str]:
         choice = select_kernel(requests, self.kernels, self.config.fallback)
-        note = ""
-        if choice.slow:
-            note = f"slower than BF16: {choice.slow}"
-            faster = self._faster(requests[0])
-            note += f"; faster here: {faster}" if faster else "; no scheme is faster here"
-        return choice, note
+        if not choice.slow:
+            return choice, ""
+        faster = self._faster(requests[0])
+        advice = f"faster here: {faster}" if faster else "no scheme is faster here"
+        return choice, f"slower than BF16: {choice.slow}; {advice}"
 
     def _faster(self, request: Request) -> str:
         """The fastest scheme that beats BF16 for this shape, with its speed."""
@@ -338,6 +340,10 @@ class _Planner:
                 best, name = speed, scheme.name
         return f"{name} ({best:.1f}x)" if name else ""
 
-    def _request(self, layer: Layer, scheme: Scheme, n: int, k: int) -> Request:
+    def _requests(self, layer: Layer, scheme: Scheme) -> list[Request]:
+        """What each weight of a layer needs of a kernel."""
         dtype = self.dtype or (self.device.arch.compute if layer.dtype is torch.bfloat16 else layer.dtype)
-        return Request(WeightSpec(scheme, n, k), layer.kind, self.device, dtype, self.rows)
+        return [
+            Request(WeightSpec(scheme, n, k), layer.kind, self.device, dtype, self.num_tokens)
+            for _, n, k in layer.weights
+        ]

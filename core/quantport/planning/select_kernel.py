@@ -12,7 +12,7 @@ from quantport.device import Device
 from quantport.errors import ConfigError
 from quantport.kernels.base import Kernel, Request, WeightSpec
 from quantport.kernels.embedding import embedding_kernels, why_not_rows
-from quantport.kernels.verdict import Accepted, Claim, Evidence, Rejected, Status, Verdict
+from quantport.kernels.verdict import Accepted, Claim, Evidence, ReasonCode, Rejected, Status, Verdict
 from quantport.scheme.catalog import Schemes
 
 _RANK = {Status.NATIVE: 0, Status.WEIGHT_ONLY: 1, Status.DEQUANTIZE: 2, Status.REFERENCE: 3}
@@ -29,9 +29,9 @@ class Choice:
         claim: Evidence and its source.
         reasons: Why it is not what was asked, or why not a better kernel; empty when native.
         activations: How activations are quantized in effect, for example ``e4m3fn per token``.
-        speed: Relative to the best BF16 path at the expected rows; None when nobody measured it.
+        speed: Relative to the best BF16 path for the expected tokens; None when nobody measured it.
         slow: Why it is slower than BF16 (measured, or known without measuring); empty when it is not.
-        deviation: Named difference from the scheme's numerics, or empty.
+        numeric_deviation: Named difference from the scheme's numerics, or empty.
         verdicts: Every kernel's verdict, for whoever wants to know why.
     """
 
@@ -57,6 +57,7 @@ def choice_dict(choice: Choice) -> dict[str, Any]:
         {"kernel": v.kernel, "reasons": [str(r) for r in v.reasons] if isinstance(v, Rejected) else []}
         for v in choice.verdicts
     ]
+    out["deviation"] = out.pop("numeric_deviation")
     del out["claim"]
     return out
 
@@ -66,7 +67,7 @@ def select_kernel(
 ) -> Choice:
     """Chooses the kernel for one request, or one kernel for all weights of a layer.
 
-    The asked precision on native units comes first; then, by policy, the same weights with 16-bit
+    The requested precision on native units comes first; then, by policy, the same weights with 16-bit
     activations, or the exact emulation. Among equals the fastest wins.
 
     Args:
@@ -83,17 +84,17 @@ def select_kernel(
     verdicts = tuple(_worst([k.verdict(r) for r in requests]) for k in kernels)
     accepted = [v for v in verdicts if isinstance(v, Accepted)]
     scheme = request.weight.scheme
-    asked = [v for v in accepted if v.precision == scheme.precision and v.status is not Status.REFERENCE]
+    exact = [v for v in accepted if v.precision == scheme.precision and v.status is not Status.REFERENCE]
     weight_only = [v for v in accepted if v.status is Status.WEIGHT_ONLY] if fallback == "weight_only" else []
     emulated = [v for v in accepted if v.status is Status.REFERENCE] if fallback != "error" else []
-    pool = asked or weight_only or emulated
+    pool = exact or weight_only or emulated
     reasons = _reasons(request, verdicts)
     if not pool:
         return Choice(Status.UNSUPPORTED, "", "", None, reasons, verdicts=verdicts)
     best = min(pool, key=lambda v: (_RANK[v.status], -(v.speed or 0)))
     reasons = () if best.status is Status.NATIVE else reasons
     slow = (
-        f"measured at {best.speed:.2f}x BF16 at {request.rows} rows"
+        f"measured at {best.speed:.2f}x BF16 at {request.num_tokens} rows"
         if best.speed is not None and best.speed < 1
         else best.slow
     )
@@ -118,34 +119,33 @@ def _worst(verdicts: Sequence[Verdict]) -> Verdict:
 
 
 def _reasons(request: Request, verdicts: Sequence[Verdict]) -> tuple[str, ...]:
-    """Why no native kernel of the asked precision ran, deduplicated; a missing kernel is told from missing
-    hardware.
+    """Why no native kernel of the requested precision runs, each reason once; a missing kernel is told from
+    missing hardware.
     """
     scheme, arch = request.weight.scheme, request.device.arch
-    out: list[str] = []
-    if scheme.activation:
-        name = scheme.activation.unit
-        if name in arch.native:
-            out.append(
-                f"{arch.name} multiplies {name} natively, but this version has no kernel for "
-                f"{scheme.name} on it that fits"
-            )
-        else:
-            out.append(f"{arch.name} ({arch.title}) has no {name} matrix instruction [{arch.source}]")
+    unit = scheme.activation.unit if scheme.activation else None
+    no_unit = unit is not None and unit not in arch.native
+    if unit is None:
+        summary = f"this version has no fused {scheme.precision} kernel for {arch.name}"
+    elif no_unit:
+        summary = f"{arch.name} ({arch.title}) has no {unit} matrix instruction [{arch.source}]"
     else:
-        out.append(f"this version has no fused {scheme.precision} kernel for {arch.name}")
-    for verdict in verdicts:
-        if isinstance(verdict, Rejected) and not verdict.unrelated:
-            out += [
-                f"{verdict.kernel}: {r}"
-                for r in verdict.reasons
-                if "no " + scheme.weight.format not in r.text
-            ]
-    return tuple(dict.fromkeys(out))
+        summary = (
+            f"{arch.name} multiplies {unit} natively, but this version has no kernel for {scheme.name} on it "
+            "that fits"
+        )
+    of_kernels = [
+        f"{verdict.kernel}: {reason}"
+        for verdict in verdicts
+        if isinstance(verdict, Rejected) and not verdict.unrelated
+        for reason in verdict.reasons
+        if not (no_unit and reason.code is ReasonCode.NO_MATRIX_INSTRUCTION)  # the summary says it
+    ]
+    return tuple(dict.fromkeys([summary, *of_kernels]))
 
 
 def best_scheme(
-    device: Device, kernels: Sequence[Kernel], schemes: Schemes, rows: int = 1
+    device: Device, kernels: Sequence[Kernel], schemes: Schemes, num_tokens: int = 1
 ) -> tuple[str, str]:
     """Picks the scheme for a device when nobody names one: near-lossless first, native, and not slower than
     BF16.
@@ -154,24 +154,24 @@ def best_scheme(
         ``(scheme name, why)``.
     """
     order = ("fp8_per_channel", "int8", "fp8_weight_only", "int8_weight_only")
-    told: list[str] = []
+    passed_over: list[str] = []
     for name in order:
         choice = select_kernel(
-            Request(WeightSpec(schemes[name], 4096, 4096), "linear", device, device.arch.compute, rows),
+            Request(WeightSpec(schemes[name], 4096, 4096), "linear", device, device.arch.compute, num_tokens),
             kernels,
         )
         if choice.status is Status.NATIVE and not choice.slow:
             speed = "" if choice.speed is None else f", {choice.speed:.1f}x BF16"
             evidence = choice.claim.evidence if choice.claim else Evidence.DECLARED
-            passed = f" (passed over: {'; '.join(told)})" if told else ""
+            passed = f" (passed over: {'; '.join(passed_over)})" if passed_over else ""
             return name, f"{name}: {choice.precision} by {choice.kernel}{speed} [{evidence}]{passed}"
-        told.append(
+        passed_over.append(
             f"{name} is {choice.status}" + (f", slower than BF16: {choice.slow}" if choice.slow else "")
         )
     return (
         "int8_weight_only",
         "int8_weight_only: half the bytes and near-lossless; nothing here is faster than BF16 "
-        f"({'; '.join(told)})",
+        f"({'; '.join(passed_over)})",
     )
 
 
@@ -195,16 +195,16 @@ def select_embedding_kernel(
         raise ConfigError(f"scheme {scheme.name!r} for the embedding {name}", why, suggestion)
     usable = embedding_kernels(kernels, bool(tied))
     if not tied:
-        found = select_kernel(request, usable)
+        choice = select_kernel(request, usable)
+        if not choice.kernel:
+            return choice, ""
         reasons = ("rows are looked up and dequantized; nothing is multiplied",)
-        return replace(
-            found, reasons=reasons, slow="", status=Status.DEQUANTIZE
-        ) if found.kernel else found, ""
-    found, best = select_kernel(request, usable, fallback), select_kernel(request, kernels, fallback)
+        return replace(choice, reasons=reasons, slow="", status=Status.DEQUANTIZE), ""
+    choice, best = select_kernel(request, usable, fallback), select_kernel(request, kernels, fallback)
     note = f"one weight with {', '.join(tied)}"
-    if best.kernel != found.kernel:
+    if best.kernel != choice.kernel:
         note += (
             f"; {best.kernel} packs it so that rows cannot be looked up: multiplied by "
-            f"{found.kernel or 'no other kernel'}"
+            f"{choice.kernel or 'no other kernel'}"
         )
-    return found, note
+    return choice, note

@@ -8,7 +8,7 @@ from itertools import product
 
 from quantport.device import Device
 from quantport.kernels.base import Kernel, Request, WeightSpec
-from quantport.kernels.verdict import Accepted, Reason, Refusal, Rejected, Status
+from quantport.kernels.verdict import Accepted, Reason, ReasonCode, Refusal, Rejected, Status
 from quantport.testing import cases
 from quantport.testing.check_claims import claim_findings
 from quantport.testing.subject import Subject
@@ -74,7 +74,7 @@ def _verdict(kernel: Kernel, request: Request) -> list[str]:
     told = (*reasons, *verdict.reasons)
     if wrong := [r for r in told if not isinstance(r, Reason) or not isinstance(r.kind, Refusal)]:
         return [f"a reason must be Reason(text, kind), with a kind of Refusal, not {wrong[0]!r} ({shape})"]
-    if any("the kernel raised" in reason.text for reason in verdict.reasons):
+    if any(reason.code is ReasonCode.RAISED for reason in verdict.reasons):
         return [f"{verdict.reasons[0]} ({shape})"]
     if not verdict.reasons or not all(r.text.strip() for r in told):
         return [f"it refuses without a reason ({shape})"]

@@ -139,7 +139,7 @@ def test_speed_and_claim_come_from_the_measurements(monkeypatch):
     monkeypatch.setattr(base, "measured", lambda arch: table if arch == "x86_vnni" else {})
     kernel, scheme = int8.CpuInt8(), default_registry().schemes["int8"]
     device = default_registry().device("cpu:x86_vnni")
-    requests = [Request(WeightSpec(scheme, 64, 64), "linear", device, rows=rows) for rows in (1, 4, 64)]
+    requests = [Request(WeightSpec(scheme, 64, 64), "linear", device, num_tokens=rows) for rows in (1, 4, 64)]
     assert [kernel.speed(r) for r in requests] == [2.0, 2.0, 9.0]
     assert kernel.claim(requests[0]).evidence is Evidence.MEASURED
     other = Request(WeightSpec(scheme, 64, 64), "linear", default_registry().device("cpu:x86_amx"))

@@ -50,7 +50,8 @@ def table(tmp_path, monkeypatch):
 def ask(scheme, rows=1, n=4096, k=4096, device="cuda:sm_90"):
     device = HOST.device(device) if isinstance(device, str) else device
     return select_kernel(
-        Request(WeightSpec(HOST.schemes[scheme], n, k), "linear", device, rows=rows), HOST.kernels("cuda")
+        Request(WeightSpec(HOST.schemes[scheme], n, k), "linear", device, num_tokens=rows),
+        HOST.kernels("cuda"),
     )
 
 

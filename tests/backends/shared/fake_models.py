@@ -173,7 +173,7 @@ def check_model(directory: Path, device: str | Device, scheme: str, fallback: st
         for module in modules.values():
             run_experts(module, dtype, where)
     assert sorted(map(id, met)) == sorted([*map(id, modules.values())] * 2)
-    steps = {step.layer.name: step.choice for step in plan.steps if step.asked}
+    steps = {step.layer.name: step.choice for step in plan.steps if step.requested_scheme}
     assert all(modules[name].kernel.name == choice.kernel for name, choice in steps.items())
     return list(modules.values()), launches
 

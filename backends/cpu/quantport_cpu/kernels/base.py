@@ -100,7 +100,7 @@ class CpuKernel(Kernel):
         n, k = measured(request.device.arch.name).get("shape", (0, 0))
         if not speeds or SMALLEST * request.weight.n * request.weight.k < n * k:
             return None  # in a small layer the overhead of the call decides, which the table does not know
-        nearest = min(speeds, key=lambda m: abs(math.log(int(m) / request.rows)))
+        nearest = min(speeds, key=lambda m: abs(math.log(int(m) / request.num_tokens)))
         return float(speeds[nearest])
 
     def claim(self, request: Request) -> Claim:

@@ -142,9 +142,7 @@ class CpuInt8(_Int8):
         return super().serves(scheme) and scheme.activation == PER_TOKEN
 
     def reasons_against(self, request: Request) -> Sequence[Reason]:
-        return [
-            Reason(r.text, Refusal.NOT_OFFERED) for r in aten.native_reason(request, "int8")
-        ]  # it would run, and win nothing
+        return aten.native_reason(request, "int8", Refusal.NOT_OFFERED)  # it would run, and win nothing
 
     def few(
         self, x: Tensor, groups: Sequence[Few], packed: Sequence[Packed], spec: WeightSpec, shared: int

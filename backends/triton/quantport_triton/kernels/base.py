@@ -59,4 +59,4 @@ class TritonKernel(Kernel):
 
     def way_of(self, request: Request) -> str:
         """Which of the family's kernels runs at the rows of a request."""
-        return way(request.device.arch.name, self.family, request.rows)[0]
+        return way(request.device.arch.name, self.family, request.num_tokens)[0]

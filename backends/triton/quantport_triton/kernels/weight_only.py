@@ -40,7 +40,9 @@ class TritonWeightOnly(TritonKernel):
         if bits != 6 and k * bits % 32:
             return f"codes are read byte by byte: K is {k}, not a multiple of {32 // bits}"
         if self.way_of(request) == "dequantize":
-            return f"at {request.rows} rows it writes and reads a 16-bit copy of the weight at every call"
+            return (
+                f"at {request.num_tokens} rows it writes and reads a 16-bit copy of the weight at every call"
+            )
         return ""
 
     @property

@@ -17,6 +17,7 @@ from quantport.backend import (
     Packed,
     Quant,
     Reason,
+    ReasonCode,
     Refusal,
     Request,
     Scheme,
@@ -162,13 +163,11 @@ class XpuMxfp4(_Mx):
 
     def reasons_against(self, request: Request) -> Sequence[Reason]:
         """Adds: on the older GPUs oneDNN has no e2m1 at all."""
-        arch = request.device.arch
-        known = (
-            []
-            if arch.family in _E2M1
-            else [Reason(f"{self.name}: oneDNN has no e2m1 on {arch.name} [{arch.source}]")]
-        )
-        return [*super().reasons_against(request), *known]
+        reasons, arch = list(super().reasons_against(request)), request.device.arch
+        if arch.family not in _E2M1:
+            text = f"{self.name}: oneDNN has no e2m1 on {arch.name} [{arch.source}]"
+            reasons.append(Reason(text, code=ReasonCode.NO_MATRIX_INSTRUCTION))
+        return reasons
 
     def claim(self, request: Request) -> Claim:
         """The vendor's source, and its caller."""

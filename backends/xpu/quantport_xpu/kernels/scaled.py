@@ -7,7 +7,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quantport.backend import Claim, Evidence, Packed, Reason, Refusal, Request, Status, WeightSpec, aten
+from quantport.backend import (
+    Claim,
+    Evidence,
+    Packed,
+    Reason,
+    ReasonCode,
+    Refusal,
+    Request,
+    Status,
+    WeightSpec,
+    aten,
+)
 from quantport_xpu.kernels.operators import operator_reason
 
 _SCALED = "PyTorch aten/src/ATen/native/mkldnn/xpu/ScaledBlas.cpp at 00d8108f3608, _scaled_mm_out_xpu"
@@ -56,15 +67,16 @@ class XpuFp8Emulated(XpuScaledMM):
 
     def reasons_against(self, request: Request) -> Sequence[Reason]:
         """All but the need for a matrix instruction; and nothing is emulated where there is one."""
-        unit = aten.native_reason(request, "e4m3fn")
-        native = Reason(
-            f"{request.device.arch.name} multiplies e4m3fn natively: {XpuScaledMM.name} does",
-            Refusal.NOT_OFFERED,
-        )
+        arch = request.device.arch
         others = [
-            r for r in super().reasons_against(request) if r not in unit and r.kind is not Refusal.SLOWER
+            r
+            for r in super().reasons_against(request)
+            if r.code is not ReasonCode.NO_MATRIX_INSTRUCTION and r.kind is not Refusal.SLOWER
         ]
-        return others if unit else [native, *others]
+        if "e4m3fn" not in arch.native:
+            return others
+        text = f"{arch.name} multiplies e4m3fn natively: {XpuScaledMM.name} does"
+        return [Reason(text, Refusal.NOT_OFFERED), *others]
 
     def slow(self, request: Request) -> str:
         return f"{converts(request)}, and activations are quantized first"

@@ -11,7 +11,7 @@ import torch
 
 from quantport import numerics
 from quantport.backend import WeightSpec
-from quantport.planning.memory import need
+from quantport.planning.memory import peak_bytes
 from quantport.plugins.registry import default_registry
 from quantport.testing import cases
 
@@ -30,5 +30,5 @@ def test_a_weight_holds_no_more_than_it_needs(scheme):
         weight = cases.plain(n, k).to("npu")
         torch.npu.reset_peak_memory_stats()
         stored = numerics.quantize_weight(weight, scheme)
-        assert torch.npu.max_memory_allocated() - before <= need(WeightSpec(scheme, n, k), weight.dtype)
+        assert torch.npu.max_memory_allocated() - before <= peak_bytes(WeightSpec(scheme, n, k), weight.dtype)
         assert stored
