@@ -31,7 +31,7 @@ def test_an_alias_takes_options_and_they_add_up():
 
 
 @pytest.mark.parametrize(
-    ("asked", "works"),
+    ("asked", "suggestion"),
     [
         ("mxfp4:flor", "floor"),
         ("int8:floor", "no options"),

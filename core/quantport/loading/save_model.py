@@ -99,7 +99,7 @@ def _entry(module: QuantModule) -> SavedLayer:
     table = isinstance(module, QuantEmbedding)
     kind: Any = "moe" if experts else "embedding" if table else "linear"
     tied = list(module.tied) if isinstance(module, QuantEmbedding) else []
-    schemes = {name: spec.scheme.name for name, spec in module.specs.items()}
+    schemes = {name: spec.scheme.unsolved.name for name, spec in module.specs.items()}
     most = Counter(schemes.values()).most_common(1)[0][0]
     others = {name: scheme for name, scheme in schemes.items() if scheme != most}
     return SavedLayer(
