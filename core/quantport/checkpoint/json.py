@@ -51,7 +51,9 @@ def read_json(path: Path, asked: str = "", suggestion: str = "a JSON object") ->
     return parse_object(raw, asked, "a file", suggestion, constants=True)
 
 
-def parse_object(raw: bytes, asked: str, what: str, suggestion: str, *, constants: bool = False) -> dict[str, Any]:
+def parse_object(
+    raw: bytes, asked: str, what: str, suggestion: str, *, constants: bool = False
+) -> dict[str, Any]:
     """Parses a JSON object in which each key is there once and every text is valid Unicode.
 
     Args:

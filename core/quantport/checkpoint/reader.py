@@ -16,9 +16,8 @@ import torch
 from quantport.checkpoint.header import Header, TensorInfo, header_length, parse_header
 from quantport.checkpoint.layout import Layout, find_layout, some
 from quantport.checkpoint.mapping import MappedFile, file_stamp
+from quantport.checkpoint.source import Rows
 from quantport.errors import CheckpointError, did_you_mean
-
-Rows = slice | tuple[int, slice]
 
 
 class Checkpoint:
