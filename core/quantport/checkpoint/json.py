@@ -43,11 +43,11 @@ def read_json(path: Path, asked: str = "", suggestion: str = "a JSON object") ->
         return {}
     try:
         with path.open("rb") as file:
-            limits.within(asked, "bytes of JSON", os.fstat(file.fileno()).st_size, limits.MAX_JSON_BYTES)
-            raw = file.read(limits.MAX_JSON_BYTES + 1)
+            size = os.fstat(file.fileno()).st_size
+            limits.within(asked, "bytes of JSON", size, limits.MAX_JSON_BYTES)
+            raw = file.read(size + 1)
     except OSError as error:
         raise CheckpointError(asked, str(error), "a file that you may read") from error
-    limits.within(asked, "bytes of JSON", len(raw), limits.MAX_JSON_BYTES)
     return parse_object(raw, asked, "a file", suggestion, constants=True)
 
 
