@@ -150,3 +150,11 @@ def test_tensors_are_counted():
     many = dict.fromkeys(map(str, range(500_001)), torch.empty(0))
     with refused(found="500,001 tensors"):
         limits.check_tensors(many, "open it")
+
+
+def test_tensors_of_all_shards_are_counted(tmp_path, monkeypatch):
+    save_file(weights("a", "b"), tmp_path / "model-00001-of-00002.safetensors")
+    save_file(weights("c", "d"), tmp_path / "model-00002-of-00002.safetensors")
+    monkeypatch.setattr(limits, "MAX_TENSORS", 3)
+    with refused(str(tmp_path), found="4 tensors"):
+        Checkpoint.open(tmp_path)
