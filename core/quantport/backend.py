@@ -25,7 +25,7 @@ from quantport.kernels.verdict import (
 )
 from quantport.plugins.hookspecs import Backend, hookimpl
 from quantport.plugins.once import once
-from quantport.scheme import Quant, Scheme
+from quantport.scheme import Quant, Scheme, Solver, Stats
 from quantport.scheme.formats import FORMATS, Format
 
 __all__ = [
@@ -51,7 +51,9 @@ __all__ = [
     "Rejected",
     "Request",
     "Scheme",
+    "Solver",
     "StackedKernel",
+    "Stats",
     "Status",
     "StoredWeight",
     "Verdict",

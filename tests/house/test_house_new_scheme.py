@@ -38,10 +38,13 @@ def test_a_scheme_of_the_core_needs_no_change_to_the_tests_of_a_room(room, tmp_p
     )
     assert done.returncode == 0, done.stdout[-3000:]
     if room != "triton":
-        assert "int8_newcomer" in subprocess.run(
-            [*command, f"tests/backends/{room}", "--collect-only"],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": path},
-            capture_output=True,
-            text=True,
-        ).stdout, "the newcomer was not asked about"
+        assert (
+            "int8_newcomer"
+            in subprocess.run(
+                [*command, f"tests/backends/{room}", "--collect-only"],
+                cwd=ROOT,
+                env={**os.environ, "PYTHONPATH": path},
+                capture_output=True,
+                text=True,
+            ).stdout
+        ), "the newcomer was not asked about"

@@ -20,12 +20,12 @@ def quantize_weight(weight: Tensor, scheme: Scheme) -> dict[str, Tensor] | None:
 
     Returns:
         The tensors of ``scheme.layout(n, k)``, or None for what has no kernel: an empty weight, GGUF,
-        ``hqq``, quantized scales (``:double``), groups that are not whole words, and an architecture that
-        this Triton is too old for. Scales are NaN or Inf exactly where the weight holds a NaN or an Inf; the
-        codes there mean nothing.
+        ``hqq``, a solver of the scheme's own, quantized scales (``:double``), groups that are not whole
+        words, and an architecture that this Triton is too old for. Scales are NaN or Inf exactly where the
+        weight holds a NaN or an Inf; the codes there mean nothing.
     """
     quant = scheme.weight
-    if not weight.numel() or not compiles_for(target_of(weight.device)):
+    if scheme.solver is not None or not weight.numel() or not compiles_for(target_of(weight.device)):
         return None
     if quant.zero_point:
         return _with_offsets(weight, quant)

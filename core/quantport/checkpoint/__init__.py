@@ -1,7 +1,38 @@
-"""Streams tensors in and out of checkpoints: safetensors files in the layout of the Hugging Face hub."""
+"""Streams tensors in and out of checkpoints, and says what they are: safetensors files in the layout of the
+Hugging Face hub, and whatever formats plugins bring.
+"""
 
+from quantport.checkpoint.format import (
+    CheckpointFormat,
+    KVCacheConfig,
+    QuantizedWeight,
+    Recognized,
+    SavedLayer,
+)
 from quantport.checkpoint.header import TensorInfo
+from quantport.checkpoint.json import read_config, read_json
+from quantport.checkpoint.quantport_format import QuantportFormat
 from quantport.checkpoint.reader import Checkpoint
+from quantport.checkpoint.recognize import BUILTIN_FORMATS, open_source, recognize
+from quantport.checkpoint.source import Rows, StoredTensor, TensorSource
 from quantport.checkpoint.writer import save_tensors
 
-__all__ = ["Checkpoint", "TensorInfo", "save_tensors"]
+__all__ = [
+    "BUILTIN_FORMATS",
+    "Checkpoint",
+    "CheckpointFormat",
+    "KVCacheConfig",
+    "QuantizedWeight",
+    "QuantportFormat",
+    "Recognized",
+    "Rows",
+    "SavedLayer",
+    "StoredTensor",
+    "TensorInfo",
+    "TensorSource",
+    "open_source",
+    "read_config",
+    "read_json",
+    "recognize",
+    "save_tensors",
+]

@@ -1,8 +1,113 @@
-"""The seam for checkpoint formats: who recognizes a directory, and what each stored weight is."""
+"""The seam for checkpoint formats: who recognizes a checkpoint, and what each stored weight is."""
 
 from __future__ import annotations
 
-from abc import ABC
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantport.checkpoint.source import Rows, TensorSource
+from quantport.errors import SaveError
+from quantport.model.layers import Layer, Part
+from quantport.scheme import Scheme
+from quantport.scheme.catalog import Schemes
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A weight that is quantized already: its bits are taken over, never quantized again.
+
+    Attributes:
+        scheme: What it is.
+        tensors: Names of the stored tensors that it takes, which are released once it is read.
+        read: Returns the tensors of ``scheme.layout(n, k)``; they may be views of what is stored.
+    """
+
+    scheme: Scheme
+    tensors: tuple[str, ...]
+    read: Callable[[], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class KVCacheConfig:
+    """The KV cache that a checkpoint was saved with.
+
+    Attributes:
+        dtype: As ``kv_cache_dtype`` of a configuration.
+        skip_layers: Layers whose cache stays in 16 bits.
+    """
+
+    dtype: str | None = None
+    skip_layers: tuple[int, ...] = ()
+
+
+class Recognized(ABC):
+    """A checkpoint as its format understands it.
+
+    Args:
+        format_name: Name of the format.
+        source: Its tensors.
+    """
+
+    def __init__(self, format_name: str, source: TensorSource) -> None:
+        self.format_name, self.source = format_name, source
+
+    @abstractmethod
+    def layers(self) -> list[Layer]:
+        """Every layer, with the stored tensors that its weights take as ``Layer.parts``.
+
+        Raises:
+            CheckpointError: a tensor is absent, or is not what the format says.
+        """
+
+    def quantized(self) -> Mapping[str, Mapping[str, QuantizedWeight]]:
+        """The layers that are quantized already: layer name -> weight name of ``Layer.each`` -> weight.
+
+        Everything else then stays as it is stored. Empty for a checkpoint that is to be quantized.
+        """
+        return {}
+
+    def kv_cache(self) -> KVCacheConfig:
+        """The KV cache that it was saved with."""
+        return KVCacheConfig()
+
+    def read(self, part: Part) -> tuple[Tensor, Callable[[], None]]:
+        """The 16- or 32-bit values ``[n, k]`` of a part, and what to call when they have been used."""
+        some = None if part.start is None else slice(part.start, part.stop)
+        rows: Rows | None = some
+        if part.expert is not None:
+            rows = slice(part.expert, part.expert + 1) if some is None else (part.expert, some)
+        tensor = self.source.read(part.tensor, rows)
+        whole = part.expert is not None and some is None
+        return tensor[0] if whole else tensor, partial(self.source.release, part.tensor, rows)
+
+
+@dataclass(frozen=True)
+class SavedLayer:
+    """A quantized layer that is to be written.
+
+    Attributes:
+        kind: ``linear``, ``moe`` or ``embedding``.
+        weights: Logical weights ``(name, n, k)``, as of ``Layer``.
+        schemes: Name of the scheme of each weight, in the order in which they are stored.
+        experts: Number of experts, 0 for other layers.
+        dtype: Activation dtype.
+        tied: Names of other layers that share its weight.
+    """
+
+    kind: str
+    weights: tuple[tuple[str, int, int], ...]
+    schemes: Mapping[str, str]
+    experts: int
+    dtype: torch.dtype
+    tied: tuple[str, ...] = ()
 
 
 class CheckpointFormat(ABC):
@@ -13,3 +118,65 @@ class CheckpointFormat(ABC):
     """
 
     name: str
+
+    def open(self, path: Path, *, headers_only: bool = False) -> TensorSource | None:
+        """Opens files of this format that are no safetensors; None for all others.
+
+        Args:
+            path: What the user named: a file or a directory.
+            headers_only: Nothing will be read: the data may be missing.
+        """
+        return None
+
+    @abstractmethod
+    def recognize(
+        self, source: TensorSource, config: Mapping[str, Any], schemes: Schemes
+    ) -> Recognized | None:
+        """Says whether a checkpoint is of this format, from names, shapes and configuration alone.
+
+        Args:
+            source: The tensors; none is read.
+            config: ``config.json``; empty where there is none.
+            schemes: Every scheme that is known.
+
+        Returns:
+            None for the checkpoints of others.
+
+        Raises:
+            CheckpointError: it is of this format, and malformed.
+        """
+
+    def write(
+        self,
+        directory: str | os.PathLike[str],
+        layers: Mapping[str, SavedLayer],
+        tensors: Iterable[tuple[str, Tensor]],
+        *,
+        config: Mapping[str, Any] | None = None,
+        kv_cache: KVCacheConfig | None = None,
+        copy: Sequence[Path] = (),
+        overwrite: bool = False,
+        max_shard_bytes: int = 5_000_000_000,
+    ) -> Path:
+        """Writes a checkpoint that `recognize` takes.
+
+        Args:
+            directory: As for `save_tensors`.
+            layers: The quantized layers, by module path.
+            tensors: Every tensor, those of quantized layers as ``module.weight.key`` with the keys of
+                ``Scheme.layout``.
+            config: ``config.json`` of the model; None where it has none.
+            kv_cache: The KV cache of the model.
+            copy: Files to copy in, such as the tokenizer.
+            overwrite: As for `save_tensors`.
+            max_shard_bytes: As for `save_tensors`.
+
+        Returns:
+            The directory.
+
+        Raises:
+            SaveError: as `save_tensors`; or the format is only read.
+        """
+        raise SaveError(
+            f"save a checkpoint to {directory}", f"format {self.name!r} is only read", "'quantport'"
+        )

@@ -11,21 +11,17 @@ must be a JSON object.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 
+from quantport.checkpoint import limits
+from quantport.checkpoint.json import parse_object
 from quantport.errors import CheckpointError, did_you_mean
-
-MAX_HEADER_BYTES = 100_000_000
-"""The limit of the safetensors library; the header of a 46,000-tensor model holds about 6 MB in all its
-shards.
-"""
 
 _MAX_INT64 = 2**63 - 1
 _NAMES = {
@@ -104,10 +100,6 @@ class Header:
     metadata: Mapping[str, str]
 
 
-class _DuplicateKeyError(ValueError):
-    """A JSON object names a key twice."""
-
-
 def header_length(raw: bytes, file_size: int, where: str) -> int:
     """Returns the length in bytes of the JSON header.
 
@@ -134,12 +126,7 @@ def header_length(raw: bytes, file_size: int, where: str) -> int:
             f"a header of {length:,} bytes in a file of {file_size:,} bytes: truncated, or no "
             "safetensors file",
         )
-    if length > MAX_HEADER_BYTES:
-        _bad(
-            where,
-            f"a header of {length:,} bytes",
-            f"a header of at most {MAX_HEADER_BYTES:,} bytes: use more shards",
-        )
+    limits.within(f"read the header of {where}", "bytes of header", length, limits.MAX_HEADER_BYTES)
     return length
 
 
@@ -161,52 +148,12 @@ def parse_header(raw: bytes, file_size: int, where: str, *, headers_only: bool =
     length = header_length(raw, file_size, where)
     if len(raw) < 8 + length:
         _bad(where, f"{len(raw):,} bytes of a header of {8 + length:,} bytes", "pass the whole header")
-    fields = _json_object(raw[8 : 8 + length], where)
+    fields = parse_object(raw[8 : 8 + length], f"read the header of {where}", "a header", _COMPLETE)
     metadata = _metadata(fields.pop("__metadata__", None), where)
     infos = [_tensor_info(name, entry, 8 + length, where) for name, entry in fields.items()]
     infos.sort(key=lambda info: (info.start, info.end))
     _check_cover(infos, 8 + length, file_size, headers_only, where)
     return Header(MappingProxyType({info.name: info for info in infos}), MappingProxyType(metadata))
-
-
-def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The ``object_pairs_hook`` for `json.loads` that refuses a key that is there twice (raises
-    ValueError).
-    """
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise _DuplicateKeyError(f"the name {twice!r} twice")
-    return made
-
-
-def _json_object(raw: bytes, where: str) -> dict[str, Any]:
-    """Decodes the JSON object of a header, with no key twice and every text valid Unicode."""
-    try:
-        text = raw.decode("utf-8")
-        fields = json.loads(text, object_pairs_hook=unique_pairs, parse_constant=_no_constant)
-        if (
-            "\\u" in text
-        ):  # only an escape can smuggle in half of a surrogate pair, which no file or terminal can hold
-            json.dumps(fields, ensure_ascii=False).encode("utf-8")
-    except _DuplicateKeyError as error:
-        _bad(where, f"{error} in the header", "a header that names each tensor once: save it again")
-    except UnicodeError as error:
-        _bad(
-            where,
-            "a header that is not UTF-8 "
-            f"({error.reason if isinstance(error, UnicodeDecodeError) else error})",
-        )
-    except (ValueError, RecursionError) as error:
-        _bad(where, f"a header that is not JSON ({str(error)[:200]})")
-    if type(fields) is not dict:
-        _bad(where, f"a header that is a JSON {type(fields).__name__}, not an object")
-    return fields
-
-
-def _no_constant(text: str) -> NoReturn:
-    raise ValueError(f"{text} is no JSON number")
 
 
 def _metadata(found: object, where: str) -> dict[str, str]:

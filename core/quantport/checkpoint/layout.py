@@ -4,14 +4,13 @@ weights.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import NoReturn
 
-from quantport.checkpoint.header import unique_pairs
+from quantport.checkpoint.json import read_json
 from quantport.errors import CheckpointError
 
 _STEMS = ("model", "diffusion_pytorch_model")
@@ -110,11 +109,8 @@ def _indexed(index_file: Path) -> Layout:
 def _weight_map(index_file: Path) -> dict[str, str]:
     """Reads the ``weight_map`` of an index: tensor name to file name."""
     suggestion = 'a JSON object {"weight_map": {tensor name: file name}}: download the index again'
-    try:
-        found = json.loads(index_file.read_bytes().decode("utf-8"), object_pairs_hook=unique_pairs)
-    except (OSError, ValueError, RecursionError) as error:  # a Unicode error is a ValueError
-        _bad(index_file, f"no readable JSON: {str(error)[:200]}", suggestion, error)
-    weight_map = found.get("weight_map") if isinstance(found, dict) else None
+    index = read_json(index_file, f"open the checkpoint {index_file}", suggestion)
+    weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         _bad(index_file, "no weight_map, or an empty one", suggestion)
     for name, shard in weight_map.items():

@@ -13,12 +13,12 @@ from typing import NoReturn
 
 import torch
 
+from quantport.checkpoint import limits
 from quantport.checkpoint.header import Header, TensorInfo, header_length, parse_header
 from quantport.checkpoint.layout import Layout, find_layout, some
 from quantport.checkpoint.mapping import MappedFile, file_stamp
+from quantport.checkpoint.source import Rows
 from quantport.errors import CheckpointError, did_you_mean
-
-Rows = slice | tuple[int, slice]
 
 
 class Checkpoint:
@@ -70,8 +70,11 @@ class Checkpoint:
             )
         headers: dict[str, Header] = {}
         stamps: dict[str, tuple[int, int]] = {}
+        count = 0
         for file in map(str, layout.files):
             headers[file], stamps[file] = _read_header(file, headers_only)
+            count += len(headers[file].tensors)
+            limits.within(f"open the checkpoint {path}", "tensors", count, limits.MAX_TENSORS)
         return cls(layout, headers, stamps)
 
     def read(self, name: str, rows: Rows | None = None) -> torch.Tensor:

@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from quantport.checkpoint import read_config
+from quantport.checkpoint.quantport_format import read_record
 from quantport.errors import BudgetError, CheckpointError, ConfigError, QuantportError
-from quantport.loading import quantport_format
 from quantport.loading.locate import locate
-from quantport.loading.skeleton import read_json
 
 
 def _transformers(asked: str) -> Any:
@@ -62,7 +62,7 @@ def tokenizer(directory: Path) -> Any:
         raise CheckpointError(
             f"run {directory}", found, "a Transformers checkpoint directory with a tokenizer"
         )
-    read_json(directory / "config.json")  # its own error: Transformers blames the tokenizer
+    read_config(directory)  # its own error: Transformers blames the tokenizer
     try:
         return _transformers(f"run {directory}").AutoTokenizer.from_pretrained(directory)
     except QuantportError:
@@ -78,7 +78,7 @@ def tokenizer(directory: Path) -> Any:
 
 def find(directory: Path, baseline: str | None) -> Path:
     """The checkpoint of the 16-bit original: the model itself unless it is quantized."""
-    if baseline is None and quantport_format.read(directory) is not None:
+    if baseline is None and read_record(directory) is not None:
         found = "it is quantized already: its 16-bit original is not there"
         raise ConfigError(
             f"--compare of {directory}", found, "--baseline with the checkpoint that it was made from"
@@ -88,7 +88,7 @@ def find(directory: Path, baseline: str | None) -> Path:
         raise ConfigError(
             f"--baseline {baseline}", "no config.json there", "the checkpoint directory of the 16-bit model"
         )
-    if baseline is not None and quantport_format.read(base) is not None:
+    if baseline is not None and read_record(base) is not None:
         raise ConfigError(f"--baseline {baseline}", "it is quantized itself", "the 16-bit model")
     return base
 

@@ -13,11 +13,11 @@ from torch import Tensor
 
 import quantport
 from quantport.checkpoint.partial import check_free
+from quantport.checkpoint.quantport_format import read_record
 from quantport.cli import baseline, compare
 from quantport.cli.page import Column, Grid, emit, progress, size, write
 from quantport.cli.plans import plan_page
 from quantport.errors import CheckpointError, ConfigError, SaveError
-from quantport.loading import quantport_format
 from quantport.loading.locate import locate
 
 
@@ -174,7 +174,7 @@ def quantize(request: Request, out: Path, overwrite: bool, form: str) -> None:
     """Loads and saves; what would refuse the directory in the end does so before the work."""
     source = locate(request.model)
     _writable(out, overwrite, source)
-    if quantport_format.read(source if source.is_dir() else source.parent) is not None:
+    if read_record(source if source.is_dir() else source.parent) is not None:
         raise CheckpointError(
             f"quantize {source}",
             "quantport wrote it: it is quantized already",

@@ -4,5 +4,6 @@ from quantport.loading.load_model import load
 from quantport.loading.plan_model import plan
 from quantport.loading.quantize_model import quantize_
 from quantport.loading.save_model import save
+from quantport.loading.update import update_weight
 
-__all__ = ["load", "plan", "quantize_", "save"]
+__all__ = ["load", "plan", "quantize_", "save", "update_weight"]

@@ -6,19 +6,19 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from quantport.checkpoint import Checkpoint
+from quantport.checkpoint import Rows, TensorSource
 
 SLAB = 16 << 20  # bytes of source pages that copying one tensor holds
 
 
-def copy_into(checkpoint: Checkpoint, target: Tensor, name: str, slab: int = SLAB) -> None:
+def copy_into(source: TensorSource, target: Tensor, name: str, slab: int = SLAB) -> None:
     """Copies a tensor, giving the pages of each slab back before the next is read."""
-    for rows in _slabs(checkpoint.tensors[name].shape, checkpoint.tensors[name].nbytes, slab):
-        target[... if rows is None else rows].copy_(checkpoint.read(name, rows))
-        checkpoint.release(name, rows)
+    for rows in _slabs(source.tensors[name].shape, source.tensors[name].nbytes, slab):
+        target[... if rows is None else rows].copy_(source.read(name, rows))
+        source.release(name, rows)
 
 
-def _slabs(shape: tuple[int, ...], size: int, slab: int) -> Iterator[slice | tuple[int, slice] | None]:
+def _slabs(shape: tuple[int, ...], size: int, slab: int) -> Iterator[Rows | None]:
     """Rows of a tensor, or of each matrix of a 3-D one: the experts of a layer may be larger than any
     slab.
     """

@@ -1,52 +1,64 @@
-"""Where a checkpoint is, and whether it can be quantized: by whom it was quantized already, if it was."""
+"""Where a checkpoint is: a local path, or a snapshot of a model of the hub; and what it holds."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from quantport.checkpoint import Checkpoint
+from quantport.checkpoint import (
+    BUILTIN_FORMATS,
+    CheckpointFormat,
+    Recognized,
+    TensorSource,
+    open_source,
+    read_config,
+    recognize,
+)
 from quantport.errors import CheckpointError
-from quantport.loading.skeleton import read_json
+from quantport.plugins.registry import default_registry
 
-_MARKS = {
-    ".qweight": "GPTQ or AWQ",
-    ".weight_packed": "compressed-tensors",
-    ".weight_scale_inv": "block-wise FP8",
-    ".weight_scale": "compressed-tensors or FP8",
-    ".absmax": "bitsandbytes",
-    ".SCB": "bitsandbytes LLM.int8()",
-    "_blocks": "MXFP4",
-}
+Source = str | os.PathLike[str] | TensorSource
 
 
-def refuse_quantized(checkpoint: Checkpoint) -> None:
-    """Refuses a checkpoint that somebody else quantized.
+@contextmanager
+def open_checkpoint(
+    source: Source, formats: Iterable[CheckpointFormat] = (), *, headers_only: bool = False
+) -> Iterator[tuple[Recognized, dict[str, Any]]]:
+    """Opens a checkpoint and recognizes it; closes what it opened.
+
+    Args:
+        source: A path, a model id of the hub, or tensors, which stay open.
+        formats: Formats to know beside the built-in ones.
+        headers_only: As for `Checkpoint.open`.
+
+    Yields:
+        What it holds, and its ``config.json``.
 
     Raises:
-        CheckpointError: names the method that was found.
+        CheckpointError: nothing is there, or no format recognizes it.
     """
-    if (checkpoint.directory / "quantport.json").is_file():
-        suggestion = "quantport.load or `quantport run`, without a scheme"
-        raise CheckpointError(
-            f"quantize {checkpoint.directory}", "quantport quantized it already", suggestion
-        )
-    entry = read_json(checkpoint.directory / "config.json").get("quantization_config")
-    method = entry.get("quant_method") if isinstance(entry, dict) else entry
-    found = f"config.json says quant_method {method!r}" if method else ""
-    for name, info in checkpoint.tensors.items():
-        mark = next((m for m in _MARKS if name.endswith(m)), None)
-        if not found and (mark or "float8" in str(info.dtype)):
-            found = f"tensor {name} ({info.dtype}), a mark of {_MARKS[mark] if mark else 'FP8'}"
-    if found:
-        raise CheckpointError(
-            f"quantize {checkpoint.directory}",
-            f"it is quantized already: {found}",
-            "the 16-bit original of this checkpoint, or load it with the library that made it",
-        )
+    known = (*BUILTIN_FORMATS, *formats)  # and those that the registry finds, here
+    if isinstance(source, TensorSource):
+        yield _recognized(source, known)
+        return
+    tensors = open_source(locate(source), known, headers_only=headers_only)
+    try:
+        yield _recognized(tensors, known)
+    finally:
+        tensors.close()
 
 
-def locate(source: str | os.PathLike[str]) -> Path:
+def _recognized(
+    tensors: TensorSource, formats: Sequence[CheckpointFormat]
+) -> tuple[Recognized, dict[str, Any]]:
+    config = read_config(tensors.directory)
+    return recognize(tensors, config, default_registry().schemes, formats), config
+
+
+def locate(source: object) -> Path:
     """A local path, or a snapshot of a model of the hub."""
     if not isinstance(source, str | os.PathLike):
         raise CheckpointError(
@@ -72,3 +84,8 @@ def locate(source: str | os.PathLike[str]) -> Path:
             f"no such directory, and the hub says: {type(error).__name__}: {str(error).splitlines()[0]}",
             "a local checkpoint directory, or a model id that the hub has and that can be reached",
         ) from error
+
+
+def named(source: Source) -> str:
+    """What a plan calls a checkpoint."""
+    return str(source.directory) if isinstance(source, TensorSource) else str(source)

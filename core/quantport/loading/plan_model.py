@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from quantport.checkpoint import Checkpoint
+from quantport.checkpoint import CheckpointFormat, Recognized
 from quantport.config import QuantConfig
 from quantport.device import Device
-from quantport.errors import ConfigError
+from quantport.errors import CheckpointError, ConfigError
 from quantport.kvcache import kv_shape
-from quantport.loading.locate import locate, refuse_quantized
-from quantport.loading.skeleton import read_json
-from quantport.loading.swap_modules import check
+from quantport.loading.locate import Source, named, open_checkpoint
+from quantport.loading.swap_modules import match_modules
 from quantport.model.fused_projections import with_cuts
 from quantport.model.layers import find_layers
 from quantport.model.tied_weights import from_config
 from quantport.planning.plan import Plan, make_plan
 from quantport.plugins.registry import default_registry
-
-Source = str | os.PathLike[str]
 
 
 def merge(scheme: str | None, config: Any, options: Mapping[str, Any]) -> QuantConfig:
@@ -58,6 +54,7 @@ def plan(
     dtype: torch.dtype | None = None,
     fallback: str | None = None,
     budget: int | str | None = None,
+    formats: Iterable[CheckpointFormat] = (),
 ) -> Plan:
     """Says what ``load`` or ``quantize_`` would do, and why, for a device that need not be here. Reads
     headers only.
@@ -71,6 +68,7 @@ def plan(
         dtype: Activation dtype; by default that of the weights, or what the device computes in.
         fallback: Overrides ``config.fallback``.
         budget: As for ``load``.
+        formats: As for ``load``.
 
     Returns:
         The plan.
@@ -79,17 +77,17 @@ def plan(
     parsed = merge(scheme, config, {"fallback": fallback})
     if isinstance(model, nn.Module):
         layers, source = (
-            check(find_layers(dict(model.named_parameters())), model, lambda x: x.name),
+            match_modules(find_layers(dict(model.named_parameters())), model, lambda x: x.name),
             type(model).__name__,
         )
         described: Any = getattr(model, "config", None)
         kv = kv_shape(described.to_dict()) if hasattr(described, "to_dict") else None
     else:
-        with Checkpoint.open(locate(model), headers_only=True) as checkpoint:
+        with open_checkpoint(model, formats, headers_only=True) as (checkpoint, described):
             refuse_quantized(checkpoint)
-            told, source = read_json(checkpoint.directory / "config.json"), str(model)
-            layers = [with_cuts(layer, told) for layer in from_config(find_layers(checkpoint.tensors), told)]
-            kv = kv_shape(told)
+            tied = from_config(checkpoint.layers(), described)
+            layers, source = [with_cuts(layer, described) for layer in tied], named(model)
+            kv = kv_shape(described)
     kernels, schemes = default_registry().kernels(target.kind), default_registry().schemes
     return make_plan(
         layers,
@@ -103,6 +101,18 @@ def plan(
         kv=kv,
         budget=budget,
     )
+
+
+def refuse_quantized(checkpoint: Recognized) -> None:
+    """Refuses to plan how to quantize what is quantized.
+
+    Raises:
+        CheckpointError: names the format.
+    """
+    if checkpoint.quantized():
+        suggestion = "quantport.load or `quantport run`, without a scheme"
+        found = f"{checkpoint.format_name} quantized it already"
+        raise CheckpointError(f"quantize {checkpoint.source.directory}", found, suggestion)
 
 
 def refuse_nothing(decided: Plan) -> None:

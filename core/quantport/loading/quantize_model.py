@@ -12,7 +12,7 @@ from quantport.errors import ConfigError
 from quantport.kvcache import default_cache
 from quantport.loading.executor import Progress, Task, run_tasks
 from quantport.loading.plan_model import plan, refuse_nothing
-from quantport.loading.swap_modules import by_module, make_module, put
+from quantport.loading.swap_modules import by_module, make_module, swap_modules
 from quantport.loading.weight_tasks import quantize_tasks, select
 from quantport.model.layers import Part
 from quantport.modules import QuantModule
@@ -71,7 +71,7 @@ def quantize_(
                 step, module, read, decided.config.nonfinite, decided.device.kind, owned=True
             )
     run_tasks(tasks, progress, budget=decided.budget)
-    put(model, new)
+    swap_modules(model, new)
     if cache:
         cache.install()
     model.quantport_plan = decided  # type: ignore[assignment]  # a note on the model, not a submodule

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from quantport.checkpoint import save_tensors
+from quantport.checkpoint import KVCacheConfig, QuantportFormat, SavedLayer
 from quantport.errors import SaveError
 from quantport.kvcache import default_of
-from quantport.loading.quantport_format import FILE, Record, SavedLayer
 from quantport.modules import QuantEmbedding, QuantExperts, QuantModule
 
 _COMPANIONS = (
@@ -51,11 +48,11 @@ def save(
     Raises:
         SaveError: nothing to save, the directory is taken, the disk is full, or permission is missing.
     """
-    layers = {name: _entry(m) for name, m in model.named_modules() if isinstance(m, QuantModule)}
+    layers = {name: _saved_layer(m) for name, m in model.named_modules() if isinstance(m, QuantModule)}
     # where others are quantized, a prepacked bf16 layer is saved as the plain layer that it was: prepacking
     # is this machine's
     layers = {
-        name: entry for name, entry in layers.items() if entry.scheme != "bf16" or entry.others
+        name: layer for name, layer in layers.items() if set(layer.schemes.values()) != {"bf16"}
     } or layers
     if not layers:
         raise SaveError(
@@ -64,47 +61,36 @@ def save(
             "quantport.load or quantport.quantize_ first",
         )
     cache = default_of(model)
-    record = Record(layers=layers)
-    if cache:
-        record = record.model_copy(
-            update={"kv_cache_dtype": cache.dtype, "kv_cache_skip_layers": cache.skip_layers}
-        )
-    files = {FILE: record.model_dump_json(indent=1).encode()}
     source = getattr(model, "name_or_path", "")
     directory_of = Path(source) if source else None
-    config: Any = getattr(model, "config", None)
-    if hasattr(config, "to_dict"):
-        data = {**config.to_dict(), "quantization_config": {"quant_method": "quantport"}}
-        data.setdefault("architectures", [type(model).__name__])
-        files["config.json"] = json.dumps(data, indent=2, default=str).encode()
+    described: Any = getattr(model, "config", None)
+    config = None
+    if hasattr(described, "to_dict"):
+        config = {"architectures": [type(model).__name__], **described.to_dict()}
     companions = (
         sorted({p for g in _COMPANIONS for p in directory_of.glob(g) if p.is_file()}) if directory_of else []
     )
-    return save_tensors(
+    return QuantportFormat().write(
         directory,
+        layers,
         _tensors(model),
-        max_shard_bytes=max_shard_bytes,
-        files=files,
+        config=config,
+        kv_cache=KVCacheConfig(cache.dtype, tuple(cache.skip_layers)) if cache else None,
         copy=companions,
         overwrite=overwrite,
+        max_shard_bytes=max_shard_bytes,
     )
 
 
-def _entry(module: QuantModule) -> SavedLayer:
+def _saved_layer(module: QuantModule) -> SavedLayer:
     experts = module.num_experts if isinstance(module, QuantExperts) else 0
     names = list(module.specs)[:3] if experts or len(module.specs) > 1 else ["weight"]
     specs = list(module.specs.values())[: len(names)]
-    weights = [(name.rpartition(".")[2], s.n, s.k) for name, s in zip(names, specs, strict=True)]
-    dtype: Any = str(module.dtype).removeprefix("torch.")
-    table = isinstance(module, QuantEmbedding)
-    kind: Any = "moe" if experts else "embedding" if table else "linear"
-    tied = list(module.tied) if isinstance(module, QuantEmbedding) else []
-    schemes = {name: spec.scheme.name for name, spec in module.specs.items()}
-    most = Counter(schemes.values()).most_common(1)[0][0]
-    others = {name: scheme for name, scheme in schemes.items() if scheme != most}
-    return SavedLayer(
-        scheme=most, kind=kind, weights=weights, experts=experts, dtype=dtype, tied=tied, others=others
-    )
+    weights = tuple((name.rpartition(".")[2], s.n, s.k) for name, s in zip(names, specs, strict=True))
+    kind = "moe" if experts else "embedding" if isinstance(module, QuantEmbedding) else "linear"
+    tied = tuple(module.tied) if isinstance(module, QuantEmbedding) else ()
+    schemes = {name: spec.scheme.unsolved.name for name, spec in module.specs.items()}
+    return SavedLayer(kind, weights, schemes, experts, module.dtype, tied)
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

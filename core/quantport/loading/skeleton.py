@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -51,23 +50,6 @@ def build(
             "pass model=, a function that makes the module",
         )
     return _transformers(directory, dtype, names)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object; an absent file is an empty one.
-
-    Raises:
-        CheckpointError: not JSON, or not an object.
-    """
-    if not path.exists():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"read {path}", f"not JSON: {error}", "a JSON object") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"read {path}", f"a JSON {type(value).__name__}", "a JSON object")
-    return value
 
 
 def _transformers(

@@ -30,31 +30,31 @@ from quantport.modules import (
 from quantport.planning.plan import Step
 from quantport.plugins.registry import default_registry
 
-Place = Callable[[Layer], str]
+ModulePath = Callable[[Layer], str]
 
 
-def check(layers: Iterable[Layer], model: nn.Module, place: Place) -> list[Layer]:
+def match_modules(layers: Iterable[Layer], model: nn.Module, module_path: ModulePath) -> list[Layer]:
     """Marks the layers that the model does not hold as plain linear layers or experts, with the reason.
 
     Experts that are separate modules become separate layers.
     """
     layers = list(layers)
-    _even(layers, model, place)
+    _even(layers, model, module_path)
     ties = partners(model)
     config: Any = getattr(model, "config", None)
     told = config.to_dict() if hasattr(config, "to_dict") else {}
-    checked = one_layer([x for layer in layers for x in _check(layer, model, place, ties)])
+    checked = one_layer([x for layer in layers for x in _check(layer, model, module_path, ties)])
     return [with_cuts(layer, told) for layer in checked]
 
 
 def _check(
-    layer: Layer, model: nn.Module, place: Place, ties: Mapping[str, tuple[str, ...]]
+    layer: Layer, model: nn.Module, module_path: ModulePath, ties: Mapping[str, tuple[str, ...]]
 ) -> Iterable[Layer]:
-    path = place(layer)
+    path = module_path(layer)
     module = _module(model, path)
     if layer.kind == "moe" and isinstance(module, nn.ModuleList):
         for single in _separate(layer):
-            yield from _check(single, model, place, ties)
+            yield from _check(single, model, module_path, ties)
         return
     if layer.kind == "linear" and not layer.skip_reason and type(module) is nn.Embedding:
         layer = _with_role(layer, Role.EMBEDDING)  # whatever it is called
@@ -79,17 +79,19 @@ def _with_role(layer: Layer, role: Role) -> Layer:
     return replace(layer, role=role, skip_reason=skipped_by_default(role))
 
 
-def _even(layers: Sequence[Layer], model: nn.Module, place: Place) -> None:
+def _even(layers: Sequence[Layer], model: nn.Module, module_path: ModulePath) -> None:
     """Refuses single experts that cannot be fused as the model wants them, since one is absent or of another
     shape.
 
     Raises:
         CheckpointError: names the first.
     """
-    lost = [layer for layer in layers if layer.kind == "linear" and _module(model, place(layer)) is None]
+    lost = [
+        layer for layer in layers if layer.kind == "linear" and _module(model, module_path(layer)) is None
+    ]
     for base, found in uneven(lost).items():
         first = next(layer for layer in lost if layer.name.startswith(f"{base}."))
-        path = place(first).removesuffix(first.name.removeprefix(base))
+        path = module_path(first).removesuffix(first.name.removeprefix(base))
         if hasattr(_module(model, path), "gate_up_proj"):
             suggestion = "a checkpoint with gate, up and down of every expert, from 0 on, in equal shapes"
             raise CheckpointError(f"load the experts {base}", found, suggestion)
@@ -168,14 +170,14 @@ def _fits(layer: Layer, module: nn.Module) -> None:
             )
 
 
-def by_module(steps: Iterable[Step], place: Place) -> dict[str, list[Step]]:
+def by_module(steps: Iterable[Step], module_path: ModulePath) -> dict[str, list[Step]]:
     """The steps with a kernel by the path of the module that they fill: one step for most, the pieces of some
     experts.
     """
     out: dict[str, list[Step]] = {}
     for step in steps:
         if step.choice:
-            out.setdefault(place(step.layer), []).append(step)
+            out.setdefault(module_path(step.layer), []).append(step)
     return out
 
 
@@ -211,7 +213,7 @@ def _kernel(step: Step) -> Kernel:
     return default_registry().kernel(step.choice.kernel)
 
 
-def put(model: nn.Module, new: Mapping[str, nn.Module]) -> None:
+def swap_modules(model: nn.Module, new: Mapping[str, nn.Module]) -> None:
     """Puts modules where others stood, under every name that those have; output heads that are tied to them
     follow.
     """

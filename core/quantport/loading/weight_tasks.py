@@ -15,6 +15,7 @@ from quantport.modules import QuantModule
 from quantport.planning.memory import peak_bytes
 from quantport.planning.plan import Step
 from quantport.plugins.registry import default_registry
+from quantport.scheme import Scheme
 
 Reader = Callable[[Part], tuple[Tensor, Callable[[], None]]]
 
@@ -39,28 +40,46 @@ def quantize_tasks(
         kind: Kind of device whose backend quantizes.
         device: Where to; None to leave the weights where they are.
         owned: The caller holds the 16-bit weights anyway: they are no part of the stream.
-        opaque: ``Arch.opaque`` of the device: weights of these dtypes, or stored in them, are quantized
-            on the host.
+        storage_only_dtypes: ``Arch.storage_only_dtypes`` of the device: weights of these dtypes, or stored in
+            them, are quantized on the host.
     """
-    fast = default_registry().backends[kind].quantize_weight
     layer = step.layer
 
     def run(part: Part, weight: str) -> None:
         tensor, release = read(part)
-        scheme = module.specs[weight].scheme
-        dtypes = (tensor.dtype, *(dtype for _, dtype in scheme.layout(*tensor.shape).values()))
-        here = device is not None and not storage_only_dtypes.isdisjoint(dtypes)
-        source = tensor.detach().to(device) if device and not here else tensor.detach()
         name = f"{layer.home}.{weight}".rstrip(".")
-        stored = numerics.quantize_weight(source, scheme, name, nonfinite, None if here else fast)
-        del tensor, source
+        scheme = module.specs[weight].scheme
+        stored = quantize_on(tensor, scheme, name, nonfinite, kind, device, storage_only_dtypes)
+        del tensor
         release()
-        module.set_weight(weight, {key: t.to(device) for key, t in stored.items()} if here else stored)
+        module.set_weight(weight, stored)
 
     for weight, n, k in layer.each:
         part = layer.part(weight)
         held = peak_bytes(module.specs[weight], None if owned else layer.dtype)
         yield Task(part.tensor, n * k * layer.dtype.itemsize, partial(run, part, weight), held)
+
+
+def quantize_on(
+    weight: Tensor,
+    scheme: Scheme,
+    name: str,
+    nonfinite: str,
+    kind: str,
+    device: torch.device | None,
+    storage_only_dtypes: frozenset[torch.dtype] = frozenset(),
+) -> dict[str, Tensor]:
+    """Quantizes a weight ``[n, k]`` with the backend of a kind of device; arguments as `quantize_tasks`.
+
+    Returns:
+        The tensors of ``scheme.layout(n, k)`` on ``device``.
+    """
+    dtypes = (weight.dtype, *(dtype for _, dtype in scheme.layout(*weight.shape).values()))
+    on_host = device is not None and not storage_only_dtypes.isdisjoint(dtypes)
+    source = weight.detach().to(device) if device and not on_host else weight.detach()
+    fast = None if on_host else default_registry().backends[kind].quantize_weight
+    stored = numerics.quantize_weight(source, scheme, name, nonfinite, fast)
+    return {key: t.to(device) for key, t in stored.items()} if on_host else stored
 
 
 def select(tensor: Tensor, part: Part) -> Tensor:

@@ -74,8 +74,14 @@ class QuantModule(nn.Module):
         """Where the weights are."""
         return next((self.packed(name)[0].device for name in self._packed), torch.device("meta"))
 
-    def set_weight(self, name: str, stored_weight: StoredWeight) -> None:
+    def set_weight(self, name: str, stored_weight: StoredWeight, *, in_place: bool = False) -> None:
         """Packs the stored tensors of one weight and takes them.
+
+        Args:
+            name: Name of the weight.
+            stored_weight: The tensors of its scheme's layout.
+            in_place: Write them into the memory of the packed weight that is there, where that is packed
+                alike.
 
         Raises:
             WeightError: a tensor is missing, or has another shape or dtype than ``Scheme.layout`` says.
@@ -87,7 +93,13 @@ class QuantModule(nn.Module):
             raise WeightError(
                 f"weight {name or 'of a linear layer'} as {spec.scheme.name}", f"tensors {found}", f"{layout}"
             )
-        self._install(name, self.kernel_of(name).pack(stored_weight, spec))
+        packed = self.kernel_of(name).pack(stored_weight, spec)
+        if not (in_place and name in self._packed and _alike(self.packed(name), packed)):
+            self._install(name, packed)
+            return
+        for old, new in zip(self.packed(name), packed, strict=True):
+            _bytes(old).copy_(_bytes(new))
+        self._tables = None
 
     def _install(self, name: str, packed: Packed) -> None:
         self._packed[name], self._tables = packed, None
@@ -231,6 +243,10 @@ class QuantModule(nn.Module):
             spec = self.specs[name]
             layout = spec.scheme.layout(spec.n, spec.k)
             self.set_weight(name, {k: _bytes(t, layout[k][1]) for k, t in stored_weight.items()})
+
+
+def _alike(a: Packed, b: Packed) -> bool:
+    return [(t.shape, t.dtype, t.device) for t in a] == [(t.shape, t.dtype, t.device) for t in b]
 
 
 def _copy(tensor: Tensor, device: torch.device | None) -> Tensor:

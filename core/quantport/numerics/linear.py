@@ -10,12 +10,13 @@ from torch import Tensor
 
 from quantport.errors import ShapeError, WeightError
 from quantport.numerics import gguf
-from quantport.numerics.blocks import Blocks, Reduce, check_finite, dequantize, quantize_blocks
-from quantport.numerics.double import dequantize_scales, quantize_double
-from quantport.numerics.packing import pack_bits, pack_int4, unpack_bits, unpack_int4
+from quantport.numerics.blocks import Reduce, check_finite, dequantize, quantize_blocks
+from quantport.numerics.double import dequantize_scales
+from quantport.numerics.packing import unpack_bits, unpack_int4
 from quantport.numerics.rotation import rotate
 from quantport.numerics.scales import scale_values
-from quantport.scheme import Quant, Scheme
+from quantport.numerics.solvers import checked, solver_of
+from quantport.scheme import Quant, Scheme, Solver, Stats
 from quantport.scheme.formats import BF16
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -29,6 +30,9 @@ def quantize_weight(
     nonfinite: str = "error",
     fast: Fast | None = None,
     reduce: Reduce | None = None,
+    *,
+    solver: Solver | None = None,
+    stats: Stats | None = None,
 ) -> dict[str, Tensor]:
     """Quantizes one weight to the stored layout of its scheme.
 
@@ -37,14 +41,19 @@ def quantize_weight(
         scheme: The scheme.
         name: For the error text.
         nonfinite: ``error`` refuses NaN and Inf; ``zero`` reads each of them as 0.
-        fast: A backend's ``quantize_weight``: equal to this, and may decline with None.
+        fast: A backend's ``quantize_weight``: equal to the solver of the scheme's rule, and may decline with
+            None. Not asked where another solver decides.
         reduce: For a shard of a larger weight: takes maxima over all shards where a scale spans them.
+        solver: Finds codes and scales; by default the one that the scheme names.
+        stats: Of the inputs of the layer, for solvers that use them.
 
     Returns:
         The tensors of ``scheme.layout(n, k)``.
 
     Raises:
         WeightError: wrong rank or dtype, or a NaN or Inf while ``nonfinite="error"``.
+        ConfigError: the solver cannot solve the scheme, or a shard of a weight.
+        BackendError: the solver returns other tensors than the scheme stores.
     """
     if weight.dim() != 2 or weight.dtype not in FLOATS:
         raise WeightError(
@@ -54,11 +63,19 @@ def quantize_weight(
         )
     if scheme.weight.element is BF16:
         return {"weight": weight.to(torch.bfloat16, copy=True)}
+    by_rule = solver is None and scheme.solver is None
+    solver = solver or solver_of(scheme, reduce)
+    if not by_rule:
+        if nonfinite == "zero":
+            weight = torch.nan_to_num(weight, nan=0.0, posinf=0.0, neginf=0.0)
+        check_finite(weight, name, weight)
     rotated = rotate(weight.float(), scheme.rotation) if scheme.rotation else weight
-    stored = (None if reduce else fast and fast(rotated, scheme)) or _stored(rotated, scheme, reduce)
+    stored = fast(rotated, scheme) if fast and by_rule and not reduce else None
+    if stored is None:
+        stored = checked(solver.solve(rotated, scheme, stats), scheme, weight.shape, solver)
     if nonfinite == "zero" and not _finite(stored, scheme).isfinite().all():
         finite = torch.nan_to_num(weight, nan=0.0, posinf=0.0, neginf=0.0)
-        return quantize_weight(finite, scheme, name, "error", fast, reduce)
+        return quantize_weight(finite, scheme, name, "error", fast, reduce, solver=solver, stats=stats)
     check_finite(_finite(stored, scheme), name, weight)
     return stored
 
@@ -71,34 +88,6 @@ def _finite(stored: dict[str, Tensor], scheme: Scheme) -> Tensor:
         return torch.cat((stored["weight_scale_scale"].view(-1), stored["weight_scale_offset"]))
     scale = scale_values(stored["weight_scale"], scheme.weight.scale)
     return torch.cat((scale, stored["weight_zero"].float())) if scheme.weight.zero_point else scale
-
-
-def _stored(weight: Tensor, scheme: Scheme, reduce: Reduce | None) -> dict[str, Tensor]:
-    quant = scheme.weight
-    if quant.element.block:
-        return {"weight_blocks": gguf.quantize(weight, quant.element)}
-    if quant.scale_quant:
-        codes, extra = quantize_double(weight, quant, reduce)
-    else:
-        blocks = quantize_blocks(weight, quant, reduce=reduce)
-        codes, extra = blocks.codes, _extra(blocks, quant)
-    if quant.element.bits == 8:
-        return {"weight": codes, **extra}
-    packed = pack_int4(codes) if quant.format == "int4" else pack_bits(codes, quant.element.bits)
-    return {"weight_packed": packed, **extra}
-
-
-def _extra(blocks: Blocks, quant: Quant) -> dict[str, Tensor]:
-    """Scales, offsets and outer scales under their stored names."""
-    out = {"weight_scale": blocks.scale}
-    if blocks.zero is not None:
-        out["weight_zero"] = blocks.zero
-    if blocks.outer is not None:
-        one = quant.outer_block == (0, 0)
-        out["weight_global_scale" if one else "weight_outer_scale"] = (
-            blocks.outer.view(-1) if one else blocks.outer
-        )
-    return out
 
 
 def dequantize_weight(

@@ -55,7 +55,7 @@ class Backend(ABC):
 
         Args:
             weight: ``[n, k]`` on the device.
-            scheme: The scheme.
+            scheme: The scheme. One with a ``solver`` must be declined: the codes are the solver's to find.
 
         Returns:
             The tensors of ``scheme.layout(n, k)``. Scales must be NaN or Inf where the weight holds NaN or

@@ -2,5 +2,6 @@
 
 from quantport.scheme.quant import Quant
 from quantport.scheme.scheme import Scheme
+from quantport.scheme.solver import Solver, Stats
 
-__all__ = ["Quant", "Scheme"]
+__all__ = ["Quant", "Scheme", "Solver", "Stats"]

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 from quantport.errors import ConfigError, did_you_mean
-from quantport.scheme import Quant, Scheme
+from quantport.scheme import Quant, Scheme, Solver
 from quantport.scheme.formats import FORMATS
+from quantport.scheme.scheme import OPTIONS
 
 
 class Schemes(Mapping[str, Scheme]):
     """A read-only table of schemes. Look-up understands aliases, and options after colons (``mxfp4:floor``,
-    ``nf4:double``); iteration gives canonical names only.
+    ``nf4:double``, ``int4:NAME`` with the name of a solver); iteration gives canonical names only.
+
+    Args:
+        schemes: The schemes.
+        solvers: The solvers that may be named as options.
 
     Raises:
-        ConfigError: on look-up of an unknown name, and on construction when two schemes claim one name.
+        ConfigError: on look-up of an unknown name, and on construction when two schemes or two solvers claim
+            one name, or a solver that of an option.
     """
 
-    def __init__(self, schemes: Iterable[Scheme]) -> None:
+    def __init__(self, schemes: Iterable[Scheme], solvers: Iterable[Solver] = ()) -> None:
         self._schemes: dict[str, Scheme] = {}
+        self.solvers = _by_name(solvers)
         self._alias: dict[str, str] = {}
         for scheme in schemes:
             for name in (scheme.name, *scheme.aliases):
@@ -41,7 +49,8 @@ class Schemes(Mapping[str, Scheme]):
             suggestion = f"{did_you_mean(str(base), self._alias)}known: {', '.join(self)}"
             raise ConfigError(f"scheme {name!r}", "no scheme has this name", suggestion) from None
         for option in options:
-            scheme = scheme.option(option)
+            solver = self.solvers.get(option)
+            scheme = scheme.option(option) if solver is None else scheme.solved_by(solver)
         return scheme
 
     def __contains__(self, name: object) -> bool:
@@ -55,6 +64,19 @@ class Schemes(Mapping[str, Scheme]):
 
     def __len__(self) -> int:
         return len(self._schemes)
+
+
+def _by_name(solvers: Iterable[Solver]) -> Mapping[str, Solver]:
+    by_name: dict[str, Solver] = {}
+    for solver in solvers:
+        if solver.name in OPTIONS or solver.name in by_name or ":" in solver.name:
+            raise ConfigError(
+                f"solver {solver.name!r}",
+                "the name is that of an option or of another solver, or has a colon",
+                "a name of its own",
+            )
+        by_name[solver.name] = solver
+    return MappingProxyType(by_name)
 
 
 def _fp8() -> tuple[Scheme, ...]:

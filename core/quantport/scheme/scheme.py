@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from quantport.errors import ConfigError, one_of
 from quantport.scheme.formats import BF16, E8M0
-from quantport.scheme.quant import RULES, Quant, blocks_of
+from quantport.scheme.quant import RULES, SEARCHES, Quant, blocks_of
+from quantport.scheme.solver import Solver
 
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
 GGUF_BYTES = {"q4_0": 18, "q8_0": 34, "q4_k": 144, "q5_k": 176, "q6_k": 210}
 ROTATION = 128
+OPTIONS = frozenset({*RULES, *SEARCHES, "nearest", "double", "hadamard"})  # names that no solver may take
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class Scheme:
         summary: One line for people.
         aliases: Other spellings, as vLLM, vLLM-Omni and others write them.
         rotation: Size of the Hadamard blocks along K that rotate weights and activations alike; 0 for none.
+        solver: Finds the codes and scales of the weight; None for the rule of ``weight``. What is stored and
+            how it is multiplied do not depend on it.
     """
 
     name: str
@@ -37,6 +41,7 @@ class Scheme:
     summary: str
     aliases: tuple[str, ...] = ()
     rotation: int = 0
+    solver: Solver | None = field(default=None, compare=False)  # its name is part of the scheme's
 
     @property
     def precision(self) -> str:
@@ -97,6 +102,29 @@ class Scheme:
             self, name=f"{self.name}:{name}", weight=weight, activation=activation, rotation=rotation
         )
         return replace(changed, aliases=(), summary=f"{self.summary}; {name}")
+
+    def solved_by(self, solver: Solver) -> Scheme:
+        """The scheme, with codes and scales that another solver finds.
+
+        Raises:
+            ConfigError: the scheme has no codes, or a solver already.
+        """
+        if self.weight.element is BF16 or self.solver is not None:
+            has = "no codes" if self.solver is None else f"solver {self.solver.name!r} already"
+            suggestion = "a scheme that quantizes, and one solver"
+            raise ConfigError(f"solver {solver.name!r} of scheme {self.name!r}", has, suggestion)
+        name, summary = f"{self.name}:{solver.name}", f"{self.summary}; {solver.name}"
+        return replace(self, name=name, aliases=(), summary=summary, solver=solver)
+
+    @property
+    def unsolved(self) -> Scheme:
+        """The scheme without a solver of its own: what the stored tensors are, whoever found them."""
+        if self.solver is None:
+            return self
+        names, summaries = self.name.split(":"), self.summary.split("; ")
+        names.remove(self.solver.name)
+        summaries.remove(self.solver.name)
+        return replace(self, name=":".join(names), summary="; ".join(summaries), solver=None)
 
     def layout(self, n: int, k: int) -> Layout:
         """Stored tensors of one weight ``[n, k]``: name -> (shape, dtype). Where compressed-tensors has the

@@ -21,7 +21,7 @@ from quantport.checkpoint import Checkpoint
 from quantport.config import QuantConfig
 from quantport.device import Device
 from quantport.loading.skeleton import build
-from quantport.loading.swap_modules import by_module, check, make_module, put
+from quantport.loading.swap_modules import by_module, make_module, match_modules, swap_modules
 from quantport.model.layers import Layer, find_layers
 from quantport.modules import QuantExperts, QuantModule
 from quantport.planning.plan import Plan, make_plan
@@ -73,7 +73,7 @@ def planned(
     with Checkpoint.open(directory, headers_only=True) as checkpoint:
         tensors = checkpoint.tensors
     model, _ = build(directory, None, target.arch.compute, tensors)
-    layers = check(find_layers(tensors), model, place)
+    layers = match_modules(find_layers(tensors), model, place)
     config = QuantConfig.parse({"scheme": scheme, "fallback": fallback}, default_registry().schemes)
     return model, make_plan(
         layers,
@@ -100,7 +100,7 @@ def bind(model: nn.Module, plan: Plan) -> dict[str, QuantModule]:
             module.set_weight(
                 name, {key: torch.empty(shape, dtype=t, device=where) for key, (shape, t) in layout.items()}
             )
-    put(model, new)
+    swap_modules(model, new)
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:

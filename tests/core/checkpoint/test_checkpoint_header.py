@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from safetensors import SafetensorError, deserialize
 from safetensors.torch import save
 
-from quantport.checkpoint.header import DTYPES, MAX_HEADER_BYTES, parse_header
+from quantport.checkpoint.header import DTYPES, parse_header
+from quantport.checkpoint.limits import MAX_HEADER_BYTES
 from quantport.errors import CheckpointError
 
 GOOD = {"a": entry("U8", [4], 0, 4), "w": entry("BF16", [2, 3], 4, 16)}
@@ -84,7 +85,7 @@ def test_bad_length(raw: bytes, found: str) -> None:
 
 
 def test_header_over_the_limit() -> None:
-    with raises(CheckpointError, WHERE, f"{MAX_HEADER_BYTES:,}", found="a header of 100,000,001 bytes"):
+    with raises(CheckpointError, WHERE, f"{MAX_HEADER_BYTES:,}", found="100,000,001 bytes of header"):
         parse_header(struct.pack("<Q", MAX_HEADER_BYTES + 1), 10**12, WHERE)
 
 

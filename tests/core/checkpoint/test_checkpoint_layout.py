@@ -173,10 +173,10 @@ def test_the_same_tensor_in_two_files(tmp_path: Path, indexed: bool) -> None:
 
 
 INDEXES = {
-    "not JSON": (b"{", "no readable JSON"),
-    "not UTF-8": (b'{"\xff": 1}', "no readable JSON"),
-    "nested": (b"[" * 100_000, "no readable JSON"),
-    "list": (b"[]", "no weight_map"),
+    "not JSON": (b"{", "not JSON"),
+    "not UTF-8": (b'{"\xff": 1}', "not UTF-8"),
+    "nested": (b"[" * 100_000, "not JSON"),
+    "list": (b"[]", "a JSON list"),
     "no weight_map": (b"{}", "no weight_map"),
     "empty weight_map": (b'{"weight_map": {}}', "no weight_map"),
     "weight_map list": (b'{"weight_map": []}', "no weight_map"),

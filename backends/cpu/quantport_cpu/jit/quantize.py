@@ -31,11 +31,11 @@ def quantize_weight(weight: Tensor, scheme: Scheme) -> dict[str, Tensor] | None:
 
     Returns:
         The tensors of ``scheme.layout(n, k)``, or None for what it does not serve (another dtype, an empty
-        weight, a scheme without codes). Scales are NaN or Inf exactly where the weight holds a NaN or an Inf;
-        the codes there mean nothing.
+        weight, a scheme without codes or with a solver of its own). Scales are NaN or Inf exactly where the
+        weight holds a NaN or an Inf; the codes there mean nothing.
     """
     quant = scheme.weight
-    if not _served(weight):
+    if scheme.solver is not None or not _served(weight):
         return None
     if (
         quant.format not in _KINDS

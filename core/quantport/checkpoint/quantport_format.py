@@ -1,0 +1,203 @@
+"""quantport's own format: safetensors in the stored layout of each scheme, and ``quantport.json``, which says
+which layer has which scheme.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
+
+from quantport.checkpoint.format import (
+    CheckpointFormat,
+    KVCacheConfig,
+    QuantizedWeight,
+    Recognized,
+    SavedLayer,
+)
+from quantport.checkpoint.json import read_json
+from quantport.checkpoint.limits import MAX_EXPERTS
+from quantport.checkpoint.source import TensorSource
+from quantport.checkpoint.writer import save_tensors
+from quantport.errors import CheckpointError
+from quantport.model.layers import Layer, Part, find_layers
+from quantport.model.roles import Role, skipped_by_default
+from quantport.scheme.catalog import Schemes
+
+FILE = "quantport.json"
+_ROLES = {"linear": Role.LINEAR, "moe": Role.EXPERTS, "embedding": Role.EMBEDDING}
+
+
+class Entry(BaseModel):
+    """One quantized layer as saved; ``others`` are the weights of single experts that have another scheme."""
+
+    model_config = ConfigDict(extra="forbid")
+    scheme: str
+    kind: Literal["linear", "moe", "embedding"]
+    weights: list[tuple[str, int, int]] = Field(min_length=1, max_length=3)
+    experts: int = Field(0, ge=0, le=MAX_EXPERTS)
+    tied: list[str] = []
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    others: dict[str, str] = {}
+
+    def each(self) -> Iterator[tuple[str, str, int, int]]:
+        """Every weight: its name as in ``Layer.each``, that of its projection, and its shape."""
+        for projection, n, k in self.weights:
+            single = projection if len(self.weights) > 1 else ""  # a fused layer in parts, or a plain one
+            for weight in [f"{e}.{projection}" for e in range(self.experts)] or [single]:
+                yield weight, projection, n, k
+
+
+class Record(BaseModel):
+    """The file: format version, the quantized layers by module path, and the KV cache that ``generate``
+    makes.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    format: Literal[1] = 1
+    layers: dict[str, Entry]
+    kv_cache_dtype: str | None = None
+    kv_cache_skip_layers: tuple[int, ...] = ()
+
+
+def read_record(directory: Path) -> Record | None:
+    """Reads the record of a checkpoint; None when quantport did not write it.
+
+    Raises:
+        CheckpointError: the record is malformed.
+    """
+    data = read_json(directory / FILE)
+    if not data:
+        return None
+    try:
+        return Record.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        found = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise CheckpointError(
+            f"read {directory / FILE}", found, "the file that quantport wrote, in format 1"
+        ) from None
+
+
+class QuantportFormat(CheckpointFormat):
+    """What ``quantport.save`` writes, and ``quantport.load`` reads back bit for bit."""
+
+    name = "quantport"
+
+    def recognize(
+        self, source: TensorSource, config: Mapping[str, Any], schemes: Schemes
+    ) -> Recognized | None:
+        """As `CheckpointFormat.recognize`."""
+        record = read_record(source.directory)
+        return None if record is None else _Quantized(self.name, source, record, schemes)
+
+    def write(
+        self,
+        directory: str | os.PathLike[str],
+        layers: Mapping[str, SavedLayer],
+        tensors: Iterable[tuple[str, Tensor]],
+        *,
+        config: Mapping[str, Any] | None = None,
+        kv_cache: KVCacheConfig | None = None,
+        copy: Sequence[Path] = (),
+        overwrite: bool = False,
+        max_shard_bytes: int = 5_000_000_000,
+    ) -> Path:
+        """As `CheckpointFormat.write`."""
+        cache = kv_cache or KVCacheConfig()
+        record = Record(
+            layers={name: _entry(layer) for name, layer in layers.items()},
+            kv_cache_dtype=cache.dtype,
+            kv_cache_skip_layers=cache.skip_layers,
+        )
+        files = {FILE: record.model_dump_json(indent=1).encode()}
+        if config is not None:
+            marked = {**config, "quantization_config": {"quant_method": self.name}}
+            files["config.json"] = json.dumps(marked, indent=2, default=str).encode()
+        return save_tensors(
+            directory, tensors, max_shard_bytes=max_shard_bytes, files=files, copy=copy, overwrite=overwrite
+        )
+
+
+class _Quantized(Recognized):
+    def __init__(self, format_name: str, source: TensorSource, record: Record, schemes: Schemes) -> None:
+        super().__init__(format_name, source)
+        self.record, self.schemes = record, schemes
+
+    def layers(self) -> list[Layer]:
+        """The quantized layers from the record, the rest from the headers."""
+        out: list[Layer] = []
+        stored: set[str] = set()
+        for name, weights in self._weights.items():
+            entry = self.record.layers[name]
+            parts: dict[str, list[Part]] = {}
+            for weight, projection, _, _ in entry.each():
+                parts.setdefault(projection, []).extend(map(Part, weights[weight].tensors))
+            stored |= {tensor for weight in weights.values() for tensor in weight.tensors}
+            role = _ROLES[entry.kind]
+            layer = Layer(
+                name,
+                kind="linear" if role is Role.EMBEDDING else entry.kind,
+                weights=tuple(entry.weights),
+                dtype=getattr(torch, entry.dtype),
+                experts=entry.experts,
+                parts={projection: tuple(tensors) for projection, tensors in parts.items()},
+                role=role,
+                skip_reason=skipped_by_default(role),
+                tied=tuple(entry.tied),
+            )
+            out.append(layer)
+        return out + find_layers({n: t for n, t in self.source.tensors.items() if n not in stored})
+
+    def quantized(self) -> Mapping[str, Mapping[str, QuantizedWeight]]:
+        """As recorded; each stored tensor must be there as its scheme says."""
+        return self._weights
+
+    @cached_property
+    def _weights(self) -> dict[str, dict[str, QuantizedWeight]]:
+        return {
+            name: {weight: self._weight(name, entry, weight, n, k) for weight, _, n, k in entry.each()}
+            for name, entry in self.record.layers.items()
+        }
+
+    def kv_cache(self) -> KVCacheConfig:
+        return KVCacheConfig(self.record.kv_cache_dtype, self.record.kv_cache_skip_layers)
+
+    def _weight(self, name: str, entry: Entry, weight: str, n: int, k: int) -> QuantizedWeight:
+        scheme = self.schemes[entry.others.get(weight, entry.scheme)]
+        keys = {}
+        for key, expected in scheme.layout(n, k).items():
+            full = keys[key] = ".".join(filter(None, (name, weight, key)))
+            info = self.source.tensors.get(full)
+            if info is None or (tuple(info.shape), info.dtype) != expected:
+                found = f"{list(info.shape)} {info.dtype}" if info else "no such tensor"
+                raise CheckpointError(
+                    f"load {full} of {self.source.directory}", found, f"{list(expected[0])} {expected[1]}"
+                )
+        return QuantizedWeight(scheme, tuple(keys.values()), partial(self._read, keys))
+
+    def _read(self, keys: Mapping[str, str]) -> dict[str, Tensor]:
+        return {key: self.source.read(name) for key, name in keys.items()}
+
+
+def _entry(layer: SavedLayer) -> Entry:
+    most = Counter(layer.schemes.values()).most_common(1)[0][0]
+    return Entry.model_validate(
+        {
+            "scheme": most,
+            "kind": layer.kind,
+            "weights": list(layer.weights),
+            "experts": layer.experts,
+            "tied": list(layer.tied),
+            "dtype": str(layer.dtype).removeprefix("torch."),
+            "others": {name: scheme for name, scheme in layer.schemes.items() if scheme != most},
+        }
+    )

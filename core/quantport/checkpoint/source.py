@@ -1,0 +1,59 @@
+"""The seam for places that tensors come from; `Checkpoint`, for safetensors files, is the first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+Rows = slice | tuple[int, slice]
+"""Rows of a tensor, as a slice of step 1; or a matrix of a 3-D tensor, and rows of it."""
+
+
+class StoredTensor(Protocol):
+    """What is known of a tensor before it is read."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Dimensions."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Element type."""
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+
+
+@runtime_checkable
+class TensorSource(Protocol):
+    """Tensors by name, read one at a time. Used by several threads at once."""
+
+    @property
+    def directory(self) -> Path:
+        """Where the files beside the tensors are, such as ``config.json``; they may be absent."""
+
+    @property
+    def tensors(self) -> Mapping[str, StoredTensor]:
+        """Each tensor by name, in the order in which reading is fastest."""
+
+    def read(self, name: str, rows: Rows | None = None) -> Tensor:
+        """Returns a tensor, or some of its rows, on the CPU; it is not written to.
+
+        Args:
+            name: Name of the tensor.
+            rows: As `Rows`; with a matrix of a 3-D tensor, the result has two dimensions.
+
+        Raises:
+            CheckpointError: no such tensor or rows, or they cannot be read.
+        """
+
+    def release(self, name: str, rows: Rows | None = None) -> None:
+        """Frees what reading keeps of a tensor or of some rows, which have been used."""
+
+    def close(self) -> None:
+        """Lets go of the files. Tensors that were read stay valid."""

@@ -1,0 +1,46 @@
+"""``update_weight``: a new 16-bit weight for a module that is quantized already."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from quantport.errors import WeightError, one_of
+from quantport.loading.weight_tasks import quantize_on
+from quantport.modules import QuantModule
+from quantport.plugins.registry import default_registry
+
+
+def update_weight(module: QuantModule, name: str, weight: Tensor, *, nonfinite: str = "error") -> None:
+    """Quantizes a new weight with the module's own scheme, and takes it in place.
+
+    The module has the bits of a fresh load afterwards. What is packed alike keeps its memory, so that graphs
+    which were captured over it stay valid. If anything is wrong, the module is unchanged.
+
+    Args:
+        module: A quantized module.
+        name: Name of the weight: ``""`` of a linear layer, ``"3.down_proj"`` of an expert, ``"q_proj"`` of a
+            layer that is quantized in parts.
+        weight: ``[n, k]``, bf16, fp16 or fp32, on any device.
+        nonfinite: ``error`` refuses NaN and Inf; ``zero`` reads each of them as 0.
+
+    Raises:
+        WeightError: the module has no such weight, or one of another shape; or the weight cannot be
+            quantized.
+    """
+    asked = f"update weight {name!r} of a {type(module).__name__}"
+    spec = module.specs.get(name)
+    if spec is None:
+        raise WeightError(asked, "no weight of this name", one_of(name, [repr(n) for n in module.specs]))
+    if tuple(weight.shape) != (spec.n, spec.k):
+        raise WeightError(asked, f"shape {list(weight.shape)}", f"shape {[spec.n, spec.k]}")
+    device = default_registry().device(module.device)
+    stored = quantize_on(
+        weight,
+        spec.scheme,
+        name or "weight",
+        nonfinite,
+        device.kind,
+        module.device,
+        device.arch.storage_only_dtypes,
+    )
+    module.set_weight(name, stored, in_place=True)
