@@ -26,7 +26,7 @@ from quantport.loading import executor
 
 torch.set_num_threads(3)
 ran, pools, go, submitted, running = [], [], threading.Event(), threading.Event(), threading.Semaphore(0)
-PLAIN, WAIT = stream.ThreadPoolExecutor, stream.wait
+PLAIN, WAIT = executor.ThreadPoolExecutor, executor.wait
 
 
 class Pool(PLAIN):
@@ -53,11 +53,11 @@ def first():
     signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
 
-stream.ThreadPoolExecutor, stream.wait = Pool, wait
-late = stream.Task("late", 1, lambda: ran.append("late"), 40)
+executor.ThreadPoolExecutor, executor.wait = Pool, wait
+late = executor.Task("late", 1, lambda: ran.append("late"), 40)
 threading.Thread(target=first).start()
 try:
-    stream.run_tasks([stream.Task("held", 1, held, 40)] * 2 + [late] * 50, workers=4, budget=90)
+    executor.run_tasks([executor.Task("held", 1, held, 40)] * 2 + [late] * 50, workers=4, budget=90)
 except KeyboardInterrupt:
     told = ["interrupted", torch.get_num_threads()]
     new = threading.Thread(target=lambda: told.append(torch.get_num_threads()))
@@ -68,7 +68,7 @@ print(json.dumps([told, ran]))
 LOAD = """
 import sys, threading
 import quantport
-from quantport.loading import load, executor
+from quantport.loading import executor, fill_model
 
 pause = threading.Event()
 
@@ -76,10 +76,10 @@ pause = threading.Event()
 def tasks(self):
     def slow(task):
         return task._replace(run=lambda: (task.run(), pause.wait(0.05)))
-    return [*map(slow, plain(self)), *[slow(stream.Task("more", 1, lambda: None))] * 4000]
+    return [*map(slow, plain(self)), *[slow(executor.Task("more", 1, lambda: None))] * 4000]
 
 
-plain, loader._Loader.tasks = loader._Loader.tasks, tasks
+plain, fill_model.ModelFiller.tasks = fill_model.ModelFiller.tasks, tasks
 try:
     quantport.load(sys.argv[1], "int8", workers=2, progress=lambda *_: print("loading", flush=True))
 except KeyboardInterrupt:
