@@ -68,7 +68,7 @@ print(json.dumps([told, ran]))
 LOAD = """
 import sys, threading
 import quantport
-from quantport.loading import executor, load_model
+from quantport.loading import executor, fill_model
 
 pause = threading.Event()
 
@@ -79,7 +79,7 @@ def tasks(self):
     return [*map(slow, plain(self)), *[slow(executor.Task("more", 1, lambda: None))] * 4000]
 
 
-plain, load_model._Loader.tasks = load_model._Loader.tasks, tasks
+plain, fill_model.ModelFiller.tasks = fill_model.ModelFiller.tasks, tasks
 try:
     quantport.load(sys.argv[1], "int8", workers=2, progress=lambda *_: print("loading", flush=True))
 except KeyboardInterrupt:
