@@ -36,7 +36,7 @@ def dispatch(name: str, n: int = 64, k: int = 128) -> tuple[str, float, float]:
     )
     layer = QuantLinear(kernel, spec)
     layer.set_weight("", numerics.quantize_weight(torch.randn(n, k).bfloat16(), spec.scheme))
-    x, packed = torch.randn(1, k).bfloat16(), layer._packed[""]
+    x, packed = torch.randn(1, k).bfloat16(), layer.packed()
     pairs = [
         (per_call(lambda: layer(x)), per_call(lambda: kernel.run(x, packed, None, spec))) for _ in range(15)
     ]

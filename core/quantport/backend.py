@@ -9,7 +9,7 @@ from quantport.device import Arch, Device
 from quantport.errors import BackendError, DeviceError, QuantportError
 from quantport.kernels import aten
 from quantport.kernels.base import Kernel, Packed, Request, StoredWeight, WeightSpec
-from quantport.kernels.grouped import StackedKernel
+from quantport.kernels.grouped import GroupedKernel, loop_over_groups
 from quantport.kernels.verdict import (
     Accepted,
     Claim,
@@ -38,6 +38,7 @@ __all__ = [
     "DeviceError",
     "Evidence",
     "Format",
+    "GroupedKernel",
     "Kernel",
     "MachineCode",
     "Measurement",
@@ -49,13 +50,13 @@ __all__ = [
     "Rejected",
     "Request",
     "Scheme",
-    "StackedKernel",
     "Status",
     "StoredWeight",
     "Verdict",
     "WeightSpec",
     "aten",
     "hookimpl",
+    "loop_over_groups",
     "numerics",
     "once",
 ]

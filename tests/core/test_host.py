@@ -269,7 +269,7 @@ def test_problems_warn_once(monkeypatch):
 
 
 @pytest.fixture
-def default_registry(monkeypatch):
+def host(monkeypatch):
     fast = FakeBackend(
         "fast", "xpu", 10, [device("fast", 0, torch_type="xpu"), device("fast", 1, torch_type="xpu")]
     )

@@ -15,7 +15,7 @@ from torch import nn
 import quantport
 from quantport import numerics
 from quantport.errors import ConfigError, QuantportError, WeightError
-from quantport.modules import QuantExperts, QuantLinear, base, routing
+from quantport.modules import QuantExperts, QuantLinear, base, handles, routing
 from quantport.modules.ops import run_linear
 from quantport.plugins.registry import Registry, default_registry
 from quantport.scheme.catalog import BUILTIN
@@ -228,7 +228,10 @@ def test_kernels_get_contiguous_matrices():
         randn(5, 32),
         randn(4, 2, 3, 32).transpose(0, 1),
     ):
-        assert run_linear(Look(), x, (), None, spec).shape == (*x.shape[:-1], 129)
+        assert run_linear(handles.bind(Look(), spec, default_registry()), x, (), None).shape == (
+            *x.shape[:-1],
+            129,
+        )
     assert set(seen) == {(2, True, 32)}
 
 

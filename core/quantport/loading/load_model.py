@@ -25,7 +25,7 @@ from quantport.loading.weight_tasks import quantize_tasks
 from quantport.model.layers import Layer, Part, find_layers
 from quantport.modules import QuantModule
 from quantport.planning.plan import Plan, Step, make_plan
-from quantport.plugins.registry import default_registry
+from quantport.plugins.registry import Registry, default_registry
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -43,6 +43,7 @@ def load(
     progress: Progress | None = None,
     workers: int | None = None,
     budget: int | str | None = None,
+    registry: Registry | None = None,
 ) -> Any:
     """Loads a checkpoint and quantizes it while it streams in: never is the 16-bit model in memory.
 
@@ -60,6 +61,7 @@ def load(
         workers: Tensors that are quantized at a time; the number of cores by default.
         budget: Memory that streaming may take beside the loaded model, in bytes or as ``"512MB"``; by default
             512 MiB, or what the largest weight needs.
+        registry: Where backends and schemes come from; by default that of the process.
 
     Returns:
         The model, in eval mode on the device, with the plan as ``model.quantport_plan``.
@@ -68,9 +70,10 @@ def load(
         QuantportError: with what was asked, what was found, and what would work. No model is left half
             loaded.
     """
-    target = _usable(device)
+    registry = registry or default_registry()
+    target = _usable(registry.device(device))
     directory = locate(path_or_id)
-    parsed = merge(scheme, config, {"fallback": fallback})
+    parsed = merge(scheme, config, {"fallback": fallback}, registry.schemes)
     with as_usual(), Checkpoint.open(directory) as checkpoint:
         record = quantport_format.read(checkpoint.directory)
         if record is None:
@@ -83,8 +86,8 @@ def load(
                 "load it without scheme=; of config= only kv_cache_dtype and kv_cache_skip_layers",
             )
         else:
-            layers = quantport_format.layers(record, checkpoint)
-            parsed = quantport_format.config(record, fallback or "weight_only", parsed)
+            layers = quantport_format.layers(record, checkpoint, registry.schemes)
+            parsed = quantport_format.config(record, fallback or "weight_only", parsed, registry.schemes)
         compute = dtype or _dtype(layers, target)
         built, names = build(checkpoint.directory, model, compute, checkpoint.tensors)
         place = partial(_place, names)
@@ -94,7 +97,7 @@ def load(
             _placed(layers, record)
         cache = default_cache(built, parsed.kv_cache_dtype, parsed.kv_cache_skip_layers)
         kernels, kv = (
-            default_registry().kernels(target.kind),
+            registry.kernels(target.kind),
             kv_shape(read_json(checkpoint.directory / "config.json")),
         )
         decided = make_plan(
@@ -102,7 +105,7 @@ def load(
             parsed,
             target,
             kernels,
-            default_registry().schemes,
+            registry.schemes,
             source=str(path_or_id),
             rows=rows,
             dtype=compute,
@@ -112,7 +115,7 @@ def load(
         refuse_nothing(decided)
         _fits(decided, target)
         tasks = _Loader(
-            checkpoint, built, decided, names, place, compute, dtype is not None, record is not None
+            checkpoint, built, decided, names, place, compute, dtype is not None, record is not None, registry
         ).tasks()
         run_tasks(tasks, progress, workers, decided.budget)
         _finish(built, decided, target)
@@ -134,9 +137,11 @@ class _Loader:
         dtype: torch.dtype,
         explicit: bool,
         stored: bool,
+        registry: Registry,
     ) -> None:
         self.checkpoint, self.model, self.plan, self.names = checkpoint, model, decided, names
         self.place, self.dtype, self.explicit, self.stored = place, dtype, explicit, stored
+        self.registry = registry
         self.device, self.slab = decided.device.torch_device, min(SLAB, decided.budget)
 
     def tasks(self) -> list[Task]:
@@ -145,7 +150,7 @@ class _Loader:
         new: dict[str, nn.Module] = {}
         taken: set[str] = set()
         for path, steps in by_module(self.plan.steps, self.place).items():
-            module = new[path] = make_module(steps, self.model.get_submodule(path), self.dtype)
+            module = new[path] = make_module(steps, self.model.get_submodule(path), self.dtype, self.registry)
             if self.stored:
                 out += self._stored_tasks(steps[0].layer.home, module)
             else:
@@ -201,7 +206,7 @@ class _Loader:
             module,
             self._read,
             nonfinite,
-            target.kind,
+            self.registry.backends[target.kind].quantize_weight,
             self.device,
             storage_only_dtypes=target.arch.storage_only_dtypes,
         )
@@ -239,9 +244,8 @@ def _tensors(layer: Layer) -> set[str]:
     return {p.tensor for parts in layer.parts.values() for p in parts}
 
 
-def _usable(device: str | torch.device | Device) -> Device:
-    """Resolves the device and checks that one can load to it."""
-    target = default_registry().device(device)
+def _usable(target: Device) -> Device:
+    """Checks that one can load to a device."""
     if target.simulated:
         suggestion = (
             "a device that `quantport devices` lists; quantport.plan works for devices that are not here"

@@ -21,31 +21,26 @@ from quantport.model.fused_projections import with_cuts
 from quantport.model.layers import find_layers
 from quantport.model.tied_weights import from_config
 from quantport.planning.plan import Plan, make_plan
-from quantport.plugins.registry import default_registry
+from quantport.plugins.registry import Registry, default_registry
+from quantport.scheme.catalog import Schemes
 
 Source = str | os.PathLike[str]
 
 
-def merge(scheme: str | None, config: Any, options: Mapping[str, Any]) -> QuantConfig:
+def merge(scheme: str | None, config: Any, options: Mapping[str, Any], schemes: Schemes) -> QuantConfig:
     """Merges the arguments into one checked configuration; two different schemes are a conflict."""
-    parsed = QuantConfig.parse(config, default_registry().schemes)
+    parsed = QuantConfig.parse(config, schemes)
     given = {k: v for k, v in options.items() if v is not None}
     if scheme is not None:
-        asked: str | None = default_registry().schemes[scheme].name
-        if parsed.group_size and default_registry().schemes[scheme].weight.format == "int4":
-            asked = QuantConfig.parse(
-                {"scheme": asked, "group_size": parsed.group_size}, default_registry().schemes
-            ).scheme
+        asked: str | None = schemes[scheme].name
+        if parsed.group_size and schemes[scheme].weight.format == "int4":
+            asked = QuantConfig.parse({"scheme": asked, "group_size": parsed.group_size}, schemes).scheme
         if parsed.scheme not in (None, asked):
             raise ConfigError(
                 f"scheme={scheme!r}", f"config says scheme={parsed.scheme!r}", "give one of them"
             )
         given["scheme"] = asked
-    return (
-        QuantConfig.parse({**parsed.model_dump(exclude_unset=True), **given}, default_registry().schemes)
-        if given
-        else parsed
-    )
+    return QuantConfig.parse({**parsed.model_dump(exclude_unset=True), **given}, schemes) if given else parsed
 
 
 def plan(
@@ -58,6 +53,7 @@ def plan(
     dtype: torch.dtype | None = None,
     fallback: str | None = None,
     budget: int | str | None = None,
+    registry: Registry | None = None,
 ) -> Plan:
     """Says what ``load`` or ``quantize_`` would do, and why, for a device that need not be here. Reads
     headers only.
@@ -71,12 +67,14 @@ def plan(
         dtype: Activation dtype; by default that of the weights, or what the device computes in.
         fallback: Overrides ``config.fallback``.
         budget: As for ``load``.
+        registry: Where backends and schemes come from; by default that of the process.
 
     Returns:
         The plan.
     """
-    target = default_registry().device(device)
-    parsed = merge(scheme, config, {"fallback": fallback})
+    registry = registry or default_registry()
+    target = registry.device(device)
+    parsed = merge(scheme, config, {"fallback": fallback}, registry.schemes)
     if isinstance(model, nn.Module):
         layers, source = (
             check(find_layers(dict(model.named_parameters())), model, lambda x: x.name),
@@ -90,7 +88,7 @@ def plan(
             told, source = read_json(checkpoint.directory / "config.json"), str(model)
             layers = [with_cuts(layer, told) for layer in from_config(find_layers(checkpoint.tensors), told)]
             kv = kv_shape(told)
-    kernels, schemes = default_registry().kernels(target.kind), default_registry().schemes
+    kernels, schemes = registry.kernels(target.kind), registry.schemes
     return make_plan(
         layers, parsed, target, kernels, schemes, source=source, rows=rows, dtype=dtype, kv=kv, budget=budget
     )

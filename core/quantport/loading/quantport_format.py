@@ -14,7 +14,7 @@ from quantport.config import QuantConfig
 from quantport.errors import CheckpointError
 from quantport.loading.skeleton import read_json
 from quantport.model.layers import EMBEDDING, Layer, Part, find_layers
-from quantport.plugins.registry import default_registry
+from quantport.scheme.catalog import Schemes
 
 FILE = "quantport.json"
 _RUNTIME = {
@@ -67,7 +67,7 @@ def read(directory: Path) -> Record | None:
         ) from None
 
 
-def layers(record: Record, checkpoint: Checkpoint) -> list[Layer]:
+def layers(record: Record, checkpoint: Checkpoint, schemes: Schemes) -> list[Layer]:
     """The layers of a saved checkpoint: the quantized ones from the record, the rest from the headers.
 
     Raises:
@@ -78,7 +78,8 @@ def layers(record: Record, checkpoint: Checkpoint) -> list[Layer]:
     for name, entry in record.layers.items():
         parts: dict[str, tuple[Part, ...]] = {}
         for weight, n, k in entry.weights:
-            parts[weight] = tuple(Part(full) for full in _expected(checkpoint, name, entry, weight, n, k))
+            names = _expected(checkpoint, name, entry, (weight, n, k), schemes)
+            parts[weight] = tuple(Part(full) for full in names)
         taken |= {part.tensor for stored in parts.values() for part in stored}
         dtype = getattr(torch, entry.dtype)
         kind, keep = ("linear", EMBEDDING) if entry.kind == "embedding" else (entry.kind, "")
@@ -88,12 +89,14 @@ def layers(record: Record, checkpoint: Checkpoint) -> list[Layer]:
     return out + find_layers({n: t for n, t in checkpoint.tensors.items() if n not in taken})
 
 
-def _expected(checkpoint: Checkpoint, name: str, entry: SavedLayer, weight: str, n: int, k: int) -> list[str]:
+def _expected(
+    checkpoint: Checkpoint, name: str, entry: SavedLayer, shaped: tuple[str, int, int], schemes: Schemes
+) -> list[str]:
     """The names of the stored tensors of a weight, in every expert; each must be there as its scheme says."""
-    names = []
+    (weight, n, k), names = shaped, []
     single = weight if len(entry.weights) > 1 else ""  # a fused layer in parts, or a plain one
     for inner in [f"{e}.{weight}" for e in range(entry.experts)] or [single]:
-        layout = default_registry().schemes[entry.others.get(inner, entry.scheme)].layout(n, k)
+        layout = schemes[entry.others.get(inner, entry.scheme)].layout(n, k)
         for key, expected in layout.items():
             full = ".".join(filter(None, (name, inner, key)))
             info = checkpoint.tensors.get(full)
@@ -118,7 +121,7 @@ def asks_weights(config: Any) -> bool:
     return config is not None and not set(given) <= _RUNTIME
 
 
-def config(record: Record, fallback: str, asked: QuantConfig) -> QuantConfig:
+def config(record: Record, fallback: str, asked: QuantConfig, schemes: Schemes) -> QuantConfig:
     """The configuration that asks for exactly what was saved: every recorded layer by name, everything else
     kept.
 
@@ -133,4 +136,4 @@ def config(record: Record, fallback: str, asked: QuantConfig) -> QuantConfig:
     source: Any = asked if asked.model_fields_set & _RUNTIME else record
     cache = {key: getattr(source, key) for key in _RUNTIME}
     weights = {"targets": targets, "linear": None, "moe": None, "scheme": None, "fallback": fallback}
-    return QuantConfig.parse({**weights, **cache}, default_registry().schemes)
+    return QuantConfig.parse({**weights, **cache}, schemes)

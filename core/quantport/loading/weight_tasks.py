@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from quantport import numerics
+from quantport.kernels.base import StoredWeight
 from quantport.loading.executor import Task
 from quantport.model.layers import Part
 from quantport.modules import QuantModule
 from quantport.planning.memory import need
 from quantport.planning.plan import Step
-from quantport.plugins.registry import default_registry
+from quantport.scheme import Scheme
 
 Reader = Callable[[Part], tuple[Tensor, Callable[[], None]]]
 
@@ -24,7 +25,7 @@ def quantize_tasks(
     module: QuantModule,
     read: Reader,
     nonfinite: str,
-    kind: str,
+    fast: Callable[[Tensor, Scheme], StoredWeight | None],
     device: torch.device | None = None,
     owned: bool = False,
     storage_only_dtypes: frozenset[torch.dtype] = frozenset(),
@@ -36,13 +37,12 @@ def quantize_tasks(
         module: Takes the weights.
         read: Gives the 16-bit tensor of a part, and what to call when it has been used.
         nonfinite: ``error`` or ``zero``.
-        kind: Kind of device whose backend quantizes.
+        fast: ``Backend.quantize_weight`` of the device.
         device: Where to; None to leave the weights where they are.
         owned: The caller holds the 16-bit weights anyway: they are no part of the stream.
-        opaque: ``Arch.opaque`` of the device: weights of these dtypes, or stored in them, are quantized
-            on the host.
+        storage_only_dtypes: Those of the architecture: weights of these dtypes, or stored in them, are
+            quantized on the host.
     """
-    fast = default_registry().backends[kind].quantize_weight
     layer = step.layer
 
     def run(part: Part, weight: str) -> None:

@@ -31,7 +31,7 @@ class Choice:
         activations: How activations are quantized in effect, for example ``e4m3fn per token``.
         speed: Relative to the best BF16 path at the expected rows; None when nobody measured it.
         slow: Why it is slower than BF16 (measured, or known without measuring); empty when it is not.
-        deviation: Named difference from the scheme's numerics, or empty.
+        numeric_deviation: Named difference from the scheme's numerics, or empty.
         verdicts: Every kernel's verdict, for whoever wants to know why.
     """
 

@@ -9,6 +9,8 @@ from quantport.errors import ConfigError, did_you_mean
 from quantport.scheme import Quant, Scheme
 from quantport.scheme.formats import FORMATS
 
+_REMEMBERED = 1024  # names with options; there are endless ways to spell one
+
 
 class Schemes(Mapping[str, Scheme]):
     """A read-only table of schemes. Look-up understands aliases, and options after colons (``mxfp4:floor``,
@@ -21,6 +23,7 @@ class Schemes(Mapping[str, Scheme]):
     def __init__(self, schemes: Iterable[Scheme]) -> None:
         self._schemes: dict[str, Scheme] = {}
         self._alias: dict[str, str] = {}
+        self._with_options: dict[str, Scheme] = {}  # of names that were looked up
         for scheme in schemes:
             for name in (scheme.name, *scheme.aliases):
                 if name in self._alias:
@@ -33,6 +36,9 @@ class Schemes(Mapping[str, Scheme]):
             self._schemes[scheme.name] = scheme
 
     def __getitem__(self, name: str | Scheme) -> Scheme:
+        known = self._with_options.get(name) if isinstance(name, str) else None
+        if known is not None:
+            return known
         name = name.name if isinstance(name, Scheme) else name
         base, *options = name.split(":") if isinstance(name, str) else [name]
         try:
@@ -42,6 +48,8 @@ class Schemes(Mapping[str, Scheme]):
             raise ConfigError(f"scheme {name!r}", "no scheme has this name", suggestion) from None
         for option in options:
             scheme = scheme.option(option)
+        if len(self._with_options) < _REMEMBERED:
+            self._with_options[name] = scheme
         return scheme
 
     def __contains__(self, name: object) -> bool:
