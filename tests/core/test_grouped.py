@@ -1,6 +1,4 @@
-"""Kernels whose experts lie side by side: one allocation for each family of projections, filled slot by slot,
-found again.
-"""
+"""Kernels with one launch for all experts: one stack for each family of projections, filled one by one."""
 
 from __future__ import annotations
 
@@ -14,7 +12,7 @@ from torch.nn import functional as F
 
 from quantport import numerics
 from quantport.kernels.base import WeightSpec
-from quantport.kernels.grouped import StackedKernel
+from quantport.kernels.grouped import GroupedKernel
 from quantport.kernels.verdict import Claim, Evidence
 from quantport.modules import QuantExperts
 from quantport.plugins.registry import default_registry
@@ -23,8 +21,8 @@ from quantport.scheme.catalog import BUILTIN
 HIDDEN, WIDE, EXPERTS = 64, 32, 4
 
 
-class Side(StackedKernel):
-    """int8, dequantized: gate and up of an expert share a matrix ``[K, 2 * N]``, so that a slot has strides
+class Side(GroupedKernel):
+    """int8, dequantized: gate and up of an expert share a matrix ``[K, 2 * N]``, so that a weight has strides
     of its own.
     """
 
@@ -47,19 +45,19 @@ class Side(StackedKernel):
     def unpack(self, packed, spec):
         return {"weight": packed[0].t().contiguous(), "weight_scale": packed[1].reshape(-1, 1)}
 
-    def stack(self, packed, groups, shared):
+    def allocate(self, packed, groups, shared):
         weight, scale = packed
         k, n = weight.shape
         return weight.new_empty(groups, k, shared, n), scale.new_empty(groups, shared, n)
 
-    def slot(self, stack, group, which):
+    def expert_view(self, stack, group, which):
         return stack[0][group, :, which], stack[1][group, which]
 
     def run(self, x, packed, bias, spec):
-        return self.run_grouped(x, torch.tensor([0, len(x)]), self.bundle([packed]), bias, spec)
+        return self.run_grouped(x, torch.tensor([0, len(x)]), self.prepare_grouped([packed]), bias, spec)
 
-    def run_grouped(self, x, offsets, packed, bias, spec, shared=1):
-        ((weight, scale),) = packed
+    def run_grouped(self, x, offsets, stack, bias, spec, shared=1):
+        weight, scale = stack
         self.launches.append((weight.data_ptr(), tuple(weight.shape)))
         out = [
             x[a:b].float() @ (w.flatten(1) * s.flatten())
@@ -116,7 +114,6 @@ def test_experts_of_several_kernels_have_a_stack_for_each_run(kernel):
     ]
     memory = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in module.buffers()}
     assert sum(memory.values()) == sum(t.nbytes for w in stored.values() for t in w.values())
-    assert not module._slots
 
 
 def given(rows=7):
@@ -185,22 +182,14 @@ def test_weights_that_were_moved_one_by_one_are_gathered(kernel):
 
 
 @pytest.mark.parametrize("shared", [1, 2])
-def test_bundle_finds_its_stack_only_where_all_weights_are_slots(shared):
+def test_weights_that_were_packed_one_by_one_are_copied_into_a_stack(shared):
     kernel = Side()
-    one = (torch.arange(12, dtype=torch.int8).view(4, 3), torch.ones(3))
-    stack = kernel.stack(one, 2, shared)
-    slots = [kernel.slot(stack, *divmod(i, shared)) for i in range(2 * shared)]
-    for i, slot in enumerate(slots):
-        slot[0].fill_(i)
-        slot[1].fill_(i)
-    ((weight, _),) = kernel.bundle(slots, shared)
-    assert weight.data_ptr() == stack[0].data_ptr()
-    for wrong in (
-        slots[::-1],
-        [*slots[:-1], tuple(t.clone() for t in slots[-1])],
-        slots[: len(slots) // 2] * 2,
-    ):
-        ((weight, scale),) = kernel.bundle(wrong, shared)
-        assert weight.data_ptr() != stack[0].data_ptr()
-        for i, slot in enumerate(wrong):
-            assert torch.equal(kernel.slot((weight, scale), *divmod(i, shared))[0], slot[0])
+    weights = [
+        (torch.full((4, 3), i, dtype=torch.int8), torch.full((3,), float(i))) for i in range(2 * shared)
+    ]
+    stack = kernel.prepare_grouped(weights, shared)
+    for i, weight in enumerate(weights):
+        view = kernel.expert_view(stack, *divmod(i, shared))
+        assert all(torch.equal(a, b) for a, b in zip(view, weight, strict=True))
+    (alone,) = weights[:1]
+    assert kernel.prepare_grouped([alone])[0].data_ptr() == alone[0].data_ptr()

@@ -141,7 +141,7 @@ def test_a_failing_disk_leaves_nothing(model, tmp_path, monkeypatch, failing):
 def test_a_module_that_cannot_give_its_weights_leaves_nothing(tmp_path, monkeypatch):
     broken = made()
     quantport.quantize_(broken, "int8")
-    monkeypatch.setattr(type(broken.down), "canonical", lambda self, name="": 1 // 0)
+    monkeypatch.setattr(type(broken.down), "stored_weight", lambda self, name="": 1 // 0)
     with pytest.raises(SaveError, match="ZeroDivisionError"):
         quantport.save(broken, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

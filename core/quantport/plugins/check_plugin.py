@@ -67,7 +67,7 @@ def register(manager: pluggy.PluginManager, plugin: object, name: str) -> None:
                 raise BackendError(
                     f"load plugin {name!r}",
                     f"{impl.function.__name__} is marked {', '.join(refused)}",
-                    "@hookimpl alone: hooks are asked plugin by plugin, so there is nothing to wrap or to order",
+                    "@hookimpl alone: hooks are asked plugin by plugin, with nothing to wrap or to order",
                 )
 
 
