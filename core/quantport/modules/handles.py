@@ -81,8 +81,8 @@ def _parsed(handle: str) -> BoundWeight:
     if not (n.isdecimal() and k.isdecimal()):
         raise BackendError(f"run {handle!r}", "it is no handle", "'kernel|scheme|out_featuresxin_features'")
     registry = default_registry()
-    spec = WeightSpec(registry.schemes[unquote(scheme)], int(n), int(k))
-    return bind(registry.kernel(unquote(kernel)), spec, registry)
+    runs = registry.kernel(unquote(kernel))
+    return bind(runs, WeightSpec(registry.schemes[unquote(scheme)], int(n), int(k)), registry)
 
 
 def _quoted(name: str) -> str:

@@ -58,7 +58,7 @@ class _Point:
 
 
 def alone(backend: Backend) -> Registry:
-    """A host that holds one backend, installed or not, and nothing that earlier questions have left."""
+    """A registry that holds one backend, installed or not, and nothing that earlier questions have left."""
     return Registry(points=(cast(EntryPoint, _Point(backend.kind, backend)),), only=())
 
 
@@ -67,7 +67,7 @@ class Subject:
     """A backend under test.
 
     Attributes:
-        hosted: The host that holds it.
+        registry: What holds it.
         kind: Kind of its devices.
         stand_in: Where kernels run when no device of the kind is here; None for nowhere.
         schemes: The schemes to ask about.

@@ -53,9 +53,9 @@ def has_fast_dots() -> bool:
     """Whether compiled kernels run here, and one instruction of theirs sums four products of bytes."""
     if available():
         return False
-    from quantport_cpu.jit.target import default_registry
+    from quantport_cpu.jit.target import host_target
 
-    return default_registry().dot_bits > 0
+    return host_target().dot_bits > 0
 
 
 def by_panels(x: Tensor, n: int, decode: Callable[[int, Tensor], Tensor]) -> Tensor:
