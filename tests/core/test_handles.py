@@ -18,7 +18,7 @@ import quantport
 from quantport.backend import GroupedKernel, loop_over_groups, numerics
 from quantport.errors import BackendError, ConfigError
 from quantport.kernels.base import WeightSpec
-from quantport.modules import QuantExperts, QuantLinear, handles
+from quantport.modules import QuantExperts, QuantLinear, expert_layout, handles
 from quantport.modules.expert_layout import bind_experts, resolve_experts
 from quantport.plugins.registry import Registry, default_registry
 from quantport.scheme import Quant, Scheme
@@ -195,8 +195,6 @@ def test_layouts_of_experts_are_bound_again():
         ("down_3", 3, 4),
     ]
     assert bind_experts(module.bound, "silu") is layout
-    from quantport.modules import expert_layout
-
     del expert_layout._PORTABLE[layout.handle]
     again = resolve_experts(layout.handle)
     assert again is not layout
