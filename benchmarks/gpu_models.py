@@ -41,11 +41,8 @@ def reference(model: nn.Module, like: nn.Module) -> nn.Module:
     for name, module in model.named_modules():
         if not isinstance(module, QuantModule) or module.scheme == "bf16":
             continue
-        stored = {weight: module.stored_weight(weight) for weight in module.specs}
         kernel = aten.Reference() if there[name].kernel.quantizes_activations else aten.Dequantize()
-        module.kernel, module.others = kernel, {}
-        for weight, tensors in stored.items():
-            module.set_weight(weight, tensors)
+        module.repack(kernel)
     return model
 
 

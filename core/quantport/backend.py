@@ -9,7 +9,7 @@ from quantport.device import Arch, Device
 from quantport.errors import BackendError, DeviceError, QuantportError
 from quantport.kernels import aten
 from quantport.kernels.base import Kernel, Packed, Request, StoredWeight, WeightSpec
-from quantport.kernels.grouped import StackedKernel
+from quantport.kernels.grouped import GroupedKernel, loop_over_groups
 from quantport.kernels.verdict import (
     Accepted,
     Claim,
@@ -39,6 +39,7 @@ __all__ = [
     "DeviceError",
     "Evidence",
     "Format",
+    "GroupedKernel",
     "Kernel",
     "MachineCode",
     "Measurement",
@@ -52,7 +53,6 @@ __all__ = [
     "Request",
     "Scheme",
     "Solver",
-    "StackedKernel",
     "Stats",
     "Status",
     "StoredWeight",
@@ -60,6 +60,7 @@ __all__ = [
     "WeightSpec",
     "aten",
     "hookimpl",
+    "loop_over_groups",
     "numerics",
     "once",
 ]

@@ -19,7 +19,7 @@ class Arch:
             ``quantport.scheme.formats``).
         source: Where ``native`` comes from (a vendor page, a tool and its version).
         family: The group under which published tables list it, for example ``Ampere``.
-        opaque: Dtypes of which it moves the bytes and can do nothing else with.
+        storage_only_dtypes: Dtypes of which it moves the bytes and can do nothing else with.
     """
 
     kind: str

@@ -21,6 +21,7 @@ from quantport.checkpoint import (
 )
 from quantport.errors import BackendError, CheckpointError, ConfigError, SaveError
 from quantport.model.layers import Layer, Part, find_layers
+from quantport.plugins.registry import Registry
 from quantport.scheme.catalog import BUILTIN
 
 
@@ -133,10 +134,17 @@ def test_fused_experts_of_a_stranger_are_read_by_rows(tmp_path):
     assert layers["experts"].layer.experts == 2
 
 
+def knowing(*formats):
+    """A registry that knows more formats."""
+    registry = Registry()
+    registry.formats = dict(enumerate(formats))
+    return registry
+
+
 def test_a_strangers_format_loads_its_own_bits(model, tmp_path):
     tensors = toy_tensors(model)
     torch.save(tensors, tmp_path / "m.toy")
-    loaded = quantport.load(tmp_path / "m.toy", model=Net, device="cpu", formats=[Toy()])
+    loaded = quantport.load(tmp_path / "m.toy", model=Net, device="cpu", registry=knowing(Toy()))
     assert loaded.a.scheme == loaded.b.scheme == "int8_weight_only"
     assert same_bits(loaded.a.stored_weight()["weight"], tensors["a.toy_codes"].t())
     expected = quantport.load(write(tmp_path / "m", model), "int8_weight_only", model=Net, device="cpu")
@@ -148,29 +156,29 @@ def test_a_strangers_format_loads_its_own_bits(model, tmp_path):
 def test_what_a_format_has_quantized_is_not_quantized_again(model, monkeypatch):
     source = Memory(toy_tensors(model))
     monkeypatch.setattr(numerics, "quantize_weight", lambda *a, **k: pytest.fail("quantized again"))
-    quantport.load(source, model=Net, device="cpu", formats=[Toy()])
+    quantport.load(source, model=Net, device="cpu", registry=knowing(Toy()))
     assert source.released == set(source.tensors)
     for wrong in ({"scheme": "int8"}, {"config": {"scheme": "int8"}}):
         with pytest.raises(ConfigError, match="it is a toy checkpoint: quantized already"):
-            quantport.load(source, model=Net, device="cpu", formats=[Toy()], **wrong)
+            quantport.load(source, model=Net, device="cpu", registry=knowing(Toy()), **wrong)
     with pytest.raises(CheckpointError, match="toy quantized it already"):
-        quantport.plan(source, "int8", device="cpu", formats=[Toy()])
+        quantport.plan(source, "int8", device="cpu", registry=knowing(Toy()))
 
 
 def test_two_formats_that_recognize_one_checkpoint_are_named(model):
     other = Toy()
     other.name = "theirs"
     with pytest.raises(CheckpointError, match="2 formats recognize it: toy, toy"):
-        quantport.load(Memory(toy_tensors(model)), model=Net, device="cpu", formats=[Toy(), Toy()])
+        quantport.load(Memory(toy_tensors(model)), model=Net, device="cpu", registry=knowing(Toy(), Toy()))
     with pytest.raises(CheckpointError, match="toy, theirs"):
-        quantport.load(Memory(toy_tensors(model)), model=Net, device="cpu", formats=[Toy(), other])
+        quantport.load(Memory(toy_tensors(model)), model=Net, device="cpu", registry=knowing(Toy(), other))
 
 
 def test_a_format_that_raises_is_named(model):
     toy = Toy()
     toy.recognize = lambda *_: 1 / 0
     with pytest.raises(BackendError, match="format 'toy' raised ZeroDivisionError"):
-        quantport.load(Memory(model.state_dict()), "int8", model=Net, device="cpu", formats=[toy])
+        quantport.load(Memory(model.state_dict()), "int8", model=Net, device="cpu", registry=knowing(toy))
 
 
 def test_what_nobody_recognizes_says_who_made_it(model):

@@ -139,15 +139,7 @@ def test_compile(tied):
         with torch.no_grad():
             assert torch.equal(compiled(torch.arange(count)), model(torch.arange(count)))
     embedding = model.embed_tokens
-    args = (
-        torch.arange(4),
-        list(embedding._packed[""]),
-        embedding.kernel.name,
-        embedding.scheme,
-        50,
-        40,
-        torch.bfloat16,
-    )
+    args = torch.arange(4), list(embedding.packed()), embedding.bound[""].handle, torch.bfloat16
     torch.library.opcheck(torch.ops.quantport.embedding.default, args)
 
 

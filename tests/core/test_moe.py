@@ -24,7 +24,7 @@ from quantport.errors import CheckpointError, ConfigError, RoutingError, WeightE
 from quantport.kernels.base import Kernel, WeightSpec
 from quantport.model.layers import PROJECTIONS, find_layers
 from quantport.model.roles import Role
-from quantport.modules import QuantExperts, ops
+from quantport.modules import QuantExperts, handles, ops
 from quantport.plugins.registry import default_registry
 from quantport.scheme.catalog import BUILTIN
 
@@ -399,7 +399,8 @@ def test_grouped_linear_is_an_operator(shared):
     packed = [t for w in weights for t in kernel.pack(w, spec)]
     x, offsets = randn(7, 64, dtype=torch.bfloat16), torch.tensor([0, 2, 2, 6])
     op = torch.ops.quantport.grouped_linear
-    args = (x, offsets, packed, randn(3, shared * 32).bfloat16(), name, "int8", 32, 64, shared)
+    handle = handles.bind(kernel, spec, default_registry()).handle
+    args = (x, offsets, packed, randn(3, shared * 32).bfloat16(), handle, shared)
     assert set(torch.library.opcheck(op.default, args).values()) == {"SUCCESS"}
     y = op(*args)
     for e, (a, b) in enumerate(((0, 2), (2, 2), (2, 6))):

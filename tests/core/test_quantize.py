@@ -15,7 +15,8 @@ from torch import nn
 import quantport
 from quantport import numerics
 from quantport.errors import ConfigError, QuantportError, WeightError
-from quantport.modules import QuantExperts, QuantLinear, base, routing
+from quantport.modules import QuantExperts, QuantLinear, QuantModule, routing
+from quantport.modules.handles import BoundWeight
 from quantport.modules.ops import run_linear
 from quantport.plugins.registry import Registry, default_registry
 from quantport.scheme.catalog import BUILTIN
@@ -228,7 +229,7 @@ def test_kernels_get_contiguous_matrices():
         randn(5, 32),
         randn(4, 2, 3, 32).transpose(0, 1),
     ):
-        assert run_linear(Look(), x, (), None, spec).shape == (*x.shape[:-1], 129)
+        assert run_linear(BoundWeight(Look(), spec, ""), x, (), None).shape == (*x.shape[:-1], 129)
     assert set(seen) == {(2, True, 32)}
 
 
@@ -290,10 +291,12 @@ def test_moves_and_casts():
     same_state(meta, model)
 
 
-def test_a_move_that_fails_leaves_the_module_whole(monkeypatch):
+def test_a_move_that_fails_leaves_the_module_whole():
     model = quantized("int8").to("meta")
     shapes = {n: t.shape for n, t in model.state_dict().items()}
-    monkeypatch.setattr(base, "default_registry", lambda: Registry(points=[]))
+    for module in model.modules():
+        if isinstance(module, QuantModule):
+            module.registry = Registry(points=[])
     with pytest.raises(QuantportError):
         model.to_empty(device="cpu")
     assert {n: t.shape for n, t in model.state_dict().items()} == shapes

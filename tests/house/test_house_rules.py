@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+
 import house_source as house
 import pytest
 
@@ -80,3 +82,41 @@ def test_the_rules_can_fail(tmp_path):
     )
     assert [word for _, word in house.words(bad) if word in VENDORS] == ["npu"]
     assert {module for _, module in house.imports(bad)} == {".", "os.*"}
+
+
+DOORS = {
+    "__init__.py",
+    "cli/app.py",
+    "cli/bench_linear.py",
+    "cli/doctor.py",
+    "loading/load_model.py",
+    "loading/plan_model.py",
+    "loading/quantize_model.py",
+    "modules/base.py",
+    "modules/handles.py",
+    "planning/capability_matrix.py",
+    "plugins/registry.py",
+    "testing/check_refused.py",
+    "testing/subject.py",
+}
+DEFAULTS_ONLY = ("loading", "planning", "modules/base.py")
+
+
+def _asks(node):
+    return isinstance(node, ast.Call) and "default_registry" in ast.unparse(node.func)
+
+
+def test_registries_are_passed_in():
+    """Only a public door asks for the registry of the process, as the default of an argument; what another
+    process wrote into a handle has nowhere else to look.
+    """
+    asking = {}
+    for path in house.files("core"):
+        nodes = list(ast.walk(house.tree(path)))
+        if any(map(_asks, nodes)):
+            asking[path.relative_to(house.CORE).as_posix()] = nodes
+    assert set(asking) == DOORS
+    for name, nodes in asking.items():
+        if name.startswith(DEFAULTS_ONLY):
+            defaults = {n.values[-1] for n in nodes if isinstance(n, ast.BoolOp) and isinstance(n.op, ast.Or)}
+            assert {n for n in nodes if _asks(n)} <= defaults, name

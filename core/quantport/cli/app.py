@@ -8,7 +8,7 @@ import inspect
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 from rich.console import Console
@@ -18,6 +18,10 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from quantport.errors import QuantportError
+from quantport.plugins.entry_points import installed, is_builtin
+
+if TYPE_CHECKING:
+    from quantport.plugins.registry import Registry
 
 _MANUAL = """Quantizes BF16/FP16 models while they load, on whatever accelerator it finds.
 
@@ -62,6 +66,23 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     lines = [escape(line.strip()) for line in shown.splitlines() if line.strip()]
     epilog = "\n\n".join(["[bold]Examples[/bold]", *lines]) if lines else None
     return app.command(help=escape(text), epilog=epilog)(function)
+
+
+def add_plugin_commands(registry: Registry | None = None) -> None:
+    """Adds the commands of plugins after those of quantport. Where nobody else's plugin is installed, nothing
+    is loaded.
+
+    Args:
+        registry: Where the commands come from; by default that of the process.
+    """
+    if registry is None:
+        if all(map(is_builtin, installed())):
+            return
+        from quantport.plugins.registry import default_registry
+
+        registry = default_registry()
+    for name, function in registry.commands.items():
+        app.command(name)(function)
 
 
 def _version(asked: bool) -> None:
@@ -116,4 +137,5 @@ def main() -> None:
                 errors="replace"
             )  # a terminal that knows no box or tick shows a question mark, not a traceback
     warnings.showwarning = _warn
+    add_plugin_commands()
     app()

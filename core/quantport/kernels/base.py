@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -58,7 +57,7 @@ class Kernel(ABC):
             ``reference`` otherwise.
         tolerance: Largest accepted relative error against the reference,
             ``max|y - y_ref| / max|y_ref|`` over a whole output.
-        deviation: Named difference from the scheme's numerics; empty when there is none.
+        numeric_deviation: Named difference from the scheme's numerics; empty when there is none.
         quantizes_activations: False for weight-only kernels.
         layers: Kinds of layers that it is for.
     """
@@ -134,86 +133,6 @@ class Kernel(ABC):
     def apply(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
         """Runs on activations as the layer gets them: rotates them first where the scheme is rotated."""
         return self.run(rotate(x, spec.scheme.rotation) if spec.scheme.rotation else x, packed, bias, spec)
-
-    def apply_grouped(
-        self,
-        x: Tensor,
-        offsets: Tensor,
-        packed: Sequence[Packed],
-        bias: Tensor | None,
-        spec: WeightSpec,
-        shared: int = 1,
-    ) -> Tensor:
-        """``run_grouped`` on activations as the layer gets them, as ``apply``."""
-        rotated = rotate(x, spec.scheme.rotation) if spec.scheme.rotation else x
-        return self.run_grouped(rotated, offsets, packed, bias, spec, shared)
-
-    def run_grouped(
-        self,
-        x: Tensor,
-        offsets: Tensor,
-        packed: Sequence[Packed],
-        bias: Tensor | None,
-        spec: WeightSpec,
-        shared: int = 1,
-    ) -> Tensor:
-        """Multiplies each group of rows by weights of its own: the experts of a MoE layer. The default calls
-        ``run`` for each.
-
-        Override it where one launch for all groups is faster; the result must be that of the default, within
-        ``tolerance``.
-
-        Args:
-            x: Activations ``[T, K]``, contiguous, sorted by group.
-            offsets: int32 ``[G + 1]`` on the device of ``x``, ascending, from 0 to T: group g has the rows
-                ``offsets[g]`` to ``offsets[g + 1]``, perhaps none.
-            packed: What ``bundle`` made of ``shared`` weights for each group.
-            bias: ``[G, shared * N]`` or None.
-            spec: Scheme and shape of every weight.
-            shared: Weights of a group that read the same rows: 2 for gate and up.
-
-        Returns:
-            ``[T, shared * N]`` in the dtype of ``x``: the products of the weights of a group side by side.
-        """
-        bounds = offsets.tolist()
-        out = x.new_empty(x.shape[0], shared * spec.n)
-        for g, (start, stop) in enumerate(pairwise(bounds)):
-            for j in range(shared if start < stop else 0):
-                columns = slice(j * spec.n, (j + 1) * spec.n)
-                part = None if bias is None else bias[g, columns].contiguous()
-                out[start:stop, columns] = self.run(x[start:stop], packed[shared * g + j], part, spec)
-        return out
-
-    def bundle(self, packed: Sequence[Packed], shared: int = 1) -> Sequence[Packed]:
-        """What ``run_grouped`` reads: ``shared`` weights for each group, group by group. Called once for many
-        runs.
-        """
-        return packed
-
-    def run_gated(
-        self,
-        x: Tensor,
-        offsets: Tensor,
-        gate_up: Sequence[Packed],
-        down: Sequence[Packed],
-        specs: tuple[WeightSpec, WeightSpec],
-        activation: str,
-    ) -> Tensor | None:
-        """Experts as a whole, ``down(activation(gate(x)) * up(x))``, where that takes fewer launches than
-        ``run_grouped`` twice.
-
-        Args:
-            x: Activations ``[T, K]``, as in ``run_grouped``.
-            offsets: int32 ``[G + 1]``, as in ``run_grouped``.
-            gate_up: What ``bundle`` made of gate and up of each expert.
-            down: What ``bundle`` made of down of each expert.
-            specs: Scheme and shape of gate and up, and of down.
-            activation: A name in ``quantport.modules.routing.ACTIVATIONS``.
-
-        Returns:
-            ``[T, K]`` in the dtype of ``x``, or None (the default): there is no such way for these.
-        """
-        return None
 
     def verdict(self, request: Request) -> Verdict:
         """Folds the methods above into a verdict; a kernel that raises here is a refusal that says so."""

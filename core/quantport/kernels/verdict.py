@@ -155,7 +155,7 @@ class Accepted:
         speed: Measured speed relative to the best BF16 path for the expected tokens (1.0 = equal); None =
             not measured.
         slow: Why it is known to be slower than BF16 without measuring, or empty.
-        deviation: Named difference from the scheme's numerics, or an empty string.
+        numeric_deviation: Named difference from the scheme's numerics, or an empty string.
     """
 
     kernel: str

@@ -20,6 +20,7 @@ from quantport.model.layers import Layer
 from quantport.model.roles import SkipCode
 from quantport.modules import QuantModule
 from quantport.planning.plan import Plan, Step
+from quantport.plugins.registry import Registry
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -34,6 +35,7 @@ class ModelFiller:
         names: For each tensor of the checkpoint its name in the model.
         dtype: The 16-bit dtype of the model.
         explicit: Whether ``dtype`` was asked for: then it also holds for tensors in fp32.
+        registry: Where the kernels of modules, and quantizers, come from.
     """
 
     def __init__(
@@ -44,9 +46,11 @@ class ModelFiller:
         names: Mapping[str, str],
         dtype: torch.dtype,
         explicit: bool,
+        registry: Registry,
     ) -> None:
         self.checkpoint, self.model, self.plan, self.names = checkpoint, model, plan, names
         self.source, self.dtype, self.explicit = checkpoint.source, dtype, explicit
+        self.registry = registry
         self.device, self.slab = plan.device.torch_device, min(SLAB, plan.budget)
 
     def tasks(self) -> list[Task]:
@@ -56,7 +60,7 @@ class ModelFiller:
         used: set[str] = set()
         quantized = self.checkpoint.quantized()
         for path, steps in by_module(self.plan.steps, self._path).items():
-            module = new[path] = make_module(steps, self.model.get_submodule(path), self.dtype)
+            module = new[path] = make_module(steps, self.model.get_submodule(path), self.dtype, self.registry)
             weights = quantized.get(steps[0].layer.home)
             if weights is None:
                 out += [task for step in steps for task in self._quantize_tasks(step, module)]
@@ -114,7 +118,7 @@ class ModelFiller:
             module,
             self.checkpoint.read,
             nonfinite,
-            target.kind,
+            self.registry.backends[target.kind].quantize_weight,
             self.device,
             storage_only_dtypes=target.arch.storage_only_dtypes,
         )

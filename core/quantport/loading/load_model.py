@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantport.checkpoint import CheckpointFormat, Recognized
+from quantport.checkpoint import Recognized
 from quantport.device import Device
 from quantport.errors import BudgetError, CheckpointError, DeviceError
 from quantport.kvcache import default_cache, kv_shape
@@ -24,7 +24,7 @@ from quantport.loading.swap_modules import match_modules
 from quantport.model.layers import Layer
 from quantport.model.roles import SkipCode
 from quantport.planning.plan import Plan, make_plan
-from quantport.plugins.registry import default_registry
+from quantport.plugins.registry import Registry, default_registry
 
 
 def load(
@@ -40,7 +40,7 @@ def load(
     progress: Progress | None = None,
     workers: int | None = None,
     budget: int | str | None = None,
-    formats: Iterable[CheckpointFormat] = (),
+    registry: Registry | None = None,
 ) -> Any:
     """Loads a checkpoint and quantizes it while it streams in: never is the 16-bit model in memory.
 
@@ -58,7 +58,7 @@ def load(
         workers: Tensors that are quantized at a time; the number of cores by default.
         budget: Memory that streaming may take beside the loaded model, in bytes or as ``"512MB"``; by default
             512 MiB, or what the largest weight needs.
-        formats: Checkpoint formats to recognize, beside those that are installed.
+        registry: Where backends, schemes and formats come from; by default that of the process.
 
     Returns:
         The model, in eval mode on the device, with the plan as ``model.quantport_plan``.
@@ -67,13 +67,14 @@ def load(
         QuantportError: with what was asked, what was found, and what would work. No model is left half
             loaded.
     """
-    target = _usable(device)
-    parsed = merge(scheme, config, {"fallback": fallback})
-    with as_usual(), open_checkpoint(path_or_id, formats) as (checkpoint, described):
+    registry = registry or default_registry()
+    target = _usable(registry.device(device))
+    parsed = merge(scheme, config, {"fallback": fallback}, registry.schemes)
+    with as_usual(), open_checkpoint(path_or_id, registry) as (checkpoint, described):
         layers = checkpoint.layers()
         if checkpoint.quantized():
             refuse_weights(checkpoint, scheme, config)
-            parsed = as_stored(checkpoint, layers, fallback or "weight_only", parsed)
+            parsed = as_stored(checkpoint, layers, fallback or "weight_only", parsed, registry.schemes)
         compute, source = dtype or _dtype(layers, target), checkpoint.source
         built, names = build(source.directory, model, compute, source.tensors)
         layers = match_modules(layers, built, partial(module_path, names))
@@ -84,8 +85,8 @@ def load(
             layers,
             parsed,
             target,
-            default_registry().kernels(target.kind),
-            default_registry().schemes,
+            registry.kernels(target.kind),
+            registry.schemes,
             source=named(path_or_id),
             num_tokens=num_tokens,
             dtype=compute,
@@ -94,7 +95,7 @@ def load(
         )
         refuse_nothing(decided)
         _fits(decided, target)
-        filler = ModelFiller(checkpoint, built, decided, names, compute, dtype is not None)
+        filler = ModelFiller(checkpoint, built, decided, names, compute, dtype is not None, registry)
         run_tasks(filler.tasks(), progress, workers, decided.budget)
         _finish(built, decided, target)
         if cache:
@@ -102,9 +103,8 @@ def load(
     return built
 
 
-def _usable(device: str | torch.device | Device) -> Device:
-    """Resolves the device and checks that one can load to it."""
-    target = default_registry().device(device)
+def _usable(target: Device) -> Device:
+    """Checks that one can load to a device."""
     if target.simulated:
         suggestion = (
             "a device that `quantport devices` lists; quantport.plan works for devices that are not here"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,20 +18,21 @@ from quantport.checkpoint import (
     recognize,
 )
 from quantport.errors import CheckpointError
-from quantport.plugins.registry import default_registry
+from quantport.plugins.registry import Registry
+from quantport.scheme.catalog import Schemes
 
 Source = str | os.PathLike[str] | TensorSource
 
 
 @contextmanager
 def open_checkpoint(
-    source: Source, formats: Iterable[CheckpointFormat] = (), *, headers_only: bool = False
+    source: Source, registry: Registry, *, headers_only: bool = False
 ) -> Iterator[tuple[Recognized, dict[str, Any]]]:
     """Opens a checkpoint and recognizes it; closes what it opened.
 
     Args:
         source: A path, a model id of the hub, or tensors, which stay open.
-        formats: Formats to know beside the built-in ones.
+        registry: Knows formats beside the built-in ones, and schemes.
         headers_only: As for `Checkpoint.open`.
 
     Yields:
@@ -40,22 +41,22 @@ def open_checkpoint(
     Raises:
         CheckpointError: nothing is there, or no format recognizes it.
     """
-    known = (*BUILTIN_FORMATS, *formats)  # and those that the registry finds, here
+    formats = (*BUILTIN_FORMATS, *registry.formats.values())
     if isinstance(source, TensorSource):
-        yield _recognized(source, known)
+        yield _recognized(source, formats, registry.schemes)
         return
-    tensors = open_source(locate(source), known, headers_only=headers_only)
+    tensors = open_source(locate(source), formats, headers_only=headers_only)
     try:
-        yield _recognized(tensors, known)
+        yield _recognized(tensors, formats, registry.schemes)
     finally:
         tensors.close()
 
 
 def _recognized(
-    tensors: TensorSource, formats: Sequence[CheckpointFormat]
+    tensors: TensorSource, formats: tuple[CheckpointFormat, ...], schemes: Schemes
 ) -> tuple[Recognized, dict[str, Any]]:
     config = read_config(tensors.directory)
-    return recognize(tensors, config, default_registry().schemes, formats), config
+    return recognize(tensors, config, schemes, formats), config
 
 
 def locate(source: object) -> Path:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from quantport.checkpoint import CheckpointFormat, Recognized
+from quantport.checkpoint import Recognized
 from quantport.config import QuantConfig
 from quantport.device import Device
 from quantport.errors import CheckpointError, ConfigError
@@ -19,29 +19,24 @@ from quantport.model.fused_projections import with_cuts
 from quantport.model.layers import find_layers
 from quantport.model.tied_weights import from_config
 from quantport.planning.plan import Plan, make_plan
-from quantport.plugins.registry import default_registry
+from quantport.plugins.registry import Registry, default_registry
+from quantport.scheme.catalog import Schemes
 
 
-def merge(scheme: str | None, config: Any, options: Mapping[str, Any]) -> QuantConfig:
+def merge(scheme: str | None, config: Any, options: Mapping[str, Any], schemes: Schemes) -> QuantConfig:
     """Merges the arguments into one checked configuration; two different schemes are a conflict."""
-    parsed = QuantConfig.parse(config, default_registry().schemes)
+    parsed = QuantConfig.parse(config, schemes)
     given = {k: v for k, v in options.items() if v is not None}
     if scheme is not None:
-        asked: str | None = default_registry().schemes[scheme].name
-        if parsed.group_size and default_registry().schemes[scheme].weight.format == "int4":
-            asked = QuantConfig.parse(
-                {"scheme": asked, "group_size": parsed.group_size}, default_registry().schemes
-            ).scheme
+        asked: str | None = schemes[scheme].name
+        if parsed.group_size and schemes[scheme].weight.format == "int4":
+            asked = QuantConfig.parse({"scheme": asked, "group_size": parsed.group_size}, schemes).scheme
         if parsed.scheme not in (None, asked):
             raise ConfigError(
                 f"scheme={scheme!r}", f"config says scheme={parsed.scheme!r}", "give one of them"
             )
         given["scheme"] = asked
-    return (
-        QuantConfig.parse({**parsed.model_dump(exclude_unset=True), **given}, default_registry().schemes)
-        if given
-        else parsed
-    )
+    return QuantConfig.parse({**parsed.model_dump(exclude_unset=True), **given}, schemes) if given else parsed
 
 
 def plan(
@@ -54,7 +49,7 @@ def plan(
     dtype: torch.dtype | None = None,
     fallback: str | None = None,
     budget: int | str | None = None,
-    formats: Iterable[CheckpointFormat] = (),
+    registry: Registry | None = None,
 ) -> Plan:
     """Says what ``load`` or ``quantize_`` would do, and why, for a device that need not be here. Reads
     headers only.
@@ -68,13 +63,14 @@ def plan(
         dtype: Activation dtype; by default that of the weights, or what the device computes in.
         fallback: Overrides ``config.fallback``.
         budget: As for ``load``.
-        formats: As for ``load``.
+        registry: As for ``load``.
 
     Returns:
         The plan.
     """
-    target = default_registry().device(device)
-    parsed = merge(scheme, config, {"fallback": fallback})
+    registry = registry or default_registry()
+    target = registry.device(device)
+    parsed = merge(scheme, config, {"fallback": fallback}, registry.schemes)
     if isinstance(model, nn.Module):
         layers, source = (
             match_modules(find_layers(dict(model.named_parameters())), model, lambda x: x.name),
@@ -83,12 +79,12 @@ def plan(
         described: Any = getattr(model, "config", None)
         kv = kv_shape(described.to_dict()) if hasattr(described, "to_dict") else None
     else:
-        with open_checkpoint(model, formats, headers_only=True) as (checkpoint, described):
+        with open_checkpoint(model, registry, headers_only=True) as (checkpoint, described):
             refuse_quantized(checkpoint)
             tied = from_config(checkpoint.layers(), described)
             layers, source = [with_cuts(layer, described) for layer in tied], named(model)
             kv = kv_shape(described)
-    kernels, schemes = default_registry().kernels(target.kind), default_registry().schemes
+    kernels, schemes = registry.kernels(target.kind), registry.schemes
     return make_plan(
         layers,
         parsed,

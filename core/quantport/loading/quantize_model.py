@@ -17,7 +17,7 @@ from quantport.loading.weight_tasks import quantize_tasks, select
 from quantport.model.layers import Part
 from quantport.modules import QuantModule
 from quantport.planning.plan import Plan
-from quantport.plugins.registry import default_registry
+from quantport.plugins.registry import Registry, default_registry
 
 
 def quantize_(
@@ -28,6 +28,7 @@ def quantize_(
     num_tokens: int = 1,
     fallback: str | None = None,
     progress: Progress | None = None,
+    registry: Registry | None = None,
 ) -> Plan:
     """Quantizes a module in memory, in place, on the device where it is: wholly, or not at all.
 
@@ -38,6 +39,7 @@ def quantize_(
         num_tokens: As for ``load``.
         fallback: As for ``load``.
         progress: As for ``load``.
+        registry: As for ``load``.
 
     Returns:
         The plan that was carried out; also ``model.quantport_plan``.
@@ -46,12 +48,19 @@ def quantize_(
         suggestion = "the 16-bit model; what it is now is in model.quantport_plan"
         raise ConfigError(f"quantize {type(model).__name__}", "it is quantized already", suggestion)
     here = next((p.device for p in model.parameters()), torch.device("cpu"))
+    registry = registry or default_registry()
     target = next(
-        (d for d in default_registry().devices if d.torch_type == here.type and d.index == (here.index or 0)),
+        (d for d in registry.devices if d.torch_type == here.type and d.index == (here.index or 0)),
         None,
     )
     decided = plan(
-        model, scheme, config=config, device=target or str(here), num_tokens=num_tokens, fallback=fallback
+        model,
+        scheme,
+        config=config,
+        device=target or str(here),
+        num_tokens=num_tokens,
+        fallback=fallback,
+        registry=registry,
     )
     refuse_nothing(decided)
     cache = default_cache(model, decided.config.kv_cache_dtype, decided.config.kv_cache_skip_layers)
@@ -62,14 +71,13 @@ def quantize_(
             params[part.tensor], part
         ), lambda: None  # nothing to release: the caller owns the tensor
 
+    fast = registry.backends[decided.device.kind].quantize_weight
     new: dict[str, QuantModule] = {}
     tasks: list[Task] = []
     for name, steps in by_module(decided.steps, lambda layer: layer.home).items():
-        module = new[name] = make_module(steps, model.get_submodule(name), steps[0].layer.dtype)
+        module = new[name] = make_module(steps, model.get_submodule(name), steps[0].layer.dtype, registry)
         for step in steps:
-            tasks += quantize_tasks(
-                step, module, read, decided.config.nonfinite, decided.device.kind, owned=True
-            )
+            tasks += quantize_tasks(step, module, read, decided.config.nonfinite, fast, owned=True)
     run_tasks(tasks, progress, budget=decided.budget)
     swap_modules(model, new)
     if cache:

@@ -10,7 +10,7 @@ from quantport.checkpoint import Recognized
 from quantport.config import QuantConfig
 from quantport.errors import ConfigError
 from quantport.model.layers import Layer
-from quantport.plugins.registry import default_registry
+from quantport.scheme.catalog import Schemes
 
 _RUNTIME = {"kv_cache_dtype", "kv_cache_skip_layers"}  # not in the weights: it may change from run to run
 
@@ -35,7 +35,7 @@ def refuse_weights(checkpoint: Recognized, scheme: str | None, config: Any) -> N
 
 
 def as_stored(
-    checkpoint: Recognized, layers: Iterable[Layer], fallback: str, requested: QuantConfig
+    checkpoint: Recognized, layers: Iterable[Layer], fallback: str, requested: QuantConfig, schemes: Schemes
 ) -> QuantConfig:
     """Every quantized layer by name with the scheme that it has, everything else kept.
 
@@ -44,9 +44,9 @@ def as_stored(
     tied = {layer.name: layer.tied for layer in layers}
     targets: dict[str, str | None] = {}
     for name, weights in checkpoint.quantized().items():
-        schemes = {weight: stored.scheme.name for weight, stored in weights.items()}
-        most = Counter(schemes.values()).most_common(1)[0][0]
-        others = {weight: scheme for weight, scheme in schemes.items() if scheme != most}
+        by_weight = {weight: stored.scheme.name for weight, stored in weights.items()}
+        most = Counter(by_weight.values()).most_common(1)[0][0]
+        others = {weight: scheme for weight, scheme in by_weight.items() if scheme != most}
         dense = {"bf16": None} if others else {}  # beside quantized experts it is what was left alone
         for inner, scheme in {"": most, **others}.items():
             targets[f"{name}.{inner}".rstrip(".")] = dense.get(scheme, scheme)
@@ -56,4 +56,4 @@ def as_stored(
     if requested.model_fields_set & _RUNTIME:
         cache = {key: getattr(requested, key) for key in _RUNTIME}
     weights_kept = {"targets": targets, "linear": None, "moe": None, "scheme": None, "fallback": fallback}
-    return QuantConfig.parse({**weights_kept, **cache}, default_registry().schemes)
+    return QuantConfig.parse({**weights_kept, **cache}, schemes)

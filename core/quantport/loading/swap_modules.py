@@ -28,7 +28,7 @@ from quantport.modules import (
     why_not_experts,
 )
 from quantport.planning.plan import Step
-from quantport.plugins.registry import default_registry
+from quantport.plugins.registry import Registry
 
 ModulePath = Callable[[Layer], str]
 
@@ -181,36 +181,48 @@ def by_module(steps: Iterable[Step], module_path: ModulePath) -> dict[str, list[
     return out
 
 
-def make_module(steps: Sequence[Step], old: nn.Module, dtype: torch.dtype) -> QuantModule:
+def make_module(steps: Sequence[Step], old: nn.Module, dtype: torch.dtype, registry: Registry) -> QuantModule:
     """Makes the empty quantized module for a layer, or for its pieces, with the bias of the module that it
     stands for.
     """
-    bound = {s.layer.name: (_kernel(s), default_registry().schemes[s.scheme]) for s in steps}
+    bound = {s.layer.name: (_kernel(s, registry), registry.schemes[s.scheme]) for s in steps}
     most = max(steps, key=lambda s: s.layer.elements)
     kernel, scheme = bound[most.layer.name]
     specs = {name: WeightSpec(scheme, n, k) for s in steps for name, n, k in s.layer.weights}
     if most.layer.role is Role.EMBEDDING:
         return QuantEmbedding(
-            kernel, next(iter(specs.values())), dtype, most.layer.tied, getattr(old, "padding_idx", None)
+            kernel,
+            next(iter(specs.values())),
+            dtype,
+            most.layer.tied,
+            getattr(old, "padding_idx", None),
+            registry,
         )
     if not most.layer.experts:
         bias = old._parameters.get("bias")
         return (
-            QuantFused(kernel, specs, bias, dtype)
+            QuantFused(kernel, specs, bias, dtype, registry)
             if len(specs) > 1
-            else QuantLinear(kernel, specs.popitem()[1], bias, dtype)
+            else QuantLinear(kernel, specs.popitem()[1], bias, dtype, registry)
         )
     activation = activation_name(old)
     assert activation is not None  # why_not_experts refused it otherwise
     others = {w: bound[s.layer.name] for s in steps if s is not most for w, _, _ in s.layer.each}
     return QuantExperts(
-        kernel, specs["gate_proj"], specs["down_proj"], most.layer.experts, activation, dtype, others
+        kernel,
+        specs["gate_proj"],
+        specs["down_proj"],
+        most.layer.experts,
+        activation,
+        dtype,
+        others,
+        registry,
     )
 
 
-def _kernel(step: Step) -> Kernel:
+def _kernel(step: Step, registry: Registry) -> Kernel:
     assert step.choice is not None  # only steps with a kernel come here
-    return default_registry().kernel(step.choice.kernel)
+    return registry.kernel(step.choice.kernel)
 
 
 def swap_modules(model: nn.Module, new: Mapping[str, nn.Module]) -> None:

@@ -7,7 +7,6 @@ from torch import Tensor
 from quantport.errors import WeightError, one_of
 from quantport.loading.weight_tasks import quantize_on
 from quantport.modules import QuantModule
-from quantport.plugins.registry import default_registry
 
 
 def update_weight(module: QuantModule, name: str, weight: Tensor, *, nonfinite: str = "error") -> None:
@@ -33,13 +32,13 @@ def update_weight(module: QuantModule, name: str, weight: Tensor, *, nonfinite: 
         raise WeightError(asked, "no weight of this name", one_of(name, [repr(n) for n in module.specs]))
     if tuple(weight.shape) != (spec.n, spec.k):
         raise WeightError(asked, f"shape {list(weight.shape)}", f"shape {[spec.n, spec.k]}")
-    device = default_registry().device(module.device)
+    device = module.registry.device(module.device)
     stored = quantize_on(
         weight,
         spec.scheme,
         name or "weight",
         nonfinite,
-        device.kind,
+        module.registry.backends[device.kind].quantize_weight,
         module.device,
         device.arch.storage_only_dtypes,
     )

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from quantport import numerics
+from quantport.kernels.base import StoredWeight
 from quantport.loading.executor import Task
 from quantport.model.layers import Part
 from quantport.modules import QuantModule
 from quantport.planning.memory import peak_bytes
 from quantport.planning.plan import Step
-from quantport.plugins.registry import default_registry
 from quantport.scheme import Scheme
 
+Fast = Callable[[Tensor, Scheme], StoredWeight | None]
 Reader = Callable[[Part], tuple[Tensor, Callable[[], None]]]
 
 
@@ -25,7 +26,7 @@ def quantize_tasks(
     module: QuantModule,
     read: Reader,
     nonfinite: str,
-    kind: str,
+    fast: Fast,
     device: torch.device | None = None,
     owned: bool = False,
     storage_only_dtypes: frozenset[torch.dtype] = frozenset(),
@@ -37,11 +38,11 @@ def quantize_tasks(
         module: Takes the weights.
         read: Gives the 16-bit tensor of a part, and what to call when it has been used.
         nonfinite: ``error`` or ``zero``.
-        kind: Kind of device whose backend quantizes.
+        fast: ``Backend.quantize_weight`` of the device.
         device: Where to; None to leave the weights where they are.
         owned: The caller holds the 16-bit weights anyway: they are no part of the stream.
-        storage_only_dtypes: ``Arch.storage_only_dtypes`` of the device: weights of these dtypes, or stored in
-            them, are quantized on the host.
+        storage_only_dtypes: Those of the architecture: weights of these dtypes, or stored in them, are
+            quantized on the host.
     """
     layer = step.layer
 
@@ -49,7 +50,7 @@ def quantize_tasks(
         tensor, release = read(part)
         name = f"{layer.home}.{weight}".rstrip(".")
         scheme = module.specs[weight].scheme
-        stored = quantize_on(tensor, scheme, name, nonfinite, kind, device, storage_only_dtypes)
+        stored = quantize_on(tensor, scheme, name, nonfinite, fast, device, storage_only_dtypes)
         del tensor
         release()
         module.set_weight(weight, stored)
@@ -65,11 +66,11 @@ def quantize_on(
     scheme: Scheme,
     name: str,
     nonfinite: str,
-    kind: str,
+    fast: Fast,
     device: torch.device | None,
     storage_only_dtypes: frozenset[torch.dtype] = frozenset(),
 ) -> dict[str, Tensor]:
-    """Quantizes a weight ``[n, k]`` with the backend of a kind of device; arguments as `quantize_tasks`.
+    """Quantizes a weight ``[n, k]`` with the backend of a device; arguments as `quantize_tasks`.
 
     Returns:
         The tensors of ``scheme.layout(n, k)`` on ``device``.
@@ -77,8 +78,7 @@ def quantize_on(
     dtypes = (weight.dtype, *(dtype for _, dtype in scheme.layout(*weight.shape).values()))
     on_host = device is not None and not storage_only_dtypes.isdisjoint(dtypes)
     source = weight.detach().to(device) if device and not on_host else weight.detach()
-    fast = None if on_host else default_registry().backends[kind].quantize_weight
-    stored = numerics.quantize_weight(source, scheme, name, nonfinite, fast)
+    stored = numerics.quantize_weight(source, scheme, name, nonfinite, None if on_host else fast)
     return {key: t.to(device) for key, t in stored.items()} if on_host else stored
 
 

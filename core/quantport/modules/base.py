@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from quantport.errors import UnsupportedError, WeightError
 from quantport.kernels import aten
 from quantport.kernels.base import Kernel, Packed, Request, StoredWeight, WeightSpec
+from quantport.modules import handles
+from quantport.modules.handles import BoundWeight
 from quantport.planning.select_kernel import select_kernel
-from quantport.plugins.registry import default_registry
+from quantport.plugins.registry import Registry, default_registry
 
 
 class QuantModule(nn.Module):
@@ -28,7 +30,13 @@ class QuantModule(nn.Module):
         layer: ``linear`` or ``moe``, for choosing a kernel again when the module moves to another device.
         dtype: Activation dtype that the kernel was chosen for.
         others: Weight name -> kernel, for the weights that another one runs.
+        registry: Where kernels come from when the module moves; by default that of the process, which is also
+            where a pickled module finds its kernels again.
     """
+
+    kernel: Kernel
+    others: dict[str, Kernel]
+    bound: dict[str, BoundWeight]
 
     def __init__(
         self,
@@ -37,26 +45,49 @@ class QuantModule(nn.Module):
         layer: str,
         dtype: torch.dtype = torch.bfloat16,
         others: Mapping[str, Kernel] | None = None,
+        registry: Registry | None = None,
     ) -> None:
         nn.Module.__init__(
             self
         )  # not super(): a QuantLinear is an nn.Linear too, which would make a 16-bit weight
-        self.kernel, self.specs, self.layer, self.dtype = kernel, specs, layer, dtype
-        self.others: dict[str, Kernel] = dict(others or {})
-        self._packed: dict[str, Packed] = {}
-        self._keys: dict[str, tuple[str, ...]] = {}
-        self._tables: Any = None  # what a forward makes of the packed weights, kept until they change
+        self.registry = registry or default_registry()
+        self.specs, self.layer, self.dtype = specs, layer, dtype
+        self._packed: dict[str, Packed] = {}  # as the buffers were when somebody last asked
+        self._buffer_names: dict[str, tuple[str, ...]] = {}  # of each weight that was set
+        self.bind(kernel, others or {})
+
+    def bind(self, kernel: Kernel, others: Mapping[str, Kernel]) -> None:
+        """Takes other kernels, which read the packed weights as they are."""
+        self.kernel, self.others = kernel, dict(others)
+        self.bound = {
+            name: handles.bind(self.kernel_of(name), spec, self.registry) for name, spec in self.specs.items()
+        }
+
+    def repack(self, kernel: Kernel, others: Mapping[str, Kernel] | None = None) -> None:
+        """Takes other kernels, and packs every weight anew for them."""
+        stored = {name: self.stored_weight(name) for name in self._buffer_names}
+        self._rebind(kernel, others or {})
+        for name, stored_weight in stored.items():
+            self.set_weight(name, stored_weight)
+
+    def _rebind(self, kernel: Kernel, others: Mapping[str, Kernel]) -> None:
+        """Takes other kernels, for which every weight must be packed and set anew."""
+        for key in dict.fromkeys(key for keys in self._buffer_names.values() for key in keys):
+            del self._buffers[key]
+        self._packed, self._buffer_names = {}, {}
+        self.bind(kernel, others)
 
     def packed(self, name: str = "") -> Packed:
         """The packed tensors of one weight, as the buffers hold them now: accelerate moves a module by
         exchanging those.
         """
-        packed, keys = self._packed[name], self._keys[name]
+        keys = self._buffer_names[name]
         if (
             torch.compiler.is_compiling()
         ):  # shapes of buffers are constants, others vary as a batch does, and may equal it
             return tuple(self.get_buffer(key) for key in keys)
-        if packed[0] is not self._buffers[keys[0]]:
+        packed = self._packed.get(name)
+        if packed is None or packed[0] is not self._buffers[keys[0]]:
             packed = self._packed[name] = tuple(self.get_buffer(key) for key in keys)
         return packed
 
@@ -72,7 +103,8 @@ class QuantModule(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return next((self.packed(name)[0].device for name in self._packed), torch.device("meta"))
+        buffers = (self.get_buffer(keys[0]) for keys in self._buffer_names.values())
+        return next((buffer.device for buffer in buffers), torch.device("meta"))
 
     def set_weight(self, name: str, stored_weight: StoredWeight, *, in_place: bool = False) -> None:
         """Packs the stored tensors of one weight and takes them.
@@ -94,22 +126,25 @@ class QuantModule(nn.Module):
                 f"weight {name or 'of a linear layer'} as {spec.scheme.name}", f"tensors {found}", f"{layout}"
             )
         packed = self.kernel_of(name).pack(stored_weight, spec)
-        if not (in_place and name in self._packed and _alike(self.packed(name), packed)):
+        if not (in_place and name in self._buffer_names and _alike(self.packed(name), packed)):
             self._install(name, packed)
             return
         for old, new in zip(self.packed(name), packed, strict=True):
             _bytes(old).copy_(_bytes(new))
-        self._tables = None
 
     def _install(self, name: str, packed: Packed) -> None:
-        self._packed[name], self._tables = packed, None
-        self._keys[name] = tuple(f"packed_{name.replace('.', '_')}_{i}" for i in range(len(packed)))
-        for key, tensor in zip(
-            self._keys[name], packed, strict=True
-        ):  # as buffers, so that memory counts are right
+        """Takes the packed tensors of a weight as buffers, so that memory counts are right."""
+        keys = tuple(f"packed_{name.replace('.', '_')}_{i}" for i in range(len(packed)))
+        for key, tensor in zip(keys, packed, strict=True):
             self.register_buffer(
                 key, tensor, persistent=False
             )  # not persistent: state_dict writes the stored layout
+        self._packed[name] = packed
+        self._set(name, keys)
+
+    def _set(self, name: str, keys: tuple[str, ...]) -> None:
+        """Notes which buffers hold a weight."""
+        self._buffer_names[name] = keys
 
     def stored_weight(self, name: str = "") -> StoredWeight:
         """The stored tensors of one weight, exactly as they were before packing."""
@@ -118,7 +153,7 @@ class QuantModule(nn.Module):
     def stored_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every stored tensor under its name in the state dict, one weight at a time."""
         for name in self.specs:
-            if name in self._packed:
+            if name in self._buffer_names:
                 for key, tensor in self.stored_weight(name).items():
                     yield f"{name}.{key}".lstrip("."), tensor
 
@@ -149,9 +184,7 @@ class QuantModule(nn.Module):
             try:
                 device = self.device if self.device.type != "meta" else None
                 if device is None:  # the kernel was chosen for no device, or not at all
-                    self.kernel, self.others = self._kernels_for(
-                        rest[next(iter(keys.values()))].device, self.dtype
-                    )
+                    self._rebind(*self._kernels_for(rest[next(iter(keys.values()))].device, self.dtype))
                 self.set_weight(
                     name, {key: _copy(rest.pop(full).detach(), device) for key, full in keys.items()}
                 )
@@ -167,20 +200,22 @@ class QuantModule(nn.Module):
             torch.empty(0, dtype=torch.int8, device=self.device)
         ).device  # nothing casts integers: only the device shows
         dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
-        kernel, others, packed = self.kernel, self.others, self._packed
-        if (device, dtype) != (self.device, self.dtype):
+        moves = (device, dtype) != (self.device, self.dtype)
+        if moves:
             kernel, others = self._kernels_for(device, dtype)
             packed = {
                 name: others.get(name, kernel).pack(self._moved(name, fn), self.specs[name])
-                for name in packed
+                for name in self._buffer_names
             }
-        self._packed = {}  # from here on nothing fails
-        for key in [k for k in self._buffers if k.startswith("packed_")]:
-            del self._buffers[key]
+        held = {key: self._buffers.pop(key) for key in list(self._buffers) if key.startswith("packed_")}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch has no types here
-        self.kernel, self.others, self.dtype = kernel, others, dtype
-        for name, tensors in packed.items():
-            self._install(name, tensors)
+        self._buffers.update(held)
+        if moves:  # from here on nothing fails
+            del held
+            self._rebind(kernel, others)
+            self.dtype = dtype
+            for name in list(packed):
+                self._install(name, packed.pop(name))
         return self
 
     def _moved(self, name: str, fn: Callable[[Tensor], Tensor]) -> StoredWeight:
@@ -207,18 +242,18 @@ class QuantModule(nn.Module):
                 if scheme == "bf16"
                 else aten.Dequantize()
             )
-        target = default_registry().device(device)
+        target = self.registry.device(device)
         requests = [
             Request(spec, self.layer, target, dtype)
             for spec in dict.fromkeys(self.specs[name] for name in names)
         ]
-        choice = select_kernel(requests, self._usable(default_registry().kernels(target.kind)))
+        choice = select_kernel(requests, self._usable(self.registry.kernels(target.kind)))
         if not choice.kernel:
             suggestion = "another device: see `quantport matrix`"
             raise UnsupportedError(
                 f"move {scheme} to {device}, {dtype}", "; ".join(choice.reasons), suggestion
             )
-        return default_registry().kernel(choice.kernel)
+        return self.registry.kernel(choice.kernel)
 
     def _usable(self, kernels: Sequence[Kernel]) -> Sequence[Kernel]:
         """The kernels that the module may have."""
@@ -228,17 +263,19 @@ class QuantModule(nn.Module):
         state = self.__dict__.copy()
         state["_buffers"] = {k: v for k, v in self._buffers.items() if not k.startswith("packed_")}
         state["_packed"] = {
-            name: {k: _bytes(t) for k, t in self.stored_weight(name).items()} for name in self._packed
+            name: {k: _alone(_bytes(t)) for k, t in self.stored_weight(name).items()}
+            for name in self._buffer_names
         }
-        state["kernel"], state["_tables"] = self.kernel.name, None
+        state["kernel"], state["_buffer_names"] = self.kernel.name, {}
         state["others"] = {name: kernel.name for name, kernel in self.others.items()}
+        del state["bound"]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         weights = state.pop("_packed")
         super().__setstate__({**state, "_packed": {}})  # type: ignore[no-untyped-call]  # torch has no types here
-        self.kernel = default_registry().kernel(state["kernel"])
-        self.others = {name: default_registry().kernel(kernel) for name, kernel in state["others"].items()}
+        find = self.registry.kernel
+        self.bind(find(state["kernel"]), {name: find(kernel) for name, kernel in state["others"].items()})
         for name, stored_weight in weights.items():
             spec = self.specs[name]
             layout = spec.scheme.layout(spec.n, spec.k)
@@ -251,6 +288,11 @@ def _alike(a: Packed, b: Packed) -> bool:
 
 def _copy(tensor: Tensor, device: torch.device | None) -> Tensor:
     return _bytes(_bytes(tensor).to(device, copy=True), tensor.dtype)
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """A tensor whose memory holds nothing else: pickle writes all of it."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}

@@ -13,6 +13,7 @@ from quantport.kernels.embedding import embedding_kernels, look_up
 from quantport.modules import ops
 from quantport.modules.base import QuantModule
 from quantport.modules.linear import WeightView
+from quantport.plugins.registry import Registry
 
 
 class QuantEmbedding(QuantModule):
@@ -24,6 +25,7 @@ class QuantEmbedding(QuantModule):
         dtype: Of the rows that it returns.
         tied: Names of the output heads that share the weight.
         padding_idx: As ``nn.Embedding`` has it, for code that asks; it matters to gradients only.
+        registry: As for ``QuantModule``.
     """
 
     def __init__(
@@ -33,19 +35,19 @@ class QuantEmbedding(QuantModule):
         dtype: torch.dtype = torch.bfloat16,
         tied: Sequence[str] = (),
         padding_idx: int | None = None,
+        registry: Registry | None = None,
     ) -> None:
-        super().__init__(kernel, {"": spec}, "linear", dtype)
+        super().__init__(kernel, {"": spec}, "linear", dtype, registry=registry)
         self.num_embeddings, self.embedding_dim, self.padding_idx = spec.n, spec.k, padding_idx
         self.spec, self.tied = spec, tuple(tied)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Integer ``[...]`` to ``[..., embedding_dim]`` in ``dtype``."""
-        packed, spec = self.packed(), self.spec
+        packed = self.packed()
         if torch.compiler.is_compiling():
-            names = self.kernel.name, spec.scheme.name, spec.n, spec.k
-            y: Tensor = torch.ops.quantport.embedding(ids, packed, *names, self.dtype)
+            y: Tensor = torch.ops.quantport.embedding(ids, packed, self.bound[""].handle, self.dtype)
             return y
-        return look_up(self.kernel, ids, packed, spec, self.dtype)
+        return look_up(self.kernel, ids, packed, self.spec, self.dtype)
 
     @property
     def weight(self) -> WeightView:
@@ -83,13 +85,8 @@ class TiedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``, in the dtype of ``x``."""
-        source, bias = self._embedding[0], self._parameters["bias"]
-        packed, spec = source.packed(), source.spec
-        if torch.compiler.is_compiling():
-            names = source.kernel.name, spec.scheme.name, spec.n, spec.k
-            y: Tensor = torch.ops.quantport.linear(x, packed, bias, *names)
-            return y
-        return ops.run_linear(source.kernel, x, packed, bias, spec)
+        source = self._embedding[0]
+        return ops.linear(source.bound[""], x, source.packed(), self._parameters["bias"])
 
     @property
     def weight(self) -> WeightView:  # type: ignore[override]  # of nn.Linear it is a Parameter

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import chain
+from operator import is_
 from threading import Lock
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from quantport.kernels.base import Kernel, Packed, WeightSpec
-from quantport.kernels.grouped import StackedKernel
+from quantport.kernels.grouped import GroupedKernel
 from quantport.model.layers import PROJECTIONS
-from quantport.modules import routing
+from quantport.modules import ops
 from quantport.modules.base import QuantModule
-from quantport.modules.ops import Differentiable
+from quantport.modules.expert_layout import GroupWeights, bind_experts
+from quantport.modules.routing import run_experts
+from quantport.plugins.registry import Registry
 from quantport.scheme import Scheme
 
 _ALLOCATING = Lock()  # weights are packed by several threads
+_OF_LAYOUT = ("layout", "_places", "_handle", "_one_launch", "_operands", "_tables")  # made by ``bind``
 _NAMES = {
     "SiLU": "silu",
     "SiLUActivation": "silu",
@@ -44,6 +48,7 @@ class QuantExperts(QuantModule):
         activation: Name of the activation function.
         dtype: Activation dtype that the kernel was chosen for.
         others: Weight name (``3.down_proj``) -> kernel and scheme, for those that differ.
+        registry: As for ``QuantModule``.
     """
 
     def __init__(
@@ -55,98 +60,106 @@ class QuantExperts(QuantModule):
         activation: str,
         dtype: torch.dtype = torch.bfloat16,
         others: Mapping[str, tuple[Kernel, Scheme]] | None = None,
+        registry: Registry | None = None,
     ) -> None:
         specs = {
             f"{e}.{p}": down if p == "down_proj" else gate_up for e in range(experts) for p in PROJECTIONS
         }
         specs |= {name: replace(specs[name], scheme=scheme) for name, (_, scheme) in (others or {}).items()}
-        super().__init__(
-            kernel, specs, "moe", dtype, {name: other for name, (other, _) in (others or {}).items()}
-        )
-        self.num_experts, self.gate_up, self.down, self.activation = experts, gate_up, down, activation
-        self._slots: dict[str, Packed] = {}  # of weights that will lie side by side, while some are missing
+        self.activation = activation  # before the weights are bound: it belongs to the layout
+        kernels = {name: other for name, (other, _) in (others or {}).items()}
+        super().__init__(kernel, specs, "moe", dtype, kernels, registry)
+        self.num_experts, self.gate_up, self.down = experts, gate_up, down
+
+    def bind(self, kernel: Kernel, others: Mapping[str, Kernel]) -> None:
+        """Takes other kernels, which read the packed weights as they are."""
+        super().bind(kernel, others)
+        self.layout = bind_experts(self.bound, self.activation)
+        names = list(self.specs)
+        self._places = {names[m]: (g, i) for g in self.layout.groups for i, m in enumerate(g.members)}
+        self._handle, self._one_launch = self.layout.handle, self.layout.one_launch
+        self._operands: tuple[list[str], list[int]] = [], []  # buffers and sizes, once every weight is there
+        self._tables: tuple[tuple[Tensor | None, ...], list[GroupWeights]] | None = None
+
+    def packed(self, name: str = "") -> Packed:
+        """The packed tensors of one weight: views, where it lies in a stack."""
+        group, place = self._places[name]
+        kernel = group.bound.kernel
+        if not isinstance(kernel, GroupedKernel):
+            return super().packed(name)
+        stack = tuple(self.get_buffer(key) for key in self._buffer_names[name])
+        return kernel.expert_view(stack, *divmod(place, group.shared))
 
     def _install(self, name: str, packed: Packed) -> None:
-        kernel = self.kernel_of(name)
-        if isinstance(kernel, StackedKernel):
-            packed = self._in_slot(kernel, name, packed)
-        super()._install(name, packed)
-        if len(self._packed) == len(self.specs):
-            self._slots = {}
+        group, place = self._places[name]
+        kernel = group.bound.kernel
+        if not isinstance(kernel, GroupedKernel):
+            super()._install(name, packed)
+            return
+        keys = tuple(f"packed_{group.name}_{i}" for i in range(len(packed)))
+        with _ALLOCATING:
+            if keys[0] not in self._buffers:
+                stack = kernel.allocate(packed, group.last - group.first, group.shared)
+                for key, tensor in zip(keys, stack, strict=True):
+                    self.register_buffer(key, tensor, persistent=False)
+        view = kernel.expert_view(tuple(map(self.get_buffer, keys)), *divmod(place, group.shared))
+        for to, tensor in zip(view, packed, strict=True):
+            to.copy_(tensor)
+        self._set(name, keys)
 
-    def _in_slot(self, kernel: StackedKernel, name: str, packed: Packed) -> Packed:
-        """Copies a packed weight into its slot of the stack, which the first weight of a group makes."""
-        slot = self._packed.get(name)
-        if slot is None:
-            with _ALLOCATING:
-                if name not in self._slots:
-                    self._slots |= self._room(kernel, name, packed)
-            slot = self._slots[name]
-        if any(to.device != t.device for to, t in zip(slot, packed, strict=True)):
-            return packed  # moved from outside, tensor by tensor: ``bundle`` copies it when it runs
-        for to, t in zip(slot, packed, strict=True):
-            to.copy_(t)
-        return slot
-
-    def _room(self, kernel: StackedKernel, name: str, packed: Packed) -> dict[str, Packed]:
-        """Slots for all weights that one call will multiply together with this one."""
-        named = [routing.Weight(self.kernel_of(n), spec, n) for n, spec in self.specs.items()]
-        group = next(g for g in chain(*routing.groups(named)) if name in g.packed)
-        stack = kernel.stack(packed, group.last - group.first, group.shared)
-        return {n: kernel.slot(stack, *divmod(i, group.shared)) for i, n in enumerate(group.packed)}
+    def _set(self, name: str, keys: tuple[str, ...]) -> None:
+        super()._set(name, keys)
+        if not self._operands[0] and len(self._buffer_names) == len(self.specs):
+            self._operands = self._find_operands()
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Routes ``[T, hidden]`` by ``top_k_index`` and ``top_k_weights`` ``[T, top_k]``; returns ``[T,
         hidden]``.
         """
         if torch.compiler.is_compiling():
-            y: Tensor = torch.ops.quantport.experts(
-                hidden_states, top_k_index, top_k_weights, *self.operands()
-            )
+            run = torch.ops.quantport.experts if self._one_launch else torch.ops.quantport.experts_loop
+            y: Tensor = run(hidden_states, top_k_index, top_k_weights, *self.operands())
             return y
         wants = torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad)
-        tables = self._grouped(Differentiable) if wants else self._kept()
-        return routing.run_experts(hidden_states, top_k_index, top_k_weights, tables, self.activation)
+        packed, multiply = self._group_weights(), ops.run_linear if wants else None
+        return run_experts(hidden_states, top_k_index, top_k_weights, self.layout, packed, multiply)
 
-    def _kept(self) -> routing.Tables:
-        """The groups of the packed weights, made anew when those have moved."""
-        first = self.packed(next(iter(self.specs)))[0]
-        if self._tables is None or self._tables[0] is not first:
-            self._tables = (first, self._grouped(lambda kernel: kernel))
-        tables: routing.Tables = self._tables[1]
-        return tables
+    def _group_weights(self) -> list[GroupWeights]:
+        """The packed weights of each group, gathered anew when a buffer has been exchanged."""
+        buffers = tuple(self._buffers.values())
+        if self._tables is None or not _same(buffers, self._tables[0]):
+            self._tables = buffers, self.layout.weights(*self.operands()[:2])
+        return self._tables[1]
 
-    def _grouped(self, wrap: Callable[[Kernel], Kernel]) -> routing.Tables:
-        weights = [
-            routing.Weight(wrap(self.kernel_of(n)), spec, self.packed(n)) for n, spec in self.specs.items()
-        ]
-        return routing.tables(weights)
+    def operands(self) -> tuple[list[Tensor], list[int], str]:
+        """What the operators are called with after the activations and the routing: the tensors of each
+        group, their number for one stack or one weight of each, and the handle.
+        """
+        keys, sizes = self._operands
+        return [self.get_buffer(key) for key in keys], sizes, self._handle
 
-    def operands(self) -> tuple[list[Tensor], list[int], list[str], list[str], int, int, int, str]:
-        """What ``quantport::experts`` is called with after the activations and the routing."""
-        packed = [self.packed(name) for name in self.specs]
-        sizes, kernels, schemes = [len(packed[0])], [self.kernel.name], [self.gate_up.scheme.name]
-        if self.others:
-            sizes = [len(p) for p in packed]
-            kernels = [self.kernel_of(name).name for name in self.specs]
-            schemes = [spec.scheme.name for spec in self.specs.values()]
-        flat = [t for p in packed for t in p]
-        return (
-            flat,
-            sizes,
-            kernels,
-            schemes,
-            self.num_experts,
-            self.gate_up.k,
-            self.gate_up.n,
-            self.activation,
-        )
+    def _find_operands(self) -> tuple[list[str], list[int]]:
+        names, keys, sizes = list(self.specs), list[str](), list[int]()
+        for group in self.layout.groups:
+            grouped = isinstance(group.bound.kernel, GroupedKernel)
+            each = [self._buffer_names[names[m]] for m in (group.members[:1] if grouped else group.members)]
+            keys += [key for own in each for key in own]
+            sizes.append(len(each[0]))
+        return keys, sizes
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        return {k: v for k, v in state.items() if k not in _OF_LAYOUT}
 
     def extra_repr(self) -> str:
         """Shape, scheme and kernel."""
         kernels = " + ".join(dict.fromkeys(self.kernel_of(name).name for name in self.specs))
         shape = f"{self.num_experts} experts, {self.gate_up.k}, {self.gate_up.n}"
         return f"{shape}, scheme={self.scheme}, kernel={kernels}"
+
+
+def _same(buffers: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> bool:
+    return len(buffers) == len(others) and all(map(is_, buffers, others))
 
 
 def why_not_experts(module: nn.Module) -> str:

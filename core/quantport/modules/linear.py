@@ -11,6 +11,7 @@ from quantport.errors import NoTensorError
 from quantport.kernels.base import Kernel, WeightSpec
 from quantport.modules import ops
 from quantport.modules.base import QuantModule
+from quantport.plugins.registry import Registry
 
 
 class WeightView(NamedTuple):
@@ -44,6 +45,7 @@ class QuantLinear(QuantModule, nn.Linear):
         spec: Scheme and shape.
         bias: ``[n]`` or None; kept as given.
         dtype: Activation dtype that the kernel was chosen for.
+        registry: As for ``QuantModule``.
     """
 
     def __init__(
@@ -52,22 +54,16 @@ class QuantLinear(QuantModule, nn.Linear):
         spec: WeightSpec,
         bias: nn.Parameter | None = None,
         dtype: torch.dtype = torch.bfloat16,
+        registry: Registry | None = None,
     ) -> None:
-        super().__init__(kernel, {"": spec}, "linear", dtype)
+        super().__init__(kernel, {"": spec}, "linear", dtype, registry=registry)
         self.in_features, self.out_features = spec.k, spec.n
         self.spec = spec
         self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``, in the dtype of ``x``."""
-        packed, bias = self.packed(), self._parameters["bias"]
-        if torch.compiler.is_compiling():
-            spec = self.spec
-            y: Tensor = torch.ops.quantport.linear(
-                x, packed, bias, self.kernel.name, spec.scheme.name, spec.n, spec.k
-            )
-            return y
-        return ops.run_linear(self.kernel, x, packed, bias, self.spec)
+        return ops.linear(self.bound[""], x, self.packed(), self._parameters["bias"])
 
     @property
     def weight(self) -> WeightView:  # type: ignore[override]  # of nn.Linear it is a Parameter
@@ -94,6 +90,7 @@ class QuantFused(QuantModule, nn.Linear):
         specs: Name of each projection -> scheme and shape, in the order of the outputs.
         bias: ``[n]`` of all projections, or None; kept as given.
         dtype: Activation dtype that the kernel was chosen for.
+        registry: As for ``QuantModule``.
     """
 
     def __init__(
@@ -102,8 +99,9 @@ class QuantFused(QuantModule, nn.Linear):
         specs: dict[str, WeightSpec],
         bias: nn.Parameter | None = None,
         dtype: torch.dtype = torch.bfloat16,
+        registry: Registry | None = None,
     ) -> None:
-        super().__init__(kernel, specs, "linear", dtype)
+        super().__init__(kernel, specs, "linear", dtype, registry=registry)
         self.in_features, self.out_features = next(iter(specs.values())).k, sum(s.n for s in specs.values())
         self.register_parameter("bias", bias)
 
@@ -111,17 +109,10 @@ class QuantFused(QuantModule, nn.Linear):
         """``[..., in_features]`` to ``[..., out_features]``, in the dtype of ``x``."""
         bias = self._parameters["bias"]
         each = [None] * len(self.specs) if bias is None else bias.split([s.n for s in self.specs.values()])
-        out = []
-        for (name, spec), b in zip(self.specs.items(), each, strict=True):
-            packed = self.packed(name)
-            if torch.compiler.is_compiling():
-                out.append(
-                    torch.ops.quantport.linear(
-                        x, packed, b, self.kernel.name, spec.scheme.name, spec.n, spec.k
-                    )
-                )
-            else:
-                out.append(ops.run_linear(self.kernel, x, packed, b, spec))
+        out = [
+            ops.linear(bound, x, self.packed(name), b)
+            for (name, bound), b in zip(self.bound.items(), each, strict=True)
+        ]
         return torch.cat(out, -1)
 
     @property

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from itertools import groupby
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from quantport.errors import RoutingError, ShapeError
-from quantport.kernels.base import Kernel, WeightSpec
+from quantport.kernels.base import Packed
+from quantport.kernels.grouped import GroupedKernel, loop_over_groups, rotated
+from quantport.modules.expert_layout import ExpertLayout, Group, GroupWeights
+from quantport.modules.handles import BoundWeight
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -19,100 +22,37 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
 }
+Multiply = Callable[[BoundWeight, Tensor, Packed, Tensor | None], Tensor]
 
 
-class Weight(NamedTuple):
-    """One packed weight with its kernel."""
+class Routes(NamedTuple):
+    """Slots, each a token and one of its experts, in the order of their experts.
 
-    kernel: Kernel
-    spec: WeightSpec
-    packed: Any  # ``Packed``, or a name where only the grouping is asked
-
-
-class Group(NamedTuple):
-    """Weights of the experts ``first`` to ``last - 1`` that one call multiplies: ``shared`` for each
-    expert.
+    Attributes:
+        order: The slots ``[S]`` that are multiplied.
+        offsets: int32 ``[experts + 1]``: where each expert starts, and the last one ends at S.
+        bounds: ``offsets`` on the host, or None where the host need not know.
+        nowhere: bool ``[S]``: slots that go nowhere and are multiplied all the same, since the host does not
+            know their number; None where they are left out.
+        wrong: bool ``[S]``: slots of experts that the layer does not have, where neither host nor device
+            refuses them; None where one does.
     """
 
-    kernel: Kernel
-    spec: WeightSpec
-    first: int
-    last: int
-    packed: Sequence[Any]
-    shared: int
-    column: int
+    order: Tensor
+    offsets: Tensor
+    bounds: Sequence[int] | None
+    nowhere: Tensor | None = None
+    wrong: Tensor | None = None
 
 
-class Tables(NamedTuple):
-    """The weights of a layer as groups, ready to run: gate beside up, and down."""
-
-    gate_up: tuple[Group, ...]
-    down: tuple[Group, ...]
-    experts: int
-
-
-def tables(weights: Sequence[Weight]) -> Tables:
-    """Groups gate, up and down of expert 0, then of expert 1, and so on."""
-    gate_up, down = (
-        tuple(g._replace(packed=g.kernel.bundle(g.packed, g.shared)) for g in part)
-        for part in groups(weights)
-    )
-    return Tables(gate_up, down, len(weights) // 3)
-
-
-def groups(weights: Sequence[Weight]) -> tuple[list[Group], list[Group]]:
-    """Groups of gate and up, and of down, with the weights as they are. Where all share a kernel there is one
-    of each.
-    """
-    gate, up, down = (weights[i::3] for i in range(3))
-    return list(_gate_up(gate, up)), list(_runs(down, 0))
-
-
-def _key(weight: Weight) -> tuple[str, WeightSpec]:
-    return weight.kernel.name, weight.spec
-
-
-def _gate_up(gate: Sequence[Weight], up: Sequence[Weight]) -> Iterator[Group]:
-    """One group for gate and up of experts where they share a kernel: their rows are then quantized once."""
-    pairs = list(enumerate(zip(gate, up, strict=True)))
-    for same, run in groupby(pairs, key=lambda item: _key(item[1][0]) == _key(item[1][1])):
-        members = list(run)
-        first = members[0][0]
-        gates, ups = [g for _, (g, _) in members], [u for _, (_, u) in members]
-        if same:
-            yield from _runs([w for pair in zip(gates, ups, strict=True) for w in pair], first, 2)
-        else:
-            yield from _runs(gates, first)
-            yield from _runs(ups, first, column=ups[0].spec.n)
-
-
-def _runs(weights: Sequence[Weight], first: int, shared: int = 1, column: int = 0) -> Iterator[Group]:
-    """Consecutive experts with one kernel and scheme."""
-    start = first
-    for _, run in groupby(weights, key=_key):
-        members = list(run)
-        last = start + len(members) // shared
-        kernel, spec, _ = members[0]
-        yield Group(kernel, spec, start, last, [w.packed for w in members], shared, column)
-        start = last
-
-
-def apply(groups: Sequence[Group], x: Tensor, offsets: Tensor, bounds: Sequence[int], width: int) -> Tensor:
-    """Multiplies rows sorted by expert: ``[T, K]`` to ``[T, width]``."""
-    if len(groups) == 1:
-        only = groups[0]
-        return only.kernel.apply_grouped(x, offsets, only.packed, None, only.spec, only.shared)
-    out = x.new_empty(x.shape[0], width)
-    for group in groups:
-        start, stop = bounds[group.first], bounds[group.last]
-        if start < stop:
-            own = offsets[group.first : group.last + 1] - start
-            y = group.kernel.apply_grouped(x[start:stop], own, group.packed, None, group.spec, group.shared)
-            out[start:stop, group.column : group.column + y.shape[1]] = y
-    return out
-
-
-def run_experts(x: Tensor, index: Tensor, weights: Tensor, layer: Tables, activation: str) -> Tensor:
+def run_experts(
+    x: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    layout: ExpertLayout,
+    packed: Sequence[GroupWeights],
+    multiply: Multiply | None = None,
+) -> Tensor:
     """Computes ``sum_j weights[t, j] * down(act(gate(x[t])) * up(x[t]))`` over the experts ``index[t, j]``.
 
     Args:
@@ -120,70 +60,159 @@ def run_experts(x: Tensor, index: Tensor, weights: Tensor, layer: Tables, activa
         index: int ``[T, top_k]``; an entry below 0, or equal to the number of experts, is a token that
             goes nowhere.
         weights: ``[T, top_k]``.
-        layer: Every weight, grouped.
-        activation: A name in ``ACTIVATIONS``.
+        layout: The layer.
+        packed: The weights of each group of the layout.
+        multiply: How one weight is multiplied, where it must not be the kernel alone.
 
     Returns:
         ``[T, hidden]`` in the dtype of ``x``. The products of a token are added in fp32.
 
     Raises:
-        RoutingError: an entry above the number of experts, or shapes that do not belong together.
+        RoutingError: an entry above the number of experts, or shapes that do not belong together. Where the
+            host does not wait for the device, the former is an assertion of the device; a device that has
+            none gives NaN for the token.
         ShapeError: activations of another width.
     """
+    width, hidden = layout.gate_up[0].bound.spec.n, layout.gate_up[0].bound.spec.k
     if index.shape != weights.shape or index.dim() != 2 or index.shape[0] != x.shape[0]:
         found = f"index {list(index.shape)}, weights {list(weights.shape)}, activations {list(x.shape)}"
         raise RoutingError(
             "route tokens to experts", found, "index and weights [T, top_k] for activations [T, hidden]"
         )
-    if x.shape[-1] != layer.gate_up[0].spec.k:
+    if x.shape[-1] != hidden:
         raise ShapeError(
-            f"run experts on {list(x.shape)}",
-            f"experts of {layer.gate_up[0].spec.k} inputs",
-            "activations of that width",
+            f"run experts on {list(x.shape)}", f"experts of {hidden} inputs", "activations of that width"
         )
-    order, offsets, bounds = _sort(index.reshape(-1), layer.experts)
-    order = order[: bounds[-1]]
-    rows = x[order // index.shape[1]]
-    y = _gated(layer, rows, offsets, activation)
+    on_device = layout.one_launch and multiply is None and not x.is_cpu
+    routes = (_sort_on_device if on_device else _sort)(index.reshape(-1).long(), layout.experts)
+    rows = x[routes.order // index.shape[1]]
+    y = None if multiply else _gated(layout, rows, routes.offsets, packed)
     if y is None:
-        width = layer.gate_up[0].spec.n
-        gate_up = apply(layer.gate_up, rows, offsets, bounds, 2 * width)
-        hidden = ACTIVATIONS[activation](gate_up[:, :width]) * gate_up[:, width:]
-        y = apply(layer.down, hidden, offsets, bounds, x.shape[1])
-    y = y * weights.reshape(-1)[order, None]
-    out = (
-        y.new_empty(index.numel(), x.shape[1])
-        if bounds[-1] == index.numel()
-        else y.new_zeros(index.numel(), x.shape[1])
-    )
-    out[order] = y
-    return out.view(*index.shape, x.shape[1]).sum(1, dtype=torch.float32).to(x.dtype)
+        split = len(layout.gate_up)
+        gate_up = _apply(layout.gate_up, packed[:split], rows, routes, 2 * width, multiply)
+        between = ACTIVATIONS[layout.activation](gate_up[:, :width]) * gate_up[:, width:]
+        y = _apply(layout.down, packed[split:], between, routes, hidden, multiply)
+    y = y * weights.reshape(-1)[routes.order, None]
+    if routes.nowhere is not None:
+        y = y.masked_fill(routes.nowhere[:, None], 0)
+    if routes.wrong is not None:
+        y = y.masked_fill(routes.wrong[:, None], torch.nan)
+    all_slots = routes.order.numel() == index.numel()
+    out = (y.new_empty if all_slots else y.new_zeros)(index.numel(), hidden)
+    out[routes.order] = y
+    return out.view(*index.shape, hidden).sum(1, dtype=torch.float32).to(x.dtype)
 
 
-def _gated(layer: Tables, x: Tensor, offsets: Tensor, activation: str) -> Tensor | None:
+def _gated(layout: ExpertLayout, x: Tensor, offsets: Tensor, packed: Sequence[GroupWeights]) -> Tensor | None:
     """The whole of the experts by a kernel that can do so, or None."""
-    first, last = layer.gate_up[0], layer.down[0]
-    single = len(layer.gate_up) == len(layer.down) == 1 and first.kernel.name == last.kernel.name
-    if not single or first.shared != 2 or first.spec.scheme.rotation or not len(x):
+    first, last = layout.gate_up[0], layout.down[0]
+    kernel = first.bound.kernel
+    if (
+        not layout.one_launch
+        or not isinstance(kernel, GroupedKernel)
+        or kernel.name != last.bound.kernel.name
+    ):
         return None
-    return first.kernel.run_gated(x, offsets, first.packed, last.packed, (first.spec, last.spec), activation)
+    if first.shared != 2 or first.bound.spec.scheme.rotation or not len(x):
+        return None
+    gate_up, down = packed
+    specs = first.bound.spec, last.bound.spec
+    return kernel.run_gated(x, offsets, gate_up, down, specs, layout.activation)  # type: ignore[arg-type]  # stacks
 
 
-def _sort(flat: Tensor, experts: int) -> tuple[Tensor, Tensor, list[int]]:
-    """Slots in the order of their experts, those that go nowhere last; where each expert starts, also on the
-    host.
+def _apply(
+    groups: Sequence[Group],
+    packed: Sequence[GroupWeights],
+    x: Tensor,
+    routes: Routes,
+    width: int,
+    multiply: Multiply | None,
+) -> Tensor:
+    """Multiplies rows sorted by expert: ``[T, K]`` to ``[T, width]``."""
+    if len(groups) == 1:
+        return _one_group(groups[0], packed[0], x, routes.offsets, routes.bounds, multiply)
+    assert routes.bounds is not None  # several groups are several launches, over spans that the host knows
+    out = x.new_empty(x.shape[0], width)
+    for group, weights in zip(groups, packed, strict=True):
+        bounds = routes.bounds[group.first : group.last + 1]
+        start, stop = bounds[0], bounds[-1]
+        if start < stop:
+            own = routes.offsets[group.first : group.last + 1] - start
+            y = _one_group(group, weights, x[start:stop], own, [b - start for b in bounds], multiply)
+            out[start:stop, group.column : group.column + y.shape[1]] = y
+    return out
+
+
+def _one_group(
+    group: Group,
+    weights: GroupWeights,
+    x: Tensor,
+    offsets: Tensor,
+    bounds: Sequence[int] | None,
+    multiply: Multiply | None,
+) -> Tensor:
+    kernel, spec = group.bound.kernel, group.bound.spec
+    if multiply is None and isinstance(kernel, GroupedKernel):
+        return kernel.apply_grouped(x, offsets, weights, None, spec, group.shared)  # type: ignore[arg-type]  # a stack
+    assert bounds is not None  # a loop needs them
+
+    def run(rows: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+        return kernel.run(rows, packed, bias, spec)
+
+    if multiply is None:
+        x = rotated(x, spec)
+    else:
+        run = partial(multiply, group.bound)
+    return loop_over_groups(run, x, bounds, partial(group.weight, weights), None, spec.n, group.shared)
+
+
+@cache
+def _asserts(device_type: str) -> bool:
+    """Whether a device can refuse a tensor by itself."""
+    key = torch._C._dispatch_key_for_device(device_type)
+    return torch._C._dispatch_has_kernel_for_dispatch_key("aten::_assert_async.msg", key)
+
+
+def _sorted(flat: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Slots in the order of their experts, those that go nowhere last; their experts; and, int32
+    ``[experts + 2]``, how many slots lie below each.
+    """
+    flat = torch.where(flat < 0, experts, flat)
+    order = torch.argsort(flat, stable=True)
+    values = flat[order]
+    edges = torch.arange(experts + 2, dtype=values.dtype, device=values.device)
+    return order, values, torch.searchsorted(values, edges, out_int32=True)
+
+
+def _above(experts: int, count: str) -> RoutingError:
+    return RoutingError(
+        f"route tokens to {experts} experts",
+        f"{count} above it",
+        f"0 to {experts - 1}; -1 or {experts} for nowhere",
+    )
+
+
+def _sort(flat: Tensor, experts: int) -> Routes:
+    """Routes that the host knows: the one time that it waits for an accelerator.
 
     Raises:
         RoutingError: an entry is above the number of experts.
     """
-    flat = torch.where(flat < 0, experts, flat.clamp(max=experts + 1))
-    order = torch.argsort(flat, stable=True)
-    counts = torch.bincount(flat, minlength=experts + 2)
-    offsets = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
-    bounds = offsets.tolist()  # the one time that the host waits for the device
-    if bounds[-1] != bounds[-2]:
-        found = f"{bounds[-1] - bounds[-2]} entries above it"
-        raise RoutingError(
-            f"route tokens to {experts} experts", found, f"0 to {experts - 1}; -1 or {experts} for nowhere"
-        )
-    return order, offsets[: experts + 1].to(torch.int32), bounds[: experts + 1]
+    order, _, below = _sorted(flat, experts)
+    bounds: list[int] = below.tolist()
+    if bounds[-1] != flat.numel():
+        raise _above(experts, f"{flat.numel() - bounds[-1]} entries")
+    return Routes(order[: bounds[experts]], below[: experts + 1], bounds[: experts + 1])
+
+
+def _sort_on_device(flat: Tensor, experts: int) -> Routes:
+    """Routes that only the device knows. Slots that go nowhere count as the last expert's: no shape depends
+    on their number.
+    """
+    asserts = _asserts(flat.device.type)
+    if asserts:
+        torch._assert_async((flat <= experts).all(), str(_above(experts, "an entry")))
+    order, values, below = _sorted(flat, experts)
+    offsets = below[: experts + 1]
+    offsets[experts:].fill_(flat.numel())
+    return Routes(order, offsets, None, values >= experts, None if asserts else values > experts)

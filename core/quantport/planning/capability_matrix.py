@@ -51,7 +51,7 @@ def matrix(
         scheme: Only this scheme.
         device: Only this device: a kind, ``kind:arch``, or ``auto`` for the one found.
         layer: ``linear`` or ``moe``; both by default.
-        registry: Where backends and schemes are registered; the one of this process by default.
+        registry: Where backends and schemes come from; by default that of the process.
 
     Returns:
         One cell for each scheme, architecture and layer kind, for a weight of 4096 x 4096 and one row.

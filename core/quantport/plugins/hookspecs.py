@@ -1,20 +1,33 @@
-"""The manual for authors: every hook that quantport calls.
+"""The manual for authors: every hook that quantport calls, in the order in which it calls them.
 
 A plugin is a module with functions marked ``@quantport.backend.hookimpl``, published under the entry-point
-group ``quantport.backends`` (devices) or ``quantport.plugins`` (schemes). A plugin that fails is set aside,
-by name and reason: one warning, and a row in ``quantport doctor``. It never stops the others.
+group ``quantport.backends`` (devices) or ``quantport.plugins`` (everything else). A plugin of the first
+group must bring a backend; either may implement any hook. Hooks take no arguments.
+
+When: a registry imports every plugin and calls its hooks once, when the registry is made: that of the
+process at the first use of quantport, not at its import. The plugins of quantport itself come first, then
+others by group and name, so that nobody can take the name of what quantport brings.
+
+Exceptions: a plugin that raises while it is imported or in a hook, returns something else than its hook
+says, or brings a name that is taken, is set aside as a whole, by name and reason: one warning, a row in
+``quantport doctor``, and nothing of it is registered. It never stops the others. The same goes for a
+function called ``quantport_...`` that is no hook, or is not marked. An ``optionalhook`` of another version
+is let pass. Hooks are asked plugin by plugin, so there is nothing to wrap or to order: ``wrapper``,
+``hookwrapper``, ``tryfirst`` and ``trylast`` are refused.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import pluggy
 from torch import Tensor
 
+from quantport.checkpoint.format import CheckpointFormat
 from quantport.device import Arch, Device
 from quantport.kernels.base import Kernel, StoredWeight
+from quantport.numerics.solvers import Solver
 from quantport.scheme import Scheme
 
 hookspec = pluggy.HookspecMarker("quantport")
@@ -70,13 +83,59 @@ class Backend(ABC):
         return ()
 
 
+# --------------------------------------------------------------------------------
+# Devices
+# --------------------------------------------------------------------------------
+
+
 @hookspec
 def quantport_backend() -> Backend:  # type: ignore[empty-body]  # a specification: pluggy calls the implementations
-    """Returns the backend of this plugin. Called once; detection happens later, when somebody asks for
-    devices.
+    """Returns the backend of this plugin.
+
+    Called once, when the registry is made; it must be quick and look for nothing. ``detect`` is called once,
+    when somebody first asks for devices, and ``kernels`` once, when somebody first plans. An exception in
+    either is a row in ``quantport doctor`` and an empty answer. Kinds and kernel names are unique over all
+    backends.
     """
+
+
+# --------------------------------------------------------------------------------
+# Numbers
+# --------------------------------------------------------------------------------
 
 
 @hookspec
 def quantport_schemes() -> Sequence[Scheme]:  # type: ignore[empty-body]  # a specification, as above
-    """Returns additional schemes. A name or an alias that is taken sets the whole plugin aside."""
+    """Returns additional schemes. Called once, when the registry is made. Names and aliases are unique."""
+
+
+@hookspec
+def quantport_solvers() -> Sequence[Solver]:  # type: ignore[empty-body]  # a specification, as above
+    """Returns additional solvers, which find codes and scales of weights. Called once, when the registry is
+    made. Names are unique.
+    """
+
+
+# --------------------------------------------------------------------------------
+# Checkpoints
+# --------------------------------------------------------------------------------
+
+
+@hookspec
+def quantport_checkpoint_formats() -> Sequence[CheckpointFormat]:  # type: ignore[empty-body]  # a specification, as above
+    """Returns additional formats of checkpoints. Called once, when the registry is made. Names are unique."""
+
+
+# --------------------------------------------------------------------------------
+# The command line
+# --------------------------------------------------------------------------------
+
+
+@hookspec
+def quantport_commands() -> Mapping[str, Callable[..., None]]:  # type: ignore[empty-body]  # a specification, as above
+    """Returns additional commands: name -> function, with parameters as typer takes them.
+
+    Called once, when the registry is made: at every start of the command line where plugins are installed,
+    so the functions should import what they need when they run. The names of the commands of quantport itself
+    are taken.
+    """

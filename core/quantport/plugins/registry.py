@@ -1,27 +1,37 @@
-"""Finds rooms and plugins once, through entry points; sets broken ones aside, by name and reason."""
+"""Finds plugins once, through entry points; sets broken ones aside, by name and reason."""
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
+from secrets import token_hex
 from typing import Any
 
 import pluggy
 import torch
 
+from quantport.checkpoint.format import CheckpointFormat
 from quantport.device import Device
 from quantport.errors import BackendError, ConfigError, DeviceError, did_you_mean, one_of
-from quantport.kernels import aten
 from quantport.kernels.base import Kernel
+from quantport.numerics.solvers import Solver
 from quantport.plugins import hookspecs
+from quantport.plugins.check_plugin import (
+    called,
+    check_backend,
+    check_kernels,
+    commands,
+    named,
+    register,
+)
+from quantport.plugins.entry_points import BACKENDS, PLUGINS, installed, is_builtin
 from quantport.plugins.hookspecs import Backend
 from quantport.plugins.once import once, once_property
+from quantport.scheme import Scheme
 from quantport.scheme.catalog import BUILTIN, Schemes
-
-GROUPS = ("quantport.backends", "quantport.plugins")
 
 
 @dataclass(frozen=True)
@@ -34,29 +44,46 @@ class Problem:
 
 
 class Registry:
-    """The rooms and plugins of one process.
+    """What plugins bring: the backends, schemes, solvers, checkpoint formats and commands of one process.
 
     Args:
         points: Entry points to load; the installed ones by default.
         only: Names to restrict the backends to; ``QUANTPORT_BACKENDS`` (comma-separated) by default.
+
+    Attributes:
+        problems: Plugins that were set aside, and detections that failed.
+        backends: Kind of device -> backend.
+        schemes: Those of quantport and of plugins.
+        solvers: Name -> solver of a plugin.
+        formats: Name -> checkpoint format of a plugin.
+        commands: Name -> command of a plugin.
+        token: Tells this registry from others in handles of operators.
     """
 
     def __init__(self, points: Iterable[EntryPoint] | None = None, only: Iterable[str] | None = None) -> None:
         self.problems: list[Problem] = []
         self.backends: dict[str, Backend] = {}
-        self._names: dict[str, str] = {}
         self.schemes = BUILTIN
+        self.solvers: dict[str, Solver] = {}
+        self.formats: dict[str, CheckpointFormat] = {}
+        self.commands: dict[str, Callable[..., None]] = {}
+        self.token = token_hex(4)
+        self._names: dict[str, str] = {}
         self._manager = pluggy.PluginManager("quantport")
         self._manager.add_hookspecs(hookspecs)
-        found = (
-            [(p.group, p) for g in GROUPS for p in entry_points(group=g)]
-            if points is None
-            else [(p.group, p) for p in points]
-        )
-        allowed = _allowed(only, {p.name for g, p in found if g == GROUPS[0]})
-        for group, point in sorted(found, key=lambda item: (item[0], item[1].name, item[1].value)):
-            if group == GROUPS[1] or allowed is None or point.name in allowed:
+        plugins = installed() if points is None else list(points)
+        allowed = _allowed(only, {p.name for p in plugins if p.group == BACKENDS})
+        for point in sorted(plugins, key=lambda p: (not is_builtin(p), p.group, p.name, p.value)):
+            if point.group == PLUGINS or allowed is None or point.name in allowed:
                 self._try(point.name, "import", self._load, point)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Registry:
+        """Itself: a copy of a module finds its kernels where the module does."""
+        return self
+
+    def __reduce__(self) -> tuple[Callable[[], Registry], tuple[()]]:
+        """Pickles as the registry of the process that reads it: a pickled module names its kernels."""
+        return default_registry, ()
 
     def _try(self, plugin: str, stage: str, call: Any, *args: Any) -> Any:
         try:
@@ -78,51 +105,40 @@ class Registry:
                 f"a plugin of this name is loaded already: {self._manager.get_plugin(point.name)!r}",
                 "rename one of the two entry points, or uninstall one package",
             )
-        self._manager.register(point.load(), point.name)
+        plugin = point.load()
         try:
+            register(self._manager, plugin, point.name)
             self._accept(point)
         except Exception:
-            self._manager.unregister(name=point.name)
+            if self._manager.has_plugin(point.name):
+                self._manager.unregister(name=point.name)
             raise
 
     def _accept(self, point: EntryPoint) -> None:
-        backends = self._call("quantport_backend", point.name)
-        schemes = [s for added in self._call("quantport_schemes", point.name) for s in added]
-        merged = Schemes((*self.schemes.values(), *schemes))
-        if point.group == GROUPS[0] and not backends:
+        """Takes all that a plugin brings, or raises before any of it is taken."""
+        name = point.name
+        backends = called(self._manager, "quantport_backend", name)
+        if point.group == BACKENDS and not backends:
             raise BackendError(
-                f"load backend {point.name!r}", "no quantport_backend hook in it", "mark one with @hookimpl"
+                f"load backend {name!r}", "no quantport_backend hook in it", "mark one with @hookimpl"
             )
         for backend in backends:
-            self._check(point, backend)
-            self.backends[backend.kind] = backend
-            self._names[backend.kind] = point.name
+            check_backend(name, backend, self.backends)
+        schemes = called(self._manager, "quantport_schemes", name)
+        solvers = named(name, called(self._manager, "quantport_solvers", name), Solver, self.solvers)
+        merged = Schemes(
+            (*self.schemes.values(), *(s for some in schemes for s in some)),
+            (*self.solvers.values(), *solvers.values()),
+        )
+        answers = called(self._manager, "quantport_checkpoint_formats", name)
+        formats = named(name, answers, CheckpointFormat, self.formats)
+        new = commands(name, called(self._manager, "quantport_commands", name), self.commands)
         self.schemes = merged
-
-    def _call(self, hook: str, plugin: str) -> list[Any]:
-        caller = getattr(self._manager.hook, hook)
-        return [impl.function() for impl in caller.get_hookimpls() if impl.plugin_name == plugin]
-
-    def _check(self, point: EntryPoint, backend: object) -> None:
-        if not isinstance(backend, Backend):
-            raise BackendError(
-                f"load backend {point.name!r}",
-                f"its hook returned {backend!r}",
-                "a quantport.backend.Backend",
-            )
-        lacking = [a for a in ("kind", "torch_type", "archs") if not hasattr(backend, a)]
-        if lacking:
-            raise BackendError(
-                f"load backend {point.name!r}",
-                f"it lacks {', '.join(lacking)}",
-                "see quantport.plugins.hookspecs.Backend",
-            )
-        if backend.kind in self.backends:
-            raise BackendError(
-                f"load backend {point.name!r} for devices of kind {backend.kind!r}",
-                f"{type(self.backends[backend.kind]).__module__} serves this kind already",
-                "give the new backend a kind of its own, or restrict with QUANTPORT_BACKENDS",
-            )
+        self.solvers, self.formats = self.solvers | solvers, self.formats | formats
+        self.commands = self.commands | new
+        for backend in backends:
+            self.backends[backend.kind] = backend
+            self._names[backend.kind] = name
 
     @once_property
     def devices(self) -> tuple[Device, ...]:
@@ -138,17 +154,9 @@ class Registry:
         owners: dict[str, Kernel] = {}
         for kind, backend in self.backends.items():
             kernels = self._ask(backend, "kernels", backend.kernels, Kernel)
-            for kernel in kernels:
-                owner = owners.setdefault(kernel.name, kernel)
-                shared = type(kernel) is type(owner) and type(kernel).__module__ == aten.__name__
-                if owner is not kernel and not shared:
-                    self._set_aside(
-                        self._plugin(backend),
-                        "kernels",
-                        f"kernel name {kernel.name!r} is taken by {type(owner)!r}",
-                    )
-                    kernels = tuple(k for k in kernels if k is not kernel)
-            out[kind] = kernels
+            own = self._try(self._plugin(backend), "kernels", check_kernels, kind, kernels, owners)
+            out[kind] = kernels if own is not None else ()
+            owners |= own or {}
         return out
 
     def _plugin(self, backend: Backend) -> str:
@@ -180,10 +188,22 @@ class Registry:
         Raises:
             BackendError: no loaded backend has it.
         """
-        table = {k.name: k for kernels in self._kernels.values() for k in kernels}
+        table = self._by_name()
         if name not in table:
             raise BackendError(f"kernel {name!r}", "no loaded backend has it", one_of(name, table))
         return table[name]
+
+    def identifies(self, kernel: Kernel, scheme: Scheme) -> bool:
+        """Whether the names of a kernel and a scheme find the same ones here."""
+        known = self._by_name().get(kernel.name)
+        return (
+            type(known) is type(kernel)
+            and scheme.name in self.schemes
+            and self.schemes[scheme.name] == scheme
+        )
+
+    def _by_name(self) -> dict[str, Kernel]:
+        return {k.name: k for kernels in self._kernels.values() for k in kernels}
 
     def device(self, asked: str | torch.device | Device = "auto") -> Device:
         """Resolves a device: ``auto``, ``kind``, ``kind:index``, ``kind:arch`` (simulated, for planning), or
@@ -268,7 +288,7 @@ def _allowed(only: Iterable[str] | None, known: set[str]) -> set[str] | None:
 
 @once
 def default_registry() -> Registry:
-    """The host of this process, made at first use."""
+    """The registry of this process, made at first use."""
     return Registry()
 
 

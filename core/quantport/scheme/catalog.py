@@ -11,6 +11,8 @@ from quantport.scheme import Quant, Scheme, Solver
 from quantport.scheme.formats import FORMATS
 from quantport.scheme.scheme import OPTIONS
 
+_REMEMBERED = 1024  # names with options; there are endless ways to spell one
+
 
 class Schemes(Mapping[str, Scheme]):
     """A read-only table of schemes. Look-up understands aliases, and options after colons (``mxfp4:floor``,
@@ -29,6 +31,7 @@ class Schemes(Mapping[str, Scheme]):
         self._schemes: dict[str, Scheme] = {}
         self.solvers = _by_name(solvers)
         self._alias: dict[str, str] = {}
+        self._with_options: dict[str, Scheme] = {}  # of names that were looked up
         for scheme in schemes:
             for name in (scheme.name, *scheme.aliases):
                 if name in self._alias:
@@ -41,6 +44,9 @@ class Schemes(Mapping[str, Scheme]):
             self._schemes[scheme.name] = scheme
 
     def __getitem__(self, name: str | Scheme) -> Scheme:
+        known = self._with_options.get(name) if isinstance(name, str) else None
+        if known is not None:
+            return known
         name = name.name if isinstance(name, Scheme) else name
         base, *options = name.split(":") if isinstance(name, str) else [name]
         try:
@@ -51,6 +57,8 @@ class Schemes(Mapping[str, Scheme]):
         for option in options:
             solver = self.solvers.get(option)
             scheme = scheme.option(option) if solver is None else scheme.solved_by(solver)
+        if len(self._with_options) < _REMEMBERED:
+            self._with_options[name] = scheme
         return scheme
 
     def __contains__(self, name: object) -> bool:

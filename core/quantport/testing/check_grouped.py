@@ -1,4 +1,6 @@
-"""Checks of ``Kernel.run_grouped``: groups of no, few and many rows, one weight or two for the same rows."""
+"""Checks of groups of rows by weights of their own: no, few and many rows, one weight or two for the same
+rows.
+"""
 
 from __future__ import annotations
 

@@ -53,7 +53,9 @@ def check_op(subject: Subject, kernel: Kernel, scheme: Scheme, layer: str) -> No
         raise NotHere(
             f"{kernel.name} packs into an opaque layout, which opcheck cannot hash; check_compile runs it"
         )
-    op = getattr(torch.ops.quantport, layer if layer == "linear" else "experts").default
+    loops = isinstance(module, QuantExperts) and not module.layout.one_launch
+    name = "linear" if layer == "linear" else "experts_loop" if loops else "experts"
+    op = getattr(torch.ops.quantport, name).default
     results = torch.library.opcheck(op, args, raise_exception=False)
     findings = [f"{name}: {result}" for name, result in results.items() if result != "SUCCESS"]
     subject.conclude(f"opcheck of {op} with {kernel.name} and {scheme.name}", len(results), findings)
@@ -63,13 +65,4 @@ def op_arguments(module: QuantModule, given: tuple[torch.Tensor, ...]) -> tuple[
     """The arguments with which a module calls its operator."""
     if isinstance(module, QuantExperts):
         return (*given, *module.operands())
-    spec = module.specs[""]
-    return (
-        *given,
-        module._packed[""],
-        module._parameters["bias"],
-        module.kernel.name,
-        module.scheme,
-        spec.n,
-        spec.k,
-    )
+    return (*given, module.packed(), module._parameters["bias"], module.bound[""].handle)

@@ -16,8 +16,9 @@ import torch
 from quantport.device import Device
 from quantport.kernels.base import Kernel, Request, WeightSpec
 from quantport.kernels.verdict import Accepted
+from quantport.plugins.entry_points import BACKENDS
 from quantport.plugins.hookspecs import Backend, hookimpl
-from quantport.plugins.registry import GROUPS, Registry, default_registry
+from quantport.plugins.registry import Registry, default_registry
 from quantport.scheme import Scheme
 from quantport.scheme.catalog import BUILTIN
 from quantport.testing import cases
@@ -45,7 +46,8 @@ class _Point:
 
     name: str
     backend: Backend
-    group: str = GROUPS[0]
+    group: str = BACKENDS
+    dist: None = None
     value: str = "alone"
 
     def load(self) -> ModuleType:
@@ -56,7 +58,7 @@ class _Point:
 
 
 def alone(backend: Backend) -> Registry:
-    """A host that holds one backend, installed or not, and nothing that earlier questions have left."""
+    """A registry that holds one backend, installed or not, and nothing that earlier questions have left."""
     return Registry(points=(cast(EntryPoint, _Point(backend.kind, backend)),), only=())
 
 
@@ -65,7 +67,7 @@ class Subject:
     """A backend under test.
 
     Attributes:
-        hosted: The host that holds it.
+        registry: What holds it.
         kind: Kind of its devices.
         stand_in: Where kernels run when no device of the kind is here; None for nowhere.
         schemes: The schemes to ask about.

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from quantport import numerics
-from quantport.kernels.base import Kernel, Request, WeightSpec
+from quantport.kernels.base import Request, WeightSpec
+from quantport.kernels.grouped import loop_over_groups
 from quantport.plugins.registry import default_registry
 from quantport_cpu.kernels import fp8, int4, int8
 from quantport_cpu.kernels.base import CpuGrouped, Few, by_group, jobs_of
@@ -41,8 +42,17 @@ def test_one_launch_equals_the_loop(kernel, name, shape, monkeypatch):
         offsets = torch.tensor((0, *COUNTS[:groups])).cumsum(0).int()
         x = torch.randn(int(offsets[-1]), spec.k).bfloat16()
         for shared in (1, 2):
-            found = kernel.run_grouped(x, offsets, packed[: groups * shared], None, spec, shared)
-            expected = Kernel.run_grouped(kernel, x, offsets, packed[: groups * shared], None, spec, shared)
+            stack = kernel.prepare_grouped(packed[: groups * shared], shared)
+            found = kernel.run_grouped(x, offsets, stack, None, spec, shared)
+            expected = loop_over_groups(
+                lambda rows, weight, bias: kernel.run(rows, weight, bias, spec),
+                x,
+                offsets.tolist(),
+                lambda g, j, shared=shared: packed[shared * g + j],
+                None,
+                spec.n,
+                shared,
+            )
             assert found.shape == expected.shape
             assert found.dtype == x.dtype
             assert (
@@ -56,9 +66,8 @@ def test_without_compiled_code_it_is_the_loop(monkeypatch):
     monkeypatch.setattr(CpuGrouped, "few", lambda *args: pytest.fail("launched"))
     spec, kernel = WeightSpec(default_registry().schemes["int8"], 32, 64), int8.CpuInt8()
     packed = [numerics.quantize_weight(torch.randn(32, 64).bfloat16(), spec.scheme) for _ in range(2)]
-    y = kernel.run_grouped(
-        torch.ones(3, 64).bfloat16(), torch.tensor([0, 1, 3]), [tuple(p.values()) for p in packed], None, spec
-    )
+    stack = kernel.prepare_grouped([tuple(p.values()) for p in packed])
+    y = kernel.run_grouped(torch.ones(3, 64).bfloat16(), torch.tensor([0, 1, 3]), stack, None, spec)
     assert y.shape == (3, 32)
 
 
@@ -68,5 +77,6 @@ def test_jobs_and_scales():
         [(0, 1, 0, 0), (0, 1, 1, 10), (1, 4, 2, 0), (1, 4, 3, 10)],
         [6, 7, 10, 11],
     )
-    lines = by_group([torch.full((2, 1), float(i)) for i in range(4)], groups)
-    assert lines.tolist() == [[0, 0, 1, 1], *[[2, 2, 3, 3]] * 3]
+    scales = torch.arange(12.0).view(6, 2, 1, 1)
+    lines = by_group(scales, [6, 7, 10, 11], groups, 2)
+    assert lines.tolist() == [[6, 6, 7, 7], *[[10, 10, 11, 11]] * 3]

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from quantport import numerics
 from quantport.kernels import aten
 from quantport.kernels.base import Kernel, Packed, Request, StoredWeight, WeightSpec
+from quantport.kernels.grouped import GroupedKernel, loop_over_groups
 from quantport.kernels.verdict import Claim, Reason
 from quantport.modules import QuantModule
 from quantport.scheme import Scheme
@@ -109,12 +111,13 @@ LATE = (
 )  # in the names of kernels that add a bias to the rounded product, which is rounded again
 
 
-class Declared(aten.Reference):
+class Declared(GroupedKernel, aten.Reference):
     """What a kernel of the room must compute, on the host, from weights that another kernel has packed."""
 
     def __init__(self, kernel: Kernel, packer: Kernel) -> None:
         self.kernel, self.packer = kernel, packer
         self.linear = DECLARED.get(kernel.name, scheme)
+        self.stacks: Any = packer if isinstance(packer, GroupedKernel) else super()
         self.stored: dict[int, tuple[Packed, StoredWeight]] = {}
 
     def pack(self, stored_weight: StoredWeight, spec: WeightSpec) -> Packed:
@@ -140,12 +143,37 @@ class Declared(aten.Reference):
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
         return self.product(x, packed, bias, spec, x.dtype)
 
+    def run_grouped(
+        self,
+        x: Tensor,
+        offsets: Tensor,
+        stack: Packed,
+        bias: Tensor | None,
+        spec: WeightSpec,
+        shared: int = 1,
+    ) -> Tensor:
+        return loop_over_groups(
+            lambda rows, packed, part: self.run(rows, packed, part, spec),
+            x,
+            offsets.tolist(),
+            lambda g, j: self.expert_view(stack, g, j),
+            bias,
+            spec.n,
+            shared,
+        )
+
+    def allocate(self, packed: Packed, groups: int, shared: int) -> Packed:
+        return self.stacks.allocate(packed, groups, shared)
+
+    def expert_view(self, stack: Packed, group: int, which: int) -> Packed:
+        return self.stacks.expert_view(stack, group, which)
+
     def run_gated(
         self,
         x: Tensor,
         offsets: Tensor,
-        gate_up: Sequence[Packed],
-        down: Sequence[Packed],
+        gate_up: Packed,
+        down: Packed,
         specs: tuple[WeightSpec, WeightSpec],
         activation: str,
     ) -> Tensor:
@@ -153,14 +181,15 @@ class Declared(aten.Reference):
         SwiGLU.
         """
         y, exact = torch.empty_like(x), torch.float32
-        for i, second in enumerate(down):
+        for i in range(offsets.numel() - 1):
             rows = slice(int(offsets[i]), int(offsets[i + 1]))
             if rows.start < rows.stop:
                 gate, up = (
-                    self.product(x[rows], packed, None, specs[0], exact)
-                    for packed in gate_up[2 * i : 2 * i + 2]
+                    self.product(x[rows], self.expert_view(gate_up, i, j), None, specs[0], exact)
+                    for j in range(2)
                 )
-                y[rows] = self.product(nn.functional.silu(gate) * up, second, None, specs[1], x.dtype)
+                second, between = self.expert_view(down, i, 0), nn.functional.silu(gate) * up
+                y[rows] = self.product(between, second, None, specs[1], x.dtype)
         return y
 
 
@@ -183,9 +212,9 @@ class Checked(Kernel):
         """That of the kernel."""
         return self.kernel.claim(request)
 
-    def bundle(self, packed: Sequence[Packed], shared: int = 1) -> Sequence[Packed]:
-        """For the kernel, and for the reference."""
-        return Both(self.kernel.bundle(packed, shared), packed)
+    def unpack(self, packed: Packed, spec: WeightSpec) -> StoredWeight:
+        """As the kernel packed them."""
+        return self.kernel.unpack(packed, spec)
 
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
         """The kernel's own result."""
@@ -193,26 +222,43 @@ class Checked(Kernel):
             self.kernel.run(x, packed, bias, spec), self.reference.run(x.cpu(), packed, _host(bias), spec)
         )
 
+    def _same(self, y: Tensor, told: Tensor) -> Tensor:
+        self.errors.append(cases.relative_error(y, told))
+        return y
+
+
+class CheckedGroups(GroupedKernel, Checked):
+    """The same, of a kernel with one launch for all groups."""
+
+    kernel: GroupedKernel
+
+    def allocate(self, packed: Packed, groups: int, shared: int) -> Packed:
+        """As the kernel."""
+        return self.kernel.allocate(packed, groups, shared)
+
+    def expert_view(self, stack: Packed, group: int, which: int) -> Packed:
+        """As the kernel."""
+        return self.kernel.expert_view(stack, group, which)
+
     def run_grouped(
         self,
         x: Tensor,
         offsets: Tensor,
-        packed: Sequence[Packed],
+        stack: Packed,
         bias: Tensor | None,
         spec: WeightSpec,
         shared: int = 1,
     ) -> Tensor:
         """The kernel's own result."""
-        assert isinstance(packed, Both)
-        told = self.reference.run_grouped(x.cpu(), offsets.cpu(), packed.single, _host(bias), spec, shared)
-        return self._same(self.kernel.run_grouped(x, offsets, packed, bias, spec, shared), told)
+        told = self.reference.run_grouped(x.cpu(), offsets.cpu(), stack, _host(bias), spec, shared)
+        return self._same(self.kernel.run_grouped(x, offsets, stack, bias, spec, shared), told)
 
     def run_gated(
         self,
         x: Tensor,
         offsets: Tensor,
-        gate_up: Sequence[Packed],
-        down: Sequence[Packed],
+        gate_up: Packed,
+        down: Packed,
         specs: tuple[WeightSpec, WeightSpec],
         activation: str,
     ) -> Tensor | None:
@@ -220,32 +266,8 @@ class Checked(Kernel):
         y = self.kernel.run_gated(x, offsets, gate_up, down, specs, activation)
         if y is None:
             return None
-        assert isinstance(gate_up, Both)
-        assert isinstance(down, Both)
-        return self._same(
-            y,
-            self.reference.run_gated(x.cpu(), offsets.cpu(), gate_up.single, down.single, specs, activation),
-        )
-
-    def _same(self, y: Tensor, told: Tensor) -> Tensor:
-        self.errors.append(cases.relative_error(y, told))
-        return y
-
-
-class Both(tuple[Packed, ...]):
-    """What a kernel made of the weights of experts, and those weights one by one.
-
-    Attributes:
-        single: The weights.
-    """
-
-    single: Sequence[Packed]
-
-    def __new__(cls, bundle: Sequence[Packed], single: Sequence[Packed]) -> Both:
-        """Of what ``Kernel.bundle`` gave."""
-        made = super().__new__(cls, bundle)
-        made.single = single
-        return made
+        told = self.reference.run_gated(x.cpu(), offsets.cpu(), gate_up, down, specs, activation)
+        return self._same(y, told)
 
 
 def _host(bias: Tensor | None) -> Tensor | None:
@@ -257,27 +279,24 @@ def modules(model: nn.Module) -> dict[str, QuantModule]:
     return {name: m for name, m in model.named_modules() if isinstance(m, QuantModule)}
 
 
-def exchange(module: QuantModule, kernel: Kernel) -> None:
-    """Exchanges the kernel of a module for another, which reads the same packed weights."""
-    assert not module.others
-    module.kernel, module._tables = kernel, None
-
-
 def as_declared(model: nn.Module, like: nn.Module) -> None:
     """Makes a model on the host compute what the kernels of the same model on an NPU declare."""
     kernels = {name: module.kernel for name, module in modules(like).items()}
     for name, module in modules(model).items():
-        kernel = Declared(kernels[name], module.kernel)
+        kernel = Declared(kernels[name], aten.Reference())
         gates = getattr(kernels[name], "gates", None)
         if gates is None or family() != "A5" or not gates(next(iter(module.specs.values()))):
             kernel.run_gated = lambda *given: None  # type: ignore[method-assign]  # it has no such launch here
-        exchange(module, kernel)
+        assert not module.others
+        module.repack(kernel)
 
 
 def check_each(model: nn.Module) -> list[Checked]:
     """Compares every product of a model on an NPU from now on."""
     checked = []
     for module in modules(model).values():
-        checked.append(Checked(module.kernel))
-        exchange(module, checked[-1])
+        grouped = isinstance(module.kernel, GroupedKernel)
+        checked.append((CheckedGroups if grouped else Checked)(module.kernel))
+        assert not module.others
+        module.bind(checked[-1], {})
     return checked

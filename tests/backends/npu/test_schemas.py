@@ -178,5 +178,7 @@ def test_the_launch_with_swiglu_is_taken_or_left_out(build, name, monkeypatch):
     specs = WeightSpec(scheme, N, K), WeightSpec(scheme, N, N)
     up, down = (kernel.pack(numerics.quantize_weight(cases.plain(s.n, s.k), scheme), s) for s in specs)
     x, offsets = cases.activations(M, K, torch.bfloat16), torch.tensor([0, M], dtype=torch.int32)
-    y = kernel.run_gated(x, offsets, kernel.bundle([up, up], 2), kernel.bundle([down]), specs, "silu")
+    y = kernel.run_gated(
+        x, offsets, kernel.prepare_grouped([up, up], 2), kernel.prepare_grouped([down]), specs, "silu"
+    )
     assert (y is None) if build == "2.8.0" else y.shape == (M, N)

@@ -94,7 +94,9 @@ def bind(model: nn.Module, plan: Plan) -> dict[str, QuantModule]:
     new: dict[str, QuantModule] = {}
     where = plan.device.torch_type
     for path, steps in by_module(plan.steps, place).items():
-        module = new[path] = make_module(steps, model.get_submodule(path), plan.device.arch.compute)
+        module = new[path] = make_module(
+            steps, model.get_submodule(path), plan.device.arch.compute, default_registry()
+        )
         for name, spec in module.specs.items():
             layout = spec.scheme.layout(spec.n, spec.k)
             module.set_weight(
@@ -134,7 +136,8 @@ def answers(model: nn.Module, dtype: torch.dtype, where: str) -> Iterator[tuple[
 
 
 def as_compiled(self: QuantExperts, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    y: Tensor = torch.ops.quantport.experts(x, index, weights, *self.operands())
+    run = torch.ops.quantport.experts if self.layout.one_launch else torch.ops.quantport.experts_loop
+    y: Tensor = run(x, index, weights, *self.operands())
     return y
 
 

@@ -31,6 +31,6 @@ def available() -> str:
         return f"numba cannot be imported: {error}"
     if getattr(config, "DISABLE_JIT", 0):
         return "NUMBA_DISABLE_JIT is set"
-    from quantport_cpu.jit.target import default_registry
+    from quantport_cpu.jit.target import host_target
 
-    return default_registry().missing
+    return host_target().missing

@@ -17,7 +17,7 @@ from llvmlite import ir  # llvmlite has no types
 from numba.core import types
 from numba.extending import intrinsic
 
-from quantport_cpu.jit.target import Target, default_registry
+from quantport_cpu.jit.target import Target, host_target
 
 cgutils: Any = numba.core.cgutils
 Value = Any  # an llvmlite value
@@ -44,7 +44,7 @@ def inline(returns: Any, *literal: int) -> Callable[[Callable[..., Value]], Any]
 
             def generate(context: Any, builder: Any, typed: Any, values: Sequence[Value]) -> Value:
                 given = [args[i].literal_value if i in literal else v for i, v in enumerate(values)]
-                out = emit(Simd(builder, default_registry()), *given)
+                out = emit(Simd(builder, host_target()), *given)
                 return context.get_dummy_value() if returns is types.void else out
 
             return returns(*wanted), generate

@@ -23,7 +23,7 @@ from quantport.backend import once
 from quantport_cpu.jit import machine, store
 from quantport_cpu.jit.emit import I64, Simd, Value, inline
 from quantport_cpu.jit.memory import Array, has_memory
-from quantport_cpu.jit.target import default_registry
+from quantport_cpu.jit.target import host_target
 
 SIZE = 16  # words of a frame
 SMALL = 1 << 18  # elements under which one thread is enough
@@ -56,7 +56,7 @@ class Kernel:
         )
 
     def _load(self) -> tuple[Any, int, Callable[[int], None]]:
-        name = store.key(self.body, default_registry())
+        name = store.key(self.body, host_target())
         code = store.read(name)
         if code is None:
             code = machine.compiled(machine.assembly(self.body))

@@ -14,7 +14,7 @@ from typing import Any
 import llvmlite.binding as llvm
 import numba
 
-from quantport_cpu.jit.target import default_registry
+from quantport_cpu.jit.target import host_target
 
 ENTRY = "kernel"
 RUNTIME = ("memcpy", "memmove", "memset")
@@ -23,7 +23,7 @@ RUNTIME = ("memcpy", "memmove", "memset")
 def machine(triple: str = "", name: str = "", features: str = "") -> Any:
     """LLVM's compiler, for the processor that numba compiles for by default."""
     if not triple:
-        triple, name, features = llvm.get_process_triple(), default_registry().name, default_registry().listed
+        triple, name, features = llvm.get_process_triple(), host_target().name, host_target().listed
     make = llvm.Target.from_triple(triple).create_target_machine
     return make(cpu=name, features=features, opt=3, reloc="static", codemodel="jitdefault", jit=True)
 

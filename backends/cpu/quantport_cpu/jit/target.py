@@ -75,7 +75,7 @@ class Target(NamedTuple):
 
 
 @cache
-def default_registry() -> Target:
+def host_target() -> Target:
     """What numba compiles for in this process."""
     config: Any = numba.core.config
     chosen = config.CPU_FEATURES

@@ -16,7 +16,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from quantport.backend import Claim, Evidence, Kernel, Measurement, Packed, Request, WeightSpec
+from quantport.backend import (
+    Claim,
+    Evidence,
+    GroupedKernel,
+    Kernel,
+    Measurement,
+    Packed,
+    Request,
+    WeightSpec,
+    loop_over_groups,
+)
 from quantport_cpu.jit import available
 from quantport_cpu.kernels.scratch import scratch
 
@@ -43,9 +53,9 @@ def has_fast_dots() -> bool:
     """Whether compiled kernels run here, and one instruction of theirs sums four products of bytes."""
     if available():
         return False
-    from quantport_cpu.jit.target import default_registry
+    from quantport_cpu.jit.target import host_target
 
-    return default_registry().dot_bits > 0
+    return host_target().dot_bits > 0
 
 
 def by_panels(x: Tensor, n: int, decode: Callable[[int, Tensor], Tensor]) -> Tensor:
@@ -123,7 +133,7 @@ class CpuKernel(Kernel):
         )
 
 
-class CpuGrouped(CpuKernel):
+class CpuGrouped(GroupedKernel, CpuKernel):
     """A kernel with compiled code for groups of few rows: all of them, gate and up together, in one
     launch.
     """
@@ -133,10 +143,8 @@ class CpuGrouped(CpuKernel):
         return 0
 
     @abstractmethod
-    def few(
-        self, x: Tensor, groups: Sequence[Few], packed: Sequence[Packed], spec: WeightSpec, shared: int
-    ) -> Tensor:
-        """``Kernel.run_grouped`` of these groups, whose rows are all of ``x``: fp32 ``[M, shared * N]``, no
+    def few(self, x: Tensor, groups: Sequence[Few], stack: Packed, spec: WeightSpec, shared: int) -> Tensor:
+        """``run_grouped`` of these groups, whose rows are all of ``x``: fp32 ``[M, shared * N]``, no
         bias.
         """
 
@@ -144,7 +152,7 @@ class CpuGrouped(CpuKernel):
         self,
         x: Tensor,
         offsets: Tensor,
-        packed: Sequence[Packed],
+        stack: Packed,
         bias: Tensor | None,
         spec: WeightSpec,
         shared: int = 1,
@@ -152,10 +160,18 @@ class CpuGrouped(CpuKernel):
         bounds, limit = offsets.tolist(), self.limit(spec)
         groups = [Few(g, a, b) for g, (a, b) in enumerate(pairwise(bounds)) if 0 < b - a <= limit]
         if not groups or bias is not None:
-            return super().run_grouped(x, offsets, packed, bias, spec, shared)
+            return loop_over_groups(
+                lambda rows, packed, part: self.run(rows, packed, part, spec),
+                x,
+                bounds,
+                lambda g, j: self.expert_view(stack, g, j),
+                bias,
+                spec.n,
+                shared,
+            )
         count = sum(b - a for _, a, b in groups)
         if count == x.shape[0]:
-            return self.few(x, groups, packed, spec, shared).to(x.dtype)
+            return self.few(x, groups, stack, spec, shared).to(x.dtype)
         rest = [0 if b - a <= limit else b - a for a, b in pairwise(bounds)]
         rows = torch.cat([torch.arange(a, b, dtype=torch.int64, device=x.device) for _, a, b in groups])
         starts = accumulate((b - a for _, a, b in groups), initial=0)
@@ -163,12 +179,12 @@ class CpuGrouped(CpuKernel):
             Few(f.group, start, start + f.stop - f.start) for f, start in zip(groups, starts, strict=False)
         ]
         out = x.new_empty(x.shape[0], shared * spec.n)
-        out[rows] = self.few(x[rows], moved, packed, spec, shared).to(x.dtype)
+        out[rows] = self.few(x[rows], moved, stack, spec, shared).to(x.dtype)
         for g in (g for g, many in enumerate(rest) if many):
             own = x[bounds[g] : bounds[g + 1]]
             for j in range(shared):
                 out[bounds[g] : bounds[g + 1], j * spec.n : (j + 1) * spec.n] = self.run(
-                    own, packed[shared * g + j], None, spec
+                    own, self.expert_view(stack, g, j), None, spec
                 )
         return out
 
@@ -192,12 +208,24 @@ def jobs_of(
     ], used
 
 
-def by_group(values: Sequence[Tensor], groups: Sequence[Few]) -> Tensor:
-    """Scales of output channels, ``[N]`` for each weight used, as fp32 ``[M, shared * N]``: a line for each
-    row.
+def some(stacked: Tensor, used: Sequence[int]) -> list[Tensor]:
+    """Some of the weights ``[groups, shared, ...]``, by number."""
+    flat = stacked.flatten(0, 1)
+    return [flat.select(0, i) for i in used]
+
+
+def by_group(scales: Tensor, used: Sequence[int], groups: Sequence[Few], columns: int) -> Tensor:
+    """Scales of output channels as fp32 ``[M, shared * columns]``: a line for each row.
+
+    Args:
+        scales: ``[groups, shared, N, 1]`` of a stack, N being ``columns``, or 1 for one scale of a weight.
+        used: The weights of these groups, by number.
+        groups: The groups.
+        columns: Columns of the result of one weight.
     """
-    lines = torch.cat([v.view(-1) for v in values]).view(len(groups), -1)
-    counts = [f.stop - f.start for f in groups]
+    chosen = torch.tensor(used, dtype=torch.int64, device=scales.device)
+    lines = scales.flatten(0, 1).flatten(1).index_select(0, chosen).expand(-1, columns)
+    lines, counts = lines.reshape(len(groups), -1), [f.stop - f.start for f in groups]
     return (
         lines
         if max(counts) == 1

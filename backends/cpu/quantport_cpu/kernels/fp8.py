@@ -13,7 +13,7 @@ from torch import Tensor
 
 from quantport.backend import Packed, Reason, Request, Scheme, WeightSpec
 from quantport_cpu.jit import available
-from quantport_cpu.kernels.base import COMPILED, TINY, CpuGrouped, Few, by_few, by_group, jobs_of
+from quantport_cpu.kernels.base import COMPILED, TINY, CpuGrouped, Few, by_few, by_group, jobs_of, some
 from quantport_cpu.kernels.scratch import scratch
 
 _ROWS = 256
@@ -58,18 +58,14 @@ class CpuFp8WeightOnly(CpuGrouped):
     def limit(self, spec: WeightSpec) -> int:
         return 0 if available() else COMPILED
 
-    def few(
-        self, x: Tensor, groups: Sequence[Few], packed: Sequence[Packed], spec: WeightSpec, shared: int
-    ) -> Tensor:
+    def few(self, x: Tensor, groups: Sequence[Few], stack: Packed, spec: WeightSpec, shared: int) -> Tensor:
         from quantport_cpu.jit import grouped
 
         jobs, used = jobs_of(groups, shared, spec.n)
-        codes, scales = [packed[i][0] for i in used], [packed[i][1] for i in used]
         blocks = spec.scheme.weight.group_size
-        y = grouped.fp8(
-            x, [grouped.Job(*j) for j in jobs], codes, scales if blocks else None, shared * spec.n
-        )
-        return y if blocks else y.mul_(by_group([s.view(-1).expand(spec.n) for s in scales], groups))
+        codes, scales = some(stack[0], used), some(stack[1], used) if blocks else None
+        y = grouped.fp8(x, [grouped.Job(*j) for j in jobs], codes, scales, shared * spec.n)
+        return y if blocks else y.mul_(by_group(stack[1], used, groups, spec.n))
 
     def _few(self, x: Tensor, codes: Tensor) -> Tensor:
         """Rows scaled into fp16 by a power of two, which is exact for all but the tiniest elements of

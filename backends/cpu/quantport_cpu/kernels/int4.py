@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quantport.backend import Device, Packed, Reason, Request, Scheme, StoredWeight, WeightSpec, aten
 from quantport_cpu.jit import available
-from quantport_cpu.kernels.base import COMPILED, CpuGrouped, Few, by_few, has_fast_dots, jobs_of
+from quantport_cpu.kernels.base import COMPILED, CpuGrouped, Few, by_few, has_fast_dots, jobs_of, some
 from quantport_cpu.kernels.int8 import PER_TOKEN, per_token
 
 _GROUPS = (32, 64, 128, 256)  # columns that share a scale, as ATen's kernel takes them
@@ -148,15 +148,13 @@ class CpuInt4(CpuGrouped):
         )
         return COMPILED if fits and has_fast_dots() else 0
 
-    def few(
-        self, x: Tensor, groups: Sequence[Few], packed: Sequence[Packed], spec: WeightSpec, shared: int
-    ) -> Tensor:
+    def few(self, x: Tensor, groups: Sequence[Few], stack: Packed, spec: WeightSpec, shared: int) -> Tensor:
         from quantport_cpu.jit import grouped
 
         n, k = _padded(spec)
         x = x if k == spec.k else torch.nn.functional.pad(x, (0, k - spec.k))
         jobs, used = jobs_of(groups, shared, n)
-        nibbles, pairs = [packed[i][0] for i in used], [packed[i][1] for i in used]
+        nibbles, pairs = some(stack[0], used), some(stack[1], used)
         y = grouped.int4(
             x, [grouped.Job(*j) for j in jobs], nibbles, pairs, spec.scheme.weight.group_size, shared * n
         )

@@ -29,6 +29,7 @@ from quantport_cpu.kernels.base import (
     by_panels,
     has_fast_dots,
     jobs_of,
+    some,
 )
 
 _SINGLE = 3  # up to this many rows, one matrix-vector call for each beats one matmul
@@ -108,14 +109,12 @@ class _Int8(CpuGrouped):
     def limit(self, spec: WeightSpec) -> int:
         return 0 if available() else self.grouped if has_fast_dots() else _COMPILED
 
-    def few(
-        self, x: Tensor, groups: Sequence[Few], packed: Sequence[Packed], spec: WeightSpec, shared: int
-    ) -> Tensor:
+    def few(self, x: Tensor, groups: Sequence[Few], stack: Packed, spec: WeightSpec, shared: int) -> Tensor:
         from quantport_cpu.jit import grouped
 
         jobs, used = jobs_of(groups, shared, spec.n)
-        y = grouped.int8(x, [grouped.Job(*j) for j in jobs], [packed[i][0] for i in used], shared * spec.n)
-        return y.mul_(by_group([packed[i][1].view(-1).expand(spec.n) for i in used], groups))
+        y = grouped.int8(x, [grouped.Job(*j) for j in jobs], some(stack[0], used), shared * spec.n)
+        return y.mul_(by_group(stack[1], used, groups, spec.n))
 
     def multiply_few(self, x: Tensor, weight: Tensor) -> Tensor | None:
         """fp32 ``x @ weight.T`` by the compiled kernel, read at the speed of memory, or None where there are
@@ -144,11 +143,9 @@ class CpuInt8(_Int8):
     def reasons_against(self, request: Request) -> Sequence[Reason]:
         return aten.native_reason(request, "int8", Refusal.NOT_OFFERED)  # it would run, and win nothing
 
-    def few(
-        self, x: Tensor, groups: Sequence[Few], packed: Sequence[Packed], spec: WeightSpec, shared: int
-    ) -> Tensor:
+    def few(self, x: Tensor, groups: Sequence[Few], stack: Packed, spec: WeightSpec, shared: int) -> Tensor:
         q, token = per_token(x)  # once for all weights that share the rows
-        return super().few(q.float(), groups, packed, spec, shared).mul_(token)
+        return super().few(q.float(), groups, stack, spec, shared).mul_(token)
 
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
         weight, channel = packed

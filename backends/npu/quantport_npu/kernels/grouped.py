@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from quantport.backend import Kernel, Packed, Reason, Request, StackedKernel, StoredWeight, WeightSpec
+from quantport.backend import GroupedKernel, Kernel, Packed, Reason, Request, StoredWeight, WeightSpec
 from quantport_npu.kernels.base import Calls, NpuKernel
 from quantport_npu.kernels.floating import NpuFp8
 from quantport_npu.kernels.integer import NpuInt8, NpuWeightInt4, NpuWeightInt8
@@ -27,7 +27,7 @@ _FUSED = "with SiLU on Ascend 950, the product of gate and up is quantized witho
 _GATED = "npu_grouped_matmul_swiglu_quant_v2"
 
 
-class NpuGrouped(StackedKernel, NpuKernel):
+class NpuGrouped(GroupedKernel, NpuKernel):
     """``npu_grouped_matmul``: one tensor of activations, one of weights ``[groups, K, N]``, one result.
 
     Attributes:
@@ -58,20 +58,22 @@ class NpuGrouped(StackedKernel, NpuKernel):
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
         """One group."""
         offsets = torch.tensor([0, len(x)], dtype=torch.int32, device=x.device)
-        return self.run_grouped(x, offsets, self.bundle([packed]), None if bias is None else bias[None], spec)
+        return self.run_grouped(
+            x, offsets, self.prepare_grouped([packed]), None if bias is None else bias[None], spec
+        )
 
     def run_grouped(
         self,
         x: Tensor,
         offsets: Tensor,
-        packed: Sequence[Packed],
+        stack: Packed,
         bias: Tensor | None,
         spec: WeightSpec,
         shared: int = 1,
     ) -> Tensor:
         if not len(x):
             return x.new_empty(0, shared * spec.n)
-        y = self.grouped(self.activations(x, spec), packed[0], offsets[1:].long(), x.dtype)
+        y = self.grouped(self.activations(x, spec), stack, offsets[1:].long(), x.dtype)
         if bias is None:
             return y
         return y + bias.repeat_interleave(offsets.diff(), 0, output_size=len(x))
@@ -104,8 +106,8 @@ class _Gated(NpuGrouped):
         self,
         x: Tensor,
         offsets: Tensor,
-        gate_up: Sequence[Packed],
-        down: Sequence[Packed],
+        gate_up: Packed,
+        down: Packed,
         specs: tuple[WeightSpec, WeightSpec],
         activation: str,
     ) -> Tensor | None:
@@ -117,8 +119,8 @@ class _Gated(NpuGrouped):
         ):
             return None
         ends = offsets[1:].long()
-        hidden = self.gated(self.activations(x, specs[0]), gate_up[0], ends)
-        return self.grouped(hidden, down[0], ends, x.dtype)
+        hidden = self.gated(self.activations(x, specs[0]), gate_up, ends)
+        return self.grouped(hidden, down, ends, x.dtype)
 
     def gates(self, spec: WeightSpec) -> bool:
         """Whether the fused operator takes gate and up of this shape, and quantizes as the scheme does."""
@@ -306,17 +308,17 @@ class NpuGroupedWeightInt4(NpuGrouped, NpuWeightInt4):
     def divides(self, group: int, k: int) -> bool:
         return group >= k or not k % group
 
-    def stack(self, packed: Packed, groups: int, shared: int) -> Packed:
+    def allocate(self, packed: Packed, groups: int, shared: int) -> Packed:
         """``[groups, K, shared, N / 8]`` and ``[groups, K / group, shared, N]``."""
         return tuple(t.new_empty(groups, t.shape[0], shared, t.shape[1]) for t in packed)
 
-    def slot(self, stack: Packed, group: int, which: int) -> Packed:
+    def expert_view(self, stack: Packed, group: int, which: int) -> Packed:
         return tuple(t[group, :, which] for t in stack)
 
     def unpack(self, packed: Packed, spec: WeightSpec) -> StoredWeight:
         return super().unpack(
             tuple(t.contiguous() for t in packed), spec
-        )  # the operator that gives codes back takes no slots
+        )  # the operator that gives codes back takes no strided views
 
     def grouped(self, q: Packed, stack: Packed, ends: Tensor, dtype: torch.dtype) -> Tensor:
         words, scale = stack[0].flatten(2), stack[1].flatten(2).to(dtype)

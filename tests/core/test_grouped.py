@@ -1,6 +1,4 @@
-"""Kernels whose experts lie side by side: one allocation for each family of projections, filled slot by slot,
-found again.
-"""
+"""Kernels with one launch for all experts: one stack for each family of projections, filled one by one."""
 
 from __future__ import annotations
 
@@ -11,10 +9,11 @@ import pickle
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from quantport import numerics
 from quantport.kernels.base import WeightSpec
-from quantport.kernels.grouped import StackedKernel
+from quantport.kernels.grouped import GroupedKernel
 from quantport.kernels.verdict import Claim, Evidence
 from quantport.modules import QuantExperts
 from quantport.plugins.registry import default_registry
@@ -23,8 +22,8 @@ from quantport.scheme.catalog import BUILTIN
 HIDDEN, WIDE, EXPERTS = 64, 32, 4
 
 
-class Side(StackedKernel):
-    """int8, dequantized: gate and up of an expert share a matrix ``[K, 2 * N]``, so that a slot has strides
+class Side(GroupedKernel):
+    """int8, dequantized: gate and up of an expert share a matrix ``[K, 2 * N]``, so that a weight has strides
     of its own.
     """
 
@@ -47,19 +46,19 @@ class Side(StackedKernel):
     def unpack(self, packed, spec):
         return {"weight": packed[0].t().contiguous(), "weight_scale": packed[1].reshape(-1, 1)}
 
-    def stack(self, packed, groups, shared):
+    def allocate(self, packed, groups, shared):
         weight, scale = packed
         k, n = weight.shape
         return weight.new_empty(groups, k, shared, n), scale.new_empty(groups, shared, n)
 
-    def slot(self, stack, group, which):
+    def expert_view(self, stack, group, which):
         return stack[0][group, :, which], stack[1][group, which]
 
     def run(self, x, packed, bias, spec):
-        return self.run_grouped(x, torch.tensor([0, len(x)]), self.bundle([packed]), bias, spec)
+        return self.run_grouped(x, torch.tensor([0, len(x)]), self.prepare_grouped([packed]), bias, spec)
 
-    def run_grouped(self, x, offsets, packed, bias, spec, shared=1):
-        ((weight, scale),) = packed
+    def run_grouped(self, x, offsets, stack, bias, spec, shared=1):
+        weight, scale = stack
         self.launches.append((weight.data_ptr(), tuple(weight.shape)))
         out = [
             x[a:b].float() @ (w.flatten(1) * s.flatten())
@@ -116,7 +115,6 @@ def test_experts_of_several_kernels_have_a_stack_for_each_run(kernel):
     ]
     memory = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in module.buffers()}
     assert sum(memory.values()) == sum(t.nbytes for w in stored.values() for t in w.values())
-    assert not module._slots
 
 
 def given(rows=7):
@@ -125,7 +123,7 @@ def given(rows=7):
     return x, index, torch.full((rows, 2), 0.5, dtype=torch.bfloat16)
 
 
-def expected(stored, x, index, routing):
+def expected(stored, x, index, _):
     out = torch.zeros(x.shape)
     for t, e in [(t, e) for t, chosen in enumerate(index.tolist()) for e in chosen]:
         kept = (stored[f"{e}.{p}"] for p in ("gate_proj", "up_proj", "down_proj"))
@@ -185,22 +183,148 @@ def test_weights_that_were_moved_one_by_one_are_gathered(kernel):
 
 
 @pytest.mark.parametrize("shared", [1, 2])
-def test_bundle_finds_its_stack_only_where_all_weights_are_slots(shared):
+def test_weights_that_were_packed_one_by_one_are_copied_into_a_stack(shared):
     kernel = Side()
-    one = (torch.arange(12, dtype=torch.int8).view(4, 3), torch.ones(3))
-    stack = kernel.stack(one, 2, shared)
-    slots = [kernel.slot(stack, *divmod(i, shared)) for i in range(2 * shared)]
-    for i, slot in enumerate(slots):
-        slot[0].fill_(i)
-        slot[1].fill_(i)
-    ((weight, _),) = kernel.bundle(slots, shared)
-    assert weight.data_ptr() == stack[0].data_ptr()
-    for wrong in (
-        slots[::-1],
-        [*slots[:-1], tuple(t.clone() for t in slots[-1])],
-        slots[: len(slots) // 2] * 2,
-    ):
-        ((weight, scale),) = kernel.bundle(wrong, shared)
-        assert weight.data_ptr() != stack[0].data_ptr()
-        for i, slot in enumerate(wrong):
-            assert torch.equal(kernel.slot((weight, scale), *divmod(i, shared))[0], slot[0])
+    weights = [
+        (torch.full((4, 3), i, dtype=torch.int8), torch.full((3,), float(i))) for i in range(2 * shared)
+    ]
+    stack = kernel.prepare_grouped(weights, shared)
+    for i, weight in enumerate(weights):
+        view = kernel.expert_view(stack, *divmod(i, shared))
+        assert all(torch.equal(a, b) for a, b in zip(view, weight, strict=True))
+    (alone,) = weights[:1]
+    assert kernel.prepare_grouped([alone])[0].data_ptr() == alone[0].data_ptr()
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses whatever makes the host wait for a device."""
+
+    WAITING = (
+        "_local_scalar_dense",
+        "item",
+        "nonzero",
+        "bincount",
+        "masked_select",
+        "_unique2",
+        "is_nonzero",
+    )
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket.__name__ not in self.WAITING, f"the host waits for {func}"
+        return func(*args, **(kwargs or {}))
+
+
+class Silent(Side):
+    """The same without a loop on the host: every row by every weight, of which a mask keeps one."""
+
+    def run_grouped(self, x, offsets, stack, bias, spec, shared=1):
+        weight, scale = stack
+        rows = torch.arange(len(x), dtype=torch.int32, device=x.device)
+        own = (rows >= offsets[:-1, None]) & (rows < offsets[1:, None])
+        dense = weight.flatten(2).float() * scale.flatten(1)[:, None]
+        return ((x.float() @ dense) * own[..., None]).sum(0).to(x.dtype)
+
+
+@pytest.fixture
+def on_device(monkeypatch):
+    """Tensors of the host are routed as those of an accelerator are."""
+    monkeypatch.setattr(torch.Tensor, "is_cpu", False)
+
+
+@pytest.mark.parametrize("nowhere", [False, True])
+@pytest.mark.parametrize("operator", [False, True])
+def test_nothing_waits_for_an_accelerator(on_device, nowhere, operator, monkeypatch):
+    module, stored = build(Silent())
+    x, index, routing = given()
+    if nowhere:
+        index[::3], index[1, 1] = EXPERTS, -1
+    with NoWaiting(), torch.no_grad(), monkeypatch.context() as patch:
+        for name in (
+            "tolist",
+            "item",
+            "__bool__",
+            "__int__",
+        ):  # which pass the dispatcher by
+            patch.setattr(torch.Tensor, name, lambda self: pytest.fail("the host waits"))
+        y = (
+            torch.ops.quantport.experts(x, index, routing, *module.operands())
+            if operator
+            else module(x, index, routing)
+        )
+    want = torch.zeros(x.shape)
+    for j in range(2):
+        here = (index[:, j] >= 0) & (index[:, j] < EXPERTS)
+        want[here] += expected(stored, x[here], index[here, j : j + 1], None)
+    assert close(y, want)
+
+
+def test_an_accelerator_refuses_experts_that_are_not_there(on_device, monkeypatch):
+    module, _ = build(Silent())
+    x, index, routing = given()
+    index[3, 1] = EXPERTS + 1
+    with torch.no_grad(), pytest.raises(RuntimeError, match="try: 0 to 3; -1 or 4 for nowhere"):
+        module(x, index, routing)
+    monkeypatch.setattr("quantport.modules.routing._asserts", lambda device_type: False)
+    with NoWaiting(), torch.no_grad():
+        y = module(x, index, routing)
+    assert y[3].isnan().all(), "a device without assertions"
+    assert not y[[0, 1, 2, 4, 5, 6]].isnan().any()
+
+
+def test_the_host_waits_once_for_kernels_that_loop(on_device, monkeypatch):
+    module, stored = build(default_registry().kernel("torch.dequantize"))
+    tolist, lists = torch.Tensor.tolist, []
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: lists.append(1) or tolist(self))
+    with NoWaiting(), torch.no_grad():
+        y = module(*given())
+    assert len(lists) == 1
+    assert close(y, expected(stored, *given()))
+
+
+def test_what_waits_is_kept_out_of_captured_graphs():
+    unsafe = getattr(torch.Tag, "cudagraph_unsafe", None)
+    if unsafe is None:
+        pytest.skip("this torch has no tag for it")
+    names = ("linear", "embedding", "experts", "experts_loop", "grouped_linear")
+    tags = {name: getattr(torch.ops.quantport, name).default.tags for name in names}
+    assert [name for name in names if unsafe in tags[name]] == ["experts_loop", "grouped_linear"]
+
+
+def test_a_graph_holds_the_stacks_and_not_every_expert(kernel):
+    module, stored = build(kernel)
+    tensors, sizes, handle = module.operands()
+    assert [t.shape[0] for t in tensors] == [EXPERTS] * 4
+    assert sizes == [2, 2]
+    graphs = []
+
+    def look(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        y = torch.compile(module, fullgraph=True, backend=look)(*given())
+    torch._dynamo.reset()
+    assert close(y, expected(stored, *given()))
+    (call,) = [n for n in graphs[0].graph.nodes if n.op == "call_function" and "quantport" in str(n.target)]
+    assert len(call.args[3]) == 4
+    assert call.args[5] == handle
+
+
+def test_an_exchanged_buffer_is_seen_whichever_it_is():
+    """Plain kernels: the weights of each expert are buffers, gathered once."""
+    module, stored = build(default_registry().kernel("torch.dequantize"))
+    gathered = module._group_weights()
+    assert module._group_weights() is gathered
+    name = f"{EXPERTS - 2}.down_proj"
+    key = module._buffer_names[name][1]
+    module._buffers[key] = module._buffers[key] * 0
+    module._buffers[module._buffer_names["1.gate_proj"][0]].zero_()
+    stored["1.gate_proj"]["weight"].zero_()
+    stored[name]["weight_scale"].zero_()
+    assert close(module(*given()), expected(stored, *given()))
+
+
+def test_a_pickle_holds_each_weight_once(kernel):
+    module, stored = build(kernel)
+    assert len(pickle.dumps(module)) < 3 * sum(t.nbytes for w in stored.values() for t in w.values())

@@ -1,0 +1,90 @@
+"""Handles: the text by which an operator finds the kernel and the scheme that it runs.
+
+A handle says what it stands for (``cpu.int8|int8|4096x4096``), so that a traced graph is plain data: where a
+compile cache or an exported program carries it into another process, it is parsed and bound through the
+registry of that process. What names alone do not find in the process's own registry carries the token of its
+registry besides (``toy.int8|int8|64x64|5f3a9c01``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from secrets import token_hex
+from urllib.parse import quote, unquote
+from weakref import WeakValueDictionary
+
+from quantport.errors import BackendError
+from quantport.kernels.base import Kernel, WeightSpec
+from quantport.plugins.registry import Registry, default_registry
+
+
+@dataclass(frozen=True, eq=False)
+class BoundWeight:
+    """A kernel, the weight that it is bound to, and the handle by which operators find both."""
+
+    kernel: Kernel
+    spec: WeightSpec
+    handle: str
+
+    @property
+    def portable(self) -> bool:
+        """Whether the names in the handle are enough to find the same in the process's own registry."""
+        return self.handle.count("|") == 2
+
+
+# Operators are functions of the process, and so is the table of what their handles mean. What names find
+# again stays; what belongs to another registry lives as long as the modules that hold it.
+_PORTABLE: dict[str, BoundWeight] = {}
+_BY_TOKEN: WeakValueDictionary[str, BoundWeight] = WeakValueDictionary()
+
+
+def bind(kernel: Kernel, spec: WeightSpec, registry: Registry) -> BoundWeight:
+    """Binds a kernel to a weight, under a handle that operators resolve.
+
+    Args:
+        kernel: The kernel.
+        spec: Scheme and shape.
+        registry: Where the kernel comes from.
+    """
+    content = f"{_quoted(kernel.name)}|{_quoted(spec.scheme.name)}|{spec.n}x{spec.k}"
+    known = _PORTABLE.get(content)
+    if known is not None and known.kernel is kernel and known.spec == spec:
+        return known
+    if default_registry().identifies(kernel, spec.scheme):
+        made = _PORTABLE[content] = BoundWeight(kernel, spec, content)
+        return made
+    handle = f"{content}|{registry.token}"
+    held = _BY_TOKEN.get(handle)
+    if held is not None and held.kernel is kernel and held.spec == spec:
+        return held
+    if held is not None:  # a kernel that its registry does not hold, or holds no longer
+        handle = f"{content}|{token_hex(4)}"
+    made = _BY_TOKEN[handle] = BoundWeight(kernel, spec, handle)
+    return made
+
+
+def resolve(handle: str) -> BoundWeight:
+    """What a handle stands for.
+
+    Raises:
+        BackendError: this process has no such kernel, or the text is no handle.
+        ConfigError: this process has no such scheme.
+    """
+    return _PORTABLE.get(handle) or _BY_TOKEN.get(handle) or _parsed(handle)
+
+
+def _parsed(handle: str) -> BoundWeight:
+    """Binds the names of a handle that another process made."""
+    kernel, _, rest = handle.partition("|")
+    scheme, _, shape = rest.partition("|")
+    n, _, k = shape.partition("|")[0].partition("x")
+    if not (n.isdecimal() and k.isdecimal()):
+        raise BackendError(f"run {handle!r}", "it is no handle", "'kernel|scheme|out_featuresxin_features'")
+    registry = default_registry()
+    runs = registry.kernel(unquote(kernel))
+    return bind(runs, WeightSpec(registry.schemes[unquote(scheme)], int(n), int(k)), registry)
+
+
+def _quoted(name: str) -> str:
+    """A name without the characters that separate the parts of a handle."""
+    return quote(name, safe=" /:+.-_")

@@ -1,0 +1,17 @@
+"""Where plugins are published. Costs no more than reading the metadata of what is installed."""
+
+from __future__ import annotations
+
+from importlib.metadata import EntryPoint, entry_points
+
+BACKENDS, PLUGINS = GROUPS = ("quantport.backends", "quantport.plugins")
+
+
+def installed() -> list[EntryPoint]:
+    """Every installed entry point of a plugin."""
+    return [point for group in GROUPS for point in entry_points(group=group)]
+
+
+def is_builtin(point: EntryPoint) -> bool:
+    """Whether a plugin is part of the quantport distribution itself."""
+    return point.dist is not None and point.dist.name == "quantport"
