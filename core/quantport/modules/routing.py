@@ -179,7 +179,7 @@ def _sorted(flat: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """
     flat = torch.where(flat < 0, experts, flat)
     order = torch.argsort(flat, stable=True)
-    values = flat[order]
+    values = flat.index_select(0, order)
     edges = torch.arange(experts + 2, dtype=values.dtype, device=values.device)
     return order, values, torch.searchsorted(values, edges, out_int32=True)
 
