@@ -107,7 +107,7 @@ def _decide(layer: Layer, config: QuantConfig, default: str | None) -> _Decision
     if layer.skip_reason and layer.name not in config.targets:
         return _Decision(None, layer.skip_reason)
     by_pattern = _by_patterns(layer.path, config)
-    if by_pattern is None and layer.shards and not layer.experts:
+    if by_pattern is None and not layer.experts and layer.shards:
         by_pattern = _by_shards(layer, config)
     return by_pattern or _by_kind(layer, config, default)
 

@@ -160,16 +160,16 @@ class QuantConfig(BaseModel):
         def name(value: str | None) -> str | None:
             if value in (None, "none"):
                 return None
-            found = schemes[str(value)]
+            scheme = schemes[str(value)]
             if (
                 not self.group_size
-                or found.weight.group_size == self.group_size
-                or found.weight.format != "int4"
+                or scheme.weight.group_size == self.group_size
+                or scheme.weight.format != "int4"
             ):
-                return found.name
-            if found.name.split(":")[0] == "int4_weight_only":
-                return found.name.replace("int4_weight_only", "int4_weight_only_g32", 1)
-            what = f"this scheme has groups of {found.weight.group_size}"
+                return scheme.name
+            if scheme.name.split(":")[0] == "int4_weight_only":
+                return scheme.name.replace("int4_weight_only", "int4_weight_only_g32", 1)
+            what = f"this scheme has groups of {scheme.weight.group_size}"
             raise ConfigError(
                 f"{value!r} with group_size={self.group_size}",
                 what,

@@ -31,8 +31,8 @@ def with_cuts(layer: Layer, config: Mapping[str, Any]) -> Layer:
         sizes: list[tuple[int, ...]] = [(n // 2, n // 2)]
     else:
         sizes = [s for c in (config, *config.values()) if isinstance(c, Mapping) and (s := _heads(c))]
-    found = next((s for s in sizes if sum(s) == n and all(s)), ())
-    return replace(layer, cuts=tuple(zip(FUSED[last], found, strict=True)) if found else ())
+    fitting = next((s for s in sizes if sum(s) == n and all(s)), ())
+    return replace(layer, cuts=tuple(zip(FUSED[last], fitting, strict=True)) if fitting else ())
 
 
 def _heads(config: Mapping[str, Any]) -> tuple[int, ...]:
@@ -58,13 +58,9 @@ def split_projections(layer: Layer, scheme: Scheme) -> tuple[Layer, str]:
     """
     last = layer.name.rpartition(".")[2]
     if not layer.cuts:
-        unknown = layer.kind == "linear" and last in FUSED and len(layer.weights) == 1 and spans(scheme)
-        return (
-            layer,
-            f"one scale for {', '.join(FUSED[last])}: the model does not say where they end"
-            if unknown
-            else "",
-        )
+        if layer.kind != "linear" or last not in FUSED or len(layer.weights) > 1 or not spans(scheme):
+            return layer, ""
+        return layer, f"one scale for {', '.join(FUSED[last])}: the model does not say where they end"
     bounds = list(accumulate((rows for _, rows in layer.cuts), initial=0))
     if not spans(scheme) and not any(b % alignment(scheme, 0) for b in bounds[:-1]):
         return layer, ""

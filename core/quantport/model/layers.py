@@ -268,16 +268,16 @@ def uneven(layers: Iterable[Layer]) -> dict[str, str]:
     """Why experts that were found one by one are no MoE layer: what is absent or has another shape, by their
     common name.
     """
-    found: dict[str, dict[str, dict[int, tuple[int, int]]]] = {}
+    by_experts: dict[str, dict[str, dict[int, tuple[int, int]]]] = {}
     for layer in layers:
         if (
             layer.kind == "linear"
             and (match := _EXPERT.match(f"{layer.name}.weight"))
             and match[3] in _PROJECTION
         ):
-            found.setdefault(match[1], {}).setdefault(match[3], {})[int(match[2])] = layer.weights[0][1:]
+            by_experts.setdefault(match[1], {}).setdefault(match[3], {})[int(match[2])] = layer.weights[0][1:]
     out = {}
-    for base, projections in found.items():
+    for base, projections in by_experts.items():
         last = max(e for shapes in projections.values() for e in shapes)
         for projection, shapes in projections.items():
             usual = Counter(shapes.values()).most_common(1)[0][0]

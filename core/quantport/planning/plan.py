@@ -73,7 +73,7 @@ class Plan:
     """One Step for each layer of a model on one device. A value: print it, save it, compare it.
 
     Attributes:
-        source: The model, as asked.
+        source: Name of the model, for people.
         device: The device, found or simulated.
         config: The configuration it follows.
         steps: One for each layer, in checkpoint order.
