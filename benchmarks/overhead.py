@@ -46,12 +46,12 @@ def dispatch(name: str, n: int = 64, k: int = 128) -> tuple[str, float, float]:
 
 @torch.no_grad()
 def operator(n: int = 64, k: int = 128) -> float:
-    """Microseconds of ``quantport::linear`` over the module, of one layer: what dispatching and the handle cost."""
+    """Microseconds of ``quantport::linear_no_grad`` over the module, of one layer: what dispatching and the handle cost."""
     spec = WeightSpec(default_registry().schemes["int8"], n, k)
     layer = QuantLinear(default_registry().kernel("torch.dequantize"), spec)
     layer.set_weight("", numerics.quantize_weight(torch.randn(n, k).bfloat16(), spec.scheme))
     x, packed, handle = torch.randn(1, k).bfloat16(), list(layer.packed()), layer.bound[""].handle
-    call = torch.ops.quantport.linear.default
+    call = torch.ops.quantport.linear_no_grad.default
     pairs = [
         (per_call(lambda: layer.forward(x)), per_call(lambda: call(x, packed, None, handle)))
         for _ in range(15)
@@ -110,7 +110,7 @@ def main() -> None:
                 "✅" if module - raw <= 10 else "❌",
             ]
         )
-    rows.append(["`quantport::linear`", "over the module", "", "", f"{operator():.1f}", ""])
+    rows.append(["`quantport::linear_no_grad`", "over the module", "", "", f"{operator():.1f}", ""])
     rows.append(['`schemes["mxfp4:floor"]`', "", "", "", f"{look_up():.2f}", ""])
     for name in ("int8", "int4_weight_only"):
         kernel, eager, graph = compiled_experts(name)

@@ -8,7 +8,7 @@ from core_models import made
 from torch import nn
 
 import quantport
-from quantport.loading.swap_modules import check
+from quantport.loading.swap_modules import match_modules
 from quantport.model.layers import find_layers
 from quantport.model.roles import Role, SkipCode
 
@@ -38,7 +38,7 @@ class Experts(nn.Module):
 
 def checked(factory):
     model = made(factory)
-    found = check(find_layers(dict(model.named_parameters())), model, lambda layer: layer.name)
+    found = match_modules(find_layers(dict(model.named_parameters())), model, lambda layer: layer.name)
     return {layer.name: layer for layer in found}
 
 
@@ -63,7 +63,7 @@ def test_what_is_quantized_already_is_no_plain_linear():
     model = nn.ModuleDict({"a": nn.Linear(8, 8, dtype=torch.bfloat16)})
     layers = find_layers(dict(model.named_parameters()))
     quantport.quantize_(model, "int8")
-    found = {layer.name: layer for layer in check(layers, model, lambda layer: layer.name)}
+    found = {layer.name: layer for layer in match_modules(layers, model, lambda layer: layer.name)}
     assert found["a"].skipped_as(SkipCode.QUANTIZED_ALREADY)
 
 

@@ -102,7 +102,7 @@ def test_console(page, folder, capsys):
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_blocks_are_of_a_known_kind_and_skips_have_a_reason(page):
     for block in blocks(page):
-        assert block.kind in ("python", "console", "sh", "golden", "json", "toml", "text"), (
+        assert block.kind in ("python", "console", "sh", "golden", "json", "toml", "text", "mermaid"), (
             f"{name(page)}:{block.line}"
         )
         if "skip" in block.notes:

@@ -10,6 +10,7 @@ from docs_pages import PAGES, ROOT, blocks, name, prose
 
 import quantport
 import quantport.backend
+import quantport.engine
 from quantport import errors
 from quantport.cli.app import app
 from quantport.config import QuantConfig
@@ -22,8 +23,9 @@ RESULTS = (
     ROOT / "benchmarks" / "results"
 )  # written by `make bench`: links into it may lead nowhere until it has run once
 _LINK = re.compile(r"\[[^\]]+\]\(([^)\s]+)\)")
-LOADING, BACKENDS, MATRIX, CLI = (
-    (ROOT / "docs" / f"{n}.md").read_text(encoding="utf-8") for n in ("loading", "backends", "matrix", "cli")
+LOADING, BACKENDS, MATRIX, CLI, ENGINES = (
+    (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    for name in ("loading", "backends", "matrix", "cli", "engines")
 )
 ALL = "\n".join(page.read_text(encoding="utf-8") for page in PAGES if page.name != "matrix.md")
 
@@ -60,6 +62,7 @@ ERRORS = [n for n, v in vars(errors).items() if isinstance(v, type) and issubcla
 PUBLIC = {
     "public name": (quantport.__all__, ALL),
     "name for authors": (quantport.backend.__all__, BACKENDS),
+    "name for engines": (quantport.engine.__all__, ENGINES),
     "command": ([f"## {c}" for c in COMMAND.commands], CLI),
     "config key": ([f"| `{f}` |" for f in FIELDS], LOADING),
     "other config key": ([f"`{k}`" for k in OTHER_KEYS], LOADING),

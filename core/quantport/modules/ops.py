@@ -6,7 +6,8 @@ again in another process: see ``quantport.modules.handles``.
 
 ``quantport::linear`` is differentiable in the activations and the bias: ``dX = dY W`` with the dequantized
 weight, and the quantization of activations is passed straight through (as if it rounded nothing; Bengio et
-al., arXiv:1308.3432). Weights get no gradient: codes have none.
+al., arXiv:1308.3432). Weights get no gradient: codes have none. Where nobody wants a gradient graphs call
+``quantport::linear_no_grad``: the autograd of an operator in Python costs more than all else of its dispatch.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ _LIB = torch.library.Library("quantport", "DEF")
 # Where the host waits for the device, nothing can be captured. Builds before 2.9 have no tag for it.
 _HOST_WAITS = tuple(filter(None, [getattr(torch.Tag, "cudagraph_unsafe", None)]))
 _LIB.define("linear(Tensor x, Tensor[] packed, Tensor? bias, str handle) -> Tensor")
+_LIB.define("linear_no_grad(Tensor x, Tensor[] packed, Tensor? bias, str handle) -> Tensor")
 _LIB.define("linear_backward(Tensor grad, Tensor[] packed, str handle) -> Tensor")
 _LIB.define("embedding(Tensor ids, Tensor[] packed, str handle, ScalarType dtype) -> Tensor")
 _LIB.define(
@@ -45,20 +47,24 @@ _LIB.define(f"experts_loop{_EXPERTS}", tags=_HOST_WAITS)
 
 def linear(bound: BoundWeight, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     """``run_linear``, or its operator in a graph that is being compiled."""
-    if torch.compiler.is_compiling():
-        y: Tensor = torch.ops.quantport.linear(x, packed, bias, bound.handle)
-        return y
-    return run_linear(bound, x, packed, bias)
+    if not torch.compiler.is_compiling() or _wants_gradient(x, bias):
+        return run_linear(bound, x, packed, bias)
+    y: Tensor = torch.ops.quantport.linear_no_grad(x, packed, bias, bound.handle)
+    return y
 
 
 def run_linear(bound: BoundWeight, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     """Runs a kernel on activations of any rank: ``[..., k]`` to ``[..., n]``; differentiable where a gradient
     is asked for.
     """
-    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+    if _wants_gradient(x, bias):
         y: Tensor = torch.ops.quantport.linear(x, packed, bias, bound.handle)
         return y
     return _run(bound.kernel, x, packed, bias, bound.spec)
+
+
+def _wants_gradient(x: Tensor, bias: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
 
 
 def _check_width(x: Tensor, k: int) -> None:
@@ -79,12 +85,14 @@ def _run(kernel: Kernel, x: Tensor, packed: Packed, bias: Tensor | None, spec: W
 
 
 @torch.library.impl(_LIB, "linear", "CompositeExplicitAutograd")
+@torch.library.impl(_LIB, "linear_no_grad", "CompositeExplicitAutograd")
 def _linear(x: Tensor, packed: list[Tensor], bias: Tensor | None, handle: str) -> Tensor:
     bound = handles.resolve(handle)
     return _run(bound.kernel, x, tuple(packed), bias, bound.spec)
 
 
 @torch.library.register_fake("quantport::linear", lib=_LIB)  # type: ignore[untyped-decorator]  # torch has no types here
+@torch.library.register_fake("quantport::linear_no_grad", lib=_LIB)  # type: ignore[untyped-decorator]  # as above
 def _linear_fake(x: Tensor, packed: list[Tensor], bias: Tensor | None, handle: str) -> Tensor:
     spec = handles.resolve(handle).spec
     _check_width(x, spec.k)

@@ -156,6 +156,21 @@ def named(plugin: str, answers: Iterable[Any], kind: type[Any], table: Mapping[s
     return new
 
 
+def added_kernels(plugin: str, answers: Iterable[Any]) -> list[tuple[str, tuple[Kernel, ...]]]:
+    """The kernels that a hook returned for kinds of devices of others.
+
+    Raises:
+        BackendError: one is no kernel.
+    """
+    added = [(kind, tuple(kernels)) for answer in answers for kind, kernels in answer.items()]
+    for kernel in (kernel for _, kernels in added for kernel in kernels):
+        if not isinstance(kernel, Kernel):
+            raise BackendError(
+                f"load plugin {plugin!r}", f"its hook returned {kernel!r}", "kind of device -> kernels"
+            )
+    return added
+
+
 def commands(
     plugin: str, answers: Iterable[Any], table: Mapping[str, Callable[..., None]]
 ) -> dict[str, Callable[..., None]]:

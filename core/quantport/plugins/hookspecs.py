@@ -99,6 +99,15 @@ def quantport_backend() -> Backend:  # type: ignore[empty-body]  # a specificati
     """
 
 
+@hookspec
+def quantport_kernels() -> Mapping[str, Sequence[Kernel]]:  # type: ignore[empty-body]  # a specification, as above
+    """Returns additional kernels for devices that another plugin brings: kind of device -> kernels.
+
+    Called once, when the registry is made. Of kernels that are equally good, that of the backend is chosen.
+    A kind that no backend has sets the kernels aside when somebody first plans.
+    """
+
+
 # --------------------------------------------------------------------------------
 # Numbers
 # --------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from quantport.kernels.base import Kernel
 from quantport.numerics.solvers import Solver
 from quantport.plugins import hookspecs
 from quantport.plugins.check_plugin import (
+    added_kernels,
     called,
     check_backend,
     check_kernels,
@@ -69,10 +70,11 @@ class Registry:
         self.commands: dict[str, Callable[..., None]] = {}
         self.token = token_hex(4)
         self._names: dict[str, str] = {}
+        self._added: list[tuple[str, str, tuple[Kernel, ...]]] = []  # plugin, kind of device, kernels
         self._manager = pluggy.PluginManager("quantport")
         self._manager.add_hookspecs(hookspecs)
         plugins = installed() if points is None else list(points)
-        allowed = _allowed(only, {p.name for p in plugins if p.group == BACKENDS})
+        self._allowed = allowed = _allowed(only, {p.name for p in plugins if p.group == BACKENDS})
         for point in sorted(plugins, key=lambda p: (not is_builtin(p), p.group, p.name, p.value)):
             if point.group == PLUGINS or allowed is None or point.name in allowed:
                 self._try(point.name, "import", self._load, point)
@@ -132,10 +134,12 @@ class Registry:
         )
         answers = called(self._manager, "quantport_checkpoint_formats", name)
         formats = named(name, answers, CheckpointFormat, self.formats)
+        kernels = added_kernels(name, called(self._manager, "quantport_kernels", name))
         new = commands(name, called(self._manager, "quantport_commands", name), self.commands)
         self.schemes = merged
         self.solvers, self.formats = self.solvers | solvers, self.formats | formats
         self.commands = self.commands | new
+        self._added += [(name, kind, added) for kind, added in kernels]
         for backend in backends:
             self.backends[backend.kind] = backend
             self._names[backend.kind] = name
@@ -157,7 +161,20 @@ class Registry:
             own = self._try(self._plugin(backend), "kernels", check_kernels, kind, kernels, owners)
             out[kind] = kernels if own is not None else ()
             owners |= own or {}
+        for plugin, kind, kernels in self._added:
+            if kind in self.backends or self._allowed is None:  # else the backend was left out on purpose
+                own = self._try(plugin, "kernels", self._check_added, kind, kernels, owners)
+                out[kind] = (*out.get(kind, ()), *(kernels if own is not None else ()))
+                owners |= own or {}
         return out
+
+    def _check_added(
+        self, kind: str, kernels: tuple[Kernel, ...], owners: dict[str, Kernel]
+    ) -> dict[str, Kernel]:
+        if kind not in self.backends:
+            known = one_of(kind, self.backends)
+            raise BackendError(f"add kernels to devices of kind {kind!r}", "no backend has it", known)
+        return check_kernels(kind, kernels, owners)
 
     def _plugin(self, backend: Backend) -> str:
         return self._names[backend.kind]

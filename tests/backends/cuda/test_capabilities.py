@@ -230,7 +230,7 @@ def test_shapes_and_dtypes_that_torch_refuses():
 
 def test_int4_groups_that_torch_does_not_have():
     scheme = HOST.schemes["int4_weight_only"]
-    odd = replace(scheme, weight=replace(scheme.weight, cols=512))
+    odd = replace(scheme, weight=replace(scheme.weight, block_shape=(1, 512)))
     kernel = next(k for k in HOST.kernels("cuda") if k.name == "cuda._weight_int4pack_mm")
     verdict = kernel.verdict(Request(WeightSpec(odd, 64, 512), "linear", simulated("sm_90")))
     assert verdict.reasons == (

@@ -1,6 +1,6 @@
 """``torch.compile`` of quantized layers that run on Triton: one graph, whatever the number of rows.
 
-The kernels run in Triton's interpreter on the CPU, through the operator ``quantport::linear``, as they do on
+The kernels run in Triton's interpreter on the CPU, through the operator of the module, as they do on
 a GPU.
 """
 

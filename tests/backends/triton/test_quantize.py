@@ -189,7 +189,7 @@ def test_empty(shape):
 
 
 def test_odd_groups_of_int4_are_declined():
-    quant = replace(BUILTIN["int4_weight_only"].weight, cols=12)
+    quant = replace(BUILTIN["int4_weight_only"].weight, block_shape=(1, 12))
     assert quantize_weight(torch.ones(2, 24), replace(BUILTIN["int4_weight_only"], weight=quant)) is None
 
 

@@ -293,7 +293,7 @@ def test_refusals_say_why(here, scheme, kernel, request_, reason):
 
 def test_int4_groups_that_onednn_does_not_take(here):
     for group, said in ((16, "multiples of 32, not of 16"), (0, "multiples of 32, not of all of K")):
-        weight = replace(HOST.schemes["int4_weight_only"].weight, cols=group)
+        weight = replace(HOST.schemes["int4_weight_only"].weight, block_shape=(1, group))
         scheme = replace(HOST.schemes["int4_weight_only"], weight=weight)
         kernel = next(k for k in HOST.kernels("xpu") if k.name == "xpu._weight_int4pack_mm")
         assert any(
