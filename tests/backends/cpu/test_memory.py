@@ -245,7 +245,7 @@ def test_a_kernel_is_compiled_once_by_many_threads(monkeypatch: pytest.MonkeyPat
 )
 def test_a_damaged_entry_is_compiled_again(damage, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("QUANTPORT_CACHE_DIR", str(tmp_path))
-    name = store.key(encode._quantize, target.host())
+    name = store.key(encode._quantize, target.host_target())
     assert frame.Kernel(encode._quantize).code
     whole = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(damage(whole))
@@ -294,10 +294,10 @@ def test_old_entries_of_a_kernel_go(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 def test_the_key_covers_every_source_and_the_processor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = store.key(encode._quantize, target.host())
-    assert store.key(encode._quantize, target.host()._replace(listed="+avx2")) != first
-    assert store.key(encode._quantize, target.host()._replace(name="another")) != first
-    assert store.key(grid._rows, target.host()) != first
+    first = store.key(encode._quantize, target.host_target())
+    assert store.key(encode._quantize, target.host_target()._replace(listed="+avx2")) != first
+    assert store.key(encode._quantize, target.host_target()._replace(name="another")) != first
+    assert store.key(grid._rows, target.host_target()) != first
     package = tmp_path / "jit"
     shutil.copytree(Path(store.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
     assert store.sources(package) == store._IMPORTED
@@ -307,7 +307,7 @@ def test_the_key_covers_every_source_and_the_processor(
             file.write("\n# another constant\n")
         assert store.sources(package) != before
     monkeypatch.setattr(store, "_IMPORTED", store.sources(package))
-    assert store.key(encode._quantize, target.host()) != first
+    assert store.key(encode._quantize, target.host_target()) != first
 
 
 def test_the_key_covers_constants_of_other_packages(monkeypatch: pytest.MonkeyPatch) -> None:

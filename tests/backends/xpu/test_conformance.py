@@ -33,7 +33,7 @@ class TestXpu(BackendConformance):
         asked = request.node.callspec.params if hasattr(request.node, "callspec") else {}
         with xpu_stand_in.gpus():
             found = Subject.installed(self.kind, self.stand_in, self.limit)
-            yield replace(found, num_tokens=self.rows) if hasattr(asked.get("kernel"), "family") else found
+            yield replace(found, rows=self.rows) if hasattr(asked.get("kernel"), "family") else found
 
     def test_fakes(self, subject, arch):
         """Of architectures that are not here: fake tensors of their own type."""

@@ -29,7 +29,7 @@ def machine(triple: str = "", name: str = "", features: str = "") -> Any:
 
 
 def assembly(body: Callable[[Any], None]) -> str:
-    """LLVM's assembly of ``void kernel(int64)`` for the processor of ``target.host``.
+    """LLVM's assembly of ``void kernel(int64)`` for the processor of ``target.host_target``.
 
     Raises:
         RuntimeError: the body would call something that is not in ``RUNTIME``.
