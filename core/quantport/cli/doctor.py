@@ -34,7 +34,7 @@ def packages() -> tuple[str, ...]:
 class Findings:
     """What the doctor found; ``problems`` make the exit code 1, ``advice`` does not."""
 
-    host: Registry
+    registry: Registry
     versions: dict[str, str | None]
     advice: dict[str, list[str]]
     auto: str
@@ -76,7 +76,7 @@ def _version(package: str) -> str | None:
 
 def doctor_page(found: Findings) -> Page:
     """The findings."""
-    asked = found.host
+    asked = found.registry
     data: dict[str, Any] = {
         "ok": not found.problems,
         "platform": platform.platform(),
