@@ -163,6 +163,14 @@ def test_what_is_loaded_again_goes_into_the_same_slots(kernel):
     assert close(module(*given()), expected(stored, *given()))
 
 
+def test_another_kernel_reads_the_stacks_as_they_are(kernel):
+    module, stored = build(kernel)
+    other = type(kernel)()
+    module.bind(other, {})
+    assert close(module(*given()), expected(stored, *given()))
+    assert other.launches
+
+
 def test_copies_have_stacks_of_their_own(kernel):
     module, stored = build(kernel)
     buffer = io.BytesIO()

@@ -80,6 +80,7 @@ class QuantExperts(QuantModule):
         self._handle, self._one_launch = self.layout.handle, self.layout.one_launch
         self._operands: tuple[list[str], list[int]] = [], []  # buffers and sizes, once every weight is there
         self._tables: tuple[tuple[Tensor | None, ...], list[GroupWeights]] | None = None
+        self._find_operands_once()
 
     def packed(self, name: str = "") -> Packed:
         """The packed tensors of one weight: views, where it lies in a stack."""
@@ -109,6 +110,9 @@ class QuantExperts(QuantModule):
 
     def _set(self, name: str, keys: tuple[str, ...]) -> None:
         super()._set(name, keys)
+        self._find_operands_once()
+
+    def _find_operands_once(self) -> None:
         if not self._operands[0] and len(self._buffer_names) == len(self.specs):
             self._operands = self._find_operands()
 
