@@ -9,7 +9,6 @@ registry besides (``toy.int8|int8|64x64|5f3a9c01``).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from secrets import token_hex
 from urllib.parse import quote, unquote
 from weakref import WeakValueDictionary
 
@@ -53,14 +52,12 @@ def bind(kernel: Kernel, spec: WeightSpec, registry: Registry) -> BoundWeight:
     if default_registry().identifies(kernel, spec.scheme):
         made = _PORTABLE[content] = BoundWeight(kernel, spec, content)
         return made
-    handle = f"{content}|{registry.token}"
-    held = _BY_TOKEN.get(handle)
-    if held is not None and held.kernel is kernel and held.spec == spec:
-        return held
-    if held is not None:  # a kernel that its registry does not hold, or holds no longer
-        handle = f"{content}|{token_hex(4)}"
-    made = _BY_TOKEN[handle] = BoundWeight(kernel, spec, handle)
-    return made
+    # The second is for a kernel that its registry does not hold, or holds no longer.
+    for token in (registry.token, f"{registry.token}-{id(kernel):x}-{hash(spec):x}"):
+        held = _BY_TOKEN.setdefault(f"{content}|{token}", BoundWeight(kernel, spec, f"{content}|{token}"))
+        if held.kernel is kernel and held.spec == spec:
+            return held
+    raise BackendError(f"bind {content}", "two schemes of this name", "a name of its own for each scheme")
 
 
 def resolve(handle: str) -> BoundWeight:
