@@ -107,10 +107,9 @@ class Checkpoint:
     def release(self, name: str, rows: Rows | None = None) -> None:
         """Gives the file pages of a tensor, or of some of its rows, back to the system once it has been used.
 
-        Bounds the memory of a stream at one tensor. Views stay valid: a later access reads the file
-            again. Only pages
-        wholly inside are dropped, so neighbours are untouched. Does nothing where the system cannot (macOS,
-        Windows).
+        Bounds the memory of a stream at one tensor. Views stay valid: a later access reads the file again.
+        Only pages wholly inside are dropped, so neighbours are untouched. Does nothing where the system
+        cannot (macOS, Windows).
 
         Raises:
             CheckpointError: No such tensor or rows.

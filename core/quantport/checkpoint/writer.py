@@ -34,8 +34,8 @@ def save_tensors(
 ) -> Path:
     """Writes a checkpoint that appears under its name complete, or not at all; returns its directory.
 
-    Holds one shard of tensors and the next tensor, never more: the stream must not write to a tensor that
-        it has yielded.
+    Holds one shard of tensors and the next tensor, never more: the stream must not write to a tensor that it
+    has yielded.
 
     Args:
         directory: The final directory: absent, or empty.

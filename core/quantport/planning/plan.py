@@ -183,7 +183,7 @@ def make_plan(
     kv: KVShape | None = None,
     budget: int | str | None = None,
 ) -> Plan:
-    """Plans every layer. Pure: no host, no hardware, no weights.
+    """Plans every layer. Pure: no registry, no hardware, no weights.
 
     Args:
         layers: From ``find_layers``.

@@ -1,4 +1,4 @@
-"""What the checks look at: one backend, in a host, with the devices of this machine or simulated ones."""
+"""What the checks look at: one backend, in a registry, with the devices of this machine or simulated ones."""
 
 from __future__ import annotations
 

@@ -48,9 +48,8 @@ def int_mm_is_exact_and_fast() -> bool:
     """Whether oneDNN's int8 matmul is one of dot products here: elsewhere it is a loop, or saturates, which
     is tried too.
 
-    Without VNNI it may add products in pairs that saturate at 16 bits: 127 * 127 * 64 becomes 8160
-        instead of 1032256. Source:
-    oneDNN ``dev_guide_int8_computations``.
+    Without VNNI it may add products in pairs that saturate at 16 bits: 127 * 127 * 64 becomes 8160 instead of
+    1032256. Source: oneDNN ``dev_guide_int8_computations``.
     """
     if not {"avx512_vnni", "avx_vnni", "i8mm"} & usable_features():
         return False

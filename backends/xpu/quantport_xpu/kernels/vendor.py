@@ -147,8 +147,8 @@ class XpuInt4W4A8(XpuInt4W4A16, aten.Quantizing):
 class _Fp8(Kernel):
     """e4m3fn weights with one scale, one for each output channel, or one for each 128x128.
 
-    The vendor tells the last from the others by scales that have more than one row: those of K in blocks,
-        at least two.
+    The vendor tells the last from the others by scales that have more than one row: those of K in blocks, at
+    least two.
     """
 
     def serves(self, scheme: Scheme) -> bool:
