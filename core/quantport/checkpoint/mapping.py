@@ -79,9 +79,8 @@ def _map_private(descriptor: int, size: int) -> mmap.mmap:
     ("Cannot allocate memory") although its pages are never written.
     """
     if sys.platform == "linux":
-        no_reserve = getattr(
-            mmap, "MAP_NORESERVE", 0x4000
-        )  # named since Python 3.11; one value on all but Alpha, MIPS, SPARC
+        # named since Python 3.11; one value on all but Alpha, MIPS, SPARC
+        no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000)
         flags = mmap.MAP_PRIVATE | no_reserve
         return mmap.mmap(descriptor, size, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
     return mmap.mmap(descriptor, size, access=mmap.ACCESS_COPY)

@@ -125,9 +125,8 @@ class _Shards:
     def _flush(self) -> None:
         path = self._path(self._count)
         save_file(self._held, path, metadata=self._metadata)
-        path.chmod(
-            self._directory.stat().st_mode & 0o666
-        )  # what the umask gives; safetensors 0.8 makes it 0600
+        # what the umask gives; safetensors 0.8 makes it 0600
+        path.chmod(self._directory.stat().st_mode & 0o666)
         sync(path)
         self._held, self._held_bytes, self._storages = {}, 0, set()
         self._count += 1

@@ -116,9 +116,8 @@ class DefaultCache:
     """
 
     def __init__(self, model: nn.Module, dtype: str, skip_layers: Sequence[int]) -> None:
-        self._model = weakref.ref(
-            model
-        )  # weakly: a cycle would keep a deleted model until the garbage collector runs
+        # weakly: a cycle would keep a deleted model until the garbage collector runs
+        self._model = weakref.ref(model)
         self.dtype, self.skip_layers = dtype, tuple(skip_layers)
         self.fresh()
         if not (

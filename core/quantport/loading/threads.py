@@ -16,9 +16,8 @@ def one_native_thread() -> None:
     begins with. The first alone is what OpenMP's own function sets. Where torch's OpenMP is not found, a
     helper puts the second back.
     """
-    before = (
-        torch.get_num_threads()
-    )  # the first question of a thread takes over the number of the process: before ours, not after
+    # the first question of a thread takes over the number of the process: before ours, not after
+    before = torch.get_num_threads()
     openmp = _openmp()
     if openmp is not None:
         openmp(1)

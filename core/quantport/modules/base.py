@@ -47,9 +47,8 @@ class QuantModule(nn.Module):
         others: Mapping[str, Kernel] | None = None,
         registry: Registry | None = None,
     ) -> None:
-        nn.Module.__init__(
-            self
-        )  # not super(): a QuantLinear is an nn.Linear too, which would make a 16-bit weight
+        # not super(): a QuantLinear is an nn.Linear too, which would make a 16-bit weight
+        nn.Module.__init__(self)
         self.registry = registry or default_registry()
         self.specs, self.layer, self.dtype = specs, layer, dtype
         self._packed: dict[str, Packed] = {}  # as the buffers were when somebody last asked
@@ -136,9 +135,8 @@ class QuantModule(nn.Module):
         """Takes the packed tensors of a weight as buffers, so that memory counts are right."""
         keys = tuple(f"packed_{name.replace('.', '_')}_{i}" for i in range(len(packed)))
         for key, tensor in zip(keys, packed, strict=True):
-            self.register_buffer(
-                key, tensor, persistent=False
-            )  # not persistent: state_dict writes the stored layout
+            # not persistent: state_dict writes the stored layout
+            self.register_buffer(key, tensor, persistent=False)
         self._packed[name] = packed
         self._set(name, keys)
 

@@ -194,9 +194,8 @@ def _mx() -> tuple[Scheme, ...]:
         return Quant(name, (1, 32), "e8m0", rule)
 
     fp8, fp4 = mx("e4m3fn", "even1"), mx("e2m1")
-    dual = Quant(
-        "e2m1", (1, 32), "e8m0", "floor", outer_block=(1, 512)
-    )  # of activations, as Ascend's operator; weights are searched
+    # of activations, as Ascend's operator; weights are searched
+    dual = Quant("e2m1", (1, 32), "e8m0", "floor", outer_block=(1, 512))
     nv = Quant("e2m1", (1, 16), "e4m3fn", outer_block=(0, 0))
     return (
         Scheme("mxfp8", fp8, fp8, "MXFP8 (e4m3fn) weights and activations, a power-of-two scale per 32"),
