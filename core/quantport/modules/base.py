@@ -81,9 +81,8 @@ class QuantModule(nn.Module):
         exchanging those.
         """
         keys = self._buffer_names[name]
-        if (
-            torch.compiler.is_compiling()
-        ):  # shapes of buffers are constants, others vary as a batch does, and may equal it
+        # shapes of buffers are constants, others vary as a batch does, and may equal it
+        if torch.compiler.is_compiling():
             return tuple(self.get_buffer(key) for key in keys)
         packed = self._packed.get(name)
         if packed is None or packed[0] is not self._buffers[keys[0]]:
@@ -194,9 +193,8 @@ class QuantModule(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantModule:
         """Moves between devices; never casts codes or scales, whatever ``.half()`` or ``.to(dtype)`` ask."""
-        device = fn(
-            torch.empty(0, dtype=torch.int8, device=self.device)
-        ).device  # nothing casts integers: only the device shows
+        # nothing casts integers: only the device shows
+        device = fn(torch.empty(0, dtype=torch.int8, device=self.device)).device
         dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
         moves = (device, dtype) != (self.device, self.dtype)
         if moves:
@@ -281,6 +279,9 @@ class QuantModule(nn.Module):
 
 
 def _alike(a: Packed, b: Packed) -> bool:
+    """Whether one can be written over the other, byte by byte: not what oneDNN packs, which has no bytes."""
+    if any(t.layout is not torch.strided for t in (*a, *b)):
+        return False
     return [(t.shape, t.dtype, t.device) for t in a] == [(t.shape, t.dtype, t.device) for t in b]
 
 
