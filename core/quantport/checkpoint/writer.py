@@ -95,9 +95,8 @@ class _Shards:
         if self._held and self._held_bytes + size > self._limit:
             self._flush()
         storage = ready.untyped_storage().data_ptr()
-        if (
-            ready.numel() and storage in self._storages
-        ):  # tied weights: safetensors writes no two names of one memory
+        # tied weights: safetensors writes no two names of one memory
+        if ready.numel() and storage in self._storages:
             ready = ready.clone()
             storage = ready.untyped_storage().data_ptr()
         self._storages.add(storage)

@@ -32,8 +32,7 @@ def one_native_thread() -> None:
 def _openmp() -> Any:
     """``omp_set_num_threads`` of the very library that torch is linked to, or None."""
     try:
-        return ctypes.CDLL(
-            torch._C.__file__
-        ).omp_set_num_threads  # looked up among the libraries that it depends on, too
+        # looked up among the libraries that it depends on, too
+        return ctypes.CDLL(torch._C.__file__).omp_set_num_threads
     except (OSError, AttributeError):
         return None
