@@ -12,7 +12,7 @@ class QuantportError(Exception):
     Args:
         asked: What the caller asked for.
         found: What quantport found instead.
-        try: What would work.
+        suggestion: What would work; the message says it after ``try``.
     """
 
     def __init__(self, asked: str, found: str, suggestion: str) -> None:
@@ -75,6 +75,6 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def one_of(name: str, known: Iterable[str]) -> str:
-    """Returns the suggestion for an unknown name: a suggestion, then every known name."""
+    """Returns what to try for an unknown name: the closest known one, then all of them."""
     names = list(known)
     return f"{did_you_mean(name, names)}known: {', '.join(names) or 'none'}"

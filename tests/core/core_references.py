@@ -55,9 +55,8 @@ def encode_np(ratio: np.ndarray, form: str) -> np.ndarray:
     if form in RANGE:
         low, high = RANGE[form]
         return np.clip(np.rint(ratio), low, high).astype(np.float32)
-    table = np.unique(
-        np.array(CODEBOOKS[form], np.float32)
-    )  # ascending: argmin takes the lower of two that are as near
+    # ascending: argmin takes the lower of two that are as near
+    table = np.unique(np.array(CODEBOOKS[form], np.float32))
     middles = (table[1:] + table[:-1]) / np.float32(2)
     return table[(ratio[..., None] > middles).sum(-1)]
 

@@ -181,6 +181,13 @@ def test_a_format_that_raises_is_named(model):
         quantport.load(Memory(model.state_dict()), "int8", model=Net, device="cpu", registry=knowing(toy))
 
 
+def test_a_reader_that_raises_is_named(model, tmp_path):
+    toy = Toy()
+    toy.open = lambda *_, **__: 1 / 0
+    with pytest.raises(BackendError, match="format 'toy' raised ZeroDivisionError"):
+        quantport.load(write(tmp_path, model), "int8", model=Net, device="cpu", registry=knowing(toy))
+
+
 def test_what_nobody_recognizes_says_who_made_it(model):
     with pytest.raises(CheckpointError, match="GPTQ or AWQ"):
         quantport.load(Memory({"a.qweight": torch.ones(2, 2, dtype=torch.int32)}), "int8", model=Net)

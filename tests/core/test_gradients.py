@@ -82,6 +82,17 @@ def test_compiled_gradients_are_the_same(scheme):
     assert torch.allclose(x.grad, again.grad, atol=1e-6)
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_exported_program_has_a_gradient_though_it_was_traced_without(strict):
+    module = layer("int8").requires_grad_(False)
+    program = torch.export.export(module, (randn(4, 96),), strict=strict).module()
+    x = randn(4, 96).requires_grad_()
+    program(x).sum().backward()
+    given, x.grad = x.grad, None
+    module(x).sum().backward()
+    assert torch.equal(given, x.grad)
+
+
 def test_without_a_gradient_the_kernel_is_called_as_it_is(monkeypatch):
     module, called = layer(), []
     monkeypatch.setattr(ops, "_run", lambda *args, real=ops._run: called.append("kernel") or real(*args))

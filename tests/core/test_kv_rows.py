@@ -19,10 +19,11 @@ floats = st.floats(-3.0000000054977558e38, 3.0000000054977558e38, width=32)
 rows = hnp.arrays("float32", hnp.array_shapes(min_dims=2, max_dims=2, max_side=9), elements=floats).map(
     torch.from_numpy
 )
+# of the value; of the scale, for subnormals
 half_ulp = {
     "fp8_e4m3": (2.0**-4, 2.0**-10),
     "fp8_e5m2": (2.0**-3, 2.0**-17),
-}  # of the value; of the scale, for subnormals
+}
 
 # By hand. The scale is 1, bfloat16 0x3f80, and stands behind the codes with its low byte first. e4m3: bias 7,
 # 3 bits of mantissa,
@@ -34,12 +35,13 @@ GOLDEN = [
     ("fp8_e5m2", [57344, 1, 9, -3], "7b 3c 48 c2 80 3f", [57344, 1, 8, -3]),
     ("int8", [127.5, 0.5, 1.5, -127.5], "7f 00 02 80 80 3f", [127, 0, 2, -128]),
     ("int4", [7.5, -7.5, 0.5, 1.5, 2.5], "0f a8 0a 80 3f", [7, -8, 0, 2, 2]),
+    # 1.003 rounds to a scale of 1 before the codes are computed
     (
         "fp8",
         [449.344, 224],
         "7e 76 80 3f",
         [448, 224],
-    ),  # 1.003 rounds to a scale of 1 before the codes are computed
+    ),
     ("int8", [0, 0, 0], "00 00 00 00 34", [0, 0, 0]),  # a zero row: scale 2**-23
     ("auto", [1.0, -2.0], "80 3f 00 c0", [1, -2]),
 ]

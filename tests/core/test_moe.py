@@ -147,6 +147,22 @@ def test_mixed_experts_are_saved_copied_and_traced(mixed, tmp_path):
     assert torch.equal(empty(*given), experts(*given))
 
 
+def test_compiled_experts_take_activations_that_lie_column_by_column(mixed):
+    experts, (x, index, weights) = mixed.model.layers[0].mlp.experts, routed()
+    x = x.t().contiguous().t()
+    torch._dynamo.reset()
+    traced = torch.compile(lambda *given: experts(*given) * 2, fullgraph=True, backend="aot_eager")
+    seen = experts.operands()
+    fake = torch.ops.quantport.experts_loop(x.to("meta"), index.to("meta"), weights.to("meta"), *_meta(seen))
+    assert fake.stride() == experts(x, index, weights).stride() == (x.shape[1], 1)
+    assert torch.equal(traced(x, index, weights), experts(x, index, weights) * 2)
+
+
+def _meta(operands):
+    tensors, sizes, handle = operands
+    return [torch.empty(0, dtype=torch.uint8, device="meta") for _ in tensors], sizes, handle
+
+
 def routed(rows=5, experts=8, top_k=2):
     index = torch.randint(0, experts, (rows, top_k), generator=torch.Generator().manual_seed(1))
     return randn(rows, 256, dtype=torch.bfloat16), index, torch.full((rows, top_k), 0.5, dtype=torch.bfloat16)

@@ -15,13 +15,14 @@ from quantport.scheme.catalog import BUILTIN
 from quantport.scheme.scheme import GGUF_BYTES
 
 NAMES = tuple(GGUF_BYTES)
+# offsets of fp16 numbers
 HALVES = {
     "q4_0": (0,),
     "q8_0": (0,),
     "q4_k": (0, 2),
     "q5_k": (0, 2),
     "q6_k": (208,),
-}  # offsets of fp16 numbers
+}
 
 
 def kind(name: str) -> object:

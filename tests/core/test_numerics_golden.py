@@ -18,9 +18,8 @@ from quantport.scheme import Quant
 from quantport.scheme.catalog import BUILTIN
 
 WEIGHTS = {name: scheme.weight for name, scheme in BUILTIN.items() if scheme.weight.format != "bf16"}
-LAYERS = {
-    name: w for name, w in WEIGHTS.items() if not (w.zero_point or w.outer_block or w.element.block)
-}  # one level of scales
+# one level of scales
+LAYERS = {name: w for name, w in WEIGHTS.items() if not (w.zero_point or w.outer_block or w.element.block)}
 QUANTS = {
     **{name: quant for name, quant in LAYERS.items() if not name.endswith(("weight_only", "w4a8"))},
     "int4_g128": WEIGHTS["int4_weight_only"],

@@ -36,11 +36,12 @@ matrices = hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=2, max_s
 )
 
 
+# mantissa bits, exponent of the smallest normal
 FLOATS = {
     "e4m3fn": (3, -6),
     "e3m2": (2, -2),
     "e2m1": (1, 0),
-}  # mantissa bits, exponent of the smallest normal
+}
 
 
 def values(codes: Tensor, quant: Quant) -> Tensor:

@@ -79,9 +79,8 @@ def test_codes_and_scales_of_a_million_weights(form, rule):
 def test_codes_and_scales_of_a_million_bit_patterns(form, rule):
     """All magnitudes: where the biased exponent is in 2..253 both agree, but for the named differences."""
     x = patterns(1 << 20).nan_to_num(0, 0, 0).view(1024, 1024)
-    x = torch.ldexp(
-        x, -((torch.arange(1024)[:, None] + torch.zeros(1, 1024)) % 250).int()
-    )  # every amax down to subnormals
+    # every amax down to subnormals
+    x = torch.ldexp(x, -((torch.arange(1024)[:, None] + torch.zeros(1, 1024)) % 250).int())
     x[x.abs() > 1.6e38] = 0.0
     found, expected = ours(x, form, rule), torchao(x, form, rule)
     same = (found[0] > 1) & (found[0] < 254)

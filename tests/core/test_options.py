@@ -17,10 +17,11 @@ def test_rules_change_weights_and_activations_alike():
     assert (scheme.name, scheme.weight.rule, scheme.activation.rule) == ("mxfp4:floor", "floor", "floor")
     assert scheme.aliases == ()
     searched = BUILTIN["mxfp4:mse"]
+    # activations are never searched for
     assert (searched.weight.rule, searched.activation.rule) == (
         "mse",
         "even",
-    )  # activations are never searched for
+    )
 
 
 def test_an_alias_takes_options_and_they_add_up():
@@ -132,9 +133,8 @@ def test_a_rotated_row_does_not_depend_on_its_neighbours():
     assert torch.allclose(numerics.rotate(whole, 128), x, atol=1e-5)
     one = torch.zeros(1, 128)
     one[0, 3] = 1
-    signs = torch.tensor(
-        [(-1.0) ** bin(3 & i).count("1") for i in range(128)]
-    )  # Sylvester: (-1)**popcount(row & column)
+    # Sylvester: (-1)**popcount(row & column)
+    signs = torch.tensor([(-1.0) ** bin(3 & i).count("1") for i in range(128)])
     assert torch.equal(numerics.rotate(one, 128)[0], signs * (1 / 128**0.5))
 
 

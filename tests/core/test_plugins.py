@@ -97,6 +97,7 @@ def test_every_hook_brings_something(monkeypatch):
     assert "toy" in registry.backends
     assert set(HOOKS) == {
         "quantport_backend",
+        "quantport_kernels",
         "quantport_schemes",
         "quantport_solvers",
         "quantport_checkpoint_formats",
@@ -268,3 +269,20 @@ def test_schemes_are_looked_up_once():
         assert schemes["mxfp4:floor"] is schemes["mxfp4:floor"]
     assert calls == ["floor"]
     assert schemes["mxfp4:floor"] == BUILTIN["mxfp4:floor"]
+
+
+def test_a_scheme_with_a_colon_in_its_name_is_set_aside(monkeypatch):
+    bad = stranger(monkeypatch, quantport_schemes=lambda: [Scheme("mine:too", INT8, None, "")])
+    registry, _ = aside(bad, "'mine:too'", "colon")
+    assert list(registry.schemes.values()) == list(BUILTIN.values())
+
+
+def test_a_restriction_holds_for_backends_of_other_plugins_too(monkeypatch):
+    both = stranger(
+        monkeypatch,
+        quantport_backend=lambda: FakeBackend("toy", found=1),
+        quantport_schemes=lambda: [Scheme("mine", INT8, None, "")],
+    )
+    registry = Registry([*installed(), both], only=["cpu"])
+    assert list(registry.backends) == ["cpu"]
+    assert "mine" in registry.schemes

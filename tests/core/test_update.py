@@ -8,8 +8,10 @@ from core_models import MOE, Tiny, ids, made, same_state, write
 
 import quantport
 from quantport.errors import WeightError
+from quantport.kernels.base import WeightSpec
 from quantport.loading import update_weight
-from quantport.modules import QuantExperts
+from quantport.modules import QuantExperts, QuantLinear
+from quantport.plugins.registry import default_registry
 
 LINEAR = ("up", "down", "narrow", "moe.experts.1.down_proj")
 
@@ -70,3 +72,16 @@ def test_what_does_not_fit_changes_nothing(tmp_path):
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.up.state_dict().items())
     update_weight(model.up, "", bad, nonfinite="zero")
     assert not model.up.stored_weight()["weight"].any()
+
+
+def test_what_onednn_packs_is_packed_anew():
+    registry = default_registry()
+    spec = WeightSpec(registry.schemes["bf16"], 48, 32)
+    module = QuantLinear(registry.kernel("cpu.bf16"), spec)
+    for seed in range(2):
+        weight = torch.full((48, 32), 1.5 + seed, dtype=torch.bfloat16)
+        if seed:
+            update_weight(module, "", weight)
+        else:
+            module.set_weight("", {"weight": weight})
+        assert torch.equal(module.state_dict()["weight"], weight)

@@ -124,9 +124,8 @@ def test_every_quantized_scheme_and_every_option_has_an_example():
     assert {name.split(":")[0] for name in names} == {
         s.name for s in BUILTIN.values() if s.weight.format != "bf16"
     }
-    options = {option for s in BUILTIN.values() for option in s.options} - {
-        "even1"
-    }  # of 4- and 6-bit elements: mxfp8 has it
+    # of 4- and 6-bit elements: mxfp8 has it
+    options = {option for s in BUILTIN.values() for option in s.options} - {"even1"}
     assert options <= {option for name in names for option in name.split(":")[1:]}
 
 

@@ -19,9 +19,8 @@ from quantport.kernels.verdict import Evidence, Status
 from quantport.plugins import hookspecs
 from quantport.plugins.registry import default_registry
 
-RESULTS = (
-    ROOT / "benchmarks" / "results"
-)  # written by `make bench`: links into it may lead nowhere until it has run once
+# written by `make bench`: links into it may lead nowhere until it has run once
+RESULTS = ROOT / "benchmarks" / "results"
 _LINK = re.compile(r"\[[^\]]+\]\(([^)\s]+)\)")
 LOADING, BACKENDS, MATRIX, CLI, ENGINES = (
     (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")

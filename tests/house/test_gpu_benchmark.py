@@ -326,9 +326,8 @@ def test_smoke_of_the_stages_that_check(tmp_path):
 def test_a_stage_that_does_not_end_is_ended_and_says_so(bench, tmp_path, monkeypatch):
     gpu = bench("gpu")
     monkeypatch.setattr(gpu, "GRACE", 0.1)
-    found = gpu.stage(
-        "models", argparse.Namespace(smoke=True), {}, 0.1, tmp_path
-    )  # less than importing torch takes
+    # less than importing torch takes
+    found = gpu.stage("models", argparse.Namespace(smoke=True), {}, 0.1, tmp_path)
     assert found["missing"] == "it did not end within 0 s"
     assert found["seconds"] < 5
 
@@ -342,9 +341,8 @@ def test_a_stage_that_fails_keeps_what_it_had_and_says_why(bench, tmp_path, monk
 
     module.run = run
     monkeypatch.setitem(sys.modules, "gpu_limits", module)
-    monkeypatch.setattr(
-        gpu, "begin", lambda smoke: None
-    )  # it mends the interpreter of this process, which is mended
+    # it mends the interpreter of this process, which is mended
+    monkeypatch.setattr(gpu, "begin", lambda smoke: None)
     monkeypatch.delenv("QUANTPORT_BENCH_RAISE", raising=False)
     out = tmp_path / "out.json"
     gpu.run_stage(

@@ -25,9 +25,8 @@ def test_public_names_are_documented(module):
     silent = []
     for name in module.__all__:
         value = getattr(module, name)
-        own = (
-            inspect.isclass(value) or inspect.isroutine(value) or inspect.ismodule(value)
-        )  # aliases and tables cannot
+        # aliases and tables cannot
+        own = inspect.isclass(value) or inspect.isroutine(value) or inspect.ismodule(value)
         if own and not inspect.getdoc(value):
             silent.append(name)
     assert not silent

@@ -81,6 +81,5 @@ def test_import_costs_little_beside_torch():
     quantport.
     """
     runs = [times() for _ in range(5)]
-    assert (
-        median(run["quantport"] / run["torch"] for run in runs) < 0.1
-    )  # it imports the rest, torch too, on first use
+    # it imports the rest, torch too, on first use
+    assert median(run["quantport"] / run["torch"] for run in runs) < 0.1

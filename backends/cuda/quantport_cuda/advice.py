@@ -15,10 +15,11 @@ from quantport_triton import available
 
 NVIDIA = "0x10de"
 DISPLAY = "0x03"  # of the PCI class: VGA and 3D controllers
+# the oldest for each CUDA: CUDA Toolkit release notes, "CUDA Minor Version Compatibility"
 DRIVERS = {
     12: 525,
     13: 580,
-}  # the oldest for each CUDA: CUDA Toolkit release notes, "CUDA Minor Version Compatibility"
+}
 INDEX = "--index-url https://download.pytorch.org/whl"
 _INSTALL = f"pip install --force-reinstall torch {INDEX}/cu130"
 _OLD = f'pip install --force-reinstall "torch<2.15" {INDEX}/cu126'
@@ -92,9 +93,8 @@ def _without_code(lib: Any) -> tuple[str, ...]:
     for i in range(lib.cuda.device_count()):
         capability = lib.cuda.get_device_capability(i)
         if not any(runs(entry, capability) for entry in held):
-            mend = (
-                _OLD if capability < (7, 5) else _INSTALL
-            )  # CUDA 13 builds start at 7.5 (pytorch issue 190385)
+            # CUDA 13 builds start at 7.5 (pytorch issue 190385)
+            mend = _OLD if capability < (7, 5) else _INSTALL
             sm = "sm_{}{}".format(*capability)
             lines.append(
                 f"torch {lib.__version__} holds no machine code for cuda:{i} ({sm}), only "

@@ -47,10 +47,9 @@ _JETSON_ORIN = replace(ARCHS["sm_86"], name="sm_87", title="NVIDIA Jetson Orin")
 def arch_of(major: int, minor: int) -> Arch:
     """The architecture of a compute capability.
 
-    One that the table lacks gets its own name and only what is safe to assume: fp16, and bf16 from 8.0
-        on. Thor reads
-    as (11, 0), or as (10, 1) in builds for CUDA 12 (torch ``common_cuda.py``); it is named ``sm_110`` in
-    both.
+    One that the table lacks gets its own name and only what is safe to assume: fp16, and bf16 from 8.0 on.
+    Thor reads as (11, 0), or as (10, 1) in builds for CUDA 12 (torch ``common_cuda.py``); it is named
+    ``sm_110`` in both.
     """
     name = "sm_110" if (major, minor) == (10, 1) else f"sm_{major}{minor}"
     if name in ARCHS:

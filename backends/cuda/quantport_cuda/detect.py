@@ -16,10 +16,11 @@ from quantport_triton import evidence
 from quantport_triton.launch import target_of
 from quantport_triton.weights import quantize_weight
 
+# the first cublasLt with block scales for Blackwell, and the first with those of 128x128
 _CUDA = (
     (12, 8),
     (12, 9),
-)  # the first cublasLt with block scales for Blackwell, and the first with those of 128x128
+)
 
 
 def features(lib: Any) -> frozenset[str]:

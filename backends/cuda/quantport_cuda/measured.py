@@ -51,9 +51,8 @@ class Measured(Kernel):
         speeds = self._row(request).get("speeds", {})
         n, k = measurements(request.device.arch.name).get("shape", (0, 0))
         if not speeds or SMALLEST * request.weight.n * request.weight.k < n * k:
-            return super().speed(
-                request
-            )  # in a small layer the launch decides, which the table does not know
+            # in a small layer the launch decides, which the table does not know
+            return super().speed(request)
         nearest = min(speeds, key=lambda m: abs(math.log(int(m) / request.num_tokens)))
         return float(speeds[nearest])
 

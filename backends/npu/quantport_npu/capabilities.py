@@ -46,9 +46,8 @@ _BF16_FROM = 220  # torch_npu's own gate of bf16: Ascend910B1
 def arch_of(soc: int, name: str) -> Arch:
     """The architecture of a SocVersion.
 
-    One that the table lacks gets the name of the device and only what is safe to assume: fp16, and bf16
-        where torch_npu
-    allows it.
+    One that the table lacks gets the name of the device and only what is safe to assume: fp16, and bf16 where
+    torch_npu allows it.
 
     Args:
         soc: ``torch_npu._C._npu_get_soc_version()``.

@@ -18,10 +18,11 @@ from torch import Tensor
 from quantport_npu.capabilities import arch_of
 
 FRACTAL_ND, FRACTAL_NZ = 2, 29  # storage formats of CANN
+# 256 + aclDataType (Ascend/pytorch torch_npu/csrc/custom_dtype/Init.h): what bytes stand for
 E8M0, E2M1 = (
     293,
     296,
-)  # 256 + aclDataType (Ascend/pytorch torch_npu/csrc/custom_dtype/Init.h): what bytes stand for
+)
 LIMIT = 65535  # of the last dimensions of both operands, and of K and N of weight-only products
 
 PLUGIN = "Ascend/op-plugin at 517f2e7d, docs/zh/custom_APIs/torch_npu"

@@ -50,9 +50,8 @@ _NUMBERS = {
 def arch_of(number: int, xmx: bool = False) -> Arch:
     """The architecture of a SYCL architecture number.
 
-    One that the table lacks gets its number as its name and only what is safe to assume: fp16, and bf16
-        where the driver
-    reports matrix engines (every Intel GPU with XMX in oneDNN's table has it).
+    One that the table lacks gets its number as its name and only what is safe to assume: fp16, and bf16 where
+    the driver reports matrix engines (every Intel GPU with XMX in oneDNN's table has it).
 
     Args:
         number: ``architecture`` of the device properties.

@@ -44,8 +44,8 @@ class MappedFile:
         """Returns the bytes ``[start, end)``, which are not empty, as a tensor of ``dtype`` and ``shape``.
 
         A view of the mapping, or a copy if ``start`` is no multiple of the item size: kernels load whole
-            elements, and a
-        misaligned load is slow or a fault on some devices. Writers since safetensors 0.3 align the data.
+        elements, and a misaligned load is slow or a fault on some devices. Writers since safetensors 0.3
+        align the data.
         """
         if start % dtype.itemsize:
             raw = torch.frombuffer(self._map, dtype=torch.uint8, count=end - start, offset=start)
@@ -58,7 +58,7 @@ class MappedFile:
         again.
 
         Only on Linux: elsewhere ``MADV_DONTNEED`` is a hint with another meaning (macOS) or missing
-            (Windows).
+        (Windows).
         """
         page = mmap.PAGESIZE
         first, last = -(-start // page) * page, end // page * page
@@ -79,9 +79,8 @@ def _map_private(descriptor: int, size: int) -> mmap.mmap:
     ("Cannot allocate memory") although its pages are never written.
     """
     if sys.platform == "linux":
-        no_reserve = getattr(
-            mmap, "MAP_NORESERVE", 0x4000
-        )  # named since Python 3.11; one value on all but Alpha, MIPS, SPARC
+        # named since Python 3.11; one value on all but Alpha, MIPS, SPARC
+        no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000)
         flags = mmap.MAP_PRIVATE | no_reserve
         return mmap.mmap(descriptor, size, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
     return mmap.mmap(descriptor, size, access=mmap.ACCESS_COPY)

@@ -73,9 +73,8 @@ def check_free(target: Path, overwrite: bool) -> None:
             f"a directory that holds {len(names)} entries",
             "a new or empty directory, or overwrite=True",
         )
-    if not any(
-        name.endswith(_WEIGHTS) for name in names
-    ):  # overwrite=True with a wrong path must not delete a home
+    # overwrite=True with a wrong path must not delete a home
+    if not any(name.endswith(_WEIGHTS) for name in names):
         suggestion = "the path of a checkpoint, or delete the directory yourself"
         raise SaveError(f"{asked}, overwrite=True", "a directory that holds files but no weights", suggestion)
 

@@ -107,10 +107,9 @@ class Checkpoint:
     def release(self, name: str, rows: Rows | None = None) -> None:
         """Gives the file pages of a tensor, or of some of its rows, back to the system once it has been used.
 
-        Bounds the memory of a stream at one tensor. Views stay valid: a later access reads the file
-            again. Only pages
-        wholly inside are dropped, so neighbours are untouched. Does nothing where the system cannot (macOS,
-        Windows).
+        Bounds the memory of a stream at one tensor. Views stay valid: a later access reads the file again.
+        Only pages wholly inside are dropped, so neighbours are untouched. Does nothing where the system
+        cannot (macOS, Windows).
 
         Raises:
             CheckpointError: No such tensor or rows.
@@ -229,9 +228,8 @@ def _check_index(layout: Layout, index: Mapping[str, str], merged: Mapping[str, 
             f"tensors in {merged[extra[0]].file} that the index does not name: {some(extra)}",
             suggestion,
         )
-    paths = {
-        shard: str(layout.directory / shard) for shard in set(index.values())
-    }  # once: 46,000 joins take 0.3 s
+    # once: 46,000 joins take 0.3 s
+    paths = {shard: str(layout.directory / shard) for shard in set(index.values())}
     for name, info in merged.items():
         if paths[index[name]] != info.file:
             _disagree(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from quantport.checkpoint import limits
 from quantport.checkpoint.format import CheckpointFormat, Recognized
@@ -17,6 +18,7 @@ from quantport.scheme.catalog import Schemes
 
 BUILTIN_FORMATS: tuple[CheckpointFormat, ...] = (QuantportFormat(),)
 _PLAIN = PlainFormat()
+T = TypeVar("T")
 
 
 def open_source(
@@ -26,9 +28,10 @@ def open_source(
 
     Raises:
         CheckpointError: as `Checkpoint.open`.
+        BackendError: a format raised.
     """
     for known in formats:
-        source = known.open(path, headers_only=headers_only)
+        source = _guarded(known, f"open {path}", partial(known.open, path, headers_only=headers_only))
         if source is not None:
             return source
     return Checkpoint.open(path, headers_only=headers_only)
@@ -50,11 +53,13 @@ def recognize(
             none of the formats recognizes it.
         BackendError: a format raised.
     """
-    limits.check_tensors(source.tensors, f"open the checkpoint {source.directory}")
-    claims = [claim for f in formats if (claim := _ask(f, source, config, schemes)) is not None]
+    asked = f"open the checkpoint {source.directory}"
+    limits.check_tensors(source.tensors, asked)
+    answers = [_guarded(f, asked, partial(f.recognize, source, config, schemes)) for f in formats]
+    claims = [claim for claim in answers if claim is not None]
     if len(claims) > 1:
         raise CheckpointError(
-            f"open the checkpoint {source.directory}",
+            asked,
             f"{len(claims)} formats recognize it: {', '.join(claim.format_name for claim in claims)}",
             "one of them: uninstall the plugin that is wrong",
         )
@@ -64,14 +69,12 @@ def recognize(
     return claim
 
 
-def _ask(
-    candidate: CheckpointFormat, source: TensorSource, config: Mapping[str, Any], schemes: Schemes
-) -> Recognized | None:
+def _guarded(candidate: CheckpointFormat, asked: str, call: Callable[[], T]) -> T:
+    """Calls a format; whatever a stranger's raises names it."""
     try:
-        return candidate.recognize(source, config, schemes)
+        return call()
     except QuantportError:
         raise
     except Exception as error:  # a stranger's code
         found = f"format {candidate.name!r} raised {type(error).__name__}: {error}"
-        suggestion = "uninstall or mend the plugin that brings the format"
-        raise BackendError(f"open the checkpoint {source.directory}", found, suggestion) from error
+        raise BackendError(asked, found, "uninstall or mend the plugin that brings the format") from error

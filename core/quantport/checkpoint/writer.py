@@ -34,8 +34,8 @@ def save_tensors(
 ) -> Path:
     """Writes a checkpoint that appears under its name complete, or not at all; returns its directory.
 
-    Holds one shard of tensors and the next tensor, never more: the stream must not write to a tensor that
-        it has yielded.
+    Holds one shard of tensors and the next tensor, never more: the stream must not write to a tensor that it
+    has yielded.
 
     Args:
         directory: The final directory: absent, or empty.
@@ -95,9 +95,8 @@ class _Shards:
         if self._held and self._held_bytes + size > self._limit:
             self._flush()
         storage = ready.untyped_storage().data_ptr()
-        if (
-            ready.numel() and storage in self._storages
-        ):  # tied weights: safetensors writes no two names of one memory
+        # tied weights: safetensors writes no two names of one memory
+        if ready.numel() and storage in self._storages:
             ready = ready.clone()
             storage = ready.untyped_storage().data_ptr()
         self._storages.add(storage)
@@ -125,9 +124,8 @@ class _Shards:
     def _flush(self) -> None:
         path = self._path(self._count)
         save_file(self._held, path, metadata=self._metadata)
-        path.chmod(
-            self._directory.stat().st_mode & 0o666
-        )  # what the umask gives; safetensors 0.8 makes it 0600
+        # what the umask gives; safetensors 0.8 makes it 0600
+        path.chmod(self._directory.stat().st_mode & 0o666)
         sync(path)
         self._held, self._held_bytes, self._storages = {}, 0, set()
         self._count += 1

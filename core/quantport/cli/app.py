@@ -133,9 +133,8 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
-            reconfigure(
-                errors="replace"
-            )  # a terminal that knows no box or tick shows a question mark, not a traceback
+            # a terminal that knows no box or tick shows a question mark, not a traceback
+            reconfigure(errors="replace")
     warnings.showwarning = _warn
     add_plugin_commands()
     app()

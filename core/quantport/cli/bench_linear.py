@@ -104,7 +104,7 @@ def bench(
     """Measures every scheme at every number of rows.
 
     Memory: copies of the BF16 weight, of the prepacked BF16 weight where the device has one, and of one
-        scheme's.
+    scheme's.
 
     Returns:
         The machine, and ``results``, for each: seconds, ``vs_bf16`` and ``vs_prepacked`` (speed-up over

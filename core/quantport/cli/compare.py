@@ -80,9 +80,8 @@ def _log_probs(model: Any, window: Tensor) -> Tensor:
 
 
 def _exp(value: float) -> float:
-    return (
-        torch.tensor(value, dtype=torch.float64, device="cpu").exp().item()
-    )  # of a large value: infinity, where math.exp raises
+    # of a large value: infinity, where math.exp raises
+    return torch.tensor(value, dtype=torch.float64, device="cpu").exp().item()
 
 
 @torch.no_grad()

@@ -76,15 +76,15 @@ def _version(package: str) -> str | None:
 
 def doctor_page(found: Findings) -> Page:
     """The findings."""
-    asked = found.registry
+    registry = found.registry
     data: dict[str, Any] = {
         "ok": not found.problems,
         "platform": platform.platform(),
         "versions": found.versions,
         "auto": found.auto,
-        "backends": sorted(asked.backends),
-        "schemes": list(asked.schemes),
-        "devices": [device_dict(d) for d in asked.devices],
+        "backends": sorted(registry.backends),
+        "schemes": list(registry.schemes),
+        "devices": [device_dict(d) for d in registry.devices],
         "problems": [vars(p) for p in found.problems],
         "advice": {kind: lines for kind, lines in found.advice.items() if lines},
     }
@@ -92,9 +92,9 @@ def doctor_page(found: Findings) -> Page:
     installed = [f"{name} {number or '(not installed)'}" for name, number in found.versions.items()]
     page.say(f"{', '.join(installed)}; {data['platform']}")
     rows = []
-    for kind in sorted(asked.backends):
-        here = ", ".join(str(d) for d in asked.devices if d.kind == kind)
-        rows.append((kind, here or "none found", str(len(asked.kernels(kind)))))
+    for kind in sorted(registry.backends):
+        here = ", ".join(str(d) for d in registry.devices if d.kind == kind)
+        rows.append((kind, here or "none found", str(len(registry.kernels(kind)))))
     page.blocks.append(
         Grid((Column("backend"), Column("devices", prose=True), Column("kernels", right=True)), rows)
     )

@@ -139,8 +139,7 @@ def bench(
     style: FormatOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure this machine: each scheme's linear layer against BF16, as ratios from one run, weights cold in
-    cache.
+    """Measure this machine: each scheme's linear layer against BF16, as ratios of one run, with cold weights.
 
     Examples:
         quantport bench

@@ -100,9 +100,8 @@ def _details(cell: Cell) -> tuple[str, ...]:
     choice = cell.choice
     evidence = str(choice.claim.evidence) if choice.claim else "-"
     speed = "" if choice.speed is None else f" ({choice.speed:.1f}x BF16)"
-    shown = [
-        re.sub(r" \[[^\[\]]*\]$", "", reason) for reason in choice.reasons[:1]
-    ]  # the source is in the other formats
+    # the source is in the other formats
+    shown = [re.sub(r" \[[^\[\]]*\]$", "", reason) for reason in choice.reasons[:1]]
     reasons = "; ".join([choice.numeric_deviation] * bool(choice.numeric_deviation) + shown)
     mark = f"{MARKS[str(choice.status)]} {choice.status}"
     kernel = choice.kernel + speed or "-"

@@ -13,13 +13,14 @@ from quantport.kvcache import cache_dtype
 from quantport.model.patterns import compile_pattern
 from quantport.scheme.catalog import Schemes
 
+# said once for all components
 _WHOLE = {
     "fallback",
     "on_unmatched",
     "nonfinite",
     "kv_cache_dtype",
     "kv_cache_skip_layers",
-}  # said once for all components
+}
 
 
 class QuantConfig(BaseModel):

@@ -40,9 +40,8 @@ def is_component_map(value: Mapping[str, Any], fields: Iterable[str]) -> bool:
     known = {*fields, *OTHER_KEYS}
     configs = [v for v in value.values() if isinstance(v, Mapping)]
     plain = all(v is None or isinstance(v, Mapping) for v in value.values())
-    meant = len(configs) < len(value) or any(
-        set(v) & known for v in configs
-    )  # a null, or a value that is a configuration
+    # a null, or a value that is a configuration
+    meant = len(configs) < len(value) or any(set(v) & known for v in configs)
     return bool(value) and not set(value) & known and plain and meant
 
 

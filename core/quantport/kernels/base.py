@@ -98,8 +98,8 @@ class Kernel(ABC):
     def pack(self, stored_weight: StoredWeight, spec: WeightSpec) -> Packed:
         """Turns the stored tensors (``Scheme.layout``) into what ``run`` reads.
 
-        The default keeps them, float8 viewed as uint8: torch compares, pickles and traces bytes better
-            than float8.
+        The default keeps them, float8 viewed as uint8: torch compares, pickles and traces bytes better than
+        float8.
         """
         return tuple(raw(stored_weight[name]) for name in spec.scheme.layout(spec.n, spec.k))
 

@@ -47,7 +47,7 @@ def look_up(kernel: Kernel, ids: Tensor, packed: Packed, spec: WeightSpec, dtype
     """Dequantizes the rows that are asked for, and no others.
 
     Args:
-        kernel: One that ``lookup_kernels`` lets pass.
+        kernel: One that ``embedding_kernels`` lets pass.
         ids: Integer, any shape.
         packed: What ``kernel.pack`` returned.
         spec: Scheme and shape ``[n, k]``.

@@ -23,10 +23,9 @@ class Status(str, Enum):
     """What a user gets.
 
     ``native``: the asked precision, on units built for it. ``weight_only``: the weights as asked, the
-        activations in
-    16 bits. ``dequantize``: the asked weight-only numerics, through a pure-torch dequantization.
-        ``reference``: exact
-    emulation of the asked numerics, slow. ``unsupported``: nothing runs it.
+    activations in 16 bits. ``dequantize``: the asked weight-only numerics, through a pure-torch
+    dequantization. ``reference``: exact emulation of the asked numerics, slow. ``unsupported``: nothing runs
+    it.
     """
 
     NATIVE = "native"
@@ -44,10 +43,8 @@ class Refusal(str, Enum):
     truth.
 
     ``impossible``: it raises, or its result is wrong. ``unsafe``: it must not be made: it reads past its
-        operands, crashes or
-    hangs, or nobody knows what it does. ``slower``: it runs, and another path is known to be faster.
-        ``not_offered``: it may run,
-    and nobody wants it.
+    operands, crashes or hangs, or nobody knows what it does. ``slower``: it runs, and another path is known
+    to be faster. ``not_offered``: it may run, and nobody wants it.
     """
 
     IMPOSSIBLE = "impossible"
@@ -63,7 +60,7 @@ class ReasonCode(str, Enum):
     """What a refusal is about, where code asks.
 
     ``no_matrix_instruction``: the architecture multiplies the format of the scheme on no unit of its own.
-        ``raised``: the kernel raised when it was asked. ``other``: everything else.
+    ``raised``: the kernel raised when it was asked. ``other``: everything else.
     """
 
     NO_MATRIX_INSTRUCTION = "no_matrix_instruction"

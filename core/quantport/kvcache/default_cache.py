@@ -27,10 +27,9 @@ def kv_cache(
     """Makes an empty quantized cache for ``model.generate(..., past_key_values=cache)`` or ``model(...,
     past_key_values=cache)``.
 
-    Each head of each token has its own scale, computed from its own values: there is no calibration, and
-        what is stored
-    does not depend on the batch, on other tokens, or on how the prompt was cut. Layers with sliding windows
-    or without attention stay as Transformers makes them.
+    Each head of each token has its own scale, computed from its own values: there is no calibration, and what
+    is stored does not depend on the batch, on other tokens, or on how the prompt was cut. Layers with sliding
+    windows or without attention stay as Transformers makes them.
 
     Args:
         model: A Transformers model, or its configuration.
@@ -117,9 +116,8 @@ class DefaultCache:
     """
 
     def __init__(self, model: nn.Module, dtype: str, skip_layers: Sequence[int]) -> None:
-        self._model = weakref.ref(
-            model
-        )  # weakly: a cycle would keep a deleted model until the garbage collector runs
+        # weakly: a cycle would keep a deleted model until the garbage collector runs
+        self._model = weakref.ref(model)
         self.dtype, self.skip_layers = dtype, tuple(skip_layers)
         self.fresh()
         if not (

@@ -169,9 +169,8 @@ class KVCache(Cache):  # type: ignore[misc]  # Transformers has no types
                 found,
                 "quantport.kv_cache(model) of the same model",
             )
-        if (
-            self.max_length is not None
-        ):  # before any kind of layer: the first one that a model asks is not always ours
+        # before any kind of layer: the first one that a model asks is not always ours
+        if self.max_length is not None:
             held, new = self.get_seq_length(layer_idx), key_states.shape[-2]
             if held + new > self.max_length:
                 suggestion = (

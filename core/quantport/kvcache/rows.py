@@ -125,9 +125,8 @@ def decode(rows: Tensor, width: int, dtype: CacheDtype, out: torch.dtype) -> Ten
         return rows.view(out)
     element = dtype.quant.element
     codes, scale = rows[..., : -SCALE.itemsize], rows[..., -SCALE.itemsize :]
-    scale = scale.clone(memory_format=torch.contiguous_format).view(
-        SCALE
-    )  # a copy is aligned; in a row it need not be
+    # a copy is aligned; in a row it need not be
+    scale = scale.clone(memory_format=torch.contiguous_format).view(SCALE)
     work = torch.bfloat16 if out is torch.bfloat16 else torch.float32
     if element is INT4:
         codes = unpack_bits(codes, width, 4).sub_(8)

@@ -50,12 +50,10 @@ class Task(NamedTuple):
 class Gate:
     """Counts bytes in flight, and lets a task in only when it fits beside those that run.
 
-    Tasks enter in the order in which they come: a large one is never overtaken for ever. One that needs
-        more than the
-    whole budget would wait for ever, so it is refused. What a task has freed still counts until the allocator
-    has given it back to the system: small tensors of many experts, freed between others that stay, leave
-    holes that
-        nothing else fits.
+    Tasks enter in the order in which they come: a large one is never overtaken for ever. One that needs more
+    than the whole budget would wait for ever, so it is refused. What a task has freed still counts until the
+    allocator has given it back to the system: small tensors of many experts, freed between others that stay,
+    leave holes that nothing else fits.
 
     It is open while ``opened`` is held. Nothing but leaving a ``with`` releases a lock in one step, so that
     no interrupt can come before the gate is shut, as one can at the beginning of a ``finally``.

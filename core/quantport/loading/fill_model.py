@@ -171,9 +171,8 @@ def module_path(names: Mapping[str, str], layer: Layer) -> str:
     renamed = names.get(part.tensor, part.tensor)
     if layer.experts:
         return renamed[: f".{renamed}".rindex(".experts.") + len("experts")]
-    inside = part.tensor.removeprefix(
-        f"{layer.name}."
-    )  # ``weight``; in a saved fused layer, ``q_proj.weight``
+    # ``weight``; in a saved fused layer, ``q_proj.weight``
+    inside = part.tensor.removeprefix(f"{layer.name}.")
     return renamed.removesuffix(f".{inside}") if inside != part.tensor else renamed.rpartition(".")[0]
 
 

@@ -67,9 +67,8 @@ def quantize_(
     params = dict(model.named_parameters())
 
     def read(part: Part) -> tuple[Tensor, Callable[[], None]]:
-        return select(
-            params[part.tensor], part
-        ), lambda: None  # nothing to release: the caller owns the tensor
+        # nothing to release: the caller owns the tensor
+        return select(params[part.tensor], part), lambda: None
 
     fast = registry.backends[decided.device.kind].quantize_weight
     new: dict[str, QuantModule] = {}

@@ -16,9 +16,8 @@ def one_native_thread() -> None:
     begins with. The first alone is what OpenMP's own function sets. Where torch's OpenMP is not found, a
     helper puts the second back.
     """
-    before = (
-        torch.get_num_threads()
-    )  # the first question of a thread takes over the number of the process: before ours, not after
+    # the first question of a thread takes over the number of the process: before ours, not after
+    before = torch.get_num_threads()
     openmp = _openmp()
     if openmp is not None:
         openmp(1)
@@ -33,8 +32,7 @@ def one_native_thread() -> None:
 def _openmp() -> Any:
     """``omp_set_num_threads`` of the very library that torch is linked to, or None."""
     try:
-        return ctypes.CDLL(
-            torch._C.__file__
-        ).omp_set_num_threads  # looked up among the libraries that it depends on, too
+        # looked up among the libraries that it depends on, too
+        return ctypes.CDLL(torch._C.__file__).omp_set_num_threads
     except (OSError, AttributeError):
         return None

@@ -47,9 +47,8 @@ class QuantModule(nn.Module):
         others: Mapping[str, Kernel] | None = None,
         registry: Registry | None = None,
     ) -> None:
-        nn.Module.__init__(
-            self
-        )  # not super(): a QuantLinear is an nn.Linear too, which would make a 16-bit weight
+        # not super(): a QuantLinear is an nn.Linear too, which would make a 16-bit weight
+        nn.Module.__init__(self)
         self.registry = registry or default_registry()
         self.specs, self.layer, self.dtype = specs, layer, dtype
         self._packed: dict[str, Packed] = {}  # as the buffers were when somebody last asked
@@ -82,9 +81,8 @@ class QuantModule(nn.Module):
         exchanging those.
         """
         keys = self._buffer_names[name]
-        if (
-            torch.compiler.is_compiling()
-        ):  # shapes of buffers are constants, others vary as a batch does, and may equal it
+        # shapes of buffers are constants, others vary as a batch does, and may equal it
+        if torch.compiler.is_compiling():
             return tuple(self.get_buffer(key) for key in keys)
         packed = self._packed.get(name)
         if packed is None or packed[0] is not self._buffers[keys[0]]:
@@ -136,9 +134,8 @@ class QuantModule(nn.Module):
         """Takes the packed tensors of a weight as buffers, so that memory counts are right."""
         keys = tuple(f"packed_{name.replace('.', '_')}_{i}" for i in range(len(packed)))
         for key, tensor in zip(keys, packed, strict=True):
-            self.register_buffer(
-                key, tensor, persistent=False
-            )  # not persistent: state_dict writes the stored layout
+            # not persistent: state_dict writes the stored layout
+            self.register_buffer(key, tensor, persistent=False)
         self._packed[name] = packed
         self._set(name, keys)
 
@@ -196,9 +193,8 @@ class QuantModule(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantModule:
         """Moves between devices; never casts codes or scales, whatever ``.half()`` or ``.to(dtype)`` ask."""
-        device = fn(
-            torch.empty(0, dtype=torch.int8, device=self.device)
-        ).device  # nothing casts integers: only the device shows
+        # nothing casts integers: only the device shows
+        device = fn(torch.empty(0, dtype=torch.int8, device=self.device)).device
         dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
         moves = (device, dtype) != (self.device, self.dtype)
         if moves:
@@ -283,6 +279,9 @@ class QuantModule(nn.Module):
 
 
 def _alike(a: Packed, b: Packed) -> bool:
+    """Whether one can be written over the other, byte by byte: not what oneDNN packs, which has no bytes."""
+    if any(t.layout is not torch.strided for t in (*a, *b)):
+        return False
     return [(t.shape, t.dtype, t.device) for t in a] == [(t.shape, t.dtype, t.device) for t in b]
 
 

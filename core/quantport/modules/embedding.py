@@ -72,9 +72,8 @@ class TiedLinear(nn.Linear):
 
     def __init__(self, embedding: QuantEmbedding, bias: nn.Parameter | None = None) -> None:
         nn.Module.__init__(self)
-        self._embedding = (
-            embedding,
-        )  # in a tuple, so that it is a reference and no submodule: moved and counted once
+        # in a tuple, so that it is a reference and no submodule: moved and counted once
+        self._embedding = (embedding,)
         self.in_features, self.out_features = embedding.embedding_dim, embedding.num_embeddings
         self.register_parameter("bias", bias)
 
@@ -108,9 +107,8 @@ class TiedLinear(nn.Linear):
         error_msgs: list[str],
     ) -> None:
         spec = self.embedding.spec
-        keys = {
-            prefix + key for key in spec.scheme.layout(spec.n, spec.k)
-        }  # the embedding loads them under its own name
+        # the embedding loads them under its own name
+        keys = {prefix + key for key in spec.scheme.layout(spec.n, spec.k)}
         rest = {key: value for key, value in state_dict.items() if key not in keys}
         super()._load_from_state_dict(
             rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs

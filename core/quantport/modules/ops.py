@@ -49,6 +49,9 @@ def linear(bound: BoundWeight, x: Tensor, packed: Packed, bias: Tensor | None) -
     """``run_linear``, or its operator in a graph that is being compiled."""
     if not torch.compiler.is_compiling() or _wants_gradient(x, bias):
         return run_linear(bound, x, packed, bias)
+    if torch.compiler.is_exporting():  # no guard asks again, when it runs, whether a gradient is wanted
+        z: Tensor = torch.ops.quantport.linear(x, packed, bias, bound.handle)
+        return z
     y: Tensor = torch.ops.quantport.linear_no_grad(x, packed, bias, bound.handle)
     return y
 
@@ -226,7 +229,7 @@ def _experts(
 def _experts_fake(
     x: Tensor, index: Tensor, weights: Tensor, packed: list[Tensor], sizes: list[int], handle: str
 ) -> Tensor:
-    return torch.empty_like(x)
+    return x.new_empty(x.shape)  # contiguous, however ``x`` lies
 
 
 def _no_backward(ctx: Any, grad: Tensor) -> None:

@@ -75,9 +75,8 @@ def quantize_blocks(
     """
     n, k = x.shape
     outer = _outer(x, quant, reduce) if quant.outer_block and x.numel() else None
-    spans = not quant.block_shape[0] or (
-        reduce is not None and not quant.group_size
-    )  # a scale sees more than one chunk of rows
+    # a scale sees more than one chunk of rows
+    spans = not quant.block_shape[0] or (reduce is not None and not quant.group_size)
     if scale is None and spans and x.numel():
         amax = block_amax(x, quant.block_shape[0], quant.group_size)
         scale = scale_of(reduce(amax, quant.block_shape[0], quant.group_size) if reduce else amax, quant)

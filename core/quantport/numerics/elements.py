@@ -70,9 +70,8 @@ def _encode_small(x: Tensor, element: Format) -> Tensor:
     if nan is not None:
         return steps.masked_fill_(nan, 127).bitwise_or_(sign).to(torch.uint8).view(element.storage)
     codes = steps.bitwise_or_(sign).to(torch.uint8)
-    return codes.bitwise_and_(
-        (1 << element.bits) - 1
-    )  # NaN gets some code, and not one that spills over its neighbours
+    # NaN gets some code, and not one that spills over its neighbours
+    return codes.bitwise_and_((1 << element.bits) - 1)
 
 
 def rounded(x: Tensor, element: Format) -> Tensor:
@@ -82,9 +81,8 @@ def rounded(x: Tensor, element: Format) -> Tensor:
     shift, smallest = 23 - element.mantissa, 129 - 2 ** (element.exponent - 1)
     x = x.clamp(element.low, element.high)
     e = x.abs().view(torch.int32).bitwise_right_shift_(23).clamp_min_(smallest).add_(shift)
-    magic = (
-        e.bitwise_left_shift_(23).view(torch.float32).mul_(1.5)
-    )  # in the middle of its octave, for both signs
+    # in the middle of its octave, for both signs
+    magic = e.bitwise_left_shift_(23).view(torch.float32).mul_(1.5)
     return x.add_(magic).sub_(magic)
 
 

@@ -85,10 +85,11 @@ def e8m0_of(amax: Tensor, element: Format, rule: str) -> Tensor:
     emax = math.frexp(element.high)[1] - 1
     if rule == "rceil":
         ratio = over(amax, element.high).view(torch.int32)
+        # up to 2**-127, the smallest scale
         bits, emax = (
             torch.where(ratio <= 1 << 22, 0, ratio + _MANTISSA),
             0,
-        )  # up to 2**-127, the smallest scale
+        )
     elif rule == "ceil":
         bits = bits + _MANTISSA
     elif rule in ("even", "even1"):

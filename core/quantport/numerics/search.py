@@ -18,10 +18,11 @@ from quantport.numerics.elements import encode, rounded
 from quantport.numerics.scales import EPS, e8m0_of, over, scale_values, stored
 from quantport.scheme import Quant
 
+# tried ends of the range of a block: 3, each 0.8 / top further from its extreme towards its middle
 ENDS, CLIP = (
     3,
     0.8,
-)  # tried ends of the range of a block: 3, each 0.8 / top further from its extreme towards its middle
+)
 REFITS = 1
 HQQ_STEPS, HQQ_NORM, HQQ_BETA, HQQ_GROWTH = 20, 0.7, 10.0, 1.01
 
@@ -96,9 +97,8 @@ def least_squares_grid(x: Tensor, low: Tensor, high: Tensor, top: float) -> tupl
     for down, up in product(ends, ends):
         start, step = -reach * down, over(reach, top) * (down + up)
         slope, intercept, explained = _fit(x, _codes(x, start, step, top), size)
-        better = (explained > best) & (
-            explained < torch.inf
-        )  # squares beyond fp32: the grid of min and max stays
+        # squares beyond fp32: the grid of min and max stays
+        better = (explained > best) & (explained < torch.inf)
         best = torch.where(better, explained, best)
         scale, zero = torch.where(better, slope, scale), torch.where(better, intercept, zero)
     for _ in range(REFITS):

@@ -65,18 +65,16 @@ def quantize_shard(
         )
     maximum = reduce or _all_reduce(group)
     rank, ranks = place or ((0, 2) if reduce else (dist.get_rank(group), dist.get_world_size(group)))
-    whole = ranks == 1 or (
-        rank == ranks - 1 and not scheme.rotation
-    )  # the size of a rotation follows from the whole K
+    # the size of a rotation follows from the whole K
+    whole = ranks == 1 or (rank == ranks - 1 and not scheme.rotation)
     _agree(maximum, _refusal(shard, scheme, dim, name, whole), shard, name)
     clean = torch.nan_to_num(shard, nan=0.0, posinf=0.0, neginf=0.0) if nonfinite == "zero" else shard
 
     def over_shards(amax: Tensor, rows: int, cols: int) -> Tensor:
         if (cols if dim else rows) != 0:
             return amax
-        return maximum(
-            torch.where(amax.isfinite(), amax, math.inf)
-        )  # what a maximum makes of NaN is up to the library
+        # what a maximum makes of NaN is up to the library
+        return maximum(torch.where(amax.isfinite(), amax, math.inf))
 
     stored: dict[str, Tensor] = {}
     failed: QuantportError | None = None

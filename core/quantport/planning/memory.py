@@ -60,9 +60,8 @@ def peak_bytes(spec: WeightSpec, source: torch.dtype | None) -> int:
     read = elements * source.itemsize if source else 0
     codes = elements if quant.element.bits < 8 or quant.element.block else 0
     scratch = min(SCRATCH, (SEARCH if quant.searched else PLAIN) * spec.n * padded(spec.k, quant))
-    if (
-        spec.scheme.rotation
-    ):  # in fp32: the weight, its rotation and the rotated blocks; then the rotation beside the scratch
+    # in fp32: the weight, its rotation and the rotated blocks; then the rotation beside the scratch
+    if spec.scheme.rotation:
         scratch = max(12 * elements, 4 * elements + scratch)
     return read + spec.scheme.bytes(spec.n, spec.k) + codes + scratch
 

@@ -16,8 +16,7 @@ def once(function: Callable[P, T]) -> Callable[P, T]:
 
     For tables, kernels and whatever else must not be there twice. What a tensor is made from belongs among
     the arguments or is plain numbers, with dtype and device stated: the first call must not decide for the
-    others. An
-        exception is not kept.
+    others. An exception is not kept.
 
     Example:
         >>> @once

@@ -120,6 +120,8 @@ class Registry:
         """Takes all that a plugin brings, or raises before any of it is taken."""
         name = point.name
         backends = called(self._manager, "quantport_backend", name)
+        if self._allowed is not None and name not in self._allowed:
+            backends = []  # a plugin that brings more than a backend, which is left out on purpose
         if point.group == BACKENDS and not backends:
             raise BackendError(
                 f"load backend {name!r}", "no quantport_backend hook in it", "mark one with @hookimpl"

@@ -24,7 +24,7 @@ class Schemes(Mapping[str, Scheme]):
 
     Raises:
         ConfigError: on look-up of an unknown name, and on construction when two schemes or two solvers claim
-            one name, or a solver that of an option.
+            one name, or a solver that of an option; or a name has a colon.
     """
 
     def __init__(self, schemes: Iterable[Scheme], solvers: Iterable[Solver] = ()) -> None:
@@ -34,6 +34,12 @@ class Schemes(Mapping[str, Scheme]):
         self._with_options: dict[str, Scheme] = {}  # of names that were looked up
         for scheme in schemes:
             for name in (scheme.name, *scheme.aliases):
+                if ":" in name:
+                    raise ConfigError(
+                        f"scheme {scheme.name!r} under the name {name!r}",
+                        "a colon, after which options stand",
+                        "a name without one",
+                    )
                 if name in self._alias:
                     raise ConfigError(
                         f"scheme {scheme.name!r} under the name {name!r}",
@@ -188,9 +194,8 @@ def _mx() -> tuple[Scheme, ...]:
         return Quant(name, (1, 32), "e8m0", rule)
 
     fp8, fp4 = mx("e4m3fn", "even1"), mx("e2m1")
-    dual = Quant(
-        "e2m1", (1, 32), "e8m0", "floor", outer_block=(1, 512)
-    )  # of activations, as Ascend's operator; weights are searched
+    # of activations, as Ascend's operator; weights are searched
+    dual = Quant("e2m1", (1, 32), "e8m0", "floor", outer_block=(1, 512))
     nv = Quant("e2m1", (1, 16), "e4m3fn", outer_block=(0, 0))
     return (
         Scheme("mxfp8", fp8, fp8, "MXFP8 (e4m3fn) weights and activations, a power-of-two scale per 32"),

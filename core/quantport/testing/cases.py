@@ -66,9 +66,8 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 def activations(rows: int, k: int, dtype: torch.dtype, seed: int = 1) -> Tensor:
     """Activations ``[rows, k]``; from three rows on one token is all zero and one is a thousand times larger.
 
-    Their mean is 1, like that of the weights, so that no sum cancels to nearly nothing: an error relative
-        to the largest
-    output of one token would then say more about the sum than about the kernel.
+    Their mean is 1, like that of the weights, so that no sum cancels to nearly nothing: an error relative to
+    the largest output of one token would then say more about the sum than about the kernel.
     """
     x = random(rows, k, seed=seed) + 1
     if rows > 2:

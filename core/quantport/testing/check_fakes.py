@@ -15,12 +15,13 @@ from quantport.testing.fakes import allowed, fake_tensors
 from quantport.testing.subject import NotHere, Subject
 
 SHAPE = (64, 256)
+# namespaces whose operators need not have a shape function
 TORCHS_OWN = (
     "aten",
     "mkldnn",
     "onednn",
     "quantized",
-)  # namespaces whose operators need not have a shape function
+)
 
 
 def check_fakes(subject: Subject, device: Device) -> None:

@@ -134,9 +134,8 @@ def check_moves(subject: Subject, kernel: Kernel, scheme: Scheme, layer: str) ->
     device = builders.device_for(subject, kernel, scheme, layer)
     module, reference = build(kernel, scheme, layer, device)
     given = builders.inputs(layer, 5, device)
-    state = {
-        name: t.to("cpu", copy=True) for name, t in module.state_dict().items()
-    }  # a device may only move some dtypes
+    # a device may only move some dtypes
+    state = {name: t.to("cpu", copy=True) for name, t in module.state_dict().items()}
     findings = []
     for dtype in (torch.float16, torch.float64):
         cast = copy.deepcopy(module).to(dtype).state_dict()

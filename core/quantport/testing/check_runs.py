@@ -157,9 +157,8 @@ def check_special(subject: Subject, kernel: Kernel, scheme: Scheme, dtype: torch
         NotHere: as for ``check_accepted``.
     """
     takes = _accepted(subject, kernel, scheme, dtype)
-    spec, request = min(
-        takes.items(), key=lambda item: abs(item[0].n * item[0].k - 9600)
-    )  # [48, 200] where it may
+    # [48, 200] where it may
+    spec, request = min(takes.items(), key=lambda item: abs(item[0].n * item[0].k - 9600))
     x, quantizes = cases.activations(5, spec.k, dtype), kernel.quantizes_activations
     jobs = {
         name: make_job(spec, weights.special(spec, name), x, None, quantizes)

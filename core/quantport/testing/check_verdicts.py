@@ -108,9 +108,8 @@ def _status(kernel: Kernel, request: Request, verdict: Accepted) -> list[str]:
         return [f"status weight_only with precision {verdict.precision}"]
     if verdict.status is not Status.NATIVE:
         return []
-    if not (
-        kernel.quantizes_activations and scheme.activation
-    ):  # it multiplies 16-bit activations, as any device can
+    # it multiplies 16-bit activations, as any device can
+    if not (kernel.quantizes_activations and scheme.activation):
         return []
     needed = scheme.activation.unit
     return [] if needed in arch.native else [f"status native, but {arch} does not list {needed}"]

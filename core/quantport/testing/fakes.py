@@ -19,9 +19,8 @@ def _view(x: Tensor, index: Any) -> Tensor:
     dim = 0
     for item in items:
         if item is Ellipsis:
-            dim = x.dim() - sum(
-                isinstance(i, slice) for i in items
-            )  # it stands for the dimensions that no slice names
+            # it stands for the dimensions that no slice names
+            dim = x.dim() - sum(isinstance(i, slice) for i in items)
         else:
             x = (
                 x.unsqueeze(dim)

@@ -135,9 +135,8 @@ class Subject:
                 warnings.simplefilter("ignore")  # a detection that raises is the business of check_detection
                 found.extend(d for d in self.registry.devices if d.kind == self.kind)
 
-        looking = Thread(
-            target=look, daemon=True
-        )  # so that one that hangs stops neither the tests nor the end of Python
+        # so that one that hangs stops neither the tests nor the end of Python
+        looking = Thread(target=look, daemon=True)
         looking.start()
         looking.join(self.limit)
         if looking.is_alive():

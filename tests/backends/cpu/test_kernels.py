@@ -165,6 +165,5 @@ def test_the_largest_bytes_do_not_saturate(pair, rows):
     expected = torch.full((rows, 48), float(704 * pair[0] * pair[1]))
     assert torch.equal(int8.matmul(x, weight), expected)
     few = int8.CpuInt8().multiply_few(x.float(), weight)
-    assert few is None or torch.allclose(
-        few, expected, rtol=2.0**-22, atol=0
-    )  # a row is scaled, and scaled back
+    # a row is scaled, and scaled back
+    assert few is None or torch.allclose(few, expected, rtol=2.0**-22, atol=0)

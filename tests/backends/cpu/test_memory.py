@@ -367,10 +367,11 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("threads", [1, 2])
 def test_forwards_beside_loads(model_folder: Path, threads: int) -> None:
     """Forwards of fp8 and int8 in one thread, while another loads and one more builds models."""
+    # large enough for several threads
     x, codes = (
         torch.randn(5, 512),
         torch.randint(0, 120, (1024, 512), dtype=torch.uint8),
-    )  # large enough for several threads
+    )
     before, started, stop = torch.get_num_threads(), threading.Event(), threading.Event()
     torch.set_num_threads(threads)
     calls = [lambda: gemv.fp8(x, codes), lambda: gemv.int8(x, codes.view(torch.int8))]

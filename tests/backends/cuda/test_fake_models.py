@@ -38,9 +38,8 @@ def test_every_layer_runs_its_kernel(directory, arch, scheme, monkeypatch):
     modules, launches = shared.check_model(directory, f"cuda:{arch}", scheme)
     kernels = shared.kernels_of(modules)
     own = {shared.OPS[kernel.family] for kernel in kernels if hasattr(kernel, "family")}
-    quantized = {
-        "quantize" for kernel in kernels if kernel.quantizes_activations
-    }  # by Triton, for torch's kernels too
+    # by Triton, for torch's kernels too
+    quantized = {"quantize" for kernel in kernels if kernel.quantizes_activations}
     assert shared.files(launches) == own | quantized
 
 

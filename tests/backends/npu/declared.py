@@ -104,11 +104,12 @@ DECLARED: dict[str, Linear] = {
     "npu.grouped_matmul_mxfp8": floor,
     "npu.grouped_weight_int8": rounded,
 }
+# in the names of kernels that add a bias to the rounded product, which is rounded again
 LATE = (
     "fp8",
     "mxfp8",
     "mxfp4",
-)  # in the names of kernels that add a bias to the rounded product, which is rounded again
+)
 
 
 class Declared(GroupedKernel, aten.Reference):

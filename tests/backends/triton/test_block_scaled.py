@@ -111,9 +111,8 @@ def test_huge_and_tiny_scales(scheme, of_x, of_weight):
     assert y.abs().max() > 0
 
 
-@pytest.mark.filterwarnings(
-    "ignore:(invalid value|divide by zero):RuntimeWarning"
-)  # numpy, of what is tested here
+# numpy, of what is tested here
+@pytest.mark.filterwarnings("ignore:(invalid value|divide by zero):RuntimeWarning")
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("scheme", KERNELS)
 def test_a_token_that_is_not_finite_shows_and_hurts_no_other(scheme, value):

@@ -158,9 +158,8 @@ def holds(kernel, request, entry):
     """What is claimed for a request is what the launches that it makes were seen to hold."""
     reasons = kernel.reasons_against(request)
     assert reasons or entry["outcome"] == "native" or entry is NOT_COMPILED
-    lacking = "matrix instruction [" in " ".join(
-        map(str, reasons)
-    )  # says the table, and nothing needs to be added
+    # says the table, and nothing needs to be added
+    lacking = "matrix instruction [" in " ".join(map(str, reasons))
     assert any(entry.get("because", "\n") in reason.text for reason in reasons) is (
         entry["outcome"] == "refused" and not lacking
     )

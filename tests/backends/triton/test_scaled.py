@@ -146,9 +146,8 @@ def test_int8_sums_are_exact():
     spec = WeightSpec(schemes["int8"], 1, 8193)
     half = 101 + torch.arange(4096, dtype=torch.int32).mul(7).remainder(27).to(torch.int8)
     codes = torch.cat((half, -half, torch.ones(1, dtype=torch.int8)))[None]
-    x = torch.full(
-        (1, 8193), 127.5, dtype=torch.bfloat16
-    )  # half of the span: the scale is 1, the codes are 127
+    # half of the span: the scale is 1, the codes are 127
+    x = torch.full((1, 8193), 127.5, dtype=torch.bfloat16)
     assert kernel("int8").run(x, (codes, torch.ones(1, 1)), None, spec).item() == 127
 
 

@@ -107,9 +107,8 @@ def test_every_layer_runs_its_kernel(directory, arch, scheme, names, product, mo
     with Products() as products:
         modules, launches = shared.check_model(directory, f"xpu:{arch}", scheme)
     kernels = shared.kernels_of(modules)
-    assert {k.name for k in kernels} == set(
-        names.split()
-    )  # K of some layers is no multiple of a group of 128
+    # K of some layers is no multiple of a group of 128
+    assert {k.name for k in kernels} == set(names.split())
     assert products.seen == ({product} if product else set())
     own = {shared.OPS[k.family] for k in kernels if hasattr(k, "family")}
     assert shared.files(launches) == own | ({"quantize"} if own and scheme == "int4_w4a8" else set())
@@ -128,7 +127,6 @@ def test_every_layer_runs_the_operators_of_the_vendor(
     with Products() as seen:
         modules, _ = shared.check_model(directory, device, scheme, fallback)
     names = {k.name for k in shared.kernels_of(modules)}
-    assert {other for other in names if not other.startswith("xpu.triton_")} == {
-        name
-    }  # K of some layers fits no group
+    # K of some layers fits no group
+    assert {other for other in names if not other.startswith("xpu.triton_")} == {name}
     assert seen.seen == set(products.split())

@@ -89,6 +89,5 @@ def test_it_launches_on_the_gpu(monkeypatch):
         "weight_scale": ((64, 1), torch.float32, "xpu"),
     }
     assert launches
-    assert not any(
-        launch.fusion for launch in launches
-    )  # triton-xpu heeds it: products and sums are rounded one by one
+    # triton-xpu heeds it: products and sums are rounded one by one
+    assert not any(launch.fusion for launch in launches)

@@ -45,9 +45,8 @@ def test_what_is_launched_fits_the_matrix_engines(kernel, scheme):
         assert found
         for launch in found:
             constants = dict(launch.constants)
-            assert not any("fp8" in kind for _, kind in launch.types), (
-                launch.name
-            )  # codes are decoded in registers
+            # codes are decoded in registers
+            assert not any("fp8" in kind for _, kind in launch.types), launch.name
             assert launch.warps in (1, 2, 4, 8, 16, 32)
             if launch.kernel.__name__ == "gemm":
                 depth = (

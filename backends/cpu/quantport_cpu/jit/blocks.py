@@ -93,10 +93,9 @@ def _body(n_format: int, group: int, n_lanes: int, kind: int, size: int, searche
 def kernel(name: str, group: int, scale_kind: int, searched: bool) -> Kernel:
     """The kernel of one format.
 
-    Words: source, its stride, k, codes, their stride, scales, buffer of 3 * group bytes, what the rule
-        adds (fp32 scales:
-    whether they are given), emax, the divisor of amax (fp32 bits), the global factor (fp32 bits), whether
-    half a byte is left over.
+    Words: source, its stride, k, codes, their stride, scales, buffer of 3 * group bytes, what the rule adds
+    (fp32 scales: whether they are given), emax, the divisor of amax (fp32 bits), the global factor (fp32
+    bits), whether half a byte is left over.
     """
     bits = ELEMENTS[name].bits
     return Kernel(_body(NUMBERS[name], group, min(group, 32), scale_kind, group * bits // 8, int(searched)))

@@ -14,9 +14,8 @@ from quantport_cpu.jit.encode import bits32, f32, put32
 from quantport_cpu.jit.frame import Kernel, take, word
 
 LANES = 64
-_FULL = np.float32(
-    2.0**22 * 0.98
-)  # largest magnitude as an integer; the margin keeps the rounding inside three digits
+# largest magnitude as an integer; the margin keeps the rounding inside three digits
+_FULL = np.float32(2.0**22 * 0.98)
 _LEAST = np.float32(2.0**-100)
 _EVEN_ODD = [8 * i + j for i in range(LANES // 8) for j in (0, 2, 4, 6, 1, 3, 5, 7)]
 

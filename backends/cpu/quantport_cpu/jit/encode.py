@@ -54,9 +54,8 @@ def _e4m3(simd: Simd, q: Value, sign: Value) -> Value:
     lanes = q.type.count
     q = simd.same("minnum", simd.same("fabs", q), simd.splat(448.0, lanes, F32))
     power = simd.integer("and_", simd.bits(q, I32), 0x7F800000)
-    power = simd.same(
-        "umax", power, simd.splat(121 << 23, lanes, I32)
-    )  # 2**-6: below it the codes are evenly spaced
+    # 2**-6: below it the codes are evenly spaced
+    power = simd.same("umax", power, simd.splat(121 << 23, lanes, I32))
     magic = simd.integer("add", power, 20 << 23)
     steps = simd.b.sub(simd.bits(simd.b.fadd(q, simd.bits(magic, F32)), I32), magic)
     exponent = simd.integer("sub", simd.integer("lshr", power, 20), 121 << 3)

@@ -191,8 +191,7 @@ def kernel(name: str, kind: int, group: int) -> Kernel:
     """The kernel of one format. A block is ``span`` weight rows; with no rows of x, the weights themselves
     are written.
 
-    Words: x, its stride, weights, n, k, scales, their stride, outer scales, their stride, table, out,
-        rows of x, span,
-    stride of out.
+    Words: x, its stride, weights, n, k, scales, their stride, outer scales, their stride, table, out, rows of
+    x, span, stride of out.
     """
     return Kernel(_body(NUMBERS[name], kind, group, ELEMENTS[name].bits))

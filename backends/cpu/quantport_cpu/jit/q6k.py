@@ -106,9 +106,8 @@ def _super(source, to, work):
 def _rows(frame):
     """A block is a row. Words: source, its stride, k, blocks, 1 KiB.
 
-    The loop stands in ``kquants`` and ``gguf`` too: numba's cache finds a body again by the numbers that
-        it captures, not by the
-    functions, so that one body for all three would be compiled anew in each process.
+    The loop stands in ``kquants`` and ``gguf`` too: numba's cache finds a body again by the numbers that it
+    captures, not by the functions, so that one body for all three would be compiled anew in each process.
     """
     source, source_stride, k, to, work = (
         word(frame, 2),

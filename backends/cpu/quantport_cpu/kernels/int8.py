@@ -38,9 +38,8 @@ _WITHOUT_INT_MM = 32  # and up to this many, a few at a time, where the next bes
 _FEW = 16  # up to this many rows, ATen's W8A16 kernel beats three int8 matmuls
 PER_TOKEN = Quant("int8", (1, 0))
 _DIGIT = 0x808080  # 128 in each of three base-256 digits
-_FULL = (
-    2.0**22 * 0.98
-)  # largest magnitude of a row as a 23-bit integer; the margin keeps rounding inside three digits
+# largest magnitude of a row as a 23-bit integer; the margin keeps rounding inside three digits
+_FULL = 2.0**22 * 0.98
 
 
 @once
@@ -48,9 +47,8 @@ def int_mm_is_exact_and_fast() -> bool:
     """Whether oneDNN's int8 matmul is one of dot products here: elsewhere it is a loop, or saturates, which
     is tried too.
 
-    Without VNNI it may add products in pairs that saturate at 16 bits: 127 * 127 * 64 becomes 8160
-        instead of 1032256. Source:
-    oneDNN ``dev_guide_int8_computations``.
+    Without VNNI it may add products in pairs that saturate at 16 bits: 127 * 127 * 64 becomes 8160 instead of
+    1032256. Source: oneDNN ``dev_guide_int8_computations``.
     """
     if not {"avx512_vnni", "avx_vnni", "i8mm"} & usable_features():
         return False
@@ -171,9 +169,8 @@ class CpuInt8WeightOnly(_Int8):
 
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
         weight, channel = packed
-        few = (
-            x.shape[0] <= _FEW and x.dtype is torch.bfloat16 and spec.k % 16 == 0
-        )  # ATen reads past the end otherwise
+        # ATen reads past the end otherwise
+        few = x.shape[0] <= _FEW and x.dtype is torch.bfloat16 and spec.k % 16 == 0
         y = self.multiply_few(x, weight)
         if y is None:
             y = self._few(x, weight) if few else self._many(x.float(), weight)

@@ -37,15 +37,12 @@ ORDER: tuple[Callable[[], Kernel], ...] = (
     _triton(TritonNvfp4),
     _triton(CudaTritonInt8),  # int8: scales in the same launch
     _triton(CudaTritonInt4Int8),
-    measured(
-        CudaIntMM
-    ),  # padded up to 32 rows, and the scales in passes of their own; for what Triton does not compile
-    _triton(
-        TritonWeightOnly
-    ),  # 16-bit activations: reads the stored layout, with every number of rows and both 16-bit types
-    measured(
-        CudaInt4Pack
-    ),  # one launch for all numbers of rows: decodes the weight once for every 16 of them
+    # padded up to 32 rows, and the scales in passes of their own; for what Triton does not compile
+    measured(CudaIntMM),
+    # 16-bit activations: reads the stored layout, with every number of rows and both 16-bit types
+    _triton(TritonWeightOnly),
+    # one launch for all numbers of rows: decodes the weight once for every 16 of them
+    measured(CudaInt4Pack),
 )
 
 

@@ -48,9 +48,8 @@ def build_reasons(request: Request, name: str, feature: str = "cuda>=12.9") -> l
 class CudaScaledMM(aten.ScaledMM):
     """``torch._scaled_mm`` with row scales: cuBLASLt on sm_90 from CUDA 12.9 on, else CUTLASS.
 
-    Partial sums are added in fp32 (``use_fast_accum=False``): without that, Hopper's tensor cores keep
-        about 14 bits of a sum
-    (DeepSeek-V3, arXiv:2412.19437, section 3.3.2).
+    Partial sums are added in fp32 (``use_fast_accum=False``): without that, Hopper's tensor cores keep about
+    14 bits of a sum (DeepSeek-V3, arXiv:2412.19437, section 3.3.2).
     """
 
     name = "cuda._scaled_mm"
@@ -74,11 +73,10 @@ class CudaScaledMM(aten.ScaledMM):
 class CudaScaledBlocks(Kernel):
     """128x128 blocks through cuBLASLt, on sm_90 alone.
 
-    Limits: N and K whole blocks. torch does without that, but its shape function
-        (``_meta_registrations.py`` of 2.13) counts
-    whole blocks. cuBLASLt reads the scales of a row of blocks with a stride that is a multiple of 16 bytes,
-    which ``F.scaled_mm`` asks for and ``torch._scaled_mm`` cannot express. Rows are filled up to a multiple
-    of four for the same reason: the scales of the activations lie column by column.
+    Limits: N and K whole blocks. torch does without that, but its shape function (``_meta_registrations.py``
+    of 2.13) counts whole blocks. cuBLASLt reads the scales of a row of blocks with a stride that is a
+    multiple of 16 bytes, which ``F.scaled_mm`` asks for and ``torch._scaled_mm`` cannot express. Rows are
+    filled up to a multiple of four for the same reason: the scales of the activations lie column by column.
     """
 
     name = "cuda._scaled_mm_blocks"

@@ -316,9 +316,8 @@ class NpuGroupedWeightInt4(NpuGrouped, NpuWeightInt4):
         return tuple(t[group, :, which] for t in stack)
 
     def unpack(self, packed: Packed, spec: WeightSpec) -> StoredWeight:
-        return super().unpack(
-            tuple(t.contiguous() for t in packed), spec
-        )  # the operator that gives codes back takes no strided views
+        # the operator that gives codes back takes no strided views
+        return super().unpack(tuple(t.contiguous() for t in packed), spec)
 
     def grouped(self, q: Packed, stack: Packed, ends: Tensor, dtype: torch.dtype) -> Tensor:
         words, scale = stack[0].flatten(2), stack[1].flatten(2).to(dtype)

@@ -226,9 +226,8 @@ class NpuWeightInt4(_WeightOnly):
         spec: WeightSpec,
     ) -> Tensor:
         words, scale, *zero = packed
-        offset = (
-            zero[0] / scale if zero else None
-        )  # the operator adds it to the codes, before it multiplies by the scale
+        # the operator adds it to the codes, before it multiplies by the scale
+        offset = zero[0] / scale if zero else None
         y: Tensor = torch.ops.npu.npu_weight_quant_batchmatmul(
             q[0],
             words,

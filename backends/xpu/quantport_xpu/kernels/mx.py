@@ -196,8 +196,8 @@ class XpuMxfp4Quantized(XpuMxfp4):
     """W4A4 in ``mxfp4:rceil`` as vLLM runs it: activations quantized by ``_C.per_token_group_quant_mxfp4``,
     in one launch.
 
-    Its scales are those of ``rceil``. Ties go toward zero: its comparisons with the middle of two codes
-        are strict.
+    Its scales are those of ``rceil``. Ties go toward zero: its comparisons with the middle of two codes are
+    strict.
     """
 
     name = "xpu.fp4_gemm_quantized"

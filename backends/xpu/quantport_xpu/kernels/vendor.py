@@ -147,8 +147,8 @@ class XpuInt4W4A8(XpuInt4W4A16, aten.Quantizing):
 class _Fp8(Kernel):
     """e4m3fn weights with one scale, one for each output channel, or one for each 128x128.
 
-    The vendor tells the last from the others by scales that have more than one row: those of K in blocks,
-        at least two.
+    The vendor tells the last from the others by scales that have more than one row: those of K in blocks, at
+    least two.
     """
 
     def serves(self, scheme: Scheme) -> bool:
@@ -162,17 +162,15 @@ class _Fp8(Kernel):
     def reasons_against(self, request: Request) -> Sequence[Reason]:
         spec = request.weight
         reasons = list(vendor_reasons(request, self.name, f"_xpu_C.{self.name.partition('.')[2]}"))
-        several = (
-            spec.scheme.weight.group_size and max(spec.n, spec.k) > 128
-        )  # one block has one scale, as a tensor has
+        # one block has one scale, as a tensor has
+        several = spec.scheme.weight.group_size and max(spec.n, spec.k) > 128
         if several and (spec.n % 128 or spec.k % 128 or spec.k < 256):
             needs = (
                 f"{self.name} needs N and K to be multiples of 128, and two blocks along K, not "
                 f"{spec.n} x {spec.k} [{_FP8}]"
             )
-            whole = (
-                spec.k % 128 == 0 and spec.k >= 256
-            )  # what it does with blocks that are cut off along N only is not known
+            # what it does with blocks that are cut off along N only is not known
+            whole = spec.k % 128 == 0 and spec.k >= 256
             reasons.append(Reason(needs, Refusal.UNSAFE if whole else Refusal.IMPOSSIBLE))
         return reasons
 

@@ -33,9 +33,8 @@ def by_declaration(kernel, monkeypatch, request):
         return
 
     experts = request.node.callspec.params.get("layer") == "moe"
-    exact = (
-        experts and register.family() == register.A5 and hasattr(kernel, "gates")
-    )  # SwiGLU in the launch: fp32 in between
+    # SwiGLU in the launch: fp32 in between
+    exact = experts and register.family() == register.A5 and hasattr(kernel, "gates")
 
     def told(x, stored_weight, scheme, bias=None):
         return linear(x, stored_weight, scheme, bias, torch.float32 if exact else x.dtype)

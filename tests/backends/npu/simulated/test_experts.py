@@ -65,9 +65,8 @@ def test_all_experts_take_one_launch_for_each_product(scheme):
     assert LAUNCHES[scheme] == register.CALLS
 
 
-@pytest.mark.parametrize(
-    "scheme", [s for s in LAUNCHES if s != "mxfp8"]
-)  # whose scales of activations are declared to differ
+# whose scales of activations are declared to differ
+@pytest.mark.parametrize("scheme", [s for s in LAUNCHES if s != "mxfp8"])
 def test_experts_are_right(scheme):
     module, reference = layer(scheme)
     error = cases.relative_error(module(*inputs(9)).cpu(), reference(*builders.routed(9, torch.bfloat16)))

@@ -27,11 +27,12 @@ from quantport.testing.subject import Subject
 
 MODEL = Path(__file__).parents[4] / "examples" / "models" / "tiny-llama"
 N, K = 48, 200
+# of bf16 scales
 LOADED = [
     "fp8",
     "nvfp4_weight_only",
     *(["int4_weight_only"] if register.family() == "310P" else []),
-]  # of bf16 scales
+]
 PACKED = ("_packed", "_scale", "_zero")
 E4M3 = torch.float8_e4m3fn
 SCHEMES = [s for s in default_registry().schemes.values() if "e4m3fn" in (s.weight.format, s.weight.scale)]

@@ -20,10 +20,11 @@ from quantport.kernels.verdict import Status
 from quantport.plugins.registry import default_registry
 
 ROW = omni.TABLE["npu"]
+# MX and FP8 need the cube unit of the 950; FP8 is no promise of the table
 OF_FAMILY = {
     "A2": ("int8",),
     "950": tuple(ROW),
-}  # MX and FP8 need the cube unit of the 950; FP8 is no promise of the table
+}
 HERE = OF_FAMILY[register.family()]
 TOLERANCE = 2.0**-6  # of every kernel of the room
 

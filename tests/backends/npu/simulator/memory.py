@@ -29,9 +29,8 @@ def check(condition: object, operator: str, asked: str) -> None:
 def layout(tensor: Tensor) -> int:
     """The storage format of an NPU tensor."""
     try:
-        return int(
-            torch.ops.npu.get_npu_format(tensor)
-        )  # the operator itself: torch_npu's function makes an enum of it, slowly
+        # the operator itself: torch_npu's function makes an enum of it, slowly
+        return int(torch.ops.npu.get_npu_format(tensor))
     except RuntimeError:  # a storage that torch made by itself, as for pickle, has bytes and no format
         return ND
 

@@ -13,10 +13,11 @@ from simulator import aten, grouped, multiply, normalize, quantize, register
 DRIVER = ctypes.CDLL("libascendcl.so")
 DRIVER.simulated_peak.restype = DRIVER.simulated_used.restype = ctypes.c_size_t
 BODIES = (quantize, multiply, grouped, normalize)  # importing them registers their operators
+# kept: they end when they are freed
 LIBRARIES = (
     torch.library.Library("aten", "IMPL"),
     torch.library.Library("npu", "IMPL"),
-)  # kept: they end when they are freed
+)
 
 torch.npu.init()
 torch_npu.npu.set_compile_mode(jit_compile=False)
