@@ -28,6 +28,8 @@ from quantport.plugins.once import once
 from quantport.scheme import Quant, Scheme, Solver, Stats
 from quantport.scheme.formats import FORMATS, Format
 
+Canonical = StoredWeight  # the name that it had
+
 __all__ = [
     "FORMATS",
     "Accepted",

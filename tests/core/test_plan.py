@@ -11,6 +11,7 @@ import torch
 from core_fakes import FakeKernel, Shape, arch, device
 from core_references import check_parts
 
+import quantport
 from quantport.config import QuantConfig
 from quantport.device import Device
 from quantport.errors import ConfigError, UnsupportedError
@@ -322,3 +323,14 @@ def test_json_keeps_the_configuration():
     again = QuantConfig.parse(json.loads(plan.to_json())["config"], BUILTIN)
     assert schemes(planned(linears("a"), again)) == schemes(plan) == {"a": None}
     assert again.fallback == "error"
+
+
+def test_arguments_under_the_names_that_they_had_say_what_they_are_called_now():
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64)).bfloat16()
+    with pytest.warns(DeprecationWarning, match="rows= is called num_tokens= now"):
+        decided = quantport.plan(model, "int8", device="cpu", rows=16)
+    assert decided.num_tokens == 16
+    with pytest.warns(DeprecationWarning, match="num_tokens="):
+        assert quantport.quantize_(model, "int8", rows=16).num_tokens == 16
+    with pytest.raises(TypeError):
+        quantport.plan(model, "int8", device="cpu", rows=16, num_tokens=16)

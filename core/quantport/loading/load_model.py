@@ -18,6 +18,7 @@ from quantport.loading.executor import Progress, run_tasks
 from quantport.loading.fill_model import ModelFiller, module_path
 from quantport.loading.locate import Source, named, open_checkpoint
 from quantport.loading.plan_model import merge, refuse_nothing
+from quantport.loading.renamed import renamed
 from quantport.loading.skeleton import Factory, build
 from quantport.loading.stored_config import as_stored, refuse_weights
 from quantport.loading.swap_modules import match_modules
@@ -27,6 +28,7 @@ from quantport.planning.plan import Plan, make_plan
 from quantport.plugins.registry import Registry, default_registry
 
 
+@renamed("rows", "num_tokens")
 def load(
     path_or_id: Source,
     scheme: str | None = None,

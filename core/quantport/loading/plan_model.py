@@ -14,6 +14,7 @@ from quantport.device import Device
 from quantport.errors import CheckpointError, ConfigError
 from quantport.kvcache import kv_shape
 from quantport.loading.locate import Source, named, open_checkpoint
+from quantport.loading.renamed import renamed
 from quantport.loading.swap_modules import match_modules
 from quantport.model.fused_projections import with_cuts
 from quantport.model.layers import find_layers
@@ -39,6 +40,7 @@ def merge(scheme: str | None, config: Any, options: Mapping[str, Any], schemes: 
     return QuantConfig.parse({**parsed.model_dump(exclude_unset=True), **given}, schemes) if given else parsed
 
 
+@renamed("rows", "num_tokens")
 def plan(
     model: Source | nn.Module,
     scheme: str | None = None,

@@ -12,6 +12,7 @@ from quantport.errors import ConfigError
 from quantport.kvcache import default_cache
 from quantport.loading.executor import Progress, Task, run_tasks
 from quantport.loading.plan_model import plan, refuse_nothing
+from quantport.loading.renamed import renamed
 from quantport.loading.swap_modules import by_module, make_module, swap_modules
 from quantport.loading.weight_tasks import quantize_tasks, select
 from quantport.model.layers import Part
@@ -20,6 +21,7 @@ from quantport.planning.plan import Plan
 from quantport.plugins.registry import Registry, default_registry
 
 
+@renamed("rows", "num_tokens")
 def quantize_(
     model: nn.Module,
     scheme: str | None = None,

@@ -49,7 +49,7 @@ def bind(kernel: Kernel, spec: WeightSpec, registry: Registry) -> BoundWeight:
     known = _PORTABLE.get(content)
     if known is not None and known.kernel is kernel and known.spec == spec:
         return known
-    if default_registry().identifies(kernel, spec.scheme):
+    if registry.is_default and registry.identifies(kernel, spec.scheme):
         made = _PORTABLE[content] = BoundWeight(kernel, spec, content)
         return made
     # The second is for a kernel that its registry does not hold, or holds no longer.
@@ -72,14 +72,16 @@ def resolve(handle: str) -> BoundWeight:
 
 def _parsed(handle: str) -> BoundWeight:
     """Binds the names of a handle that another process made."""
-    kernel, _, rest = handle.partition("|")
-    scheme, _, shape = rest.partition("|")
-    n, _, k = shape.partition("|")[0].partition("x")
+    names = handle.split("|")
+    n, _, k = names[2].partition("x") if len(names) > 2 else ("", "", "")
+    if len(names) > 3:
+        found = "it belongs to another registry than that of the process, and that is gone"
+        raise BackendError(f"run {handle!r}", found, "keep the modules that it was made with")
     if not (n.isdecimal() and k.isdecimal()):
         raise BackendError(f"run {handle!r}", "it is no handle", "'kernel|scheme|out_featuresxin_features'")
     registry = default_registry()
-    runs = registry.kernel(unquote(kernel))
-    return bind(runs, WeightSpec(registry.schemes[unquote(scheme)], int(n), int(k)), registry)
+    kernel, scheme = map(unquote, names[:2])
+    return bind(registry.kernel(kernel), WeightSpec(registry.schemes[scheme], int(n), int(k)), registry)
 
 
 def _quoted(name: str) -> str:

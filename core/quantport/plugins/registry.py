@@ -14,6 +14,8 @@ import pluggy
 import torch
 
 from quantport.checkpoint.format import CheckpointFormat
+from quantport.checkpoint.plain_format import PlainFormat
+from quantport.checkpoint.recognize import BUILTIN_FORMATS
 from quantport.device import Device
 from quantport.errors import BackendError, ConfigError, DeviceError, did_you_mean, one_of
 from quantport.kernels.base import Kernel
@@ -59,6 +61,7 @@ class Registry:
         formats: Name -> checkpoint format of a plugin.
         commands: Name -> command of a plugin.
         token: Tells this registry from others in handles of operators.
+        is_default: Whether it is that of the process, which other processes have alike.
     """
 
     def __init__(self, points: Iterable[EntryPoint] | None = None, only: Iterable[str] | None = None) -> None:
@@ -68,7 +71,7 @@ class Registry:
         self.solvers: dict[str, Solver] = {}
         self.formats: dict[str, CheckpointFormat] = {}
         self.commands: dict[str, Callable[..., None]] = {}
-        self.token = token_hex(4)
+        self.token, self.is_default = token_hex(4), False
         self._names: dict[str, str] = {}
         self._added: list[tuple[str, str, tuple[Kernel, ...]]] = []  # plugin, kind of device, kernels
         self._manager = pluggy.PluginManager("quantport")
@@ -135,7 +138,8 @@ class Registry:
             (*self.solvers.values(), *solvers.values()),
         )
         answers = called(self._manager, "quantport_checkpoint_formats", name)
-        formats = named(name, answers, CheckpointFormat, self.formats)
+        taken = {own.name: own for own in (*BUILTIN_FORMATS, PlainFormat())} | self.formats
+        formats = named(name, answers, CheckpointFormat, taken)
         kernels = added_kernels(name, called(self._manager, "quantport_kernels", name))
         new = commands(name, called(self._manager, "quantport_commands", name), self.commands)
         self.schemes = merged
@@ -308,7 +312,9 @@ def _allowed(only: Iterable[str] | None, known: set[str]) -> set[str] | None:
 @once
 def default_registry() -> Registry:
     """The registry of this process, made at first use."""
-    return Registry()
+    registry = Registry()
+    registry.is_default = True
+    return registry
 
 
 def devices() -> tuple[Device, ...]:
