@@ -216,10 +216,10 @@ class _Bench:
         self, scheme: Scheme, rows: int, choice: Choice, layers: list[QuantLinear] | None
     ) -> dict[str, Any]:
         """Measures one scheme at one number of rows."""
-        told = {"scheme": scheme.name, "kernel": choice.kernel, "rows": rows, "status": str(choice.status)}
+        labels = {"scheme": scheme.name, "kernel": choice.kernel, "rows": rows, "status": str(choice.status)}
         if not layers:
             nothing = dict.fromkeys(("seconds", "seconds_bf16", "vs_bf16", "vs_prepacked", "of_limit"))
-            return {**told, **nothing, "cold": False, "reason": "; ".join(choice.reasons)}
+            return {**labels, **nothing, "cold": False, "reason": "; ".join(choice.reasons)}
         x = torch.randn(rows, self.size[1], dtype=torch.float32, device=self.device).to(self.dtype)
         dense, packed = self.dense, self.baseline(rows)
         calls: dict[str, Call] = {
@@ -231,7 +231,7 @@ class _Bench:
         t = interleaved(calls, x, self.effort.rounds, self.effort.seconds)
         size = scheme.bytes(*self.size)
         return {
-            **told,
+            **labels,
             "seconds": t["ours"],
             "seconds_bf16": t["bf16"],
             "vs_bf16": t["bf16"] / t["ours"],

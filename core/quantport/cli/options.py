@@ -111,14 +111,14 @@ def read_config(
         if not isinstance(data, dict):
             raise ConfigError(f"--config {path}", f"a JSON {type(data).__name__}", suggestion)
     if ignore:
-        given = data.get("ignore", [])
-        if not isinstance(given, list):
+        in_file = data.get("ignore", [])
+        if not isinstance(in_file, list):
             raise ConfigError(
                 f"--ignore beside --config {path}",
-                f"its ignore is {given!r}",
+                f"its ignore is {in_file!r}",
                 "a list of patterns in the file",
             )
-        data = {**data, "ignore": [*given, *ignore]}
+        data = {**data, "ignore": [*in_file, *ignore]}
     if kv_cache is not None:
         if data.get("kv_cache_dtype") not in (None, kv_cache):
             found = f"--config {path} says kv_cache_dtype {data['kv_cache_dtype']!r}"

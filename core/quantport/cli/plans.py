@@ -55,13 +55,15 @@ def plan_page(plan: Plan) -> Page:
 def _kv_line(plan: Plan) -> str:
     """What one token takes in the KV cache; empty where nothing was asked and nothing is known."""
     kv = plan.kv_cache
-    taken, bf16, dtype = kv["bytes_per_token"], kv["bytes_per_token_bf16"], kv["dtype"]
-    if taken is None:
+    per_token, bf16, dtype = kv["bytes_per_token"], kv["bytes_per_token_bf16"], kv["dtype"]
+    if per_token is None:
         return "" if dtype == "auto" else f"KV cache: {dtype}; its size is not known from config.json"
     if dtype == "auto":
         return f"KV cache: {bf16} bytes per token, in 16 bits"
     skips = f"; layers {', '.join(map(str, kv['skip_layers']))} in 16 bits" if kv["skip_layers"] else ""
-    return f"KV cache: {bf16} -> {taken} bytes per token ({1 - taken / bf16:.0%} less), {dtype}{skips}"
+    return (
+        f"KV cache: {bf16} -> {per_token} bytes per token ({1 - per_token / bf16:.0%} less), {dtype}{skips}"
+    )
 
 
 def group(steps: Sequence[Step]) -> list[list[Step]]:

@@ -144,8 +144,8 @@ def _grid(c: dict[str, Any]) -> Grid:
 
 
 def _kv_row(kv: dict[str, Any]) -> list[tuple[str, ...]]:
-    bf16, taken = kv["bytes_per_token_bf16"], kv["bytes_per_token"]
-    return [("KV bytes/token", str(bf16), str(taken), f"{taken / bf16 - 1:+.0%}")] if bf16 else []
+    bf16, per_token = kv["bytes_per_token_bf16"], kv["bytes_per_token"]
+    return [("KV bytes/token", str(bf16), str(per_token), f"{per_token / bf16 - 1:+.0%}")] if bf16 else []
 
 
 def _prompt(tokenizer: Any, prompt: str) -> Tensor:

@@ -171,14 +171,14 @@ def _raised(error: Exception) -> Reason:
     return Reason(f"the kernel raised {type(error).__name__}: {error}", code=ReasonCode.RAISED)
 
 
-def _reasons(given: Sequence[Reason]) -> tuple[Reason, ...]:
+def _reasons(answer: Sequence[Reason]) -> tuple[Reason, ...]:
     """What ``reasons_against`` returned, if that is what it must be: a kernel of a stranger may have been
     written for texts.
 
     Raises:
         TypeError: it is something else.
     """
-    reasons = (given,) if isinstance(given, str) else tuple(given)
+    reasons = (answer,) if isinstance(answer, str) else tuple(answer)
     for one in reasons:
         if not isinstance(one, Reason):
             raise TypeError(

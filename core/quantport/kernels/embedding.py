@@ -58,9 +58,9 @@ def look_up(kernel: Kernel, ids: Tensor, packed: Packed, spec: WeightSpec, dtype
     """
     by_row = rows_of(spec.scheme, spec.k)
     flat = ids.reshape(-1)
-    taken = tuple(_rows(t, flat) if row else t for t, row in zip(packed, by_row, strict=True))
+    selected = tuple(_rows(t, flat) if row else t for t, row in zip(packed, by_row, strict=True))
     some = WeightSpec(spec.scheme, flat.numel(), spec.k)
-    return numerics.dequantize_weight(kernel.unpack(taken, some), spec.scheme, spec.k, dtype).view(
+    return numerics.dequantize_weight(kernel.unpack(selected, some), spec.scheme, spec.k, dtype).view(
         *ids.shape, spec.k
     )
 

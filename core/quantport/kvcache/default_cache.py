@@ -147,10 +147,10 @@ class DefaultCache:
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         """Lets Transformers prepare ``model_kwargs``, then quantizes the cache that it made."""
-        given = model_kwargs.get("past_key_values")
+        passed_in = model_kwargs.get("past_key_values")
         getattr(type(self.model), _HOOK)(self.model, generation_config, model_kwargs, *args, **kwargs)
         made = model_kwargs.get("past_key_values")
-        if given is None and type(made) is _transformers().DynamicCache:
+        if passed_in is None and type(made) is _transformers().DynamicCache:
             model_kwargs["past_key_values"] = _quantized(made, self.dtype, self.skip_layers)
 
     def install(self) -> None:

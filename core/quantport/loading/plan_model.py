@@ -27,7 +27,7 @@ from quantport.scheme.catalog import Schemes
 def merge(scheme: str | None, config: Any, options: Mapping[str, Any], schemes: Schemes) -> QuantConfig:
     """Merges the arguments into one checked configuration; two different schemes are a conflict."""
     parsed = QuantConfig.parse(config, schemes)
-    given = {k: v for k, v in options.items() if v is not None}
+    overrides = {k: v for k, v in options.items() if v is not None}
     if scheme is not None:
         asked: str | None = schemes[scheme].name
         if parsed.group_size and schemes[scheme].weight.format == "int4":
@@ -36,8 +36,12 @@ def merge(scheme: str | None, config: Any, options: Mapping[str, Any], schemes: 
             raise ConfigError(
                 f"scheme={scheme!r}", f"config says scheme={parsed.scheme!r}", "give one of them"
             )
-        given["scheme"] = asked
-    return QuantConfig.parse({**parsed.model_dump(exclude_unset=True), **given}, schemes) if given else parsed
+        overrides["scheme"] = asked
+    return (
+        QuantConfig.parse({**parsed.model_dump(exclude_unset=True), **overrides}, schemes)
+        if overrides
+        else parsed
+    )
 
 
 @renamed("rows", "num_tokens")

@@ -42,9 +42,9 @@ def match_modules(layers: Iterable[Layer], model: nn.Module, module_path: Module
     _even(layers, model, module_path)
     ties = partners(model)
     config: Any = getattr(model, "config", None)
-    told = config.to_dict() if hasattr(config, "to_dict") else {}
+    described = config.to_dict() if hasattr(config, "to_dict") else {}
     checked = one_layer([x for layer in layers for x in _check(layer, model, module_path, ties)])
-    return [with_cuts(layer, told) for layer in checked]
+    return [with_cuts(layer, described) for layer in checked]
 
 
 def _check(

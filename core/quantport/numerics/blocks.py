@@ -82,8 +82,8 @@ def quantize_blocks(
         scale = scale_of(reduce(amax, quant.block_shape[0], quant.group_size) if reduce else amax, quant)
     out = _empty(x, quant, outer)
     if scale is not None:
-        given = scale if scale.dtype is out.scale.dtype else stored(scale, quant.scale)
-        raw(out.scale).copy_(raw(given))
+        in_storage = scale if scale.dtype is out.scale.dtype else stored(scale, quant.scale)
+        raw(out.scale).copy_(raw(in_storage))
     if not x.numel():
         return out
     step = _chunk_rows(x.shape, quant, x.device)
@@ -113,15 +113,17 @@ def quantize_blocks(
     return out
 
 
-def _chunk(blocks: Tensor, quant: Quant, out: Blocks, r: slice, given: bool, factor: Tensor | None) -> Tensor:
+def _chunk(
+    blocks: Tensor, quant: Quant, out: Blocks, r: slice, scales_known: bool, factor: Tensor | None
+) -> Tensor:
     """Codes of one chunk of blocks ``[R, rows, C, cols]``; writes its scales and offsets unless they are
-    given.
+    known.
     """
     if quant.zero_point:
         assert out.zero is not None
         codes, out.scale[r], out.zero[r] = search.with_offset(blocks[:, 0], quant)
         return codes[:, None]
-    if not given:
+    if not scales_known:
         amax = blocks.abs().amax((1, 3))
         if factor is None:
             scale = scale_of(amax, quant)

@@ -102,5 +102,5 @@ def routed(rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 def inputs(layer: str, rows: int, device: Device) -> tuple[Tensor, ...]:
     """What a module of this kind is called with, on the device."""
     dtype = device.arch.compute
-    given = (cases.activations(rows, HIDDEN, dtype),) if layer == "linear" else routed(rows, dtype)
-    return tuple(t.to(device.torch_device) for t in given)
+    arguments = (cases.activations(rows, HIDDEN, dtype),) if layer == "linear" else routed(rows, dtype)
+    return tuple(t.to(device.torch_device) for t in arguments)

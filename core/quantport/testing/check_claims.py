@@ -42,17 +42,23 @@ def claim_findings(claim: Claim, kernel: Kernel, scheme: str, arch: str) -> tupl
 
 
 def _other(
-    proof: Proof, told: Collection[Collection[str]], kernel: str, scheme: str, arch: str
+    proof: Proof, passages: Collection[Collection[str]], kernel: str, scheme: str, arch: str
 ) -> tuple[str, ...]:
     """What a file does not say."""
     apart = (proof.device, proof.date, proof.commit) if isinstance(proof, Measurement) else (proof.version,)
     together = (kernel, scheme) if isinstance(proof, Measurement) else (arch, proof.instruction)
     findings = [
-        f"{proof.file} does not say {word!r}" for word in apart if not any(word in words for words in told)
+        f"{proof.file} does not say {word!r}"
+        for word in apart
+        if not any(word in words for words in passages)
     ]
-    if isinstance(proof, Measurement) and arch not in proof.file and not any(arch in words for words in told):
+    if (
+        isinstance(proof, Measurement)
+        and arch not in proof.file
+        and not any(arch in words for words in passages)
+    ):
         findings.append(f"{proof.file} is not about {arch!r}")
-    if not any(all(word in words for word in together) for words in told):
+    if not any(all(word in words for word in together) for words in passages):
         findings.append(f"{proof.file} says nothing of {together[0]!r} with {together[1]!r}")
     return tuple(findings)
 

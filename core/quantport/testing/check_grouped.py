@@ -36,13 +36,13 @@ def check_grouped(subject: Subject, kernel: Kernel, scheme: Scheme) -> None:
         stored = [weights.normal(spec, i, 0.02, 0.02) for i in range(shared * len(COUNTS))]
         packed = [kernel.pack({name: t.to(where, copy=True) for name, t in w.items()}, spec) for w in stored]
         bias = cases.bias(len(COUNTS) * shared * spec.n, dtype).view(len(COUNTS), -1) if past else None
-        given = None if bias is None else bias.to(where)
+        own_bias = None if bias is None else bias.to(where)
         y = run_grouped(
             kernel,
             x.to(where),
             torch.tensor(starts, dtype=torch.int64, device=where),
             packed,
-            given,
+            own_bias,
             spec,
             shared,
         ).cpu()

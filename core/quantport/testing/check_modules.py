@@ -43,9 +43,9 @@ def check_forward(subject: Subject, kernel: Kernel, scheme: Scheme, layer: str) 
     tolerance = kernel.tolerance if layer == "linear" else 4 * kernel.tolerance
     findings, counts = [], (1, 7) if layer == "moe" else (1, 7, 40)
     for rows in counts:
-        given = builders.inputs(layer, rows, device)
-        y = module(*given)
-        error = cases.relative_error(y, reference(*(t.cpu() for t in given)))
+        arguments = builders.inputs(layer, rows, device)
+        y = module(*arguments)
+        error = cases.relative_error(y, reference(*(t.cpu() for t in arguments)))
         findings += (
             [f"{rows} rows: relative error {error:.2e} is over {tolerance:.2e}"] if error > tolerance else []
         )
@@ -66,7 +66,7 @@ def _views(module: QuantModule, where: torch.device, dtype: torch.dtype) -> list
     )
 
 
-def _differs(module: QuantModule, other: QuantModule, given: tuple[Tensor, ...]) -> list[str]:
+def _differs(module: QuantModule, other: QuantModule, arguments: tuple[Tensor, ...]) -> list[str]:
     mine, theirs = module.state_dict(), other.state_dict()
     findings = [] if list(mine) == list(theirs) else [f"keys {list(theirs)}, not {list(mine)}"]
     findings += [
@@ -76,7 +76,7 @@ def _differs(module: QuantModule, other: QuantModule, given: tuple[Tensor, ...])
         findings.append(f"it has kernel {other.kernel.name}, not {module.kernel.name}")
     return (
         findings
-        if cases.same_bits(module(*given), other(*given))
+        if cases.same_bits(module(*arguments), other(*arguments))
         else [*findings, "it computes another result"]
     )
 
@@ -90,7 +90,7 @@ def check_copies(subject: Subject, kernel: Kernel, scheme: Scheme, layer: str) -
         NotHere: there is no device, or the kernel refuses.
     """
     device = builders.device_for(subject, kernel, scheme, layer)
-    given = builders.inputs(layer, 5, device)
+    arguments = builders.inputs(layer, 5, device)
     (module, _), (other, _) = (build(kernel, scheme, layer, device) for _ in range(2))
     other.load_state_dict(
         {name: torch.zeros_like(t, device="cpu") for name, t in module.state_dict().items()}
@@ -101,7 +101,7 @@ def check_copies(subject: Subject, kernel: Kernel, scheme: Scheme, layer: str) -
     other.load_state_dict(torch.load(buffer, weights_only=True))
     twin = copy.deepcopy(module)
     made = {"state dict": other, "deepcopy": twin, "pickle": pickle.loads(pickle.dumps(module))}
-    findings = [f"{how}: {f}" for how, back in made.items() for f in _differs(module, back, given)]
+    findings = [f"{how}: {f}" for how, back in made.items() for f in _differs(module, back, arguments)]
     shared = _addresses(module) & _addresses(twin)
     findings += ["deepcopy: it shares memory with the original"] if shared else []
     findings += _layout(module, scheme)
@@ -133,7 +133,7 @@ def check_moves(subject: Subject, kernel: Kernel, scheme: Scheme, layer: str) ->
     """
     device = builders.device_for(subject, kernel, scheme, layer)
     module, reference = build(kernel, scheme, layer, device)
-    given = builders.inputs(layer, 5, device)
+    arguments = builders.inputs(layer, 5, device)
     # a device may only move some dtypes
     state = {name: t.to("cpu", copy=True) for name, t in module.state_dict().items()}
     findings = []
@@ -150,7 +150,7 @@ def check_moves(subject: Subject, kernel: Kernel, scheme: Scheme, layer: str) ->
     findings += [
         f"{n} has other bits after meta and back" for n in state if not cases.same_bits(back[n], state[n])
     ]
-    error = cases.relative_error(module(*given), reference(*(t.cpu() for t in given)))
+    error = cases.relative_error(module(*arguments), reference(*(t.cpu() for t in arguments)))
     # The kernel is chosen anew for the device, perhaps one with 16-bit activations: coarse ones then make the
     # difference.
     coarse = scheme.activation is not None and scheme.activation.element.bits < 8
