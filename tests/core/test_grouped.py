@@ -171,6 +171,16 @@ def test_another_kernel_reads_the_stacks_as_they_are(kernel):
     assert other.launches
 
 
+def test_an_activation_that_is_exchanged_is_the_one_that_runs(kernel):
+    module, _ = build(kernel)
+    silu = module(*given())
+    module.activation = "relu"
+    relu = module(*given())
+    assert not close(relu, silu)
+    module.activation = "silu"
+    assert torch.equal(module(*given()), silu)
+
+
 def test_copies_have_stacks_of_their_own(kernel):
     module, stored = build(kernel)
     buffer = io.BytesIO()

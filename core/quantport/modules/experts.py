@@ -66,7 +66,7 @@ class QuantExperts(QuantModule):
             f"{e}.{p}": down if p == "down_proj" else gate_up for e in range(experts) for p in PROJECTIONS
         }
         specs |= {name: replace(specs[name], scheme=scheme) for name, (_, scheme) in (others or {}).items()}
-        self.activation = activation  # before the weights are bound: it belongs to the layout
+        self._activation = activation  # before the weights are bound: it belongs to the layout
         kernels = {name: other for name, (other, _) in (others or {}).items()}
         super().__init__(kernel, specs, "moe", dtype, kernels, registry)
         self.num_experts, self.gate_up, self.down = experts, gate_up, down
@@ -74,13 +74,23 @@ class QuantExperts(QuantModule):
     def bind(self, kernel: Kernel, others: Mapping[str, Kernel]) -> None:
         """Takes other kernels, which read the packed weights as they are."""
         super().bind(kernel, others)
-        self.layout = bind_experts(self.bound, self.activation)
+        self.layout = bind_experts(self.bound, self._activation)
         names = list(self.specs)
         self._places = {names[m]: (g, i) for g in self.layout.groups for i, m in enumerate(g.members)}
         self._handle, self._one_launch = self.layout.handle, self.layout.one_launch
         self._operands: tuple[list[str], list[int]] = [], []  # buffers and sizes, once every weight is there
         self._tables: tuple[tuple[Tensor | None, ...], list[GroupWeights]] | None = None
         self._find_operands_once()
+
+    @property
+    def activation(self) -> str:
+        """Name of the activation function; another one is bound at once."""
+        return self._activation
+
+    @activation.setter
+    def activation(self, name: str) -> None:
+        self._activation = name
+        self.bind(self.kernel, self.others)
 
     def packed(self, name: str = "") -> Packed:
         """The packed tensors of one weight: views, where it lies in a stack."""

@@ -114,7 +114,7 @@ class Registry:
         try:
             register(self._manager, plugin, point.name)
             self._accept(point)
-        except Exception:
+        except Exception:  # whatever a stranger raises: nothing of it stays registered, and it is raised on
             if self._manager.has_plugin(point.name):
                 self._manager.unregister(name=point.name)
             raise

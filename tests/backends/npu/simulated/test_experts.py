@@ -49,7 +49,6 @@ def layer(name, activation="silu"):
     kernel = next(k for k in default_registry().kernels("npu") if isinstance(k.verdict(request), Accepted))
     module, reference = builders.experts(kernel, scheme, request.device)
     module.activation = activation
-    module.bind(module.kernel, module.others)
     return module, reference
 
 
