@@ -133,7 +133,7 @@ class Bench:
                 prepared = layers[0].prepare(x)
                 calls[name] = lambda i, layers=layers, prepared=prepared: layers[i % len(layers)].run(
                     prepared
-                )  # type: ignore[misc,attr-defined]
+                )  # type: ignore[misc,attr-defined]  # a default argument; a Bare, which the branch above told
             except Exception as error:  # as below
                 self.absent[f"{name}, {self.n}x{self.k}, M={m}"] = told(error)
         failed: dict[str, str] = {}
