@@ -141,8 +141,8 @@ def run(processes: int, options: bool = True, **environment: str) -> list[str]:
     with tempfile.TemporaryDirectory() as place:
         folder, cache = Path(place) / "model", Path(place) / "cache"
         checkpoint(folder)
-        _, expected, said = fresh(folder, 0, options, NUMBA_DISABLE_JIT="1")
-        assert len(expected) == len(names(options)), said
+        code, expected, said = fresh(folder, 0, options, NUMBA_DISABLE_JIT="1")
+        assert code == 0 and expected, said  # every scheme that a fresh process knows, or it fails
         for i in range(processes):
             if i % 2 == 0:
                 shutil.rmtree(cache, ignore_errors=True)
