@@ -126,18 +126,28 @@ def test_a_weight_that_cannot_fit_is_named_before_anything_is_read(monkeypatch):
         check_parts(caught.value, "model.layers.", "budget=")
 
 
-def test_the_default_grows_for_one_large_weight_and_the_plan_says_so(tmp_path):
-    spec = WeightSpec(BUILTIN["int8"], 1 << 14, 1 << 14)
-    layers = {"a.weight": torch.empty(1 << 14, 1 << 14, dtype=torch.bfloat16, device="meta")}
-    module = torch.nn.ModuleDict(
-        {"a": torch.nn.Linear(1 << 14, 1 << 14, bias=False, device="meta", dtype=torch.bfloat16)}
-    )
-    plan = quantport.plan(module, "int8", device="cpu")
-    assert plan.budget == peak_bytes(spec, torch.bfloat16) > BUDGET
+def linear(n, k, dtype=torch.bfloat16):
+    return torch.nn.ModuleDict({"a": torch.nn.Linear(k, n, bias=False, device="meta", dtype=dtype)})
+
+
+def test_the_default_grows_for_a_weight_that_is_packed_as_a_whole_and_the_plan_says_so():
+    module, spec = linear(1 << 17, 1 << 14), WeightSpec(BUILTIN["int4"], 1 << 17, 1 << 14)
+    plan = quantport.plan(module, "int4", device="cpu")
+    keeps = quantport.default_registry().kernel(plan.quantized[0].choice.kernel).keeps_layout
+    assert plan.budget == max(BUDGET, peak_bytes(spec, torch.bfloat16, packed=not keeps))
     assert plan.peak == plan.after + plan.budget
-    assert layers["a.weight"].nbytes < plan.budget
     assert quantport.plan(MOE, "int8").budget == BUDGET
     assert quantport.plan(MOE, "int8", budget="64MB").peak == quantport.plan(MOE, "int8").after + 64 * 10**6
+
+
+LARGE = {"70B": (28672, 8192), "405B": (53248, 16384), "head": (256_000, 16384)}
+
+
+@pytest.mark.parametrize("shape", LARGE.values(), ids=LARGE)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", [name for name in BUILTIN if name != "bf16"])
+def test_no_weight_needs_more_than_the_default_where_its_rows_are_kept(name, dtype, shape):
+    assert peak_bytes(WeightSpec(BUILTIN[name], *shape), dtype, packed=False) <= BUDGET // 3
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4_g32", "fp8_per_block"])

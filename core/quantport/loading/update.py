@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 from torch import Tensor
 
 from quantport.errors import WeightError, one_of
@@ -34,8 +36,9 @@ def update_weight(module: QuantModule, name: str, weight: Tensor, *, nonfinite: 
         raise WeightError(asked, f"shape {list(weight.shape)}", f"shape {[spec.n, spec.k]}")
     device = module.registry.device(module.device)
     stored = quantize_on(
-        weight,
-        spec.scheme,
+        lambda start, stop: nullcontext(weight[start:stop]),
+        weight.dtype,
+        spec,
         name or "weight",
         nonfinite,
         module.registry.backends[device.kind].quantize_weight,

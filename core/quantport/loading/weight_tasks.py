@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from quantport import numerics
-from quantport.kernels.base import StoredWeight
+from quantport.kernels.base import StoredWeight, WeightSpec
 from quantport.loading.executor import Task
 from quantport.model.layers import Part
 from quantport.modules import QuantModule
-from quantport.planning.memory import peak_bytes
+from quantport.numerics.by_rows import ReadRows, quantize_by_rows
+from quantport.planning.memory import peak_bytes, step_rows
 from quantport.planning.plan import Step
 from quantport.scheme import Scheme
 
@@ -47,39 +49,66 @@ def quantize_tasks(
     layer = step.layer
 
     def run(part: Part, weight: str) -> None:
-        tensor, release = read(part)
-        name = f"{layer.home}.{weight}".rstrip(".")
-        scheme = module.specs[weight].scheme
-        stored = quantize_on(tensor, scheme, name, nonfinite, fast, device, storage_only_dtypes)
-        del tensor
-        release()
+        @contextmanager
+        def rows(start: int, stop: int) -> Iterator[Tensor]:
+            tensor, release = read(some_rows(part, start, stop))
+            yield tensor
+            del tensor
+            release()
+
+        spec, name = module.specs[weight], f"{layer.home}.{weight}".rstrip(".")
+        stored = quantize_on(rows, layer.dtype, spec, name, nonfinite, fast, device, storage_only_dtypes)
         module.set_weight(weight, stored)
 
     for weight, n, k in layer.each:
-        part = layer.part(weight)
-        held = peak_bytes(module.specs[weight], None if owned else layer.dtype)
+        part, packed = layer.part(weight), bool(layer.experts) or not module.kernel_of(weight).keeps_layout
+        held = peak_bytes(module.specs[weight], layer.dtype, read=not owned, packed=packed)
         yield Task(part.tensor, n * k * layer.dtype.itemsize, partial(run, part, weight), held)
 
 
 def quantize_on(
-    weight: Tensor,
-    scheme: Scheme,
+    read: ReadRows,
+    dtype: torch.dtype,
+    spec: WeightSpec,
     name: str,
     nonfinite: str,
     fast: Fast,
     device: torch.device | None,
     storage_only_dtypes: frozenset[torch.dtype] = frozenset(),
 ) -> dict[str, Tensor]:
-    """Quantizes a weight ``[n, k]`` with the backend of a device; arguments as `quantize_tasks`.
+    """Quantizes a weight some rows at a time on the backend of a device; other arguments as `quantize_tasks`.
+
+    Args:
+        read: Gives rows of the weight.
+        dtype: Dtype of the rows.
+        spec: Scheme and shape.
+        name: Of the weight, for errors.
 
     Returns:
         The tensors of ``scheme.layout(n, k)`` on ``device``.
     """
-    dtypes = (weight.dtype, *(dtype for _, dtype in scheme.layout(*weight.shape).values()))
+    dtypes = (dtype, *(stored for _, stored in spec.scheme.layout(spec.n, spec.k).values()))
     on_host = device is not None and not storage_only_dtypes.isdisjoint(dtypes)
-    source = weight.detach().to(device) if device and not on_host else weight.detach()
-    stored = numerics.quantize_weight(source, scheme, name, nonfinite, None if on_host else fast)
+
+    @contextmanager
+    def rows(start: int, stop: int) -> Iterator[Tensor]:
+        with read(start, stop) as values:
+            yield values.detach().to(device) if device and not on_host else values.detach()
+
+    def quantize(values: Tensor, scheme: Scheme) -> StoredWeight:
+        return numerics.quantize_weight(values, scheme, name, nonfinite, None if on_host else fast)
+
+    step = step_rows(spec, dtype)
+    stored = quantize_by_rows(
+        rows, (spec.n, spec.k), spec.scheme, step, quantize, name=name, nonfinite=nonfinite
+    )
     return {key: t.to(device) for key, t in stored.items()} if on_host else stored
+
+
+def some_rows(part: Part, start: int, stop: int) -> Part:
+    """Rows ``[start, stop)`` of the weight that a part names."""
+    first = part.start or 0
+    return part._replace(start=first + start, stop=first + stop)
 
 
 def select(tensor: Tensor, part: Part) -> Tensor:

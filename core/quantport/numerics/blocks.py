@@ -197,6 +197,11 @@ def block_amax(x: Tensor, rows: int, cols: int) -> Tensor:
     )
 
 
+def group_segments(x: Tensor, cols: int) -> Tensor:
+    """The groups of ``cols`` columns (0: all) of each row: ``[n, groups, cols]``, the last filled with 0."""
+    return _blocks(x, 1, cols)[:, 0]
+
+
 def _blocks(x: Tensor, rows: int, cols: int, edge: bool = False) -> Tensor:
     """Views a chunk ``[r, k]`` as ``[R, rows, C, cols]``; a short last block is filled with zeros, or with
     its edge.

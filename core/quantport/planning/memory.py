@@ -10,10 +10,14 @@ import torch
 from quantport.errors import BudgetError, ConfigError
 from quantport.kernels.base import WeightSpec
 from quantport.numerics.blocks import LARGE, padded
+from quantport.numerics.by_rows import rows_of_step, spans_rows
 
 BUDGET = 512 << 20  # bytes, where nobody says otherwise
 PLAIN, SEARCH = 24, 36  # bytes of scratch for each element of a chunk: six fp32 copies; a search holds nine
 SCRATCH = SEARCH * LARGE  # bytes of scratch that quantizing one weight holds at most
+STEP = (
+    16 << 20
+)  # bytes of a weight that are read at a time: eight cores fit the budget, and kernels stay large
 _UNITS = {
     "": 1,
     "B": 1,
@@ -46,24 +50,35 @@ def parse_budget(value: int | str | None) -> int | None:
     return size
 
 
-def peak_bytes(spec: WeightSpec, source: torch.dtype | None) -> int:
+def step_rows(spec: WeightSpec, dtype: torch.dtype) -> int:
+    """Rows of a weight that are read and quantized at a time."""
+    return rows_of_step(spec.scheme, spec.n, spec.k, STEP // dtype.itemsize)
+
+
+def peak_bytes(spec: WeightSpec, source: torch.dtype, *, read: bool = True, packed: bool = True) -> int:
     """Most bytes that are in flight while one weight is read, quantized and packed.
 
     Args:
         spec: The weight.
-        source: Dtype that it is read in; None when the caller owns it and it is no part of the stream.
+        source: Dtype that it is read in.
+        read: Whether reading takes memory; not where the caller owns the weight.
+        packed: Whether the stored tensors are packed into others; where they stay, they are the model's.
 
     Returns:
-        The source, the stored tensors before they are packed, codes before several share a byte, and scratch.
+        The rows that are read, scratch, codes before several share a byte, the stored tensors of the rows
+        before they are put in their place, and those of the weight before they are packed.
     """
-    quant, elements = spec.scheme.weight, spec.n * spec.k
-    read = elements * source.itemsize if source else 0
+    scheme, quant = spec.scheme, spec.scheme.weight
+    rows = step_rows(spec, source)
+    elements, cut = rows * spec.k, rows < spec.n
     codes = elements if quant.element.bits < 8 or quant.element.block else 0
-    scratch = min(SCRATCH, (SEARCH if quant.searched else PLAIN) * spec.n * padded(spec.k, quant))
+    scratch = min(SCRATCH, (SEARCH if quant.searched else PLAIN) * rows * padded(spec.k, quant))
     # in fp32: the weight, its rotation and the rotated blocks; then the rotation beside the scratch
-    if spec.scheme.rotation:
+    if scheme.rotation:
         scratch = max(12 * elements, 4 * elements + scratch)
-    return read + spec.scheme.bytes(spec.n, spec.k) + codes + scratch
+    copies = int(read) + (cut and spans_rows(quant))  # quantized beside its extremes
+    held = scheme.bytes(spec.n, spec.k) if packed else 0
+    return copies * elements * source.itemsize + codes + scratch + held + cut * scheme.bytes(rows, spec.k)
 
 
 def resolve_budget(requested: int | None, peaks: Mapping[str, int]) -> int:

@@ -218,15 +218,20 @@ def make_plan(
     steps = tuple(planner.step(assignment) for assignment in resolve(list(layers), config, default))
     # refuses a layer that the model does not have
     kv_summary(kv, config.kv_cache_dtype, config.kv_cache_skip_layers)
-    total = resolve_budget(requested_budget, _peaks(steps, schemes))
+    total = resolve_budget(requested_budget, _peaks(steps, schemes, kernels))
     return Plan(source, device, config, steps, num_tokens, why, kv, total)
 
 
-def _peaks(steps: Iterable[Step], schemes: Schemes) -> dict[str, int]:
+def _peaks(steps: Iterable[Step], schemes: Schemes, kernels: Sequence[Kernel]) -> dict[str, int]:
     """Most bytes that are in flight while a weight of each layer is quantized."""
+    keeping = {kernel.name for kernel in kernels if kernel.keeps_layout}
     return {
         step.layer.name: max(
-            peak_bytes(WeightSpec(schemes[step.scheme], n, k), step.layer.dtype)
+            peak_bytes(
+                WeightSpec(schemes[step.scheme], n, k),
+                step.layer.dtype,
+                packed=bool(step.layer.experts) or step.choice.kernel not in keeping,
+            )
             for _, n, k in step.layer.weights
         )
         for step in steps

@@ -1,0 +1,158 @@
+"""Quantizes a weight some rows at a time, to the bytes that the whole weight gives.
+
+Where no scale sees more than its own rows, that is so by itself. A scale that spans all rows follows from the
+extremes of the weight: a first pass keeps, for each group of columns, the stretch of a row with the largest
+scale and the one with the smallest. These two rows are quantized beside every step and dropped, so that any
+implementation finds the same spanning scales in each step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from quantport.numerics.blocks import block_amax, check_finite, group_segments
+from quantport.numerics.elements import raw
+from quantport.numerics.rotation import rotate
+from quantport.numerics.scales import scale_of
+from quantport.numerics.sharding import alignment, shard_dims
+from quantport.scheme import Quant, Scheme
+
+ReadRows = Callable[[int, int], AbstractContextManager[Tensor]]
+"""Rows ``[start, stop)`` of a weight; they may be gone when the block ends."""
+Quantize = Callable[[Tensor, Scheme], dict[str, Tensor]]
+
+
+def spans_rows(quant: Quant) -> bool:
+    """Whether a scale, of blocks, of larger blocks or of scales, sees all rows of a weight."""
+    return (
+        not quant.block_shape[0] or quant.scale_quant or bool(quant.outer_block and not quant.outer_block[0])
+    )
+
+
+def rows_of_step(scheme: Scheme, n: int, k: int, elements: int) -> int:
+    """Rows to quantize at a time: of about so many elements, in whole blocks; all ``n`` where a solver of the
+    scheme's own may look at the whole weight.
+    """
+    if scheme.solver is not None:
+        return n
+    blocks = alignment(scheme, 0)
+    return min(n, max(1, elements // max(1, k) // blocks) * blocks)
+
+
+def quantize_by_rows(
+    read: ReadRows,
+    shape: tuple[int, int],
+    scheme: Scheme,
+    step: int,
+    quantize: Quantize,
+    *,
+    name: str = "weight",
+    nonfinite: str = "error",
+) -> dict[str, Tensor]:
+    """Quantizes a weight ``[n, k]``, holding ``step`` rows of it at a time.
+
+    Args:
+        read: Gives rows; called twice for each step where a scale spans all rows.
+        shape: ``(n, k)``.
+        scheme: The scheme.
+        step: From `rows_of_step`.
+        quantize: Quantizes rows with a scheme to its stored tensors, as ``numerics.quantize_weight``.
+        name: Of the weight, for errors.
+        nonfinite: ``error`` refuses NaN and Inf; ``zero`` reads each of them as 0.
+
+    Returns:
+        The tensors of ``scheme.layout(n, k)``, on the device of the rows.
+
+    Raises:
+        WeightError: the weight holds NaN or Inf while ``nonfinite="error"``; whatever ``quantize`` raises.
+    """
+    n = shape[0]
+    if step >= n:
+        with read(0, n) as weight:
+            return quantize(weight, scheme)
+    starts = range(0, n, step)
+
+    def values(start: int) -> AbstractContextManager[Tensor]:
+        return read(start, min(start + step, n))
+
+    extremes: Tensor | None = None
+    for start in starts if spans_rows(scheme.weight) else ():
+        extremes = _more_extreme(values(start), extremes, scheme, name, nonfinite)
+    stored: dict[str, Tensor] = {}
+    for start in starts:
+        codes = _quantized(values(start), extremes, scheme, nonfinite, quantize)
+        _put(stored, codes, scheme, shape, start, min(step, n - start))
+        del codes  # before the next rows are read
+    return stored
+
+
+def _more_extreme(
+    rows: AbstractContextManager[Tensor], extremes: Tensor | None, scheme: Scheme, name: str, nonfinite: str
+) -> Tensor:
+    """The extremes of some more rows and of those before."""
+    with rows as part:
+        both = _extremes(_values(part, scheme, nonfinite), scheme.weight, name)
+    return both if extremes is None else _extremes(torch.cat((extremes, both)), scheme.weight, name)
+
+
+def _quantized(
+    rows: AbstractContextManager[Tensor],
+    extremes: Tensor | None,
+    scheme: Scheme,
+    nonfinite: str,
+    quantize: Quantize,
+) -> dict[str, Tensor]:
+    """The stored tensors of some rows; those of the extremes, where there are any, stand below them, in
+    blocks of their own.
+    """
+    with rows as part:
+        if extremes is None:
+            return quantize(part, scheme)
+        x = _values(part, scheme, nonfinite)
+        fill = torch.zeros(-x.shape[0] % alignment(scheme, 0), x.shape[1], dtype=x.dtype, device=x.device)
+        return quantize(torch.cat((x, fill, extremes)), replace(scheme, rotation=0))
+
+
+def _values(part: Tensor, scheme: Scheme, nonfinite: str) -> Tensor:
+    """Rows as scales see them: rotated, where the scheme rotates."""
+    if nonfinite == "zero":
+        part = torch.nan_to_num(part, nan=0.0, posinf=0.0, neginf=0.0)
+    return rotate(part.float(), scheme.rotation) if scheme.rotation else part
+
+
+def _extremes(x: Tensor, quant: Quant, name: str) -> Tensor:
+    """For each group of columns the stretch with the largest scale and that with the smallest: ``[2, k]``."""
+    amax = block_amax(x, 1, quant.group_size)
+    check_finite(amax, name, x)
+    order = scale_of(amax, quant) if quant.scale_quant else amax
+    stretches = group_segments(x, quant.group_size)
+    across = torch.arange(amax.shape[1], device=x.device, dtype=torch.int64)
+    both = torch.stack([stretches[order.argmax(0), across], stretches[order.argmin(0), across]])
+    return both.view(2, -1)[:, : x.shape[1]]
+
+
+def _put(
+    stored: dict[str, Tensor],
+    codes: dict[str, Tensor],
+    scheme: Scheme,
+    shape: tuple[int, int],
+    start: int,
+    count: int,
+) -> None:
+    """Writes the stored tensors of rows ``[start, start + count)`` into those of the whole weight."""
+    n, k = shape
+    whole, before, own = scheme.layout(n, k), scheme.layout(start, k), scheme.layout(count, k)
+    for key, along in shard_dims(scheme, 0).items():
+        if along is None:  # one for all rows: every step has found the same
+            stored.setdefault(key, codes[key])
+            continue
+        if key not in stored:
+            stored[key] = torch.empty(whole[key][0], dtype=whole[key][1], device=codes[key].device)
+        size = own[key][0][along]
+        target = raw(stored[key]).narrow(along, before[key][0][along], size)
+        target.copy_(raw(codes[key]).narrow(along, 0, size))
