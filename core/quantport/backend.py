@@ -8,7 +8,15 @@ from quantport import numerics
 from quantport.device import Arch, Device
 from quantport.errors import BackendError, DeviceError, QuantportError
 from quantport.kernels import aten
-from quantport.kernels.base import Kernel, Packed, Request, StoredWeight, WeightSpec
+from quantport.kernels.base import (
+    Kernel,
+    Packed,
+    PackedLayout,
+    PackedTensor,
+    Request,
+    StoredWeight,
+    WeightSpec,
+)
 from quantport.kernels.grouped import GroupedKernel, loop_over_groups
 from quantport.kernels.verdict import (
     Accepted,
@@ -46,6 +54,8 @@ __all__ = [
     "MachineCode",
     "Measurement",
     "Packed",
+    "PackedLayout",
+    "PackedTensor",
     "Quant",
     "QuantportError",
     "Reason",

@@ -19,6 +19,7 @@ from core_references import check_parts
 import quantport
 from quantport import numerics
 from quantport.checkpoint import Checkpoint
+from quantport.engine import default_registry
 from quantport.errors import BudgetError, ConfigError, WeightError
 from quantport.kernels.base import WeightSpec
 from quantport.loading import weight_tasks as loading_tasks
@@ -133,7 +134,7 @@ def linear(n, k, dtype=torch.bfloat16):
 def test_the_default_grows_for_a_weight_that_is_packed_as_a_whole_and_the_plan_says_so():
     module, spec = linear(1 << 17, 1 << 14), WeightSpec(BUILTIN["int4"], 1 << 17, 1 << 14)
     plan = quantport.plan(module, "int4", device="cpu")
-    keeps = quantport.default_registry().kernel(plan.quantized[0].choice.kernel).keeps_layout
+    keeps = default_registry().kernel(plan.quantized[0].choice.kernel).keeps_layout
     assert plan.budget == max(BUDGET, peak_bytes(spec, torch.bfloat16, packed=not keeps))
     assert plan.peak == plan.after + plan.budget
     assert quantport.plan(MOE, "int8").budget == BUDGET

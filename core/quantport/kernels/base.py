@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from quantport.device import Device
 from quantport.kernels.verdict import Accepted, Claim, Reason, ReasonCode, Rejected, Status, Verdict
 from quantport.numerics import raw, rotate
+from quantport.numerics.sharding import shard_dims
 from quantport.scheme import Scheme
 
 StoredWeight = dict[str, Tensor]
@@ -46,6 +48,32 @@ class Request:
     device: Device
     dtype: torch.dtype = torch.bfloat16
     num_tokens: int = 1
+
+
+class PackedTensor(NamedTuple):
+    """One packed tensor of a weight.
+
+    Attributes:
+        shape: Its shape.
+        dtype: Its dtype.
+        rows: The dimension along which those of ranges of rows are joined; None where all have the same.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    rows: int | None
+
+
+class PackedLayout(NamedTuple):
+    """What a kernel packs a weight into, where it packs ranges of rows each by itself.
+
+    Attributes:
+        tensors: The packed tensors.
+        block: Ranges begin at multiples of this many rows.
+    """
+
+    tensors: tuple[PackedTensor, ...]
+    block: int = 1
 
 
 class Kernel(ABC):
@@ -110,6 +138,18 @@ class Kernel(ABC):
         """
         return type(self).pack is Kernel.pack
 
+    def packed_layout(self, spec: WeightSpec) -> PackedLayout | None:
+        """What `pack` returns, where a weight may be packed (and unpacked) some rows at a time; None where it
+        is packed as a whole, which takes memory for the stored tensors beside the packed ones.
+        """
+        if not self.keeps_layout:
+            return None
+        dims = shard_dims(spec.scheme, 0)
+        layout = spec.scheme.layout(spec.n, spec.k).items()
+        return PackedLayout(
+            tuple(PackedTensor(size, _raw(dtype), dims[key]) for key, (size, dtype) in layout)
+        )
+
     def unpack(self, packed: Packed, spec: WeightSpec) -> StoredWeight:
         """The exact inverse of ``pack``."""
         layout = spec.scheme.layout(spec.n, spec.k)
@@ -165,6 +205,11 @@ class Kernel(ABC):
             )
         except Exception as error:  # a stranger's code: its failure is a reason, never a crash of the plan
             return Rejected(self.name, (_raised(error),))
+
+
+def _raw(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that ``numerics.raw`` views codes and scales as."""
+    return raw(torch.empty(0, dtype=dtype, device="cpu")).dtype
 
 
 def _raised(error: Exception) -> Reason:

@@ -9,6 +9,7 @@ from torch import Tensor
 from quantport.errors import WeightError, one_of
 from quantport.loading.weight_tasks import quantize_on
 from quantport.modules import QuantModule
+from quantport.numerics.by_rows import join_steps
 
 
 def update_weight(module: QuantModule, name: str, weight: Tensor, *, nonfinite: str = "error") -> None:
@@ -35,7 +36,7 @@ def update_weight(module: QuantModule, name: str, weight: Tensor, *, nonfinite: 
     if tuple(weight.shape) != (spec.n, spec.k):
         raise WeightError(asked, f"shape {list(weight.shape)}", f"shape {[spec.n, spec.k]}")
     device = module.registry.device(module.device)
-    stored = quantize_on(
+    steps = quantize_on(
         lambda start, stop: nullcontext(weight[start:stop]),
         weight.dtype,
         spec,
@@ -45,4 +46,4 @@ def update_weight(module: QuantModule, name: str, weight: Tensor, *, nonfinite: 
         module.device,
         device.arch.storage_only_dtypes,
     )
-    module.set_weight(name, stored, in_place=True)
+    module.set_weight(name, join_steps(steps, spec.scheme, (spec.n, spec.k)), in_place=True)

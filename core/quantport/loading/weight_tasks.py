@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from quantport import numerics
-from quantport.kernels.base import StoredWeight, WeightSpec
+from quantport.kernels.base import PackedLayout, StoredWeight, WeightSpec
 from quantport.loading.executor import Task
 from quantport.model.layers import Part
 from quantport.modules import QuantModule
-from quantport.numerics.by_rows import ReadRows, quantize_by_rows
+from quantport.numerics.by_rows import QuantizedRows, ReadRows, quantize_steps
 from quantport.planning.memory import peak_bytes, step_rows
 from quantport.planning.plan import Step
 from quantport.scheme import Scheme
@@ -57,12 +57,16 @@ def quantize_tasks(
             release()
 
         spec, name = module.specs[weight], f"{layer.home}.{weight}".rstrip(".")
-        stored = quantize_on(rows, layer.dtype, spec, name, nonfinite, fast, device, storage_only_dtypes)
-        module.set_weight(weight, stored)
+        layout = module.kernel_of(weight).packed_layout(spec)
+        steps = quantize_on(
+            rows, layer.dtype, spec, name, nonfinite, fast, device, storage_only_dtypes, layout
+        )
+        module.set_steps(weight, steps)
 
     for weight, n, k in layer.each:
-        part, packed = layer.part(weight), bool(layer.experts) or not module.kernel_of(weight).keeps_layout
-        held = peak_bytes(module.specs[weight], layer.dtype, read=not owned, packed=packed)
+        spec, part = module.specs[weight], layer.part(weight)
+        layout = None if layer.experts else module.kernel_of(weight).packed_layout(spec)
+        held = peak_bytes(spec, layer.dtype, layout, read=not owned)
         yield Task(part.tensor, n * k * layer.dtype.itemsize, partial(run, part, weight), held)
 
 
@@ -75,7 +79,8 @@ def quantize_on(
     fast: Fast,
     device: torch.device | None,
     storage_only_dtypes: frozenset[torch.dtype] = frozenset(),
-) -> dict[str, Tensor]:
+    layout: PackedLayout | None = None,
+) -> Iterator[QuantizedRows]:
     """Quantizes a weight some rows at a time on the backend of a device; other arguments as `quantize_tasks`.
 
     Args:
@@ -83,9 +88,10 @@ def quantize_on(
         dtype: Dtype of the rows.
         spec: Scheme and shape.
         name: Of the weight, for errors.
+        layout: What the weight is packed into, where that goes by rows.
 
-    Returns:
-        The tensors of ``scheme.layout(n, k)`` on ``device``.
+    Yields:
+        The stored tensors of the rows, on ``device``.
     """
     dtypes = (dtype, *(stored for _, stored in spec.scheme.layout(spec.n, spec.k).values()))
     on_host = device is not None and not storage_only_dtypes.isdisjoint(dtypes)
@@ -98,11 +104,11 @@ def quantize_on(
     def quantize(values: Tensor, scheme: Scheme) -> StoredWeight:
         return numerics.quantize_weight(values, scheme, name, nonfinite, None if on_host else fast)
 
-    step = step_rows(spec, dtype)
-    stored = quantize_by_rows(
-        rows, (spec.n, spec.k), spec.scheme, step, quantize, name=name, nonfinite=nonfinite
-    )
-    return {key: t.to(device) for key, t in stored.items()} if on_host else stored
+    shape, count = (spec.n, spec.k), step_rows(spec, dtype, layout)
+    steps = quantize_steps(rows, shape, spec.scheme, count, quantize, name=name, nonfinite=nonfinite)
+    for part in steps:
+        on_device = {key: t.to(device) for key, t in part.stored.items()} if on_host else part.stored
+        yield part._replace(stored=on_device)
 
 
 def some_rows(part: Part, start: int, stop: int) -> Part:

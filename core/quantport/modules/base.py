@@ -6,7 +6,8 @@ the scheme (``Scheme.layout``), so a state dict does not depend on the kernel.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from torch import Tensor, nn
 
 from quantport.errors import UnsupportedError, WeightError
 from quantport.kernels import aten
-from quantport.kernels.base import Kernel, Packed, Request, StoredWeight, WeightSpec
+from quantport.kernels.base import Kernel, Packed, PackedTensor, Request, StoredWeight, WeightSpec
 from quantport.modules import handles
 from quantport.modules.handles import BoundWeight
+from quantport.numerics.by_rows import QuantizedRows, join_steps, put_rows
 from quantport.planning.select_kernel import select_kernel
 from quantport.plugins.registry import Registry, default_registry
 
@@ -117,18 +119,38 @@ class QuantModule(nn.Module):
             WeightError: a tensor is missing, or has another shape or dtype than ``Scheme.layout`` says.
         """
         spec = self.specs[name]
-        layout = spec.scheme.layout(spec.n, spec.k)
-        found = {key: (tuple(t.shape), t.dtype) for key, t in stored_weight.items()}
-        if found != layout:
-            raise WeightError(
-                f"weight {name or 'of a linear layer'} as {spec.scheme.name}", f"tensors {found}", f"{layout}"
-            )
+        _check_stored(stored_weight, spec, name)
         packed = self.kernel_of(name).pack(stored_weight, spec)
         if not (in_place and name in self._buffer_names and _alike(self.packed(name), packed)):
             self._install(name, packed)
             return
         for old, new in zip(self.packed(name), packed, strict=True):
             _bytes(old).copy_(_bytes(new))
+
+    def set_steps(self, name: str, steps: Iterable[QuantizedRows]) -> None:
+        """Packs a weight that is quantized some rows at a time, and takes it: as `set_weight`. Where the
+        kernel packs by rows, one step is held beside what is packed.
+        """
+        spec, kernel = self.specs[name], self.kernel_of(name)
+        layout = kernel.packed_layout(spec)
+        if layout is None:
+            self.set_weight(name, join_steps(steps, spec.scheme, (spec.n, spec.k)))
+            return
+        packed: list[Tensor] = []
+        for start, stop, stored_weight in steps:
+            rows = replace(spec, n=stop - start)
+            _check_stored(stored_weight, rows, name)
+            part = kernel.pack(stored_weight, rows)
+            if rows == spec:
+                packed = list(part)
+                break
+            packed = packed or list(map(_whole, layout.tensors, part))
+            before = kernel.packed_layout(replace(spec, n=start))
+            assert before is not None  # as for all rows
+            for whole, one, place in zip(packed, part, before.tensors, strict=True):
+                if place.rows is not None:
+                    put_rows(whole, one, place.rows, place.shape[place.rows])
+        self._install(name, tuple(packed))
 
     def _install(self, name: str, packed: Packed) -> None:
         """Takes the packed tensors of a weight as buffers, so that memory counts are right."""
@@ -276,6 +298,22 @@ class QuantModule(nn.Module):
             spec = self.specs[name]
             layout = spec.scheme.layout(spec.n, spec.k)
             self.set_weight(name, {k: _bytes(t, layout[k][1]) for k, t in stored_weight.items()})
+
+
+def _check_stored(stored_weight: StoredWeight, spec: WeightSpec, name: str) -> None:
+    layout = spec.scheme.layout(spec.n, spec.k)
+    found = {key: (tuple(t.shape), t.dtype) for key, t in stored_weight.items()}
+    if found != layout:
+        raise WeightError(
+            f"weight {name or 'of a linear layer'} as {spec.scheme.name}", f"tensors {found}", f"{layout}"
+        )
+
+
+def _whole(expected: PackedTensor, part: Tensor) -> Tensor:
+    """Room for all rows of what some rows were packed into; that itself where all rows share it."""
+    if expected.rows is None:
+        return part
+    return torch.empty(expected.shape, dtype=expected.dtype, device=part.device)
 
 
 def _alike(a: Packed, b: Packed) -> bool:

@@ -8,9 +8,11 @@ implementation finds the same spanning scales in each step.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,61 +36,81 @@ def spans_rows(quant: Quant) -> bool:
     )
 
 
-def rows_of_step(scheme: Scheme, n: int, k: int, elements: int) -> int:
-    """Rows to quantize at a time: of about so many elements, in whole blocks; all ``n`` where a solver of the
-    scheme's own may look at the whole weight.
+def rows_of_step(scheme: Scheme, n: int, k: int, elements: int, block: int = 1) -> int:
+    """Rows to quantize at a time: of about so many elements, in whole blocks of the scheme and of ``block``
+    rows; all ``n`` where a solver of the scheme's own may look at the whole weight.
     """
     if scheme.solver is not None:
         return n
-    blocks = alignment(scheme, 0)
+    blocks = math.lcm(alignment(scheme, 0), block)
     return min(n, max(1, elements // max(1, k) // blocks) * blocks)
 
 
-def quantize_by_rows(
+class QuantizedRows(NamedTuple):
+    """Rows ``[start, stop)`` of a weight, quantized: the tensors of ``scheme.layout(stop - start, k)``."""
+
+    start: int
+    stop: int
+    stored: dict[str, Tensor]
+
+
+def quantize_steps(
     read: ReadRows,
     shape: tuple[int, int],
     scheme: Scheme,
-    step: int,
+    rows: int,
     quantize: Quantize,
     *,
     name: str = "weight",
     nonfinite: str = "error",
-) -> dict[str, Tensor]:
-    """Quantizes a weight ``[n, k]``, holding ``step`` rows of it at a time.
+) -> Iterator[QuantizedRows]:
+    """Quantizes a weight ``[n, k]``, holding some rows of it at a time; `join_steps` gives the whole.
 
     Args:
         read: Gives rows; called twice for each step where a scale spans all rows.
         shape: ``(n, k)``.
         scheme: The scheme.
-        step: From `rows_of_step`.
+        rows: Rows of a step, from `rows_of_step`.
         quantize: Quantizes rows with a scheme to its stored tensors, as ``numerics.quantize_weight``.
         name: Of the weight, for errors.
         nonfinite: ``error`` refuses NaN and Inf; ``zero`` reads each of them as 0.
 
-    Returns:
-        The tensors of ``scheme.layout(n, k)``, on the device of the rows.
-
     Raises:
         WeightError: the weight holds NaN or Inf while ``nonfinite="error"``; whatever ``quantize`` raises.
     """
-    n = shape[0]
-    if step >= n:
-        with read(0, n) as weight:
-            return quantize(weight, scheme)
-    starts = range(0, n, step)
-
-    def values(start: int) -> AbstractContextManager[Tensor]:
-        return read(start, min(start + step, n))
-
+    n, k = shape
+    steps = [(start, min(start + rows, n)) for start in range(0, n, rows)] if rows < n else [(0, n)]
     extremes: Tensor | None = None
-    for start in starts if spans_rows(scheme.weight) else ():
-        extremes = _more_extreme(values(start), extremes, scheme, name, nonfinite)
-    stored: dict[str, Tensor] = {}
-    for start in starts:
-        codes = _quantized(values(start), extremes, scheme, nonfinite, quantize)
-        _put(stored, codes, scheme, shape, start, min(step, n - start))
-        del codes  # before the next rows are read
-    return stored
+    for step in steps if len(steps) > 1 and spans_rows(scheme.weight) else ():
+        extremes = _more_extreme(read(*step), extremes, scheme, name, nonfinite)
+    for start, stop in steps:
+        stored = _quantized(read(start, stop), extremes, scheme, nonfinite, quantize)
+        if extremes is not None:
+            stored = _without_extremes(stored, scheme, stop - start, k)
+        yield QuantizedRows(start, stop, stored)
+
+
+def join_steps(steps: Iterable[QuantizedRows], scheme: Scheme, shape: tuple[int, int]) -> dict[str, Tensor]:
+    """The stored tensors of the whole weight, on the device of the steps."""
+    n, k = shape
+    whole, joined = scheme.layout(n, k), dict[str, Tensor]()
+    for start, stop, stored in steps:
+        if stop - start == n:
+            return stored
+        for key, along in shard_dims(scheme, 0).items():
+            if along is None:  # one for all rows: every step has found the same
+                joined.setdefault(key, stored[key])
+                continue
+            if key not in joined:
+                joined[key] = torch.empty(whole[key][0], dtype=whole[key][1], device=stored[key].device)
+            before = scheme.layout(start, k)[key][0][along]
+            put_rows(joined[key], raw(stored[key]), along, before)
+    return joined
+
+
+def put_rows(whole: Tensor, rows: Tensor, along: int, before: int) -> None:
+    """Copies the codes or scales of rows to their place in those of the whole weight."""
+    raw(whole).narrow(along, before, rows.shape[along]).copy_(rows)
 
 
 def _more_extreme(
@@ -136,23 +158,9 @@ def _extremes(x: Tensor, quant: Quant, name: str) -> Tensor:
     return both.view(2, -1)[:, : x.shape[1]]
 
 
-def _put(
-    stored: dict[str, Tensor],
-    codes: dict[str, Tensor],
-    scheme: Scheme,
-    shape: tuple[int, int],
-    start: int,
-    count: int,
-) -> None:
-    """Writes the stored tensors of rows ``[start, start + count)`` into those of the whole weight."""
-    n, k = shape
-    whole, before, own = scheme.layout(n, k), scheme.layout(start, k), scheme.layout(count, k)
-    for key, along in shard_dims(scheme, 0).items():
-        if along is None:  # one for all rows: every step has found the same
-            stored.setdefault(key, codes[key])
-            continue
-        if key not in stored:
-            stored[key] = torch.empty(whole[key][0], dtype=whole[key][1], device=codes[key].device)
-        size = own[key][0][along]
-        target = raw(stored[key]).narrow(along, before[key][0][along], size)
-        target.copy_(raw(codes[key]).narrow(along, 0, size))
+def _without_extremes(stored: dict[str, Tensor], scheme: Scheme, rows: int, k: int) -> dict[str, Tensor]:
+    own, dims = scheme.layout(rows, k), shard_dims(scheme, 0)
+    return {
+        key: tensor if (along := dims[key]) is None else tensor.narrow(along, 0, own[key][0][along])
+        for key, tensor in stored.items()
+    }

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 
 from quantport.errors import BudgetError, ConfigError
-from quantport.kernels.base import WeightSpec
+from quantport.kernels.base import PackedLayout, WeightSpec
 from quantport.numerics.blocks import LARGE, padded
 from quantport.numerics.by_rows import rows_of_step, spans_rows
 
@@ -50,26 +50,29 @@ def parse_budget(value: int | str | None) -> int | None:
     return size
 
 
-def step_rows(spec: WeightSpec, dtype: torch.dtype) -> int:
-    """Rows of a weight that are read and quantized at a time."""
-    return rows_of_step(spec.scheme, spec.n, spec.k, STEP // dtype.itemsize)
+def step_rows(spec: WeightSpec, dtype: torch.dtype, layout: PackedLayout | None) -> int:
+    """Rows of a weight that are read, quantized and, where ``layout`` is known, packed at a time."""
+    block = layout.block if layout else 1
+    return rows_of_step(spec.scheme, spec.n, spec.k, STEP // dtype.itemsize, block)
 
 
-def peak_bytes(spec: WeightSpec, source: torch.dtype, *, read: bool = True, packed: bool = True) -> int:
+def peak_bytes(
+    spec: WeightSpec, source: torch.dtype, layout: PackedLayout | None = None, *, read: bool = True
+) -> int:
     """Most bytes that are in flight while one weight is read, quantized and packed.
 
     Args:
         spec: The weight.
         source: Dtype that it is read in.
+        layout: What it is packed into, where that goes by rows.
         read: Whether reading takes memory; not where the caller owns the weight.
-        packed: Whether the stored tensors are packed into others; where they stay, they are the model's.
 
     Returns:
-        The rows that are read, scratch, codes before several share a byte, the stored tensors of the rows
-        before they are put in their place, and those of the weight before they are packed.
+        The rows that are read, scratch, codes before several share a byte, and the stored tensors: of the
+        rows, and of the whole weight where that is packed as a whole.
     """
     scheme, quant = spec.scheme, spec.scheme.weight
-    rows = step_rows(spec, source)
+    rows = step_rows(spec, source, layout)
     elements, cut = rows * spec.k, rows < spec.n
     codes = elements if quant.element.bits < 8 or quant.element.block else 0
     scratch = min(SCRATCH, (SEARCH if quant.searched else PLAIN) * rows * padded(spec.k, quant))
@@ -77,8 +80,9 @@ def peak_bytes(spec: WeightSpec, source: torch.dtype, *, read: bool = True, pack
     if scheme.rotation:
         scratch = max(12 * elements, 4 * elements + scratch)
     copies = int(read) + (cut and spans_rows(quant))  # quantized beside its extremes
-    held = scheme.bytes(spec.n, spec.k) if packed else 0
-    return copies * elements * source.itemsize + codes + scratch + held + cut * scheme.bytes(rows, spec.k)
+    stored = (1 + cut) * scheme.bytes(rows, spec.k)  # while rows are quantized, those before are still there
+    whole = scheme.bytes(spec.n, spec.k) if cut and layout is None else 0
+    return copies * elements * source.itemsize + codes + scratch + stored + whole
 
 
 def resolve_budget(requested: int | None, peaks: Mapping[str, int]) -> int:

@@ -224,16 +224,15 @@ def make_plan(
 
 def _peaks(steps: Iterable[Step], schemes: Schemes, kernels: Sequence[Kernel]) -> dict[str, int]:
     """Most bytes that are in flight while a weight of each layer is quantized."""
-    keeping = {kernel.name for kernel in kernels if kernel.keeps_layout}
+    by_name = {kernel.name: kernel for kernel in kernels}
+
+    def most(layer: Layer, scheme: Scheme, kernel: Kernel) -> int:
+        specs = [WeightSpec(scheme, n, k) for _, n, k in layer.weights]
+        layouts = [None if layer.experts else kernel.packed_layout(spec) for spec in specs]
+        return max(map(peak_bytes, specs, [layer.dtype] * len(specs), layouts))
+
     return {
-        step.layer.name: max(
-            peak_bytes(
-                WeightSpec(schemes[step.scheme], n, k),
-                step.layer.dtype,
-                packed=bool(step.layer.experts) or step.choice.kernel not in keeping,
-            )
-            for _, n, k in step.layer.weights
-        )
+        step.layer.name: most(step.layer, schemes[step.scheme], by_name[step.choice.kernel])
         for step in steps
         if step.choice
     }

@@ -10,7 +10,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quantport.backend import Device, Packed, Reason, Request, Scheme, StoredWeight, WeightSpec, aten
+from quantport.backend import (
+    Device,
+    Packed,
+    PackedLayout,
+    PackedTensor,
+    Reason,
+    Request,
+    Scheme,
+    StoredWeight,
+    WeightSpec,
+    aten,
+)
 from quantport_cpu.jit import available
 from quantport_cpu.kernels.base import COMPILED, CpuGrouped, Few, by_few, has_fast_dots, jobs_of, some
 from quantport_cpu.kernels.int8 import PER_TOKEN, per_token
@@ -129,6 +140,14 @@ class CpuInt4(CpuGrouped):
         if any(missing):
             nibbles = torch.nn.functional.pad(nibbles, missing)
         return pack_nibbles(nibbles, block_rows()), pairs
+
+    def packed_layout(self, spec: WeightSpec) -> PackedLayout | None:
+        if not block_rows():  # planning for a processor that is not this one
+            return None
+        n, k = _padded(spec)
+        nibbles = PackedTensor((n, k // 2), torch.uint8, rows=0)
+        pairs = PackedTensor((k // spec.scheme.weight.group_size, n, 2), torch.bfloat16, rows=1)
+        return PackedLayout((nibbles, pairs), block_rows())
 
     def unpack(self, packed: Packed, spec: WeightSpec) -> StoredWeight:
         width = math.ceil(spec.k / 8) * 4  # bytes of whole int32 words
