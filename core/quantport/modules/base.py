@@ -7,7 +7,6 @@ the scheme (``Scheme.layout``), so a state dict does not depend on the kernel.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,10 +14,12 @@ from torch import Tensor, nn
 
 from quantport.errors import UnsupportedError, WeightError
 from quantport.kernels import aten
-from quantport.kernels.base import Kernel, Packed, PackedTensor, Request, StoredWeight, WeightSpec
+from quantport.kernels.base import Kernel, Packed, Request, StoredWeight, WeightSpec
+from quantport.kernels.packing import check_stored, pack_steps, unpack_steps
 from quantport.modules import handles
 from quantport.modules.handles import BoundWeight
-from quantport.numerics.by_rows import QuantizedRows, join_steps, put_rows
+from quantport.numerics.by_rows import QuantizedRows
+from quantport.numerics.sharding import shard_dims
 from quantport.planning.select_kernel import select_kernel
 from quantport.plugins.registry import Registry, default_registry
 
@@ -119,7 +120,7 @@ class QuantModule(nn.Module):
             WeightError: a tensor is missing, or has another shape or dtype than ``Scheme.layout`` says.
         """
         spec = self.specs[name]
-        _check_stored(stored_weight, spec, name)
+        check_stored(stored_weight, spec, name)
         packed = self.kernel_of(name).pack(stored_weight, spec)
         if not (in_place and name in self._buffer_names and _alike(self.packed(name), packed)):
             self._install(name, packed)
@@ -131,26 +132,7 @@ class QuantModule(nn.Module):
         """Packs a weight that is quantized some rows at a time, and takes it: as `set_weight`. Where the
         kernel packs by rows, one step is held beside what is packed.
         """
-        spec, kernel = self.specs[name], self.kernel_of(name)
-        layout = kernel.packed_layout(spec)
-        if layout is None:
-            self.set_weight(name, join_steps(steps, spec.scheme, (spec.n, spec.k)))
-            return
-        packed: list[Tensor] = []
-        for start, stop, stored_weight in steps:
-            rows = replace(spec, n=stop - start)
-            _check_stored(stored_weight, rows, name)
-            part = kernel.pack(stored_weight, rows)
-            if rows == spec:
-                packed = list(part)
-                break
-            packed = packed or list(map(_whole, layout.tensors, part))
-            before = kernel.packed_layout(replace(spec, n=start))
-            assert before is not None  # as for all rows
-            for whole, one, place in zip(packed, part, before.tensors, strict=True):
-                if place.rows is not None:
-                    put_rows(whole, one, place.rows, place.shape[place.rows])
-        self._install(name, tuple(packed))
+        self._install(name, pack_steps(self.kernel_of(name), self.specs[name], steps, name))
 
     def _install(self, name: str, packed: Packed) -> None:
         """Takes the packed tensors of a weight as buffers, so that memory counts are right."""
@@ -169,12 +151,34 @@ class QuantModule(nn.Module):
         """The stored tensors of one weight, exactly as they were before packing."""
         return self.kernel_of(name).unpack(self.packed(name), self.specs[name])
 
+    def stored_layout(self) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
+        """Name in the state dict, shape and dtype of every stored tensor."""
+        for name, spec in self.specs.items():
+            if name in self._buffer_names:
+                for key, (shape, dtype) in spec.scheme.layout(spec.n, spec.k).items():
+                    yield f"{name}.{key}".lstrip("."), shape, dtype
+
     def stored_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every stored tensor under its name in the state dict, one weight at a time."""
         for name in self.specs:
             if name in self._buffer_names:
                 for key, tensor in self.stored_weight(name).items():
                     yield f"{name}.{key}".lstrip("."), tensor
+
+    def stored_rows(self, elements: int) -> Iterator[tuple[str, Tensor]]:
+        """As `stored_tensors`, but a weight of more elements comes, where its kernel packs by rows, some rows
+        at a time: each name several times.
+        """
+        for name, spec in self.specs.items():
+            if name not in self._buffer_names:
+                continue
+            dims = shard_dims(spec.scheme, 0)
+            for start, _, stored_weight in unpack_steps(
+                self.kernel_of(name), self.packed(name), spec, elements
+            ):
+                for key, tensor in stored_weight.items():
+                    if start == 0 or dims[key] is not None:  # what all rows share comes once
+                        yield f"{name}.{key}".lstrip("."), tensor
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -298,22 +302,6 @@ class QuantModule(nn.Module):
             spec = self.specs[name]
             layout = spec.scheme.layout(spec.n, spec.k)
             self.set_weight(name, {k: _bytes(t, layout[k][1]) for k, t in stored_weight.items()})
-
-
-def _check_stored(stored_weight: StoredWeight, spec: WeightSpec, name: str) -> None:
-    layout = spec.scheme.layout(spec.n, spec.k)
-    found = {key: (tuple(t.shape), t.dtype) for key, t in stored_weight.items()}
-    if found != layout:
-        raise WeightError(
-            f"weight {name or 'of a linear layer'} as {spec.scheme.name}", f"tensors {found}", f"{layout}"
-        )
-
-
-def _whole(expected: PackedTensor, part: Tensor) -> Tensor:
-    """Room for all rows of what some rows were packed into; that itself where all rows share it."""
-    if expected.rows is None:
-        return part
-    return torch.empty(expected.shape, dtype=expected.dtype, device=part.device)
 
 
 def _alike(a: Packed, b: Packed) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -12,6 +13,9 @@ from torch import Tensor
 from quantport import numerics
 from quantport.errors import WeightError
 from quantport.kernels.base import Kernel, Packed, Request, StoredWeight, WeightSpec
+from quantport.kernels.packing import pack_steps
+from quantport.numerics.by_rows import QuantizedRows
+from quantport.numerics.sharding import alignment, shard_dims
 from quantport.scheme import Scheme
 from quantport.testing import cases, weights
 from quantport.testing.subject import NotHere, Subject
@@ -196,6 +200,7 @@ def _round_trip(kernel: Kernel, spec: WeightSpec, stored_weight: StoredWeight, r
     try:
         packed: Packed = kernel.pack(stored_weight, spec)
         back = kernel.unpack(packed, spec)
+        by_rows = packed_by_rows(kernel, stored_weight, spec)
     except Exception as error:
         if request.device.simulated:
             raise NotHere(
@@ -210,11 +215,36 @@ def _round_trip(kernel: Kernel, spec: WeightSpec, stored_weight: StoredWeight, r
     findings += [
         f"pack changed {name}" for name, t in stored_weight.items() if not cases.same_bits(t, before[name])
     ]
+    if by_rows is not None and not all(map(cases.same_bits, by_rows, packed)):
+        findings.append("what packed_layout joins of packed rows is not the packed weight")
     if set(back) != set(before):
         return [*findings, f"unpack returned {sorted(back)}, not {sorted(before)}"]
     return findings + [
         f"unpack gives another {name}" for name, t in before.items() if not cases.same_bits(t, back[name])
     ]
+
+
+def packed_by_rows(kernel: Kernel, stored_weight: StoredWeight, spec: WeightSpec) -> Packed | None:
+    """The weight packed in two ranges of rows; None where its kernel packs it as a whole, or it is no more
+    than one range.
+    """
+    layout = kernel.packed_layout(spec)
+    middle = 0 if layout is None else math.lcm(layout.block, alignment(spec.scheme, 0))
+    if not 0 < middle < spec.n:
+        return None
+    ranges = ((0, middle), (middle, spec.n))
+    return pack_steps(kernel, spec, [_rows(stored_weight, spec, *some) for some in ranges])
+
+
+def _rows(stored_weight: StoredWeight, spec: WeightSpec, start: int, stop: int) -> QuantizedRows:
+    dims = shard_dims(spec.scheme, 0)
+    first, last = (spec.scheme.layout(row, spec.k) for row in (start, stop))
+    some = dict(stored_weight)
+    for key, along in dims.items():
+        if along is not None:
+            before = first[key][0][along]
+            some[key] = some[key].narrow(along, before, last[key][0][along] - before)
+    return QuantizedRows(start, stop, some)
 
 
 def check_reference(subject: Subject, scheme: Scheme) -> None:

@@ -1,0 +1,91 @@
+"""Packs and unpacks a weight some rows at a time, where its kernel does that."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from quantport.errors import WeightError
+from quantport.kernels.base import Kernel, Packed, PackedTensor, StoredWeight, WeightSpec
+from quantport.numerics.by_rows import QuantizedRows, join_steps, put_rows, rows_of_step
+
+
+def pack_steps(kernel: Kernel, spec: WeightSpec, steps: Iterable[QuantizedRows], name: str = "") -> Packed:
+    """Packs a weight that comes some rows at a time. Where the kernel packs by rows, one step is held beside
+    what is packed; else the whole stored weight is.
+
+    Args:
+        kernel: The kernel.
+        spec: Scheme and shape of the whole weight.
+        steps: All its rows, in order; a step begins at a multiple of ``kernel.packed_layout(spec).block``.
+        name: Of the weight, for errors.
+
+    Raises:
+        WeightError: a stored tensor is missing, or has another shape or dtype than ``Scheme.layout`` says.
+    """
+    layout = kernel.packed_layout(spec)
+    if layout is None:
+        stored_weight = join_steps(steps, spec.scheme, (spec.n, spec.k))
+        check_stored(stored_weight, spec, name)
+        return kernel.pack(stored_weight, spec)
+    packed: Packed = ()
+    for start, stop, stored_weight in steps:
+        check_stored(stored_weight, replace(spec, n=stop - start), name)
+        part = kernel.pack(stored_weight, replace(spec, n=stop - start))
+        if stop - start == spec.n:
+            return part
+        packed = packed or tuple(map(_whole, layout.tensors, part))
+        for whole, rows, (along, first) in zip(packed, part, _places(kernel, spec, start), strict=True):
+            if along is not None:
+                put_rows(whole, rows, along, first)
+    return packed
+
+
+def unpack_steps(kernel: Kernel, packed: Packed, spec: WeightSpec, elements: int) -> Iterator[QuantizedRows]:
+    """The stored tensors of a packed weight: of about so many elements at a time where the kernel packs by
+    rows, else of the whole weight.
+    """
+    layout = kernel.packed_layout(spec)
+    rows = rows_of_step(spec.scheme, spec.n, spec.k, elements, layout.block) if layout else spec.n
+    if rows >= spec.n:
+        yield QuantizedRows(0, spec.n, kernel.unpack(packed, spec))
+        return
+    for start in range(0, spec.n, rows):
+        stop = min(start + rows, spec.n)
+        places = zip(_places(kernel, spec, start), _places(kernel, spec, stop), strict=True)
+        part = tuple(
+            whole if along is None else whole.narrow(along, first, last - first)
+            for whole, ((along, first), (_, last)) in zip(packed, places, strict=True)
+        )
+        yield QuantizedRows(start, stop, kernel.unpack(part, replace(spec, n=stop - start)))
+
+
+def check_stored(stored_weight: StoredWeight, spec: WeightSpec, name: str) -> None:
+    """Refuses what are not the tensors that a scheme stores.
+
+    Raises:
+        WeightError: names the weight.
+    """
+    layout = spec.scheme.layout(spec.n, spec.k)
+    found = {key: (tuple(t.shape), t.dtype) for key, t in stored_weight.items()}
+    if found != layout:
+        raise WeightError(
+            f"weight {name or 'of a linear layer'} as {spec.scheme.name}", f"tensors {found}", f"{layout}"
+        )
+
+
+def _whole(expected: PackedTensor, part: Tensor) -> Tensor:
+    """Room for all rows of what some rows were packed into; that itself where all rows share it."""
+    if expected.rows is None:
+        return part
+    return torch.empty(expected.shape, dtype=expected.dtype, device=part.device)
+
+
+def _places(kernel: Kernel, spec: WeightSpec, row: int) -> list[tuple[int | None, int]]:
+    """For each packed tensor the dimension of its rows, and where those from ``row`` on begin."""
+    before = kernel.packed_layout(replace(spec, n=row))
+    assert before is not None  # as for all rows
+    return [(t.rows, 0 if t.rows is None else t.shape[t.rows]) for t in before.tensors]
