@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantport.checkpoint.shard import Stream, TensorLayout
 from quantport.checkpoint.source import Rows, TensorSource
 from quantport.errors import SaveError
 from quantport.model.layers import Layer, Part
@@ -150,13 +151,15 @@ class CheckpointFormat(ABC):
         self,
         directory: str | os.PathLike[str],
         layers: Mapping[str, SavedLayer],
-        tensors: Iterable[tuple[str, Tensor]],
+        tensors: Stream | Callable[[Set[str]], Stream],
         *,
+        layout: TensorLayout | None = None,
         config: Mapping[str, Any] | None = None,
         kv_cache: KVCacheConfig | None = None,
         copy: Sequence[Path] = (),
         overwrite: bool = False,
         max_shard_bytes: int = 5_000_000_000,
+        resume: str = "",
     ) -> Path:
         """Writes a checkpoint that `recognize` takes.
 
@@ -164,12 +167,14 @@ class CheckpointFormat(ABC):
             directory: As for `save_tensors`.
             layers: The quantized layers, by module path.
             tensors: Every tensor, those of quantized layers as ``module.weight.key`` with the keys of
-                ``Scheme.layout``.
+                ``Scheme.layout``; pieces and a function as for `save_tensors`.
+            layout: As for `save_tensors`.
             config: ``config.json`` of the model; None where it has none.
             kv_cache: The KV cache of the model.
             copy: Files to copy in, such as the tokenizer.
             overwrite: As for `save_tensors`.
             max_shard_bytes: As for `save_tensors`.
+            resume: As for `save_tensors`.
 
         Returns:
             The directory.

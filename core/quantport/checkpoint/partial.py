@@ -15,11 +15,13 @@ from platform import node
 
 from quantport.errors import SaveError
 
+WHOLE = ".whole"  # of shards that are written to their end, and are on the disk
+_RESUME = "resume"  # the file that says what is being saved
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin")
 
 
 @contextlib.contextmanager
-def appearing(directory: Path, *, overwrite: bool) -> Iterator[Path]:
+def appearing(directory: Path, *, overwrite: bool, resume: str = "") -> Iterator[Path]:
     """Yields a fresh directory beside the final one, and renames it to the final name when the block ends
     well.
 
@@ -31,6 +33,8 @@ def appearing(directory: Path, *, overwrite: bool) -> Iterator[Path]:
     Args:
         directory: The final name. It must be free, or an empty directory; or a checkpoint, if ``overwrite``.
         overwrite: Replace a checkpoint that is there.
+        resume: What is saved. Where a killed save of the same left whole shards, the fresh directory has
+            them: files that end in ``WHOLE``.
 
     Raises:
         SaveError: The final name is taken.
@@ -38,13 +42,17 @@ def appearing(directory: Path, *, overwrite: bool) -> Iterator[Path]:
     """
     target = Path(os.path.realpath(directory))
     target.parent.mkdir(parents=True, exist_ok=True)
-    _remove_stale(target)
+    left = _remove_stale(target, resume)
     check_free(target, overwrite)
     mark = f"{_host()}-{os.getpid()}-{secrets.token_hex(4)}"
     partial = target.with_name(f".{target.name}.partial-{mark}")
     try:
-        partial.mkdir()
+        if left is None or not _take_over(left, partial):
+            partial.mkdir()
+        if resume:
+            (partial / _RESUME).write_text(resume)
         yield partial
+        (partial / _RESUME).unlink(missing_ok=True)
         sync(partial)
         _publish(partial, target, target.with_name(f".{target.name}.replaced-{mark}"), overwrite)
     except BaseException:
@@ -96,10 +104,11 @@ def _publish(partial: Path, target: Path, aside: Path, overwrite: bool) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _remove_stale(target: Path) -> None:
+def _remove_stale(target: Path, resume: str) -> Path | None:
     """Removes what killed saves to this name left on this machine, and brings back a checkpoint that one set
-    aside.
+    aside; returns what one of the same left, if that is to be resumed.
     """
+    same: Path | None = None
     pattern = re.compile(
         re.escape(f".{target.name}.") + r"(partial|replaced)-(?P<host>\w+)-(?P<pid>\d+)-[0-9a-f]{8}"
     )
@@ -109,8 +118,34 @@ def _remove_stale(target: Path) -> None:
             continue
         if match[1] == "replaced" and not target.exists():
             os.rename(found, target)
+        elif resume and same is None and _saves(found, resume):
+            same = found
         else:
             shutil.rmtree(found, ignore_errors=True)
+    return same
+
+
+def _saves(partial: Path, resume: str) -> bool:
+    try:
+        return (partial / _RESUME).read_text() == resume
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _take_over(left: Path, partial: Path) -> bool:
+    """Makes a directory that was left the fresh one, with its whole shards only; False where another save was
+    faster.
+    """
+    try:
+        os.rename(left, partial)
+    except OSError:
+        return False
+    for entry in partial.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        elif entry.suffix != WHOLE:
+            entry.unlink()
+    return True
 
 
 def _host() -> str:

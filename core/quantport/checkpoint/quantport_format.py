@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +25,7 @@ from quantport.checkpoint.format import (
 )
 from quantport.checkpoint.json import read_json
 from quantport.checkpoint.limits import MAX_EXPERTS
+from quantport.checkpoint.shard import Stream, TensorLayout
 from quantport.checkpoint.source import TensorSource
 from quantport.checkpoint.writer import save_tensors
 from quantport.errors import CheckpointError
@@ -103,13 +104,15 @@ class QuantportFormat(CheckpointFormat):
         self,
         directory: str | os.PathLike[str],
         layers: Mapping[str, SavedLayer],
-        tensors: Iterable[tuple[str, Tensor]],
+        tensors: Stream | Callable[[Set[str]], Stream],
         *,
+        layout: TensorLayout | None = None,
         config: Mapping[str, Any] | None = None,
         kv_cache: KVCacheConfig | None = None,
         copy: Sequence[Path] = (),
         overwrite: bool = False,
         max_shard_bytes: int = 5_000_000_000,
+        resume: str = "",
     ) -> Path:
         """As `CheckpointFormat.write`."""
         cache = kv_cache or KVCacheConfig()
@@ -123,7 +126,14 @@ class QuantportFormat(CheckpointFormat):
             marked = {**config, "quantization_config": {"quant_method": self.name}}
             files["config.json"] = json.dumps(marked, indent=2, default=str).encode()
         return save_tensors(
-            directory, tensors, max_shard_bytes=max_shard_bytes, files=files, copy=copy, overwrite=overwrite
+            directory,
+            tensors,
+            layout=layout,
+            max_shard_bytes=max_shard_bytes,
+            files=files,
+            copy=copy,
+            overwrite=overwrite,
+            resume=resume,
         )
 
 

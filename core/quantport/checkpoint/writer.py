@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
-import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from contextlib import ExitStack
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import NoReturn
 
 import torch
-from safetensors.torch import save_file
 
 from quantport.checkpoint.header import DTYPES
-from quantport.checkpoint.partial import appearing, sync
+from quantport.checkpoint.partial import WHOLE, appearing, sync
+from quantport.checkpoint.shard import ShardWriter, Stream, TensorLayout, cut_layout, nbytes
 from quantport.errors import QuantportError, SaveError
 
 _WRITABLE = frozenset(DTYPES.values())
@@ -24,29 +25,37 @@ _RESERVED = (".safetensors", ".safetensors.index.json")
 
 def save_tensors(
     directory: str | os.PathLike[str],
-    tensors: Iterable[tuple[str, torch.Tensor]],
+    tensors: Stream | Callable[[Set[str]], Stream],
     *,
+    layout: TensorLayout | None = None,
     metadata: Mapping[str, str] | None = None,
     max_shard_bytes: int = 5_000_000_000,
     files: Mapping[str, bytes] | None = None,
     copy: Iterable[str | os.PathLike[str]] = (),
     overwrite: bool = False,
+    resume: str = "",
 ) -> Path:
     """Writes a checkpoint that appears under its name complete, or not at all; returns its directory.
 
-    Holds one shard of tensors and the next tensor, never more: the stream must not write to a tensor that it
-    has yielded.
+    With ``layout`` it holds the tensor that comes, never more. Without, it holds one shard of tensors and the
+    next tensor: then the stream must not write to a tensor that it has yielded.
 
     Args:
         directory: The final directory: absent, or empty.
         tensors: Names and tensors, one after the other, on any device, of a dtype that safetensors knows. A
-            tensor that shares memory with another one is written once for each name.
+            tensor that shares memory with another one is written once for each name. With ``layout`` a tensor
+            may come in pieces along its first dimension, each under its name; or this is a function that
+            gives them, called with the names that are still to be written.
+        layout: Shape and dtype of every tensor by name, in the order of the files. Many files are open at a
+            time where the stream has another order.
         metadata: Free text for ``__metadata__`` of each shard; ``format`` is ``"pt"`` if not given
             (Transformers asks).
         max_shard_bytes: The size of a shard in bytes; a larger tensor gets a shard of its own.
         files: More files, name to content, such as ``config.json``.
         copy: Paths of files to copy in, such as the tokenizer.
         overwrite: Replace the checkpoint that is there.
+        resume: Names what is written, with everything that its bytes depend on: whole shards that a killed
+            save of the same left on this machine are taken over. With ``layout`` only.
 
     Raises:
         SaveError: The name is taken, the disk is full or refuses, a tensor cannot be written, or the stream
@@ -58,12 +67,15 @@ def save_tensors(
         if max_shard_bytes < 1:
             raise SaveError(asked, f"max_shard_bytes={max_shard_bytes}", "a positive number of bytes")
         texts = _checked_metadata(asked, metadata or {})
-        with appearing(target, overwrite=overwrite) as partial:
+        same = _same(resume, layout, max_shard_bytes, texts) if resume and layout is not None else ""
+        with appearing(target, overwrite=overwrite, resume=same) as partial:
             _write_extras(asked, partial, files or {}, [Path(source) for source in copy])
-            shards = _Shards(asked, partial, max_shard_bytes, texts)
-            for name, tensor in _pull(asked, tensors):
-                shards.add(name, tensor)
-                del tensor  # while the stream makes the next one, only the shard may hold this one
+            shards = _Shards(asked, partial, texts)
+            if layout is None:
+                assert not callable(tensors)  # what is still to be written is known of a layout only
+                shards.gather(_pull(asked, tensors), max_shard_bytes)
+            else:
+                shards.stream(layout, tensors, max_shard_bytes)
             shards.finish()
     except QuantportError:
         raise
@@ -73,69 +85,103 @@ def save_tensors(
 
 
 class _Shards:
-    """Gathers tensors, writes a shard when it is full, and gives the shards their names at the end."""
+    """Writes shards, and gives them their names at the end."""
 
-    def __init__(self, asked: str, directory: Path, limit: int, metadata: dict[str, str]) -> None:
-        self._asked, self._directory, self._limit, self._metadata = asked, directory, limit, metadata
-        self._held: dict[str, torch.Tensor] = {}
-        self._held_bytes = 0
-        self._storages: set[int] = set()
-        self._shard_of: dict[str, int] = {}
-        self._count = 0
-        self._total_bytes = 0
+    def __init__(self, asked: str, directory: Path, metadata: dict[str, str]) -> None:
+        self._asked, self._directory, self._metadata = asked, directory, metadata
+        self._written: list[TensorLayout] = []
 
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Takes a tensor; writes the shard that it does not fit into any more."""
-        if name in self._shard_of:
-            raise SaveError(
-                f"{self._asked}, tensor {name!r}", "this name twice in the stream", "each name once"
-            )
-        ready = _ready(self._asked, name, tensor)
-        size = ready.numel() * ready.element_size()
-        if self._held and self._held_bytes + size > self._limit:
-            self._flush()
-        storage = ready.untyped_storage().data_ptr()
-        # tied weights: safetensors writes no two names of one memory
-        if ready.numel() and storage in self._storages:
-            ready = ready.clone()
-            storage = ready.untyped_storage().data_ptr()
-        self._storages.add(storage)
-        self._held[name] = ready
-        self._held_bytes += size
-        self._total_bytes += size
-        self._shard_of[name] = self._count
+    def stream(
+        self, layout: TensorLayout, tensors: Stream | Callable[[Set[str]], Stream], limit: int
+    ) -> None:
+        """Writes tensors as they come."""
+        self._written = cut_layout(layout, limit)
+        absent = [i for i in range(len(self._written)) if not self._path(i).exists()]
+        place = {name: i for i in absent for name in self._written[i]}
+        missing = set(place)
+        self._check_space(sum(nbytes(*layout[name]) for name in missing))
+        open_files: dict[int, ShardWriter] = {}
+        with ExitStack() as stack:
+            for name, tensor in _pull(self._asked, tensors(missing) if callable(tensors) else tensors):
+                _check(self._asked, name, tensor)
+                i = place.get(name)
+                if i is None:
+                    found = "a name that was not announced"
+                    raise SaveError(f"{self._asked}, tensor {name!r}", found, "the tensors of the layout")
+                if i not in open_files:
+                    file = ShardWriter(self._path(i), self._written[i], self._metadata)
+                    open_files[i] = stack.enter_context(file)
+                open_files[i].write(self._asked, name, tensor)
+                if not open_files[i].missing:
+                    open_files[i].finish()
+                del tensor  # while the stream makes the next one, nothing holds this one
+            lost = [name for i in absent for name in (open_files[i].missing if i in open_files else place)]
+            if lost:
+                found = f"a stream that ends before {lost[0]!r} is whole"
+                raise SaveError(self._asked, found, "every tensor of the layout")
+
+    def gather(self, stream: Stream, limit: int) -> None:
+        """Holds tensors until a shard is full, then writes it."""
+        held: dict[str, torch.Tensor] = {}
+        names: set[str] = set()
+        size = 0
+        for name, tensor in stream:
+            _check(self._asked, name, tensor)
+            if name in names:
+                found = "this name twice in the stream"
+                raise SaveError(f"{self._asked}, tensor {name!r}", found, "each name once")
+            names.add(name)
+            if held and size + tensor.nbytes > limit:
+                self._write(held)
+                held, size = {}, 0
+            held[name] = tensor
+            size += tensor.nbytes
+            del tensor  # while the stream makes the next one, only the shard may hold this one
+        if held:
+            self._write(held)
+
+    def _write(self, held: Mapping[str, torch.Tensor]) -> None:
+        layout = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in held.items()}
+        with ShardWriter(self._path(len(self._written)), layout, self._metadata) as file:
+            for name, tensor in held.items():
+                file.write(self._asked, name, tensor)
+            file.finish()
+        self._written.append(layout)
 
     def finish(self) -> None:
-        """Writes the last shard, then names all of them and writes the index."""
-        if not self._shard_of:
+        """Names the shards and writes the index."""
+        if not any(self._written):
             raise SaveError(self._asked, "a stream without a tensor", "at least one tensor")
-        self._flush()
-        width = f"-of-{self._count:05d}"
-        names = [f"model-{i + 1:05d}{width}.safetensors" for i in range(self._count)]
-        names = names if self._count > 1 else ["model.safetensors"]
+        count = len(self._written)
+        names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        names = names if count > 1 else ["model.safetensors"]
         for i, name in enumerate(names):
             os.rename(self._path(i), self._directory / name)
-        if self._count > 1:
-            weight_map = {name: names[shard] for name, shard in sorted(self._shard_of.items())}
-            index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
+        if count > 1:
+            placed = {name: names[i] for i, shard in enumerate(self._written) for name in shard}
+            total = sum(nbytes(*spec) for shard in self._written for spec in shard.values())
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
             text = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
             _write(self._directory / "model.safetensors.index.json", text.encode("utf-8"))
 
-    def _flush(self) -> None:
-        path = self._path(self._count)
-        save_file(self._held, path, metadata=self._metadata)
-        # what the umask gives; safetensors 0.8 makes it 0600
-        path.chmod(self._directory.stat().st_mode & 0o666)
-        sync(path)
-        self._held, self._held_bytes, self._storages = {}, 0, set()
-        self._count += 1
+    def _check_space(self, needed: int) -> None:
+        free = shutil.disk_usage(self._directory).free
+        if needed > free:
+            found = f"it takes {needed / 1e9:.2f} GB; {free / 1e9:.2f} GB are free there"
+            raise SaveError(self._asked, found, "free space on that disk, or save elsewhere")
 
     def _path(self, shard: int) -> Path:
-        return self._directory / f"shard-{shard + 1:05d}.tmp"
+        return self._directory / f"shard-{shard + 1:05d}{WHOLE}"
 
 
-def _ready(asked: str, name: object, tensor: object) -> torch.Tensor:
-    """Returns a dense, contiguous CPU tensor of a dtype that safetensors can hold, or raises SaveError."""
+def _same(resume: str, layout: TensorLayout, limit: int, metadata: Mapping[str, str]) -> str:
+    """A mark of everything that the bytes of the shards depend on."""
+    tensors = [[name, shape, str(dtype)] for name, (shape, dtype) in layout.items()]
+    return hashlib.sha256(json.dumps([resume, tensors, limit, dict(metadata)]).encode()).hexdigest()
+
+
+def _check(asked: str, name: object, tensor: object) -> None:
+    """Refuses what is no name, or no dense tensor of a dtype that safetensors can hold."""
     asked = f"{asked}, tensor {name!r}"
     if not isinstance(name, str) or name == "__metadata__":
         raise SaveError(asked, "a name that safetensors cannot hold", "a text other than '__metadata__'")
@@ -149,7 +195,6 @@ def _ready(asked: str, name: object, tensor: object) -> torch.Tensor:
     if tensor.dtype not in _WRITABLE:
         known = ", ".join(sorted(str(dtype) for dtype in _WRITABLE))
         raise SaveError(asked, f"dtype {tensor.dtype}", f"a dtype of the safetensors format: {known}")
-    return tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
 
 
 def _pull(asked: str, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -219,10 +264,8 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _refuse(asked: str, target: Path, error: Exception) -> NoReturn:
-    """Raises SaveError for what the file system or safetensors raised."""
+    """Raises SaveError for what the file system raised."""
     code = error.errno if isinstance(error, OSError) else None
-    match = re.search(r"os error (\d+)", str(error))  # safetensors wraps the OSError in a text of its own
-    code = int(match[1]) if code is None and match else code
     found, suggestion = f"{type(error).__name__}: {error}", "see the cause above"
     if code in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
         found, suggestion = (

@@ -97,12 +97,16 @@ def quantize(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the checkpoint that is there.")
     ] = False,
+    max_shard_size: Annotated[
+        str, typer.Option("--max-shard-size", help="Largest file: bytes, or a text such as 2GB.")
+    ] = "5GB",
     style: FormatOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write a quantized checkpoint that `quantport run` and `quantport.load` read back bit-identically.
 
-    OUT appears complete or not at all.
+    OUT appears complete or not at all. A few layers at a time are in memory. Killed, it goes on after the last
+    whole file when it is called again.
 
     Examples:
         quantport quantize MODEL OUT --scheme int8 --kv-cache fp8
@@ -114,7 +118,7 @@ def quantize(
     settings = read_config(config, ignore, kv_cache)
     policy = fallback.value if fallback else None
     request = run_model.Request(model, scheme, device, settings, num_tokens, policy)
-    run_model.quantize(request, out, overwrite, chosen)
+    run_model.quantize(request, out, overwrite, max_shard_size, chosen)
 
 
 @command

@@ -18,7 +18,9 @@ from quantport.cli import baseline, compare
 from quantport.cli.page import Column, Grid, emit, progress, size, write
 from quantport.cli.plans import plan_page
 from quantport.errors import CheckpointError, ConfigError, SaveError
+from quantport.loading import quantize_checkpoint
 from quantport.loading.locate import locate
+from quantport.planning.memory import parse_size
 
 
 @dataclass(frozen=True)
@@ -35,15 +37,17 @@ class Request:
     def load(self) -> Any:
         """Loads the model behind a progress bar."""
         with progress("loading and quantizing") as report:
-            return quantport.load(
-                self.model,
-                self.scheme,
-                config=self.config,
-                device=self.device,
-                num_tokens=self.num_tokens,
-                fallback=self.fallback,
-                progress=report,
-            )
+            return quantport.load(self.model, self.scheme, **self.options, progress=report)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Those arguments of ``load`` that are its keywords."""
+        return {
+            "config": self.config,
+            "device": self.device,
+            "num_tokens": self.num_tokens,
+            "fallback": self.fallback,
+        }
 
 
 @dataclass(frozen=True)
@@ -170,8 +174,9 @@ def _fits(model: Any, ids: Tensor, tokens: int) -> None:
         raise ConfigError(f"--tokens {tokens}", found, suggestion)
 
 
-def quantize(request: Request, out: Path, overwrite: bool, form: str) -> None:
-    """Loads and saves; what would refuse the directory in the end does so before the work."""
+def quantize(request: Request, out: Path, overwrite: bool, max_shard_size: str, form: str) -> None:
+    """Quantizes a checkpoint into a directory; what would refuse that in the end does so before the work."""
+    limit = parse_size(max_shard_size, "--max-shard-size")
     source = locate(request.model)
     _writable(out, overwrite, source)
     if read_record(source if source.is_dir() else source.parent) is not None:
@@ -180,10 +185,17 @@ def quantize(request: Request, out: Path, overwrite: bool, form: str) -> None:
             "quantport wrote it: it is quantized already",
             "its 16-bit original, or copy it",
         )
-    model = request.load()
-    with progress(f"writing {out}"):
-        quantport.save(model, out, overwrite=overwrite)
-    page = plan_page(model.quantport_plan)
+    with progress(f"quantizing into {out}") as report:
+        plan = quantize_checkpoint(
+            request.model,
+            out,
+            request.scheme,
+            **request.options,
+            overwrite=overwrite,
+            max_shard_bytes=limit,
+            progress=report,
+        )
+    page = plan_page(plan)
     written = sum(f.stat().st_size for f in out.iterdir())
     page.data = {"directory": str(out), "bytes_written": written, "plan": page.data}
     page.say(f"wrote {out}: {size(written)}; try `quantport run {out}`", "good")

@@ -2,8 +2,9 @@
 
 from quantport.loading.load_model import load
 from quantport.loading.plan_model import plan
+from quantport.loading.quantize_checkpoint import quantize_checkpoint
 from quantport.loading.quantize_model import quantize_
 from quantport.loading.save_model import save
 from quantport.loading.update import update_weight
 
-__all__ = ["load", "plan", "quantize_", "save", "update_weight"]
+__all__ = ["load", "plan", "quantize_", "quantize_checkpoint", "save", "update_weight"]

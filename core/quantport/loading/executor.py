@@ -39,12 +39,14 @@ class Task(NamedTuple):
         size: Bytes that it reads.
         run: Does it. Runs in a worker thread with one native thread, since parallelism is over tensors.
         need: Bytes that it holds meanwhile: what it reads, scratch, and what it stores before that is packed.
+        module: Path of the module that it fills.
     """
 
     name: str
     size: int
     run: Callable[[], None]
     need: int = 0
+    module: str = ""
 
 
 class Gate:

@@ -62,22 +62,27 @@ class ModelFiller:
         for path, steps in by_module(self.plan.steps, self._path).items():
             module = new[path] = make_module(steps, self.model.get_submodule(path), self.dtype, self.registry)
             weights = quantized.get(steps[0].layer.home)
-            if weights is None:
-                out += [task for step in steps for task in self._quantize_tasks(step, module)]
-            else:
-                out += self._take_over_tasks(module, weights)
+            tasks = (
+                [task for step in steps for task in self._quantize_tasks(step, module)]
+                if weights is None
+                else self._take_over_tasks(module, weights)
+            )
+            out += [task._replace(module=path) for task in tasks]
             used |= _tensors(steps[0].layer)
         for step in self.plan.steps:
             fused = any(p.expert is not None for ps in step.layer.parts.values() for p in ps)
             lost = step.layer.skipped_as(SkipCode.NO_MODULE)
             if not step.choice and step.layer.experts and not fused and not lost:
-                out += self._fuse_tasks(step.layer)
+                path = self._path(step.layer)
+                out += [task._replace(module=path) for task in self._fuse_tasks(step.layer)]
                 used |= _tensors(step.layer)
         swap_modules(self.model, new)
         for name, info in self.source.tensors.items():
             if name not in used:
                 _check_shape(self.model, self.names[name], info.shape)
-                out.append(Task(name, info.nbytes, partial(self._copy, name), min(self.slab, info.nbytes)))
+                path = self.names[name].rpartition(".")[0]
+                need = min(self.slab, info.nbytes)
+                out.append(Task(name, info.nbytes, partial(self._copy, name), need, path))
         order = {name: i for i, name in enumerate(self.source.tensors)}
         return sorted(out, key=lambda t: order[t.name])
 
@@ -104,6 +109,10 @@ class ModelFiller:
                     copy_into, self.source, fused.data[e, start : start + n], part.tensor, self.slab
                 )
                 yield Task(part.tensor, size, run, min(self.slab, size))
+
+    def kept(self) -> dict[str, torch.dtype]:
+        """Dtype that each tensor which is not quantized gets, by its name in the model."""
+        return {self.names[name]: self._cast(info.dtype) for name, info in self.source.tensors.items()}
 
     def _cast(self, stored: torch.dtype) -> torch.dtype:
         """The dtype of a tensor that stays: 16-bit floats follow the model, all floats follow a dtype that

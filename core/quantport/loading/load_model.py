@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,6 +15,7 @@ from quantport.checkpoint import Recognized
 from quantport.device import Device
 from quantport.errors import BudgetError, CheckpointError, DeviceError
 from quantport.kvcache import default_cache, kv_shape
+from quantport.kvcache.default_cache import DefaultCache
 from quantport.loading.build_context import as_usual
 from quantport.loading.executor import Progress, run_tasks
 from quantport.loading.fill_model import ModelFiller, module_path
@@ -69,6 +72,53 @@ def load(
         QuantportError: with what was asked, what was found, and what would work. No model is left half
             loaded.
     """
+    with prepared(
+        path_or_id,
+        scheme,
+        config=config,
+        device=device,
+        model=model,
+        dtype=dtype,
+        num_tokens=num_tokens,
+        fallback=fallback,
+        budget=budget,
+        registry=registry,
+    ) as made:
+        fits(made.plan, made.plan.peak, f"load {made.plan.source} on {made.plan.device}")
+        run_tasks(made.filler.tasks(), progress, workers, made.plan.budget)
+        _finish(made.model, made.plan)
+        if made.cache:
+            made.cache.install()
+    return made.model
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model on meta, and what fills it."""
+
+    model: nn.Module
+    plan: Plan
+    filler: ModelFiller
+    cache: DefaultCache | None
+
+
+@contextmanager
+def prepared(
+    path_or_id: Source,
+    scheme: str | None,
+    *,
+    config: Any,
+    device: str | torch.device | Device,
+    model: Factory | None,
+    dtype: torch.dtype | None,
+    num_tokens: int,
+    fallback: str | None,
+    budget: int | str | None,
+    registry: Registry | None,
+) -> Iterator[Prepared]:
+    """Opens a checkpoint for as long as the block lasts, builds its model on meta, and plans; arguments as
+    for `load`.
+    """
     registry = registry or default_registry()
     target = _usable(registry.device(device))
     parsed = merge(scheme, config, {"fallback": fallback}, registry.schemes)
@@ -96,13 +146,8 @@ def load(
             budget=budget,
         )
         refuse_nothing(decided)
-        _fits(decided, target)
         filler = ModelFiller(checkpoint, built, decided, names, compute, dtype is not None, registry)
-        run_tasks(filler.tasks(), progress, workers, decided.budget)
-        _finish(built, decided, target)
-        if cache:
-            cache.install()
-    return built
+        yield Prepared(built, decided, filler, cache)
 
 
 def _usable(target: Device) -> Device:
@@ -143,7 +188,7 @@ def _placed(layers: Iterable[Layer], checkpoint: Recognized) -> None:
             )
 
 
-def _finish(model: nn.Module, decided: Plan, target: Device) -> None:
+def _finish(model: nn.Module, decided: Plan) -> None:
     """Ties weights, moves buffers, and checks that nothing is missing."""
     tie = getattr(model, "tie_weights", None)
     if callable(tie):
@@ -158,8 +203,8 @@ def _finish(model: nn.Module, decided: Plan, target: Device) -> None:
     model.requires_grad_(False)
     for module in model.modules():
         for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.device != target.torch_device:
-                module._buffers[name] = buffer.to(target.torch_device)
+            if buffer is not None and buffer.device != decided.device.torch_device:
+                module._buffers[name] = buffer.to(decided.device.torch_device)
     model.quantport_plan = decided  # type: ignore[assignment]  # a note on the model, not a submodule
 
 
@@ -171,12 +216,18 @@ def _dtype(layers: Iterable[Layer], target: Device) -> torch.dtype:
     return target.arch.compute if torch.bfloat16 in stored or not stored else torch.float32
 
 
-def _fits(decided: Plan, target: Device) -> None:
-    if target.memory is not None and decided.peak > target.memory:
+def fits(decided: Plan, peak: int, asked: str) -> None:
+    """Refuses what needs more memory than is at hand.
+
+    Raises:
+        BudgetError: says how much.
+    """
+    free = decided.device.memory
+    if free is not None and peak > free:
         gib = 1 << 30
-        peak, stream, free = decided.peak / gib, decided.budget / gib, target.memory / gib
         raise BudgetError(
-            f"load {decided.source} on {target}",
-            f"it needs {peak:.1f} GiB, {stream:.1f} of them to stream; {free:.1f} GiB are free",
+            asked,
+            f"it needs {peak / gib:.1f} GiB, {decided.budget / gib:.1f} of them to stream; "
+            f"{free / gib:.1f} GiB are free",
             "a scheme with fewer bits (int4_weight_only), or a device with more memory",
         )

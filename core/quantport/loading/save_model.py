@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from quantport.checkpoint import KVCacheConfig, QuantportFormat, SavedLayer
+from quantport.checkpoint.shard import Stream, TensorLayout
 from quantport.errors import SaveError
 from quantport.kvcache import default_of
 from quantport.modules import QuantEmbedding, QuantExperts, QuantModule
+from quantport.planning.memory import STEP
 
 _COMPANIONS = (
     "tokenizer*",
@@ -26,15 +29,19 @@ _COMPANIONS = (
 )
 
 
+SHARD = 5_000_000_000  # bytes
+
+
 def save(
     model: nn.Module,
     directory: str | os.PathLike[str],
     *,
     overwrite: bool = False,
-    max_shard_bytes: int = 5_000_000_000,
+    max_shard_bytes: int = SHARD,
 ) -> Path:
     """Saves a quantized model: safetensors in the stored layout of each scheme, config, tokenizer, and
-    ``quantport.json``.
+    ``quantport.json``. Written tensor by tensor: what its kernel has packed in another layout is unpacked
+    meanwhile.
 
     Args:
         model: A model with quantized layers.
@@ -47,6 +54,37 @@ def save(
 
     Raises:
         SaveError: nothing to save, the directory is taken, the disk is full, or permission is missing.
+    """
+    return write_model(
+        model,
+        directory,
+        _tensors(model),
+        layout_of(model),
+        overwrite=overwrite,
+        max_shard_bytes=max_shard_bytes,
+    )
+
+
+def write_model(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    tensors: Stream | Callable[[Set[str]], Stream],
+    layout: TensorLayout,
+    *,
+    overwrite: bool,
+    max_shard_bytes: int,
+    resume: str = "",
+) -> Path:
+    """Writes what a model is beside its tensors, and the tensors that are given.
+
+    Args:
+        model: Says what its layers are; its weights are not looked at.
+        directory: As for `save`.
+        tensors: As for `save_tensors`.
+        layout: As for `save_tensors`.
+        overwrite: As for `save`.
+        max_shard_bytes: As for `save`.
+        resume: As for `save_tensors`.
     """
     layers = {name: _saved_layer(m) for name, m in model.named_modules() if isinstance(m, QuantModule)}
     # where others are quantized, a prepacked bf16 layer is saved as the plain layer that it was: prepacking
@@ -73,12 +111,14 @@ def save(
     return QuantportFormat().write(
         directory,
         layers,
-        _tensors(model),
+        tensors,
+        layout=layout,
         config=config,
         kv_cache=KVCacheConfig(cache.dtype, tuple(cache.skip_layers)) if cache else None,
         copy=companions,
         overwrite=overwrite,
         max_shard_bytes=max_shard_bytes,
+        resume=resume,
     )
 
 
@@ -93,18 +133,39 @@ def _saved_layer(module: QuantModule) -> SavedLayer:
     return SavedLayer(kind, weights, schemes, experts, module.dtype, tied)
 
 
+def layout_of(model: nn.Module) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of each tensor that saving writes, by name."""
+    layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    for prefix, module, kept in modules_to_save(model):
+        if isinstance(module, QuantModule):
+            layout |= {prefix + name: (shape, dtype) for name, shape, dtype in module.stored_layout()}
+        layout |= {prefix + name: (tuple(tensor.shape), tensor.dtype) for name, tensor in kept.items()}
+    return layout
+
+
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the state dict, one at a time; a tensor that two modules share is written once."""
+    for prefix, module, kept in modules_to_save(model):
+        yield from tensors_of(prefix, module, kept)
+
+
+def tensors_of(prefix: str, module: nn.Module, kept: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The stored tensors of a quantized module, large weights some rows at a time, and what it keeps."""
+    if isinstance(module, QuantModule):
+        yield from ((prefix + name, tensor) for name, tensor in module.stored_rows(STEP))
+    yield from ((prefix + name, tensor.detach()) for name, tensor in kept.items())
+
+
+def modules_to_save(model: nn.Module) -> Iterator[tuple[str, nn.Module, dict[str, Tensor]]]:
+    """Each module with the prefix of its names and the parameters and buffers that it keeps; a tensor that
+    two modules share belongs to the first.
+    """
     seen: set[int] = set()
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
-        if isinstance(module, QuantModule):
-            yield from ((prefix + name, tensor) for name, tensor in module.stored_tensors())
-        kept = [
+        both = (
             *module._parameters.items(),
             *((n, b) for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set),
-        ]
-        for name, tensor in kept:
-            if tensor is not None and id(tensor) not in seen:
-                seen.add(id(tensor))
-                yield prefix + name, tensor.detach()
+        )
+        kept = {name: tensor for name, tensor in both if tensor is not None and id(tensor) not in seen}
+        seen |= set(map(id, kept.values()))
+        yield prefix, module, kept

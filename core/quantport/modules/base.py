@@ -72,6 +72,10 @@ class QuantModule(nn.Module):
         for name, stored_weight in stored.items():
             self.set_weight(name, stored_weight)
 
+    def forget(self) -> None:
+        """Lets go of every weight: the module is as before they were set."""
+        self._rebind(self.kernel, self.others)
+
     def _rebind(self, kernel: Kernel, others: Mapping[str, Kernel]) -> None:
         """Takes other kernels, for which every weight must be packed and set anew."""
         for key in dict.fromkeys(key for keys in self._buffer_names.values() for key in keys):
@@ -152,11 +156,10 @@ class QuantModule(nn.Module):
         return self.kernel_of(name).unpack(self.packed(name), self.specs[name])
 
     def stored_layout(self) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
-        """Name in the state dict, shape and dtype of every stored tensor."""
+        """Name in the state dict, shape and dtype of every stored tensor, set or not."""
         for name, spec in self.specs.items():
-            if name in self._buffer_names:
-                for key, (shape, dtype) in spec.scheme.layout(spec.n, spec.k).items():
-                    yield f"{name}.{key}".lstrip("."), shape, dtype
+            for key, (shape, dtype) in spec.scheme.layout(spec.n, spec.k).items():
+                yield f"{name}.{key}".lstrip("."), shape, dtype
 
     def stored_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every stored tensor under its name in the state dict, one weight at a time."""

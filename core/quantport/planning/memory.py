@@ -31,23 +31,30 @@ _UNITS = {
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?B?)\s*", re.IGNORECASE)
 
 
-def parse_budget(value: int | str | None) -> int | None:
+def parse_size(value: int | str, argument: str) -> int:
     """Reads bytes, or a text such as ``"512MB"`` (powers of 1000) or ``"512MiB"`` (powers of 1024).
+
+    Args:
+        value: What was given.
+        argument: As what, for errors: ``budget``, ``--max-shard-size``.
 
     Raises:
         ConfigError: it is neither, or not positive.
     """
-    if value is None:
-        return None
     match = _SIZE.fullmatch(value) if isinstance(value, str) else None
     size = value if isinstance(value, int) and not isinstance(value, bool) else 0
     if match and match[2].upper() in _UNITS:
         size = int(float(match[1]) * _UNITS[match[2].upper()])
     if size <= 0:
         raise ConfigError(
-            f"budget={value!r}", "not an amount of memory", "bytes, or a text such as '512MB' or '2GiB'"
+            f"{argument}={value!r}", "not an amount of memory", "bytes, or a text such as '512MB' or '2GiB'"
         )
     return size
+
+
+def parse_budget(value: int | str | None) -> int | None:
+    """`parse_size` of a budget, or None."""
+    return None if value is None else parse_size(value, "budget")
 
 
 def step_rows(spec: WeightSpec, dtype: torch.dtype, layout: PackedLayout | None) -> int:

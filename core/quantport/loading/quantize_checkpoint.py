@@ -1,0 +1,208 @@
+"""``quantize_checkpoint``: from a checkpoint to a quantized one, without the model in memory."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence, Set
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantport.checkpoint import Checkpoint
+from quantport.device import Device
+from quantport.errors import CheckpointError
+from quantport.loading.executor import Progress, Task, run_tasks
+from quantport.loading.load_model import Prepared, fits, prepared
+from quantport.loading.locate import Source
+from quantport.loading.plan_model import refuse_quantized
+from quantport.loading.save_model import SHARD, layout_of, modules_to_save, tensors_of, write_model
+from quantport.loading.skeleton import Factory
+from quantport.modules import QuantModule
+from quantport.planning.memory import BUDGET
+from quantport.planning.plan import Plan
+from quantport.plugins.registry import Registry
+
+
+def quantize_checkpoint(
+    path_or_id: Source,
+    directory: str | os.PathLike[str],
+    scheme: str | None = None,
+    *,
+    config: Any = None,
+    device: str | torch.device | Device = "auto",
+    model: Factory | None = None,
+    dtype: torch.dtype | None = None,
+    num_tokens: int = 1,
+    fallback: str | None = None,
+    progress: Progress | None = None,
+    workers: int | None = None,
+    budget: int | str | None = None,
+    overwrite: bool = False,
+    max_shard_bytes: int = SHARD,
+    registry: Registry | None = None,
+) -> Plan:
+    """Writes what ``save(load(...))`` writes, byte for byte, a few modules at a time: neither the 16-bit nor
+    the quantized model is ever in memory.
+
+    Where it was killed, the same call goes on after the last whole shard, on the same machine. Nothing is
+    quantized before it is sure that the disk has room for it.
+
+    Args:
+        path_or_id: As for ``load``; not quantized yet.
+        directory: As for ``save``.
+        scheme: As for ``load``.
+        config: As for ``load``.
+        device: As for ``load``; what is written does not depend on it.
+        model: As for ``load``.
+        dtype: As for ``load``.
+        num_tokens: As for ``load``.
+        fallback: As for ``load``.
+        progress: As for ``load``.
+        workers: As for ``load``.
+        budget: As for ``load``.
+        overwrite: As for ``save``.
+        max_shard_bytes: As for ``save``.
+        registry: As for ``load``.
+
+    Returns:
+        The plan that was carried out.
+
+    Raises:
+        QuantportError: as ``load`` and ``save``. Nothing is left behind.
+    """
+    with prepared(
+        path_or_id,
+        scheme,
+        config=config,
+        device=device,
+        model=model,
+        dtype=dtype,
+        num_tokens=num_tokens,
+        fallback=fallback,
+        budget=budget,
+        registry=registry,
+    ) as made:
+        refuse_quantized(made.filler.checkpoint)
+        tasks = made.filler.tasks()
+        batches = _Batches(made, tasks, progress, workers)
+        fits(made.plan, batches.most + made.plan.budget, f"quantize {made.plan.source} on {made.plan.device}")
+        if made.cache:
+            made.cache.install()
+        write_model(
+            made.model,
+            directory,
+            batches.tensors,
+            batches.layout,
+            overwrite=overwrite,
+            max_shard_bytes=max_shard_bytes,
+            resume=_resume(made),
+        )
+    return made.plan
+
+
+class _Batches:
+    """Fills a model module by module, as many at a time as fit a window, and empties each when it is written.
+
+    Attributes:
+        layout: Shape and dtype of every tensor that is written.
+        most: Most bytes of quantized and other tensors that are held at a time.
+    """
+
+    def __init__(
+        self, made: Prepared, tasks: Sequence[Task], progress: Progress | None, workers: int | None
+    ) -> None:
+        self._made, self._progress, self._workers = made, progress, workers
+        tie = getattr(made.model, "tie_weights", None)
+        if callable(tie):
+            tie()
+        self._tasks: dict[str, list[Task]] = {}
+        for task in tasks:
+            self._tasks.setdefault(task.module, []).append(task)
+        # held, so that no tensor which comes later is taken for one of these
+        self._modules = list(modules_to_save(made.model))
+        dtypes = made.filler.kept()
+        self.layout = {
+            name: (shape, dtypes.get(name, dtype)) for name, (shape, dtype) in layout_of(made.model).items()
+        }
+        self._refuse_incomplete(dtypes)
+        sizes = [self._size(prefix, module, kept) for prefix, module, kept in self._modules]
+        self.most = min(sum(sizes), max(BUDGET, *sizes))
+
+    def tensors(self, missing: Set[str]) -> Iterator[tuple[str, Tensor]]:
+        """Those that are missing, and others of the same modules."""
+        batch: list[tuple[str, nn.Module, dict[str, Tensor]]] = []
+        size, done = 0, 0
+        wanted = [some for some in self._modules if missing & self._names(*some)]
+        total = sum(task.size for prefix, _, _ in wanted for task in self._tasks.get(prefix[:-1], ()))
+        for some in [*wanted, None]:
+            own = 0 if some is None else self._size(*some)
+            if batch and (some is None or size + own > BUDGET):
+                tasks = [task for prefix, _, _ in batch for task in self._tasks.get(prefix[:-1], ())]
+                run_tasks(tasks, self._after(done, total), self._workers, self._made.plan.budget)
+                done += sum(task.size for task in tasks)
+                for prefix, module, kept in batch:
+                    now = {name: getattr(module, name) for name in kept}
+                    for name, tensor in tensors_of(prefix, module, now):
+                        if name in missing:
+                            yield name, tensor
+                    del now
+                    _empty(module, kept)
+                batch, size = [], 0
+            if some is not None:
+                batch.append(some)
+                size += own
+
+    def _after(self, done: int, total: int) -> Progress | None:
+        report = self._progress
+        if report is None:
+            return None
+        return lambda some, _total, name: report(done + some, total, name)
+
+    def _names(self, prefix: str, module: nn.Module, kept: Mapping[str, Tensor]) -> set[str]:
+        stored = module.stored_layout() if isinstance(module, QuantModule) else ()
+        return {prefix + name for name in (*kept, *(name for name, _, _ in stored))}
+
+    def _size(self, prefix: str, module: nn.Module, kept: Mapping[str, Tensor]) -> int:
+        specs = [self.layout[name] for name in self._names(prefix, module, kept)]
+        return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in specs)
+
+    def _refuse_incomplete(self, filled: Mapping[str, torch.dtype]) -> None:
+        """Refuses parameters that nothing fills."""
+        whole = {task.module for tasks in self._tasks.values() for task in tasks}
+        lost = [
+            prefix + name
+            for prefix, module, kept in self._modules
+            for name, tensor in kept.items()
+            if tensor.is_meta and prefix + name not in filled and prefix[:-1] not in whole
+        ]
+        if lost:
+            raise CheckpointError(
+                f"quantize {self._made.plan.source}",
+                f"the model needs {len(lost)} tensors that it does not hold: {', '.join(lost[:5])}",
+                "the complete checkpoint, or the model class that it was saved from",
+            )
+
+
+def _empty(module: nn.Module, kept: Mapping[str, Tensor]) -> None:
+    """Puts back what a module was before it was filled."""
+    if isinstance(module, QuantModule):
+        module.forget()
+    for name, tensor in kept.items():
+        of = module._parameters if name in module._parameters else module._buffers
+        of[name] = tensor  # type: ignore[assignment]  # a parameter where one was
+
+
+def _resume(made: Prepared) -> str:
+    """Everything that the written bytes depend on; empty for tensors that are not in files."""
+    source = made.filler.checkpoint.source
+    if not isinstance(source, Checkpoint):
+        return ""
+    files = [(Path(file).resolve(), os.stat(file)) for file in source.files]
+    stamps = [[str(file), found.st_size, found.st_mtime_ns] for file, found in files]
+    schemes = [[step.layer.name, step.requested_scheme] for step in made.plan.steps]
+    settings = [import_module("quantport").__version__, made.plan.config.nonfinite, str(made.filler.dtype)]
+    return json.dumps([settings, stamps, schemes])
