@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from quantport.engine import default_registry
 from quantport.errors import WeightError
 from quantport.numerics import quantize_weight
-from quantport.numerics.by_rows import quantize_by_rows, rows_of_step, spans_rows
+from quantport.numerics.by_rows import join_steps, quantize_steps, rows_of_step, spans_rows
 from quantport.numerics.sharding import alignment
 from quantport.scheme import Quant, Scheme
 from quantport.scheme.catalog import BUILTIN
@@ -56,8 +56,8 @@ def by_rows(x, scheme, step, fast=None, nonfinite="error"):
     def quantize(values, of):
         return quantize_weight(values, of, "w", nonfinite, fast)
 
-    out = quantize_by_rows(read, tuple(x.shape), scheme, step, quantize, name="w", nonfinite=nonfinite)
-    return out, reads
+    steps = quantize_steps(read, tuple(x.shape), scheme, step, quantize, name="w", nonfinite=nonfinite)
+    return join_steps(steps, scheme, tuple(x.shape)), reads
 
 
 def same(found, expected):

@@ -12,7 +12,8 @@ from core_references import check_parts
 from torch import nn
 
 import quantport
-from quantport.checkpoint import Checkpoint, writer
+from quantport.checkpoint import Checkpoint
+from quantport.checkpoint.shard import ShardWriter
 from quantport.errors import CheckpointError, ConfigError, QuantportError, SaveError
 
 
@@ -123,15 +124,15 @@ def test_saving_over_its_own_source(tmp_path):
 
 @pytest.mark.parametrize("failing", [1, 2])
 def test_a_failing_disk_leaves_nothing(model, tmp_path, monkeypatch, failing):
-    calls, real = [], writer.save_file
+    calls, real = [], ShardWriter.finish
 
-    def full(*args, **kwargs):
-        calls.append(args)
+    def full(self):
+        calls.append(self)
         if len(calls) == failing:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return real(*args, **kwargs)
+        return real(self)
 
-    monkeypatch.setattr(writer, "save_file", full)
+    monkeypatch.setattr(ShardWriter, "finish", full)
     with pytest.raises(SaveError) as caught:
         quantport.save(model, tmp_path / "out", max_shard_bytes=4000)
     check_parts(caught.value, "disk is full")
@@ -141,7 +142,7 @@ def test_a_failing_disk_leaves_nothing(model, tmp_path, monkeypatch, failing):
 def test_a_module_that_cannot_give_its_weights_leaves_nothing(tmp_path, monkeypatch):
     broken = made()
     quantport.quantize_(broken, "int8")
-    monkeypatch.setattr(type(broken.down), "stored_weight", lambda self, name="": 1 // 0)
+    monkeypatch.setattr(type(broken.down), "stored_rows", lambda self, elements: 1 // 0)
     with pytest.raises(SaveError, match="ZeroDivisionError"):
         quantport.save(broken, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,14 @@ class QuantizedWeight:
         scheme: What it is.
         tensors: Names of the stored tensors that it takes, which are released once it is read.
         read: Returns the tensors of ``scheme.layout(n, k)``; they may be views of what is stored.
+        keys: For each of those tensors the stored one that it is, so that rows of it can be read; empty where
+            ``read`` makes them of others.
     """
 
     scheme: Scheme
     tensors: tuple[str, ...]
     read: Callable[[], dict[str, Tensor]]
+    keys: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -192,7 +192,7 @@ class _Quantized(Recognized):
                 raise CheckpointError(
                     f"load {full} of {self.source.directory}", found, f"{list(expected[0])} {expected[1]}"
                 )
-        return QuantizedWeight(scheme, tuple(keys.values()), partial(self._read, keys))
+        return QuantizedWeight(scheme, tuple(keys.values()), partial(self._read, keys), keys)
 
     def _read(self, keys: Mapping[str, str]) -> dict[str, Tensor]:
         return {key: self.source.read(name) for key, name in keys.items()}

@@ -32,11 +32,17 @@ class Checkpoint:
             sequential.
         metadata: ``__metadata__`` of the files, merged; the first file that has a key wins.
         total_bytes: The size of all tensors in bytes.
+        mapped: Whether whoever reads a tensor may keep it as a view of its mapped file.
     """
 
     def __init__(
-        self, layout: Layout, headers: Mapping[str, Header], stamps: Mapping[str, tuple[int, int]]
+        self,
+        layout: Layout,
+        headers: Mapping[str, Header],
+        stamps: Mapping[str, tuple[int, int]],
+        mapped: bool = False,
     ) -> None:
+        self.mapped = mapped
         self.directory = layout.directory
         self.files = layout.files
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(_merge(layout, headers))
@@ -51,7 +57,9 @@ class Checkpoint:
         self._closed = False
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, headers_only: bool = False) -> Checkpoint:
+    def open(
+        cls, path: str | os.PathLike[str], *, headers_only: bool = False, mapped: bool = False
+    ) -> Checkpoint:
         """Opens a checkpoint and reads its headers, not its data.
 
         Args:
@@ -59,6 +67,8 @@ class Checkpoint:
                 one index.
             headers_only: Accept files that end right after their header, to plan for weights that are not
                 here.
+            mapped: Let whoever reads a tensor keep it as a view of its file, whose pages all processes share.
+                Only for files that nobody writes to: when one shrinks, the process dies of SIGBUS.
 
         Raises:
             CheckpointError: A file is absent, malformed or truncated, or the files and the index disagree.
@@ -75,7 +85,7 @@ class Checkpoint:
             headers[file], stamps[file] = _read_header(file, headers_only)
             count += len(headers[file].tensors)
             limits.within(f"open the checkpoint {path}", "tensors", count, limits.MAX_TENSORS)
-        return cls(layout, headers, stamps)
+        return cls(layout, headers, stamps, mapped)
 
     def read(self, name: str, rows: Rows | None = None) -> torch.Tensor:
         """Returns a tensor, or some of its rows, as a view of the mapped file: no copy, no read until it is

@@ -95,6 +95,8 @@ class _Shards:
         self, layout: TensorLayout, tensors: Stream | Callable[[Set[str]], Stream], limit: int
     ) -> None:
         """Writes tensors as they come."""
+        for name, (_, dtype) in layout.items():
+            _check_dtype(f"{self._asked}, tensor {name!r}", dtype)
         self._written = cut_layout(layout, limit)
         absent = [i for i in range(len(self._written)) if not self._path(i).exists()]
         place = {name: i for i in absent for name in self._written[i]}
@@ -192,9 +194,13 @@ def _check(asked: str, name: object, tensor: object) -> None:
             "a tensor without data (device meta)" if tensor.is_meta else f"a tensor of layout {tensor.layout}"
         )
         raise SaveError(asked, kind, "a dense tensor with data")
-    if tensor.dtype not in _WRITABLE:
+    _check_dtype(asked, tensor.dtype)
+
+
+def _check_dtype(asked: str, dtype: torch.dtype) -> None:
+    if dtype not in _WRITABLE:
         known = ", ".join(sorted(str(dtype) for dtype in _WRITABLE))
-        raise SaveError(asked, f"dtype {tensor.dtype}", f"a dtype of the safetensors format: {known}")
+        raise SaveError(asked, f"dtype {dtype}", f"a dtype of the safetensors format: {known}")
 
 
 def _pull(asked: str, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -105,8 +105,8 @@ def quantize(
 ) -> None:
     """Write a quantized checkpoint that `quantport run` and `quantport.load` read back bit-identically.
 
-    OUT appears complete or not at all. A few layers at a time are in memory. Killed, it goes on after the last
-    whole file when it is called again.
+    OUT appears complete or not at all. A few layers at a time are in memory. If it is killed, the same
+    command goes on after the last whole file.
 
     Examples:
         quantport quantize MODEL OUT --scheme int8 --kv-cache fp8

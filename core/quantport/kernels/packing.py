@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quantport.errors import WeightError
 from quantport.kernels.base import Kernel, Packed, PackedTensor, StoredWeight, WeightSpec
-from quantport.numerics.by_rows import QuantizedRows, join_steps, put_rows, rows_of_step
+from quantport.numerics.by_rows import QuantizedRows, join_steps, rows_of_step
 
 
 def pack_steps(kernel: Kernel, spec: WeightSpec, steps: Iterable[QuantizedRows], name: str = "") -> Packed:
@@ -40,7 +40,7 @@ def pack_steps(kernel: Kernel, spec: WeightSpec, steps: Iterable[QuantizedRows],
         packed = packed or tuple(map(_whole, layout.tensors, part))
         for whole, rows, (along, first) in zip(packed, part, _places(kernel, spec, start), strict=True):
             if along is not None:
-                put_rows(whole, rows, along, first)
+                whole.narrow(along, first, rows.shape[along]).copy_(rows)
     return packed
 
 

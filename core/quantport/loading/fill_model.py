@@ -10,11 +10,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from quantport.checkpoint import QuantizedWeight, Recognized
+from quantport.checkpoint import Recognized
 from quantport.errors import CheckpointError
 from quantport.loading.copy_tensors import SLAB, copy_into
 from quantport.loading.executor import Task
 from quantport.loading.swap_modules import by_module, make_module, swap_modules
+from quantport.loading.take_over import take_over_tasks
 from quantport.loading.weight_tasks import quantize_tasks
 from quantport.model.layers import Layer
 from quantport.model.roles import SkipCode
@@ -65,7 +66,7 @@ class ModelFiller:
             tasks = (
                 [task for step in steps for task in self._quantize_tasks(step, module)]
                 if weights is None
-                else self._take_over_tasks(module, weights)
+                else take_over_tasks(module, weights, self.source, self.device, self.plan.budget)
             )
             out += [task._replace(module=path) for task in tasks]
             used |= _tensors(steps[0].layer)
@@ -131,18 +132,6 @@ class ModelFiller:
             self.device,
             storage_only_dtypes=target.arch.storage_only_dtypes,
         )
-
-    def _take_over_tasks(self, module: QuantModule, weights: Mapping[str, QuantizedWeight]) -> Iterable[Task]:
-        for name in module.specs:
-            weight = weights[name]
-            size = sum(self.source.tensors[tensor].nbytes for tensor in weight.tensors)
-            yield Task(weight.tensors[0], size, partial(self._take_over, module, name, weight), 2 * size)
-
-    def _take_over(self, module: QuantModule, name: str, weight: QuantizedWeight) -> None:
-        stored = {key: tensor.to(self.device, copy=True) for key, tensor in weight.read().items()}
-        for tensor in weight.tensors:
-            self.source.release(tensor)
-        module.set_weight(name, stored)
 
     def _copy(self, name: str) -> None:
         info = self.source.tensors[name]

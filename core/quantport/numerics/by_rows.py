@@ -86,31 +86,37 @@ def quantize_steps(
     for start, stop in steps:
         stored = _quantized(read(start, stop), extremes, scheme, nonfinite, quantize)
         if extremes is not None:
-            stored = _without_extremes(stored, scheme, stop - start, k)
+            own = stored_slices(scheme, k, 0, stop - start)
+            stored = {key: tensor[own[key]] if own[key] else tensor for key, tensor in stored.items()}
         yield QuantizedRows(start, stop, stored)
+
+
+def stored_slices(scheme: Scheme, k: int, start: int, stop: int) -> dict[str, slice | None]:
+    """Which rows of each stored tensor are those of rows ``[start, stop)`` of a weight; None where all rows
+    share one.
+    """
+    first, last = scheme.layout(start, k), scheme.layout(stop, k)
+    return {
+        key: None if along is None else slice(first[key][0][along], last[key][0][along])
+        for key, along in shard_dims(scheme, 0).items()  # rows come first in every layout
+    }
 
 
 def join_steps(steps: Iterable[QuantizedRows], scheme: Scheme, shape: tuple[int, int]) -> dict[str, Tensor]:
     """The stored tensors of the whole weight, on the device of the steps."""
     n, k = shape
-    whole, joined = scheme.layout(n, k), dict[str, Tensor]()
+    layout, joined = scheme.layout(n, k), dict[str, Tensor]()
     for start, stop, stored in steps:
         if stop - start == n:
             return stored
-        for key, along in shard_dims(scheme, 0).items():
-            if along is None:  # one for all rows: every step has found the same
+        for key, rows in stored_slices(scheme, k, start, stop).items():
+            if rows is None:  # every step has found the same
                 joined.setdefault(key, stored[key])
                 continue
             if key not in joined:
-                joined[key] = torch.empty(whole[key][0], dtype=whole[key][1], device=stored[key].device)
-            before = scheme.layout(start, k)[key][0][along]
-            put_rows(joined[key], raw(stored[key]), along, before)
+                joined[key] = torch.empty(layout[key][0], dtype=layout[key][1], device=stored[key].device)
+            raw(joined[key])[rows].copy_(raw(stored[key]))
     return joined
-
-
-def put_rows(whole: Tensor, rows: Tensor, along: int, before: int) -> None:
-    """Copies the codes or scales of rows to their place in those of the whole weight."""
-    raw(whole).narrow(along, before, rows.shape[along]).copy_(rows)
 
 
 def _more_extreme(
@@ -156,11 +162,3 @@ def _extremes(x: Tensor, quant: Quant, name: str) -> Tensor:
     across = torch.arange(amax.shape[1], device=x.device, dtype=torch.int64)
     both = torch.stack([stretches[order.argmax(0), across], stretches[order.argmin(0), across]])
     return both.view(2, -1)[:, : x.shape[1]]
-
-
-def _without_extremes(stored: dict[str, Tensor], scheme: Scheme, rows: int, k: int) -> dict[str, Tensor]:
-    own, dims = scheme.layout(rows, k), shard_dims(scheme, 0)
-    return {
-        key: tensor if (along := dims[key]) is None else tensor.narrow(along, 0, own[key][0][along])
-        for key, tensor in stored.items()
-    }

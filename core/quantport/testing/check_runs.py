@@ -14,8 +14,8 @@ from quantport import numerics
 from quantport.errors import WeightError
 from quantport.kernels.base import Kernel, Packed, Request, StoredWeight, WeightSpec
 from quantport.kernels.packing import pack_steps
-from quantport.numerics.by_rows import QuantizedRows
-from quantport.numerics.sharding import alignment, shard_dims
+from quantport.numerics.by_rows import QuantizedRows, stored_slices
+from quantport.numerics.sharding import alignment
 from quantport.scheme import Scheme
 from quantport.testing import cases, weights
 from quantport.testing.subject import NotHere, Subject
@@ -237,13 +237,8 @@ def packed_by_rows(kernel: Kernel, stored_weight: StoredWeight, spec: WeightSpec
 
 
 def _rows(stored_weight: StoredWeight, spec: WeightSpec, start: int, stop: int) -> QuantizedRows:
-    dims = shard_dims(spec.scheme, 0)
-    first, last = (spec.scheme.layout(row, spec.k) for row in (start, stop))
-    some = dict(stored_weight)
-    for key, along in dims.items():
-        if along is not None:
-            before = first[key][0][along]
-            some[key] = some[key].narrow(along, before, last[key][0][along] - before)
+    rows = stored_slices(spec.scheme, spec.k, start, stop)
+    some = {key: tensor[rows[key]] if rows[key] else tensor for key, tensor in stored_weight.items()}
     return QuantizedRows(start, stop, some)
 
 

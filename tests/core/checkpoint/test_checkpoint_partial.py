@@ -147,6 +147,57 @@ def test_kill_during_overwrite_keeps_the_old(tmp_path: Path) -> None:
     assert only(tmp_path) == ["m"]
 
 
+# --- resuming
+
+RESUMED = """
+    import os, signal, sys, torch
+    from quantport.checkpoint import save_tensors
+    target, key, stop = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    layout = {f"w{i}": ((64, 64), torch.float32) for i in range(4)}
+    def stream(missing):
+        print(*sorted(missing), flush=True)
+        for i, name in enumerate(layout):
+            if i == stop:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if name in missing:
+                yield name, torch.full((64, 64), float(i))
+    save_tensors(target, stream, layout=layout, max_shard_bytes=1, files={"x.json": b"{}"}, resume=key)
+"""
+
+
+def resumed(target: Path, key: str, stop: int) -> list[str]:
+    """Saves four shards in another process, which kills itself before one; the names that were missing."""
+    run = [sys.executable, "-c", textwrap.dedent(RESUMED), str(target), key, str(stop)]
+    done = subprocess.run(run, check=False, timeout=120, capture_output=True, text=True)
+    assert done.returncode == (-signal.SIGKILL if stop < 4 else 0), done.stderr
+    return done.stdout.split()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
+def test_a_killed_save_is_resumed_after_its_last_whole_shard(tmp_path: Path) -> None:
+    names = ["w0", "w1", "w2", "w3"]
+    assert resumed(tmp_path / "m", "key", 3) == names
+    (left,) = only(tmp_path)
+    (tmp_path / left / "shard-00004.tmp").write_bytes(b"half of it")
+    assert resumed(tmp_path / "m", "key", 3) == names[3:]  # killed again, with nothing new
+    assert resumed(tmp_path / "m", "key", 4) == names[3:]
+    assert only(tmp_path) == ["m"]
+    shards = [f"model-{i:05d}-of-00004.safetensors" for i in range(1, 5)]
+    assert only(tmp_path / "m") == [*shards, "model.safetensors.index.json", "x.json"]
+    with Checkpoint.open(tmp_path / "m") as checkpoint:
+        assert [checkpoint.read(name)[0, 0].item() for name in names] == [0.0, 1.0, 2.0, 3.0]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
+def test_what_another_save_left_is_not_taken_over(tmp_path: Path) -> None:
+    resumed(tmp_path / "m", "one", 3)
+    assert resumed(tmp_path / "m", "another", 4) == ["w0", "w1", "w2", "w3"]
+    resumed(tmp_path / "n", "one", 3)
+    save_tensors(tmp_path / "n", stream("a"))  # not resumable
+    assert only(tmp_path) == ["m", "n"]
+    assert only(tmp_path / "n") == ["model.safetensors"]
+
+
 def dead_pid() -> int:
     done = subprocess.Popen([sys.executable, "-c", ""])
     done.wait()

@@ -1,0 +1,86 @@
+"""The tasks that fill quantized modules from weights that are stored as their schemes have them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from quantport.checkpoint import QuantizedWeight, TensorSource
+from quantport.kernels.base import WeightSpec
+from quantport.loading.executor import Task
+from quantport.modules import QuantExperts, QuantModule
+from quantport.numerics.by_rows import QuantizedRows, stored_slices
+from quantport.planning.memory import step_rows
+
+
+def take_over_tasks(
+    module: QuantModule,
+    weights: Mapping[str, QuantizedWeight],
+    source: TensorSource,
+    device: torch.device,
+    budget: int,
+) -> Iterable[Task]:
+    """One task for each weight: its bits are taken as they are, some rows at a time where they are stored as
+    the layout has them.
+
+    Args:
+        module: Takes the weights.
+        weights: Each weight by its name in the module.
+        source: Where they are read.
+        device: Where to.
+        budget: That of the plan: a weight of another format that needs more is read alone.
+    """
+    for name, spec in module.specs.items():
+        weight, kernel = weights[name], module.kernel_of(name)
+        size = sum(source.tensors[tensor].nbytes for tensor in weight.tensors)
+        if weight.keys and kernel.keeps_layout and _may_stay(source, device):
+            yield Task(weight.tensors[0], size, partial(_map, module, name, weight, source))
+            continue
+        layout = None if isinstance(module, QuantExperts) else kernel.packed_layout(spec)
+        rows = step_rows(spec, module.dtype, layout) if weight.keys else spec.n
+        whole = 0 if layout and rows < spec.n else size
+        steps = partial(_steps, weight, spec, source, device, rows)
+        yield Task(
+            weight.tensors[0],
+            size,
+            partial(_take, module, name, steps),
+            min(budget, 2 * spec.scheme.bytes(rows, spec.k) + whole),
+        )
+
+
+def _may_stay(source: TensorSource, device: torch.device) -> bool:
+    """Whether a module may keep what is read: the pages of a file are then shared by all that map it."""
+    return device.type == "cpu" and bool(getattr(source, "mapped", False))
+
+
+def _map(module: QuantModule, name: str, weight: QuantizedWeight, source: TensorSource) -> None:
+    module.set_weight(name, {key: source.read(tensor) for key, tensor in weight.keys.items()})
+
+
+def _take(module: QuantModule, name: str, steps: Callable[[], Iterator[QuantizedRows]]) -> None:
+    module.set_steps(name, steps())
+
+
+def _steps(
+    weight: QuantizedWeight, spec: WeightSpec, source: TensorSource, device: torch.device, rows: int
+) -> Iterator[QuantizedRows]:
+    if rows >= spec.n:
+        stored = {key: tensor.to(device, copy=True) for key, tensor in weight.read().items()}
+        for tensor in weight.tensors:
+            source.release(tensor)
+        yield QuantizedRows(0, spec.n, stored)
+        return
+    for start in range(0, spec.n, rows):
+        stop = min(start + rows, spec.n)
+        some = stored_slices(spec.scheme, spec.k, start, stop)
+        stored = {key: _read(source, name, some[key], device) for key, name in weight.keys.items()}
+        yield QuantizedRows(start, stop, stored)
+
+
+def _read(source: TensorSource, name: str, rows: slice | None, device: torch.device) -> Tensor:
+    tensor = source.read(name, rows).to(device, copy=True)
+    source.release(name, rows)
+    return tensor
