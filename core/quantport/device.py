@@ -47,7 +47,8 @@ class Device:
         arch: Its architecture.
         index: Ordinal within its kind.
         name: Marketing name as the driver says it.
-        memory: Usable memory in bytes, or None when unknown (a simulated device).
+        memory: Usable memory in bytes when it was last looked at, or None when unknown (a simulated device).
+            Devices that differ in nothing else are equal.
         torch_type: The ``type`` of the matching ``torch.device``.
         simulated: True if nobody looked for it: it stands for hardware that one asks about.
         features: Extra facts of the driver, for example CPU instruction sets.
@@ -56,7 +57,7 @@ class Device:
     arch: Arch
     index: int = 0
     name: str = ""
-    memory: int | None = None
+    memory: int | None = field(default=None, compare=False)
     torch_type: str = "cpu"
     simulated: bool = False
     features: frozenset[str] = field(default_factory=frozenset)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from torch import Tensor
 
@@ -13,6 +11,7 @@ from quantport.backend import Arch, Backend, Device, Kernel, Scheme, StoredWeigh
 from quantport_cpu.capabilities import ARCHS
 from quantport_cpu.features import Features, usable_features
 from quantport_cpu.jit import available, is_installed
+from quantport_cpu.memory import at_hand
 
 
 def arch_of(found: Features, machine: str) -> Arch:
@@ -30,17 +29,6 @@ def arch_of(found: Features, machine: str) -> Arch:
     return ARCHS["x86_avx2" if "avx2" in found else "generic"]
 
 
-def memory(meminfo: Path = Path("/proc/meminfo")) -> int | None:
-    """Bytes that a new allocation can get without swapping; total memory where the system tells no more."""
-    if meminfo.exists():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return None
-
-
 class CpuBackend(Backend):
     """The host processor."""
 
@@ -53,7 +41,11 @@ class CpuBackend(Backend):
         """Always finds exactly one device."""
         found = usable_features()
         name = platform.processor() or platform.machine()
-        return (Device(arch_of(found, platform.machine()), name=name, memory=memory(), features=found),)
+        return (Device(arch_of(found, platform.machine()), name=name, memory=at_hand(), features=found),)
+
+    def memory(self, device: Device) -> int | None:
+        """What the system, the container and the limits of this process leave."""
+        return at_hand()
 
     def quantize_weight(self, weight: Tensor, scheme: Scheme) -> StoredWeight | None:
         """One compiled pass over BF16 weights, where numba is installed."""

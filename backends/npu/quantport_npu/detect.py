@@ -58,6 +58,12 @@ class NpuBackend(Backend):
         """Every NPU that torch_npu shows; none, at once, when torch_npu is not installed."""
         return devices(import_module("torch_npu")) if installed() else ()
 
+    def memory(self, device: Device) -> int | None:
+        """What the driver has left, and what torch_npu holds of it without a tensor in it."""
+        lib = import_module("torch_npu").npu
+        unused = lib.memory_reserved(device.index) - lib.memory_allocated(device.index)
+        return int(lib.mem_get_info(device.index)[0]) + unused
+
     def kernels(self) -> Sequence[Kernel]:
         """Those of torch_npu's operators first; the portable ones run everything else."""
         from quantport_npu.kernels import kernels

@@ -52,6 +52,12 @@ class XpuBackend(Backend):
         """Every GPU that torch shows; none, at once, when torch is built without XPU."""
         return devices(torch)
 
+    def memory(self, device: Device) -> int | None:
+        """What the driver has left, and what torch holds of it without a tensor in it."""
+        lib = torch.xpu
+        unused = lib.memory_reserved(device.index) - lib.memory_allocated(device.index)
+        return int(lib.mem_get_info(device.index)[0]) + unused
+
     def kernels(self) -> Sequence[Kernel]:
         """XMX kernels first; the portable ones run everything else."""
         from quantport_xpu.kernels import kernels

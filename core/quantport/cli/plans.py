@@ -7,6 +7,7 @@ from typing import Any
 
 from quantport.cli.page import Column, Grid, Page, size
 from quantport.model.patterns import compile_pattern
+from quantport.planning.fit import advice, shortage
 from quantport.planning.plan import Plan, Step
 from quantport.planning.select_kernel import Choice
 
@@ -49,6 +50,8 @@ def plan_page(plan: Plan) -> Page:
         page.say(f"reason: {text}")
     for text in page.data["warnings"]:
         page.say(f"warning: {text}", "warn")
+    if text := shortage(plan):
+        page.say(f"does not fit: {text}; try {advice(plan)}", "warn")
     return page
 
 

@@ -27,6 +27,7 @@ from quantport.loading.stored_config import as_stored, refuse_weights
 from quantport.loading.swap_modules import match_modules
 from quantport.model.layers import Layer
 from quantport.model.roles import SkipCode
+from quantport.planning.fit import advice, shortage
 from quantport.planning.plan import Plan, make_plan
 from quantport.plugins.registry import Registry, default_registry
 
@@ -84,7 +85,7 @@ def load(
         budget=budget,
         registry=registry,
     ) as made:
-        fits(made.plan, made.plan.peak, f"load {made.plan.source} on {made.plan.device}")
+        fits(made.plan, f"load {made.plan.source} on {made.plan.device}")
         run_tasks(made.filler.tasks(), progress, workers, made.plan.budget)
         _finish(made.model, made.plan)
         if made.cache:
@@ -120,7 +121,7 @@ def prepared(
     for `load`.
     """
     registry = registry or default_registry()
-    target = _usable(registry.device(device))
+    target = registry.with_memory_now(_usable(registry.device(device)))
     parsed = merge(scheme, config, {"fallback": fallback}, registry.schemes)
     with as_usual(), open_checkpoint(path_or_id, registry) as (checkpoint, described):
         layers = checkpoint.layers()
@@ -216,18 +217,11 @@ def _dtype(layers: Iterable[Layer], target: Device) -> torch.dtype:
     return target.arch.compute if torch.bfloat16 in stored or not stored else torch.float32
 
 
-def fits(decided: Plan, peak: int, asked: str) -> None:
-    """Refuses what needs more memory than is at hand.
+def fits(decided: Plan, asked: str, peak: int | None = None) -> None:
+    """Refuses what needs more memory than is free.
 
     Raises:
         BudgetError: says how much.
     """
-    free = decided.device.memory
-    if free is not None and peak > free:
-        gib = 1 << 30
-        raise BudgetError(
-            asked,
-            f"it needs {peak / gib:.1f} GiB, {decided.budget / gib:.1f} of them to stream; "
-            f"{free / gib:.1f} GiB are free",
-            "a scheme with fewer bits (int4_weight_only), or a device with more memory",
-        )
+    if found := shortage(decided, peak):
+        raise BudgetError(asked, found, advice(decided))

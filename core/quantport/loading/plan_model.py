@@ -75,7 +75,7 @@ def plan(
         The plan.
     """
     registry = registry or default_registry()
-    target = registry.device(device)
+    target = registry.with_memory_now(registry.device(device))
     parsed = merge(scheme, config, {"fallback": fallback}, registry.schemes)
     if isinstance(model, nn.Module):
         layers, source = (

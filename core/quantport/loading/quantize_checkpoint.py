@@ -89,7 +89,8 @@ def quantize_checkpoint(
         refuse_quantized(made.filler.checkpoint)
         tasks = made.filler.tasks()
         batches = _Batches(made, tasks, progress, workers)
-        fits(made.plan, batches.most + made.plan.budget, f"quantize {made.plan.source} on {made.plan.device}")
+        peak = batches.most + made.plan.budget
+        fits(made.plan, f"quantize {made.plan.source} on {made.plan.device}", peak)
         if made.cache:
             made.cache.install()
         write_model(

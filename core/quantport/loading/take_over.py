@@ -43,12 +43,8 @@ def take_over_tasks(
         rows = step_rows(spec, module.dtype, layout) if weight.keys else spec.n
         whole = 0 if layout and rows < spec.n else size
         steps = partial(_steps, weight, spec, source, device, rows)
-        yield Task(
-            weight.tensors[0],
-            size,
-            partial(_take, module, name, steps),
-            min(budget, 2 * spec.scheme.bytes(rows, spec.k) + whole),
-        )
+        need = min(budget, 2 * spec.scheme.bytes(rows, spec.k) + whole)
+        yield Task(weight.tensors[0], size, partial(_take, module, name, steps), need)
 
 
 def _may_stay(source: TensorSource, device: torch.device) -> bool:

@@ -108,6 +108,11 @@ class Plan:
         return self.after + self.budget
 
     @property
+    def fits(self) -> bool | None:
+        """Whether loading fits the memory that was free when it was planned; None where that is not known."""
+        return None if self.device.memory is None else self.peak <= self.device.memory
+
+    @property
     def quantized(self) -> tuple[Step, ...]:
         """The steps that quantize."""
         return tuple(s for s in self.steps if s.requested_scheme not in (None, "bf16"))
@@ -146,6 +151,8 @@ class Plan:
             "bytes_before": self.before,
             "bytes_after": self.after,
             "bytes_peak": self.peak,
+            "bytes_free": self.device.memory,
+            "fits": self.fits,
             "kv_cache": self.kv_cache,
             "layers": [_step_dict(s) for s in self.steps if s.layer.kind != "other"],
         }

@@ -62,6 +62,13 @@ class Backend(ABC):
         """Returns every kernel; which of them takes a request is theirs to say. Names are unique over all
         backends, except for the shared instances of ``quantport.backend.aten``."""
 
+    def memory(self, device: Device) -> int | None:
+        """Returns the bytes that a new allocation can get on a found device now; None where nobody knows.
+
+        Asked for each time that something is planned for it.
+        """
+        return device.memory
+
     def quantize_weight(self, weight: Tensor, scheme: Scheme) -> StoredWeight | None:
         """Quantizes one weight faster than ``numerics.quantize_weight``, and equal to it byte for byte; None
         to decline.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint
 from secrets import token_hex
 from typing import Any
@@ -260,6 +260,14 @@ class Registry:
         if not matching:
             raise self._absent(text, kind, len(here))
         return matching[0]
+
+    def with_memory_now(self, device: Device) -> Device:
+        """A found device with the memory that is free on it at this moment."""
+        if device.simulated or device.kind not in self.backends:
+            return device
+        backend = self.backends[device.kind]
+        answer = self._try(self._plugin(backend), "memory", lambda: (backend.memory(device),))
+        return device if answer is None else replace(device, memory=answer[0])
 
     def _of_torch(self, asked: torch.device) -> Device:
         """The found device that holds the tensors of a torch device; two kinds may share one torch type."""

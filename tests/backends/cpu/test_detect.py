@@ -1,4 +1,4 @@
-"""Detection of the host processor: every architecture class, old and new torch, and the memory reader."""
+"""Detection of the host processor: every architecture class, old and new torch."""
 
 from types import SimpleNamespace
 
@@ -93,13 +93,6 @@ def test_what_torch_and_onednn_may_not_use_is_not_there(capability, environment,
 
 def test_avx2_of_torch_alone_leaves_its_vnni():
     assert features.restricted(AMX, "AVX2", {}) == {"avx", "avx2", "avx_vnni"}
-
-
-def test_memory(tmp_path):
-    info = tmp_path / "meminfo"
-    info.write_text("MemTotal: 100 kB\nMemAvailable: 42 kB\n")
-    assert detect.memory(info) == 42 * 1024
-    assert detect.memory(tmp_path / "absent") != 0
 
 
 def test_advice_names_what_is_missing(monkeypatch):
