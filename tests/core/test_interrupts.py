@@ -26,7 +26,7 @@ from quantport.loading import executor
 
 torch.set_num_threads(3)
 ran, pools, go, submitted, running = [], [], threading.Event(), threading.Event(), threading.Semaphore(0)
-PLAIN, WAIT = executor.ThreadPoolExecutor, executor.wait
+PLAIN, NEXT = executor.ThreadPoolExecutor, executor._next
 
 
 class Pool(PLAIN):
@@ -42,9 +42,9 @@ def held():
     go.wait()
 
 
-def wait(*args, **options):
+def next_one(finished):
     submitted.set()
-    return WAIT(*args, **options)
+    return NEXT(finished)
 
 
 def first():
@@ -53,7 +53,7 @@ def first():
     signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
 
-executor.ThreadPoolExecutor, executor.wait = Pool, wait
+executor.ThreadPoolExecutor, executor._next = Pool, next_one
 late = executor.Task("late", 1, lambda: ran.append("late"), 40)
 threading.Thread(target=first).start()
 try:
@@ -81,7 +81,8 @@ def tasks(self):
 
 plain, fill_model.ModelFiller.tasks = fill_model.ModelFiller.tasks, tasks
 try:
-    quantport.load(sys.argv[1], "int8", workers=2, progress=lambda *_: print("loading", flush=True))
+    said = lambda done, *_: done and print("loading", flush=True)
+    quantport.load(sys.argv[1], "int8", workers=2, progress=said)
 except KeyboardInterrupt:
     print("interrupted", flush=True)
 """

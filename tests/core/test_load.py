@@ -211,7 +211,12 @@ def test_progress_and_threads(tmp_path):
     )
     assert [d for d, _, _ in seen] == sorted(d for d, _, _ in seen)
     assert seen[-1][0] == seen[-1][1] == sum(t.nbytes for t in made().state_dict().values())
-    assert len(seen) == len(made().state_dict())
+    assert len([done for done, _, _ in seen if done]) == len(made().state_dict())
+    assert [name for done, _, name in seen if not done] == [
+        "reading headers",
+        "building the model",
+        "choosing kernels",
+    ]
     assert torch.get_num_threads() == threads
 
 

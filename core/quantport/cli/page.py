@@ -243,8 +243,10 @@ def _html_block(block: Grid | Line) -> str:
 
 @contextmanager
 def progress(title: str, unit: str = "bytes") -> Iterator[Callable[[int, int, str], None]]:
-    """A progress bar on stderr, with rate and time left for bytes; silent when stderr is no terminal."""
-    columns = [TextColumn(title), BarColumn()]
+    """A progress bar on stderr, with rate and time left for bytes; silent when stderr is no terminal. Before
+    the first byte it says what is done instead.
+    """
+    columns = [TextColumn("{task.description}"), BarColumn()]
     columns += (
         [DownloadColumn(), TransferSpeedColumn()]
         if unit == "bytes"
@@ -255,7 +257,11 @@ def progress(title: str, unit: str = "bytes") -> Iterator[Callable[[int, int, st
         *columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not shown, transient=True
     ) as bar:
         task = bar.add_task(title, total=None)
-        yield lambda done, total, _name: bar.update(task, completed=done, total=total)
+
+        def report(done: int, total: int, name: str) -> None:
+            bar.update(task, completed=done, total=total, description=title if done else f"{title}: {name}")
+
+        yield report
 
 
 def size(count: float) -> str:

@@ -96,6 +96,11 @@ def _typed(leaf: Any) -> bool:
     return isinstance(leaf, torch.dtype) or hasattr(leaf, "dtype")  # NumPy's
 
 
+def is_building() -> bool:
+    """Whether the calling thread is inside `building`."""
+    return _INSIDE.get() is not None
+
+
 @contextmanager
 def building() -> Iterator[None]:
     """Inside, parameters of new modules are on the meta device, and a default dtype that is set is that of

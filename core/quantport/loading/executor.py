@@ -9,16 +9,10 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import (
-    FIRST_COMPLETED,
-    FIRST_EXCEPTION,
-    CancelledError,
-    Future,
-    ThreadPoolExecutor,
-    wait,
-)
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
+from queue import Empty, SimpleQueue
 from typing import NamedTuple
 
 import torch
@@ -156,14 +150,24 @@ def run_tasks(
 
 
 def _wait(futures: Mapping[Future[None], Task], progress: Progress | None) -> None:
-    total, done, pending = sum(t.size for t in futures.values()), 0, set(futures)
-    while pending:
-        finished, pending = wait(pending, LOOK, FIRST_EXCEPTION if progress is None else FIRST_COMPLETED)
-        for future in finished:
-            future.result()
-            done += futures[future].size
-            if progress:
-                progress(done, total, futures[future].name)
+    total, done = sum(t.size for t in futures.values()), 0
+    finished: SimpleQueue[Future[None]] = SimpleQueue()
+    for future in futures:  # not ``wait``, which looks at all of them each time that one is done
+        future.add_done_callback(finished.put)
+    for _ in futures:
+        future = _next(finished)
+        future.result()
+        done += futures[future].size
+        if progress:
+            progress(done, total, futures[future].name)
+
+
+def _next(finished: SimpleQueue[Future[None]]) -> Future[None]:
+    while True:
+        try:
+            return finished.get(timeout=LOOK)
+        except Empty:
+            continue
 
 
 def _quiet(task: Task, gate: Gate) -> None:

@@ -60,7 +60,8 @@ def load(
             computes in.
         num_tokens: Expected tokens at a time (rows of the activations), for choosing kernels.
         fallback: Overrides ``config.fallback``.
-        progress: Called with (bytes done, bytes in total, name).
+        progress: Called with (bytes done, bytes in total, name of the tensor); before the first tensor with
+            0 bytes done and what is done instead.
         workers: Tensors that are quantized at a time; the number of cores by default.
         budget: Memory that streaming may take beside the loaded model, in bytes or as ``"512MB"``; by default
             512 MiB, or what the largest weight needs.
@@ -84,6 +85,7 @@ def load(
         fallback=fallback,
         budget=budget,
         registry=registry,
+        progress=progress,
     ) as made:
         fits(made.plan, f"load {made.plan.source} on {made.plan.device}")
         run_tasks(made.filler.tasks(), progress, workers, made.plan.budget)
@@ -116,6 +118,7 @@ def prepared(
     fallback: str | None,
     budget: int | str | None,
     registry: Registry | None,
+    progress: Progress | None,
 ) -> Iterator[Prepared]:
     """Opens a checkpoint for as long as the block lasts, builds its model on meta, and plans; arguments as
     for `load`.
@@ -124,12 +127,20 @@ def prepared(
     target = registry.with_memory_now(_usable(registry.device(device)))
     parsed = merge(scheme, config, {"fallback": fallback}, registry.schemes)
     with as_usual(), open_checkpoint(path_or_id, registry) as (checkpoint, described):
+        total = sum(info.nbytes for info in checkpoint.source.tensors.values())
+
+        def say(what: str) -> None:
+            if progress:
+                progress(0, total, what)
+
+        say("reading headers")
         layers = checkpoint.layers()
         if checkpoint.quantized():
             refuse_weights(checkpoint, scheme, config)
             parsed = as_stored(checkpoint, layers, fallback or "weight_only", parsed, registry.schemes)
         compute, source = dtype or _dtype(layers, target), checkpoint.source
-        built, names = build(source.directory, model, compute, source.tensors)
+        built, names = build(source.directory, model, compute, source.tensors, say)
+        say("choosing kernels")
         layers = match_modules(layers, built, partial(module_path, names))
         _homeless(built, layers, named(path_or_id))
         _placed(layers, checkpoint)

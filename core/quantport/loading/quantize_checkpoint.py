@@ -85,6 +85,7 @@ def quantize_checkpoint(
         fallback=fallback,
         budget=budget,
         registry=registry,
+        progress=progress,
     ) as made:
         refuse_quantized(made.filler.checkpoint)
         tasks = made.filler.tasks()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,17 @@ import torch
 from torch import nn
 
 from quantport.errors import CheckpointError, QuantportError
-from quantport.loading.build_context import building
+from quantport.loading.build_context import building, is_building
 
 Factory = Callable[[], nn.Module]
 
 
 def build(
-    directory: Path, factory: Factory | None, dtype: torch.dtype, names: Mapping[str, Any]
+    directory: Path,
+    factory: Factory | None,
+    dtype: torch.dtype,
+    names: Mapping[str, Any],
+    say: Callable[[str], None] = str,
 ) -> tuple[nn.Module, dict[str, str]]:
     """Builds the model on the meta device.
 
@@ -26,6 +31,7 @@ def build(
         factory: Makes the module; None reads ``config.json`` with Transformers.
         dtype: Dtype of floating parameters.
         names: Tensor names of the checkpoint.
+        say: Told what is done now, for people who wait.
 
     Returns:
         ``(model, names)``: the model in eval mode, and for each tensor of the checkpoint its name in the
@@ -35,6 +41,7 @@ def build(
         CheckpointError: no factory, and no ``config.json`` that Transformers can build.
     """
     if factory is not None:
+        say("building the model")
         with building():
             made = factory()
         if not isinstance(made, nn.Module):
@@ -49,12 +56,13 @@ def build(
             "no config.json",
             "pass model=, a function that makes the module",
         )
-    return _transformers(directory, dtype, names)
+    return _transformers(directory, dtype, names, say)
 
 
 def _transformers(
-    directory: Path, dtype: torch.dtype, names: Mapping[str, Any]
+    directory: Path, dtype: torch.dtype, names: Mapping[str, Any], say: Callable[[str], None]
 ) -> tuple[nn.Module, dict[str, str]]:
+    say("importing Transformers")
     try:
         transformers = importlib.import_module("transformers")
     except ImportError:
@@ -71,7 +79,8 @@ def _transformers(
         cls = getattr(
             transformers, next(iter(config.architectures or ()), "<no architecture in config.json>")
         )
-        with building():
+        say("building the model")
+        with building(), _without_weights(transformers.PreTrainedModel):
             model = cls._from_config(config, dtype=dtype)
     except Exception as error:  # Transformers raises a zoo of types on a config that it cannot build
         found = f"Transformers says {type(error).__name__}: {error}"
@@ -80,6 +89,29 @@ def _transformers(
         model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
     model.name_or_path = str(directory)
     return model.eval(), _rename(model, names)
+
+
+@contextmanager
+def _without_weights(base: Any) -> Iterator[None]:
+    """Inside, models that this thread builds fill buffers and no weights, which are on meta: filling those
+    takes longer than reading them.
+    """
+    init_weights = base.init_weights
+
+    def init_buffers(model: nn.Module) -> None:
+        if is_building():
+            with_buffers = {name for name, _ in model.named_buffers()}
+            above = {name.rsplit(".", i)[0] for name in with_buffers for i in range(1, name.count(".") + 1)}
+            for path, module in model.named_modules():
+                if path and path not in above:
+                    module._is_hf_initialized = True  # type: ignore[assignment]  # a note of Transformers
+        init_weights(model)
+
+    base.init_weights = init_buffers
+    try:
+        yield
+    finally:
+        base.init_weights = init_weights
 
 
 def _rename(model: Any, names: Mapping[str, Any]) -> dict[str, str]:

@@ -1,0 +1,180 @@
+"""From a checkpoint to a quantized one without the model in memory: the bytes of load and save."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from core_models import DENSE, MOE, Tiny, made, write
+from core_references import check_parts
+
+import quantport
+from quantport.checkpoint import Checkpoint
+from quantport.errors import BudgetError, CheckpointError, ConfigError, SaveError
+from quantport.loading import quantize_checkpoint
+from quantport.plugins.registry import Registry
+
+module = sys.modules[quantize_checkpoint.__module__]
+
+
+def same_files(found: Path, expected: Path) -> None:
+    names = sorted(p.name for p in expected.iterdir())
+    assert sorted(p.name for p in found.iterdir()) == names
+    for name in names:
+        assert (found / name).read_bytes() == (expected / name).read_bytes(), name
+
+
+CASES = [
+    (DENSE, {"scheme": "int8"}),
+    (DENSE, {"scheme": "int4", "config": {"targets": {"lm_head": "fp8"}}}),
+    (DENSE, {"config": {"scheme": "fp8_per_tensor", "kv_cache_dtype": "fp8"}}),
+    (MOE, {"scheme": "fp8_per_block"}),
+    (MOE, {"config": {"moe": "int4_g32", "linear": None, "ignore": ["*.experts.3.down_proj"]}}),
+    (MOE, {"config": {"linear": "int8", "moe": None}, "dtype": torch.float16}),
+]
+
+
+@pytest.mark.parametrize(("path", "options"), CASES, ids=str)
+@pytest.mark.parametrize("window", [0, 1 << 20], ids=["one module", "several"])
+def test_the_bytes_of_load_and_save(path, options, window, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "BUDGET", window)
+    plan = quantize_checkpoint(path, tmp_path / "streamed", max_shard_bytes=1_000_000, **options)
+    model = quantport.load(path, **options)
+    quantport.save(model, tmp_path / "saved", max_shard_bytes=1_000_000)
+    same_files(tmp_path / "streamed", tmp_path / "saved")
+    assert plan.after == model.quantport_plan.after
+
+
+def test_any_module(tmp_path):
+    """Experts as modules of their own, biases, a buffer of the file; and FP32 that stays FP32."""
+    folder = write(tmp_path / "c", {**made().state_dict(), "norm.weight": torch.ones(129)})
+    quantize_checkpoint(folder, tmp_path / "streamed", "int8", model=Tiny)
+    quantport.save(quantport.load(folder, "int8", model=Tiny), tmp_path / "saved")
+    same_files(tmp_path / "streamed", tmp_path / "saved")
+    with Checkpoint.open(tmp_path / "streamed") as checkpoint:
+        assert checkpoint.tensors["norm.weight"].dtype is torch.float32
+
+
+def test_what_was_filled_is_emptied_again(tmp_path, monkeypatch):
+    """Never are more modules full than fit the window: with none, one at a time."""
+    monkeypatch.setattr(module, "BUDGET", 0)
+    full, most, models = [0], [0], []
+    run, empty = module.run_tasks, module._empty
+
+    def filled(tasks, *args):
+        run(tasks, *args)
+        full[0] += bool(tasks)
+        most[0] = max(most[0], full[0])
+
+    def emptied(one, kept):
+        empty(one, kept)
+        full[0] -= 1
+
+    def factory():
+        models.append(Tiny())
+        return models[0]
+
+    monkeypatch.setattr(module, "run_tasks", filled)
+    monkeypatch.setattr(module, "_empty", emptied)
+    quantize_checkpoint(write(tmp_path / "c", made()), tmp_path / "out", "int8", model=factory)
+    assert most == [1]
+    assert all(p.is_meta for p in models[0].parameters())
+    assert not any(b.numel() for n, b in models[0].named_buffers() if "packed" in n)
+
+
+def test_progress_counts_everything_once(tmp_path):
+    seen = []
+    quantize_checkpoint(DENSE, tmp_path / "out", "int8", progress=lambda *args: seen.append(args))
+    done = [some for some, _, _ in seen]
+    assert done == sorted(done)
+    assert seen[-1][0] == seen[-1][1] == Checkpoint.open(DENSE).total_bytes
+
+
+def nothing_left(tmp_path):
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith((".", "out"))] == []
+
+
+def test_what_cannot_be_done_leaves_nothing(tmp_path, monkeypatch):
+    lacking = write(tmp_path / "c", {k: t for k, t in made().state_dict().items() if k != "norm.bias"})
+    with pytest.raises(CheckpointError) as caught:
+        quantize_checkpoint(lacking, tmp_path / "out", "int8", model=Tiny)
+    check_parts(caught.value, "norm.bias")
+    done = quantport.save(quantport.load(DENSE, "int8"), tmp_path / "done")
+    with pytest.raises((CheckpointError, ConfigError)) as caught:
+        quantize_checkpoint(done, tmp_path / "out")
+    check_parts(caught.value, "quantized it already")
+    with pytest.raises(SaveError):
+        quantize_checkpoint(DENSE, tmp_path / "done", "int8")
+    registry = Registry()
+    monkeypatch.setattr(registry.backends["cpu"], "memory", lambda device: 1000)
+    with pytest.raises(BudgetError):
+        quantize_checkpoint(DENSE, tmp_path / "out", "int8", registry=registry)
+    nothing_left(tmp_path)
+
+
+def test_no_weight_is_read_where_the_disk_has_no_room(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(Checkpoint, "read", lambda *args: pytest.fail("read"))
+    with pytest.raises(SaveError) as caught:
+        quantize_checkpoint(DENSE, tmp_path / "out", "int8")
+    check_parts(caught.value, "GB are free")
+    nothing_left(tmp_path)
+
+
+KILLED = """
+import os, signal, sys
+from quantport.checkpoint.shard import ShardWriter
+from quantport.loading import quantize_checkpoint
+
+left, finish = [int(sys.argv[4])], ShardWriter.finish
+def counted(self):
+    finish(self)
+    left[0] -= 1
+    if not left[0]:
+        os.kill(os.getpid(), signal.SIGKILL)
+ShardWriter.finish = counted
+read = []
+quantize_checkpoint(sys.argv[1], sys.argv[2], sys.argv[3], max_shard_bytes=1_000_000,
+                    progress=lambda done, total, name: read.append(total))
+print(read[-1])
+"""
+
+
+def quantized(path: Path, out: Path, scheme: str, shards: int) -> int | None:
+    """Quantizes in another process, which is killed when so many shards are whole; bytes that it read."""
+    run = [sys.executable, "-c", KILLED, str(path), str(out), scheme, str(shards)]
+    done = subprocess.run(run, check=False, timeout=300, capture_output=True, text=True)
+    assert done.returncode in (0, -signal.SIGKILL), done.stderr
+    return int(done.stdout) if done.returncode == 0 else None
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
+def test_a_kill_costs_what_was_not_whole(tmp_path):
+    assert quantized(DENSE, tmp_path / "out", "int8", 3) is None
+    assert not (tmp_path / "out").exists()
+    read = quantized(DENSE, tmp_path / "out", "int8", -1)
+    assert read is not None
+    assert read < 0.8 * Checkpoint.open(DENSE).total_bytes
+    quantize_checkpoint(DENSE, tmp_path / "whole", "int8", max_shard_bytes=1_000_000)
+    same_files(tmp_path / "out", tmp_path / "whole")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "whole"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
+def test_another_scheme_or_a_changed_source_begins_anew(tmp_path):
+    with Checkpoint.open(DENSE) as checkpoint:
+        tensors = {name: checkpoint.read(name) for name in checkpoint.tensors}
+    source = write(tmp_path / "c", tensors, config__json=(DENSE / "config.json").read_text())
+    total = Checkpoint.open(source).total_bytes
+    quantized(source, tmp_path / "out", "int8", 2)
+    assert quantized(source, tmp_path / "out", "fp8_per_channel", -1) == total
+    quantized(source, tmp_path / "two", "int8", 2)
+    file = source / "model.safetensors"
+    file.write_bytes(file.read_bytes())
+    assert quantized(source, tmp_path / "two", "int8", -1) == total
