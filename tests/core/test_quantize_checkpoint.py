@@ -17,6 +17,7 @@ import quantport
 from quantport.checkpoint import Checkpoint
 from quantport.errors import BudgetError, CheckpointError, ConfigError, SaveError
 from quantport.loading import quantize_checkpoint
+from quantport.modules import QuantModule
 from quantport.plugins.registry import Registry
 
 module = sys.modules[quantize_checkpoint.__module__]
@@ -63,28 +64,24 @@ def test_any_module(tmp_path):
 def test_what_was_filled_is_emptied_again(tmp_path, monkeypatch):
     """Never are more modules full than fit the window: with none, one at a time."""
     monkeypatch.setattr(module, "BUDGET", 0)
-    full, most, models = [0], [0], []
-    run, empty = module.run_tasks, module._empty
+    full, models, empty = [], [], module._empty
 
-    def filled(tasks, *args):
-        run(tasks, *args)
-        full[0] += bool(tasks)
-        most[0] = max(most[0], full[0])
+    def is_full(one):
+        kept = any(not p.is_meta for p in one.parameters(recurse=False))
+        return kept or bool(isinstance(one, QuantModule) and one._buffer_names)
 
     def emptied(one, kept):
+        full.append(sum(map(is_full, models[0].modules())))
         empty(one, kept)
-        full[0] -= 1
 
     def factory():
         models.append(Tiny())
         return models[0]
 
-    monkeypatch.setattr(module, "run_tasks", filled)
     monkeypatch.setattr(module, "_empty", emptied)
     quantize_checkpoint(write(tmp_path / "c", made()), tmp_path / "out", "int8", model=factory)
-    assert most == [1]
-    assert all(p.is_meta for p in models[0].parameters())
-    assert not any(b.numel() for n, b in models[0].named_buffers() if "packed" in n)
+    assert max(full) == 1
+    assert not any(map(is_full, models[0].modules()))
 
 
 def test_progress_counts_everything_once(tmp_path):
