@@ -19,7 +19,7 @@ from quantport.loading.executor import Progress, Task, run_tasks
 from quantport.loading.load_model import Prepared, fits, prepared
 from quantport.loading.locate import Source
 from quantport.loading.plan_model import refuse_quantized
-from quantport.loading.save_model import SHARD, layout_of, modules_to_save, tensors_of, write_model
+from quantport.loading.save_model import SHARD, Saved, layout_of, modules_to_save, tensors_of, write_model
 from quantport.loading.skeleton import Factory
 from quantport.modules import QuantModule
 from quantport.planning.memory import BUDGET
@@ -127,16 +127,14 @@ class _Batches:
         # held, so that no tensor which comes later is taken for one of these
         self._modules = list(modules_to_save(made.model))
         dtypes = made.filler.kept()
-        self.layout = {
-            name: (shape, dtypes.get(name, dtype)) for name, (shape, dtype) in layout_of(made.model).items()
-        }
+        self.layout = layout_of(self._modules, dtypes)
         self._refuse_incomplete(dtypes)
         sizes = [self._size(prefix, module, kept) for prefix, module, kept in self._modules]
         self.most = min(sum(sizes), max(BUDGET, *sizes))
 
     def tensors(self, missing: Set[str]) -> Iterator[tuple[str, Tensor]]:
         """Those that are missing, and others of the same modules."""
-        batch: list[tuple[str, nn.Module, dict[str, Tensor]]] = []
+        batch: list[Saved] = []
         size, done = 0, 0
         wanted = [some for some in self._modules if missing & self._names(*some)]
         total = sum(task.size for prefix, _, _ in wanted for task in self._tasks.get(prefix[:-1], ()))
@@ -174,12 +172,11 @@ class _Batches:
 
     def _refuse_incomplete(self, filled: Mapping[str, torch.dtype]) -> None:
         """Refuses parameters that nothing fills."""
-        whole = {task.module for tasks in self._tasks.values() for task in tasks}
         lost = [
             prefix + name
             for prefix, module, kept in self._modules
             for name, tensor in kept.items()
-            if tensor.is_meta and prefix + name not in filled and prefix[:-1] not in whole
+            if tensor.is_meta and prefix + name not in filled
         ]
         if lost:
             raise CheckpointError(
@@ -189,13 +186,13 @@ class _Batches:
             )
 
 
-def _empty(module: nn.Module, kept: Mapping[str, Tensor]) -> None:
-    """Puts back what a module was before it was filled."""
+def _empty(module: nn.Module, kept: dict[str, Tensor]) -> None:
+    """Lets go of the weights and parameters of a module."""
     if isinstance(module, QuantModule):
         module.forget()
-    for name, tensor in kept.items():
-        of = module._parameters if name in module._parameters else module._buffers
-        of[name] = tensor  # type: ignore[assignment]  # a parameter where one was
+    for name in kept.keys() & module._parameters.keys():
+        empty = nn.Parameter(torch.empty_like(kept[name], device="meta"), requires_grad=False)
+        kept[name] = module._parameters[name] = empty
 
 
 def _resume(made: Prepared) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ def save(
         model,
         directory,
         _tensors(model),
-        layout_of(model),
+        layout_of(modules_to_save(model)),
         overwrite=overwrite,
         max_shard_bytes=max_shard_bytes,
     )
@@ -133,13 +133,23 @@ def _saved_layer(module: QuantModule) -> SavedLayer:
     return SavedLayer(kind, weights, schemes, experts, module.dtype, tied)
 
 
-def layout_of(model: nn.Module) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of each tensor that saving writes, by name."""
-    layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-    for prefix, module, kept in modules_to_save(model):
+Saved = tuple[str, nn.Module, dict[str, Tensor]]
+"""A module with the prefix of its names, and the parameters and buffers that are saved with it."""
+
+
+def layout_of(modules: Iterable[Saved], dtypes: Mapping[str, torch.dtype] | None = None) -> TensorLayout:
+    """Shape and dtype of each tensor that saving writes, by name.
+
+    Args:
+        modules: From `modules_to_save`.
+        dtypes: Of parameters and buffers that are yet to get theirs.
+    """
+    known, layout = dtypes or {}, dict[str, tuple[tuple[int, ...], torch.dtype]]()
+    for prefix, module, kept in modules:
         if isinstance(module, QuantModule):
             layout |= {prefix + name: (shape, dtype) for name, shape, dtype in module.stored_layout()}
-        layout |= {prefix + name: (tuple(tensor.shape), tensor.dtype) for name, tensor in kept.items()}
+        for name, tensor in kept.items():
+            layout[prefix + name] = tuple(tensor.shape), known.get(prefix + name, tensor.dtype)
     return layout
 
 
@@ -155,10 +165,8 @@ def tensors_of(prefix: str, module: nn.Module, kept: Mapping[str, Tensor]) -> It
     yield from ((prefix + name, tensor.detach()) for name, tensor in kept.items())
 
 
-def modules_to_save(model: nn.Module) -> Iterator[tuple[str, nn.Module, dict[str, Tensor]]]:
-    """Each module with the prefix of its names and the parameters and buffers that it keeps; a tensor that
-    two modules share belongs to the first.
-    """
+def modules_to_save(model: nn.Module) -> Iterator[Saved]:
+    """Each module with what is saved of it; a tensor that two modules share belongs to the first."""
     seen: set[int] = set()
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
