@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from quantport import numerics
-from quantport.kernels.base import Kernel, Packed, Request, StoredWeight, WeightSpec
+from quantport.kernels.base import (
+    Kernel,
+    Packed,
+    PackedLayout,
+    PackedTensor,
+    Request,
+    StoredWeight,
+    WeightSpec,
+)
 from quantport.kernels.verdict import Claim, Evidence, Reason, ReasonCode, Refusal, Status
 from quantport.scheme import Quant, Scheme
 
@@ -156,6 +164,10 @@ class ScaledMM(Quantizing):
         return stored_weight["weight"].view(torch.uint8), stored_weight["weight_scale"].expand(
             spec.n, 1
         ).contiguous().view(1, spec.n)
+
+    def packed_layout(self, spec: WeightSpec) -> PackedLayout | None:
+        codes = PackedTensor((spec.n, spec.k), torch.uint8, rows=0)
+        return PackedLayout((codes, PackedTensor((1, spec.n), torch.float32, rows=1)))
 
     def unpack(self, packed: Packed, spec: WeightSpec) -> StoredWeight:
         weight, scale = packed

@@ -142,13 +142,13 @@ class Kernel(ABC):
         """What `pack` returns, where a weight may be packed (and unpacked) some rows at a time; None where it
         is packed as a whole, which takes memory for the stored tensors beside the packed ones.
         """
-        if not self.keeps_layout:
-            return None
+        return PackedLayout(self.stored_layout(spec)) if self.keeps_layout else None
+
+    def stored_layout(self, spec: WeightSpec) -> tuple[PackedTensor, ...]:
+        """The stored tensors as what a weight is packed into: by the default `pack`."""
         dims = shard_dims(spec.scheme, 0)
-        layout = spec.scheme.layout(spec.n, spec.k).items()
-        return PackedLayout(
-            tuple(PackedTensor(size, _raw(dtype), dims[key]) for key, (size, dtype) in layout)
-        )
+        stored = spec.scheme.layout(spec.n, spec.k).items()
+        return tuple(PackedTensor(shape, _raw(dtype), dims[key]) for key, (shape, dtype) in stored)
 
     def unpack(self, packed: Packed, spec: WeightSpec) -> StoredWeight:
         """The exact inverse of ``pack``."""

@@ -18,6 +18,8 @@ from quantport.backend import (
     Evidence,
     Kernel,
     Packed,
+    PackedLayout,
+    PackedTensor,
     Reason,
     Request,
     Scheme,
@@ -62,6 +64,12 @@ class _BlockScaled(Kernel):
     def pack(self, stored_weight: StoredWeight, spec: WeightSpec) -> Packed:
         codes, scale, *rest = super().pack(stored_weight, spec)
         return codes, swizzled(scale.view(torch.uint8)).flatten(), *rest
+
+    def packed_layout(self, spec: WeightSpec) -> PackedLayout | None:
+        _, groups = spec.scheme.weight.scale_shape(spec.n, spec.k)
+        codes, _, *rest = self.stored_layout(spec)
+        scale = PackedTensor((-(-spec.n // 128) * 128 * -(-groups // 4) * 4,), torch.uint8, rows=0)
+        return PackedLayout((codes, scale, *rest), block=128)
 
     def unpack(self, packed: Packed, spec: WeightSpec) -> StoredWeight:
         codes, scale, *rest = packed

@@ -12,6 +12,8 @@ from quantport.backend import (
     Evidence,
     Kernel,
     Packed,
+    PackedLayout,
+    PackedTensor,
     Reason,
     Request,
     Scheme,
@@ -114,6 +116,12 @@ class CudaInt4Pack(Kernel):
         zero = stored_weight.get("weight_zero", torch.zeros_like(scale))
         codes = numerics.unpack_bits(stored_weight["weight_packed"].view(torch.uint8), spec.k, 4)
         return pack_tiles(codes), torch.stack((scale.t(), zero.t()), -1).contiguous()
+
+    def packed_layout(self, spec: WeightSpec) -> PackedLayout | None:
+        tiles = _tiles(spec.k)
+        shape = (spec.n // 8, spec.k // (16 * tiles), 32, tiles // 2)
+        pairs = PackedTensor((spec.k // spec.scheme.weight.group_size, spec.n, 2), torch.bfloat16, rows=1)
+        return PackedLayout((PackedTensor(shape, torch.int32, rows=0), pairs), block=8)
 
     def unpack(self, packed: Packed, spec: WeightSpec) -> StoredWeight:
         codes, (scale, zero) = unpack_tiles(packed[0]), packed[1].unbind(-1)

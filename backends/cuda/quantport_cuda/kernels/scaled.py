@@ -12,6 +12,8 @@ from quantport.backend import (
     Evidence,
     Kernel,
     Packed,
+    PackedLayout,
+    PackedTensor,
     Quant,
     Reason,
     Refusal,
@@ -112,6 +114,12 @@ class CudaScaledBlocks(Kernel):
         return stored_weight["weight"].view(torch.uint8), torch.nn.functional.pad(
             scale, (0, -scale.shape[1] % 4)
         )
+
+    def packed_layout(self, spec: WeightSpec) -> PackedLayout | None:
+        rows, columns = spec.scheme.weight.scale_shape(spec.n, spec.k)
+        codes = PackedTensor((spec.n, spec.k), torch.uint8, rows=0)
+        scale = PackedTensor((rows, columns + -columns % 4), torch.float32, rows=0)
+        return PackedLayout((codes, scale))
 
     def unpack(self, packed: Packed, spec: WeightSpec) -> StoredWeight:
         weight, scale = packed

@@ -15,6 +15,8 @@ from quantport.backend import (
     Evidence,
     Kernel,
     Packed,
+    PackedLayout,
+    PackedTensor,
     Quant,
     Reason,
     ReasonCode,
@@ -98,6 +100,10 @@ class _Mx(aten.Quantizing):
     def pack(self, stored_weight: StoredWeight, spec: WeightSpec) -> Packed:
         weight, scale = super().pack(stored_weight, spec)
         return weight, scale.t().contiguous()
+
+    def packed_layout(self, spec: WeightSpec) -> PackedLayout | None:
+        codes, scale = self.stored_layout(spec)
+        return PackedLayout((codes, PackedTensor(scale.shape[::-1], scale.dtype, rows=1)))
 
     def unpack(self, packed: Packed, spec: WeightSpec) -> StoredWeight:
         return super().unpack((packed[0], packed[1].t().contiguous()), spec)

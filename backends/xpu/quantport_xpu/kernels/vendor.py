@@ -12,6 +12,8 @@ from quantport.backend import (
     Evidence,
     Kernel,
     Packed,
+    PackedLayout,
+    PackedTensor,
     Quant,
     Reason,
     Refusal,
@@ -72,6 +74,11 @@ class XpuInt4W4A16(Int4Groups):
         """The vendor's source."""
         return Claim(Evidence.DECLARED, _INT4)
 
+    def packed_layout(self, spec: WeightSpec) -> PackedLayout | None:
+        words, scale = self.stored_layout(spec)
+        turned = PackedTensor(scale.shape[::-1], scale.dtype, rows=1)
+        return PackedLayout((words, turned, PackedTensor((1,), torch.int8, rows=None)))
+
     def zeros(self, scale: Tensor) -> Tensor:
         """One code for all groups: int8 ``[1]``."""
         return torch.full((1,), ZERO, dtype=torch.int8, device=scale.device)
@@ -129,6 +136,10 @@ class XpuInt4W4A8(XpuInt4W4A16, aten.Quantizing):
         )
         return words, scale, zero, half, torch.ldexp(1 / bound.float(), exponent), bound
 
+    def packed_layout(self, spec: WeightSpec) -> PackedLayout | None:
+        """None: all scales share an exponent."""
+        return None
+
     def unpack(self, packed: Packed, spec: WeightSpec) -> StoredWeight:
         return super().unpack(packed[:3], spec)
 
@@ -183,6 +194,12 @@ class _Fp8(Kernel):
         return stored_weight["weight"].view(
             torch.uint8
         ), scale.t().contiguous() if spec.scheme.weight.group_size else scale.view(-1)
+
+    def packed_layout(self, spec: WeightSpec) -> PackedLayout | None:
+        codes, scale = self.stored_layout(spec)
+        if spec.scheme.weight.group_size:
+            return PackedLayout((codes, PackedTensor(scale.shape[::-1], scale.dtype, rows=1)))
+        return PackedLayout((codes, PackedTensor(scale.shape[:1], scale.dtype, scale.rows)))
 
     def unpack(self, packed: Packed, spec: WeightSpec) -> StoredWeight:
         weight, scale = packed

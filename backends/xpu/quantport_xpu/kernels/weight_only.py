@@ -12,6 +12,8 @@ from quantport.backend import (
     Evidence,
     Kernel,
     Packed,
+    PackedLayout,
+    PackedTensor,
     Reason,
     Request,
     Scheme,
@@ -92,6 +94,11 @@ class Int4Groups(Kernel):
     def pack(self, stored_weight: StoredWeight, spec: WeightSpec) -> Packed:
         scale = stored_weight["weight_scale"].t().contiguous()
         return stored_weight["weight_packed"], scale, self.zeros(scale)
+
+    def packed_layout(self, spec: WeightSpec) -> PackedLayout | None:
+        words, scale = self.stored_layout(spec)
+        turned = PackedTensor(scale.shape[::-1], scale.dtype, rows=1)
+        return PackedLayout((words, turned, turned._replace(dtype=torch.int8)))
 
     def zeros(self, scale: Tensor) -> Tensor:
         """The codes that mean zero: int8 ``[K / group, N]``."""
