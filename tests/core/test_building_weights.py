@@ -1,0 +1,94 @@
+"""Building fills what no checkpoint has, and nothing else; the time of a load grows with its tensors, not with
+their square.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+import torch
+import transformers
+from core_models import DENSE, same_bits
+from test_building import MODELS, config_of
+
+import quantport
+from quantport.loading.build_context import building
+from quantport.loading.executor import Task, run_tasks
+from quantport.loading.skeleton import _without_weights
+
+
+def built(name):
+    with building(), _without_weights(transformers.PreTrainedModel):
+        return getattr(transformers, name)._from_config(config_of(name), dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_buffers_are_those_of_transformers(name):
+    expected = getattr(transformers, name)._from_config(config_of(name), dtype=torch.bfloat16)
+    found = built(name)
+    assert all(p.is_meta for p in found.parameters())
+    buffers = dict(expected.named_buffers())
+    assert list(dict(found.named_buffers())) == list(buffers)
+    for key, buffer in found.named_buffers():
+        assert buffer.dtype is buffers[key].dtype, key
+        assert same_bits(buffer, buffers[key]), key
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "Qwen3MoeForCausalLM", "T5ForConditionalGeneration"])
+def test_weights_are_not_filled(name, monkeypatch):
+    base = next(c for c in getattr(transformers, name).__mro__ if "_init_weights" in vars(c))
+    filled = []
+    real = base._init_weights
+
+    def spy(self, module):
+        filled.append(module)
+        real(self, module)
+
+    monkeypatch.setattr(base, "_init_weights", spy)
+    built(name)
+    assert all(isinstance(module, base) or list(module.buffers()) for module in filled)
+    assert not any(type(module) is torch.nn.Linear for module in filled)
+    filled.clear()
+    getattr(transformers, name)._from_config(config_of(name))
+    assert any(type(module) is torch.nn.Linear for module in filled), "the spy sees what it must"
+
+
+def test_another_thread_fills_its_weights_meanwhile():
+    made = []
+
+    def other():
+        made.append(transformers.LlamaForCausalLM(config_of("LlamaForCausalLM")))
+
+    with building(), _without_weights(transformers.PreTrainedModel):
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+    weight = made[0].model.embed_tokens.weight
+    assert not weight.is_meta
+    assert 0.015 < weight.std() < 0.025, "the range of the configuration; torch's own is 1"
+
+
+def test_what_a_load_fills_is_counted_once_for_each_tensor():
+    """With progress, which once looked at all tensors each time that one was done."""
+
+    def seconds(count):
+        tasks = [Task(str(i), 1, lambda: None) for i in range(count)]
+        best = []
+        for _ in range(3):
+            start = time.process_time()
+            run_tasks(tasks, lambda *_: None, workers=1)
+            best.append(time.process_time() - start)
+        return min(best)
+
+    seconds(100)
+    assert seconds(8000) < 3 * 8 * seconds(1000)
+
+
+def test_a_load_says_what_it_does_before_the_first_tensor():
+    seen = []
+    quantport.load(DENSE, "int8", progress=lambda *args: seen.append(args))
+    before = [name for done, _, name in seen if not done]
+    assert before == ["reading headers", "importing Transformers", "building the model", "choosing kernels"]
+    assert all(total > 0 for _, total, _ in seen), "nobody divides by 0"
