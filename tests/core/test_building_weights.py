@@ -1,5 +1,5 @@
-"""Building fills what no checkpoint has, and nothing else; the time of a load grows with its tensors, not with
-their square.
+"""Building fills what no checkpoint has, and nothing else; a load takes time by its tensors, not by their
+square.
 """
 
 from __future__ import annotations
