@@ -32,7 +32,13 @@ def same_files(found: Path, expected: Path) -> None:
 
 CASES = [
     (DENSE, {"scheme": "int8"}),
-    (DENSE, {"scheme": "int4", "config": {"targets": {"lm_head": "fp8"}}}),
+    (
+        DENSE,
+        {
+            "scheme": "int4",
+            "config": {"targets": {"*.q_proj": "fp8", "lm_head": "int4", "model.embed_tokens": "int4"}},
+        },
+    ),
     (DENSE, {"config": {"scheme": "fp8_per_tensor", "kv_cache_dtype": "fp8"}}),
     (MOE, {"scheme": "fp8_per_block"}),
     (MOE, {"config": {"moe": "int4_g32", "linear": None, "ignore": ["*.experts.3.down_proj"]}}),

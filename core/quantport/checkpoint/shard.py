@@ -133,6 +133,7 @@ def _header(layout: TensorLayout, metadata: Mapping[str, str]) -> tuple[bytes, d
 def _pieces(tensor: Tensor) -> Iterator[memoryview]:
     """The bytes of a tensor, a few at a time: views of it where it is on the host."""
     flat = tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1)
+    flat = flat.as_strided(flat.shape, (1,))  # one element may have any stride
     step = flat.numel() if flat.device.type == "cpu" else PIECE // flat.element_size()
     for start in range(0, flat.numel(), max(1, step)):
         yield flat[start : start + step].cpu().view(torch.uint8).numpy().data
