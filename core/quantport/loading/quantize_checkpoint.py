@@ -13,18 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from quantport.checkpoint import Checkpoint
-from quantport.device import Device
 from quantport.errors import CheckpointError
 from quantport.loading.executor import Progress, Task, run_tasks
 from quantport.loading.load_model import Prepared, fits, prepared
 from quantport.loading.locate import Source
 from quantport.loading.plan_model import refuse_quantized
 from quantport.loading.save_model import SHARD, Saved, layout_of, modules_to_save, tensors_of, write_model
-from quantport.loading.skeleton import Factory
 from quantport.modules import QuantModule
 from quantport.planning.memory import BUDGET
 from quantport.planning.plan import Plan
-from quantport.plugins.registry import Registry
 
 
 def quantize_checkpoint(
@@ -32,18 +29,11 @@ def quantize_checkpoint(
     directory: str | os.PathLike[str],
     scheme: str | None = None,
     *,
-    config: Any = None,
-    device: str | torch.device | Device = "auto",
-    model: Factory | None = None,
-    dtype: torch.dtype | None = None,
-    num_tokens: int = 1,
-    fallback: str | None = None,
     progress: Progress | None = None,
     workers: int | None = None,
-    budget: int | str | None = None,
     overwrite: bool = False,
     max_shard_bytes: int = SHARD,
-    registry: Registry | None = None,
+    **options: Any,
 ) -> Plan:
     """Writes what ``save(load(...))`` writes, byte for byte, a few modules at a time: neither the 16-bit nor
     the quantized model is ever in memory.
@@ -55,18 +45,11 @@ def quantize_checkpoint(
         path_or_id: As for ``load``; not quantized yet.
         directory: As for ``save``.
         scheme: As for ``load``.
-        config: As for ``load``.
-        device: As for ``load``; what is written does not depend on it.
-        model: As for ``load``.
-        dtype: As for ``load``.
-        num_tokens: As for ``load``.
-        fallback: As for ``load``.
         progress: As for ``load``.
         workers: As for ``load``.
-        budget: As for ``load``.
         overwrite: As for ``save``.
         max_shard_bytes: As for ``save``.
-        registry: As for ``load``.
+        options: The other arguments of ``load``. What is written does not depend on ``device``.
 
     Returns:
         The plan that was carried out.
@@ -74,22 +57,9 @@ def quantize_checkpoint(
     Raises:
         QuantportError: as ``load`` and ``save``. Nothing is left behind.
     """
-    with prepared(
-        path_or_id,
-        scheme,
-        config=config,
-        device=device,
-        model=model,
-        dtype=dtype,
-        num_tokens=num_tokens,
-        fallback=fallback,
-        budget=budget,
-        registry=registry,
-        progress=progress,
-    ) as made:
+    with prepared(path_or_id, scheme, progress=progress, **options) as made:
         refuse_quantized(made.filler.checkpoint)
-        tasks = made.filler.tasks()
-        batches = _Batches(made, tasks, progress, workers)
+        batches = _Batches(made, made.filler.tasks(), progress, workers)
         peak = batches.most + made.plan.budget
         fits(made.plan, f"quantize {made.plan.source} on {made.plan.device}", peak)
         if made.cache:
