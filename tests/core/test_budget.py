@@ -131,11 +131,15 @@ def linear(n, k, dtype=torch.bfloat16):
     return torch.nn.ModuleDict({"a": torch.nn.Linear(k, n, bias=False, device="meta", dtype=dtype)})
 
 
-def test_the_default_grows_for_a_weight_that_is_packed_as_a_whole_and_the_plan_says_so():
+def test_the_default_grows_for_a_weight_that_is_packed_as_a_whole_and_the_plan_says_so(monkeypatch):
     module, spec = linear(1 << 17, 1 << 14), WeightSpec(BUILTIN["int4"], 1 << 17, 1 << 14)
     plan = quantport.plan(module, "int4", device="cpu")
-    keeps = default_registry().kernel(plan.quantized[0].choice.kernel).keeps_layout
-    assert plan.budget == max(BUDGET, peak_bytes(spec, torch.bfloat16, packed=not keeps))
+    kernel = default_registry().kernel(plan.quantized[0].choice.kernel)
+    assert kernel.packed_layout(spec) is not None
+    assert plan.budget == BUDGET
+    monkeypatch.setattr(type(kernel), "packed_layout", lambda self, spec: None)
+    plan = quantport.plan(module, "int4", device="cpu")
+    assert plan.budget == peak_bytes(spec, torch.bfloat16) > BUDGET
     assert plan.peak == plan.after + plan.budget
     assert quantport.plan(MOE, "int8").budget == BUDGET
     assert quantport.plan(MOE, "int8", budget="64MB").peak == quantport.plan(MOE, "int8").after + 64 * 10**6
@@ -147,8 +151,15 @@ LARGE = {"70B": (28672, 8192), "405B": (53248, 16384), "head": (256_000, 16384)}
 @pytest.mark.parametrize("shape", LARGE.values(), ids=LARGE)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", [name for name in BUILTIN if name != "bf16"])
-def test_no_weight_needs_more_than_the_default_where_its_rows_are_kept(name, dtype, shape):
-    assert peak_bytes(WeightSpec(BUILTIN[name], *shape), dtype, packed=False) <= BUDGET // 3
+def test_the_default_is_enough_for_weights_of_any_size(name, dtype, shape):
+    """Three at a time, on this processor."""
+    plan = quantport.plan(linear(*shape, dtype), name, device="cpu")
+    kernel, spec = (
+        default_registry().kernel(plan.quantized[0].choice.kernel),
+        WeightSpec(BUILTIN[name], *shape),
+    )
+    assert plan.budget == BUDGET
+    assert peak_bytes(spec, dtype, kernel.packed_layout(spec)) <= BUDGET // 3
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4_g32", "fp8_per_block"])
