@@ -1,5 +1,5 @@
-"""One weight that is larger than the budget: loading, saving, taking over and quantizing into a directory stay
-within it, measured in a process of its own.
+"""One weight that is larger than the budget: loading, saving, taking over and quantizing into a directory
+stay within it, measured in a process of its own.
 """
 
 from __future__ import annotations

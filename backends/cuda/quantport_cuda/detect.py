@@ -59,7 +59,7 @@ class CudaBackend(Backend):
         """What the driver has left, and what torch holds of it without a tensor in it."""
         lib = torch.cuda
         unused = lib.memory_reserved(device.index) - lib.memory_allocated(device.index)
-        return int(lib.mem_get_info(device.index)[0]) + unused
+        return int(lib.mem_get_info(device.index)[0] + unused)
 
     def kernels(self) -> Sequence[Kernel]:
         """Tensor-core kernels first; the portable ones run everything else."""

@@ -62,7 +62,7 @@ class NpuBackend(Backend):
         """What the driver has left, and what torch_npu holds of it without a tensor in it."""
         lib = import_module("torch_npu").npu
         unused = lib.memory_reserved(device.index) - lib.memory_allocated(device.index)
-        return int(lib.mem_get_info(device.index)[0]) + unused
+        return int(lib.mem_get_info(device.index)[0] + unused)
 
     def kernels(self) -> Sequence[Kernel]:
         """Those of torch_npu's operators first; the portable ones run everything else."""

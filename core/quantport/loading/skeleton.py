@@ -22,7 +22,7 @@ def build(
     factory: Factory | None,
     dtype: torch.dtype,
     names: Mapping[str, Any],
-    say: Callable[[str], None] = str,
+    say: Callable[[str], None] = lambda what: None,
 ) -> tuple[nn.Module, dict[str, str]]:
     """Builds the model on the meta device.
 
@@ -104,7 +104,7 @@ def _without_weights(base: Any) -> Iterator[None]:
             above = {name.rsplit(".", i)[0] for name in with_buffers for i in range(1, name.count(".") + 1)}
             for path, module in model.named_modules():
                 if path and path not in above:
-                    module._is_hf_initialized = True  # type: ignore[assignment]  # a note of Transformers
+                    module._is_hf_initialized = True
         init_weights(model)
 
     base.init_weights = init_buffers
