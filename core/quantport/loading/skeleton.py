@@ -22,7 +22,7 @@ def build(
     factory: Factory | None,
     dtype: torch.dtype,
     names: Mapping[str, Any],
-    say: Callable[[str], None] = lambda what: None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> tuple[nn.Module, dict[str, str]]:
     """Builds the model on the meta device.
 
