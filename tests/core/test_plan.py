@@ -298,6 +298,8 @@ def test_json_is_stable_and_plain():
         "bytes_before",
         "bytes_after",
         "bytes_peak",
+        "bytes_free",
+        "fits",
         "kv_cache",
         "layers",
     ]
