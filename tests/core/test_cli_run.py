@@ -119,7 +119,9 @@ def test_quantize_refuses_a_taken_directory_before_it_works(small, tmp_path, mon
     taken.mkdir()
     (taken / "notes.txt").write_text("mine")
     with monkeypatch.context() as patch:
-        patch.setattr(quantport, "load", lambda *a, **k: pytest.fail("it loaded first"))
+        patch.setattr(
+            "quantport.cli.run_model.quantize_checkpoint", lambda *a, **k: pytest.fail("it loaded first")
+        )
         assert "--overwrite" in parts(ask("quantize", small, taken, "--scheme", "int8", code=2))["try"]
         assert (
             "no weights"
