@@ -111,9 +111,7 @@ class _Batches:
         for some in [*wanted, None]:
             own = 0 if some is None else self._size(*some)
             if batch and (some is None or size + own > BUDGET):
-                tasks = [task for prefix, _, _ in batch for task in self._tasks.get(prefix[:-1], ())]
-                run_tasks(tasks, self._after(done, total), self._workers, self._made.plan.budget)
-                done += sum(task.size for task in tasks)
+                done += self._fill([prefix[:-1] for prefix, _, _ in batch], done, total)
                 for prefix, module, kept in batch:
                     now = {name: getattr(module, name) for name in kept}
                     for name, tensor in tensors_of(prefix, module, now):
@@ -125,6 +123,12 @@ class _Batches:
             if some is not None:
                 batch.append(some)
                 size += own
+
+    def _fill(self, paths: Sequence[str], done: int, total: int) -> int:
+        """Runs the tasks of some modules, and forgets them with what they hold; returns the bytes read."""
+        tasks = [task for path in paths for task in self._tasks.pop(path, ())]
+        run_tasks(tasks, self._after(done, total), self._workers, self._made.plan.budget)
+        return sum(task.size for task in tasks)
 
     def _after(self, done: int, total: int) -> Progress | None:
         report = self._progress
