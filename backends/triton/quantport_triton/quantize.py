@@ -200,16 +200,16 @@ def _call(x: Tensor, quant: Quant, out: Quantized) -> _Call:
         "N": m,
         "K": k,
         "stride": x.stride(0),
-        "units": row // size,
-        "blocks": quant.scale_shape(m, k)[1],
+        "words_per_row": row // size,
+        "groups_per_row": quant.scale_shape(m, k)[1],
     }
     constants = {
         "FORMAT": quant.format,
         "BITS": bits,
         "BYTES": size,
-        "EVEN": k % (size * 8 // bits) == 0,
+        "WHOLE_WORDS": k % (size * 8 // bits) == 0,
         "SCALE": quant.scale,
-        "HALF": quant.element.half_range,
+        "HALF_RANGE": quant.element.half_range,
     }
     return _Call(tensors, numbers, constants, tuned(x, "search" if quant.searched else "quantize"))
 
@@ -252,14 +252,14 @@ def _groups(x: Tensor, quant: Quant, out: Quantized, swizzle: bool) -> None:
     outer = 0 if quant.outer_block is None else quant.outer_block[1] or -1
     tensors = {**call.tensors, "outer": out.outer if out.outer is not None else out.scale}
     tensors["top"] = _largest(x.contiguous()) if outer == -1 else call.tensors["codes"]
-    grid = -(-x.shape[0] // down) * -(-call.numbers["blocks"] // across)
+    grid = -(-x.shape[0] // down) * -(-call.numbers["groups_per_row"] // across)
     rule = {
-        "UP": _up(quant),
+        "ROUNDING": _up(quant),
         "EMAX": math.frexp(quant.element.high)[1] - 1,
         "GROUP": quant.group_size,
         "OUTER": outer,
-        "LOG": padded.bit_length() - 1,
-        "OUTER_LOG": max(outer, 1).bit_length() - 1,
+        "GROUP_LOG2": padded.bit_length() - 1,
+        "OUTER_LOG2": max(outer, 1).bit_length() - 1,
         "SEARCH": quant.searched,
         "SWIZZLE": swizzle,
     }
@@ -291,7 +291,7 @@ def _rows(x: Tensor, quant: Quant, out: Quantized, swizzle: bool) -> None:
     padded = quant.group_size or block
     config = cut_of({"BG": block // padded, "P": padded}, block, call.blocks["PER_WARP"])
     tensors = {**call.tensors, "outer": out.outer if out.outer is not None else out.scale}
-    rest = {"GROUP": quant.group_size, "SWIZZLE": swizzle, "ONCE": block >= x.shape[1]}
+    rest = {"GROUP": quant.group_size, "SWIZZLE": swizzle, "READ_ONCE": block >= x.shape[1]}
     launch(
         ops.rows,
         (x.shape[0],),
@@ -309,7 +309,7 @@ def _squares(x: Tensor, quant: Quant, out: Quantized) -> None:
     call = _call(x, quant, out)
     down, across = power_above(quant.block_shape[0]), power_above(quant.group_size)
     config = cut_of({"BR": down, "P": across}, down * across, call.blocks["PER_WARP"])
-    grid = -(-x.shape[0] // quant.block_shape[0]) * call.numbers["blocks"]
+    grid = -(-x.shape[0] // quant.block_shape[0]) * call.numbers["groups_per_row"]
     launch(
         ops.squares,
         (grid,),
@@ -328,7 +328,7 @@ def _whole(x: Tensor, quant: Quant, out: Quantized) -> None:
     call = _call(x, quant, out)
     block = call.blocks["TILE"]
     tensors = {**call.tensors, "top": _largest(x)}
-    constants = {key: call.constants[key] for key in ("FORMAT", "SCALE", "HALF")}
+    constants = {key: call.constants[key] for key in ("FORMAT", "SCALE", "HALF_RANGE")}
     config = cut_of({"BLOCK": block}, block, call.blocks["PER_WARP"])
     launch(ops.whole, (-(-x.numel() // block),), config, tensors, {"size": x.numel()}, **constants)
 

@@ -59,8 +59,8 @@ def _with_offsets(weight: Tensor, quant: Quant) -> dict[str, Tensor] | None:
     down = min(max(cut["TILE"] // (across * group), 1), power_above(n))
     config = cut_of({"BR": down, "BG": across}, down * across * group, cut["PER_WARP"])
     tensors = {"x": weight, "codes": codes.view(torch.uint8), "scale": scale, "zero": zero}
-    numbers = {"N": n, "K": k, "stride": weight.stride(0), "units": words, "blocks": blocks}
-    constants = {"BYTES": 4, "EVEN": k % 8 == 0, "GROUP": group, "LOG": group.bit_length() - 1}
+    numbers = {"N": n, "K": k, "stride": weight.stride(0), "words_per_row": words, "groups_per_row": blocks}
+    constants = {"BYTES": 4, "WHOLE_WORDS": k % 8 == 0, "GROUP": group, "GROUP_LOG2": group.bit_length() - 1}
     launch(ops.offsets, (-(-n // down) * -(-blocks // across),), config, tensors, numbers, **constants)
     return {
         "weight_packed": codes,

@@ -249,10 +249,10 @@ def seen(kernel):
     return machine_code._sources(kernel)
 
 before = seen(scaled.gemm), seen(weight_only.gemm)
-scaled.ORDER = tl.constexpr(4)
+scaled.MAX_BAND_HEIGHT = tl.constexpr(4)
 assert seen(scaled.gemm) != before[0], "a constant of the module"
 assert seen(weight_only.gemm) == before[1], "which others do not read"
-decode.raw._src = decode.raw.src.replace("8388608", "8388609")
+decode.decode_unscaled._src = decode.decode_unscaled.src.replace("8388608", "8388609")
 assert seen(weight_only.gemm) != before[1], "a function that is called"
 """
 

@@ -77,17 +77,21 @@ class TritonBlockScaled(TritonKernel):
             "scale": scale.view(stored),
         }
         factors = {
-            "of_token": y if left.outer is None else left.outer,
-            "of_row": packed[2] if two else y,
+            "token_factor": y if left.outer is None else left.outer,
+            "row_factor": packed[2] if two else y,
             "bias": y if bias is None else bias,
         }
-        numbers = {"width": left.codes.shape[1], "units": codes.shape[1], "groups": scale.shape[1]}
+        numbers = {
+            "x_width": left.codes.shape[1],
+            "w_width": codes.shape[1],
+            "groups_per_row": scale.shape[1],
+        }
         constants = {
-            "X": _FORMATS[activation.format],
-            "W": _FORMATS[quant.format],
+            "X_FORMAT": _FORMATS[activation.format],
+            "W_FORMAT": _FORMATS[quant.format],
             "GROUP": quant.group_size,
-            "TOKEN": two,
-            "ROW": 0 if two else -1,
+            "TOKEN_FACTOR": two,
+            "ROW_STRIDE": 0 if two else -1,
         }
         config = way(target_of(x.device), self.family, m)[1]
         blocks = dict(config.blocks)

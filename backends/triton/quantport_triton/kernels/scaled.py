@@ -65,19 +65,19 @@ class TritonScaled(TritonKernel):
         config = Config({"PROMOTE": 0, **config.blocks}, config.warps, config.stages)
         sums = torch.int32 if self.activation.format == "int8" and not quant.group_size else torch.float32
         y = x.new_empty(m, spec.n)
-        factors = {"of_token": left.scale, "of_row": scale, "bias": y if bias is None else bias}
+        factors = {"token_factor": left.scale, "row_factor": scale, "bias": y if bias is None else bias}
         token_step, group_step = left.scale.stride()
         numbers = {
-            "units": codes.shape[1],
-            "groups": scale.shape[1],
+            "w_width": codes.shape[1],
+            "groups_per_row": scale.shape[1],
             "token_step": token_step,
             "group_step": group_step,
         }
         row = -1 if quant.group_size else quant.block_shape[0]
         constants = {
             "GROUP": quant.group_size,
-            "TOKEN": not self.activation.group_size,
-            "ROW": row,
+            "TOKEN_FACTOR": not self.activation.group_size,
+            "ROW_STRIDE": row,
             "BIAS": bias is not None,
         }
         multiply(

@@ -52,11 +52,12 @@ def multiply(
         y: The output ``[M, N]``.
         k: The K of the product.
         tensors: Arguments of ``gemm`` alone.
-        factors: What ``finish`` applies: ``of_token``, ``of_row`` and ``bias``.
+        factors: What ``store_output`` applies: ``token_factor``, ``row_factor`` and ``bias``.
         numbers: Widths of rows.
         sums: What the sums over K are: int32 where they are exact, else fp32.
         divide: Whether factors divide.
-        constants: Constants of ``gemm``; ``TOKEN``, ``ROW`` and ``BIAS`` are also those of ``add``.
+        constants: Constants of ``gemm``; ``TOKEN_FACTOR``, ``ROW_STRIDE`` and ``BIAS`` are those of ``add``
+            too.
     """
     from quantport_triton.ops import scaled as ops
 
@@ -74,7 +75,7 @@ def multiply(
         **constants,
     )
     if split > 1:
-        same = {name: constants[name] for name in ("TOKEN", "ROW", "BIAS")}
+        same = {name: constants[name] for name in ("TOKEN_FACTOR", "ROW_STRIDE", "BIAS")}
         config = Config({"SPLIT": split, "BN": 256})
         launch(
             ops.add,

@@ -82,7 +82,7 @@ def dequantized(x: Tensor, packed: Packed, spec: WeightSpec) -> Tensor:
     weight = stored(packed, spec)
     config = _in_words(way(target_of(x.device), "weight_only", sys.maxsize)[1], weight)
     values = x.new_empty(spec.n, spec.k)
-    grid = (-(-weight.numbers["units"] // config.blocks["BW"]), -(-spec.n // config.blocks["BN"]))
+    grid = (-(-weight.numbers["words_per_row"] // config.blocks["BW"]), -(-spec.n // config.blocks["BN"]))
     numbers = {"N": spec.n, "K": spec.k, **weight.numbers}
     launch(ops.dequantize, grid, config, {**weight.tensors, "y": values}, numbers, **weight.constants)
     return values
@@ -104,7 +104,9 @@ def _gemm(x: Tensor, weight: Stored, bias: Tensor | None, spec: WeightSpec, conf
 
     m, blocks = x.shape[0], dict(config.blocks)
     tiles = (-(-spec.n // blocks["BN"]), -(-m // blocks["BM"]))
-    split = split_k(tiles[0] * tiles[1], blocks.pop("PROGRAMS"), weight.numbers["units"] // blocks["BW"])
+    split = split_k(
+        tiles[0] * tiles[1], blocks.pop("PROGRAMS"), weight.numbers["words_per_row"] // blocks["BW"]
+    )
     y = x.new_empty(m, spec.n)
     out = y if split == 1 else x.new_empty(split, m, spec.n, dtype=torch.float32)
     tensors = {"x": x, **weight.tensors, "bias": y if bias is None else bias, "y": out}
@@ -113,7 +115,7 @@ def _gemm(x: Tensor, weight: Stored, bias: Tensor | None, spec: WeightSpec, conf
     launch(ops.gemm, (*tiles, split), config, tensors, numbers, **weight.constants, BIAS=bias is not None)
     if split > 1:
         tensors = {"parts": out, "scale": tensors["scale"], "bias": tensors["bias"], "y": y}
-        constants = {key: weight.constants[key] for key in ("ROWS", "GROUP")}
+        constants = {key: weight.constants[key] for key in ("SCALE_ROWS", "GROUP")}
         config = Config({"SPLIT": split, "BN": 256})
         launch(
             ops.add,

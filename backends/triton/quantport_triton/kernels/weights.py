@@ -47,12 +47,12 @@ def stored(packed: Packed, spec: WeightSpec) -> Stored:
     )
     table = _table(quant.format, codes) if quant.element.codebook else scale
     tensors = {"codes": codes, "scale": scale, "zero": zero, "outer": outer, "table": table}
-    numbers = {"units": row // size, "groups": scale.shape[1]}
+    numbers = {"words_per_row": row // size, "groups_per_row": scale.shape[1]}
     constants = {
         "FORMAT": "table" if quant.element.codebook else quant.format,
         "BITS": bits,
         "BYTES": size,
-        "ROWS": quant.block_shape[0],
+        "SCALE_ROWS": quant.block_shape[0],
         "GROUP": quant.group_size,
         "SCALE": "double" if quant.scale_quant else quant.scale,
         "OUTER": _outer(quant.outer_block, quant.group_size),
