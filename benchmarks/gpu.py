@@ -27,7 +27,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from gpu_evidence import write_evidence
 from gpu_page import index, render
-from gpu_place import ROOT, Place, begin, told
+from gpu_place import ROOT, Place, begin, one_line
 
 RESULTS = ROOT / "benchmarks" / "results"
 TOTAL = 460  # seconds: with what starting costs, eight minutes
@@ -108,7 +108,7 @@ def run_stage(args: argparse.Namespace) -> None:
     except Exception as error:  # a stage that fails says why, and the next one runs; whoever works on a stage wants the traceback
         if os.environ.get("QUANTPORT_BENCH_RAISE"):
             raise
-        keep({"missing": told(error)})
+        keep({"missing": one_line(error)})
 
 
 def pages(path: Path, data: Data) -> None:

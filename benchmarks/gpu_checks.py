@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import gpu_workers
 import torch
-from gpu_place import Place, told, weight
+from gpu_place import Place, one_line, weight
 from gpu_targets import ROWS, SHAPES
 
 Row = dict[str, Any]
@@ -112,7 +112,7 @@ def rows(place: Place, case: Case) -> Iterator[Row]:
             except (
                 Exception
             ) as error:  # a kernel that fails is a row that says so, and the others are checked
-                line |= {"ok": False, "failure": told(error)}
+                line |= {"ok": False, "failure": one_line(error)}
             yield line
 
 

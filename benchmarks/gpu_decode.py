@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from gpu_llama import TINY, Glue, Llama, Make, Sizes
-from gpu_place import Place, Timer, told
+from gpu_place import Place, Timer, one_line
 from torch import nn
 
 SCHEMES = (
@@ -87,7 +87,7 @@ def glue_for(place: Place) -> tuple[Glue, str]:
         return glue, "compiled"
     except Exception as error:  # the same for all models, so ratios hold; the page says it
         torch._dynamo.reset()
-        return Glue(), f"as it is: {told(error)}"
+        return Glue(), f"as it is: {one_line(error)}"
 
 
 def run(place: Place, found: dict[str, Any], keep: Callable[[dict[str, Any]], None]) -> None:
@@ -111,5 +111,5 @@ def run(place: Place, found: dict[str, Any], keep: Callable[[dict[str, Any]], No
                 row |= {"ms": 1e3 * fast, "speed": slow / fast}
                 rows[0] |= {"ms": 1e3 * slow, "speed": 1.0}
             except Exception as error:  # the others go on
-                row["missing"] = told(error)
+                row["missing"] = one_line(error)
             keep({"rows": rows})

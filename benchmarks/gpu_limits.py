@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from gpu_place import Place, Timer, told
+from gpu_place import Place, Timer, one_line
 
 Keep = Callable[[dict[str, Any]], None]
 
@@ -76,5 +76,5 @@ def run(place: Place, found: dict[str, Any], keep: Keep) -> None:
         try:
             keep({name: measure(place), "rows": []})
         except Exception as error:  # a limit that does not run here is a cell that says so
-            absent[name] = told(error)
+            absent[name] = one_line(error)
     keep({"absent": absent})

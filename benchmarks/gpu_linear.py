@@ -8,7 +8,7 @@ from typing import Any
 import gpu_peers
 import torch
 from gpu_checks import TIMED
-from gpu_place import Call, Place, interleaved, told, weight
+from gpu_place import Call, Place, interleaved, one_line, weight
 from gpu_targets import ROWS, SHAPES
 from torch.nn import functional as F
 
@@ -53,7 +53,7 @@ class Bench:
             self.about[name] = {"kind": "ours", "kernel": name, **about, "bytes": size}
         except Exception as error:  # a peer or a kernel that does not run here is a row that says so
             self.layers.pop(name, None)
-            self.absent[name] = told(error)
+            self.absent[name] = one_line(error)
 
     def sane(self, layer: Callable[[torch.Tensor], Any]) -> None:
         """Refuses a peer that computes something else: ours are checked in a stage of their own."""
@@ -135,7 +135,7 @@ class Bench:
                     prepared
                 )  # type: ignore[misc,attr-defined]  # a default argument; a Bare, which the branch above told
             except Exception as error:  # as below
-                self.absent[f"{name}, {self.n}x{self.k}, M={m}"] = told(error)
+                self.absent[f"{name}, {self.n}x{self.k}, M={m}"] = one_line(error)
         failed: dict[str, str] = {}
         seconds = interleaved(self.place, calls, 5, failed)
         self.absent |= {f"{name}, {self.n}x{self.k}, M={m}": why for name, why in failed.items()}
@@ -166,7 +166,7 @@ def bench(place: Place, n: int, k: int) -> Bench:
         try:
             made.scheme(name)
         except Exception as error:  # the others go on
-            made.absent[name] = told(error)
+            made.absent[name] = one_line(error)
     gpu_peers.add(made)
     return made
 

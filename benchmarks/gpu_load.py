@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from gpu_llama import TINY, Sizes, tree
-from gpu_place import Place, told
+from gpu_place import Place, one_line
 from gpu_targets import LOADED
 
 ROUNDS = 3
@@ -146,7 +146,7 @@ def _rounds(
                 times[name].append(measure(place, call))
                 longest = max(longest, times[name][-1]["seconds"])
             except Exception as error:  # the others go on
-                failed[name] = told(error)
+                failed[name] = one_line(error)
             keep({"rows": table(times, failed, size)})
 
 

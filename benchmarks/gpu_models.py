@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from gpu_decode import maker
 from gpu_llama import TINY, Glue, Llama
-from gpu_place import ROOT, Place, capture, told
+from gpu_place import ROOT, Place, capture, one_line
 from torch import nn
 
 MODELS = ("tiny-llama", "tiny-qwen3-moe")
@@ -182,8 +182,8 @@ def run(place: Place, found: dict[str, Any], keep: Callable[[dict[str, Any]], No
             try:
                 row |= {"missing": "out of time"} if place.over(0 if place.smoke else 2) else check()
             except ImportError as error:
-                row["missing"] = told(error)
+                row["missing"] = one_line(error)
             except Exception as error:  # a check that fails is a row that says so, and the others run
-                row["state"] = told(error)
+                row["state"] = one_line(error)
             rows.append(row)
             keep({"rows": rows, "failed": sum(r.get("state", "ok") != "ok" for r in rows)})

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
-from gpu_place import told
+from gpu_place import one_line
 
 COMPILED = ((4096, 4096), (28672, 4096))  # shapes of torchao's compiled layers: each takes seconds to compile
 TORCHAO = {  # scheme -> configuration, and whether it is meant to be compiled
@@ -148,7 +148,7 @@ def add(bench: Any) -> None:
         try:
             importlib.import_module(peer)
         except Exception as error:  # whatever a peer raises, it is not measured, and the page says why
-            bench.absent[peer] = told(error)
+            bench.absent[peer] = one_line(error)
             continue
         for scheme in list(schemes)[: 1 if bench.place.smoke else None]:
             name, size = f"{peer} {scheme}", default_registry().schemes[scheme].bytes(bench.n, bench.k)

@@ -247,7 +247,7 @@ def interleaved(
             timers.pop(name, None)
             if failed is None:
                 raise
-            failed[name] = told(error)
+            failed[name] = one_line(error)
     times: dict[str, list[float]] = {name: [] for name in timers}
     for _ in range(1 if place.smoke else rounds):
         for name, timer in timers.items():
@@ -257,8 +257,8 @@ def interleaved(
     return {name: statistics.median(t) for name, t in times.items()}
 
 
-def told(error: BaseException) -> str:
-    """An error in a line."""
+def one_line(error: BaseException) -> str:
+    """The error in one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:160]}"
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from gpu_place import Place, interleaved, told
+from gpu_place import Place, interleaved, one_line
 
 SHAPE = (28672, 8192)
 SMOKE = (32, 256)
@@ -32,7 +32,7 @@ def run(place: Place, found: dict[str, Any], keep: Callable[[dict[str, Any]], No
                     row["share"] = row["bytes"] / bandwidth / row["seconds"] if bandwidth else None
                     rows[name] = {"scheme": name, **row}
             except Exception as error:  # the others go on
-                rows[name]["missing"] = told(error)
+                rows[name]["missing"] = one_line(error)
             keep({"rows": list(rows.values()), "shape": [n, k]})
 
 

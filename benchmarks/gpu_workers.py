@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_place import Place, begin, told, weight
+from gpu_place import Place, begin, one_line, weight
 
 Row = dict[str, Any]
 LAST = 5  # seconds before the end in which no process starts another item
@@ -32,7 +32,7 @@ def guarded(place: Place, module: Any, item: Any) -> Iterator[Row]:
     except torch.OutOfMemoryError:  # beside the other processes
         yield {**none, "skipped": "out of memory"}
     except Exception as error:  # the others go on
-        yield {**none, "ok": False, "failure": told(error)}
+        yield {**none, "ok": False, "failure": one_line(error)}
 
 
 def work(place: Place, name: str, part: int, parts: int, out: Path) -> None:

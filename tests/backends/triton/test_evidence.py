@@ -163,14 +163,14 @@ def holds(kernel, request, entry):
     assert any(entry.get("because", "\n") in reason.text for reason in reasons) is (
         entry["outcome"] == "refused" and not lacking
     )
-    way = kernel.way_of(request)
-    seen = entry["kernels"].get(way, {}).get("instruction", "")
+    name = kernel.kernel_of(request)
+    seen = entry["kernels"].get(name, {}).get("instruction", "")
     claim = kernel.claim(request)
     assert claim.evidence is (
         Evidence.COMPILED if entry["outcome"] == "native" and seen else Evidence.INTERPRETED
     )
     assert seen in claim.source or claim.evidence is Evidence.INTERPRETED
-    assert not (claim.evidence is Evidence.COMPILED and way in ("gemv", "dequantize"))
+    assert not (claim.evidence is Evidence.COMPILED and name in ("gemv", "dequantize"))
 
 
 def test_the_evidence_is_of_the_triton_that_is_pinned():

@@ -12,7 +12,7 @@ from quantport.numerics.scales import scale_values
 from quantport.scheme.catalog import BUILTIN
 from quantport_cuda.detect import CudaBackend
 from quantport_triton.launch import traced
-from quantport_triton.quantize import quantize, serves, swizzled
+from quantport_triton.quantize import has_kernel, quantize, swizzled
 from quantport_triton.weights import quantize_weight
 
 NAMES = [*BUILTIN, *(f"{name}:{option}" for name in BUILTIN for option in BUILTIN[name].options)]
@@ -129,7 +129,7 @@ def test_shapes_of_weights(name, shape):
     ids=str,
 )
 def test_other_blocks(quant):
-    assert serves(quant)
+    assert has_kernel(quant)
     check_activations(matrix(7, 203, torch.bfloat16), quant)
 
 
@@ -137,7 +137,7 @@ def test_other_blocks(quant):
     "quant", [Quant("e2m1", (1, 7)), Quant("e4m3fn", (0, 32)), Quant("e4m3fn", (256, 256))], ids=str
 )
 def test_what_has_no_kernel_is_quantized_by_the_reference(quant):
-    assert not serves(quant)
+    assert not has_kernel(quant)
     check_activations(matrix(7, 203, torch.bfloat16), quant)
 
 

@@ -14,7 +14,7 @@ from quantport.backend import WeightSpec
 from quantport.plugins.registry import default_registry
 from quantport.testing.fakes import fake_tensors
 from quantport_triton.launch import target_of, traced
-from quantport_triton.tuned import ways
+from quantport_triton.tuned import entries
 from quantport_xpu.capabilities import ARCHS
 
 FAMILIES = ("weight_only", "int8", "int4_int8", "quantize")
@@ -65,7 +65,7 @@ def test_no_architecture_has_configurations_of_its_own(family):
     """
     assert target_of(torch.device("xpu", 0)) == "xpu"
     for arch in ("xpu", *ARCHS):
-        assert ways(arch, family) == ways("default", family)
+        assert entries(arch, family) == entries("default", family)
 
 
 def test_results_that_are_bytes_are_compiled_without_fused_multiplications():
