@@ -278,13 +278,13 @@ def test_cases_are_summed_up(bench):
 
 
 def test_candidates_are_neighbours(bench):
-    way = {"rows": 16, "way": "gemm", "BM": 16, "warps": 4, "stages": 1}
-    made = bench("gpu_tune").candidates(way)
-    assert made[0] == way
-    assert {**way, "BM": 32} in made
-    assert {**way, "BM": 8, "warps": 8} in made
+    entry = {"max_rows": 16, "kernel": "gemm", "BM": 16, "warps": 4, "stages": 1}
+    made = bench("gpu_tune").candidates(entry)
+    assert made[0] == entry
+    assert {**entry, "BM": 32} in made
+    assert {**entry, "BM": 8, "warps": 8} in made
     assert all(
-        1 <= c["warps"] <= 16 and 1 <= c["stages"] <= 6 and c["rows"] == 16 and c["way"] == "gemm"
+        1 <= c["warps"] <= 16 and 1 <= c["stages"] <= 6 and c["max_rows"] == 16 and c["kernel"] == "gemm"
         for c in made
     )
     assert len({json.dumps(c) for c in made}) == len(made)
@@ -392,5 +392,5 @@ def test_smoke_of_everything(tmp_path):
 
 @pytest.mark.slow
 def test_smoke_of_tuning(tmp_path):
-    told = smoke(tmp_path, "--tune", "60")
-    assert all(set(w) >= {"rows", "way"} for w in told["weight_only"])
+    tuned = smoke(tmp_path, "--tune", "60")
+    assert all(set(entry) >= {"max_rows", "kernel"} for entry in tuned["weight_only"])

@@ -285,8 +285,8 @@ def as_declared(model: nn.Module, like: nn.Module) -> None:
     kernels = {name: module.kernel for name, module in modules(like).items()}
     for name, module in modules(model).items():
         kernel = Declared(kernels[name], aten.Reference())
-        gates = getattr(kernels[name], "gates", None)
-        if gates is None or family() != "A5" or not gates(next(iter(module.specs.values()))):
+        fits = getattr(kernels[name], "fits_fused", None)
+        if fits is None or family() != "A5" or not fits(next(iter(module.specs.values()))):
             kernel.run_gated = lambda *given: None  # type: ignore[method-assign]  # it has no such launch here
         assert not module.others
         module.repack(kernel)
