@@ -271,7 +271,7 @@ def test_more_rows_than_int32_indices_allow(emulated, monkeypatch):
         cases.bias(64, torch.bfloat16),
         False,
     )
-    monkeypatch.setattr("quantport_cuda.kernels.int4._LONGEST", 256 * 16 + 1)
+    monkeypatch.setattr("quantport_cuda.kernels.int4._MAX_ELEMENTS", 256 * 16 + 1)
     assert compare(CudaInt4Pack(), [job], CPU) == ""
 
 
