@@ -149,9 +149,8 @@ def check_model(directory: Path, device: str | Device, scheme: str, fallback: st
     """
     model, plan = planned(directory, device, scheme, fallback)
     dtype, where, met = plan.device.arch.compute, plan.device.torch_type, []
-    if (
-        where != "cuda"
-    ):  # fused attention asks for code of the device, even for fake tensors; it is not what is tested
+    # Fused attention needs code of the device even for fake tensors, and is not what is tested.
+    if where != "cuda":
         model.set_attn_implementation("eager")
 
     def note(module: QuantModule, args: tuple[Tensor, ...], y: Tensor) -> None:

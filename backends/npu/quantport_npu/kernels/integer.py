@@ -127,9 +127,8 @@ class NpuWeightFp8(_WeightOnly):
 
     name = "npu.weight_quant_fp8"
     unit = "e4m3fn"
-    calls: ClassVar[Calls] = {
-        "npu_weight_quant_batchmatmul": ("weight_dtype",)
-    }  # an argument that came with fp8
+    # The argument came with fp8.
+    calls: ClassVar[Calls] = {"npu_weight_quant_batchmatmul": ("weight_dtype",)}
     source = f"{NN} matmul/weight_quant_batch_matmul_v2/docs/aclnnWeightQuantBatchMatmulV2.md"
     numeric_deviation = "scales are rounded to the dtype of the activations"
 

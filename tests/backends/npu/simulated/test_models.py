@@ -23,7 +23,8 @@ import quantport
 from quantport.modules import QuantExperts
 
 MODELS = Path(__file__).parents[4] / "examples" / "models"
-PROMPTS = (  # the models are of documentation of Python; here their BF16 logits leave little doubt
+# From documentation of Python, on which the models were trained; the BF16 logits are far apart here.
+PROMPTS = (
     'If the syntax "*expression" appears in the function call, "expression"',
     "A *future statement* is a directive to the compiler that",
     "right, to the targets before the starred target. The final",

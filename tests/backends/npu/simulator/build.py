@@ -15,9 +15,8 @@ def build(where: Path) -> None:
     shared = ["gcc", "-shared", "-fPIC", "-O1", "-w"]
     source = Path(__file__).with_name("driver.c")
     subprocess.run([*shared, "-o", where / "libascendcl.so", source], check=True)
-    for name in (
-        NAMES
-    ):  # torch_npu opens some of them by name, and looks functions up in that one: each leads to the first
+    # torch_npu opens some of them by name and looks functions up there, so each one links to the first.
+    for name in NAMES:
         out = [
             "-o",
             where / f"lib{name}.so",

@@ -212,9 +212,8 @@ def npu_format_cast(
     if acl_format == layout(source) or (acl_format in PLAIN and layout(source) in PLAIN):
         return source
     allows = torch_npu._C._npu_getOption("ALLOW_INTERNAL_FORMAT") == b"enable"
-    if (
-        acl_format == NZ and family() != A5 and not allows
-    ):  # op_plugin/ops/aclops/FormatCastKernelNpu.cpp, before CANN 9.1
+    # op_plugin/ops/aclops/FormatCastKernelNpu.cpp, before CANN 9.1
+    if acl_format == NZ and family() != A5 and not allows:
         return source
     check(source.dim() == 2 and source.is_contiguous(), name, "a contiguous matrix is simulated")
     out = torch_npu.empty_with_format(
