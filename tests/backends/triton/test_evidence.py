@@ -1,4 +1,6 @@
-"""The evidence of cross-compilation: fresh, honest, and what the verdicts say."""
+"""The evidence of cross-compilation is up to date, follows from what was compiled, and is what the verdicts
+say.
+"""
 
 from __future__ import annotations
 
@@ -95,8 +97,8 @@ def test_everything_compiles_to_what_is_on_file(target):
 
 
 def test_every_kernel_and_architecture_has_entries_and_no_entry_is_of_something_else():
-    """A scheme that is new in the core may lack one: its claims are then no more than interpreted,
-    see below.
+    """A scheme that is new in the core may lack an entry; its claims are then no more than interpreted, see
+    below.
     """
     assert set(TARGETS) == set(ARCHS)
     served = {
@@ -114,9 +116,7 @@ def test_every_kernel_and_architecture_has_entries_and_no_entry_is_of_something_
 
 
 def test_every_outcome_follows_from_what_was_seen():
-    """As ``benchmarks/compile.py`` decides, without compiling: an outcome that somebody edits does
-    not stand.
-    """
+    """As ``benchmarks/compile.py`` decides, without compiling, so that an outcome edited by hand fails."""
     matrix = {kernel.family: kernel.matrix for kernel in HOST.kernels("cuda") if hasattr(kernel, "family")}
     for target, families in TARGETS.items():
         for family, schemes in families.items():
@@ -155,7 +155,7 @@ def test_a_claim_is_no_stronger_than_its_evidence(target):
 
 
 def holds(kernel, request, entry):
-    """What is claimed for a request is what the launches that it makes were seen to hold."""
+    """The claim for a request is what the evidence says of its launches."""
     reasons = kernel.reasons_against(request)
     assert reasons or entry["outcome"] == "native" or entry is NOT_COMPILED
     # says the table, and nothing needs to be added
@@ -188,9 +188,7 @@ def test_an_architecture_that_nobody_compiled_for_is_interpreted():
 
 @pinned
 def test_a_stale_file_is_found(tmp_path):
-    """A configuration that changes after the file was made, and an entry for something that is no longer
-    launched.
-    """
+    """A configuration that changed after the file was made, and an entry for what is no longer launched."""
     source = json.loads(
         (ROOT / "backends/triton/quantport_triton/evidence/cuda.json").read_text(encoding="utf-8")
     )

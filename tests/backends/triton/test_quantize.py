@@ -1,4 +1,4 @@
-"""Weights and activations, quantized by Triton kernels: byte for byte those of the reference."""
+"""Weights and activations quantized by Triton kernels are byte for byte those of the reference."""
 
 from dataclasses import replace
 from importlib import import_module
@@ -30,7 +30,7 @@ SPECIAL = [float("inf"), float("-inf"), float("nan")]
 
 
 def matrix(n, k, dtype):
-    """Rows from subnormal to huge ones, one of zeros, and one element that stands out."""
+    """Rows from subnormal to huge values, one of zeros, and one outlier."""
     x = torch.randn(n, k, generator=torch.Generator().manual_seed(n * k))
     span = 8 if dtype is torch.float16 else 100
     x *= torch.exp2(torch.linspace(-span, span, n) if n > 1 else torch.zeros(1)).round()[:, None]
@@ -47,7 +47,7 @@ def same(got, want, name=""):
 
 
 def unchecked(weight, scheme):
-    """The reference, without its refusal of scales that are not finite."""
+    """The reference without its refusal of scales that are not finite."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(import_module("quantport.numerics.linear"), "check_finite", lambda *_: None)
         return numerics.quantize_weight(weight, scheme)

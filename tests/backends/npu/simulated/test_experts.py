@@ -1,4 +1,4 @@
-"""Experts on a simulated NPU: one launch for all of them, and mistakes in those calls are refused."""
+"""Experts on a simulated NPU: one launch for all of them, and wrong calls are refused."""
 
 from simulator.need import simulated
 
