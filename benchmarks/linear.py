@@ -1,4 +1,4 @@
-"""Linear 4096x4096, weights cold in cache: every scheme's kernel beside BF16, prepacked BF16, the peers and the limit.
+"""Times linear layers of 4096x4096, weights cold in cache: the kernel of every scheme, BF16, prepacked BF16, peers and the limit.
 
 Writes ``benchmarks/results/linear-<arch>.md`` and, as evidence for the matrix and the plan, the room's ``tuned/<arch>.json``.
 """
@@ -189,7 +189,7 @@ def main() -> None:
 
 
 def caveats() -> list[str]:
-    """What flatters or handicaps a row on this processor."""
+    """What makes rows look better or worse on this processor."""
     if "bf16" in default_registry().device("cpu").arch.native:
         return []
     return [

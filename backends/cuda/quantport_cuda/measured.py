@@ -1,11 +1,13 @@
-"""Measurements as data: the speeds by which kernels are chosen, and the evidence that follows from them.
+"""Measurements: the speeds by which kernels are chosen, and the evidence that follows from them.
 
-``tuned/<arch>.json``, where an architecture was measured (written by ``benchmarks/gpu.py --evidence``)::
+``tuned/<arch>.json`` exists where an architecture was measured; ``benchmarks/gpu.py --evidence`` writes it::
 
     {"results": "benchmarks/results/nvidia-h200.json",
-     "run": {"device": "NVIDIA H200", "date": "2026-12-01", "commit": "1a2b3c4", "torch": "2.11.0", "triton":
-     "3.6.0"}, "shape": [4096, 4096], "kernels": {"cuda._scaled_mm": {"fp8_per_channel": {"error": 0.0012,
-     "speeds": {"1": 1.1, "512": 1.7}}}}}
+     "run": {"device": "NVIDIA H200", "date": "2026-12-01", "commit": "1a2b3c4",
+             "torch": "2.11.0", "triton": "3.6.0"},
+     "shape": [4096, 4096],
+     "kernels": {"cuda._scaled_mm": {
+         "fp8_per_channel": {"error": 0.0012, "speeds": {"1": 1.1, "512": 1.7}}}}}
 
 ``speeds`` are relative to BF16 by ``F.linear`` in the same run, by rows of activations, for a weight of
 ``shape``; ``error`` is the largest relative error against the reference.
@@ -23,7 +25,7 @@ from typing import Any
 from quantport.backend import Claim, Evidence, Kernel, Measurement, Request
 from quantport_triton import available
 
-SMALLEST = 16  # a layer with fewer elements than the measured one by this factor has no known speed
+SMALLEST = 16  # a layer this many times smaller than the measured one has no known speed
 
 
 @cache
@@ -34,14 +36,12 @@ def measurements(arch: str) -> Mapping[str, Any]:
 
 
 class Measured(Kernel):
-    """Comes before a kernel among the bases of a class: what was measured is said before what the kernel
-    says.
-    """
+    """A base class before that of a kernel: measured speeds and evidence replace the kernel's own."""
 
     def _row(self, request: Request) -> dict[str, Any]:
         device = request.device
         if not device.simulated and available():
-            return {}  # measured with Triton, which also quantizes for the kernels of torch
+            return {}  # all was measured with Triton, which also quantizes for the kernels of torch
         schemes = measurements(device.arch.name).get("kernels", {}).get(self.name, {})
         row: dict[str, Any] = schemes.get(request.weight.scheme.name, {})
         return row
@@ -51,7 +51,7 @@ class Measured(Kernel):
         speeds = self._row(request).get("speeds", {})
         n, k = measurements(request.device.arch.name).get("shape", (0, 0))
         if not speeds or SMALLEST * request.weight.n * request.weight.k < n * k:
-            # in a small layer the launch decides, which the table does not know
+            # The time of a small layer is that of its launches, which was not measured.
             return super().speed(request)
         nearest = min(speeds, key=lambda m: abs(math.log(int(m) / request.num_tokens)))
         return float(speeds[nearest])
@@ -60,7 +60,7 @@ class Measured(Kernel):
         """``measured`` with device, date, commit, versions and error; else what the kernel itself claims."""
         row = self._row(request)
         if not row:
-            return super().claim(request)  # type: ignore[safe-super]  # of the kernel that follows among the bases
+            return super().claim(request)  # type: ignore[safe-super]  # that of the kernel
         table = measurements(request.device.arch.name)
         run = table["run"]
         where = (

@@ -104,23 +104,22 @@ def main() -> None:
     parser.add_argument("--all", action="store_true")
     parser.add_argument("--arm", action="store_true")
     parser.add_argument("--objects", type=Path)
-    told = parser.parse_args()
+    args = parser.parse_args()
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
     found = {}
-    if (
-        told.arm
-    ):  # numba also compiles for this processor, as if it had no instruction for halves; nobody calls that
+    if args.arm:
+        # numba also compiles for this processor as if it had no instructions for halves; nobody calls it.
         for name in ("__extendhfsf2", "__truncsfhf2"):
             llvm.add_symbol(name, 1)
-    for name, kernel in kernels(told.all):
+    for name, kernel in kernels(args.all):
         text = machine.assembly(kernel.body)
         foreign = "llvm.x86." in text
-        compiler = machine.machine(*ARM) if told.arm else machine.machine()
-        module = llvm.parse_assembly(retargeted(text, ARM) if told.arm else text)
+        compiler = machine.machine(*ARM) if args.arm else machine.machine()
+        module = llvm.parse_assembly(retargeted(text, ARM) if args.arm else text)
         found[name] = {"foreign": foreign, **described(compiler.emit_assembly(module))}
-        if told.objects:
-            (told.objects / f"{name}.o").write_bytes(compiler.emit_object(module))
+        if args.objects:
+            (args.objects / f"{name}.o").write_bytes(compiler.emit_object(module))
     print(json.dumps(found))
 
 

@@ -142,7 +142,9 @@ def run(processes: int, options: bool = True, **environment: str) -> list[str]:
         folder, cache = Path(place) / "model", Path(place) / "cache"
         checkpoint(folder)
         code, expected, said = fresh(folder, 0, options, NUMBA_DISABLE_JIT="1")
-        assert code == 0 and expected, said  # every scheme that a fresh process knows, or it fails
+        # Every scheme that a fresh process knows.
+        assert code == 0, said
+        assert expected, said
         for i in range(processes):
             if i % 2 == 0:
                 shutil.rmtree(cache, ignore_errors=True)
@@ -167,13 +169,13 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--build", action="store_true")
     parser.add_argument("--options", action="store_true")
-    told = parser.parse_args()
-    if told.child:
-        return child(told.child, told.seed, told.workers, told.build, told.options)
-    findings = run(told.processes)
+    args = parser.parse_args()
+    if args.child:
+        return child(args.child, args.seed, args.workers, args.build, args.options)
+    findings = run(args.processes)
     print(
         "\n".join(findings)
-        or f"{told.processes} processes, {len(names(options=True))} schemes each: no byte differs, "
+        or f"{args.processes} processes, {len(names(options=True))} schemes each: no byte differs, "
         "none aborted"
     )
     raise SystemExit(bool(findings))

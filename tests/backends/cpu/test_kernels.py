@@ -53,7 +53,8 @@ def test_every_route_meets_the_reference(routes, name, rows):
 
 
 TOKEN = Quant("int8", (1, 0))
-STRANGE = [  # schemes that a plugin could add, near those that the kernels are for
+# Schemes that a plugin could add, similar to those that the kernels are for.
+STRANGE = [
     Scheme(f"strange{i}", weight, activation, "", ())
     for i, (weight, activation) in enumerate(
         [

@@ -105,13 +105,13 @@ def test_facts(name):
 
 @pytest.fixture(autouse=True)
 def _nothing_is_measured(monkeypatch):
-    """Whatever measurements the room has: here it is about what is known without them."""
+    """Removes the measurements of the room: these tests are about what is known without them."""
     monkeypatch.setattr(measured, "measurements", lambda arch: {})
 
 
 def test_the_table_is_of_what_there_is():
-    """A scheme that is new in the core needs no line: what must follow from its facts is in the conformance
-    suite.
+    """A scheme that is new in the core needs no line: the conformance suite checks what follows from its
+    facts.
     """
     assert set(EXPECTED) <= set(HOST.schemes)
     assert {f"sm_{n}" for n in LINES[0]} == set(ARCHS)
