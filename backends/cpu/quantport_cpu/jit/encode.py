@@ -180,18 +180,22 @@ def _quantize(frame):
         panel = next_block(frame)
         if panel >= block_count(frame):
             break
-        first, last, mine = panel * rows, min(n, panel * rows + rows), scratch + panel * scratch_stride
-        clear(mine, 4 * blocks)
+        first, last, panel_scratch = (
+            panel * rows,
+            min(n, panel * rows + rows),
+            scratch + panel * scratch_stride,
+        )
+        clear(panel_scratch, 4 * blocks)
         for row in range(first, last):
             for c in range(blocks):
                 top = largest_magnitude(source + row * source_stride + 2 * c * cols, min(cols, k - c * cols))
-                store_uint32(mine, c, max(top, load_uint32(mine, c)))
-        _scales(mine, blocks, out, panel * blocks, half_range, kind == INT4)
+                store_uint32(panel_scratch, c, max(top, load_uint32(panel_scratch, c)))
+        _scales(panel_scratch, blocks, out, panel * blocks, half_range, kind == INT4)
         for row in range(first, last):
             base = to + row * to_stride
             for c in range(blocks):
-                scale = as_float(load_uint32(mine, blocks + c))
-                inverse = as_float(load_uint32(mine, 2 * blocks + c))
+                scale = as_float(load_uint32(panel_scratch, blocks + c))
+                inverse = as_float(load_uint32(panel_scratch, 2 * blocks + c))
                 start, count = c * cols, min(cols, k - c * cols)
                 here = source + row * source_stride + 2 * start
                 byte = start >> 1 if kind == INT4 else start

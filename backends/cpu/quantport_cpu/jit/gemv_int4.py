@@ -94,16 +94,16 @@ class _Sums:
     def finish(self, m: int) -> tuple[Value, Value]:
         """fp32 sums of 16 low nibbles and of 16 high nibbles."""
         s = self.simd
-        whole: list[list[Value]] = [[], []]
+        parts: list[list[Value]] = [[], []]
         for v in (0, 1):
             bytes_, low = (
                 [s.b.load(self.variables[m * 12 + d * 4 + v * 2 + i]) for d in range(3)] for i in (0, 1)
             )
             high = [s.b.sub(b, a) for b, a in zip(bytes_, low, strict=True)]
             for i, digits in enumerate((low, high)):
-                whole[i].append((s.b.add(digits[0], s.int_op("shl", digits[1], 8)), digits[2]))
+                parts[i].append((s.b.add(digits[0], s.int_op("shl", digits[1], 8)), digits[2]))
         out = []
-        for (p, q), unit in zip(whole, (1.0, 1 / 16), strict=True):
+        for (p, q), unit in zip(parts, (1.0, 1 / 16), strict=True):
             small, large = (
                 s.b.fmul(s.int_to_float(_fold(s, p[i], q[i])), s.splat(f * unit, 16, F32))
                 for i, f in enumerate((1.0, 65536.0))

@@ -53,29 +53,29 @@ def loss(
 def search_e8m0_scale(source, start, n_format, n_size):
     """e8m0 code of least error: the first one, one below, or one above."""
     n_format, n_size = literally(n_format), literally(n_size)
-    best, kept = _INFINITY, start
+    least, best = _INFINITY, start
     if start < 255:
         for step in (0, -1, 1):
             code = min(254, max(0, start + step))
             total = loss(source, e8m0_value(code), e8m0_value(254 - code), n_format, n_size, MULTIPLY)
-            if total < best:
-                best, kept = total, code
-    return kept
+            if total < least:
+                least, best = total, code
+    return best
 
 
 @njit(error_model="numpy")
 def search_e4m3_scale(source, start, factor, n_format, n_size):
     """e4m3fn code of least error under a global factor: from 3 codes below the first one to 6 above."""
     n_format, n_size = literally(n_format), literally(n_size)
-    best, kept = _INFINITY, start
+    least, best = _INFINITY, start
     if start < 127:
         for step in (0, -1, 1, -2, 2, -3, 3, 4, 5, 6):
             code = min(126, max(1, start + step))
             divisor = e4m3_value(code) / factor
             total = loss(source, divisor, divisor, n_format, n_size, DIVIDE)
-            if total < best:
-                best, kept = total, code
-    return kept
+            if total < least:
+                least, best = total, code
+    return best
 
 
 @inline(types.float32)
@@ -138,16 +138,16 @@ def _quantize_outer_block(source, to, count, out, outer, index, work, rule):
     first = as_float(bits) / np.float32(6)
     if first == np.float32(0):
         first = np.float32(2.0**-23)
-    best, kept = _INFINITY, first
+    least, best = _INFINITY, first
     is_searched, add, emax, high = words(rule, 0, 4)
     if is_searched and bits < 0x7F800000:
         for step in _STEPS:
             candidate = first * step
             total = outer_loss(source, candidate, work)
-            if total < best:
-                best, kept = total, candidate
-    store_uint32(outer, index, as_bits(kept))
-    divide_to_bf16(source, work, kept)
+            if total < least:
+                least, best = total, candidate
+    store_uint32(outer, index, as_bits(best))
+    divide_to_bf16(source, work, best)
     for i in range((count + INNER - 1) // INNER):
         here = work + 2 * INNER * i
         code = e8m0_code(largest_magnitude(here, INNER) << 16, add, emax, as_float(high))

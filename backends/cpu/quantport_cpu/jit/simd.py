@@ -228,11 +228,8 @@ class Simd:
     @contextmanager
     def steps(self, stop: Value, step: int) -> Iterator[Value]:
         """Loops over ``0, step, ...`` while a whole step fits below ``stop``; yields the index."""
-        whole = self.b.and_(stop, ir.Constant(I64, -step))
-        with cgutils.for_range_slice(self.b, ir.Constant(I64, 0), whole, ir.Constant(I64, step), I64) as (
-            index,
-            _,
-        ):
+        end = self.b.and_(stop, I64(-step))
+        with cgutils.for_range_slice(self.b, I64(0), end, I64(step), I64) as (index, _):
             yield index
 
     @contextmanager
