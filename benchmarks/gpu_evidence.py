@@ -19,7 +19,7 @@ def errors(data: Mapping[str, Any]) -> dict[tuple[str, str], float]:
 
 
 def evidence(data: Mapping[str, Any], results: str, shape: tuple[int, int] = SHAPES[0]) -> dict[str, Any]:
-    """What ``quantport_cuda.measured`` reads: only kernels that were right in every case that ran.
+    """What ``quantport.kernels.tuned`` reads: only kernels that were right in every case that ran.
 
     Args:
         data: The JSON of a run.

@@ -20,7 +20,7 @@ from quantport.kernels.base import Request, WeightSpec
 from quantport.modules import QuantLinear
 from quantport.planning.select_kernel import select_kernel
 from quantport.plugins.registry import default_registry
-from quantport_cpu.jit import available
+from quantport_cpu.jit import why_unavailable
 
 N = K = 4096
 COLD = 320 << 20
@@ -250,7 +250,8 @@ def report(
     path.parent.mkdir(exist_ok=True)
     path.write_text(
         json.dumps(
-            {"run": describe(), "compiled": not available(), "shape": [N, K], "schemes": schemes}, indent=1
+            {"run": describe(), "compiled": not why_unavailable(), "shape": [N, K], "schemes": schemes},
+            indent=1,
         )
         + "\n",
         encoding="utf-8",

@@ -10,6 +10,7 @@ from quantport.errors import BackendError, DeviceError, QuantportError
 from quantport.kernels import aten
 from quantport.kernels.base import Kernel, Packed, Request, StoredWeight, WeightSpec
 from quantport.kernels.grouped import GroupedKernel, loop_over_groups
+from quantport.kernels.tuned import Tuned, find_tuned
 from quantport.kernels.verdict import (
     Accepted,
     Claim,
@@ -58,9 +59,11 @@ __all__ = [
     "Stats",
     "Status",
     "StoredWeight",
+    "Tuned",
     "Verdict",
     "WeightSpec",
     "aten",
+    "find_tuned",
     "hookimpl",
     "loop_over_groups",
     "numerics",

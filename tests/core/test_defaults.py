@@ -112,7 +112,7 @@ def test_the_watch_can_fail(doubles):
 @pytest.fixture(params=ROOMS)
 def room(request, monkeypatch):
     if request.param == "reference":
-        monkeypatch.setattr(quantport_cpu.detect, "available", lambda: "off")
+        monkeypatch.setattr(quantport_cpu.detect, "why_unavailable", lambda: "off")
         monkeypatch.setitem(
             vars(default_registry()), "_kernels", {**default_registry()._kernels, "cpu": aten.portable()}
         )

@@ -16,10 +16,10 @@ from importlib.metadata import entry_points
 import house_source as house
 import pytest
 
+from quantport.kernels import tuned
 from quantport.kernels.base import Request, WeightSpec
 from quantport.planning.select_kernel import select_kernel
 from quantport.plugins.registry import Registry
-from quantport_cuda import measured
 
 BENCHMARKS = house.ROOT / "benchmarks"
 RESULTS = BENCHMARKS / "results"
@@ -238,14 +238,14 @@ def test_evidence_is_of_kernels_that_were_right_and_the_room_reads_it(bench, tmp
     evidence["kernels"]["cuda.triton_int8"] = evidence["kernels"].pop("k.good")
     (tmp_path / "tuned").mkdir()
     (tmp_path / "tuned" / "sm_90.json").write_text(json.dumps(evidence))
-    monkeypatch.setattr(measured, "files", lambda package: tmp_path)
-    measured.measurements.cache_clear()
+    monkeypatch.setattr(tuned, "files", lambda package: tmp_path)
+    tuned.tuned_table.cache_clear()
     host = Registry(only=["cuda"])
     request = Request(
         WeightSpec(host.schemes["int8"], 4096, 4096), "linear", host.device("cuda:sm_90"), num_tokens=512
     )
     choice = select_kernel(request, host.kernels("cuda"))
-    measured.measurements.cache_clear()
+    tuned.tuned_table.cache_clear()
     assert (choice.kernel, choice.speed, str(choice.claim.evidence)) == ("cuda.triton_int8", 4.0, "measured")
 
 

@@ -3,8 +3,8 @@ compares every byte.
 
     python tests/backends/cpu/stress.py --processes 50
 
-Half of the processes find a clean cache of machine code, half that of the one before. Each has another order
-of schemes, so that each scheme is the first in some. What they must store is told by the reference, in a
+Half of the processes find an empty cache of machine code, half that of the one before. Each has another order
+of schemes, so that each scheme is the first in some. What they must store comes from the reference, in a
 process without compiled code.
 """
 
@@ -141,17 +141,16 @@ def run(processes: int, options: bool = True, **environment: str) -> list[str]:
     with tempfile.TemporaryDirectory() as place:
         folder, cache = Path(place) / "model", Path(place) / "cache"
         checkpoint(folder)
-        code, expected, said = fresh(folder, 0, options, NUMBA_DISABLE_JIT="1")
-        # Every scheme that a fresh process knows.
-        assert code == 0, said
-        assert expected, said
+        code, expected, stderr = fresh(folder, 0, options, NUMBA_DISABLE_JIT="1")
+        assert code == 0, stderr
+        assert expected, stderr  # every scheme that a fresh process knows
         for i in range(processes):
             if i % 2 == 0:
                 shutil.rmtree(cache, ignore_errors=True)
-            code, found, said = fresh(folder, i, options, QUANTPORT_CACHE_DIR=str(cache), **environment)
+            code, found, stderr = fresh(folder, i, options, QUANTPORT_CACHE_DIR=str(cache), **environment)
             wrong = [scheme for scheme in expected if found.get(scheme) != expected[scheme]]
             if code or wrong:
-                findings.append(f"process {i}: status {code}, other bytes for {wrong}: {said[-500:]}")
+                findings.append(f"process {i}: status {code}, other bytes for {wrong}: {stderr[-500:]}")
             print(
                 f"process {i}: status {code}, {len(wrong)} of {len(expected)} schemes differ",
                 file=sys.stderr,
@@ -169,13 +168,13 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--build", action="store_true")
     parser.add_argument("--options", action="store_true")
-    args = parser.parse_args()
-    if args.child:
-        return child(args.child, args.seed, args.workers, args.build, args.options)
-    findings = run(args.processes)
+    options = parser.parse_args()
+    if options.child:
+        return child(options.child, options.seed, options.workers, options.build, options.options)
+    findings = run(options.processes)
     print(
         "\n".join(findings)
-        or f"{args.processes} processes, {len(names(options=True))} schemes each: no byte differs, "
+        or f"{options.processes} processes, {len(names(options=True))} schemes each: no byte differs, "
         "none aborted"
     )
     raise SystemExit(bool(findings))
