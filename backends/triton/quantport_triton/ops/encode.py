@@ -194,14 +194,14 @@ def e8m0(amax, HIGH: tl.constexpr, UP: tl.constexpr, EMAX: tl.constexpr):
         amax: Bits of the largest magnitudes.
         HIGH: Largest value of the elements.
         UP: What the rule adds to the bits before the exponent is taken; -1 for ``rceil``.
-        EMAX: Exponent of ``HIGH``.
+        EMAX: Exponent of ``HIGH``. The largest scale is ``2**(127 - EMAX)``, with which ``HIGH`` stays finite.
     """
     if UP == -1:
         ratio = tl.div_rn(amax.to(tl.float32, bitcast=True), HIGH).to(tl.int32, bitcast=True)
         exponent = tl.where(ratio <= 1 << 22, 0, (ratio + 0x7FFFFF) >> 23)
     else:
         exponent = tl.maximum(((amax + UP) >> 23) - EMAX, 0)
-    return tl.where(amax >= INFINITE, 255, tl.minimum(exponent, 254))
+    return tl.where(amax >= INFINITE, 255, tl.minimum(exponent, 254 - EMAX))
 
 
 @triton.jit

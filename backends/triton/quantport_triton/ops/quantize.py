@@ -110,10 +110,8 @@ def two_level(top, factor, HALF: tl.constexpr):
 
 @triton.jit
 def global_factor(top, HALF: tl.constexpr):
-    """NVFP4's factor for the bits of a largest magnitude; 1 for zeros. Torch divides a number by a tensor in
-    two steps, too.
-    """
-    factor = tl.div_rn(1.0, tl.maximum(top, TINY).to(tl.float32, bitcast=True)) * (448.0 * HALF)
+    """NVFP4's factor for the bits of a largest magnitude; 1 for zeros."""
+    factor = tl.div_rn(448.0 * HALF, tl.maximum(top, TINY).to(tl.float32, bitcast=True))
     return tl.where(factor == float("inf"), 1.0, factor)
 
 
