@@ -12,11 +12,10 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from quantport.backend import FORMATS, Quant, Scheme, numerics, once
+from quantport.backend import Quant, Scheme, numerics, once
 from quantport_cpu.jit import blocks, gguf, grid, kquants, memory, q6k, search
 from quantport_cpu.jit.memory import Array, array, constants
 
-_TINY = torch.finfo(torch.float32).tiny
 _KINDS = {"e8m0": blocks.E8M0, "e4m3fn": blocks.E4M3, "fp32": blocks.F32_SCALE}
 _INT4_MSE = Quant("int4", (1, grid.GROUP), "bf16", "mse", zero_point=True)
 _DUAL = Quant("e2m1", (1, search.INNER), "e8m0", "mse", outer_block=(1, search.OUTER))
@@ -147,14 +146,14 @@ def bits(value: float) -> int:
 
 
 def rule(quant: Quant) -> tuple[int, int, float]:
-    """What a rule of power-of-two scales adds to the bits of amax, the exponent it takes off, and what amax
-    is divided by.
+    """What a rule of power-of-two scales adds to the bits of amax, the exponent of the largest element, and
+    what amax is divided by, or 0.
     """
     element = quant.element
     emax = math.frexp(element.high)[1] - 1
     mantissa = element.mantissa
     if quant.rule == "rceil":
-        return (1 << 23) - 1, 0, element.high
+        return (1 << 23) - 1, emax, element.high
     added = {"ceil": (1 << 23) - 1, "even": 1 << (22 - mantissa), "even1": 1 << 21}
     return added.get(quant.rule, 0), emax, 0.0
 
@@ -188,5 +187,4 @@ def _global(weight: Tensor, quant: Quant) -> float:
     n = weight.shape[0]
     tops = torch.empty(n, dtype=torch.float32, device=weight.device)
     blocks.tops_kernel(*_source(weight), array(tops, torch.float32, n))
-    factor = FORMATS["e4m3fn"].high * quant.element.high / tops.amax().clamp_min(_TINY)
-    return 1.0 if torch.isposinf(factor) else float(factor)
+    return float(numerics.global_factor(tops.amax(), quant.element))

@@ -145,7 +145,7 @@ def power_value(exponent):
 @njit(error_model="numpy")
 def e8m0_of(bits, add, emax, high):
     """e8m0 code of a largest magnitude, given as fp32 bits. A rule is what it adds; ``high`` is 0 but for
-    ``rceil``.
+    ``rceil``. ``emax`` is the exponent of the largest element, which must stay finite.
     """
     if bits >= 0x7F800000:
         return 255
@@ -153,7 +153,8 @@ def e8m0_of(bits, add, emax, high):
         bits = bits32(f32(bits) / high)
         if bits <= 1 << 22:  # up to 2**-127, the smallest scale
             return 0
-    return min(254, max(0, ((bits + add) >> 23) - emax))
+        return min(254 - emax, (bits + add) >> 23)
+    return min(254 - emax, max(0, ((bits + add) >> 23) - emax))
 
 
 @njit(error_model="numpy")
