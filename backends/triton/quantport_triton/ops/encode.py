@@ -194,7 +194,7 @@ def e8m0(amax, HIGH: tl.constexpr, UP: tl.constexpr, EMAX: tl.constexpr):
         amax: Bits of the largest magnitudes.
         HIGH: Largest value of the elements.
         UP: What the rule adds to the bits before the exponent is taken; -1 for ``rceil``.
-        EMAX: Exponent of ``HIGH``. The largest scale is ``2**(127 - EMAX)``, with which ``HIGH`` stays finite.
+        EMAX: Exponent of ``HIGH``, which stays finite with the largest scale, ``2**(127 - EMAX)``.
     """
     if UP == -1:
         ratio = tl.div_rn(amax.to(tl.float32, bitcast=True), HIGH).to(tl.int32, bitcast=True)
