@@ -29,7 +29,7 @@ class RefusedSave:
 
     def __init__(self, model: nn.Module | None, method: str) -> None:
         # a cycle would keep the memory of a model that nobody holds any more
-        self.model: Callable[[], nn.Module | None] = weakref.ref(model) if model else lambda: None
+        self.model: Callable[[], nn.Module | None] = (lambda: None) if model is None else weakref.ref(model)
         self.method = method
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
