@@ -30,7 +30,7 @@ def test_a_transformers_model_comes_back(path, scheme, tmp_path):
     assert (folder / "tokenizer.json").read_bytes() == (path / "tokenizer.json").read_bytes()
     assert (folder / "model.safetensors.index.json").exists()
     config = json.loads((folder / "config.json").read_text())
-    assert config["quantization_config"]["quant_method"] == "quantport"
+    assert config["quantization_config"] == {"quantized_by": "quantport"}
     assert config["architectures"] == json.loads((path / "config.json").read_text())["architectures"]
     assert again.quantport_plan.after == model.quantport_plan.after
     assert {s.layer.name: s.requested_scheme for s in again.quantport_plan.quantized} == {
@@ -75,11 +75,11 @@ def test_stored_names_and_dtypes_are_the_scheme_layouts(tmp_path):
     quantport.quantize_(model, config={"scheme": "int8", "targets": {"down": "int4"}})
     with Checkpoint.open(quantport.save(model, tmp_path / "out")) as checkpoint:
         found = {name: (info.shape, info.dtype) for name, info in checkpoint.tensors.items()}
-    assert found["up.weight"] == ((129, 32), torch.int8)
+    assert found["up.weight_codes"] == ((129, 32), torch.int8)
     assert found["up.weight_scale"] == ((129, 1), torch.float32)
     assert found["down.weight_packed"] == ((32, 17), torch.int32)
     assert found["offset"] == ((32,), torch.bfloat16)
-    assert set(found) == set(model.state_dict())
+    assert {name.removesuffix("_codes") for name in found} == set(model.state_dict())
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +217,7 @@ def test_a_record_that_lies(folder, change):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"format": 2, "layers": {}}', '{"layers": 3}', '{"layers": {"a": {}}}']
+    "text", ["", "{", "[]", '{"format": 3, "layers": {}}', '{"layers": 3}', '{"layers": {"a": {}}}']
 )
 def test_a_record_that_is_broken(folder, text):
     (folder / "quantport.json").write_text(text)

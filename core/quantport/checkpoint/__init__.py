@@ -2,6 +2,7 @@
 Hugging Face hub, and whatever formats plugins bring.
 """
 
+from quantport.checkpoint.companions import companions
 from quantport.checkpoint.format import (
     CheckpointFormat,
     KVCacheConfig,
@@ -30,6 +31,7 @@ __all__ = [
     "StoredTensor",
     "TensorInfo",
     "TensorSource",
+    "companions",
     "open_source",
     "read_config",
     "read_json",

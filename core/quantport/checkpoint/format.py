@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -154,7 +155,7 @@ class CheckpointFormat(ABC):
         *,
         config: Mapping[str, Any] | None = None,
         kv_cache: KVCacheConfig | None = None,
-        copy: Sequence[Path] = (),
+        files: Mapping[str, bytes | Path] = MappingProxyType({}),
         overwrite: bool = False,
         max_shard_bytes: int = 5_000_000_000,
     ) -> Path:
@@ -167,7 +168,7 @@ class CheckpointFormat(ABC):
                 ``Scheme.layout``.
             config: ``config.json`` of the model; None where it has none.
             kv_cache: The KV cache of the model.
-            copy: Files to copy in, such as the tokenizer.
+            files: As for `save_tensors`; without ``config.json``.
             overwrite: As for `save_tensors`.
             max_shard_bytes: As for `save_tensors`.
 

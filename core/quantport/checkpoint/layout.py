@@ -15,7 +15,24 @@ from quantport.errors import CheckpointError
 
 _STEMS = ("model", "diffusion_pytorch_model")
 _INDEX = ".safetensors.index.json"
-_OTHERS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz")
+# of files that hold weights, and are no safetensors
+OTHER_WEIGHTS = (
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".onnx_data",
+    ".npz",
+    ".npy",
+    ".pkl",
+    ".ot",
+    ".tflite",
+    ".nemo",
+)
 _SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.safetensors")
 
 
@@ -137,7 +154,7 @@ def _no_safetensors(path: Path, names: list[str]) -> NoReturn:
     """Raises the error for a place that holds no safetensors file, with what to do about what it does
     hold.
     """
-    others = [name for name in names if name.endswith(_OTHERS)]
+    others = [name for name in names if name.endswith(OTHER_WEIGHTS)]
     inner = sorted(p.parent.name for p in path.glob("*/*.safetensors")) if path.is_dir() else []
     inner = list(dict.fromkeys(inner))
     if any(name.endswith(".gguf") for name in others):

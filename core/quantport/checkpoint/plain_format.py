@@ -13,6 +13,7 @@ from quantport.scheme.catalog import Schemes
 
 _MARKS = {
     ".qweight": "GPTQ or AWQ",
+    ".weight_codes": "quantport",
     ".weight_packed": "compressed-tensors",
     ".weight_scale_inv": "block-wise FP8",
     ".weight_scale": "compressed-tensors or FP8",
@@ -42,9 +43,10 @@ class _Plain(Recognized):
 def quantized_by(source: TensorSource, config: Mapping[str, Any]) -> str:
     """By which mark one sees that somebody quantized a checkpoint; empty where nobody did."""
     entry = config.get("quantization_config")
-    method = entry.get("quant_method") if isinstance(entry, Mapping) else entry
-    if method:
-        return f"config.json says quant_method {method!r}"
+    said = entry if isinstance(entry, Mapping) else {"quant_method": entry}
+    for key in ("quant_method", "quantized_by"):
+        if said.get(key):
+            return f"config.json says {key} {said[key]!r}"
     for name, info in source.tensors.items():
         mark = next((m for m in _MARKS if name.endswith(m)), None)
         if mark or "float8" in str(info.dtype):

@@ -7,9 +7,10 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -31,8 +32,11 @@ from quantport.errors import CheckpointError
 from quantport.model.layers import Layer, Part, find_layers
 from quantport.model.roles import Role, skipped_by_default
 from quantport.scheme.catalog import Schemes
+from quantport.scheme.formats import BF16
 
 FILE = "quantport.json"
+# Without quant_method Transformers and Diffusers refuse a configuration; one that they do not know they log.
+MARK = {"quantized_by": "quantport"}
 _ROLES = {"linear": Role.LINEAR, "moe": Role.EXPERTS, "embedding": Role.EMBEDDING}
 
 
@@ -62,7 +66,7 @@ class Record(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid")
-    format: Literal[1] = 1
+    format: Literal[1, 2] = 2  # 1 called 8-bit codes ``weight``, which others read as weights
     layers: dict[str, Entry]
     kv_cache_dtype: str | None = None
     kv_cache_skip_layers: tuple[int, ...] = ()
@@ -83,7 +87,7 @@ def read_record(directory: Path) -> Record | None:
         first = error.errors()[0]
         found = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
         raise CheckpointError(
-            f"read {directory / FILE}", found, "the file that quantport wrote, in format 1"
+            f"read {directory / FILE}", found, "the file that quantport wrote, in format 1 or 2"
         ) from None
 
 
@@ -107,7 +111,7 @@ class QuantportFormat(CheckpointFormat):
         *,
         config: Mapping[str, Any] | None = None,
         kv_cache: KVCacheConfig | None = None,
-        copy: Sequence[Path] = (),
+        files: Mapping[str, bytes | Path] = MappingProxyType({}),
         overwrite: bool = False,
         max_shard_bytes: int = 5_000_000_000,
     ) -> Path:
@@ -118,12 +122,22 @@ class QuantportFormat(CheckpointFormat):
             kv_cache_dtype=cache.dtype,
             kv_cache_skip_layers=cache.skip_layers,
         )
-        files = {FILE: record.model_dump_json(indent=1).encode()}
+        own = {FILE: record.model_dump_json(indent=1).encode()}
         if config is not None:
-            marked = {**config, "quantization_config": {"quant_method": self.name}}
-            files["config.json"] = json.dumps(marked, indent=2, default=str).encode()
+            marked = {**config, "quantization_config": MARK}
+            own["config.json"] = json.dumps(marked, indent=2, sort_keys=True, default=str).encode()
+        codes = {
+            ".".join(filter(None, (name, weight, "weight")))
+            for name, layer in layers.items()
+            for weight, scheme in layer.schemes.items()
+            if scheme != "bf16"
+        }
         return save_tensors(
-            directory, tensors, max_shard_bytes=max_shard_bytes, files=files, copy=copy, overwrite=overwrite
+            directory,
+            ((f"{name}_codes" if name in codes else name, tensor) for name, tensor in tensors),
+            max_shard_bytes=max_shard_bytes,
+            files={**files, **own},
+            overwrite=overwrite,
         )
 
 
@@ -175,7 +189,8 @@ class _Quantized(Recognized):
         scheme = self.schemes[entry.others.get(weight, entry.scheme)]
         keys = {}
         for key, expected in scheme.layout(n, k).items():
-            full = keys[key] = ".".join(filter(None, (name, weight, key)))
+            codes = key == "weight" and scheme.weight.element is not BF16 and self.record.format > 1
+            full = keys[key] = ".".join(filter(None, (name, weight, f"{key}_codes" if codes else key)))
             info = self.source.tensors.get(full)
             if info is None or (tuple(info.shape), info.dtype) != expected:
                 found = f"{list(info.shape)} {info.dtype}" if info else "no such tensor"

@@ -5,13 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
-from quantport.config.vllm_keys import OTHER_KEYS, explain, is_component_map, weight_of
+from quantport.config.vllm_keys import OTHER_KEYS, explain, is_component_map, scheme_of
 from quantport.errors import ConfigError
 from quantport.kvcache import cache_dtype
 from quantport.model.patterns import compile_pattern
-from quantport.scheme.catalog import Schemes
+from quantport.scheme.catalog import BUILTIN, Schemes
 
 # said once for all components
 _WHOLE = {
@@ -75,7 +83,7 @@ class QuantConfig(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _spellings(cls, data: Any) -> Any:
+    def _spellings(cls, data: Any, info: ValidationInfo) -> Any:
         if not isinstance(data, Mapping):
             return data
         out: dict[str, Any] = {}
@@ -83,7 +91,7 @@ class QuantConfig(BaseModel):
             name = OTHER_KEYS.get(str(key), str(key))
             if name in out:
                 raise ValueError(f"{key!r} and another spelling of {name!r} are both given")
-            out[name] = weight_of(value) if name in ("linear", "moe") else value
+            out[name] = scheme_of(value, info.context or BUILTIN) if name in ("linear", "moe") else value
         return out
 
     @field_validator("components", mode="before")
@@ -150,7 +158,7 @@ class QuantConfig(BaseModel):
         if isinstance(value, Mapping) and is_component_map(value, cls.model_fields):
             value = {"components": dict(value)}
         try:
-            config = value if isinstance(value, QuantConfig) else cls.model_validate(value)
+            config = value if isinstance(value, QuantConfig) else cls.model_validate(value, context=schemes)
         except ValidationError as error:
             raise explain(error, cls.model_fields) from None
         return config._checked(schemes)

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from quantport.errors import ConfigError, one_of
+from quantport.scheme.catalog import Schemes
 
 OTHER_KEYS = {
     "method": "scheme",
@@ -19,6 +20,7 @@ OTHER_KEYS = {
     "ignored_layers": "ignore",
     "modules_to_not_convert": "ignore",
 }
+# vLLM's names of weights, and the scheme that they mean there
 _VLLM_WEIGHTS = {
     "fp8_per_tensor_static": "fp8_per_tensor",
     "fp8_per_channel_static": "fp8_per_channel",
@@ -27,12 +29,49 @@ _VLLM_WEIGHTS = {
 }
 
 
-def weight_of(value: Any) -> Any:
-    """Reads vLLM's ``{"weight": ..., "activation": ...}``: the weight names the scheme."""
-    if isinstance(value, Mapping) and "weight" in value and set(value) <= {"weight", "activation"}:
-        weight = value["weight"]
-        return _VLLM_WEIGHTS.get(weight, weight) if isinstance(weight, str) else weight
-    return value
+# vLLM's names of activations, and a scheme that has them
+_VLLM_ACTIVATIONS = {
+    "fp8_per_token": "fp8_per_channel",
+    "fp8_per_token_dynamic": "fp8_per_channel",
+    "fp8_per_block_dynamic": "fp8_per_block",
+    "int8_per_token": "int8",
+    "int8_per_token_dynamic": "int8",
+    "mxfp8": "mxfp8",
+    "mxfp4": "mxfp4",
+    "nvfp4_per_token": "nvfp4",
+}
+
+
+def scheme_of(value: Any, schemes: Schemes) -> Any:
+    """Reads vLLM's ``{"weight": ..., "activation": ...}``: the name of the scheme that has both.
+
+    Without ``activation`` it is that of the weight, which brings its own; null is 16 bits.
+
+    Raises:
+        ConfigError: no scheme has these weights with these activations.
+    """
+    if not (isinstance(value, Mapping) and "weight" in value and set(value) <= {"weight", "activation"}):
+        return value
+    weight = value["weight"]
+    weight = _VLLM_WEIGHTS.get(weight, weight) if isinstance(weight, str) else weight
+    if "activation" not in value or weight is value["activation"] is None:
+        return weight
+    return _with_activation(weight, value["activation"], schemes)
+
+
+def _with_activation(weight: Any, activation: Any, schemes: Schemes) -> str:
+    """The scheme with these weights, and these activations instead of its own; options stay."""
+    asked = f"weights {weight!r} with activations {activation!r}"
+    if activation is not None and str(activation) not in _VLLM_ACTIVATIONS:
+        raise ConfigError(asked, "no activations have this name", one_of(str(activation), _VLLM_ACTIVATIONS))
+    base, *options = str(weight).split(":")
+    quant = None if activation is None else schemes[_VLLM_ACTIVATIONS[str(activation)]].activation
+    alike = [s for s in schemes.values() if s.weight == schemes[base].weight]
+    for scheme in (schemes[base], *alike):
+        if scheme.activation == quant:
+            return ":".join((scheme.name, *options))
+    known = ", ".join(f"{s.name} ({s.summary})" for s in alike)
+    raise ConfigError(asked, "no scheme has these weights with these activations", f"one of: {known}")
 
 
 def is_component_map(value: Mapping[str, Any], fields: Iterable[str]) -> bool:

@@ -20,6 +20,7 @@ from quantport.loading.locate import Source, named, open_checkpoint
 from quantport.loading.plan_model import merge, refuse_nothing
 from quantport.loading.renamed import renamed
 from quantport.loading.skeleton import Factory, build
+from quantport.loading.stock_save import refuse_stock_save
 from quantport.loading.stored_config import as_stored, refuse_weights
 from quantport.loading.swap_modules import match_modules
 from quantport.model.layers import Layer
@@ -102,6 +103,7 @@ def load(
         _finish(built, decided, target)
         if cache:
             cache.install()
+        refuse_stock_save(built)
     return built
 
 

@@ -13,6 +13,7 @@ from quantport.kvcache import default_cache
 from quantport.loading.executor import Progress, Task, run_tasks
 from quantport.loading.plan_model import plan, refuse_nothing
 from quantport.loading.renamed import renamed
+from quantport.loading.stock_save import refuse_stock_save
 from quantport.loading.swap_modules import by_module, make_module, swap_modules
 from quantport.loading.weight_tasks import quantize_tasks, select
 from quantport.model.layers import Part
@@ -83,5 +84,6 @@ def quantize_(
     swap_modules(model, new)
     if cache:
         cache.install()
+    refuse_stock_save(model)
     model.quantport_plan = decided  # type: ignore[assignment]  # a note on the model, not a submodule
     return decided

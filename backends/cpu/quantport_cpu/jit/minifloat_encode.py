@@ -148,7 +148,8 @@ def e8m0_code(bits, add, emax, high):
         bits = as_bits(as_float(bits) / high)
         if bits <= 1 << 22:  # up to 2**-127, the smallest scale
             return 0
-    return min(254, max(0, ((bits + add) >> 23) - emax))
+        return min(254 - emax, (bits + add) >> 23)
+    return min(254 - emax, max(0, ((bits + add) >> 23) - emax))
 
 
 @njit(error_model="numpy")

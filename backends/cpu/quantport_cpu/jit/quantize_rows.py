@@ -10,11 +10,10 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from quantport.backend import FORMATS, Quant, Scheme, numerics, once
+from quantport.backend import Quant, Scheme, numerics, once
 from quantport_cpu.jit import block_encode, gguf, kquants, least_squares, q6k, search
 from quantport_cpu.jit.memory import Array, array, array_of_rows, constants
 
-_TINY = torch.finfo(torch.float32).tiny
 _KINDS = {"e8m0": block_encode.E8M0, "e4m3fn": block_encode.E4M3, "fp32": block_encode.F32_SCALE}
 _INT4_MSE = Quant("int4", (1, least_squares.GROUP), "bf16", "mse", zero_point=True)
 _DUAL = Quant("e2m1", (1, search.INNER), "e8m0", "mse", outer_block=(1, search.OUTER))
@@ -147,13 +146,13 @@ def e8m0_rule(quant: Quant) -> tuple[int, int, float]:
     """The rule of power-of-two scales, as numbers for ``minifloat_encode.e8m0_code``.
 
     Returns:
-        What is added to the bits of amax, what is subtracted from the exponent, the divisor of amax or 0.
+        What is added to the bits of amax, the exponent of the largest element, the divisor of amax or 0.
     """
     element = quant.element
     emax = math.frexp(element.high)[1] - 1
     mantissa = element.mantissa
     if quant.rule == "rceil":
-        return (1 << 23) - 1, 0, element.high
+        return (1 << 23) - 1, emax, element.high
     added = {"ceil": (1 << 23) - 1, "even": 1 << (22 - mantissa), "even1": 1 << 21}
     return added.get(quant.rule, 0), emax, 0.0
 
@@ -189,5 +188,4 @@ def _global_factor(weight: Tensor, quant: Quant) -> float:
     n = weight.shape[0]
     maxima = torch.empty(n, dtype=torch.float32, device=weight.device)
     block_encode.row_maxima_kernel(*_source(weight), array(maxima, torch.float32, n))
-    factor = FORMATS["e4m3fn"].high * quant.element.high / maxima.amax().clamp_min(_TINY)
-    return 1.0 if torch.isposinf(factor) else float(factor)
+    return float(numerics.global_factor(maxima.amax(), quant.element))

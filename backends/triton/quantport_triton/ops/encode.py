@@ -198,14 +198,14 @@ def e8m0_scale(amax, HIGH: tl.constexpr, ROUNDING: tl.constexpr, EMAX: tl.conste
         amax: Bits of the largest magnitudes.
         HIGH: Largest value of the elements.
         ROUNDING: What the rule adds to the bits before it takes the exponent; -1 for ``rceil``.
-        EMAX: Exponent of ``HIGH``.
+        EMAX: Exponent of ``HIGH``, which stays finite with the largest scale, ``2**(127 - EMAX)``.
     """
     if ROUNDING == -1:
         ratio = tl.div_rn(amax.to(tl.float32, bitcast=True), HIGH).to(tl.int32, bitcast=True)
         exponent = tl.where(ratio <= 1 << 22, 0, (ratio + 0x7FFFFF) >> 23)
     else:
         exponent = tl.maximum(((amax + ROUNDING) >> 23) - EMAX, 0)
-    return tl.where(amax >= INFINITY, 255, tl.minimum(exponent, 254))
+    return tl.where(amax >= INFINITY, 255, tl.minimum(exponent, 254 - EMAX))
 
 
 @triton.jit

@@ -116,13 +116,8 @@ def nvfp4_scale_and_divisor(top, factor, HALF_RANGE: tl.constexpr):
 
 @triton.jit
 def global_factor(top, HALF_RANGE: tl.constexpr):
-    """The global factor of NVFP4, from the bits of the largest magnitude of the matrix; 1 for zeros.
-
-    Reciprocal and product are two steps, as in torch where a number is divided by a tensor.
-    """
-    factor = tl.div_rn(1.0, tl.maximum(top, SMALLEST_NORMAL).to(tl.float32, bitcast=True)) * (
-        448.0 * HALF_RANGE
-    )
+    """The global factor of NVFP4, from the bits of the largest magnitude of the matrix; 1 for zeros."""
+    factor = tl.div_rn(448.0 * HALF_RANGE, tl.maximum(top, SMALLEST_NORMAL).to(tl.float32, bitcast=True))
     return tl.where(factor == float("inf"), 1.0, factor)
 
 
