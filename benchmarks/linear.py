@@ -236,21 +236,16 @@ def report(
         f"linear-{arch}.md",
         markdown(title, ["", "kernel", "error", *(f"M={m}" for m in rows), "of limit"], out, notes),
     )
-    schemes = {
-        name: {
-            "kernel": tested[name][0],
-            "error": tested[name][2],
-            "speed": {
-                str(m): round(c["bf16" if name == "bf16" else "prepacked"], 3) for m, c in table[name].items()
-            },
-        }
-        for name in tested
-    }
+    kernels: dict[str, dict[str, Any]] = {}
+    for name, (kernel, _, error) in tested.items():
+        baseline = "bf16" if name == "bf16" else "prepacked"
+        speeds = {str(m): round(cell[baseline], 3) for m, cell in table[name].items()}
+        kernels.setdefault(kernel, {})[name] = {"error": error, "speeds": speeds}
     path = ROOT / "backends" / "cpu" / "quantport_cpu" / "tuned" / f"{arch}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(
         json.dumps(
-            {"run": describe(), "compiled": not why_unavailable(), "shape": [N, K], "schemes": schemes},
+            {"run": describe(), "compiled": not why_unavailable(), "shape": [N, K], "kernels": kernels},
             indent=1,
         )
         + "\n",

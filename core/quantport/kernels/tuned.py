@@ -7,8 +7,7 @@ A room that was measured on an architecture has a file ``tuned/<arch>.json`` in 
      "kernels": {"cuda._scaled_mm": {"fp8_per_channel": {"error": 0.0012, "speeds": {"1": 1.1, "512": 1.7}}}}}
 
 ``speeds`` are relative to BF16 in the same run, by the number of tokens, for a weight of ``shape``; ``error``
-is the largest relative error against the reference. A file with one kernel for each scheme may instead have
-``schemes``: ``{"fp8_per_channel": {"kernel": "cpu.fp8_weight_only", "error": 0.0013, "speed": {"1": 1.8}}}``.
+is the largest relative error against the reference.
 """
 
 from __future__ import annotations
@@ -85,8 +84,8 @@ def find_tuned(package: str, kernel: str, request: Request) -> Tuned | None:
     """
     arch, scheme = request.device.arch.name, request.weight.scheme.name
     table = tuned_table(package, arch)
-    row = table.get("kernels", {}).get(kernel, {}).get(scheme) or table.get("schemes", {}).get(scheme)
-    if row is None or row.get("kernel", kernel) != kernel:
+    row = table.get("kernels", {}).get(kernel, {}).get(scheme)
+    if row is None:
         return None
-    speeds = {int(m): float(speed) for m, speed in row.get("speeds", row.get("speed", {})).items()}
+    speeds = {int(num_tokens): float(speed) for num_tokens, speed in row.get("speeds", {}).items()}
     return Tuned(f"{package}/tuned/{arch}.json", table, row["error"], speeds)
