@@ -78,6 +78,10 @@ class Recognized(ABC):
         """The KV cache that it was saved with."""
         return KVCacheConfig()
 
+    def fallback(self) -> str | None:
+        """What it was saved to do where a device cannot run a scheme; None where it does not say."""
+        return None
+
     def read(self, part: Part) -> tuple[Tensor, Callable[[], None]]:
         """The 16- or 32-bit values ``[n, k]`` of a part, and what to call when they have been used."""
         some = None if part.start is None else slice(part.start, part.stop)
@@ -154,6 +158,7 @@ class CheckpointFormat(ABC):
         *,
         config: Mapping[str, Any] | None = None,
         kv_cache: KVCacheConfig | None = None,
+        fallback: str | None = None,
         copy: Sequence[Path] = (),
         overwrite: bool = False,
         max_shard_bytes: int = 5_000_000_000,
@@ -167,6 +172,7 @@ class CheckpointFormat(ABC):
                 ``Scheme.layout``.
             config: ``config.json`` of the model; None where it has none.
             kv_cache: The KV cache of the model.
+            fallback: What the model does where a device cannot run a scheme; None where that is not known.
             copy: Files to copy in, such as the tokenizer.
             overwrite: As for `save_tensors`.
             max_shard_bytes: As for `save_tensors`.

@@ -60,7 +60,7 @@ def save(
             "it has no quantized layer",
             "quantport.load or quantport.quantize_ first",
         )
-    cache = default_of(model)
+    cache, decided = default_of(model), getattr(model, "quantport_plan", None)
     source = getattr(model, "name_or_path", "")
     directory_of = Path(source) if source else None
     described: Any = getattr(model, "config", None)
@@ -76,6 +76,7 @@ def save(
         _tensors(model),
         config=config,
         kv_cache=KVCacheConfig(cache.dtype, tuple(cache.skip_layers)) if cache else None,
+        fallback=decided.config.fallback if decided else None,
         copy=companions,
         overwrite=overwrite,
         max_shard_bytes=max_shard_bytes,
