@@ -41,9 +41,8 @@ def test_runs_as_with_the_dtype_of_the_configuration(part, dtype, tmp_path):
     name, inside = PARTS[part]
     folder = mixed(tmp_path / "c", name, inside, WIDE[dtype])
     reference = of_transformers(folder)
-    model = quantport.load(
-        folder, config={"scheme": "int8_weight_only", "ignore": ["*.o_proj", "*.out_proj"]}
-    )
+    kept = "*.out_proj" if name == "opt" else "*.o_proj"
+    model = quantport.load(folder, config={"scheme": "int8_weight_only", "ignore": [kept]})
     assert kept_alike(model, reference)
     assert close(outputs(model), outputs(reference), 0.05)
     same_state(quantport.load(quantport.save(model, tmp_path / "q")), model)
@@ -190,8 +189,7 @@ def test_values_that_would_collapse(name, what, tmp_path):
     with pytest.raises(WeightError) as caught:
         quantport.load(folder, "int8", dtype=dtype)
     check_parts(caught.value, name, found, "dtype=torch.float32", "cast", str(dtype))
-    pattern = name.removesuffix(".weight")
-    asked = quantport.load(folder, config={"scheme": "int8", "cast": [pattern]}, dtype=dtype)
+    asked = quantport.load(folder, config={"scheme": "int8", "cast": [name]}, dtype=dtype)
     assert same_bits(asked.get_parameter(name), values.to(dtype))
     wide = quantport.load(folder, "int8", dtype=torch.float32)
     assert same_bits(wide.get_parameter(name), values)

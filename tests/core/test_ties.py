@@ -97,7 +97,7 @@ def test_other_values_in_the_last_slab_count(tmp_path, monkeypatch):
 
 
 def test_ends_that_are_not_tied_may_have_schemes_of_their_own(tmp_path):
-    tied("gemma", tmp_path / "c", another)
+    tied("qwen2", tmp_path / "c", another)
     for targets in ({"lm_head": "int8"}, {"lm_head": "int4", "model.embed_tokens": "int8_weight_only"}):
         config = {"scheme": "int8", "targets": targets}
         with pytest.warns(UserWarning, match="not tied"):

@@ -45,8 +45,8 @@ class QuantConfig(BaseModel):
             the activations in 16 bits, ``reference`` emulates the scheme exactly, ``error`` refuses.
         on_unmatched: A pattern that matches nothing is an ``error``, or a ``warn``-ing.
         nonfinite: A weight with NaN or Inf is an ``error``, or they are read as ``zero``.
-        cast: Patterns of tensors that are held in the dtype of the model even where their values collapse in
-            it (some become Inf, or all become one value), which is an error otherwise.
+        cast: Patterns of what is held in the dtype of the model even where its values collapse in it (some
+            become Inf, or all become one value), which is an error otherwise.
         activation_scheme: ``dynamic``; there is no calibration, so ``static`` is refused.
         weight_block_size: [128, 128] with ``fp8_per_block``; anything else is refused.
         group_size: 128 or 32 with ``int4_weight_only``.

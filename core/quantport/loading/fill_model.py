@@ -51,6 +51,7 @@ class ModelFiller:
         self.checkpoint, self.model, self.plan, self.names = checkpoint, model, plan, names
         self.source, self.dtypes, self.registry = checkpoint.source, dtypes, registry
         self.buffers = {name for name, _ in model.named_buffers()}
+        self.layer_names = {name: s.layer.name for s in plan.steps for name in _tensors(s.layer)}
         self.warnings: list[str] = []
         self.device, self.slab = plan.device.torch_device, min(SLAB, plan.budget)
 
@@ -144,8 +145,8 @@ class ModelFiller:
         """
         seen = copy_into(self.source, target, name, self.slab)
         lost = seen.lost_in(target.dtype)
-        own = name.removesuffix(".weight")
-        if lost and not any(compile_pattern(p).match(n) for p in self.plan.config.cast for n in (name, own)):
+        own = self.layer_names[name]
+        if lost and not any(compile_pattern(p).match(own) for p in self.plan.config.cast):
             stored = self.source.tensors[name].dtype
             suggestion = f"dtype=torch.float32, or config={{'cast': [{own!r}]}} to have it so"
             raise WeightError(f"hold {name} ({stored}) in {target.dtype}", lost, suggestion)

@@ -136,7 +136,8 @@ class Plan:
         ]
         kept = len(self.steps) - len(self.quantized)
         total = f"  {kept} stay as stored; {self.before / 1e6:.1f} MB -> {self.after / 1e6:.1f} MB"
-        return "\n".join([f"{self.source} on {self.device}", *lines, total])
+        warned = [f"  warning: {text}" for text in self.warnings]
+        return "\n".join([f"{self.source} on {self.device}", *lines, total, *warned])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: stable keys, no objects."""
