@@ -232,11 +232,13 @@ def test_a_factory_that_raises_leaves_torch_as_it_was(tiny):
 def test_tensors_that_the_model_does_not_have_are_said(tmp_path):
     """Transformers warns of unexpected keys; a plan that names them does too."""
     folder = write(tmp_path / "c", {**state(), "extra.weight": torch.ones(4, 4), "more": torch.ones(3)})
-    model = quantport.load(folder, "int8", model=Tiny)
+    with pytest.warns(UserWarning, match=r"no place for them: extra, more \(0\.0 MB\)"):
+        model = quantport.load(folder, "int8", model=Tiny)
     steps = model.quantport_plan.by_layer
-    assert steps["extra"].skip_reason.code is SkipCode.NO_MODULE
-    assert "no module" in steps["extra"].note
-    assert "more" in steps
+    for name, why in (("extra", "no module"), ("more", "Tiny of the model has no more")):
+        assert steps[name].skip_reason.code is SkipCode.NO_MODULE
+        assert why in steps[name].note
+        assert steps[name].after == 0
     assert "extra" not in dict(model.named_modules())
 
 

@@ -242,3 +242,37 @@ def test_a_missing_scale_is_named(folder):
     write(folder, kept)
     with pytest.raises(CheckpointError, match=r"up\.weight_scale"):
         quantport.load(folder, model=Tiny)
+
+
+@pytest.mark.parametrize("fallback", ["weight_only", "reference"])
+def test_what_runs_is_the_same_after_a_round_trip(fallback, tmp_path):
+    """fp8 activations, which no host processor multiplies: W8A16, or W8A8 emulated."""
+    model = made()
+    quantport.quantize_(model, "fp8_per_channel", fallback=fallback)
+    folder = quantport.save(model, tmp_path / "out")
+    tokens = torch.arange(12).view(2, 6)
+    again = quantport.load(folder, model=Tiny)
+    assert again.quantport_plan.config.fallback == fallback
+    assert {s.layer.name: s.choice.precision for s in again.quantport_plan.quantized} == {
+        s.layer.name: s.choice.precision for s in model.quantport_plan.quantized
+    }
+    assert torch.equal(again(tokens), model(tokens))
+    assert again.quantport_plan.quantized[0].choice.precision == (
+        "W8A8" if fallback == "reference" else "W8A16"
+    )
+    other = {"weight_only": "reference", "reference": "weight_only"}[fallback]
+    for options in ({"fallback": other}, {"config": {"fallback": other}}):
+        assert quantport.load(folder, model=Tiny, **options).quantport_plan.config.fallback == other
+
+
+def test_a_checkpoint_that_says_nothing_of_a_fallback_has_the_default(tmp_path):
+    model = made()
+    quantport.quantize_(model, "fp8_per_channel", fallback="reference")
+    folder = quantport.save(model, tmp_path / "out")
+    record = json.loads((folder / "quantport.json").read_text())
+    del record["fallback"]
+    (folder / "quantport.json").write_text(json.dumps(record))
+    assert quantport.load(folder, model=Tiny).quantport_plan.config.fallback == "weight_only"
+    (folder / "quantport.json").write_text(json.dumps({**record, "fallback": "never"}))
+    with pytest.raises(QuantportError, match="fallback"):
+        quantport.load(folder, model=Tiny)

@@ -79,6 +79,10 @@ class Recognized(ABC):
         """The KV cache that it was saved with."""
         return KVCacheConfig()
 
+    def fallback(self) -> str | None:
+        """What it was saved to do where a device cannot run a scheme; None where it does not say."""
+        return None
+
     def read(self, part: Part) -> tuple[Tensor, Callable[[], None]]:
         """The 16- or 32-bit values ``[n, k]`` of a part, and what to call when they have been used."""
         some = None if part.start is None else slice(part.start, part.stop)
@@ -155,6 +159,7 @@ class CheckpointFormat(ABC):
         *,
         config: Mapping[str, Any] | None = None,
         kv_cache: KVCacheConfig | None = None,
+        fallback: str | None = None,
         files: Mapping[str, bytes | Path] = MappingProxyType({}),
         overwrite: bool = False,
         max_shard_bytes: int = 5_000_000_000,
@@ -168,6 +173,7 @@ class CheckpointFormat(ABC):
                 ``Scheme.layout``.
             config: ``config.json`` of the model; None where it has none.
             kv_cache: The KV cache of the model.
+            fallback: What the model does where a device cannot run a scheme; None where that is not known.
             files: As for `save_tensors`; without ``config.json``.
             overwrite: As for `save_tensors`.
             max_shard_bytes: As for `save_tensors`.

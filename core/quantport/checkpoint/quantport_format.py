@@ -61,8 +61,8 @@ class Entry(BaseModel):
 
 
 class Record(BaseModel):
-    """The file: format version, the quantized layers by module path, and the KV cache that ``generate``
-    makes.
+    """The file: format version, the quantized layers by module path, the KV cache that ``generate`` makes,
+    and the fallback for devices that cannot run a scheme.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -70,6 +70,7 @@ class Record(BaseModel):
     layers: dict[str, Entry]
     kv_cache_dtype: str | None = None
     kv_cache_skip_layers: tuple[int, ...] = ()
+    fallback: str | None = None
 
 
 def read_record(directory: Path) -> Record | None:
@@ -111,6 +112,7 @@ class QuantportFormat(CheckpointFormat):
         *,
         config: Mapping[str, Any] | None = None,
         kv_cache: KVCacheConfig | None = None,
+        fallback: str | None = None,
         files: Mapping[str, bytes | Path] = MappingProxyType({}),
         overwrite: bool = False,
         max_shard_bytes: int = 5_000_000_000,
@@ -121,6 +123,7 @@ class QuantportFormat(CheckpointFormat):
             layers={name: _entry(layer) for name, layer in layers.items()},
             kv_cache_dtype=cache.dtype,
             kv_cache_skip_layers=cache.skip_layers,
+            fallback=fallback,
         )
         own = {FILE: record.model_dump_json(indent=1).encode()}
         if config is not None:
@@ -184,6 +187,9 @@ class _Quantized(Recognized):
 
     def kv_cache(self) -> KVCacheConfig:
         return KVCacheConfig(self.record.kv_cache_dtype, self.record.kv_cache_skip_layers)
+
+    def fallback(self) -> str | None:
+        return self.record.fallback
 
     def _weight(self, name: str, entry: Entry, weight: str, n: int, k: int) -> QuantizedWeight:
         scheme = self.schemes[entry.others.get(weight, entry.scheme)]

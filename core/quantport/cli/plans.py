@@ -157,9 +157,10 @@ def _summary(plan: Plan, named: Sequence[tuple[str, Sequence[Step]]]) -> dict[st
         "groups": [_group_dict(name, steps) for name, steps in named],
         "kept": _told(kept, lambda step: [step.note]),
         "reasons": _reasons(plan),
-        "warnings": _told(
-            [(name, steps) for name, steps in named if steps[0].slow], lambda step: [step.note]
-        ),
+        "warnings": [
+            *plan.warnings,
+            *_told([(name, steps) for name, steps in named if steps[0].slow], lambda step: [step.note]),
+        ],
     }
 
 

@@ -26,6 +26,7 @@ _WHOLE = {
     "fallback",
     "on_unmatched",
     "nonfinite",
+    "cast",
     "kv_cache_dtype",
     "kv_cache_skip_layers",
 }
@@ -52,6 +53,8 @@ class QuantConfig(BaseModel):
             the activations in 16 bits, ``reference`` emulates the scheme exactly, ``error`` refuses.
         on_unmatched: A pattern that matches nothing is an ``error``, or a ``warn``-ing.
         nonfinite: A weight with NaN or Inf is an ``error``, or they are read as ``zero``.
+        cast: Patterns of what is held in the dtype of the model even where its values collapse in it (some
+            become Inf, or all become one value), which is an error otherwise.
         activation_scheme: ``dynamic``; there is no calibration, so ``static`` is refused.
         weight_block_size: [128, 128] with ``fp8_per_block``; anything else is refused.
         group_size: 128 or 32 with ``int4_weight_only``.
@@ -74,6 +77,7 @@ class QuantConfig(BaseModel):
     fallback: Literal["weight_only", "error", "reference"] = "weight_only"
     on_unmatched: Literal["error", "warn"] = "error"
     nonfinite: Literal["error", "zero"] = "error"
+    cast: tuple[str, ...] = ()
     activation_scheme: Literal["dynamic"] = "dynamic"
     weight_block_size: tuple[int, int] | None = None
     group_size: Literal[32, 128] | None = None
@@ -103,7 +107,7 @@ class QuantConfig(BaseModel):
             else value
         )
 
-    @field_validator("ignore", "targets")
+    @field_validator("ignore", "targets", "cast")
     @classmethod
     def _patterns(cls, value: Any) -> Any:
         for pattern in value:
@@ -213,7 +217,7 @@ class QuantConfig(BaseModel):
 
     def patterns(self) -> tuple[str, ...]:
         """Every pattern, those of the components included."""
-        own = (*self.ignore, *self.targets)
+        own = (*self.ignore, *self.targets, *self.cast)
         return own + tuple(p for c in self.components.values() if c for p in c.patterns())
 
 

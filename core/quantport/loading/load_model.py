@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,8 +19,10 @@ from quantport.loading.build_context import as_usual
 from quantport.loading.executor import Progress, run_tasks
 from quantport.loading.fill_model import ModelFiller, module_path
 from quantport.loading.locate import Source, named, open_checkpoint
+from quantport.loading.place_tensors import HeldDtypes, main_dtype, place_tensors
 from quantport.loading.plan_model import merge, refuse_nothing
 from quantport.loading.renamed import renamed
+from quantport.loading.settle_ties import settle_ties, tie_again, tied_groups
 from quantport.loading.skeleton import Factory, build
 from quantport.loading.stock_save import refuse_stock_save
 from quantport.loading.stored_config import as_stored, refuse_weights
@@ -77,9 +81,12 @@ def load(
         layers = checkpoint.layers()
         if checkpoint.quantized():
             refuse_weights(checkpoint, scheme, config)
-            parsed = as_stored(checkpoint, layers, fallback or "weight_only", parsed, registry.schemes)
-        compute, source = dtype or _dtype(layers, target), checkpoint.source
+            parsed = as_stored(checkpoint, layers, parsed, registry.schemes)
+        compute, source = dtype or main_dtype(layers, described, target), checkpoint.source
         built, names = build(source.directory, model, compute, source.tensors)
+        dtypes = HeldDtypes(built, compute, factory=model is not None)
+        ties = settle_ties(built, checkpoint, layers, names, dtypes)
+        layers = place_tensors(layers, built, names, dtypes, ties.copies, checkpoint.quantized())
         layers = match_modules(layers, built, partial(module_path, names))
         _homeless(built, layers, named(path_or_id))
         _placed(layers, checkpoint)
@@ -95,16 +102,27 @@ def load(
             dtype=compute,
             kv=kv_shape(described),
             budget=budget,
+            warnings=ties.warnings,
         )
         refuse_nothing(decided)
         _fits(decided, target)
-        filler = ModelFiller(checkpoint, built, decided, names, compute, dtype is not None, registry)
+        _warn(decided.warnings)
+        groups = tied_groups(built)
+        filler = ModelFiller(checkpoint, built, decided, names, dtypes, registry)
         run_tasks(filler.tasks(), progress, workers, decided.budget)
-        _finish(built, decided, target)
+        tie_again(built, groups)
+        held = tuple(sorted(filler.warnings))
+        _finish(built, replace(decided, warnings=decided.warnings + held), target)
+        _warn(held)
         if cache:
             cache.install()
         refuse_stock_save(built)
     return built
+
+
+def _warn(texts: Iterable[str]) -> None:
+    for text in texts:
+        warnings.warn(text, UserWarning, stacklevel=4)  # the caller of ``load``
 
 
 def _usable(target: Device) -> Device:
@@ -148,7 +166,9 @@ def _placed(layers: Iterable[Layer], checkpoint: Recognized) -> None:
 def _finish(model: nn.Module, decided: Plan, target: Device) -> None:
     """Ties weights, moves buffers, and checks that nothing is missing."""
     tie = getattr(model, "tie_weights", None)
-    if callable(tie):
+    if hasattr(model, "all_tied_weights_keys"):  # Transformers: as settled, not as configured
+        model.tie_weights(recompute_mapping=False)  # type: ignore[operator]
+    elif callable(tie):
         tie()
     missing = [name for name, p in model.named_parameters() if p.is_meta]
     if missing:
@@ -163,14 +183,6 @@ def _finish(model: nn.Module, decided: Plan, target: Device) -> None:
             if buffer is not None and buffer.device != target.torch_device:
                 module._buffers[name] = buffer.to(target.torch_device)
     model.quantport_plan = decided  # type: ignore[assignment]  # a note on the model, not a submodule
-
-
-def _dtype(layers: Iterable[Layer], target: Device) -> torch.dtype:
-    """The 16-bit dtype of the checkpoint, or what the device computes in where it has no bf16."""
-    stored = {layer.dtype for layer in layers if layer.kind != "other"}
-    if torch.float16 in stored and torch.bfloat16 not in stored:
-        return torch.float16
-    return target.arch.compute if torch.bfloat16 in stored or not stored else torch.float32
 
 
 def _fits(decided: Plan, target: Device) -> None:

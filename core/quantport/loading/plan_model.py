@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,10 +15,13 @@ from quantport.device import Device
 from quantport.errors import CheckpointError, ConfigError
 from quantport.kvcache import kv_shape
 from quantport.loading.locate import Source, named, open_checkpoint
+from quantport.loading.place_tensors import HeldDtypes, leave_in_fp32, main_dtype
 from quantport.loading.renamed import renamed
+from quantport.loading.skeleton import ties_its_head
 from quantport.loading.swap_modules import match_modules
+from quantport.model.beyond_config import beyond_config
 from quantport.model.fused_projections import with_cuts
-from quantport.model.layers import find_layers
+from quantport.model.layers import Layer, find_layers
 from quantport.model.tied_weights import from_config
 from quantport.planning.plan import Plan, make_plan
 from quantport.plugins.registry import Registry, default_registry
@@ -78,18 +82,16 @@ def plan(
     target = registry.device(device)
     parsed = merge(scheme, config, {"fallback": fallback}, registry.schemes)
     if isinstance(model, nn.Module):
-        layers, source = (
-            match_modules(find_layers(dict(model.named_parameters())), model, lambda x: x.name),
-            type(model).__name__,
-        )
-        described: Any = getattr(model, "config", None)
-        kv = kv_shape(described.to_dict()) if hasattr(described, "to_dict") else None
+        config_of: Any = getattr(model, "config", None)
+        described = config_of.to_dict() if hasattr(config_of, "to_dict") else {}
+        layers, source = _layers_of(model, described, target, dtype), type(model).__name__
+        warnings: tuple[str, ...] = ()
     else:
         with open_checkpoint(model, registry, headers_only=True) as (checkpoint, described):
             refuse_quantized(checkpoint)
-            tied = from_config(checkpoint.layers(), described)
-            layers, source = [with_cuts(layer, described) for layer in tied], named(model)
-            kv = kv_shape(described)
+            layers, warnings = _layers_in(checkpoint, described, target, dtype)
+            source = named(model)
+    kv = kv_shape(described)
     kernels, schemes = registry.kernels(target.kind), registry.schemes
     return make_plan(
         layers,
@@ -102,7 +104,31 @@ def plan(
         dtype=dtype,
         kv=kv,
         budget=budget,
+        warnings=warnings,
     )
+
+
+def _layers_of(
+    model: nn.Module, config: Mapping[str, Any], target: Device, dtype: torch.dtype | None
+) -> list[Layer]:
+    """The layers of a module."""
+    layers = find_layers(dict(model.named_parameters()))
+    dtypes = HeldDtypes(model, dtype or main_dtype(layers, config, target))
+    left = [leave_in_fp32(layer, model, f"{layer.name}.weight", dtypes) for layer in layers]
+    return match_modules(left, model, lambda layer: layer.name)
+
+
+def _layers_in(
+    checkpoint: Recognized, config: Mapping[str, Any], target: Device, dtype: torch.dtype | None
+) -> tuple[list[Layer], tuple[str, ...]]:
+    """The layers of a checkpoint as far as names, shapes and its configuration tell, and what is open."""
+    layers, undecided = checkpoint.layers(), ""
+    if ties_its_head(config, checkpoint.source.directory):
+        layers, undecided = from_config(layers)
+    held = dtype or main_dtype(layers, config, target)
+    wide = [replace(x, held_dtype=held) if x.dtype is torch.float64 else x for x in layers]
+    cut = [with_cuts(layer, config) for layer in beyond_config(wide, config)]
+    return cut, (undecided,) if undecided else ()
 
 
 def refuse_quantized(checkpoint: Recognized) -> None:

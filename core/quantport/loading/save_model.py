@@ -53,7 +53,7 @@ def save(
             "it has no quantized layer",
             "quantport.load or quantport.quantize_ first",
         )
-    cache = default_of(model)
+    cache, decided = default_of(model), getattr(model, "quantport_plan", None)
     source = getattr(model, "name_or_path", "")
     files: dict[str, bytes | Path] = {}
     if source and Path(source).is_dir():
@@ -66,6 +66,7 @@ def save(
         _tensors(model),
         config=_config(model),
         kv_cache=KVCacheConfig(cache.dtype, tuple(cache.skip_layers)) if cache else None,
+        fallback=decided.config.fallback if decided else None,
         files=files,
         overwrite=overwrite,
         max_shard_bytes=max_shard_bytes,

@@ -16,7 +16,7 @@ from quantport.kernels.base import Kernel, WeightSpec
 from quantport.model.fused_projections import with_cuts
 from quantport.model.layers import Layer, uneven
 from quantport.model.roles import Role, SkipCode, SkipReason, skipped_by_default
-from quantport.model.tied_weights import one_layer, partners, why_not_embedding
+from quantport.model.tied_weights import forget_tie, partners, why_not_embedding
 from quantport.modules import (
     QuantEmbedding,
     QuantExperts,
@@ -43,13 +43,19 @@ def match_modules(layers: Iterable[Layer], model: nn.Module, module_path: Module
     ties = partners(model)
     config: Any = getattr(model, "config", None)
     described = config.to_dict() if hasattr(config, "to_dict") else {}
-    checked = one_layer([x for layer in layers for x in _check(layer, model, module_path, ties)])
-    return [with_cuts(layer, described) for layer in checked]
+    checked = [x for layer in layers for x in _check(layer, model, module_path, ties)]
+    heads = {name for layer in checked for name in layer.tied}
+    # second copies: the embedding answers to their names too
+    named = (replace(x, name=f"{x.name}.weight", kind="other") if x.name in heads else x for x in checked)
+    return [with_cuts(layer, described) for layer in named]
 
 
 def _check(
     layer: Layer, model: nn.Module, module_path: ModulePath, ties: Mapping[str, tuple[str, ...]]
 ) -> Iterable[Layer]:
+    if not layer.loaded:
+        yield layer
+        return
     path = module_path(layer)
     module = _module(model, path)
     if layer.kind == "moe" and isinstance(module, nn.ModuleList):
@@ -242,11 +248,8 @@ def _add_heads(model: nn.Module, new: dict[str, nn.Module]) -> None:
     """Adds the output heads of quantized embeddings to the modules to put, and tells the model that nothing
     is left to tie.
     """
-    for path, module in list(new.items()):
+    for module in list(new.values()):
         if isinstance(module, QuantEmbedding):
             for name in module.tied:
                 new[name] = TiedLinear(module, model.get_submodule(name)._parameters.get("bias"))
-                said: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
-                if said.pop(f"{name}.weight", None):
-                    keys = {k: v for k, v in model._tied_weights_keys.items() if v != f"{path}.weight"}  # type: ignore[union-attr,operator]  # Transformers
-                    model._tied_weights_keys = keys  # type: ignore[assignment]  # of this model, not of its class
+                forget_tie(model, f"{name}.weight")

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from quantport.model.roles import Role, SkipCode, SkipReason, role_of, skipped_by_default
+from quantport.model.roles import NOT_LOADED, Role, SkipCode, SkipReason, role_of, skipped_by_default
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -69,6 +69,7 @@ class Layer:
         cuts: Name and rows of each projection of a fused linear layer, where the model says them.
         only: The weights of an experts layer that this piece of it holds (``3.down_proj``), where single
             experts or projections got another scheme than the rest; empty for all.
+        held_dtype: Dtype that it is held in where it stays; None for that in which it is stored.
     """
 
     name: str
@@ -83,6 +84,12 @@ class Layer:
     tied: tuple[str, ...] = ()
     cuts: tuple[tuple[str, int], ...] = ()
     only: tuple[str, ...] = ()
+    held_dtype: torch.dtype | None = None
+
+    @property
+    def loaded(self) -> bool:
+        """Whether any of it is loaded: it is no second copy, and the model has a place for it."""
+        return self.skip_reason is None or self.skip_reason.code not in NOT_LOADED
 
     @property
     def opt_in(self) -> bool:
@@ -139,6 +146,11 @@ class Layer:
     def bytes(self) -> int:
         """Bytes of the weights as stored."""
         return self.elements * self.dtype.itemsize
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the weights in memory, where they stay."""
+        return self.elements * (self.held_dtype or self.dtype).itemsize if self.loaded else 0
 
     @property
     def shards(self) -> tuple[str, ...]:

@@ -34,8 +34,11 @@ class SkipCode(str, Enum):
     STORED_DTYPE = "stored_dtype"
     UNEVEN_EXPERTS = "uneven_experts"
     SECOND_COPY = "second_copy"
+    BEYOND_CONFIG = "beyond_config"
     # the model
     NO_MODULE = "no_module"
+    UNUSED = "unused"
+    KEPT_FP32 = "kept_fp32"
     WHOLE_MODEL = "whole_model"
     QUANTIZED_ALREADY = "quantized_already"
     OTHER_LINEAR = "other_linear"
@@ -53,6 +56,8 @@ class SkipCode(str, Enum):
         return self.value
 
 
+# stored, and not loaded: a copy of another tensor, or something that the model has no place for
+NOT_LOADED = frozenset({SkipCode.SECOND_COPY, SkipCode.BEYOND_CONFIG, SkipCode.NO_MODULE, SkipCode.UNUSED})
 _CONFIGURED = {SkipCode.PATTERN, SkipCode.NULL_SCHEME, SkipCode.FIRST_BLOCKS, SkipCode.NULL_COMPONENT}
 _LEFT_ALONE = {
     Role.EMBEDDING: "embedding: looked up, not multiplied",

@@ -24,6 +24,7 @@ from quantport.model.fused_projections import split_projections
 from quantport.model.layers import FLOATS, Layer
 from quantport.model.roles import Role, SkipReason
 from quantport.planning.memory import BUDGET, parse_budget, peak_bytes, resolve_budget
+from quantport.planning.notices import notices
 from quantport.planning.select_kernel import (
     Choice,
     best_scheme,
@@ -81,6 +82,7 @@ class Plan:
         why: Why this scheme, when the device chose it.
         kv_shape: What the KV cache keeps for each token; None where that is not known.
         budget: Bytes that the stream may hold beside the loaded model.
+        warnings: For people: tensors that are not loaded or are converted, ties that are none.
     """
 
     source: str
@@ -91,6 +93,7 @@ class Plan:
     why: str = ""
     kv_shape: KVShape | None = None
     budget: int = BUDGET
+    warnings: tuple[str, ...] = ()
 
     @property
     def before(self) -> int:
@@ -133,7 +136,8 @@ class Plan:
         ]
         kept = len(self.steps) - len(self.quantized)
         total = f"  {kept} stay as stored; {self.before / 1e6:.1f} MB -> {self.after / 1e6:.1f} MB"
-        return "\n".join([f"{self.source} on {self.device}", *lines, total])
+        warned = [f"  warning: {text}" for text in self.warnings]
+        return "\n".join([f"{self.source} on {self.device}", *lines, total, *warned])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: stable keys, no objects."""
@@ -147,6 +151,7 @@ class Plan:
             "bytes_after": self.after,
             "bytes_peak": self.peak,
             "kv_cache": self.kv_cache,
+            "warnings": list(self.warnings),
             "layers": [_step_dict(s) for s in self.steps if s.layer.kind != "other"],
         }
 
@@ -182,6 +187,7 @@ def make_plan(
     dtype: torch.dtype | None = None,
     kv: KVShape | None = None,
     budget: int | str | None = None,
+    warnings: Iterable[str] = (),
 ) -> Plan:
     """Plans every layer. Pure: no registry, no hardware, no weights.
 
@@ -197,6 +203,7 @@ def make_plan(
         kv: What the model keeps for each token, where that is known.
         budget: Bytes (or ``"512MB"``) that the stream may hold beside the model; by default 512 MiB, or what
             the largest weight needs.
+        warnings: What else is known of the checkpoint, for people.
 
     Raises:
         BudgetError: a single weight needs more than ``budget``.
@@ -219,7 +226,8 @@ def make_plan(
     # refuses a layer that the model does not have
     kv_summary(kv, config.kv_cache_dtype, config.kv_cache_skip_layers)
     total = resolve_budget(requested_budget, _peaks(steps, schemes))
-    return Plan(source, device, config, steps, num_tokens, why, kv, total)
+    texts = (*warnings, *notices(step.layer for step in steps))
+    return Plan(source, device, config, steps, num_tokens, why, kv, total, texts)
 
 
 def _peaks(steps: Iterable[Step], schemes: Schemes) -> dict[str, int]:
@@ -253,7 +261,11 @@ class _Planner:
 
     def _skip(self, layer: Layer, reason: SkipReason | None) -> Step:
         choice = self._dense_experts(layer) if layer.only else self._prepacked(layer)
-        return Step(layer, None, choice, str(reason or ""), layer.bytes, layer.bytes, reason)
+        note = str(reason or "")
+        if choice is None and layer.loaded and layer.held_dtype not in (None, layer.dtype):
+            note += f"; stored as {layer.dtype}, held in {layer.held_dtype}"
+        after = layer.held_bytes if choice is None else layer.bytes
+        return Step(layer, None, choice, note, layer.bytes, after, reason)
 
     def _quantize(self, layer: Layer, scheme_name: str) -> Step:
         if layer.kind == "other" or (layer.skip_reason and not layer.opt_in):
