@@ -17,12 +17,12 @@ from quantport.loading.build_context import as_usual
 from quantport.loading.executor import Progress, run_tasks
 from quantport.loading.fill_model import ModelFiller, module_path
 from quantport.loading.locate import Source, named, open_checkpoint
-from quantport.loading.plan_model import merge, refuse_nothing
+from quantport.loading.plan_model import merge, refuse_nothing, warn
 from quantport.loading.renamed import renamed
 from quantport.loading.skeleton import Factory, build
 from quantport.loading.stored_config import as_stored, refuse_weights
 from quantport.loading.swap_modules import match_modules
-from quantport.model.layers import Layer
+from quantport.model.layers import Layer, find_renamed_experts
 from quantport.model.roles import SkipCode
 from quantport.planning.plan import Plan, make_plan
 from quantport.plugins.registry import Registry, default_registry
@@ -79,6 +79,7 @@ def load(
             parsed = as_stored(checkpoint, layers, fallback or "weight_only", parsed, registry.schemes)
         compute, source = dtype or _dtype(layers, target), checkpoint.source
         built, names = build(source.directory, model, compute, source.tensors)
+        layers = find_renamed_experts(layers, names, source.tensors)
         layers = match_modules(layers, built, partial(module_path, names))
         _homeless(built, layers, named(path_or_id))
         _placed(layers, checkpoint)
@@ -96,6 +97,8 @@ def load(
             budget=budget,
         )
         refuse_nothing(decided)
+        if not checkpoint.quantized():
+            warn(decided)
         _fits(decided, target)
         filler = ModelFiller(checkpoint, built, decided, names, compute, dtype is not None, registry)
         run_tasks(filler.tasks(), progress, workers, decided.budget)

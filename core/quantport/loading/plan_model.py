@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,11 +15,13 @@ from quantport.config import QuantConfig
 from quantport.device import Device
 from quantport.errors import CheckpointError, ConfigError
 from quantport.kvcache import kv_shape
+from quantport.loading.fill_model import module_path
 from quantport.loading.locate import Source, named, open_checkpoint
 from quantport.loading.renamed import renamed
+from quantport.loading.skeleton import build
 from quantport.loading.swap_modules import match_modules
 from quantport.model.fused_projections import with_cuts
-from quantport.model.layers import find_layers
+from quantport.model.layers import Layer, find_layers, find_renamed_experts
 from quantport.model.tied_weights import from_config
 from quantport.planning.plan import Plan, make_plan
 from quantport.plugins.registry import Registry, default_registry
@@ -78,17 +82,14 @@ def plan(
     target = registry.device(device)
     parsed = merge(scheme, config, {"fallback": fallback}, registry.schemes)
     if isinstance(model, nn.Module):
-        layers, source = (
-            match_modules(find_layers(dict(model.named_parameters())), model, lambda x: x.name),
-            type(model).__name__,
-        )
+        found = find_layers(dict(model.named_parameters()))
+        layers, source = match_modules(found, model, partial(module_path, {})), type(model).__name__
         described: Any = getattr(model, "config", None)
         kv = kv_shape(described.to_dict()) if hasattr(described, "to_dict") else None
     else:
         with open_checkpoint(model, registry, headers_only=True) as (checkpoint, described):
             refuse_quantized(checkpoint)
-            tied = from_config(checkpoint.layers(), described)
-            layers, source = [with_cuts(layer, described) for layer in tied], named(model)
+            layers, source = _layers(checkpoint, described), named(model)
             kv = kv_shape(described)
     kernels, schemes = registry.kernels(target.kind), registry.schemes
     return make_plan(
@@ -103,6 +104,24 @@ def plan(
         kv=kv,
         budget=budget,
     )
+
+
+def _layers(checkpoint: Recognized, described: Mapping[str, Any]) -> list[Layer]:
+    """The layers of a checkpoint as the model has them; where Transformers cannot build that, as names and
+    ``config.json`` say.
+    """
+    layers, tensors = checkpoint.layers(), checkpoint.source.tensors
+    try:
+        model, names = build(checkpoint.source.directory, None, torch.bfloat16, tensors)
+    except CheckpointError:
+        return [with_cuts(layer, described) for layer in from_config(layers, described)]
+    return match_modules(find_renamed_experts(layers, names, tensors), model, partial(module_path, names))
+
+
+def warn(decided: Plan) -> None:
+    """Warns of what somebody who never looks at the plan has to know."""
+    for text in decided.warnings:
+        warnings.warn(f"{decided.source}: {text}", UserWarning, stacklevel=4)
 
 
 def refuse_quantized(checkpoint: Recognized) -> None:

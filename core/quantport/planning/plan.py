@@ -22,7 +22,7 @@ from quantport.kernels.verdict import Status
 from quantport.kvcache import KVShape, kv_summary
 from quantport.model.fused_projections import split_projections
 from quantport.model.layers import FLOATS, Layer
-from quantport.model.roles import Role, SkipReason
+from quantport.model.roles import Role, SkipCode, SkipReason
 from quantport.planning.memory import BUDGET, parse_budget, peak_bytes, resolve_budget
 from quantport.planning.select_kernel import (
     Choice,
@@ -117,6 +117,28 @@ class Plan:
         """Dtype of the KV cache, the layers it skips, and its bytes per token beside those of BF16."""
         return kv_summary(self.kv_shape, self.config.kv_cache_dtype, self.config.kv_cache_skip_layers)
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What one who expects a quantized model has to know: that less than half of its matrices became one,
+        by bytes and without those that the configuration leaves alone.
+        """
+        steps = [
+            s
+            for s in self.steps
+            if s.layer.is_matrix
+            and s.requested_scheme != "bf16"
+            and not s.layer.skipped_as(SkipCode.SECOND_COPY)
+            and not (s.skip_reason and s.skip_reason.configured)
+        ]
+        total, quantized = sum(s.before for s in steps), sum(s.before for s in self.quantized)
+        if 2 * quantized >= total:
+            return ()
+        kept = max((s for s in steps if not s.requested_scheme), key=lambda s: s.before)
+        return (
+            f"only {quantized / total:.0%} of the bytes of matrices are quantized; the largest that stays is "
+            f"{kept.layer.name} ({kept.note})",
+        )
+
     @cached_property
     def by_layer(self) -> dict[str, Step]:
         """Layer name -> step."""
@@ -147,7 +169,7 @@ class Plan:
             "bytes_after": self.after,
             "bytes_peak": self.peak,
             "kv_cache": self.kv_cache,
-            "layers": [_step_dict(s) for s in self.steps if s.layer.kind != "other"],
+            "layers": [_step_dict(s) for s in self.steps if s.layer.is_matrix],
         }
 
     def to_json(self) -> str:
@@ -160,6 +182,8 @@ def _step_dict(step: Step) -> dict[str, Any]:
     out: dict[str, Any] = {
         "name": step.layer.name,
         "kind": step.layer.kind,
+        "role": str(step.layer.role),
+        "skip_reason": str(step.skip_reason.code) if step.skip_reason else None,
         "asked": step.requested_scheme,
         "bytes_before": step.before,
         "bytes_after": step.after,
@@ -280,7 +304,7 @@ class _Planner:
         """The prepacked BF16 kernel for a linear layer that stays, where the device has one that was measured
         faster.
         """
-        skipped = layer.skip_reason is not None and not (layer.opt_in and layer.role is Role.HEAD)
+        skipped = layer.skip_reason is not None and not (layer.opt_in and layer.role is not Role.EMBEDDING)
         if layer.kind != "linear" or skipped:
             return None
         if layer.dtype is not torch.bfloat16 or self.dtype not in (None, torch.bfloat16):
