@@ -39,6 +39,8 @@ SIZES: dict[str, Any] = {
     "num_channels": 3,
     "num_mel_bins": 8,
     "mamba_d_head": 8,
+    "num_kv_shared_layers": 0,
+    "hidden_size_per_layer_input": 8,
     "mamba_expand": 2,
     "expand": 2,
 }

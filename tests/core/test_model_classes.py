@@ -66,7 +66,7 @@ CLASSES: dict[str, dict] = {
     "Llama4ForCausalLM": {},
     "DbrxForCausalLM": {
         "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
-        "attn_config": {"kv_n_heads": 2},
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4},
     },
     "HunYuanMoEV1ForCausalLM": {},
     "DogeForCausalLM": {"is_moe": True},

@@ -1,4 +1,4 @@
-"""What stays in 16 bits by default for its role: routers by structure, and the layers at the end of a model."""
+"""What stays in 16 bits for its role: routers, told by structure, and the layers at the end of a model."""
 
 from __future__ import annotations
 

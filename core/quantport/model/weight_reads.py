@@ -48,7 +48,9 @@ def find_weight_reads(model: nn.Module) -> dict[nn.Module, str]:
 
 
 def _functions(cls: type) -> Iterator[ast.FunctionDef]:
-    """The methods of a class and its bases that speak of a ``weight``, but for those that only set up."""
+    """The methods of a class and its bases that speak of the ``weight`` of others, but for those that only
+    set up.
+    """
     for base in cls.__mro__:
         for name, value in vars(base).items():
             function = inspect.unwrap(value) if callable(value) else None
@@ -60,13 +62,24 @@ def _functions(cls: type) -> Iterator[ast.FunctionDef]:
                 tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
             except (OSError, SyntaxError):  # no source, or a lambda amid a statement
                 continue
-            if isinstance(tree.body[0], ast.FunctionDef) and tree.body[0].args.args:
-                yield tree.body[0]
+            method = tree.body[0]
+            if isinstance(method, ast.FunctionDef) and method.args.args and _reads_others(method):
+                yield method
 
 
 def _mentions_weight(code: CodeType) -> bool:
     inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
     return "weight" in code.co_names or any(map(_mentions_weight, inner))
+
+
+def _reads_others(method: ast.FunctionDef) -> bool:
+    own = method.args.args[0].arg
+    return any(
+        isinstance(node, ast.Attribute)
+        and node.attr == "weight"
+        and not (isinstance(node.value, ast.Name) and node.value.id == own)
+        for node in ast.walk(method)
+    )
 
 
 def _at(module: nn.Module, path: Path) -> Iterable[nn.Module]:
