@@ -9,7 +9,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from quantport.loading.build_context import building
+
 VOCABULARY, TOKENS, IMAGE = 64, 12, 32
+LIMIT = 4_000_000  # weights of a tiny model
 SIZES: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "decoder_hidden_size"), 32),
     **dict.fromkeys(("embedding_size", "projection_dim", "word_embed_proj_dim", "out_channels"), 32),
@@ -62,8 +65,12 @@ def tiny_config(cls: type, own: dict[str, Any] | None = None) -> Any:
 def tiny_model(name: str, own: dict[str, Any] | None = None) -> Any:
     """A model with random weights in BF16, none of which is zero."""
     cls = getattr(transformers, name)
+    config = tiny_config(cls.config_class, own)
+    with building():
+        elements = sum(parameter.numel() for parameter in cls._from_config(config).parameters())
+    assert elements < LIMIT, f"{elements} weights: sizes that the table does not know"
     torch.manual_seed(0)
-    model = cls._from_config(tiny_config(cls.config_class, own), dtype=torch.bfloat16).eval()
+    model = cls._from_config(config, dtype=torch.bfloat16).eval()
     generator = torch.Generator().manual_seed(1)
     for module in model.modules():
         for parameter in module._parameters.values():

@@ -24,7 +24,11 @@ ATTENTION = {"kv_n_heads": 2, "rope_theta": 1e4}
 EXPERTS = {
     "GptOssForCausalLM": ({}, {"gate_up_proj", "down_proj"}, SkipCode.OTHER_EXPERTS),
     "Llama4ForCausalLM": ({}, {"gate_up_proj", "down_proj"}, SkipCode.OTHER_EXPERTS),
-    "DbrxForCausalLM": ({"ffn_config": FFN, "attn_config": ATTENTION}, {"w1", "v1", "w2"}, SkipCode.OTHER_PARAMETER),
+    "DbrxForCausalLM": (
+        {"ffn_config": FFN, "attn_config": ATTENTION},
+        {"w1", "v1", "w2"},
+        SkipCode.OTHER_PARAMETER,
+    ),
     "JetMoeForCausalLM": ({}, {"weight"}, SkipCode.OTHER_PARAMETER),
 }
 
