@@ -19,16 +19,14 @@ from quantport.model.roles import Role, SkipCode
 
 SCHEME = "int8_weight_only"
 IGNORED = pytest.mark.filterwarnings("ignore:.*of the bytes of matrices are quantized:UserWarning")
-FFN = {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2}
-ATTENTION = {"kv_n_heads": 2, "rope_theta": 1e4}
+DBRX = {
+    "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+    "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4},
+}
 EXPERTS = {
     "GptOssForCausalLM": ({}, {"gate_up_proj", "down_proj"}, SkipCode.OTHER_EXPERTS),
     "Llama4ForCausalLM": ({}, {"gate_up_proj", "down_proj"}, SkipCode.OTHER_EXPERTS),
-    "DbrxForCausalLM": (
-        {"ffn_config": FFN, "attn_config": ATTENTION},
-        {"w1", "v1", "w2"},
-        SkipCode.OTHER_PARAMETER,
-    ),
+    "DbrxForCausalLM": (DBRX, {"w1", "v1", "w2"}, SkipCode.OTHER_PARAMETER),
     "JetMoeForCausalLM": ({}, {"weight"}, SkipCode.OTHER_PARAMETER),
 }
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from core_fakes import Shape
-from core_models import made
+from core_models import made, same_state
 from core_tiny import tiny_model
 from torch import nn
 
@@ -111,8 +110,17 @@ def test_routers_and_heads_of_transformers_are_not_quantized(name, own, kept):
     assert sum(isinstance(module, QuantLinear) for module in model.modules()) > len(plain)
 
 
-def test_a_classifier_is_quantized_where_it_is_named():
-    model = made(lambda: nn.ModuleDict({"score": nn.Linear(32, 4), "a": nn.Linear(32, 32)}))
-    quantport.quantize_(model, config={"scheme": "int8", "targets": {"score": "int8"}})
-    assert isinstance(model["score"], QuantLinear)
-    assert model["score"].weight.dtype is torch.bfloat16
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("LlamaForSequenceClassification", "score"),
+        ("BertForSequenceClassification", "bert.pooler.dense"),
+        ("GPTNeoXForCausalLM", "embed_out"),
+    ],
+)
+def test_a_layer_at_the_end_is_quantized_where_it_is_named(name, layer, tmp_path):
+    tiny_model(name).save_pretrained(tmp_path / "model")
+    config = {"scheme": "int8_weight_only", "targets": {layer: "int8_weight_only"}}
+    model = quantport.load(tmp_path / "model", config=config)
+    assert isinstance(model.get_submodule(layer), QuantLinear)
+    same_state(quantport.load(quantport.save(model, tmp_path / "saved")), model)
