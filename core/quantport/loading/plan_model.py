@@ -82,8 +82,8 @@ def plan(
     target = registry.device(device)
     parsed = merge(scheme, config, {"fallback": fallback}, registry.schemes)
     if isinstance(model, nn.Module):
-        found = find_layers(dict(model.named_parameters()))
-        layers, source = match_modules(found, model, partial(module_path, {})), type(model).__name__
+        stored = find_layers(dict(model.named_parameters()))
+        layers, source = match_modules(stored, model, partial(module_path, {})), type(model).__name__
         described: Any = getattr(model, "config", None)
         kv = kv_shape(described.to_dict()) if hasattr(described, "to_dict") else None
     else:

@@ -49,5 +49,5 @@ def _expert_counts(tensors: Mapping[str, TensorLike]) -> dict[str, int]:
             counts[parent] = tensor.shape[0]
         elif len(path) > place + 2 and (match := _NUMBERED.fullmatch(path[place + 1])):
             numbers.setdefault(parent, set()).add(int(match[1]))
-    counts |= {parent: len(found) for parent, found in numbers.items()}
+    counts |= {parent: len(own) for parent, own in numbers.items()}
     return {parent: count for parent, count in counts.items() if count > 1}
