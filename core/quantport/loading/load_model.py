@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -20,14 +19,14 @@ from quantport.loading.executor import Progress, run_tasks
 from quantport.loading.fill_model import ModelFiller, module_path
 from quantport.loading.locate import Source, named, open_checkpoint
 from quantport.loading.place_tensors import HeldDtypes, main_dtype, place_tensors
-from quantport.loading.plan_model import merge, refuse_nothing
+from quantport.loading.plan_model import merge, refuse_nothing, warn
 from quantport.loading.renamed import renamed
 from quantport.loading.settle_ties import settle_ties, tie_again, tied_groups
 from quantport.loading.skeleton import Factory, build
 from quantport.loading.stock_save import refuse_stock_save
 from quantport.loading.stored_config import as_stored, refuse_weights
 from quantport.loading.swap_modules import match_modules
-from quantport.model.layers import Layer
+from quantport.model.layers import Layer, find_renamed_experts
 from quantport.model.roles import SkipCode
 from quantport.planning.plan import Plan, make_plan
 from quantport.plugins.registry import Registry, default_registry
@@ -84,6 +83,7 @@ def load(
             parsed = as_stored(checkpoint, layers, parsed, registry.schemes)
         compute, source = dtype or main_dtype(layers, described, target), checkpoint.source
         built, names = build(source.directory, model, compute, source.tensors)
+        layers = find_renamed_experts(layers, names, source.tensors)
         dtypes = HeldDtypes(built, compute, factory=model is not None)
         ties = settle_ties(built, checkpoint, layers, names, dtypes)
         layers = place_tensors(layers, built, names, dtypes, ties.copies, checkpoint.quantized())
@@ -106,23 +106,18 @@ def load(
         )
         refuse_nothing(decided)
         _fits(decided, target)
-        _warn(decided.warnings)
+        warn(decided.warnings)
         groups = tied_groups(built)
         filler = ModelFiller(checkpoint, built, decided, names, dtypes, registry)
         run_tasks(filler.tasks(), progress, workers, decided.budget)
         tie_again(built, groups)
         held = tuple(sorted(filler.warnings))
         _finish(built, replace(decided, warnings=decided.warnings + held), target)
-        _warn(held)
+        warn(held)
         if cache:
             cache.install()
         refuse_stock_save(built)
     return built
-
-
-def _warn(texts: Iterable[str]) -> None:
-    for text in texts:
-        warnings.warn(text, UserWarning, stacklevel=4)  # the caller of ``load``
 
 
 def _usable(target: Device) -> Device:

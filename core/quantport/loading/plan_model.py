@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,15 +16,16 @@ from quantport.config import QuantConfig
 from quantport.device import Device
 from quantport.errors import CheckpointError, ConfigError
 from quantport.kvcache import kv_shape
+from quantport.loading.fill_model import module_path
 from quantport.loading.locate import Source, named, open_checkpoint
-from quantport.loading.place_tensors import HeldDtypes, leave_in_fp32, main_dtype
+from quantport.loading.place_tensors import HeldDtypes, leave_in_fp32, main_dtype, place_tensors
 from quantport.loading.renamed import renamed
-from quantport.loading.skeleton import ties_its_head
+from quantport.loading.skeleton import build, ties_its_head
 from quantport.loading.swap_modules import match_modules
 from quantport.model.beyond_config import beyond_config
 from quantport.model.fused_projections import with_cuts
-from quantport.model.layers import Layer, find_layers
-from quantport.model.tied_weights import from_config
+from quantport.model.layers import Layer, find_layers, find_renamed_experts
+from quantport.model.tied_weights import from_config, said_ties, untie
 from quantport.planning.plan import Plan, make_plan
 from quantport.plugins.registry import Registry, default_registry
 from quantport.scheme.catalog import Schemes
@@ -85,11 +88,11 @@ def plan(
         config_of: Any = getattr(model, "config", None)
         described = config_of.to_dict() if hasattr(config_of, "to_dict") else {}
         layers, source = _layers_of(model, described, target, dtype), type(model).__name__
-        warnings: tuple[str, ...] = ()
+        open_questions: tuple[str, ...] = ()
     else:
         with open_checkpoint(model, registry, headers_only=True) as (checkpoint, described):
             refuse_quantized(checkpoint)
-            layers, warnings = _layers_in(checkpoint, described, target, dtype)
+            layers, open_questions = _layers_in(checkpoint, described, target, dtype)
             source = named(model)
     kv = kv_shape(described)
     kernels, schemes = registry.kernels(target.kind), registry.schemes
@@ -104,7 +107,7 @@ def plan(
         dtype=dtype,
         kv=kv,
         budget=budget,
-        warnings=warnings,
+        warnings=open_questions,
     )
 
 
@@ -115,20 +118,37 @@ def _layers_of(
     layers = find_layers(dict(model.named_parameters()))
     dtypes = HeldDtypes(model, dtype or main_dtype(layers, config, target))
     left = [leave_in_fp32(layer, model, f"{layer.name}.weight", dtypes) for layer in layers]
-    return match_modules(left, model, lambda layer: layer.name)
+    return match_modules(left, model, partial(module_path, {}))
 
 
 def _layers_in(
     checkpoint: Recognized, config: Mapping[str, Any], target: Device, dtype: torch.dtype | None
 ) -> tuple[list[Layer], tuple[str, ...]]:
-    """The layers of a checkpoint as far as names, shapes and its configuration tell, and what is open."""
+    """The layers of a checkpoint as the model has them, and what is open; where Transformers cannot build the
+    model, as names, shapes and ``config.json`` say.
+    """
     layers, undecided = checkpoint.layers(), ""
-    if ties_its_head(config, checkpoint.source.directory):
-        layers, undecided = from_config(layers)
+    directory, tensors = checkpoint.source.directory, checkpoint.source.tensors
     held = dtype or main_dtype(layers, config, target)
-    wide = [replace(x, held_dtype=held) if x.dtype is torch.float64 else x for x in layers]
-    cut = [with_cuts(layer, config) for layer in beyond_config(wide, config)]
-    return cut, (undecided,) if undecided else ()
+    if ties_its_head(config, directory):
+        layers, undecided = from_config(layers)
+    open_questions = (undecided,) if undecided else ()
+    try:
+        model, names = build(directory, None, held, tensors)
+    except CheckpointError:
+        wide = [replace(x, held_dtype=held) if x.dtype is torch.float64 else x for x in layers]
+        return [with_cuts(layer, config) for layer in beyond_config(wide, config)], open_questions
+    for tied in [name for name in said_ties(model) if undecided and name in names.values()]:
+        untie(model, tied)
+    layers = find_renamed_experts(layers, names, tensors)
+    placed = place_tensors(layers, model, names, HeldDtypes(model, held), copies={})
+    return match_modules(placed, model, partial(module_path, names)), open_questions
+
+
+def warn(texts: Iterable[str]) -> None:
+    """Warns the caller of ``load`` or ``quantize_`` of what who never looks at the plan has to know."""
+    for text in texts:
+        warnings.warn(text, UserWarning, stacklevel=4)
 
 
 def refuse_quantized(checkpoint: Recognized) -> None:

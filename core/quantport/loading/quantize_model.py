@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from quantport.errors import ConfigError
 from quantport.kvcache import default_cache
 from quantport.loading.executor import Progress, Task, run_tasks
-from quantport.loading.plan_model import plan, refuse_nothing
+from quantport.loading.plan_model import plan, refuse_nothing, warn
 from quantport.loading.renamed import renamed
 from quantport.loading.stock_save import refuse_stock_save
 from quantport.loading.swap_modules import by_module, make_module, swap_modules
@@ -66,6 +66,7 @@ def quantize_(
         registry=registry,
     )
     refuse_nothing(decided)
+    warn(decided.warnings)
     cache = default_cache(model, decided.config.kv_cache_dtype, decided.config.kv_cache_skip_layers)
     params = dict(model.named_parameters())
 

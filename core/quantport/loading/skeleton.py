@@ -112,7 +112,7 @@ def _rename(model: Any, names: Mapping[str, Any]) -> dict[str, str]:
     for name in names:
         out[name], _ = loading.rename_source_key(name, renamings, [], model.base_model_prefix, known)
         converter = next((c for c in converters if c.rename_source_key(out[name])[1] is not None), None)
-        if converter is not None and ".experts." not in name:
+        if converter is not None and not _fuses_experts(converter):
             operations = ", ".join(type(o).__name__ for o in converter.operations)
             raise QuantportError(
                 f"load {name} into {type(model).__name__}",
@@ -120,3 +120,11 @@ def _rename(model: Any, names: Mapping[str, Any]) -> dict[str, str]:
                 "load it with Transformers, save_pretrained it, and load that",
             )
     return out
+
+
+def _fuses_experts(converter: Any) -> bool:
+    """Whether a conversion stacks gate, up and down of every expert, as is done here."""
+    fused = ("experts.gate_up_proj", "experts.down_proj")
+    targets = [target.replace("\\", "") for target in converter.target_patterns]
+    operations = {type(operation).__name__ for operation in converter.operations}
+    return operations <= {"MergeModulelist", "Concatenate"} and all(t.endswith(fused) for t in targets)

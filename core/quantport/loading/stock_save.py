@@ -65,6 +65,6 @@ def refuse_stock_save(model: nn.Module) -> None:
             continue
         for method in saves:
             setattr(module, method, RefusedSave(module, method))
-        config = getattr(module, "config", None)
+        config: Any = getattr(module, "config", None)
         if hasattr(config, "to_dict"):
             config.quantization_config = dict(MARK)

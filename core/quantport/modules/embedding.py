@@ -12,7 +12,7 @@ from quantport.kernels.base import Kernel, WeightSpec
 from quantport.kernels.embedding import embedding_kernels, look_up
 from quantport.modules import ops
 from quantport.modules.base import QuantModule
-from quantport.modules.linear import WeightView
+from quantport.modules.weight_view import WeightView
 from quantport.plugins.registry import Registry
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -152,7 +152,7 @@ class Plan:
             "bytes_peak": self.peak,
             "kv_cache": self.kv_cache,
             "warnings": list(self.warnings),
-            "layers": [_step_dict(s) for s in self.steps if s.layer.kind != "other"],
+            "layers": [_step_dict(s) for s in self.steps if s.layer.is_matrix],
         }
 
     def to_json(self) -> str:
@@ -165,6 +165,8 @@ def _step_dict(step: Step) -> dict[str, Any]:
     out: dict[str, Any] = {
         "name": step.layer.name,
         "kind": step.layer.kind,
+        "role": str(step.layer.role),
+        "skip_reason": str(step.skip_reason.code) if step.skip_reason else None,
         "asked": step.requested_scheme,
         "bytes_before": step.before,
         "bytes_after": step.after,
@@ -226,8 +228,30 @@ def make_plan(
     # refuses a layer that the model does not have
     kv_summary(kv, config.kv_cache_dtype, config.kv_cache_skip_layers)
     total = resolve_budget(requested_budget, _peaks(steps, schemes))
-    texts = (*warnings, *notices(step.layer for step in steps))
+    texts = (*warnings, *notices(step.layer for step in steps), *_mostly_kept(steps))
     return Plan(source, device, config, steps, num_tokens, why, kv, total, texts)
+
+
+def _mostly_kept(steps: Iterable[Step]) -> Iterator[str]:
+    """What one who expects a quantized model has to know: that less than half of its matrices became one, by
+    bytes and without those that the configuration leaves alone.
+    """
+    matrices = [
+        step
+        for step in steps
+        if step.layer.is_matrix
+        and step.layer.loaded
+        and step.requested_scheme != "bf16"
+        and not (step.skip_reason and step.skip_reason.configured)
+    ]
+    kept = [step for step in matrices if not step.requested_scheme]
+    total, left = sum(step.before for step in matrices), sum(step.before for step in kept)
+    if 2 * left > total:
+        largest = max(kept, key=lambda step: step.before)
+        yield (
+            f"only {1 - left / total:.0%} of the bytes of matrices are quantized; the largest that stays is "
+            f"{largest.layer.name} ({largest.note})"
+        )
 
 
 def _peaks(steps: Iterable[Step], schemes: Schemes) -> dict[str, int]:
@@ -292,7 +316,7 @@ class _Planner:
         """The prepacked BF16 kernel for a linear layer that stays, where the device has one that was measured
         faster.
         """
-        skipped = layer.skip_reason is not None and not (layer.opt_in and layer.role is Role.HEAD)
+        skipped = layer.skip_reason is not None and not (layer.opt_in and layer.role is not Role.EMBEDDING)
         if layer.kind != "linear" or skipped:
             return None
         if layer.dtype is not torch.bfloat16 or self.dtype not in (None, torch.bfloat16):
