@@ -231,8 +231,8 @@ def test_buffers_of_inference_mode_are_not_kept() -> None:
 
     def both() -> list[Tensor]:  # in a thread without buffers yet
         with torch.inference_mode():
-            first = int8.panels(x, codes)
-        return [first, int8.panels(x, codes)]
+            first = int8.matmul_by_panels(x, codes)
+        return [first, int8.matmul_by_panels(x, codes)]
 
     with ThreadPoolExecutor(1) as fresh:
         first, second = fresh.submit(both).result()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from numba.core import types
+from numba.core.types.containers import UniTuple
 from numba.extending import intrinsic
 
 from quantport_cpu.jit.simd import F32, I8, I16, I32, I64, Simd, Value, inline
@@ -23,8 +24,7 @@ def as_bits(simd: Simd, value: Value) -> Value:
     return simd.b.zext(simd.b.bitcast(value, I32), I64)
 
 
-@intrinsic(prefer_literal=True)
-def words(context: Any, address: Any, first: Any, count: Any) -> Any:
+def _words(context: Any, address: Any, first: Any, count: Any) -> Any:
     """``count`` elements of an array of int64 from element ``first`` on, as a tuple. Both are literals."""
     start, length = first.literal_value, count.literal_value
 
@@ -33,7 +33,10 @@ def words(context: Any, address: Any, first: Any, count: Any) -> Any:
         loaded = [simd.load(I64, 0, simd.at(values[0], 8 * i)) for i in range(start, start + length)]
         return context.make_tuple(builder, typed.return_type, loaded)
 
-    return types.UniTuple(types.int64, length)(types.int64, first, count), generate
+    return UniTuple(types.int64, length)(types.int64, first, count), generate
+
+
+words = intrinsic(prefer_literal=True)(_words)
 
 
 @inline(types.int64)
