@@ -89,7 +89,9 @@ def compressed(w: Tensor, name: str) -> dict[str, Tensor]:
     args = quantization.QuantizationArgs(**case)
     state, factor = {"weight": w}, None
     if name == "nvfp4":
-        factor = numerics.global_factor(w.float().abs().amax().view(1), BUILTIN[name].weight.element)
+        factor = utils.generate_gparam(*torch.aminmax(w))
+        if w.dtype is torch.float32:  # the named difference: one rounding
+            factor = numerics.global_factor(w.abs().amax().view(1), BUILTIN[name].weight.element)
         state["weight_global_scale"] = factor
     scale = utils.calculate_qparams(*extremes(w, args), args, factor)[0]
     state["weight_scale"] = scale.to(torch.bfloat16).to(w.dtype) if name.startswith("int4") else scale

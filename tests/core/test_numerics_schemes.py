@@ -135,9 +135,11 @@ def test_tiny_and_huge_weights_are_finite(name, top):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("name", [*NAMES, "mxfp8:rceil", "mxfp6_e3m2:ceil", "mxfp4:mse", "nvfp4:mse"])
+@pytest.mark.parametrize("name", [*NAMES, "mxfp8:rceil"])
 def test_the_largest_numbers_come_back_finite_or_are_refused(name, dtype):
-    """Sums of two of these overflow. Only a code beyond amax is refused, a rotation, and scales in fp16."""
+    """Sums of two of these overflow. In bf16 only a code beyond amax is refused, a rotation, and scales in
+    fp16; in fp16 also what an e8m0 scale rounds beyond 65504.
+    """
     scheme, top = BUILTIN[name], torch.finfo(dtype).max
     share = torch.linspace(-1, 1, 128)
     for row in (
@@ -157,7 +159,7 @@ def test_the_largest_numbers_come_back_finite_or_are_refused(name, dtype):
 
 
 def may_overflow(w: Tensor, scheme: Scheme) -> bool:
-    """Whether a weight is refused, which none of a float format is but for a rotation."""
+    """Whether a weight is refused, which none of bf16 in a float format is but for a rotation."""
     try:
         numerics.quantize_weight(w, scheme, "w")
     except WeightError as error:
@@ -165,7 +167,13 @@ def may_overflow(w: Tensor, scheme: Scheme) -> bool:
     else:
         return False
     assert "overflow" in why
-    assert scheme.rotation or scheme.weight.element.block or not scheme.weight.element.exponent
+    quant, fp16 = scheme.weight, w.dtype is torch.float16
+    assert (
+        scheme.rotation
+        or quant.element.block
+        or not quant.element.exponent
+        or (fp16 and quant.scale == "e8m0")
+    )
     return True
 
 

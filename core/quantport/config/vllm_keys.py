@@ -53,18 +53,18 @@ def scheme_of(value: Any, schemes: Schemes) -> Any:
     if not (isinstance(value, Mapping) and "weight" in value and set(value) <= {"weight", "activation"}):
         return value
     weight = value["weight"]
-    weight = _VLLM_WEIGHTS.get(weight, weight) if isinstance(weight, str) else weight
+    name = _VLLM_WEIGHTS.get(weight, weight) if isinstance(weight, str) else weight
     if "activation" not in value or weight is value["activation"] is None:
-        return weight
-    return _with_activation(weight, value["activation"], schemes)
+        return name
+    asked = f"weights {weight!r} with activations {value['activation']!r}"
+    return _with_activation(str(name), value["activation"], schemes, asked)
 
 
-def _with_activation(weight: Any, activation: Any, schemes: Schemes) -> str:
+def _with_activation(weight: str, activation: Any, schemes: Schemes, asked: str) -> str:
     """The scheme with these weights, and these activations instead of its own; options stay."""
-    asked = f"weights {weight!r} with activations {activation!r}"
     if activation is not None and str(activation) not in _VLLM_ACTIVATIONS:
         raise ConfigError(asked, "no activations have this name", one_of(str(activation), _VLLM_ACTIVATIONS))
-    base, *options = str(weight).split(":")
+    base, *options = weight.split(":")
     quant = None if activation is None else schemes[_VLLM_ACTIVATIONS[str(activation)]].activation
     alike = [s for s in schemes.values() if s.weight == schemes[base].weight]
     for scheme in (schemes[base], *alike):
