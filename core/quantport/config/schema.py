@@ -1,4 +1,4 @@
-"""The configuration: our schema, which also reads the spellings of vLLM and vLLM-Omni."""
+"""The configuration: our schema, which also reads the spellings of vLLM, vLLM-Omni and Transformers."""
 
 from __future__ import annotations
 
@@ -7,11 +7,20 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from quantport.config.vllm_keys import OTHER_KEYS, explain, is_component_map, weight_of
+from quantport.config.vllm_keys import (
+    OTHER_KEYS,
+    explain,
+    fp8_of_transformers,
+    is_component_map,
+    of_transformers,
+    schemes_in,
+    weight_of,
+)
 from quantport.errors import ConfigError
 from quantport.kvcache import cache_dtype
 from quantport.model.patterns import compile_pattern
 from quantport.scheme.catalog import Schemes
+from quantport.scheme.other_names import is_explained, unknown_scheme
 
 # said once for all components
 _WHOLE = {
@@ -83,8 +92,8 @@ class QuantConfig(BaseModel):
             name = OTHER_KEYS.get(str(key), str(key))
             if name in out:
                 raise ValueError(f"{key!r} and another spelling of {name!r} are both given")
-            out[name] = weight_of(value) if name in ("linear", "moe") else value
-        return out
+            out[name] = weight_of(value) if name in ("linear", "moe") else of_transformers(str(key), value)
+        return fp8_of_transformers(out)
 
     @field_validator("components", mode="before")
     @classmethod
@@ -152,6 +161,10 @@ class QuantConfig(BaseModel):
         try:
             config = value if isinstance(value, QuantConfig) else cls.model_validate(value)
         except ValidationError as error:
+            # a method of others has keys of its own: what it is here says more than the first of them
+            others = (name for name in schemes_in(value) if name not in schemes and is_explained(name))
+            for name in others:
+                raise unknown_scheme(name, schemes, ()) from None
             raise explain(error, cls.model_fields) from None
         return config._checked(schemes)
 
