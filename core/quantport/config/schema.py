@@ -162,9 +162,10 @@ class QuantConfig(BaseModel):
             config = value if isinstance(value, QuantConfig) else cls.model_validate(value)
         except ValidationError as error:
             # a method of others has keys of its own: what it is here says more than the first of them
-            others = (name for name in schemes_in(value) if name not in schemes and is_explained(name))
-            for name in others:
-                raise unknown_scheme(name, schemes, ()) from None
+            named = (name for name in schemes_in(value) if name not in schemes and is_explained(name))
+            other = next(named, None)
+            if other is not None:
+                raise unknown_scheme(other, schemes, ()) from None
             raise explain(error, cls.model_fields) from None
         return config._checked(schemes)
 

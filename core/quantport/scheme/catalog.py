@@ -16,9 +16,9 @@ _REMEMBERED = 1024  # names with options; there are endless ways to spell one
 
 
 class Schemes(Mapping[str, Scheme]):
-    """A read-only table of schemes. Look-up understands aliases, in upper and lower case, and options after
-    colons (``mxfp4:floor``, ``nf4:double``, ``int4:NAME`` with the name of a solver); iteration gives canonical
-    names only.
+    """A read-only table of schemes. Look-up understands aliases, upper and lower case, and options after
+    colons (``mxfp4:floor``, ``nf4:double``, ``int4:NAME`` with the name of a solver); iteration gives
+    canonical names only.
 
     Args:
         schemes: The schemes.
@@ -81,11 +81,8 @@ def _by_name(solvers: Iterable[Solver], schemes: Mapping[str, str]) -> Mapping[s
     by_name: dict[str, Solver] = {}
     for solver in solvers:
         nameless = not isinstance(solver.name, str) or solver.name.split() != [solver.name]
-        if (
-            nameless
-            or ":" in solver.name
-            or {solver.name, solver.name.lower()} & {*OPTIONS, *by_name, *schemes}
-        ):
+        taken = {*OPTIONS, *by_name, *schemes}
+        if nameless or ":" in solver.name or solver.name in taken or solver.name.lower() in taken:
             raise ConfigError(
                 f"solver {solver.name!r}",
                 "the name is that of an option, of a scheme or of another solver, or has a colon or a space",

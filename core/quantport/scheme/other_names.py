@@ -1,4 +1,4 @@
-"""Names that others use: what they mean here. Nothing is quantized by them; errors say what to use instead."""
+"""Names that others use, and what is nearest to them here. Errors read this; nothing is quantized by it."""
 
 from __future__ import annotations
 
