@@ -115,6 +115,6 @@ def shown(value: object, limit: int = 80) -> str:
     """Returns a value as an error names it, cut where it is long."""
     try:
         text = repr(value)
-    except ValueError:  # a number of more digits than Python writes
+    except Exception:  # a stranger's, or a number of more digits than Python writes
         text = f"a {type(value).__name__}"
     return text if len(text) <= limit else f"{text[:limit]}..."
