@@ -36,6 +36,13 @@ class Layout:
     index_file: Path | None = None
 
 
+def holds_safetensors(path: Path) -> bool:
+    """Whether there are files at a path that no other reader has to be asked about."""
+    if path.is_dir():
+        return any(child.name.endswith((".safetensors", _INDEX)) for child in path.iterdir())
+    return path.name.endswith((".safetensors", _INDEX))
+
+
 def find_layout(path: Path) -> Layout:
     """Finds the files of the checkpoint at a path.
 

@@ -12,7 +12,7 @@ from quantport.plugins.hookspecs import Backend
 
 _MEMORY = re.compile(r"(?<![a-z0-9])[0-9]+[ _-]?gi?b(?![a-z0-9])")
 _SEPARATORS = re.compile(r"[^a-z0-9]")
-_CLOSE = 0.75  # names of products are alike, so that what is less close is another product
+_CLOSE = 0.7  # names of products are alike, so that what is less close is another product
 
 
 def squeezed(name: str) -> str:
