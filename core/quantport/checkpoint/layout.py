@@ -4,6 +4,7 @@ weights.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -38,9 +39,12 @@ class Layout:
 
 def holds_safetensors(path: Path) -> bool:
     """Whether there are files at a path that no other reader has to be asked about."""
-    if path.is_dir():
-        return any(child.name.endswith((".safetensors", _INDEX)) for child in path.iterdir())
-    return path.name.endswith((".safetensors", _INDEX))
+    if not path.is_dir():
+        return path.name.endswith((".safetensors", _INDEX))
+    try:
+        return any(name.endswith((".safetensors", _INDEX)) for name in os.listdir(path))
+    except OSError:
+        return False  # who opens it says why
 
 
 def find_layout(path: Path) -> Layout:

@@ -49,7 +49,8 @@ def check_tensors(tensors: Mapping[str, TensorLike], asked: str) -> None:
     within(asked, "tensors", len(tensors), MAX_TENSORS)
     stacked = 0
     for name, tensor in tensors.items():
-        within(asked, f"characters in the name {name[:60]!r}...", len(name), MAX_NAME)
+        if len(name) > MAX_NAME:
+            within(asked, f"characters in the name {name[:60]!r}...", len(name), MAX_NAME)
         for number in _LONG_NUMBER.findall(name):
             if f".{number}." in f".{name}.":  # a module's number, no hash
                 within(asked, f"digits in a number of the name {name[:60]!r}", len(number), MAX_DIGITS)
