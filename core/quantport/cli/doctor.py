@@ -47,9 +47,9 @@ def examine() -> Findings:
     _ = found.devices, [found.kernels(kind) for kind in found.backends]  # both record their problems
     problems: list[Problem] = []
     advice: dict[str, list[str]] = {}
-    for kind, backend in found.backends.items():
+    for kind in found.backends:
         try:
-            advice[kind] = [str(line) for line in backend.advice()]
+            advice[kind] = list(found.advice(kind))
         except Exception as error:  # a stranger's code: named, never fatal
             problems.append(Problem(kind, "advice", f"{type(error).__name__}: {error}"))
     try:

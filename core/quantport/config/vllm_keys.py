@@ -46,7 +46,8 @@ def of_transformers(key: str, value: Any) -> Any:
 
 def fp8_of_transformers(config: dict[str, Any]) -> dict[str, Any]:
     """Reads ``fp8`` as Transformers and vLLM store it: in blocks where a block size is there, and e4m3."""
-    if str(config.get("scheme")).lower() != "fp8":
+    scheme = config.get("scheme")
+    if not isinstance(scheme, str) or scheme.lower() != "fp8":
         return config
     if config.get("weight_block_size") is not None:
         config["scheme"] = "fp8_per_block"
@@ -86,5 +87,5 @@ def explain(error: ValidationError, fields: Iterable[str]) -> ConfigError:
     value = shown(first.get("input"))
     if cause is not None:  # a check of ours
         return ConfigError(f"configuration key {key!r} = {value}", str(cause), "see quantport.QuantConfig")
-    found = f"{value}, a {type(first.get('input')).__name__}"
+    found = f"a value of type {type(first.get('input')).__name__}"
     return ConfigError(f"configuration key {key!r} = {value}", found, needed(first))
