@@ -16,6 +16,9 @@ MODULE = "module:"
 _MAX_LENGTH = 1000
 _MAX_SIZE = 250_000  # characters times counted repeats, which the engine writes out: 0.1 s to compile
 _SECONDS = 0.5  # of CPU, for one name
+_BRACE = re.compile(
+    r"(?<!\\)(?<!\\N)\{(?![\d,])"
+)  # a character to Python, an inexact match to the other engine
 _REPEAT = re.compile(r"\{(\d*),?(\d*)\}")
 
 
@@ -79,7 +82,7 @@ def _expression(pattern: str, expression: str) -> Callable[[str], bool]:
 
     try:
         re.compile(expression)  # the grammar is Python's
-        compiled: Any = regex.compile(expression)
+        compiled: Any = regex.compile(_BRACE.sub(r"\{", expression))
     except (re.error, regex.error, OverflowError, RecursionError) as error:
         raise ConfigError(
             f"pattern {pattern!r}", f"not a regular expression: {error}", "see Python's re, or use a glob"
