@@ -260,6 +260,17 @@ def test_a_verdict_that_raises_or_is_nonsense_is_a_refusal(monkeypatch, method, 
     assert named in refused.reasons[0].text
 
 
+def test_doctor_shows_a_verdict_that_is_nonsense(monkeypatch):
+    bad, fine = FakeKernel("bad.k"), FakeKernel("fine.k")
+    monkeypatch.setattr(bad, "speed", lambda request: "fast")
+    backend = FakeBackend("acme", found=[device("acme")], kernels=[bad, fine])
+    registry = Registry([backend_plugin(monkeypatch, "acme", backend)])
+    monkeypatch.setattr(doctor, "default_registry", lambda: registry)
+    (problem,) = doctor.examine().problems
+    assert (problem.plugin, problem.stage) == ("bad.k", "verdict")
+    assert "its speed is 'fast'" in problem.error
+
+
 # names
 
 

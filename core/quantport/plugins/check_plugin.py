@@ -133,13 +133,13 @@ def members(
         BackendError: it is something else.
     """
     answer = call()
-    found = () if isinstance(answer, str) else tuple(answer)
-    if isinstance(answer, str) or not all(isinstance(member, kind) for member in found):
+    sequence = () if isinstance(answer, str) else tuple(answer)
+    if isinstance(answer, str) or not all(isinstance(member, kind) for member in sequence):
         raise BackendError(what, f"it gave {shown(answer)}", f"a sequence of {kind.__name__}")
-    for member in found if device else ():
+    for member in sequence if device else ():
         if not isinstance(member.arch, Arch) or member.kind != device:
             raise BackendError(what, f"it gave {shown(member)}", f"devices of kind {device!r}")
-    return found
+    return sequence
 
 
 def check_kernels(kind: str, kernels: Sequence[Kernel], owners: Mapping[str, Kernel]) -> dict[str, Kernel]:

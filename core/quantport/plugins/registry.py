@@ -190,13 +190,13 @@ class Registry:
         """
         ordered = sorted(self.backends.values(), key=lambda backend: -backend.rank)
         calls = [partial(members, f"detection of {b.kind!r}", b.detect, Device, b.kind) for b in ordered]
-        found: list[Device] = []
+        devices: list[Device] = []
         for backend, outcome in zip(ordered, answers(calls, self._seconds), strict=True):
             if isinstance(outcome, Exception):
                 self.set_aside(self._names[backend.kind], "detection", outcome)
             else:
-                found += outcome
-        return tuple(found)
+                devices += outcome
+        return tuple(devices)
 
     @once_property
     def _kernels(self) -> dict[str, tuple[Kernel, ...]]:

@@ -81,8 +81,8 @@ def _by_name(solvers: Iterable[Solver], schemes: Mapping[str, str]) -> Mapping[s
     by_name: dict[str, Solver] = {}
     for solver in solvers:
         nameless = not isinstance(solver.name, str) or solver.name.split() != [solver.name]
-        taken = {*OPTIONS, *by_name, *schemes}
-        if nameless or ":" in solver.name or solver.name in taken or solver.name.lower() in taken:
+        others = {*OPTIONS, *by_name, *schemes}
+        if nameless or ":" in solver.name or solver.name in others or solver.name.lower() in others:
             raise ConfigError(
                 f"solver {solver.name!r}",
                 "the name is that of an option, of a scheme or of another solver, or has a colon or a space",
