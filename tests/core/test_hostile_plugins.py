@@ -11,23 +11,20 @@ import warnings
 from importlib.metadata import EntryPoint
 
 import pytest
-import typer
 from core_fakes import FakeBackend, FakeKernel, arch, backend_plugin, device, plugin
 from core_models import DENSE
 from core_references import check_parts
 
 from quantport.cli import doctor
-from quantport.cli.app import add_plugin_commands, app
 from quantport.device import Device
 from quantport.errors import ConfigError
 from quantport.kernels.base import Request, WeightSpec
 from quantport.kernels.verdict import Accepted, Claim, Evidence, Rejected, Status
-from quantport.numerics.solvers import Solver
 from quantport.planning.select_kernel import select_kernel
 from quantport.plugins.guard import answers, time_limit
 from quantport.plugins.registry import Registry
 from quantport.scheme import Quant, Scheme
-from quantport.scheme.catalog import BUILTIN, Schemes
+from quantport.scheme.catalog import BUILTIN
 
 INT8 = Quant("int8", (1, 0))
 
@@ -269,69 +266,6 @@ def test_doctor_shows_a_verdict_that_is_nonsense(monkeypatch):
     (problem,) = doctor.examine().problems
     assert (problem.plugin, problem.stage) == ("bad.k", "verdict")
     assert "its speed is 'fast'" in problem.error
-
-
-# names
-
-
-class Named(Solver):
-    def __init__(self, name):
-        self.name = name
-
-    def solve(self, weight, scheme, stats=None):
-        raise NotImplementedError
-
-
-@pytest.mark.parametrize("name", ["int8", "w4a16", "FP8", "q4_k", "two words", "", 3])
-def test_a_solver_is_not_named_as_a_scheme_or_by_no_name(good, monkeypatch, name):
-    bad = plugin(monkeypatch, "bad", "quantport.plugins", quantport_solvers=lambda: [Named(name)])
-    aside(good, bad, stage="import", named="a name of its own")
-
-
-def test_a_scheme_is_not_named_as_a_solver():
-    solvers = [Named("mine")]
-    assert "int8:mine" in Schemes(BUILTIN.values(), solvers)
-    with pytest.raises(ConfigError, match="of a scheme"):
-        Schemes([*BUILTIN.values(), Scheme("Mine", INT8, None, "")], solvers)
-
-
-@pytest.mark.parametrize("name", ["Int8", "two words", "", " int9", 3])
-def test_a_scheme_has_a_name_that_can_be_asked_for(good, monkeypatch, name):
-    schemes = [Scheme(name, INT8, None, "")]
-    bad = plugin(monkeypatch, "bad", "quantport.plugins", quantport_schemes=lambda: schemes)
-    aside(good, bad, stage="import", named="under the name")
-
-
-@pytest.mark.parametrize(
-    "name", ["", "--help", "-x", "two words", "Up", "new\nline", "a--b", 3, None, "plan"]
-)
-def test_odd_names_of_commands(good, monkeypatch, name):
-    bad = plugin(monkeypatch, "bad", "quantport.plugins", quantport_commands=lambda: {name: print})
-    aside(good, bad, stage="import", named="command")
-
-
-def odd(thing: Device) -> None:
-    """Takes what is no option."""
-
-
-def greet() -> None:
-    """Greets."""
-    typer.echo("hello")
-
-
-def test_a_command_that_typer_cannot_take_stops_no_other(monkeypatch):
-    monkeypatch.setattr(app, "registered_commands", list(app.registered_commands))
-    point = plugin(
-        monkeypatch, "bad", "quantport.plugins", quantport_commands=lambda: {"odd": odd, "greet": greet}
-    )
-    registry = Registry([point])
-    with pytest.warns(RuntimeWarning, match="'bad' aside at command"):
-        add_plugin_commands(registry)
-    assert [p.stage for p in registry.problems] == ["command"]
-    names = {c.name for c in app.registered_commands}
-    assert "greet" in names
-    assert "odd" not in names
-    assert typer.main.get_command(app)
 
 
 # the command line, in a process where plugins are installed
