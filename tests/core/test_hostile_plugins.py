@@ -328,7 +328,7 @@ def run(*args):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="file descriptors of Unix")
-def test_json_stays_json_and_doctor_shows_who_left(installed):
+def test_json_stays_json_and_doctor_shows_who_left(installed, monkeypatch):
     installed(loud=LOUD, exits=EXITS)
     for args, code in ((("doctor", "--json"), 1), (("plan", DENSE, "-s", "int8", "--json"), 0)):
         done = run(*args)
@@ -342,5 +342,9 @@ def test_json_stays_json_and_doctor_shows_who_left(installed):
             (problem,) = data["problems"]
             assert problem["plugin"] == "exits"
             assert "SystemExit: 7" in problem["error"]
+    monkeypatch.setenv("QUANTPORT_PLUGIN_SECONDS", "soon")
+    done = run("devices", "--json")
+    assert (done.returncode, json.loads(done.stdout)["error"]["type"]) == (2, "ConfigError"), done.stderr
+    monkeypatch.delenv("QUANTPORT_PLUGIN_SECONDS")
     done = run("shout")
     assert (done.returncode, done.stdout) == (0, "loud\n"), done.stderr

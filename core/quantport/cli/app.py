@@ -163,6 +163,10 @@ def main() -> None:
             # a terminal that knows no box or tick shows a question mark, not a traceback
             reconfigure(errors="replace")
     warnings.showwarning = _warn
-    with only_pages():
-        add_plugin_commands()
+    try:
+        with only_pages():
+            add_plugin_commands()
+    except QuantportError as error:  # of the environment that restricts plugins
+        explain(error, as_json="--json" in sys.argv)
+        sys.exit(2)
     app()

@@ -28,7 +28,7 @@ def only_pages() -> Iterator[None]:
     try:
         out, err = sys.stdout.fileno(), sys.stderr.fileno()
     except (OSError, ValueError):  # a test's
-        with contextlib.redirect_stdout(sys.stderr), _kept(sys.stdout):
+        with _kept(sys.stdout), contextlib.redirect_stdout(sys.stderr):
             yield
         return
     sys.stdout.flush()
