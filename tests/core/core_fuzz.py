@@ -8,7 +8,9 @@ Usage: ``python core_fuzz.py FIRST_SEED COUNT``. One seed is one case: a failure
 from __future__ import annotations
 
 import contextlib
+import io
 import json
+import math
 import random
 import re
 import resource
@@ -24,6 +26,7 @@ import torch
 from core_fakes import Shape
 
 import quantport
+from quantport.cli import page, plans
 from quantport.config import QuantConfig
 from quantport.config.resolve import resolve
 from quantport.errors import QuantportError
@@ -57,7 +60,7 @@ SETTINGS = (
 )
 PATTERNS = (
     *(
-        "re:(a|a)*b",
+        "re:(.|.)*!",
         "re:(.*)*$",
         "re:((.*)*)*x",
         "re:((a{100}){100}){100}",
@@ -66,7 +69,7 @@ PATTERNS = (
         "[",
         "re:" + "(" * 400,
     ),
-    *("re:" + "(" * 400, "module:(.*.*)*!", "re:(?:(?:x?){40}x){40}", "re:.*" * 20, "*q_proj"),
+    *("re:" + "(" * 400, "module:(.|.)*!", "re:(?:(?:x?){40}x){40}", "re:.*" * 20, "*q_proj"),
     "re:" + "a?" * 300 + "a" * 300,
 )
 
@@ -110,37 +113,29 @@ def value(r: random.Random, depth: int = 0) -> Any:
 
 def name(r: random.Random) -> str:
     """The name of a tensor, with numbers that code forgets."""
-    text = r.choice(NAMES)
-    return text.format(*(r.choice((0, 1, 2, 10**8, 10**13, "9" * 5000, "²", "")) for _ in range(2)))
+    odd = r.choice((10**8, 10**13, "9" * 5000, "²", "")) if r.random() < 0.05 else 2
+    return r.choice(NAMES).format(*(r.choice((0, 1, odd)) for _ in range(2)))
 
 
 def header(r: random.Random) -> bytes:
     """A safetensors file: mostly right, with some of it wrong."""
     entries: dict[str, Any] = {}
     at = 0
-    for _ in range(r.choice((1, 2, 5, 20))):
+    for key in dict.fromkeys(name(r) for _ in range(r.choice((1, 2, 5, 20)))):
         shape = [r.choice((0, 1, 2, 4, 8)) for _ in range(r.choice((0, 1, 2, 2, 2, 3)))]
-        size = 2
-        for n in shape:
-            size *= n
-        if r.random() < 0.2:  # few bytes that claim much
+        if r.random() < 0.03:  # few bytes that claim much
             shape = [r.choice((2**20, 3_000_000, 2**40, 2**62)), *shape[1:]]
-            size = 2
-            for n in shape:
-                size *= n
-        entry: Any = {"dtype": "BF16", "shape": shape, "data_offsets": [at, at + size]}
+        size = 2 * math.prod(shape)
+        entries[key] = {"dtype": "BF16", "shape": shape, "data_offsets": [at, at + size]}
         at += size
-        if r.random() < 0.15:
-            entry[r.choice(("dtype", "shape", "data_offsets", "more"))] = value(r)
-        entries[name(r)] = entry if r.random() > 0.05 else value(r)
-    if r.random() < 0.2:
-        entries["__metadata__"] = value(r)
+        if r.random() < 0.03:
+            entries[key][r.choice(("dtype", "shape", "data_offsets", "more"))] = value(r)
+    if r.random() < 0.1:
+        entries["__metadata__" if r.random() < 0.5 else name(r)] = value(r)
     text = json.dumps(entries).encode("utf-8", "surrogatepass")
-    if r.random() < 0.15:
-        text = damaged(r, text)
-    length = len(text) if r.random() > 0.05 else r.choice((0, 1, 2**40, 2**64 - 1, len(text) - 1))
-    data = b"\0" * min(at, 4096) if r.random() < 0.5 else b""
-    return struct.pack("<Q", length) + text + data
+    text = damaged(r, text) if r.random() < 0.1 else text
+    length = len(text) if r.random() > 0.03 else r.choice((0, 1, 2**40, 2**64 - 1, len(text) + 1))
+    return struct.pack("<Q", length) + text + (b"\0" * at if at <= 4096 else b"")
 
 
 def damaged(r: random.Random, text: bytes) -> bytes:
@@ -165,21 +160,22 @@ def damaged(r: random.Random, text: bytes) -> bytes:
 
 def written(r: random.Random, folder: Path) -> None:
     """A folder with a checkpoint and whatever lies beside it."""
-    index = {"weight_map": {name(r): r.choice(("model.safetensors", "../x", "", "\0", 3)) for _ in range(3)}}
-    record = {
-        "format": 1,
-        "layers": {"a": {"scheme": "int8", "kind": "moe", "weights": [["gate_proj", 2, 2]]}},
-    }
-    record["layers"]["a"][r.choice(("experts", "weights", "scheme", "tied", "others", "dtype"))] = value(r)  # type: ignore[index]
-    config = {r.choice(KEYS): value(r) for _ in range(r.choice((1, 3, 8)))}
-    files = {"config.json": config, "model.safetensors.index.json": index, "quantport.json": record}
-    if r.random() < 0.8:
-        shard = "model.safetensors" if r.random() < 0.7 else "model-00001-of-00001.safetensors"
+    shard = "model.safetensors" if r.random() < 0.8 else "model-00001-of-00001.safetensors"
+    if r.random() < 0.95:
         (folder / shard).write_bytes(header(r))
-    for file, data in files.items():
-        if r.random() < 0.4:
-            text = json.dumps(data if r.random() > 0.1 else value(r)).encode("utf-8", "surrogatepass")
-            (folder / file).write_bytes(damaged(r, text) if r.random() < 0.2 else text)
+    index = {"weight_map": {name(r): r.choice((shard, "../x", "", "\0", 3)) for _ in range(3)}}
+    layer: dict[str, Any] = {"scheme": "int8", "kind": "moe", "weights": [["gate_proj", 2, 2]]}
+    layer[r.choice(("experts", "weights", "scheme", "tied", "others", "dtype"))] = value(r)
+    config = {r.choice(KEYS): value(r) for _ in range(r.choice((1, 3, 8)))}
+    files = (
+        ("config.json", config, 0.5),
+        ("model.safetensors.index.json", index, 0.15),
+        ("quantport.json", {"format": 1, "layers": {"a": layer}}, 0.15),
+    )
+    for file, data, share in files:
+        if r.random() < share:
+            text = json.dumps(data if r.random() > 0.05 else value(r)).encode("utf-8", "surrogatepass")
+            (folder / file).write_bytes(damaged(r, text) if r.random() < 0.1 else text)
     if r.random() < 0.01:
         with (folder / "config.json").open("wb") as stream:
             stream.truncate(60_000_000)
@@ -189,17 +185,16 @@ def case(seed: int) -> None:
     """Reads one checkpoint, or one configuration."""
     r = random.Random(seed)
     if r.random() < 0.4:
-        config = (
-            value(r)
-            if r.random() < 0.1
-            else {r.choice(SETTINGS): value(r) for _ in range(r.choice((1, 2, 4)))}
-        )
+        config = {r.choice(SETTINGS): value(r) for _ in range(r.choice((1, 1, 2, 4)))}
         tensors = {f"model.layers.{i}.self_attn.q_proj.weight": Shape((2, 2)) for i in range(30)}
-        resolve(find_layers(tensors), QuantConfig.parse(config, BUILTIN), "int8")
+        parsed = QuantConfig.parse(config if r.random() > 0.1 else value(r), BUILTIN)
+        resolve(find_layers(tensors), parsed, "int8")
         return
     with tempfile.TemporaryDirectory() as folder:
         written(r, Path(folder))
-        quantport.plan(folder, "int8", config={"on_unmatched": "warn"}, device="cpu:generic").to_dict()
+        made = quantport.plan(folder, "int8", device="cpu:generic")
+        json.dumps(made.to_dict())
+        page.emit(plans.plan_page(made), r.choice(("json", "table", "markdown", "html")))
 
 
 def late(signum: int, frame: object) -> None:
@@ -220,7 +215,7 @@ def main(first: int, count: int) -> None:
     for seed in range(first, first + count):
         signal.setitimer(signal.ITIMER_PROF, SECONDS)
         try:
-            with contextlib.suppress(QuantportError):
+            with contextlib.suppress(QuantportError), contextlib.redirect_stdout(io.StringIO()):
                 case(seed)
                 read += 1
         except (Exception, Slow) as error:
