@@ -60,16 +60,16 @@ SETTINGS = (
 )
 PATTERNS = (
     *(
-        "re:(.|.)*!",
+        r"re:(.|.)*[^\w.]",
         "re:(.*)*$",
-        "re:((.*)*)*x",
+        r"re:(?:[a-z.]|.)*\d$",
         "re:((a{100}){100}){100}",
         "re:(",
         "*" * 50,
         "[",
         "re:" + "(" * 400,
     ),
-    *("re:" + "(" * 400, "module:(.|.)*!", "re:(?:(?:x?){40}x){40}", "re:.*" * 20, "*q_proj"),
+    *("re:" + "(" * 400, r"module:(.|.)*(?:!|\?)", "re:(?:(?:x?){40}x){40}", "re:.*" * 20, "*q_proj"),
     "re:" + "a?" * 300 + "a" * 300,
 )
 
@@ -109,6 +109,27 @@ def value(r: random.Random, depth: int = 0) -> Any:
     if kind == "list":
         return [value(r, depth + 1) for _ in range(r.choice((0, 1, 2, 5)))]
     return {r.choice((*KEYS, *SETTINGS)): value(r, depth + 1) for _ in range(r.choice((0, 1, 2, 5)))}
+
+
+def setting(r: random.Random, depth: int = 0) -> dict[str, Any]:
+    """A configuration: most values are of the type that their key takes."""
+    out: dict[str, Any] = {}
+    for _ in range(r.choice((1, 1, 2, 4))):
+        key = r.choice(SETTINGS)
+        patterns = [r.choice(PATTERNS) for _ in range(r.choice((1, 1, 2)))]
+        if r.random() < 0.3:
+            out[key] = value(r)
+        elif key in ("ignore", "ignored_layers", "modules_to_not_convert"):
+            out[key] = (
+                [pattern.partition(":")[2] or pattern for pattern in patterns] if "not" in key else patterns
+            )
+        elif key == "targets":
+            out[key] = {pattern: r.choice((*BUILTIN, None)) for pattern in patterns}
+        elif key in ("components", "vae") and depth < 3:
+            out[key] = setting(r, depth + 1)
+        else:
+            out[key] = r.choice((*BUILTIN, "error", "dynamic", [128, 128], 32, 0, None, [], {}, "fp8"))
+    return out
 
 
 def name(r: random.Random) -> str:
@@ -166,7 +187,9 @@ def written(r: random.Random, folder: Path) -> None:
     index = {"weight_map": {name(r): r.choice((shard, "../x", "", "\0", 3)) for _ in range(3)}}
     layer: dict[str, Any] = {"scheme": "int8", "kind": "moe", "weights": [["gate_proj", 2, 2]]}
     layer[r.choice(("experts", "weights", "scheme", "tied", "others", "dtype"))] = value(r)
-    config = {r.choice(KEYS): value(r) for _ in range(r.choice((1, 3, 8)))}
+    config: dict[str, Any] = {
+        r.choice(KEYS): value(r) if r.random() < 0.5 else number(r) for _ in range(r.choice((1, 3, 8)))
+    }
     files = (
         ("config.json", config, 0.5),
         ("model.safetensors.index.json", index, 0.15),
@@ -185,9 +208,8 @@ def case(seed: int) -> None:
     """Reads one checkpoint, or one configuration."""
     r = random.Random(seed)
     if r.random() < 0.4:
-        config = {r.choice(SETTINGS): value(r) for _ in range(r.choice((1, 1, 2, 4)))}
         tensors = {f"model.layers.{i}.self_attn.q_proj.weight": Shape((2, 2)) for i in range(30)}
-        parsed = QuantConfig.parse(config if r.random() > 0.1 else value(r), BUILTIN)
+        parsed = QuantConfig.parse(setting(r) if r.random() > 0.1 else value(r), BUILTIN)
         resolve(find_layers(tensors), parsed, "int8")
         return
     with tempfile.TemporaryDirectory() as folder:
