@@ -202,5 +202,16 @@ def test_a_configuration_file_is_read_within_the_limits(tmp_path):
         assert found in error["found"] or "JSON" in error["found"]
 
 
-def test_public_door_of_the_configuration():
-    assert quantport.QuantConfig.parse({"scheme": "FP8"}, BUILTIN).scheme == "fp8_per_tensor"
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"schema": "int8"}, "did you mean 'scheme'"),
+        ({"fallback": 3}, "'weight_only'"),
+        ({"components": {"vae": {"skeme": "int8"}}}, "components.vae.skeme"),
+    ],
+)
+def test_a_configuration_that_is_made_without_parsing(settings, named):
+    with pytest.raises(ConfigError) as caught:
+        quantport.QuantConfig(**settings)
+    check_parts(caught.value, named)
+    assert quantport.QuantConfig(ignore=["lm_head"]).ignore == ("lm_head",)

@@ -82,6 +82,14 @@ class QuantConfig(BaseModel):
     kv_cache_dtype: str | None = None
     kv_cache_skip_layers: tuple[int, ...] = ()
 
+    def __init__(self, **data: Any) -> None:
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            raise explain(error, type(self).model_fields) from None
+
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]  # components are validated without it
+
     @model_validator(mode="before")
     @classmethod
     def _spellings(cls, data: Any) -> Any:
