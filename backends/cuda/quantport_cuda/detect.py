@@ -10,6 +10,7 @@ from torch import Tensor
 
 from quantport.backend import Arch, Backend, Device, Kernel, Scheme, StoredWeight
 from quantport_cuda.capabilities import ARCHS, arch_of
+from quantport_cuda.products import PRODUCTS
 from quantport_triton import evidence
 from quantport_triton.launch import target_of
 from quantport_triton.weights import quantize_weight
@@ -45,6 +46,7 @@ class CudaBackend(Backend):
     kind = "cuda"
     torch_type = "cuda"
     archs: Mapping[str, Arch] = ARCHS
+    products: Mapping[str, Arch] = PRODUCTS
 
     def detect(self) -> Sequence[Device]:
         """Every GPU that torch shows; none, at once, when torch is built without CUDA."""

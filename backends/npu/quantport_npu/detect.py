@@ -11,6 +11,7 @@ import torch
 
 from quantport.backend import Arch, Backend, Device, Kernel
 from quantport_npu.capabilities import ARCHS, arch_of
+from quantport_npu.products import PRODUCTS
 
 
 def devices(lib: Any) -> tuple[Device, ...]:
@@ -51,6 +52,7 @@ class NpuBackend(Backend):
     kind = "npu"
     torch_type = "npu"
     archs: Mapping[str, Arch] = ARCHS
+    products: Mapping[str, Arch] = PRODUCTS
 
     def detect(self) -> Sequence[Device]:
         """Every NPU that torch_npu shows; none, at once, when torch_npu is not installed."""

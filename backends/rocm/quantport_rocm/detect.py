@@ -11,6 +11,7 @@ import torch
 
 from quantport.backend import Arch, Backend, Device, Kernel
 from quantport_rocm.capabilities import ARCHS, arch_of
+from quantport_rocm.products import PRODUCTS
 
 DRIVER = Path("/dev/kfd")
 PCI = Path("/sys/bus/pci/devices")
@@ -85,6 +86,7 @@ class RocmBackend(Backend):
     kind = "rocm"
     torch_type = "cuda"
     archs: Mapping[str, Arch] = ARCHS
+    products: Mapping[str, Arch] = PRODUCTS
 
     def detect(self) -> Sequence[Device]:
         """Every GPU that torch shows; none, at once, when torch is built without ROCm."""

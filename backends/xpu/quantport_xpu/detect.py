@@ -11,6 +11,7 @@ from torch import Tensor
 from quantport.backend import Arch, Backend, Device, Kernel, Scheme, StoredWeight
 from quantport_xpu import vendor
 from quantport_xpu.capabilities import ARCHS, arch_of
+from quantport_xpu.products import PRODUCTS
 
 
 def operators(lib: Any) -> frozenset[str]:
@@ -43,6 +44,7 @@ class XpuBackend(Backend):
     kind = "xpu"
     torch_type = "xpu"
     archs: Mapping[str, Arch] = ARCHS
+    products: Mapping[str, Arch] = PRODUCTS
 
     def detect(self) -> Sequence[Device]:
         """Every GPU that torch shows; none, at once, when torch is built without XPU."""

@@ -4,6 +4,7 @@ weights.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -51,6 +52,16 @@ class Layout:
     files: tuple[Path, ...]
     index: Mapping[str, str] | None = None
     index_file: Path | None = None
+
+
+def holds_safetensors(path: Path) -> bool:
+    """Whether there are files at a path that no other reader has to be asked about."""
+    if not path.is_dir():
+        return path.name.endswith((".safetensors", _INDEX))
+    try:
+        return any(name.endswith((".safetensors", _INDEX)) for name in os.listdir(path))
+    except OSError:
+        return False  # who opens it says why
 
 
 def find_layout(path: Path) -> Layout:

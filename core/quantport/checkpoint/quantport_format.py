@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -28,7 +28,7 @@ from quantport.checkpoint.json import read_json
 from quantport.checkpoint.limits import MAX_EXPERTS
 from quantport.checkpoint.source import TensorSource
 from quantport.checkpoint.writer import save_tensors
-from quantport.errors import CheckpointError
+from quantport.errors import CheckpointError, needed, shown
 from quantport.model.layers import Layer, Part, find_layers
 from quantport.model.roles import Role, skipped_by_default
 from quantport.scheme.catalog import Schemes
@@ -40,13 +40,16 @@ MARK = {"quantized_by": "quantport"}
 _ROLES = {"linear": Role.LINEAR, "moe": Role.EXPERTS, "embedding": Role.EMBEDDING}
 
 
+Size = Annotated[int, Field(ge=0, lt=2**40)]
+
+
 class Entry(BaseModel):
     """One quantized layer as saved; ``others`` are the weights of single experts that have another scheme."""
 
     model_config = ConfigDict(extra="forbid")
     scheme: str
     kind: Literal["linear", "moe", "embedding"]
-    weights: list[tuple[str, int, int]] = Field(min_length=1, max_length=3)
+    weights: list[tuple[str, Size, Size]] = Field(min_length=1, max_length=3)
     experts: int = Field(0, ge=0, le=MAX_EXPERTS)
     tied: list[str] = []
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
@@ -86,7 +89,7 @@ def read_record(directory: Path) -> Record | None:
         return Record.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
-        found = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        found = f"{'.'.join(map(str, first['loc']))[:200]} = {shown(first['input'])}: not {needed(first)}"
         raise CheckpointError(
             f"read {directory / FILE}", found, "the file that quantport wrote, in format 1 or 2"
         ) from None

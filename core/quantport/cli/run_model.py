@@ -15,7 +15,8 @@ import quantport
 from quantport.checkpoint.partial import check_free
 from quantport.checkpoint.quantport_format import read_record
 from quantport.cli import baseline, compare
-from quantport.cli.page import Column, Grid, emit, progress, size, write
+from quantport.cli.output import write
+from quantport.cli.page import Column, Grid, emit, progress, size
 from quantport.cli.plans import plan_page
 from quantport.errors import CheckpointError, ConfigError, SaveError
 from quantport.loading.locate import locate

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from quantport.config.schema import QuantConfig
 from quantport.errors import ConfigError
 from quantport.model.layers import Layer
-from quantport.model.patterns import compile_pattern
+from quantport.model.patterns import bounded, compile_pattern
 from quantport.model.roles import SkipCode, SkipReason
 
 _DUALSCALE_BLOCKS = 5
@@ -72,8 +72,9 @@ def resolve(layers: Sequence[Layer], config: QuantConfig, default_scheme: str | 
         ConfigError: patterns that match nothing or conflict, parts that disagree, or a component without an
             entry.
     """
-    check_patterns(config, layers)
-    return [assignment for layer in layers for assignment in _assign(layer, config, default_scheme)]
+    with bounded():
+        check_patterns(config, layers)
+        return [assignment for layer in layers for assignment in _assign(layer, config, default_scheme)]
 
 
 def _assign(layer: Layer, config: QuantConfig, default: str | None) -> list[Assignment]:

@@ -1,4 +1,4 @@
-"""The configuration: our schema, which also reads the spellings of vLLM and vLLM-Omni."""
+"""The configuration: our schema, which also reads the spellings of vLLM, vLLM-Omni and Transformers."""
 
 from __future__ import annotations
 
@@ -15,11 +15,20 @@ from pydantic import (
     model_validator,
 )
 
-from quantport.config.vllm_keys import OTHER_KEYS, explain, is_component_map, scheme_of
+from quantport.config.vllm_keys import (
+    OTHER_KEYS,
+    explain,
+    fp8_of_transformers,
+    is_component_map,
+    of_transformers,
+    scheme_of,
+    schemes_in,
+)
 from quantport.errors import ConfigError
 from quantport.kvcache import cache_dtype
 from quantport.model.patterns import compile_pattern
 from quantport.scheme.catalog import BUILTIN, Schemes
+from quantport.scheme.other_names import is_explained, unknown_scheme
 
 # said once for all components
 _WHOLE = {
@@ -85,6 +94,14 @@ class QuantConfig(BaseModel):
     kv_cache_dtype: str | None = None
     kv_cache_skip_layers: tuple[int, ...] = ()
 
+    def __init__(self, **data: Any) -> None:
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            raise explain(error, type(self).model_fields) from None
+
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]  # components are validated without it
+
     @model_validator(mode="before")
     @classmethod
     def _spellings(cls, data: Any, info: ValidationInfo) -> Any:
@@ -95,8 +112,11 @@ class QuantConfig(BaseModel):
             name = OTHER_KEYS.get(str(key), str(key))
             if name in out:
                 raise ValueError(f"{key!r} and another spelling of {name!r} are both given")
-            out[name] = scheme_of(value, info.context or BUILTIN) if name in ("linear", "moe") else value
-        return out
+            if name in ("linear", "moe"):
+                out[name] = scheme_of(value, info.context or BUILTIN)
+            else:
+                out[name] = of_transformers(str(key), value)
+        return fp8_of_transformers(out)
 
     @field_validator("components", mode="before")
     @classmethod
@@ -164,6 +184,11 @@ class QuantConfig(BaseModel):
         try:
             config = value if isinstance(value, QuantConfig) else cls.model_validate(value, context=schemes)
         except ValidationError as error:
+            # a method of others has keys of its own: what it is here says more than the first of them
+            named = (name for name in schemes_in(value) if name not in schemes and is_explained(name))
+            other = next(named, None)
+            if other is not None:
+                raise unknown_scheme(other, schemes, ()) from None
             raise explain(error, cls.model_fields) from None
         return config._checked(schemes)
 
