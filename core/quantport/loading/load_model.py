@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantport.checkpoint import Recognized
+from quantport.checkpoint import Recognized, unchanged
 from quantport.device import Device
 from quantport.errors import BudgetError, CheckpointError, DeviceError
 from quantport.kvcache import default_cache, kv_shape
@@ -98,7 +98,8 @@ def load(
         refuse_nothing(decided)
         _fits(decided, target)
         filler = ModelFiller(checkpoint, built, decided, names, compute, dtype is not None, registry)
-        run_tasks(filler.tasks(), progress, workers, decided.budget)
+        with unchanged(checkpoint.source):
+            run_tasks(filler.tasks(), progress, workers, decided.budget)
         _finish(built, decided, target)
         if cache:
             cache.install()
