@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 _FLOATS = frozenset({0, 1, 28, 30})  # GGML_TYPE_F32, F16, F64, BF16
-_INTEGERS = frozenset({24, 25, 26, 27})  # I8, I16, I32, I64: no quantizer writes these
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes, by type of value
 _TEXT, _LIST = 8, 9
 _MOST_TEXTS = 2_000_000  # in lists; vocabularies and merges have a tenth of it
@@ -21,8 +20,8 @@ def holds_floats(path: Path) -> bool | None:
     """Whether every tensor of a GGUF file is in 16 bits or more; None where its header cannot be read."""
     try:
         with path.open("rb") as file:
-            return _types(file) <= _FLOATS | _INTEGERS
-    except (OSError, ValueError, struct.error, KeyError):
+            return _types(file) <= _FLOATS
+    except (OSError, ValueError, OverflowError, struct.error, KeyError):
         return None
 
 

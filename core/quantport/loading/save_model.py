@@ -101,7 +101,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if isinstance(module, QuantModule):
             yield from ((prefix + name, tensor) for name, tensor in module.stored_tensors())
         kept = [
-            *module._parameters.items(),
+            *module.named_parameters(recurse=False),
             *((n, b) for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set),
         ]
         for name, tensor in kept:

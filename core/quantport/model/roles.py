@@ -43,6 +43,7 @@ class SkipCode(str, Enum):
     OTHER_EMBEDDING = "other_embedding"
     TIED = "tied"
     FUSED_ENCODER = "fused_encoder"
+    HOOKED = "hooked"
     # the configuration
     PATTERN = "pattern"
     NULL_SCHEME = "null_scheme"
