@@ -17,12 +17,14 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 
+from quantport.cli.page import stdout_failed
 from quantport.errors import QuantportError
 from quantport.plugins.entry_points import installed, is_builtin
 
 if TYPE_CHECKING:
     from quantport.plugins.registry import Registry
 
+INTERRUPTED = 130  # 128 + SIGINT
 _MANUAL = """Quantizes BF16/FP16 models while they load, on whatever accelerator it finds.
 
 A scheme says what the numbers become (int8, fp8_per_block, int4_weight_only...); a plan says what each layer
@@ -39,7 +41,7 @@ _EPILOG = """[bold]Start here[/bold]
 
 
 class _Group(TyperGroup):
-    """Turns every error of quantport into its three-part message and exit code 2."""
+    """Turns every error of quantport into its three-part message and exit code 2, and says an interrupt."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -47,6 +49,9 @@ class _Group(TyperGroup):
         except QuantportError as error:
             explain(error)
             raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            typer.echo("interrupted", err=True)
+            raise typer.Exit(INTERRUPTED) from None
 
 
 app = typer.Typer(
@@ -137,4 +142,10 @@ def main() -> None:
             reconfigure(errors="replace")
     warnings.showwarning = _warn
     add_plugin_commands()
-    app()
+    try:
+        app()
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        explain(stdout_failed(error))  # click has written help or a version
+        sys.exit(2)

@@ -30,6 +30,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from quantport.errors import SaveError
+
 BROKEN_PIPE = 141  # 128 + SIGPIPE: what a shell says of any tool whose reader left
 _WRAPPED = 32  # cells that a column of prose needs at least
 _ENDLESS = 1_000_000  # cells: what no terminal shows is never wrapped
@@ -108,14 +110,29 @@ def _strict(value: Any) -> Any:
 def write(text: str) -> None:
     """Writes a text and a newline to stdout; a reader that left (``| head``) ends the command without
     a word.
+
+    Raises:
+        SaveError: stdout is closed, or on a full disk.
     """
+    if sys.stdout is None:
+        raise SaveError("write to stdout", "it is closed", "a file, a pipe or a terminal")
     try:
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
-    except BrokenPipeError:
-        # the interpreter flushes once more when it ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError as error:
+        stdout_failed(error)
         raise typer.Exit(BROKEN_PIPE) from None
+    except OSError as error:
+        raise stdout_failed(error) from None
+
+
+def stdout_failed(error: OSError) -> SaveError:
+    """The error for a stdout that took nothing, which nothing is written to any more: the interpreter flushes
+    it once more when it ends.
+    """
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    found = error.strerror or str(error)
+    return SaveError("write to stdout", found, "another file or pipe, on a disk with free space")
 
 
 def width() -> int:

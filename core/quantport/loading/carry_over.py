@@ -13,6 +13,7 @@ from torch import nn
 
 from quantport.model.roles import SkipCode, SkipReason
 from quantport.modules import QuantEmbedding, QuantModule
+from quantport.modules.base import EMPTY_WEIGHT
 
 # Of nn.Module: dicts that the handles of hooks refer to, so they are shared, not copied.
 _CALL_HOOKS = (
@@ -33,6 +34,12 @@ _STATE_HOOKS = (
 )
 
 
+_FRESH = {
+    kind: frozenset(vars(kind(1, 1, dtype=torch.float32, device="meta")))
+    for kind in (nn.Linear, nn.Embedding)
+}  # the attributes of modules onto which nothing was hung
+
+
 def why_not_replaced(module: nn.Module) -> SkipReason | None:
     """Why a module cannot be replaced without losing what was hung onto it, or None."""
     text = ""
@@ -40,13 +47,17 @@ def why_not_replaced(module: nn.Module) -> SkipReason | None:
         text = "its forward was exchanged, as accelerate does: remove that, quantize, and put it on again"
     elif any(vars(module)[hooks] for hooks in _STATE_HOOKS):
         text = "it has hooks on its state dict, which know its 16-bit weight"
+    elif type(module) in _FRESH and (named := _stored_names(module)):
+        text = f"it has a tensor {named[0]!r}, as a quantized weight is stored"
     return SkipReason(SkipCode.HOOKED, text) if text else None
 
 
-_FRESH = {
-    kind: frozenset(vars(kind(1, 1, dtype=torch.float32, device="meta")))
-    for kind in (nn.Linear, nn.Embedding)
-}  # the attributes of modules onto which nothing was hung
+def _stored_names(module: nn.Module) -> list[str]:
+    """The further tensors of a module whose names may be those of a stored weight (``Scheme.layout``)."""
+    names = [*module._parameters, *module._buffers]
+    return [
+        name for name in names if name != "weight" and name.startswith(("weight", "packed_", EMPTY_WEIGHT))
+    ]
 
 
 def carry_over(old: nn.Module, new: nn.Module, path: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +14,12 @@ from quantport.config import QuantConfig
 from quantport.device import Device
 from quantport.errors import CheckpointError, ConfigError
 from quantport.kvcache import kv_shape
+from quantport.loading.build_context import as_usual
+from quantport.loading.executor import Progress
+from quantport.loading.fill_model import module_path
 from quantport.loading.locate import Source, named, open_checkpoint
 from quantport.loading.renamed import renamed
+from quantport.loading.skeleton import Factory, made_by
 from quantport.loading.swap_modules import match_modules
 from quantport.model.fused_projections import with_cuts
 from quantport.model.layers import find_layers
@@ -46,14 +51,17 @@ def merge(scheme: str | None, config: Any, options: Mapping[str, Any], schemes: 
 
 @renamed("rows", "num_tokens")
 def plan(
-    model: Source | nn.Module,
+    path_or_id: Source | nn.Module,
     scheme: str | None = None,
     *,
     config: Any = None,
     device: str | torch.device | Device = "auto",
-    num_tokens: int = 1,
+    model: Factory | None = None,
     dtype: torch.dtype | None = None,
+    num_tokens: int = 1,
     fallback: str | None = None,
+    progress: Progress | None = None,
+    workers: int | None = None,
     budget: int | str | None = None,
     registry: Registry | None = None,
 ) -> Plan:
@@ -61,13 +69,16 @@ def plan(
     headers only.
 
     Args:
-        model: A checkpoint directory or file (its data may be missing), or a module.
+        path_or_id: As for ``load`` (the data may be missing), or a module in memory.
         scheme: Scheme name; None uses the configuration, or lets the device choose.
         config: A ``QuantConfig`` or what it parses.
         device: Found (``auto``, ``kind``, ``kind:0``) or simulated (``kind:arch``).
-        num_tokens: Expected tokens at a time: rows of the activations.
+        model: As for ``load``: makes the module, without which a plan knows the names of layers only.
         dtype: Activation dtype; by default that of the weights, or what the device computes in.
-        fallback: Overrides ``config.fallback``.
+        num_tokens: As for ``load``.
+        fallback: As for ``load``.
+        progress: Taken so that every argument of ``load`` is; a plan is made at once.
+        workers: As ``progress``.
         budget: As for ``load``.
         registry: As for ``load``.
 
@@ -77,18 +88,21 @@ def plan(
     registry = registry or default_registry()
     target = registry.device(device)
     parsed = merge(scheme, config, {"fallback": fallback}, registry.schemes)
-    if isinstance(model, nn.Module):
+    if isinstance(path_or_id, nn.Module):
         layers, source = (
-            match_modules(find_layers(dict(model.named_parameters())), model, lambda x: x.name),
-            type(model).__name__,
+            match_modules(find_layers(dict(path_or_id.named_parameters())), path_or_id, lambda x: x.name),
+            type(path_or_id).__name__,
         )
-        described: Any = getattr(model, "config", None)
+        described: Any = getattr(path_or_id, "config", None)
         kv = kv_shape(described.to_dict()) if hasattr(described, "to_dict") else None
     else:
-        with open_checkpoint(model, registry, headers_only=True) as (checkpoint, described):
+        with as_usual(), open_checkpoint(path_or_id, registry, headers_only=True) as (checkpoint, described):
             refuse_quantized(checkpoint)
-            tied = from_config(checkpoint.layers(), described)
-            layers, source = [with_cuts(layer, described) for layer in tied], named(model)
+            source, layers = named(path_or_id), checkpoint.layers()
+            if model is None:
+                layers = [with_cuts(layer, described) for layer in from_config(layers, described)]
+            else:
+                layers = match_modules(layers, made_by(model), partial(module_path, {}))
             kv = kv_shape(described)
     kernels, schemes = registry.kernels(target.kind), registry.schemes
     return make_plan(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from quantport.checkpoint import KVCacheConfig, QuantportFormat, SavedLayer
 from quantport.errors import SaveError
 from quantport.kvcache import default_of
+from quantport.loading.arguments import require_module
 from quantport.modules import QuantEmbedding, QuantExperts, QuantModule
 
 _COMPANIONS = (
@@ -46,8 +47,10 @@ def save(
         The directory. It appears complete or not at all.
 
     Raises:
+        ConfigError: it is no module.
         SaveError: nothing to save, the directory is taken, the disk is full, or permission is missing.
     """
+    require_module("save a quantized model", model)
     layers = {name: _saved_layer(m) for name, m in model.named_modules() if isinstance(m, QuantModule)}
     # where others are quantized, a prepacked bf16 layer is saved as the plain layer that it was: prepacking
     # is this machine's
