@@ -1,4 +1,4 @@
-"""Arguments of the Python calls: `plan` takes those of `load`; what is no module, or makes none, is refused."""
+"""Arguments of the Python calls: `plan` takes those of `load`; no module, or none made, is an error."""
 
 from __future__ import annotations
 
