@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import BinaryIO, NamedTuple
+from io import FileIO
+from typing import NamedTuple
 
 from quantport.errors import CheckpointError
 
@@ -45,14 +46,14 @@ def check_stamp(asked: str, file: int | str, stamp: FileStamp) -> None:
         raise CheckpointError(asked, "the file changed since its header was read", suggestion)
 
 
-def open_unchanged(asked: str, path: str, stamp: FileStamp) -> BinaryIO:
+def open_unchanged(asked: str, path: str, stamp: FileStamp) -> FileIO:
     """Opens a file without a buffer; the caller closes it.
 
     Raises:
         CheckpointError: it cannot be read, or is another than it was.
     """
     try:
-        file = open(path, "rb", buffering=0)  # noqa: SIM115  # the caller closes it
+        file = FileIO(path)
     except OSError as error:
         raise CheckpointError(asked, str(error), "a file that can be read") from error
     try:
