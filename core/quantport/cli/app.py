@@ -18,7 +18,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from quantport.cli.page import stdout_failed
-from quantport.errors import QuantportError
+from quantport.errors import QuantportError, SaveError
 from quantport.plugins.entry_points import installed, is_builtin
 
 if TYPE_CHECKING:
@@ -135,6 +135,9 @@ def _warn(
 
 def main() -> None:
     """Runs the command line."""
+    if sys.stdout is None:  # closed: Python has no stream for it
+        explain(SaveError("write to stdout", "it is closed", "a file, a pipe, a terminal, or /dev/null"))
+        sys.exit(2)
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:

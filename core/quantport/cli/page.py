@@ -112,10 +112,8 @@ def write(text: str) -> None:
     a word.
 
     Raises:
-        SaveError: stdout is closed, or on a full disk.
+        SaveError: stdout takes nothing, as on a full disk.
     """
-    if sys.stdout is None:
-        raise SaveError("write to stdout", "it is closed", "a file, a pipe or a terminal")
     try:
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
