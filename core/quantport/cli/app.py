@@ -19,13 +19,14 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 
-from quantport.cli.output import only_pages, write
-from quantport.errors import QuantportError
+from quantport.cli.output import only_pages, stdout_failed, write
+from quantport.errors import QuantportError, SaveError
 from quantport.plugins.entry_points import installed, is_builtin
 
 if TYPE_CHECKING:
     from quantport.plugins.registry import Registry
 
+INTERRUPTED = 130  # 128 + SIGINT
 _MANUAL = """Quantizes BF16/FP16 models while they load, on whatever accelerator it finds.
 
 A scheme says what the numbers become (int8, fp8_per_block, int4_weight_only...); a plan says what each layer
@@ -43,7 +44,7 @@ _EPILOG = """[bold]Start here[/bold]
 
 
 class _Group(TyperGroup):
-    """Turns every error of quantport into its three-part message and exit code 2."""
+    """Turns every error of quantport into its three-part message and exit code 2, and says an interrupt."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -51,6 +52,9 @@ class _Group(TyperGroup):
         except QuantportError as error:
             explain(error)
             raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            typer.echo("interrupted", err=True)
+            raise typer.Exit(INTERRUPTED) from None
 
 
 app = typer.Typer(
@@ -157,6 +161,9 @@ def _warn(
 
 def main() -> None:
     """Runs the command line."""
+    if sys.stdout is None:  # closed: Python has no stream for it
+        explain(SaveError("write to stdout", "it is closed", "a file, a pipe, a terminal, or /dev/null"))
+        sys.exit(2)
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
@@ -169,4 +176,10 @@ def main() -> None:
     except QuantportError as error:  # of the environment that restricts plugins
         explain(error, as_json="--json" in sys.argv)
         sys.exit(2)
-    app()
+    try:
+        app()
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        explain(stdout_failed(error))  # click has written help or a version
+        sys.exit(2)

@@ -11,6 +11,8 @@ from typing import TextIO
 
 import typer
 
+from quantport.errors import SaveError
+
 BROKEN_PIPE = 141  # 128 + SIGPIPE: what a shell says of any tool whose reader left
 _PAGES: ContextVar[TextIO | None] = ContextVar("pages", default=None)
 
@@ -54,12 +56,25 @@ def _kept(stream: TextIO) -> Iterator[None]:
 def write(text: str) -> None:
     """Writes a text and a newline to stdout; a reader that left (``| head``) ends the command without
     a word.
+
+    Raises:
+        SaveError: stdout takes nothing, as on a full disk.
     """
     stream = pages()
     try:
         stream.write(text + "\n")
         stream.flush()
-    except BrokenPipeError:
-        # the interpreter flushes once more when it ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    except BrokenPipeError as error:
+        stdout_failed(error)
         raise typer.Exit(BROKEN_PIPE) from None
+    except OSError as error:
+        raise stdout_failed(error) from None
+
+
+def stdout_failed(error: OSError) -> SaveError:
+    """The error for a stdout that took nothing, which nothing is written to any more: the interpreter flushes
+    it once more when it ends.
+    """
+    os.dup2(os.open(os.devnull, os.O_WRONLY), pages().fileno())
+    found = error.strerror or str(error)
+    return SaveError("write to stdout", found, "another file or pipe, on a disk with free space")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantport.checkpoint import Recognized
+from quantport.checkpoint import Recognized, unchanged
 from quantport.device import Device
 from quantport.errors import BudgetError, CheckpointError, DeviceError
 from quantport.kvcache import default_cache, kv_shape
@@ -109,7 +109,8 @@ def load(
         warn(decided.warnings)
         groups = tied_groups(built)
         filler = ModelFiller(checkpoint, built, decided, names, dtypes, registry)
-        run_tasks(filler.tasks(), progress, workers, decided.budget)
+        with unchanged(checkpoint.source):
+            run_tasks(filler.tasks(), progress, workers, decided.budget)
         tie_again(built, groups)
         held = tuple(sorted(filler.warnings))
         _finish(built, replace(decided, warnings=decided.warnings + held), target)

@@ -16,11 +16,13 @@ from quantport.config import QuantConfig
 from quantport.device import Device
 from quantport.errors import CheckpointError, ConfigError
 from quantport.kvcache import kv_shape
+from quantport.loading.build_context import as_usual
+from quantport.loading.executor import Progress
 from quantport.loading.fill_model import module_path
 from quantport.loading.locate import Source, named, open_checkpoint
 from quantport.loading.place_tensors import HeldDtypes, leave_in_fp32, main_dtype, place_tensors
 from quantport.loading.renamed import renamed
-from quantport.loading.skeleton import build, ties_its_head
+from quantport.loading.skeleton import Factory, build, ties_its_head
 from quantport.loading.swap_modules import match_modules
 from quantport.model.beyond_config import beyond_config
 from quantport.model.fused_projections import with_cuts
@@ -53,14 +55,17 @@ def merge(scheme: str | None, config: Any, options: Mapping[str, Any], schemes: 
 
 @renamed("rows", "num_tokens")
 def plan(
-    model: Source | nn.Module,
+    path_or_id: Source | nn.Module,
     scheme: str | None = None,
     *,
     config: Any = None,
     device: str | torch.device | Device = "auto",
-    num_tokens: int = 1,
+    model: Factory | None = None,
     dtype: torch.dtype | None = None,
+    num_tokens: int = 1,
     fallback: str | None = None,
+    progress: Progress | None = None,
+    workers: int | None = None,
     budget: int | str | None = None,
     registry: Registry | None = None,
 ) -> Plan:
@@ -68,13 +73,16 @@ def plan(
     headers only.
 
     Args:
-        model: A checkpoint directory or file (its data may be missing), or a module.
+        path_or_id: As for ``load`` (the data may be missing), or a module in memory.
         scheme: Scheme name; None uses the configuration, or lets the device choose.
         config: A ``QuantConfig`` or what it parses.
         device: Found (``auto``, ``kind``, ``kind:0``) or simulated (``kind:arch``).
-        num_tokens: Expected tokens at a time: rows of the activations.
+        model: As for ``load``: makes the module, without which a plan knows the names of layers only.
         dtype: Activation dtype; by default that of the weights, or what the device computes in.
-        fallback: Overrides ``config.fallback``.
+        num_tokens: As for ``load``.
+        fallback: As for ``load``.
+        progress: Taken so that every argument of ``load`` is; a plan is made at once.
+        workers: As ``progress``.
         budget: As for ``load``.
         registry: As for ``load``.
 
@@ -84,16 +92,16 @@ def plan(
     registry = registry or default_registry()
     target = registry.device(device)
     parsed = merge(scheme, config, {"fallback": fallback}, registry.schemes)
-    if isinstance(model, nn.Module):
-        config_of: Any = getattr(model, "config", None)
+    if isinstance(path_or_id, nn.Module):
+        config_of: Any = getattr(path_or_id, "config", None)
         described = config_of.to_dict() if hasattr(config_of, "to_dict") else {}
-        layers, source = _layers_of(model, described, target, dtype), type(model).__name__
+        layers, source = _layers_of(path_or_id, described, target, dtype), type(path_or_id).__name__
         open_questions: tuple[str, ...] = ()
     else:
-        with open_checkpoint(model, registry, headers_only=True) as (checkpoint, described):
+        with as_usual(), open_checkpoint(path_or_id, registry, headers_only=True) as (checkpoint, described):
             refuse_quantized(checkpoint)
-            layers, open_questions = _layers_in(checkpoint, described, target, dtype)
-            source = named(model)
+            layers, open_questions = _layers_in(checkpoint, described, target, dtype, model)
+            source = named(path_or_id)
     kv = kv_shape(described)
     kernels, schemes = registry.kernels(target.kind), registry.schemes
     return make_plan(
@@ -122,7 +130,11 @@ def _layers_of(
 
 
 def _layers_in(
-    checkpoint: Recognized, config: Mapping[str, Any], target: Device, dtype: torch.dtype | None
+    checkpoint: Recognized,
+    config: Mapping[str, Any],
+    target: Device,
+    dtype: torch.dtype | None,
+    factory: Factory | None,
 ) -> tuple[list[Layer], tuple[str, ...]]:
     """The layers of a checkpoint as the model has them, and what is open; where Transformers cannot build the
     model, as names, shapes and ``config.json`` say.
@@ -134,14 +146,17 @@ def _layers_in(
         layers, undecided = from_config(layers)
     open_questions = (undecided,) if undecided else ()
     try:
-        model, names = build(directory, None, held, tensors)
+        model, names = build(directory, factory, held, tensors)
     except CheckpointError:
+        if factory is not None:
+            raise
         wide = [replace(x, held_dtype=held) if x.dtype is torch.float64 else x for x in layers]
         return [with_cuts(layer, config) for layer in beyond_config(wide, config)], open_questions
     for tied in [name for name in said_ties(model) if undecided and name in names.values()]:
         untie(model, tied)
     layers = find_renamed_experts(layers, names, tensors)
-    placed = place_tensors(layers, model, names, HeldDtypes(model, held), copies={})
+    dtypes = HeldDtypes(model, held, factory=factory is not None)
+    placed = place_tensors(layers, model, names, dtypes, copies={})
     return match_modules(placed, model, partial(module_path, names)), open_questions
 
 

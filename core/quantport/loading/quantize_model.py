@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from quantport.errors import ConfigError
 from quantport.kvcache import default_cache
+from quantport.loading.arguments import require_module
 from quantport.loading.executor import Progress, Task, run_tasks
 from quantport.loading.plan_model import plan, refuse_nothing, warn
 from quantport.loading.renamed import renamed
@@ -46,7 +47,11 @@ def quantize_(
 
     Returns:
         The plan that was carried out; also ``model.quantport_plan``.
+
+    Raises:
+        QuantportError: as ``load``; or it is no module, or quantized already.
     """
+    require_module("quantize a model in memory", model)
     if any(isinstance(m, QuantModule) for m in model.modules()):
         suggestion = "the 16-bit model; what it is now is in model.quantport_plan"
         raise ConfigError(f"quantize {type(model).__name__}", "it is quantized already", suggestion)

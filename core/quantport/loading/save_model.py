@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from quantport.checkpoint import KVCacheConfig, QuantportFormat, SavedLayer, companions
 from quantport.errors import SaveError
 from quantport.kvcache import default_of
+from quantport.loading.arguments import require_module
 from quantport.modules import QuantEmbedding, QuantExperts, QuantModule
 
 # of a configuration: where a model was loaded from, and how it was quantized before
@@ -39,8 +40,10 @@ def save(
         The directory. It appears complete or not at all.
 
     Raises:
+        ConfigError: it is no module.
         SaveError: nothing to save, the directory is taken, the disk is full, or permission is missing.
     """
+    require_module("save a quantized model", model)
     layers = {name: _saved_layer(m) for name, m in model.named_modules() if isinstance(m, QuantModule)}
     # where others are quantized, a prepacked bf16 layer is saved as the plain layer that it was: prepacking
     # is this machine's
@@ -123,7 +126,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if isinstance(module, QuantModule):
             yield from ((prefix + name, tensor) for name, tensor in module.stored_tensors())
         kept = [
-            *module._parameters.items(),
+            *module.named_parameters(recurse=False),
             *((n, b) for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set),
         ]
         for name, tensor in kept:

@@ -35,14 +35,7 @@ def build(
         CheckpointError: no factory, and no ``config.json`` that Transformers can build.
     """
     if factory is not None:
-        with building():
-            made = factory()
-        if not isinstance(made, nn.Module):
-            found = f"it returned a {type(made).__name__}: {made!r}"
-            raise CheckpointError(
-                "build the model with model=", found, "a function that returns a torch.nn.Module"
-            )
-        return made.eval(), {name: name for name in names}
+        return made_by(factory).eval(), {name: name for name in names}
     if not (directory / "config.json").exists():
         raise CheckpointError(
             f"build the model of {directory}",
@@ -50,6 +43,31 @@ def build(
             "pass model=, a function that makes the module",
         )
     return _transformers(directory, dtype, names)
+
+
+def made_by(factory: Factory) -> nn.Module:
+    """Makes a module with a factory, on the meta device.
+
+    Raises:
+        CheckpointError: it is no factory, raises, or makes something else.
+    """
+    asked, suggestion = "build the model with model=", "a function that returns a torch.nn.Module"
+    if isinstance(factory, nn.Module):
+        text = f"{suggestion}; quantport.quantize_ quantizes a module that is in memory"
+        raise CheckpointError(asked, f"a {type(factory).__name__} that is made already", text)
+    if not callable(factory):
+        raise CheckpointError(asked, f"a {type(factory).__name__}: {factory!r}", suggestion)
+    try:
+        with building():
+            made = factory()
+    except QuantportError:
+        raise
+    except Exception as error:  # the caller's code
+        found = f"it raised {type(error).__name__}: {error}"
+        raise CheckpointError(asked, found, f"{suggestion} and takes no arguments") from error
+    if not isinstance(made, nn.Module):
+        raise CheckpointError(asked, f"it returned a {type(made).__name__}: {made!r}", suggestion)
+    return made
 
 
 def _transformers(

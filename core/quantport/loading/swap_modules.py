@@ -13,6 +13,7 @@ from torch import nn
 
 from quantport.errors import CheckpointError
 from quantport.kernels.base import Kernel, WeightSpec
+from quantport.loading.carry_over import carry_over, count_quantized, why_not_replaced
 from quantport.model.fused_projections import with_cuts
 from quantport.model.layers import CONVOLUTION, Layer, uneven, with_role
 from quantport.model.roles import Role, SkipCode, SkipReason
@@ -92,7 +93,9 @@ def _check(layer: Layer, model: _Model, module_path: ModulePath) -> Iterable[Lay
     tied = model.ties.get(path, ()) if is_table else ()
     skip = layer.skip_reason or _why_not(layer, module, path)
     if is_table and module is not None:
-        skip = why_not_embedding(module, (model.root.get_submodule(p) for p in tied)) or skip
+        heads = [model.root.get_submodule(p) for p in tied]
+        hooked = next(filter(None, map(why_not_replaced, (module, *heads))), None)
+        skip = why_not_embedding(module, heads) or hooked or skip
     elif layer.kind != "other" and path in model.ties:
         skip = SkipReason(SkipCode.TIED, "its weight is tied to another module's: left in 16 bits")
     if module is not None and (skip is None or (layer.opt_in and skip is layer.skip_reason)):
@@ -191,9 +194,9 @@ def _why_not(layer: Layer, module: nn.Module | None, path: str) -> SkipReason | 
         text = why_not_experts(module)
         if not all(hasattr(module, p) for p in ("gate_up_proj", "down_proj")):
             text = f"its experts are a {type(module).__name__}, without gate_up_proj and down_proj"
-        return SkipReason(SkipCode.OTHER_EXPERTS, text) if text else None
+        return SkipReason(SkipCode.OTHER_EXPERTS, text) if text else why_not_replaced(module)
     if type(module) is nn.Linear:
-        return None
+        return why_not_replaced(module)
     text = f"its module is a {type(module).__name__}, not a plain torch.nn.Linear"
     return SkipReason(SkipCode.OTHER_LINEAR, text)
 
@@ -280,16 +283,19 @@ def _kernel(step: Step, registry: Registry) -> Kernel:
 
 
 def swap_modules(model: nn.Module, new: Mapping[str, nn.Module]) -> None:
-    """Puts modules where others stood, under every name that those have; output heads that are tied to them
-    follow.
+    """Puts modules where others stood, under every name that those have, with what was hung onto them; output
+    heads that are tied to them follow.
     """
     new = dict(new)
     _add_heads(model, new)
+    for path, module in new.items():
+        carry_over(model.get_submodule(path), module, path)
     by_id = {id(model.get_submodule(path)): module for path, module in new.items()}
     for path, module in list(model.named_modules(remove_duplicate=False)):
         if id(module) in by_id:
             parent, _, name = path.rpartition(".")
             setattr(model.get_submodule(parent), name, by_id[id(module)].train(model.training))
+    count_quantized(model)
 
 
 def _add_heads(model: nn.Module, new: dict[str, nn.Module]) -> None:

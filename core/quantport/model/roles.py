@@ -48,6 +48,7 @@ class SkipCode(str, Enum):
     OTHER_EMBEDDING = "other_embedding"
     TIED = "tied"
     WEIGHT_READ = "weight_read"
+    HOOKED = "hooked"
     # the configuration
     PATTERN = "pattern"
     NULL_SCHEME = "null_scheme"
