@@ -85,9 +85,9 @@ def recognize(
 
 
 def _guarded(
-    candidate: CheckpointFormat, asked: str, call: Callable[[], T | None], kind: type[T], failed: list[str]
+    candidate: CheckpointFormat, asked: str, call: Callable[[], T | None], kind: Any, failed: list[str]
 ) -> T | None:
-    """Asks a format. One of a stranger that raises, or returns nonsense, is named and has no answer.
+    """Asks a format for a ``kind``. One of a stranger that raises, or returns nonsense, has no answer.
 
     What it raises as a `QuantportError` is its answer: the checkpoint is of this format, and malformed.
     """
