@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import fields
 from typing import Any
 
@@ -51,12 +52,13 @@ SIZES: dict[str, Any] = {
 
 def tiny_config(cls: type, own: dict[str, Any] | None = None) -> Any:
     """A configuration of a class with the sizes above under the names that it has, and what is its own."""
-    own = dict(own or {})
+    own = deepcopy(own or {})
     known = {field.name for field in fields(cls)}  # type: ignore[arg-type]  # a dataclass
     sizes = {name: size for name, size in SIZES.items() if name in known}
     for name, part in (getattr(cls, "sub_configs", None) or {}).items():
-        if isinstance(own.get(name), dict) and part is not transformers.AutoConfig:
-            own[name] = tiny_config(part, own[name])
+        if isinstance(own.get(name), dict):
+            kind = own[name].pop("model_type", None)
+            own[name] = tiny_config(transformers.CONFIG_MAPPING[kind] if kind else part, own[name])
         elif name not in own and part is not transformers.AutoConfig:
             own[name] = tiny_config(part)
     return cls(**{**sizes, **own})

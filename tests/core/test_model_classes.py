@@ -20,17 +20,15 @@ from quantport.plugins.registry import default_registry
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*of the bytes of matrices are quantized:UserWarning")
 SCHEME = "int8_weight_only"
-TOWERS = {
-    "vision_config": {
-        "model_type": "clip_vision_model",
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "image_size": 32,
-        "patch_size": 8,
-    }
+SOUND = {
+    "conv_dim": [16, 16],
+    "conv_stride": [5, 2],
+    "conv_kernel": [10, 3],
+    "num_feat_extract_layers": 2,
+    "num_conv_pos_embeddings": 8,
+    "num_conv_pos_embedding_groups": 2,
 }
+SWIN = {"patch_size": 4, "embed_dim": 8, "depths": [1, 2], "num_heads": [2, 2], "window_size": 4}
 CLASSES: dict[str, dict] = {
     # decoders
     "LlamaForCausalLM": {},
@@ -47,7 +45,6 @@ CLASSES: dict[str, dict] = {
     "GPTNeoXForCausalLM": {},
     "GPTJForCausalLM": {"rotary_dim": 8},
     "BloomForCausalLM": {},
-    "FalconForCausalLM": {},
     "MptForCausalLM": {},
     "CohereForCausalLM": {},
     "Olmo2ForCausalLM": {},
@@ -68,7 +65,7 @@ CLASSES: dict[str, dict] = {
     "Llama4ForCausalLM": {},
     "DbrxForCausalLM": {
         "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
-        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4},
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
     },
     "HunYuanMoEV1ForCausalLM": {},
     "DogeForCausalLM": {"is_moe": True},
@@ -92,29 +89,40 @@ CLASSES: dict[str, dict] = {
     "RobertaForSequenceClassification": {},
     "DistilBertForQuestionAnswering": {},
     "ElectraForPreTraining": {},
-    "DebertaModel": {},
+    "DebertaV2ForSequenceClassification": {},
     "AlbertForMaskedLM": {},
     "ModernBertForMaskedLM": {},
-    "MobileBertForMaskedLM": {},
+    "MobileBertForMaskedLM": {"embedding_size": 16},
     # encoders and decoders
     "T5ForConditionalGeneration": {},
     "BartForConditionalGeneration": {},
-    "MarianMTModel": {},
+    "M2M100ForConditionalGeneration": {},
     "WhisperForConditionalGeneration": {"max_source_positions": 16, "max_target_positions": 16},
     # images and sound
     "ViTForImageClassification": {},
     "Dinov2Model": {},
-    "SwinForImageClassification": {"patch_size": 4, "embed_dim": 8, "depths": [1, 2], "num_heads": [2, 2]},
+    "SwinForImageClassification": {
+        "patch_size": 4,
+        "embed_dim": 8,
+        "depths": [1, 2],
+        "num_heads": [2, 2],
+        "window_size": 4,
+    },
     "CLIPModel": {},
     "SiglipModel": {},
-    "Wav2Vec2ForCTC": {},
-    "WavLMModel": {},
-    "LlavaForConditionalGeneration": {**TOWERS, "text_config": {"model_type": "llama"}},
+    "Wav2Vec2ForCTC": SOUND,
+    "WavLMModel": SOUND,
+    "LlavaForConditionalGeneration": {
+        "text_config": {"model_type": "llama"},
+        "vision_config": {"model_type": "clip_vision_model"},
+    },
 }
 # What cannot be quantized, or not be loaded, and the word that its refusal must say.
 REFUSED: dict[str, tuple[dict, str]] = {
     "GPT2LMHeadModel": ({}, "Conv1D"),
     "OpenAIGPTLMHeadModel": ({}, "Conv1D"),
+    "FalconForCausalLM": ({}, "FalconLinear"),
+    "MarianMTModel": ({}, "embed_positions"),
 }
 
 

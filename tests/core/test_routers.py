@@ -64,6 +64,9 @@ def test_a_projection_of_an_mlp_is_no_router_whatever_it_is_called(name):
     assert roles({f"{name}.weight": (48, 32)})[name] is Role.LINEAR
 
 
+SPARSE = {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1}
+
+
 class Mixture(nn.Module):
     """A router under any name, beside experts."""
 
@@ -88,15 +91,16 @@ def test_the_router_of_a_module_is_not_quantized(name):
     [
         ("HunYuanMoEV1ForCausalLM", {}, {"wg", "lm_head"}),
         ("DogeForCausalLM", {"is_moe": True}, {"router_gate", "lm_head"}),
-        ("Gemma3nForCausalLM", {}, {"modality_router", "lm_head"}),
-        ("SwitchTransformersForConditionalGeneration", {}, {"classifier", "lm_head"}),
+        ("Gemma3nForCausalLM", {}, {"modality_router", "prediction_coefs", "correction_coefs", "lm_head"}),
+        ("SwitchTransformersForConditionalGeneration", SPARSE, {"classifier", "lm_head"}),
         ("BertForSequenceClassification", {}, {"dense", "classifier"}),
         ("RobertaForSequenceClassification", {}, {"dense", "out_proj"}),
         ("DistilBertForQuestionAnswering", {}, {"qa_outputs"}),
         ("DistilBertForSequenceClassification", {}, {"pre_classifier", "classifier"}),
         ("LlamaForSequenceClassification", {}, {"score"}),
-        ("GPTNeoXForCausalLM", {}, {"embed_out"}),
-        ("ElectraForPreTraining", {}, {"dense_prediction"}),
+        ("GPTNeoXForCausalLM", {}, {"lm_head"}),
+        ("ElectraForPreTraining", {}, {"dense", "dense_prediction"}),
+        ("BertForPreTraining", {}, {"dense", "decoder", "seq_relationship"}),
         ("ViTForImageClassification", {}, {"classifier"}),
         ("CLIPModel", {}, {"text_projection", "visual_projection"}),
         ("WhisperForConditionalGeneration", {"max_source_positions": 16}, {"proj_out"}),
@@ -115,7 +119,7 @@ def test_routers_and_heads_of_transformers_are_not_quantized(name, own, kept):
     [
         ("LlamaForSequenceClassification", "score"),
         ("BertForSequenceClassification", "bert.pooler.dense"),
-        ("GPTNeoXForCausalLM", "embed_out"),
+        ("ElectraForPreTraining", "discriminator_predictions.dense_prediction"),
     ],
 )
 def test_a_layer_at_the_end_is_quantized_where_it_is_named(name, layer, tmp_path):

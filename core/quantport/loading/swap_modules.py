@@ -63,13 +63,18 @@ def match_modules(layers: Iterable[Layer], model: nn.Module, module_path: Module
 
 
 def _heads(model: nn.Module) -> dict[nn.Module, Role]:
-    """The linear layers at the end of a Transformers model, whatever they are called: those beside its base
-    model, among them the output head.
+    """The linear layers at the end of a Transformers model, whatever they are called: the output head, and
+    those of all that stands beside the base model and has no blocks.
     """
-    base = getattr(model, "base_model_prefix", "")
-    heads: dict[nn.Module, Role] = {}
-    if base and isinstance(getattr(model, base, None), nn.Module):
-        heads = {module: Role.CLASSIFIER for module in model.children() if type(module) is nn.Linear}
+    base = getattr(model, getattr(model, "base_model_prefix", "") or " ", None)
+    ends = [child for child in model.children() if child is not base] if isinstance(base, nn.Module) else []
+    heads = {
+        module: Role.CLASSIFIER
+        for end in ends
+        if not any(isinstance(module, nn.ModuleList) for module in end.modules())
+        for module in end.modules()
+        if type(module) is nn.Linear
+    }
     find = getattr(model, "get_output_embeddings", None)
     try:
         head = find() if find else None

@@ -197,10 +197,10 @@ def find_layers(tensors: Mapping[str, TensorLike]) -> list[Layer]:
         layers[name] = _single(name, tensor)
     for base, projections in experts.items():
         layers.update({layer.name: layer for layer in _experts(base, projections, tensors)})
-    for name in find_routers(layers.values(), tensors):
-        if layers[name].role in (Role.LINEAR, Role.CLASSIFIER):
-            layers[name] = with_role(layers[name], Role.ROUTER)
-    return _in_order(layers.values(), tensors)
+    routers = set(find_routers(layers.values(), tensors))
+    return _in_order(
+        [with_role(x, Role.ROUTER) if x.name in routers else x for x in layers.values()], tensors
+    )
 
 
 def with_role(layer: Layer, role: Role) -> Layer:

@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from quantport.model.roles import Role
+
 if TYPE_CHECKING:
     from quantport.model.layers import Layer, TensorLike
 
@@ -24,7 +26,9 @@ def find_routers(layers: Iterable[Layer], tensors: Mapping[str, TensorLike]) -> 
         tensors: What they were found in.
     """
     counts = _expert_counts(tensors)
-    linear = [layer for layer in layers if layer.kind == "linear"] if counts else []
+    if not counts:
+        return
+    linear = [x for x in layers if x.kind == "linear" and x.role not in (Role.EMBEDDING, Role.HEAD)]
     siblings = Counter(layer.name.rpartition(".")[0] for layer in linear)
     for layer in linear:
         parent = layer.name.rpartition(".")[0]

@@ -64,4 +64,3 @@ def _refused(name: str) -> Any:
 
 for _name in _OPERATORS:
     setattr(WeightView, f"__{_name}__", _refused(f"__{_name}__"))
-WeightView.__hash__ = object.__hash__  # type: ignore[method-assign]  # lost with __eq__
