@@ -68,7 +68,7 @@ def _heads(model: nn.Module) -> dict[nn.Module, Role]:
     """
     base = getattr(model, getattr(model, "base_model_prefix", "") or " ", None)
     ends = [child for child in model.children() if child is not base] if isinstance(base, nn.Module) else []
-    heads = {
+    heads: dict[nn.Module, Role] = {
         module: Role.CLASSIFIER
         for end in ends
         if not any(isinstance(module, nn.ModuleList) for module in end.modules())
