@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved medians, the run's description, and tables."""
+"""Shared by the benchmarks: interleaved medians, the description of a run, and tables."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def cpu_name() -> str:
-    """Model name of the processor, as the system says it."""
+    """Model name of the processor, from the system."""
     info = Path("/proc/cpuinfo")
     names = (
         [
@@ -52,9 +52,9 @@ def interleaved(
     """Median seconds of one call of each, all measured in turn in every round.
 
     Args:
-        calls: Name -> function of a running number, so that it can rotate through copies.
-        rounds: Rounds.
-        seconds: About how long each takes in a round.
+        calls: Functions of a running number, by which they can rotate through copies.
+        rounds: Number of rounds.
+        seconds: Approximate time of each call's share of a round.
     """
     counts: dict[str, int] = {}
     for name, call in calls.items():

@@ -1,11 +1,11 @@
-"""Cross-compiles every Triton kernel for every architecture of a room, on any machine, and writes what came of it.
+"""Cross-compiles every Triton kernel for every architecture of a room, on any machine, and writes the evidence.
 
 ``python benchmarks/compile.py [--target sm_90] [--all | --check]``. Every kernel of the room is traced with fake tensors, for
-every scheme that it takes; what it would launch is compiled, and the matrix instruction is looked for in the machine code.
+every scheme that it serves; what it would launch is compiled, and the matrix instructions are read from the machine code.
 The result is ``backends/triton/quantport_triton/evidence/cuda.json``. An entry whose fingerprint (sources, types, constants,
-version of Triton) is on file is kept, but with ``--all``. ``--check`` writes nothing, compiles nothing, and fails where an entry
-is missing, left over or stale; with ``--all`` it compiles everything, and compares. With ``--filed`` nothing is missing: what nobody
-compiled, such as a scheme that is new in the core, is claimed as interpreted until this is run again.
+version of Triton) is on file is kept, except with ``--all``. ``--check`` writes and compiles nothing, and fails where an entry is
+missing, left over or stale; with ``--all`` it compiles everything and compares. With ``--filed`` a missing entry is no failure: a
+scheme that was not compiled yet, such as one that is new in the core, is claimed as interpreted.
 """
 
 from __future__ import annotations
@@ -37,16 +37,14 @@ from quantport_triton.weights import quantize_weight
 FILE = Path(__file__).parents[1] / "backends/triton/quantport_triton/evidence/cuda.json"
 SHAPES = ((4096, 4096), (28672, 4096))  # of Llama-3.1-8B: out, in
 ROWS = (1, 16, 64, 512, 4096)
-WITHOUT = (
-    "sm_70",
-    "sm_75",
-)  # Triton has no matrix instruction for them: what it makes of ``tl.dot`` takes minutes to assemble
+# Triton has no matrix instructions for them, and the code that it makes of ``tl.dot`` takes minutes to assemble.
+WITHOUT_DOT = ("sm_70", "sm_75")
 Entries = dict[str, dict[str, Any]]
 
 
 def launches(kernel: Any, scheme: Scheme, arch: Arch) -> list[Any]:
     """What a kernel launches for a scheme over all shapes and rows, each specialization once."""
-    with FakeTensorMode(), traced(arch.name) as found:
+    with FakeTensorMode(), traced(arch.name) as traces:
         for n, k in SHAPES:
             spec = WeightSpec(scheme, n, k)
             stored = {
@@ -59,19 +57,19 @@ def launches(kernel: Any, scheme: Scheme, arch: Arch) -> list[Any]:
         bias = torch.empty(n, dtype=arch.compute, device="cuda")
         for m in ROWS[:2]:
             kernel.run(torch.empty(m, k, dtype=arch.compute, device="cuda"), packed, bias, spec)
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(traces))
 
 
 def quantizing(scheme: Scheme, arch: Arch) -> list[Any]:
-    """What quantizing a weight to a scheme launches, and activations in the layouts that the vendor's libraries want."""
-    with FakeTensorMode(), traced(arch.name) as found:
+    """What quantizing a weight to a scheme launches, and quantizing activations in the layouts of the vendor's libraries."""
+    with FakeTensorMode(), traced(arch.name) as traces:
         for n, k in SHAPES:
             quantize_weight(torch.empty(n, k, dtype=torch.bfloat16, device="cuda"), scheme)
             for m in ROWS if scheme.activation else ():
                 x = torch.empty(m, k, dtype=arch.compute, device="cuda")
                 quantize(x, scheme.activation, swizzle=scheme.activation.scale in ("e8m0", "e4m3fn"))
                 quantize(x, scheme.activation, transposed=scheme.activation.group_size == 128)
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(traces))
 
 
 @cache
@@ -80,16 +78,16 @@ def compiled(launch: Any, arch: str) -> machine_code.Compiled:
     return machine_code.compile_for(launch, "cuda", arch)
 
 
-def entry(found: Sequence[Any], matrix: tuple[str, ...], arch: str) -> dict[str, Any]:
-    """The evidence that the launches of one kernel for one scheme give."""
-    made = {launch: compiled(launch, arch) for launch in found}
-    kernels = list(dict.fromkeys(launch.kernel.__name__ for launch in found))
-    refused = [c.because for c in made.values() if c.because]
-    instructions = sorted({i for c in made.values() for i in c.instructions})
+def entry(traces: Sequence[Any], matrix: tuple[str, ...], arch: str) -> dict[str, Any]:
+    """The evidence from the launches of one kernel for one scheme."""
+    results = {launch: compiled(launch, arch) for launch in traces}
+    kernels = list(dict.fromkeys(launch.kernel.__name__ for launch in traces))
+    refused = [c.because for c in results.values() if c.because]
+    instructions = sorted({i for c in results.values() for i in c.instructions})
     outcome = "native"
     if refused:
         outcome = "refused"
-    elif any(c.dots and not c.instructions for c in made.values()):
+    elif any(c.dots and not c.instructions for c in results.values()):
         outcome = "no matrix instruction"
     elif not all(i.startswith(matrix) for i in instructions):
         outcome = "up-cast"
@@ -97,67 +95,65 @@ def entry(found: Sequence[Any], matrix: tuple[str, ...], arch: str) -> dict[str,
         "outcome": outcome,
         "instruction": ", ".join(instructions),
         **({"because": refused[0]} if refused else {}),
-        "fingerprint": machine_code.fingerprint(found),
+        "fingerprint": machine_code.fingerprint(traces),
         "kernels": {
-            name: _folded([c for launch, c in made.items() if launch.kernel.__name__ == name])
+            name: _summary([c for launch, c in results.items() if launch.kernel.__name__ == name])
             for name in kernels
         },
     }
 
 
-def _folded(made: Sequence[machine_code.Compiled]) -> dict[str, Any]:
-    """The launches of one kernel: how many, their matrix instructions, and the most shared memory and spills of any."""
-    instructions = sorted({i for c in made for i in c.instructions})
-    most = {"shared": max(c.shared for c in made), "spills": max(c.spills for c in made)}
-    return {"launches": len(made), "instruction": ", ".join(instructions), **most}
+def _summary(results: Sequence[machine_code.Compiled]) -> dict[str, Any]:
+    """The launches of one kernel: their number, matrix instructions, and the most shared memory and spills of any."""
+    instructions = sorted({i for c in results for i in c.instructions})
+    largest = {"shared": max(c.shared for c in results), "spills": max(c.spills for c in results)}
+    return {"launches": len(results), "instruction": ", ".join(instructions), **largest}
 
 
 def native(scheme: Scheme, arch: Arch) -> bool:
-    """Whether the matrix unit multiplies the activations of a scheme."""
+    """Whether the matrix unit multiplies the format of a scheme's activations."""
     return scheme.activation is not None and scheme.activation.unit in arch.native
 
 
 def of_target(
     name: str, filed: Mapping[str, Any], compile_all: bool, only_trace: bool, only: str | None
 ) -> dict[str, Entries]:
-    """Family -> scheme -> entry for one architecture; of an entry that is only traced, nothing but its fingerprint."""
+    """Family -> scheme -> entry for one architecture; an entry that is only traced has nothing but its fingerprint."""
     host = Registry(only=["cuda"])
     arch = host.backends["cuda"].archs[name]
     kernels = [k for k in host.kernels("cuda") if hasattr(k, "family")]
     known = host.schemes.values()
-    schemes = [
-        *known,
-        *(s.option("double") for s in known if "double" in s.options),
-    ]  # other options change no code
+    # Other options do not change the code.
+    schemes = [*known, *(s.option("double") for s in known if "double" in s.options)]
     work = {
         (k.family, s.name): (launches(k, s, arch), k.matrix) for k in kernels for s in schemes if k.serves(s)
     }
-    beyond = {
+    not_native = {
         (k.family, s.name)
         for k in kernels
         for s in schemes
         if k.quantizes_activations and not native(s, arch)
     }
     schemes += [s.option("mse") for s in known if "mse" in s.options]
-    work |= {("quantize", s.name): (found, ()) for s in schemes if (found := quantizing(s, arch))}
+    work |= {("quantize", s.name): (traces, ()) for s in schemes if (traces := quantizing(s, arch))}
     out: dict[str, Entries] = {}
-    for (family, scheme), (found, matrix) in work.items():
+    for (family, scheme), (traces, matrix) in work.items():
         if only not in (None, family):
             continue
         old = filed.get(family, {}).get(scheme)
-        new = {"fingerprint": machine_code.fingerprint(found)}
-        if name in WITHOUT and (family, scheme) in beyond:
+        new = {"fingerprint": machine_code.fingerprint(traces)}
+        if name in WITHOUT_DOT and (family, scheme) in not_native:
             new |= {"outcome": "not compiled", "instruction": "", "kernels": {}}
         elif old is not None and old.get("fingerprint") == new["fingerprint"] and not compile_all:
             new = old
         elif compile_all or not only_trace:
-            new = entry(found, matrix, name)
+            new = entry(traces, matrix, name)
         out.setdefault(family, {})[scheme] = new
     return out
 
 
 def _filed(new: Mapping[str, Entries], old: Mapping[str, Any]) -> dict[str, Entries]:
-    """What is in the other too: family -> scheme -> entry."""
+    """The entries of ``new`` that ``old`` has too."""
     return {f: {s: e for s, e in entries.items() if s in old[f]} for f, entries in new.items() if f in old}
 
 
@@ -194,16 +190,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         old = {name: {args.family: families.get(args.family, {})} for name, families in old.items()}
     work = partial(of_target, compile_all=args.all, only_trace=args.check, only=args.family)
     with ProcessPoolExecutor(min(len(targets), os.cpu_count() or 1)) as pool:
-        made = dict(zip(targets, pool.map(work, targets, old.values()), strict=True))
+        new = dict(zip(targets, pool.map(work, targets, old.values()), strict=True))
     if args.filed:
-        made = {name: _filed(families, old[name]) for name, families in made.items()}
+        new = {name: _filed(families, old[name]) for name, families in new.items()}
     if args.check:
-        lines = differences({"triton": filed.get("triton"), **old}, {"triton": triton.__version__, **made})
+        lines = differences({"triton": filed.get("triton"), **old}, {"triton": triton.__version__, **new})
         print("\n".join(lines) or f"fresh: {', '.join(targets)}")
         return bool(lines)
-    result = {"triton": triton.__version__, "targets": {**filed["targets"], **made}}
+    result = {"triton": triton.__version__, "targets": {**filed["targets"], **new}}
     args.file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    for name, families in made.items():
+    for name, families in new.items():
         for family, schemes in families.items():
             outcomes = sorted({f"{e['outcome']} {e['instruction']}".strip() for e in schemes.values()})
             print(f"{name} {family}: {len(schemes)} schemes, {'; '.join(outcomes)}")

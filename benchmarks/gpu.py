@@ -1,7 +1,7 @@
-"""GPU kernels, checked against the reference and measured: one command, eight minutes, one GPU.
+"""Checks the GPU kernels against the reference and measures them: one command, eight minutes, one GPU.
 
-Writes ``benchmarks/results/<device>.json`` after every stage, and a page and a plot made from it. Each stage is a process of its
-own with a time to end: one that fails, hangs or runs out of time is ``not measured`` with the reason, and the others go on.
+Writes ``benchmarks/results/<device>.json`` after every stage, and from it a page and a plot. Each stage is a process of its own
+with a time limit: one that fails, hangs or runs out of time is ``not measured`` with the reason, and the others go on.
 
     python benchmarks/gpu.py                                      # everything
     python benchmarks/gpu.py --evidence                           # and backends/cuda/quantport_cuda/tuned/<arch>.json
@@ -27,12 +27,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from gpu_evidence import write_evidence
 from gpu_page import index, render
-from gpu_place import ROOT, Place, begin, told
+from gpu_place import ROOT, Place, begin, one_line
 
 RESULTS = ROOT / "benchmarks" / "results"
-TOTAL = 460  # seconds: with what starting costs, eight minutes
-GRACE = 4  # seconds after which a stage that should have ended is ended
-STAGES = {  # name -> (module, seconds that it may take; what one leaves, the next ones have)
+TOTAL = 460  # seconds: eight minutes with the start
+GRACE = 4  # seconds after its time limit until a stage is killed
+# Name -> module and time limit in seconds; time that a stage leaves goes to the next ones.
+STAGES = {
     "limits": ("gpu_limits", 20),
     "checks": ("gpu_checks", 125),
     "bits": ("gpu_bits", 30),
@@ -59,20 +60,20 @@ def save(path: Path, data: Any) -> None:
 
 
 def read(path: Path) -> Data:
-    """What a stage wrote, if anything."""
+    """The JSON that a stage wrote; empty where it wrote none."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def stage(name: str, args: argparse.Namespace, found: Data, seconds: float, folder: Path) -> Data:
-    """Runs a stage in a process of its own, and returns what it had written when it ended or was ended."""
+def stage(name: str, args: argparse.Namespace, previous: Data, seconds: float, folder: Path) -> Data:
+    """Runs a stage in a process of its own, and returns what it had written when it ended or was killed."""
     out, before = folder / f"{name}.json", folder / f"{name}.before.json"
-    save(before, found)
+    save(before, previous)
     start = time.monotonic()
-    told_ = {"--stage": name, "--until": str(start + seconds), "--out": str(out), "--found": str(before)}
+    options = {"--stage": name, "--until": str(start + seconds), "--out": str(out), "--previous": str(before)}
     command = [
         sys.executable,
         __file__,
-        *(word for pair in told_.items() for word in pair),
+        *(word for pair in options.items() for word in pair),
         *["--smoke"] * args.smoke,
     ]
     process = subprocess.Popen(command, start_new_session=True)
@@ -93,7 +94,7 @@ def stage(name: str, args: argparse.Namespace, found: Data, seconds: float, fold
 
 
 def run_stage(args: argparse.Namespace) -> None:
-    """Inside the process of a stage. Its end is a time of the clock that all processes of the machine share."""
+    """Runs a stage in this process. Its time limit is on the clock that all processes of the machine share."""
     begin(args.smoke)
     place = Place(args.smoke, args.until)
     result: Data = {}
@@ -104,15 +105,15 @@ def run_stage(args: argparse.Namespace) -> None:
 
     try:
         place.enter()
-        importlib.import_module(STAGES[args.stage][0]).run(place, read(args.found), keep)
-    except Exception as error:  # a stage that fails says why, and the next one runs; whoever works on a stage wants the traceback
+        importlib.import_module(STAGES[args.stage][0]).run(place, read(args.previous), keep)
+    except Exception as error:  # a stage that fails says why, and the next one runs
         if os.environ.get("QUANTPORT_BENCH_RAISE"):
             raise
-        keep({"missing": told(error)})
+        keep({"missing": one_line(error)})
 
 
 def pages(path: Path, data: Data) -> None:
-    """The page and the plot beside the JSON."""
+    """Writes the page and the plot beside the JSON."""
     page, plot = render(data)
     write(path.with_suffix(".md"), page)
     write(path.with_suffix(".svg"), plot)
@@ -121,7 +122,7 @@ def pages(path: Path, data: Data) -> None:
 
 
 def measure(args: argparse.Namespace) -> Path:
-    """Every stage; returns the path of the JSON."""
+    """Runs every stage; returns the path of the JSON."""
     start = time.monotonic()
     begin(args.smoke)
     place = Place(args.smoke, start + args.total)
@@ -168,7 +169,7 @@ def main() -> None:
     parser.add_argument(
         "--tune", type=float, metavar="SECONDS", help="search configurations of the Triton kernels, and end"
     )
-    for name, kind in (("--stage", str), ("--found", Path), ("--until", float)):
+    for name, kind in (("--stage", str), ("--previous", Path), ("--until", float)):
         parser.add_argument(name, type=kind, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if not args.render and args.smoke != (os.environ.get("TRITON_INTERPRET") == "1"):

@@ -1,4 +1,4 @@
-"""Quantization on the device against the reference on the CPU, bit by bit: weights of every scheme, activations of every kind."""
+"""Compares quantization on the device with the reference on the CPU, bit for bit: weights of every scheme, and activations."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SMOKE = ("fp8_per_channel", "int4_weight_only", "mxfp4_weight_only")
 
 
 def hard(m: int, k: int, dtype: torch.dtype) -> torch.Tensor:
-    """A matrix on the CPU with what breaks quantizers: zeros, ties, subnormals, huge and tiny rows, outliers."""
+    """A matrix on the CPU with hard cases: zeros, ties, subnormals, huge and tiny rows, outliers."""
     x = torch.randn(m, k)
     x[0] = 0
     x[1] *= 1e-3 if dtype is torch.float16 else 1e-30
@@ -28,8 +28,13 @@ def hard(m: int, k: int, dtype: torch.dtype) -> torch.Tensor:
     return x.to(dtype)
 
 
+def present(tensors: Mapping[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
+    """The tensors that are not None."""
+    return {name: t for name, t in tensors.items() if t is not None}
+
+
 def equal(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> str:
-    """What differs between two sets of tensors, in bits: empty when nothing does."""
+    """The differences between the bits of two sets of tensors; empty where there are none."""
     wrong = [
         name
         for name in a.keys() | b.keys()
@@ -45,7 +50,7 @@ def equal(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> str:
 
 
 def weights(place: Place, name: str) -> dict[str, str]:
-    """One scheme: by the room's quantizer where it does not decline, and by the reference on the device."""
+    """The weights of one scheme, by the room's quantizer, or by the reference on the device where it declines."""
     from quantport import numerics
     from quantport.plugins.registry import default_registry
 
@@ -54,27 +59,26 @@ def weights(place: Place, name: str) -> dict[str, str]:
         default_registry().backends[place.device.kind].quantize_weight,
     )
     wrong: list[str] = []
-    asked: list[bool] = []
+    by_room: list[bool] = []
 
-    def noting(w: torch.Tensor, s: Any) -> Any:
+    def recorded(w: torch.Tensor, s: Any) -> Any:
         stored = fast(w, s)
-        asked.append(stored is not None)
+        by_room.append(stored is not None)
         return stored
 
     for shape in SMALL if place.smoke else SHAPES:
         for dtype in place.dtypes:
             dense = hard(*shape, dtype)
-            want = numerics.quantize_weight(dense, scheme)
-            got = numerics.quantize_weight(
-                dense.to(place.torch), scheme, fast=noting
-            )  # it rotates before it asks the room
-            wrong.append(equal(got, want))
+            expected = numerics.quantize_weight(dense, scheme)
+            # numerics rotates the weight before it calls the room.
+            result = numerics.quantize_weight(dense.to(place.torch), scheme, fast=recorded)
+            wrong.append(equal(result, expected))
     failures = "; ".join(w for w in wrong if w)
-    return {"by": "room" if all(asked) else "reference", "state": failures or "equal"}
+    return {"by": "room" if all(by_room) else "reference", "state": failures or "equal"}
 
 
 def activations(place: Place, quant: Any) -> dict[str, str]:
-    """One kind of activations, by ``quantport_triton.quantize``."""
+    """One quantization of activations, by ``quantport_triton.quantize``."""
     from quantport import numerics
     from quantport_triton.quantize import quantize
 
@@ -88,21 +92,16 @@ def activations(place: Place, quant: Any) -> dict[str, str]:
                 if quant.element.bits == 8
                 else numerics.pack_bits(blocks.codes, quant.element.bits)
             )
-            got = quantize(x.to(place.torch), quant)
-            outer = {} if blocks.outer is None else {"outer": blocks.outer}
-            there = {} if got.outer is None else {"outer": got.outer}
-            wrong.append(
-                equal(
-                    {"codes": got.codes, "scale": got.scale, **there},
-                    {"codes": codes, "scale": blocks.scale, **outer},
-                )
-            )
+            result = quantize(x.to(place.torch), quant)
+            tensors = {"codes": result.codes, "scale": result.scale, "outer": result.outer}
+            expected = {"codes": codes, "scale": blocks.scale, "outer": blocks.outer}
+            wrong.append(equal(present(tensors), present(expected)))
     failures = "; ".join(w for w in wrong if w)
     return {"by": "quantport_triton", "state": failures or "equal"}
 
 
 def items(place: Place) -> list[str | Any]:
-    """Names of schemes, for their weights; then every activation quantization that one of them has."""
+    """Names of schemes, for their weights, then the quantizations of their activations."""
     from quantport.plugins.registry import default_registry
 
     schemes = default_registry().schemes
@@ -111,12 +110,10 @@ def items(place: Place) -> list[str | Any]:
 
 
 def row(item: Any) -> dict[str, Any]:
-    """Name of an item."""
-    return {
-        "name": f"weights, {item}"
-        if isinstance(item, str)
-        else f"activations, {item}, {item.scale}, {item.rule}"
-    }
+    """The name of an item."""
+    if isinstance(item, str):
+        return {"name": f"weights, {item}"}
+    return {"name": f"activations, {item}, {item.scale}, {item.rule}"}
 
 
 def rows(place: Place, item: Any) -> Iterator[dict[str, Any]]:
@@ -128,17 +125,12 @@ def summary(lines: list[dict[str, Any]]) -> dict[str, Any]:
     """The rows by name, as the page has them."""
     out = []
     for line in sorted(lines, key=lambda r: r["name"], reverse=True):
-        state = (
-            {"state": line["failure"]}
-            if "failure" in line
-            else {"missing": line["skipped"]}
-            if "skipped" in line
-            else {}
-        )
-        out.append({**{k: line[k] for k in ("name", "by", "state") if k in line}, **state})
+        row = {k: line[k] for k in ("name", "by", "state") if k in line}
+        row |= {new: line[old] for old, new in (("failure", "state"), ("skipped", "missing")) if old in line}
+        out.append(row)
     return {"rows": out, "failed": sum(r.get("state", "equal") != "equal" for r in out)}
 
 
-def run(place: Place, found: dict[str, Any], keep: Callable[[dict[str, Any]], None]) -> None:
+def run(place: Place, previous: dict[str, Any], keep: Callable[[dict[str, Any]], None]) -> None:
     """Every item, over several processes."""
     gpu_workers.spread(place, "gpu_bits", summary, keep)

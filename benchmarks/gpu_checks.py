@@ -1,4 +1,4 @@
-"""Every kernel of the room against the reference on the device, for every scheme that it accepts."""
+"""Checks every kernel of the room against the reference on the device, for every scheme that it accepts."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 
 import gpu_workers
 import torch
-from gpu_place import Place, told, weight
+from gpu_place import Place, one_line, weight
 from gpu_targets import ROWS, SHAPES
 
 Row = dict[str, Any]
 SMOKE = ("int4_weight_only", "fp8_per_channel", "fp8_per_block", "int8", "nf4")
 OPTIONS = ("nf4:double", "fp4:double", "mxfp4:mse", "nvfp4:mse", "int4_weight_only:hadamard")
 FEW = (1, 2, 16, 17, 64, 257)
-ODD = ((160, 256), (67, 200), (1024, 1408))  # of whole blocks, of none, and of a small model
+ODD = ((160, 256), (67, 200), (1024, 1408))  # whole blocks, none, and those of a small model
 TIMED = (
     "fp8_per_channel",
     "fp8_per_tensor",
@@ -57,12 +57,12 @@ def items(place: Place) -> list[Case]:
 
 
 def row(case: Case) -> Row:
-    """What stands for a case that has no rows of its own."""
+    """The row of a case that has none of its own."""
     return {"kernel": "every kernel", "scheme": case.scheme, "case": f"{case.shape}, {case.dtype}"}
 
 
 def rows(place: Place, case: Case) -> Iterator[Row]:
-    """The rows of one case. The reference is ``numerics.linear`` in fp32 on the same device, TF32 off."""
+    """The rows of one case. The reference is ``numerics.linear`` in fp32 on the same device, without TF32."""
     from quantport import numerics
     from quantport.kernels.base import Request, WeightSpec
     from quantport.kernels.verdict import Accepted
@@ -70,22 +70,21 @@ def rows(place: Place, case: Case) -> Iterator[Row]:
 
     scheme, (n, k) = default_registry().schemes[case.scheme], case.shape
     spec = WeightSpec(scheme, n, k)
-    big = case.shape in SHAPES  # torch's own operators are checked at small shapes, where they are quick
+    big = case.shape in SHAPES  # torch's own operators are slow there, and checked at small shapes
     kernels = [x for x in place.kernels if not (big and x.name.startswith("torch."))]
-    taken = [
+    accepting = [
         x
         for x in kernels
         if isinstance(x.verdict(Request(spec, "linear", place.device, case.dtype)), Accepted)
     ]
-    if not taken:
+    if not accepting:
         return
     dense = weight(n, k, case.dtype, place.torch)
     stored = numerics.quantize_weight(
         dense, scheme, fast=default_registry().backends[place.device.kind].quantize_weight
     )
-    bias = (
-        None if big else torch.randn(n, device=place.torch).to(case.dtype)
-    )  # without: the launches that are timed later
+    # Large shapes have no bias: the launches are those that are timed later.
+    bias = None if big else torch.randn(n, device=place.torch).to(case.dtype)
     for m in case.rows:
         if place.over(2):
             yield {**row(case), "skipped": "out of time"}
@@ -94,29 +93,24 @@ def rows(place: Place, case: Case) -> Iterator[Row]:
         x[0, :: max(1, k // 3)] *= 20  # outliers
         expected = {
             full: numerics.linear(x, stored, scheme if full else scheme.weight_only, bias).float()
-            for full in {kernel.quantizes_activations for kernel in taken}
+            for full in {kernel.quantizes_activations for kernel in accepting}
         }
-        for kernel in taken:
-            told_case = f"{n}x{k}, M={m}, {str(case.dtype).removeprefix('torch.')}"
-            line: Row = {
-                "kernel": kernel.name,
-                "scheme": case.scheme,
-                "case": told_case,
-                "tolerance": kernel.tolerance,
-            }
+        name = f"{n}x{k}, M={m}, {str(case.dtype).removeprefix('torch.')}"
+        for kernel in accepting:
+            line: Row = {"kernel": kernel.name, "scheme": case.scheme, "case": name}
+            line["tolerance"] = kernel.tolerance
             try:
                 y = kernel.apply(x, kernel.pack(stored, spec), bias, spec).float()
-                want = expected[kernel.quantizes_activations]
-                line["error"] = ((y - want).abs().max() / want.abs().max()).item()
-                line["ok"] = y.shape == want.shape and line["error"] <= kernel.tolerance  # a NaN is not ok
-            except (
-                Exception
-            ) as error:  # a kernel that fails is a row that says so, and the others are checked
-                line |= {"ok": False, "failure": told(error)}
+                reference = expected[kernel.quantizes_activations]
+                line["error"] = ((y - reference).abs().max() / reference.abs().max()).item()
+                # False for a NaN.
+                line["ok"] = y.shape == reference.shape and line["error"] <= kernel.tolerance
+            except Exception as error:  # the others are checked all the same
+                line |= {"ok": False, "failure": one_line(error)}
             yield line
 
 
-def run(place: Place, found: dict[str, Any], keep: Callable[[dict[str, Any]], None]) -> None:
+def run(place: Place, previous: dict[str, Any], keep: Callable[[dict[str, Any]], None]) -> None:
     """Every case, over several processes."""
     gpu_workers.spread(place, "gpu_checks", summary, keep)
 

@@ -1,4 +1,4 @@
-"""Decoding one sequence with the 8B shape, from a CUDA graph: BF16 beside the schemes, in turns, weights made on the device."""
+"""Decodes one sequence with the 8B shape from a CUDA graph: BF16 and the schemes in turn, with weights made on the device."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from gpu_llama import TINY, Glue, Llama, Make, Sizes
-from gpu_place import Place, Timer, told
+from gpu_place import Place, Timer, one_line
 from torch import nn
 
 SCHEMES = (
@@ -23,7 +23,7 @@ SCHEMES = (
 
 
 def maker(place: Place, scheme: str | None, dtype: torch.dtype, used: list[str]) -> Make:
-    """Makes linear layers with random weights: 16-bit ones, or quantized by the kernel that the room chooses for one row."""
+    """A function that makes linear layers with random weights: in 16 bits, or with the kernel that is chosen for one row."""
     if scheme is None:
 
         def dense(n: int, k: int) -> nn.Module:
@@ -42,10 +42,9 @@ def maker(place: Place, scheme: str | None, dtype: torch.dtype, used: list[str])
     from quantport.plugins.registry import default_registry
 
     fast = default_registry().backends[place.device.kind].quantize_weight
+    # Compiled graphs find kernels by name in the registry.
     known = {kernel.name for kernel in default_registry().kernels(place.device.kind)}
-    table = {
-        kernel.name: kernel for kernel in place.kernels if kernel.name in known
-    }  # compiled graphs find kernels by name
+    table = {kernel.name: kernel for kernel in place.kernels if kernel.name in known}
 
     def quantized(n: int, k: int) -> nn.Module:
         spec = WeightSpec(default_registry().schemes[scheme], n, k)
@@ -76,7 +75,7 @@ def step(place: Place, scheme: str | None, glue: Glue, sizes: Sizes) -> tuple[Ti
 
 
 def glue_for(place: Place) -> tuple[Glue, str]:
-    """Compiled glue, or why it is not compiled."""
+    """The glue, and ``compiled`` or why it is not."""
     if place.smoke:
         return Glue(), "as it is: smoke mode"
     try:
@@ -85,19 +84,19 @@ def glue_for(place: Place) -> tuple[Glue, str]:
             *(torch.tensor([i], device=place.torch) for i in (5, 7))
         )
         return glue, "compiled"
-    except Exception as error:  # the same for all models, so ratios hold; the page says it
+    except Exception as error:  # all models share it, so that the ratios hold
         torch._dynamo.reset()
-        return Glue(), f"as it is: {told(error)}"
+        return Glue(), f"as it is: {one_line(error)}"
 
 
-def run(place: Place, found: dict[str, Any], keep: Callable[[dict[str, Any]], None]) -> None:
+def run(place: Place, previous: dict[str, Any], keep: Callable[[dict[str, Any]], None]) -> None:
     """BF16 and each scheme side by side; their weights differ, so every step reads cold ones."""
     sizes = TINY if place.smoke else Sizes()
     with torch.no_grad():
-        glue, said = glue_for(place)
+        glue, glue_state = glue_for(place)
         base, kernel = step(place, None, glue, sizes)
         rows: list[dict[str, Any]] = [{"name": "bf16", "kernel": kernel}]
-        keep({"rows": rows, "glue": said})
+        keep({"rows": rows, "glue": glue_state})
         for scheme in SCHEMES[:3] if place.smoke else SCHEMES:
             row: dict[str, Any] = {"name": scheme}
             rows.append(row)
@@ -111,5 +110,5 @@ def run(place: Place, found: dict[str, Any], keep: Callable[[dict[str, Any]], No
                 row |= {"ms": 1e3 * fast, "speed": slow / fast}
                 rows[0] |= {"ms": 1e3 * slow, "speed": 1.0}
             except Exception as error:  # the others go on
-                row["missing"] = told(error)
+                row["missing"] = one_line(error)
             keep({"rows": rows})

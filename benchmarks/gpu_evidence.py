@@ -19,7 +19,7 @@ def errors(data: Mapping[str, Any]) -> dict[tuple[str, str], float]:
 
 
 def evidence(data: Mapping[str, Any], results: str, shape: tuple[int, int] = SHAPES[0]) -> dict[str, Any]:
-    """What ``quantport_cuda.measured`` reads: only kernels that were right in every case that ran.
+    """What ``quantport.kernels.tuned`` reads: only kernels that were right in every case that ran.
 
     Args:
         data: The JSON of a run.
@@ -43,9 +43,9 @@ def evidence(data: Mapping[str, Any], results: str, shape: tuple[int, int] = SHA
 
 def write_evidence(path: Path, data: Mapping[str, Any], save: Callable[[Path, Any], None]) -> str:
     """Writes the evidence of the architecture that a run was on, and says where."""
-    found = evidence(data, f"benchmarks/results/{path.name}")
-    if not found["kernels"]:
+    measured = evidence(data, f"benchmarks/results/{path.name}")
+    if not measured["kernels"]:
         return "no evidence written: no kernel was both checked and measured"
     target = ROOT / "backends" / "cuda" / "quantport_cuda" / "tuned" / f"{data['run']['arch']}.json"
-    save(target, found)
+    save(target, measured)
     return f"wrote {target}"

@@ -1,4 +1,4 @@
-"""What the device reaches without us: copies, and bare matrix multiplications. Every other stage is judged by these."""
+"""Measures the limits of the device, which every other stage is compared with: copies and bare matrix multiplications."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from gpu_place import Place, Timer, told
+from gpu_place import Place, Timer, one_line
 
 Keep = Callable[[dict[str, Any]], None]
 
@@ -18,7 +18,7 @@ def median(place: Place, call: Callable[[int], object], graph: bool = True, roun
 
 
 def copy(place: Place) -> float:
-    """Bytes a second of a copy on the device, those read and those written."""
+    """Bytes read and written per second by a copy on the device."""
     size = 1 << (20 if place.smoke else 32)
     source = torch.empty(size, dtype=torch.uint8, device=place.torch).random_()
     target = torch.empty_like(source)
@@ -26,7 +26,7 @@ def copy(place: Place) -> float:
 
 
 def host(place: Place) -> float:
-    """Bytes a second from pinned host memory to the device."""
+    """Bytes per second from pinned host memory to the device."""
     if place.smoke:
         raise LookupError("needs a GPU")
     source = torch.empty(1 << 30, dtype=torch.uint8).random_().pin_memory()
@@ -37,7 +37,7 @@ def host(place: Place) -> float:
 
 
 def operands(place: Place, dtype: torch.dtype) -> tuple[int, torch.Tensor, torch.Tensor]:
-    """Size, and two random square matrices, the second column by column."""
+    """The size and two random square matrices of that size, the second one column-major."""
     size = 64 if place.smoke else 8192
     a, b = (torch.randn(size, size, device=place.torch) for _ in range(2))
     scale = 40 if dtype is torch.int8 else 1
@@ -45,26 +45,26 @@ def operands(place: Place, dtype: torch.dtype) -> tuple[int, torch.Tensor, torch
 
 
 def matmul(place: Place) -> float:
-    """Operations a second in 16 bits."""
+    """Operations per second in 16 bits."""
     n, a, b = operands(place, place.dtypes[0])
     return 2 * n**3 / median(place, lambda _: a @ b)
 
 
 def scaled_mm(place: Place) -> float:
-    """e4m3fn operations a second of ``torch._scaled_mm`` with one scale for each operand."""
+    """e4m3fn operations per second of ``torch._scaled_mm`` with one scale for each operand."""
     n, a, b = operands(place, torch.float8_e4m3fn)
     one = torch.ones((), device=place.torch)
     return 2 * n**3 / median(place, lambda _: torch._scaled_mm(a, b, one, one, out_dtype=torch.bfloat16))
 
 
 def int_mm(place: Place) -> float:
-    """int8 operations a second of ``torch._int_mm``."""
+    """int8 operations per second of ``torch._int_mm``."""
     n, a, b = operands(place, torch.int8)
     return 2 * n**3 / median(place, lambda _: torch._int_mm(a, b))
 
 
-def run(place: Place, found: dict[str, Any], keep: Keep) -> None:
-    """Measures each; one that does not run here is left out, with the reason."""
+def run(place: Place, previous: dict[str, Any], keep: Keep) -> None:
+    """Measures each limit; one that does not run here is left out, with the reason."""
     absent: dict[str, str] = {}
     for name, measure in (
         ("copy", copy),
@@ -76,5 +76,5 @@ def run(place: Place, found: dict[str, Any], keep: Keep) -> None:
         try:
             keep({name: measure(place), "rows": []})
         except Exception as error:  # a limit that does not run here is a cell that says so
-            absent[name] = told(error)
+            absent[name] = one_line(error)
     keep({"absent": absent})

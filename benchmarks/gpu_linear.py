@@ -1,4 +1,4 @@
-"""Linear layers of Llama-3.1-8B and 70B, weights cold in cache: every kernel of the room beside BF16, the peers and the limit."""
+"""Times linear layers of Llama-3.1-8B and 70B, weights cold in cache: every kernel of the room, BF16, peers and the limit."""
 
 from __future__ import annotations
 
@@ -8,30 +8,27 @@ from typing import Any
 import gpu_peers
 import torch
 from gpu_checks import TIMED
-from gpu_place import Call, Place, interleaved, told, weight
+from gpu_place import Call, Place, interleaved, one_line, weight
 from gpu_targets import ROWS, SHAPES
 from torch.nn import functional as F
 
 Layers = list[Callable[[torch.Tensor], Any]]
 Row = dict[str, Any]
 BASE = "BF16 F.linear"
-EACH = 6.0  # seconds that one shape needs at least
-NATIVE = (
-    "mxfp8",
-    "mxfp4",
-    "nvfp4",
-)  # measured only where a matrix unit multiplies them: weight-only they are in the list already
+MIN_SECONDS = 6.0  # that one shape needs
+# Measured only where a matrix unit multiplies them; the list has their weight-only schemes too.
+NATIVE = ("mxfp8", "mxfp4", "nvfp4")
 SMALL = (32, 256)
 SMOKE = ("fp8_per_channel", "int4_weight_only")
 
 
 class Bench:
-    """One shape: its layers, each as many times as the cache takes, by name.
+    """The layers of one shape, each in as many copies as keep the cache cold.
 
     Attributes:
-        layers: Name -> the copies of a layer.
-        about: Name -> what a row says beside the time: scheme, kernel, kind; and ``bytes`` of its weight.
-        absent: Name -> why it is not measured.
+        layers: Copies of a layer, by name.
+        about: What its row holds besides the time, by name: scheme, kernel, kind, and ``bytes`` of its weight.
+        absent: Why a layer is not measured, by name.
     """
 
     def __init__(self, place: Place, n: int, k: int) -> None:
@@ -48,23 +45,23 @@ class Bench:
         try:
             first = make()
             if about.get("kind") == "peer":
-                self.sane(first)
+                self.check_peer(first)
             self.layers[name] = [first, *(make() for _ in range(self.place.copies(size) - 1))]
             self.about[name] = {"kind": "ours", "kernel": name, **about, "bytes": size}
         except Exception as error:  # a peer or a kernel that does not run here is a row that says so
             self.layers.pop(name, None)
-            self.absent[name] = told(error)
+            self.absent[name] = one_line(error)
 
-    def sane(self, layer: Callable[[torch.Tensor], Any]) -> None:
-        """Refuses a peer that computes something else: ours are checked in a stage of their own."""
+    def check_peer(self, layer: Callable[[torch.Tensor], Any]) -> None:
+        """Refuses a peer that computes something else. Our kernels are checked in a stage of their own."""
         x = torch.randn(32, self.k, device=self.place.torch).to(self.dtype)
-        want = F.linear(x, self.dense).float()
-        error = ((layer(x).float() - want).norm() / want.norm()).item()
+        expected = F.linear(x, self.dense).float()
+        error = ((layer(x).float() - expected).norm() / expected.norm()).item()
         if not error < 0.25:
             raise ValueError(f"it is {error:.2f} off BF16")
 
     def base(self) -> None:
-        """BF16 ``F.linear``."""
+        """Adds BF16 ``F.linear``."""
         copies = iter(
             [self.dense] + [self.dense.clone() for _ in range(self.place.copies(self.dense.nbytes) - 1)]
         )
@@ -76,7 +73,7 @@ class Bench:
         self.add(BASE, make, self.dense.nbytes, kind="baseline", scheme="bf16")
 
     def scheme(self, name: str) -> None:
-        """Every kernel of the room that takes the scheme, but for the exact emulation."""
+        """Adds every kernel of the room that accepts the scheme, except the exact emulation."""
         from quantport import numerics
         from quantport.kernels.base import Request, WeightSpec
         from quantport.kernels.verdict import Accepted, Status
@@ -92,20 +89,20 @@ class Bench:
         ):
             self.absent[name] = f"{self.place.device.arch.name} does not multiply {scheme.weight.unit}"
             return
-        taken = [
+        accepting = [
             (x, v)
             for x in self.place.kernels
             if isinstance(v := x.verdict(request), Accepted) and v.status is not Status.REFERENCE
         ]
-        if not taken:
+        if not accepting:
             self.absent[name] = "no kernel of the room takes it here"
             return
         stored = numerics.quantize_weight(
             self.dense, scheme, fast=default_registry().backends[self.place.device.kind].quantize_weight
         )
-        for kernel, verdict in taken:
+        for kernel, verdict in accepting:
             if kernel.name.startswith("torch.") and (self.n, self.k) not in (SHAPES[0], SMALL):
-                continue  # plain torch operators: what they cost is seen at one shape
+                continue  # one shape shows what plain torch operators cost
 
             def make(kernel: Any = kernel) -> Callable[[torch.Tensor], Any]:
                 packed = tuple(t.clone() for t in kernel.pack(stored, spec))
@@ -117,11 +114,11 @@ class Bench:
                 scheme.bytes(self.n, self.k),
                 scheme=name,
                 kernel=kernel.name,
-                asked=verdict.precision == scheme.precision,
+                as_requested=verdict.precision == scheme.precision,
                 unit=_unit(scheme, kernel),
             )
 
-    def rows(self, m: int, found: dict[str, Any]) -> list[Row]:
+    def rows(self, m: int, previous: dict[str, Any]) -> list[Row]:
         """Times at m rows."""
         x = torch.randn(m, self.k, device=self.place.torch).to(self.dtype)
         calls: dict[str, Call] = {}
@@ -131,19 +128,21 @@ class Bench:
                 continue
             try:
                 prepared = layers[0].prepare(x)
-                calls[name] = lambda i, layers=layers, prepared=prepared: layers[i % len(layers)].run(
-                    prepared
-                )  # type: ignore[misc,attr-defined]  # a default argument; a Bare, which the branch above told
-            except Exception as error:  # as below
-                self.absent[f"{name}, {self.n}x{self.k}, M={m}"] = told(error)
+
+                def bare(i: int, layers: Any = layers, prepared: Any = prepared) -> Any:
+                    return layers[i % len(layers)].run(prepared)
+
+                calls[name] = bare
+            except Exception as error:  # the others go on
+                self.absent[f"{name}, {self.n}x{self.k}, M={m}"] = one_line(error)
         failed: dict[str, str] = {}
         seconds = interleaved(self.place, calls, 5, failed)
         self.absent |= {f"{name}, {self.n}x{self.k}, M={m}": why for name, why in failed.items()}
-        return [self.row(name, m, s, found) for name, s in seconds.items()]
+        return [self.row(name, m, s, previous) for name, s in seconds.items()]
 
-    def row(self, name: str, m: int, seconds: float, found: dict[str, Any]) -> Row:
+    def row(self, name: str, m: int, seconds: float, previous: dict[str, Any]) -> Row:
         about = self.about[name]
-        limits = found.get("limits", {})
+        limits = previous.get("limits", {})
         moved = about["bytes"] + 2 * m * (self.n + self.k)
         work = 2 * m * self.n * self.k
         rate = limits.get(about.get("unit", "bf16")) or limits.get("bf16")
@@ -152,7 +151,7 @@ class Bench:
 
 
 def _unit(scheme: Any, kernel: Any) -> str:
-    """Which measured matrix rate bounds a kernel: where no rate was measured for a format, the page says that of fp8."""
+    """The measured matrix rate that bounds a kernel; that of fp8 for formats without one."""
     if not kernel.quantizes_activations or scheme.activation is None:
         return "bf16"
     return "int8" if scheme.activation.format == "int8" else "fp8"
@@ -166,18 +165,18 @@ def bench(place: Place, n: int, k: int) -> Bench:
         try:
             made.scheme(name)
         except Exception as error:  # the others go on
-            made.absent[name] = told(error)
+            made.absent[name] = one_line(error)
     gpu_peers.add(made)
     return made
 
 
-def run(place: Place, found: dict[str, Any], keep: Callable[[dict[str, Any]], None]) -> None:
-    """Shape by shape; written after each number of rows."""
+def run(place: Place, previous: dict[str, Any], keep: Callable[[dict[str, Any]], None]) -> None:
+    """Measures shape by shape; writes after each number of rows."""
     rows: list[Row] = []
     absent: dict[str, str] = {}
     with torch.no_grad():
         for n, k in [SMALL] if place.smoke else SHAPES:
-            if place.over(EACH if not place.smoke else 0):
+            if place.over(0 if place.smoke else MIN_SECONDS):
                 absent[f"{n}x{k}"] = "out of time"
                 continue
             made = bench(place, n, k)
@@ -185,7 +184,7 @@ def run(place: Place, found: dict[str, Any], keep: Callable[[dict[str, Any]], No
                 if place.over(1):
                     absent[f"{n}x{k}, M={m}"] = "out of time"
                     continue
-                rows += made.rows(m, found)
+                rows += made.rows(m, previous)
                 absent |= made.absent
                 keep({"rows": rows, "absent": absent})
             del made

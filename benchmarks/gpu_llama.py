@@ -1,4 +1,4 @@
-"""A Llama in plain torch, for measuring: fused qkv and gate_up, a short KV cache of fixed size, one token at a time."""
+"""A Llama in plain torch to measure: fused qkv and gate_up, a short KV cache of fixed size, one token at a time."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Sizes:
 
     @property
     def head(self) -> int:
-        """Numbers of a head."""
+        """Elements of a head."""
         return self.hidden // self.heads
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -53,10 +53,10 @@ def add_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tenso
     return total, F.rms_norm(total, (total.shape[-1],), weight, 1e-5)
 
 
-def rotate(x: Tensor, turn: Tensor) -> Tensor:
-    """Rotary positions: ``turn`` is ``[2, head / 2]``, cosines and sines."""
+def rotate(x: Tensor, rotary: Tensor) -> Tensor:
+    """Rotary position embedding; ``rotary`` ``[2, head / 2]`` holds cosines and sines."""
     a, b = x.float().chunk(2, -1)
-    cos, sin = turn.unbind(0)
+    cos, sin = rotary.unbind(0)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
 
 
@@ -68,7 +68,7 @@ def gated(x: Tensor) -> Tensor:
 
 @dataclass
 class Glue:
-    """What stands between linear layers: three functions, compiled once for all models, or as they are."""
+    """The functions between linear layers, compiled once for all models or eager."""
 
     add_norm: Callable[..., Any] = add_norm
     rotate: Callable[..., Any] = rotate
@@ -100,17 +100,17 @@ class Layer(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, residual: Tensor, place: Tensor, turn: Tensor, glue: Glue
+        self, x: Tensor, residual: Tensor, position: Tensor, rotary: Tensor, glue: Glue
     ) -> tuple[Tensor, Tensor]:
-        """One token: ``x`` and ``residual`` are ``[1, hidden]``, ``place`` its position ``[1]``."""
+        """One token: ``x`` and ``residual`` are ``[1, hidden]``, ``position`` is ``[1]``."""
         s = self.s
         residual, x = glue.add_norm(x, residual, self.norms[0])
         q, kv = self.qkv(x).view(1, -1, 1, s.head).split([s.heads, 2 * s.kv_heads], 1)
         k, v = kv.chunk(2, 1)
-        self.cache[0].index_copy_(2, place, glue.rotate(k, turn))
-        self.cache[1].index_copy_(2, place, v)
+        self.cache[0].index_copy_(2, position, glue.rotate(k, rotary))
+        self.cache[1].index_copy_(2, position, v)
         y = F.scaled_dot_product_attention(
-            glue.rotate(q, turn), self.cache[0], self.cache[1], enable_gqa=True
+            glue.rotate(q, rotary), self.cache[0], self.cache[1], enable_gqa=True
         )
         residual, x = glue.add_norm(self.o(y.reshape(1, -1)), residual, self.norms[1])
         return self.down(glue.gated(self.gate_up(x))), residual
@@ -128,19 +128,19 @@ class Llama(nn.Module):
         self.embedding = nn.Parameter(table, requires_grad=False)
         self.head = nn.Parameter(table.clone(), requires_grad=False)
         angle = 5e5 ** -(torch.arange(s.head // 2, device=device) / (s.head // 2)) * 7
-        self.register_buffer("turn", torch.stack([angle.cos(), angle.sin()]), persistent=False)
+        self.register_buffer("rotary", torch.stack([angle.cos(), angle.sin()]), persistent=False)
 
-    def forward(self, token: Tensor, place: Tensor) -> Tensor:
+    def forward(self, token: Tensor, position: Tensor) -> Tensor:
         """Logits ``[1, vocabulary]`` of a token ``[1]`` at a position ``[1]``."""
         x = self.embedding[token]
         residual = torch.zeros_like(x)
         for layer in self.layers:
-            x, residual = layer(x, residual, place, self.turn, self.glue)
+            x, residual = layer(x, residual, position, self.rotary, self.glue)
         return F.linear(self.glue.add_norm(x, residual, self.norm)[1], self.head)
 
 
 def tree(shapes: dict[str, tuple[int, ...]]) -> nn.Module:
-    """Modules that hold tensors of these names: what a checkpoint is loaded into where only its weights matter."""
+    """A module tree with tensors of these names, to load a checkpoint into where only its weights matter."""
     root = nn.Module()
     for name, shape in shapes.items():
         *path, last, _ = name.split(".")
@@ -151,8 +151,8 @@ def tree(shapes: dict[str, tuple[int, ...]]) -> nn.Module:
             module = module.get_submodule(part)
         with torch.device("meta"):
             if "embed" in last:
-                made: nn.Module = nn.Embedding(*shape)
+                leaf: nn.Module = nn.Embedding(*shape)
             else:
-                made = nn.Linear(shape[1], shape[0], bias=False) if len(shape) == 2 else nn.RMSNorm(shape)
-        module.add_module(last, made)
+                leaf = nn.Linear(shape[1], shape[0], bias=False) if len(shape) == 2 else nn.RMSNorm(shape)
+        module.add_module(last, leaf)
     return root

@@ -1,4 +1,4 @@
-"""Loading a synthetic BF16 checkpoint of the 8B shape: ``quantport.load`` to the device beside merely copying the tensors there."""
+"""Loads a synthetic BF16 checkpoint of the 8B shape to the device: ``quantport.load``, and a mere copy of its tensors."""
 
 from __future__ import annotations
 
@@ -14,17 +14,16 @@ from typing import Any
 
 import torch
 from gpu_llama import TINY, Sizes, tree
-from gpu_place import Place, told
+from gpu_place import Place, one_line
 from gpu_targets import LOADED
 
 ROUNDS = 3
-PREFIX = (
-    "quantport-bench-"  # then the process that started the stage, which clears up after one that it ended
-)
+# The id of the process that started the stage follows: it removes the folders of a stage that it killed.
+PREFIX = "quantport-bench-"
 
 
 def home(size: int) -> Path:
-    """A folder that the checkpoint fits in: in memory where half of it is free, else on the disk."""
+    """A folder with room for the checkpoint: in memory where there is enough, else on disk."""
     for place in (Path("/dev/shm"), Path(tempfile.gettempdir())):
         if (
             place.is_dir()
@@ -36,14 +35,14 @@ def home(size: int) -> Path:
 
 
 def clear() -> None:
-    """Removes checkpoints of stages that this process started: one that was ended could not."""
+    """Removes the checkpoints of stages that this process started; a stage that was killed could not."""
     for place in (Path("/dev/shm"), Path(tempfile.gettempdir())):
         for directory in place.glob(f"{PREFIX}{os.getpid()}-*"):
             shutil.rmtree(directory, ignore_errors=True)
 
 
 def _free() -> int:
-    """Bytes of memory that are free."""
+    """Bytes of available memory."""
     lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
 
@@ -62,7 +61,7 @@ def make(directory: Path, sizes: Sizes) -> None:
 
 
 def copying(place: Place, directory: Path) -> dict[str, float]:
-    """The limit: every tensor read and copied to the device, as many at a time as loading does."""
+    """The limit: reads every tensor and copies it to the device, as many at a time as loading does."""
     from quantport.checkpoint import Checkpoint
     from quantport.loading.executor import Task, run_tasks
 
@@ -78,7 +77,7 @@ def copying(place: Place, directory: Path) -> dict[str, float]:
 
 
 def loading(place: Place, directory: Path, sizes: Sizes, scheme: str) -> dict[str, float]:
-    """``quantport.load``; on a GPU with the largest amount of memory that it had allocated."""
+    """Runs ``quantport.load``; on a GPU the peak of allocated memory is measured too."""
     import quantport
 
     before = 0
@@ -97,15 +96,15 @@ def loading(place: Place, directory: Path, sizes: Sizes, scheme: str) -> dict[st
 
 
 def measure(place: Place, call: Callable[[], dict[str, float]]) -> dict[str, float]:
-    """What a call tells, and its seconds."""
+    """The results of a call, and its seconds."""
     start = time.perf_counter()
-    told_ = call()
+    results = call()
     place.synchronize()
-    return {**told_, "seconds": time.perf_counter() - start}
+    return {**results, "seconds": time.perf_counter() - start}
 
 
-def run(place: Place, found: dict[str, Any], keep: Callable[[dict[str, Any]], None]) -> None:
-    """Copying and every scheme in turn, in rounds while there is time; the first round warms up where there is a second."""
+def run(place: Place, previous: dict[str, Any], keep: Callable[[dict[str, Any]], None]) -> None:
+    """Runs copying and every scheme in turn, in rounds while there is time. With several rounds the first one only warms up."""
     sizes = TINY if place.smoke else Sizes()
     size = 2 * sum(prod(s) for s in sizes.shapes().values())
     directory = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getppid()}-", dir=home(size)))
@@ -146,7 +145,7 @@ def _rounds(
                 times[name].append(measure(place, call))
                 longest = max(longest, times[name][-1]["seconds"])
             except Exception as error:  # the others go on
-                failed[name] = told(error)
+                failed[name] = one_line(error)
             keep({"rows": table(times, failed, size)})
 
 
@@ -156,16 +155,16 @@ def table(
     """A row for each case; the first of several rounds is left out."""
 
     def seconds(name: str) -> float | None:
-        taken = times[name][1:] or times[name]
-        return statistics.median(t["seconds"] for t in taken) if taken else None
+        warm = times[name][1:] or times[name]
+        return statistics.median(t["seconds"] for t in warm) if warm else None
 
     floor = seconds("copying BF16")
     rows = []
     for name, each in times.items():
         row: dict[str, Any] = {"name": name}
-        if taken := seconds(name):
-            row |= {**each[-1], "seconds": taken, "rounds": len(each), "GBps": size / 1e9 / taken}
-            row |= {"speed": floor / taken} if floor else {}
+        if median := seconds(name):
+            row |= {**each[-1], "seconds": median, "rounds": len(each), "GBps": size / 1e9 / median}
+            row |= {"speed": floor / median} if floor else {}
             row |= {k: max(t[k] for t in each) for k in ("peak_GiB", "peak_ratio") if k in each[0]}
         else:
             row["missing"] = failed.get(name, "out of time")

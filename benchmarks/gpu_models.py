@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from gpu_decode import maker
 from gpu_llama import TINY, Glue, Llama
-from gpu_place import ROOT, Place, capture, told
+from gpu_place import ROOT, Place, capture, one_line
 from torch import nn
 
 MODELS = ("tiny-llama", "tiny-qwen3-moe")
@@ -59,27 +59,32 @@ def example(place: Place, name: str, scheme: str) -> dict[str, Any]:
     device = next(model.parameters()).device
     text = (path.parent / "eval.txt").read_text(encoding="utf-8")
     window = torch.tensor([tokenizer(text, verbose=False).input_ids[: 64 if place.smoke else 256]])
-    got, want = (
+    logits, base_logits = (
         m(window.to(d)).logits[0].float().cpu().log_softmax(-1) for m, d in ((model, device), (base, "cpu"))
     )
-    kl = torch.nn.functional.kl_div(got, want, log_target=True, reduction="none").sum(-1).mean().item()
+    kl = (
+        torch.nn.functional.kl_div(logits, base_logits, log_target=True, reduction="none")
+        .sum(-1)
+        .mean()
+        .item()
+    )
     settings = {"max_new_tokens": 4 if place.smoke else TOKENS, "do_sample": False, "num_beams": 1}
     ids = torch.tensor([tokenizer(PROMPT).input_ids])
-    told_, expected = (
+    generated, expected = (
         m.generate(input_ids=ids.to(d), attention_mask=torch.ones_like(ids).to(d), **settings)[0].cpu()
         for m, d in ((model, device), (base, "cpu"))
     )
-    length = min(len(told_), len(expected))
-    same = int((told_[:length] != expected[:length]).int().cumsum(0).eq(0).sum()) - ids.shape[1]
+    length = min(len(generated), len(expected))
+    same = int((generated[:length] != expected[:length]).int().cumsum(0).eq(0).sum()) - ids.shape[1]
     kernels = sorted({m.kernel.name for m in model.modules() if hasattr(m, "kernel")})
-    found = (
+    summary = (
         f"KL {kl:.1e}; first {same} of {length - ids.shape[1]} greedy tokens equal; by {', '.join(kernels)}"
     )
     return {
-        "found": found,
+        "found": summary,
         "kl": kl,
         "same": same,
-        "text": tokenizer.decode(told_),
+        "text": tokenizer.decode(generated),
         "state": "ok" if kl <= KL else "too far",
     }
 
@@ -163,7 +168,7 @@ def asynchronous(place: Place, scheme: str) -> dict[str, Any]:
     return {"found": "no host synchronization at 1, 16 and 512 rows", "state": "ok"}
 
 
-def run(place: Place, found: dict[str, Any], keep: Callable[[dict[str, Any]], None]) -> None:
+def run(place: Place, previous: dict[str, Any], keep: Callable[[dict[str, Any]], None]) -> None:
     """The models first, which compile what the checks of graphs and waiting then need less time for."""
     schemes = SCHEMES[2:3] if place.smoke else SCHEMES
     checks = (("compile", compiled), ("CUDA graph", replayed), ("no waiting", asynchronous))
@@ -182,8 +187,8 @@ def run(place: Place, found: dict[str, Any], keep: Callable[[dict[str, Any]], No
             try:
                 row |= {"missing": "out of time"} if place.over(0 if place.smoke else 2) else check()
             except ImportError as error:
-                row["missing"] = told(error)
+                row["missing"] = one_line(error)
             except Exception as error:  # a check that fails is a row that says so, and the others run
-                row["state"] = told(error)
+                row["state"] = one_line(error)
             rows.append(row)
             keep({"rows": rows, "failed": sum(r.get("state", "ok") != "ok" for r in rows)})

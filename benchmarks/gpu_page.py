@@ -1,4 +1,4 @@
-"""Page and plot of the GPU benchmark, all from the JSON of one run: what the JSON lacks is ``not measured``, never a guess."""
+"""Page and plot of the GPU benchmark, from the JSON of one run. What the JSON lacks is ``not measured``."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ def grid(columns: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
 
 
 def reason(data: Data, stage: str) -> str:
-    """What stands in place of the numbers of a stage."""
+    """The text in place of the numbers of a stage."""
     why = data.get(stage, {}).get("missing", "")
     return f"{MISSING}: {why}" if why else MISSING
 
 
 def noted(data: Data, stage: str, table: str) -> str:
-    """A table, and below it what kept the stage from ending, if anything did."""
+    """A table, and below it the reason where the stage did not end."""
     why = data.get(stage, {}).get("missing")
     return f"{table}\n\nThe rest: {reason(data, stage)}" if why and table.startswith("|") else table
 
 
 def target_row(target: Target) -> list[str]:
     """One line of the table of targets."""
-    number = MISSING if target.found is None else f"{target.found:.2f}{target.unit}"
+    number = MISSING if target.measured is None else f"{target.measured:.2f}{target.unit}"
     bound = f"{'<=' if target.at_most else '>='} {target.need:g}{target.unit}"
     cells = [
         f"{target.beside[p]:.2f}x" if p in target.beside else MISSING for p in ("torchao", "gemlite", "limit")
@@ -125,14 +125,14 @@ def quantize(data: Data) -> str:
         target = judge(name, BANDWIDTH, column(data, "quantize", "share", [name], 100), "%")
         why = f": {row['missing']}" if row.get("missing") else ""
         speed = f"{row['read_GBps']:.0f}" if "read_GBps" in row else MISSING
-        share = MISSING if target.found is None else f"{target.found:.0f}%"
+        share = MISSING if target.measured is None else f"{target.measured:.0f}%"
         lines.append([name, row.get("by", ""), speed, share, f">= {BANDWIDTH}%", target.state + why])
     columns = ("scheme", "by", "GB/s of BF16 read", "of the copy bandwidth", "target", "")
     return grid(columns, lines) if lines else reason(data, "quantize")
 
 
 def limits(data: Data) -> str:
-    """What the device reaches without us."""
+    """The measured limits of the device."""
     names = {
         "copy": ("copy on the device, read and written", 1e-9, "GB/s"),
         "host": ("pinned host memory to the device", 1e-9, "GB/s"),
@@ -140,10 +140,10 @@ def limits(data: Data) -> str:
         "fp8": ("bare _scaled_mm, e4m3fn", 1e-12, "TFLOP/s"),
         "int8": ("bare _int_mm", 1e-12, "TOP/s"),
     }
-    found = data.get("limits", {})
-    absent = {key: f"{MISSING}: {why}" for key, why in found.get("absent", {}).items()}
+    rates = data.get("limits", {})
+    absent = {key: f"{MISSING}: {why}" for key, why in rates.get("absent", {}).items()}
     lines = [
-        [what, f"{found[key] * by:.1f} {unit}" if found.get(key) else absent.get(key, reason(data, "limits"))]
+        [what, f"{rates[key] * by:.1f} {unit}" if rates.get(key) else absent.get(key, reason(data, "limits"))]
         for key, (what, by, unit) in names.items()
     ]
     return grid(("limit", "measured"), lines)
@@ -235,18 +235,18 @@ def render(data: Data) -> tuple[str, str]:
 
 def runs(folder: Path) -> dict[str, Data]:
     """The runs on GPUs whose JSON is in a folder: file name without its ending -> data."""
-    found = {
+    results = {
         path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))
     }
-    return {name: data for name, data in found.items() if data.get("kind") == "gpu"}
+    return {name: data for name, data in results.items() if data.get("kind") == "gpu"}
 
 
 def index(folder: Path) -> str:
     """The page of all GPUs: the targets of each run, with its page; everything ``not measured`` where no run is."""
-    found = runs(folder)
-    if not found:
+    gpus = runs(folder)
+    if not gpus:
         return render({})[0]
     parts = ["# GPU kernels"]
-    for name, data in found.items():
+    for name, data in gpus.items():
         parts += [f"## [{data['run']['device']}]({name}.md)", grid(TARGETS, map(target_row, targets(data)))]
     return "\n\n".join(parts) + "\n"

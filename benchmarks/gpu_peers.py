@@ -1,4 +1,4 @@
-"""What others run on the same weights: torchao, gemlite, and torch's scaled matmul with everything quantized beforehand."""
+"""Peers on the same weights: torchao, gemlite, and torch's scaled matmul with operands that are quantized beforehand."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
-from gpu_place import told
+from gpu_place import one_line
 
 COMPILED = ((4096, 4096), (28672, 4096))  # shapes of torchao's compiled layers: each takes seconds to compile
-TORCHAO = {  # scheme -> configuration, and whether it is meant to be compiled
+# Scheme -> configuration, its options, and whether the layer is meant to be compiled.
+TORCHAO = {
     "fp8_per_channel": ("Float8DynamicActivationFloat8WeightConfig", {"granularity": "PerRow"}, True),
     "fp8_per_tensor": ("Float8DynamicActivationFloat8WeightConfig", {"granularity": "PerTensor"}, True),
     "fp8_weight_only": ("Float8WeightOnlyConfig", {}, True),
@@ -20,7 +21,8 @@ TORCHAO = {  # scheme -> configuration, and whether it is meant to be compiled
     "int8_weight_only": ("Int8WeightOnlyConfig", {}, True),
     "int4_weight_only": ("Int4WeightOnlyConfig", {"group_size": 128}, False),
 }
-GEMLITE = {  # scheme -> names that the class has had
+# Scheme -> names that the class has had.
+GEMLITE = {
     "fp8_per_channel": ("A8W8_FP8_dynamic", "A8W8_fp8_dynamic"),
     "int8": ("A8W8_INT8_dynamic", "A8W8_int8_dynamic"),
     "int8_weight_only": ("A16W8_INT8", "A16W8"),
@@ -30,9 +32,9 @@ GEMLITE = {  # scheme -> names that the class has had
 
 
 class Bare:
-    """torch's own product of e4m3fn operands that are quantized already, ``kind`` of scales: tensor, row or block.
+    """torch's product of quantized e4m3fn operands; ``kind`` is that of the scales: tensor, row or block.
 
-    ``prepare`` makes the activations, which are not timed; ``run`` is.
+    ``prepare``, which quantizes the activations, is not timed; ``run`` is.
     """
 
     def __init__(self, weight: torch.Tensor, kind: str) -> None:
@@ -52,13 +54,13 @@ class Bare:
         )
 
     def prepare(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes and scales of activations: per token, per 1x128 block (scales column by column), or one for all."""
+        """Codes and scales of the activations: one scale, one for each token, or one for each 1x128 (column-major)."""
         from quantport import numerics
 
         if self.kind == "tensor":
             scale = x.float().abs().amax() / 448
             return (x.float() / scale).to(torch.float8_e4m3fn), scale
-        assert self.scheme.activation is not None  # of these schemes all have one
+        assert self.scheme.activation is not None
         codes, scale = numerics.quantize(x, self.scheme.activation)
         return codes, scale.t().contiguous().t() if self.kind == "block" else scale
 
@@ -82,14 +84,14 @@ def linear_of(bench: Any) -> torch.nn.Linear:
 
 
 def torchao(bench: Any, scheme: str) -> Callable[[torch.Tensor], Any]:
-    """torchao's layer, compiled where it is slow without."""
+    """torchao's layer, compiled where it is slow otherwise."""
     name, options, compiled = TORCHAO[scheme]
     q = importlib.import_module("torchao.quantization")
     options = {k: getattr(q, v)() if isinstance(v, str) else v for k, v in options.items()}
     if name == "Int4WeightOnlyConfig":
         try:
             config = q.Int4WeightOnlyConfig(**options, int4_packing_format="tile_packed_to_4d")
-        except TypeError:  # before the packing had a name
+        except TypeError:  # a version without this argument
             config = q.Int4WeightOnlyConfig(**options)
     else:
         config = getattr(q, name)(**options)
@@ -108,17 +110,17 @@ def gemlite(bench: Any, scheme: str) -> Callable[[torch.Tensor], Any]:
         scale = wide.abs().amax(2, keepdim=True) / 7
         codes = (wide / scale).round().clamp(-8, 7).add(8).to(torch.uint8).view(bench.n, bench.k)
         scale = scale.view(bench.n, -1).to(bench.dtype)
-        made = helper.A16Wn(device=str(bench.place.torch)).from_weights(
+        layer = helper.A16Wn(device=str(bench.place.torch)).from_weights(
             codes, scale, torch.full_like(scale, 8), 4, 128
         )
     else:
         name = next(n for n in GEMLITE[scheme] if hasattr(helper, n))
         try:
             processor = getattr(helper, name)(device=str(bench.place.torch), dtype=bench.dtype)
-        except TypeError:  # before it took a dtype
+        except TypeError:  # a version without this argument
             processor = getattr(helper, name)(device=str(bench.place.torch))
-        made = processor.from_linear(linear_of(bench))
-    call: Callable[[torch.Tensor], Any] = made
+        layer = processor.from_linear(linear_of(bench))
+    call: Callable[[torch.Tensor], Any] = layer
     return call
 
 
@@ -148,7 +150,7 @@ def add(bench: Any) -> None:
         try:
             importlib.import_module(peer)
         except Exception as error:  # whatever a peer raises, it is not measured, and the page says why
-            bench.absent[peer] = told(error)
+            bench.absent[peer] = one_line(error)
             continue
         for scheme in list(schemes)[: 1 if bench.place.smoke else None]:
             name, size = f"{peer} {scheme}", default_registry().schemes[scheme].bytes(bench.n, bench.k)

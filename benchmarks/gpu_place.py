@@ -1,4 +1,4 @@
-"""Where the GPU benchmark runs: a GPU, or in smoke mode CPU tensors in Triton's interpreter; and how it takes time there."""
+"""The device of the GPU benchmark, a GPU or in smoke mode CPU tensors in Triton's interpreter, and timing on it."""
 
 from __future__ import annotations
 
@@ -41,21 +41,21 @@ def find_quantport() -> None:
     if not entry_points(group=GROUP):
         import tomllib  # Python 3.11 and later; elsewhere: pip install -e . --no-deps
 
-        found = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-        info = Path(tempfile.mkdtemp(prefix="quantport-")) / f"quantport-{found['version']}.dist-info"
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        info = Path(tempfile.mkdtemp(prefix="quantport-")) / f"quantport-{project['version']}.dist-info"
         info.mkdir()
         (info / "METADATA").write_text(
-            f"Metadata-Version: 2.1\nName: quantport\nVersion: {found['version']}\n", encoding="utf-8"
+            f"Metadata-Version: 2.1\nName: quantport\nVersion: {project['version']}\n", encoding="utf-8"
         )
-        lines = [f"{name} = {value}" for name, value in found["entry-points"][GROUP].items()]
+        lines = [f"{name} = {value}" for name, value in project["entry-points"][GROUP].items()]
         (info / "entry_points.txt").write_text("\n".join([f"[{GROUP}]", *lines, ""]), encoding="utf-8")
         sys.path.append(str(info.parent))
 
 
 def begin(smoke: bool) -> None:
-    """What every process does first. Smoke mode mends the interpreter's arithmetic as the tests do, where they can run."""
+    """The first call in every process. In smoke mode it fixes the interpreter's arithmetic as the tests do, if they are here."""
     find_quantport()
-    torch.backends.cuda.matmul.allow_tf32 = False  # whatever the environment says: the reference is fp32
+    torch.backends.cuda.matmul.allow_tf32 = False  # the reference is fp32, whatever the environment says
     tests = ROOT / "tests" / "backends" / "triton"
     if smoke and (tests / "conftest.py").exists() and find_spec("pytest") and find_spec("ml_dtypes"):
         sys.path.append(str(tests))
@@ -67,8 +67,8 @@ class Place:
     """A device to measure.
 
     Attributes:
-        smoke: CPU tensors in the interpreter: everything is tiny, and no time means anything.
-        until: When the stage must end, in seconds of ``time.monotonic``.
+        smoke: Whether tensors are on the CPU, for the interpreter; sizes are tiny then, and times mean nothing.
+        until: The end of the stage, in seconds of ``time.monotonic``.
     """
 
     smoke: bool
@@ -76,21 +76,21 @@ class Place:
 
     @cached_property
     def device(self) -> Device:
-        """The GPU found; in smoke mode a Hopper that is not here, for the verdicts of its kernels."""
+        """The GPU; in smoke mode a simulated Hopper, for the verdicts of its kernels."""
         from quantport.plugins.registry import default_registry
 
         if self.smoke:
             return default_registry().device("cuda:sm_90")
-        found = [d for d in default_registry().devices if d.torch_type == "cuda"]
-        if not found:
+        gpus = [d for d in default_registry().devices if d.torch_type == "cuda"]
+        if not gpus:
             raise LookupError(
                 f"no GPU found ({'; '.join(p.error for p in default_registry().problems) or 'torch sees none'})"
             )
-        return found[0]
+        return gpus[0]
 
     @property
     def torch(self) -> torch.device:
-        """Where tensors are."""
+        """The device of tensors."""
         return torch.device("cpu") if self.smoke else self.device.torch_device
 
     @property
@@ -107,13 +107,13 @@ class Place:
         from quantport.backend import aten
         from quantport.plugins.registry import default_registry
 
-        found = default_registry().kernels(self.device.kind)
+        kernels = default_registry().kernels(self.device.kind)
         if not self.smoke:
-            return found
+            return kernels
         from quantport_triton.kernels.base import TritonKernel
         from quantport_triton.kernels.weight_only import TritonWeightOnly
 
-        triton = [k for k in found if isinstance(k, TritonKernel)] or [TritonWeightOnly("cuda")]
+        triton = [k for k in kernels if isinstance(k, TritonKernel)] or [TritonWeightOnly("cuda")]
         return (*triton, *aten.portable())
 
     def over(self, keep: float = 0.0) -> bool:
@@ -121,11 +121,11 @@ class Place:
         return time.monotonic() + keep > self.until
 
     def within(self, seconds: float) -> Place:
-        """The same place with so many seconds at most."""
+        """The same place with a limit of ``seconds``."""
         return replace(self, until=min(self.until, time.monotonic() + seconds))
 
     def enter(self) -> None:
-        """Makes the device current, with a stream that graphs can be captured on: everything of a stage runs there."""
+        """Makes the device and a stream that can be captured current, for the whole stage."""
         if not self.smoke:
             torch.cuda.set_device(self.torch)
             torch.cuda.set_stream(torch.cuda.Stream())
@@ -136,11 +136,11 @@ class Place:
 
     @cached_property
     def cold(self) -> int:
-        """Bytes that weights are rotated over: more than twice the L2 cache."""
+        """Bytes of the copies that calls rotate over: more than twice the L2 cache."""
         return 1 if self.smoke else 5 * torch.cuda.get_device_properties(self.torch).L2_cache_size // 2
 
     def copies(self, size: int) -> int:
-        """How many copies of a tensor of ``size`` bytes never fit the cache."""
+        """Number of copies of ``size`` bytes each that keep the cache cold."""
         return max(2, -(-self.cold // max(1, size)))
 
     def describe(self) -> dict[str, str]:
@@ -161,27 +161,27 @@ class Place:
 def commit() -> str:
     """The commit of the source tree; a copy without its history has ``QUANTPORT_COMMIT`` in the environment."""
     try:
-        asked = subprocess.run(
+        git = subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
         )
-        return asked.stdout.strip()
+        return git.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
 
 class Timer:
-    """One call that is timed, ``count`` times in a row: from a CUDA graph where it can be captured, else launch by launch."""
+    """Times a call, ``count`` times in a row: from a CUDA graph where it can be captured, else launch by launch."""
 
     def __init__(self, place: Place, call: Call, graph: bool = True, pool: Any = None) -> None:
         self.place, self.call, self.graph = place, call, None
         for i in range(1 if place.smoke else 3):
             call(i)
-        self.count = 1 if place.smoke else self.worth()
+        self.count = 1 if place.smoke else self.calls_in_two_ms()
         if graph and not place.smoke:
             self.graph = capture(self.launch, pool)
 
-    def worth(self) -> int:
-        """How many calls take some two milliseconds."""
+    def calls_in_two_ms(self) -> int:
+        """Number of calls that take about two milliseconds, from 2 to 50."""
         self.place.synchronize()
         start = time.perf_counter()
         self.call(3)
@@ -189,7 +189,7 @@ class Timer:
         return max(2, min(50, int(2e-3 / (time.perf_counter() - start + 1e-9))))
 
     def launch(self) -> None:
-        """Every call, one after the other."""
+        """Makes the calls one after the other."""
         for i in range(self.count):
             self.call(i)
 
@@ -213,11 +213,11 @@ class Timer:
 def capture(run: Callable[[], object], pool: Any = None) -> Any:
     """A CUDA graph of what ``run`` launches; None where it cannot be captured, since it waits for the device.
 
-    Without ``torch.cuda.graph``, which empties the allocator's cache each time: thousands are captured here.
+    ``torch.cuda.graph`` would empty the allocator's cache for each of thousands of captures.
 
     Args:
-        run: Launches, on the current stream.
-        pool: Memory that graphs share whose results nobody reads.
+        run: Launches on the current stream.
+        pool: Memory that is shared by graphs whose results are not read.
     """
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
@@ -236,18 +236,18 @@ def capture(run: Callable[[], object], pool: Any = None) -> Any:
 def interleaved(
     place: Place, calls: Mapping[str, Call], rounds: int = 7, failed: dict[str, str] | None = None
 ) -> dict[str, float]:
-    """Median seconds of one call of each, all in turn in every round; what raises is in ``failed``, and the others go on."""
+    """Median seconds of one call of each, all in turn in every round. A call that raises is left out, with the reason in ``failed``."""
     timers: dict[str, Timer] = {}
     pool = None if place.smoke else torch.cuda.graph_pool_handle()
     for name, call in calls.items():
         try:
             timers[name] = Timer(place, call, pool=pool)
             timers[name].run()
-        except Exception as error:  # a path that does not run here is a cell that says so
+        except Exception as error:  # a cell of the page says why
             timers.pop(name, None)
             if failed is None:
                 raise
-            failed[name] = told(error)
+            failed[name] = one_line(error)
     times: dict[str, list[float]] = {name: [] for name in timers}
     for _ in range(1 if place.smoke else rounds):
         for name, timer in timers.items():
@@ -257,14 +257,14 @@ def interleaved(
     return {name: statistics.median(t) for name, t in times.items()}
 
 
-def told(error: BaseException) -> str:
-    """An error in a line."""
+def one_line(error: BaseException) -> str:
+    """The error in one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:160]}"
 
 
 @cache
 def weight(n: int, k: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> torch.Tensor:
-    """A random weight ``[n, k]`` of the size that weights have."""
+    """A random weight ``[n, k]`` with the magnitude of real ones."""
     maker = torch.Generator(device).manual_seed(seed)
     return torch.randn(n, k, device=device, generator=maker, dtype=torch.float32).mul_(0.02).to(dtype)

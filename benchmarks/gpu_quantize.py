@@ -1,4 +1,4 @@
-"""Quantizing a weight on the device, as loading does it: BF16 read a second, and the share of what a copy of as many bytes reaches."""
+"""Times quantizing a weight on the device as in loading: BF16 bytes read per second, and the share of a copy's bandwidth."""
 
 from __future__ import annotations
 
@@ -6,33 +6,32 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from gpu_place import Place, interleaved, told
+from gpu_place import Place, interleaved, one_line
 
 SHAPE = (28672, 8192)
 SMOKE = (32, 256)
 
 
-def run(place: Place, found: dict[str, Any], keep: Callable[[dict[str, Any]], None]) -> None:
-    """Every scheme; the limit moves the weight in and the stored tensors out, once each, at the measured copy bandwidth."""
+def run(place: Place, previous: dict[str, Any], keep: Callable[[dict[str, Any]], None]) -> None:
+    """Every scheme. The limit reads the weight and writes the stored tensors once, at the measured copy bandwidth."""
     from quantport.plugins.registry import default_registry
 
     n, k = SMOKE if place.smoke else SHAPE
     weights = [torch.randn(n, k, device=place.torch).mul_(0.02).to(place.dtypes[0]) for _ in range(2)]
-    bandwidth = found.get("limits", {}).get("copy")
+    bandwidth = previous.get("limits", {}).get("copy")
     names = [name for name in default_registry().schemes if name != "bf16"][: 3 if place.smoke else None]
     rows = {name: {"scheme": name, "missing": "out of time"} for name in names}
-    for own in (True, False):  # those of the room first: the reference takes long
+    for own in (True, False):  # the reference is slow, so the room's quantizer comes first
         for name in names:
-            if (
-                place.over(0 if place.smoke else 1) or rows[name].get("missing") != "out of time"
-            ):  # measured, or failed
+            done = rows[name].get("missing") != "out of time"
+            if done or place.over(0 if place.smoke else 1):
                 continue
             try:
                 if row := one(place, default_registry().schemes[name], weights, own):
                     row["share"] = row["bytes"] / bandwidth / row["seconds"] if bandwidth else None
                     rows[name] = {"scheme": name, **row}
             except Exception as error:  # the others go on
-                rows[name]["missing"] = told(error)
+                rows[name]["missing"] = one_line(error)
             keep({"rows": list(rows.values()), "shape": [n, k]})
 
 

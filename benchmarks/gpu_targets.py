@@ -1,4 +1,4 @@
-"""What the GPU kernels must reach, and whether a run reached it."""
+"""The targets of the GPU kernels, and whether a run met them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Case:
-    """One shape and number of rows: ``speed`` is what is judged, ``limit`` and ``peers`` are relative to BF16."""
+    """One shape and number of rows: ``speed`` is compared with the target; ``limit`` and ``peers`` are over BF16."""
 
     where: str
     speed: float
@@ -30,11 +30,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Target:
-    """A target and what a run found: ``state`` is met, missed or not measured."""
+    """A target and what a run measured: ``state`` is met, missed or not measured."""
 
     what: str
     need: float
-    found: float | None
+    measured: float | None
     where: str
     state: str
     unit: str = "x"
@@ -51,18 +51,18 @@ def judge(
     at_most: bool = False,
     compared: bool = False,
 ) -> Target:
-    """The worst case decides. ``met`` only when every case was measured; one that misses is enough for ``missed``."""
+    """The worst case decides: ``missed`` where a case misses, ``met`` only where every case was measured."""
     cases = list(cases)
-    found = [c for c in cases if c is not None]
-    if not found:
+    measured = [c for c in cases if c is not None]
+    if not measured:
         return Target(what, need, None, "", MISSING, unit, at_most, compared)
-    worst = (max if at_most else min)(found, key=lambda c: c.speed)
+    worst = (max if at_most else min)(measured, key=lambda c: c.speed)
     holds = worst.speed <= need if at_most else worst.speed >= need
-    state = "missed" if not holds else "met" if len(found) == len(cases) else MISSING
+    state = "missed" if not holds else "met" if len(measured) == len(cases) else MISSING
     where = (
         worst.where
-        if len(found) == len(cases)
-        else f"{worst.where} ({len(found)} of {len(cases)} cases measured)"
+        if len(measured) == len(cases)
+        else f"{worst.where} ({len(measured)} of {len(cases)} cases measured)"
     )
     beside = {**worst.peers, **({"limit": worst.limit} if worst.limit else {})}
     return Target(what, need, worst.speed, where, state, unit, at_most, compared, beside)
@@ -77,9 +77,11 @@ def at(data: Data, shape: tuple[int, int], m: int) -> list[Row]:
 def best(
     data: Data, shape: tuple[int, int], m: int, scheme: str, against: str = "BF16 F.linear"
 ) -> Case | None:
-    """The fastest kernel of a scheme in the precision that the scheme asks for, relative to BF16 or to ``against``."""
+    """The fastest kernel of a scheme in the requested precision, relative to BF16 or to ``against``."""
     here = at(data, shape, m)
-    ours = [r for r in here if r.get("kind") == "ours" and r["scheme"] == scheme and r.get("asked", True)]
+    ours = [
+        r for r in here if r.get("kind") == "ours" and r["scheme"] == scheme and r.get("as_requested", True)
+    ]
     base = next((r["seconds"] for r in here if r["name"] == "BF16 F.linear"), None)
     other = [r["seconds"] for r in here if r["name"].startswith(against)]
     if not ours or not base or not other:
@@ -96,10 +98,10 @@ def best(
 
 def share(data: Data, shape: tuple[int, int], scheme: str) -> Case | None:
     """The share of the bandwidth bound at one row."""
-    found = best(data, shape, 1, scheme)
+    case = best(data, shape, 1, scheme)
     return (
-        Case(found.where, 100 * found.speed / found.limit, found.limit, found.peers)
-        if found and found.limit
+        Case(case.where, 100 * case.speed / case.limit, case.limit, case.peers)
+        if case and case.limit
         else None
     )
 

@@ -1,7 +1,7 @@
-"""Searches configurations of the Triton kernels around those of ``quantport_triton/tuned``, and writes them for this architecture.
+"""Searches configurations of the Triton kernels near those of ``quantport_triton/tuned``, and writes them for this architecture.
 
-The families and their ways are read from the data; a candidate changes one or two of its numbers by a factor of two. Each is
-compiled, checked against the present one, and timed on the shape of an 8B layer; the present one stays unless another is 3% faster.
+For each entry of each family, candidates halve or double one or two numbers. A candidate is compiled, checked against the
+present entry, and timed on the shape of an 8B layer; the present entry stays unless a candidate is 3% faster.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_place import ROOT, Place, interleaved, told
+from gpu_place import ROOT, Place, interleaved, one_line
 
 SHAPE, SMOKE = (4096, 4096), (32, 256)
 SCHEMES = (
@@ -27,48 +27,55 @@ SCHEMES = (
 )
 TUNED = ROOT / "backends" / "triton" / "quantport_triton" / "tuned"
 LIMITS = {"warps": (1, 16), "stages": (1, 6)}
-Way = dict[str, Any]
+Entry = dict[str, Any]
 
 
-def candidates(way: Way) -> list[Way]:
-    """The way as it is, then its neighbours: one number, or two, halved or doubled."""
+def candidates(entry: Entry) -> list[Entry]:
+    """The entry as it is, then those with one number or two halved or doubled."""
     numbers = [
         key
-        for key, value in way.items()
-        if key != "rows" and isinstance(value, int) and not isinstance(value, bool) and value > 0
+        for key, value in entry.items()
+        if key != "max_rows" and isinstance(value, int) and not isinstance(value, bool) and value > 0
     ]
-    out = [way]
+    out = [entry]
     for i, key in enumerate(numbers):
         for other in numbers[i:]:
             for a in (0.5, 2):
                 for b in (0.5, 2) if other != key else (1,):
-                    new = {**way, key: int(way[key] * a)}
+                    new = {**entry, key: int(entry[key] * a)}
                     new[other] = int(new[other] * b)
                     if all(
                         LIMITS.get(k, (1, 1 << 16))[0] <= new[k] <= LIMITS.get(k, (1, 1 << 16))[1]
                         for k in (key, other)
                     ):
                         out.append(new)
-    return sorted(out, key=lambda w: sum(w[k] != way[k] for k in numbers))
+    return sorted(out, key=lambda e: sum(e[k] != entry[k] for k in numbers))
 
 
 @contextmanager
-def using(family: str, way: Way) -> Iterator[None]:
-    """Inside, a family takes this way, whatever the rows."""
+def using(family: str, entry: Entry) -> Iterator[None]:
+    """A family has this entry inside, for any number of rows."""
     from quantport_triton import tuned
 
-    original = tuned.ways
-    tuned.ways = lambda target, name: ({**way, "rows": None},) if name == family else original(target, name)  # type: ignore[assignment]  # restored below
-    tuned.way.cache_clear()
+    original = tuned.entries
+
+    def patched(target: str, name: str) -> tuple[Entry, ...]:
+        return ({**entry, "max_rows": None},) if name == family else original(target, name)
+
+    def install(entries: Any) -> None:
+        tuned.entries = entries
+        tuned.tuned_kernel.cache_clear()
+        tuned.tuned_config.cache_clear()
+
+    install(patched)
     try:
         yield
     finally:
-        tuned.ways = original
-        tuned.way.cache_clear()
+        install(original)
 
 
 class Trial:
-    """One family at one number of rows: every scheme of ``SCHEMES`` that its kernel takes."""
+    """One family at one number of rows: up to three schemes of ``SCHEMES`` that its kernel accepts."""
 
     def __init__(self, place: Place, kernel: Any, m: int) -> None:
         from quantport import numerics
@@ -84,23 +91,23 @@ class Trial:
         specs = [
             WeightSpec(default_registry().schemes[s], n, k) for s in (SCHEMES[:1] if place.smoke else SCHEMES)
         ]
-        taken = [
+        accepted = [
             s
             for s in specs
             if isinstance(kernel.verdict(Request(s, "linear", place.device, dtype)), Accepted)
         ]
         self.packed = []
-        for spec in taken[:3]:
+        for spec in accepted[:3]:
             packed = kernel.pack(numerics.quantize_weight(dense, spec.scheme), spec)
             size = sum(t.nbytes for t in packed)
             self.packed.append((spec, [tuple(t.clone() for t in packed) for _ in range(place.copies(size))]))
 
     def outputs(self) -> list[torch.Tensor]:
-        """What each scheme gives."""
+        """The output of each scheme."""
         return [self.kernel.run(self.x, copies[0], None, spec) for spec, copies in self.packed]
 
     def seconds(self) -> float:
-        """Product of the medians, so that every scheme counts alike."""
+        """Geometric mean of the medians, so that every scheme counts alike."""
         total = 1.0
         for spec, copies in self.packed:
 
@@ -110,39 +117,39 @@ class Trial:
             total *= interleaved(self.place, {"": call}, 3)[""]
         return float(total ** (1 / max(1, len(self.packed))))
 
-    def wrong(self, want: list[torch.Tensor]) -> bool:
-        """Whether an output is further from those of the present way than the kernel's tolerance."""
-        pairs = zip(self.outputs(), want, strict=True)
+    def differs(self, expected: list[torch.Tensor]) -> bool:
+        """Whether an output is further from the expected one than the kernel's tolerance."""
+        pairs = zip(self.outputs(), expected, strict=True)
         return not all(
             (a.float() - b.float()).abs().max() <= 2 * self.kernel.tolerance * b.float().abs().max()
             for a, b in pairs
         )
 
 
-def better(place: Place, kernel: Any, way: Way, m: int) -> tuple[Way, str]:
-    """The fastest candidate of a way, and what was found."""
+def fastest(place: Place, kernel: Any, entry: Entry, m: int) -> tuple[Entry, str]:
+    """The fastest candidate of an entry, and a line for the report."""
     trial = Trial(place, kernel, m)
     if not trial.packed:
-        return way, "no scheme to try it with"
-    best, tried = way, 0
-    with using(kernel.family, way):
-        want, start = trial.outputs(), trial.seconds()
-    fastest = start
-    for candidate in candidates(way)[1 : 3 if place.smoke else None]:
+        return entry, "no scheme to try it with"
+    best, tried = entry, 0
+    with using(kernel.family, entry):
+        expected, before = trial.outputs(), trial.seconds()
+    least = before
+    for candidate in candidates(entry)[1 : 3 if place.smoke else None]:
         if place.over():
             break
         try:
             with using(kernel.family, candidate):
-                if not trial.wrong(want) and (seconds := trial.seconds()) < 0.97 * fastest:
-                    best, fastest = candidate, seconds
+                if not trial.differs(expected) and (seconds := trial.seconds()) < 0.97 * least:
+                    best, least = candidate, seconds
             tried += 1
         except Exception:  # a candidate that does not compile, or wants more shared memory than there is
             continue
-    return best, f"{start / fastest:.2f}x of what it was, {tried} tried"
+    return best, f"{before / least:.2f}x of what it was, {tried} tried"
 
 
 def run(place: Place, out: Path | None) -> str:
-    """Searches every family in turn; each way has an equal share of the time. Returns what it found."""
+    """Searches every family; each entry has an equal share of the time. Returns the report."""
     from quantport_triton import tuned
     from quantport_triton.launch import target_of
 
@@ -150,25 +157,21 @@ def run(place: Place, out: Path | None) -> str:
     target = target_of(place.torch)
     path = out or TUNED / f"{target}.json"
     kernels = {getattr(k, "family", ""): k for k in place.kernels}
-    todo = [
-        (family, i) for family in default if family in kernels for i in range(len(tuned.ways(target, family)))
-    ]
     lines = [f"{family}: no kernel of this name" for family in default if family not in kernels]
-    result = {
-        family: list(tuned.ways(target, family)) for family in default
-    }  # also of an architecture that is like another
+    result = {family: list(tuned.entries(target, family)) for family in default}
+    todo = [(family, i) for family in default if family in kernels for i in range(len(result[family]))]
     for done, (family, i) in enumerate(todo):
-        way = result[family][i]
-        rows = way["rows"] or 4096
+        entry = result[family][i]
+        rows = entry["max_rows"] or 4096
         share = (place.until - time.monotonic()) / (len(todo) - done)
         with torch.no_grad():
             try:
-                result[family][i], found = better(
-                    place.within(share), kernels[family], way, 2 if place.smoke else rows
+                result[family][i], line = fastest(
+                    place.within(share), kernels[family], entry, 2 if place.smoke else rows
                 )
             except Exception as error:  # the others go on
-                found = told(error)
-        lines.append(f"{family}, {way['rows']} rows: {found}")
+                line = one_line(error)
+        lines.append(f"{family}, {entry['max_rows']} rows: {line}")
     if place.smoke and out is None:
         return "\n".join([*lines, "smoke mode: nothing written"])
     body = ",\n".join(

@@ -1,4 +1,4 @@
-"""Spreads the items of a stage over processes: most of their time is compiling, and what they compile is in Triton's cache for all."""
+"""Spreads the items of a stage over processes, since most of the time is compilation. Triton's cache is shared by all."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_place import Place, begin, told, weight
+from gpu_place import Place, begin, one_line, weight
 
 Row = dict[str, Any]
-LAST = 5  # seconds before the end in which no process starts another item
-MOST = 12  # processes: each holds a context of the device, and the largest weight in fp32
+LAST_START = 5  # seconds before the end, after which no process starts an item
+MAX_PROCESSES = 12  # each holds a context of the device, and the largest weight in fp32
 
 
 def guarded(place: Place, module: Any, item: Any) -> Iterator[Row]:
-    """The rows of an item; one row that says why where there is no time or no memory, or where it raises."""
+    """The rows of an item; where time or memory is short or it raises, one row with the reason."""
     none = module.row(item)
-    if place.over(LAST):
+    if place.over(LAST_START):
         yield {**none, "skipped": "out of time"}
         return
     try:
@@ -32,11 +32,11 @@ def guarded(place: Place, module: Any, item: Any) -> Iterator[Row]:
     except torch.OutOfMemoryError:  # beside the other processes
         yield {**none, "skipped": "out of memory"}
     except Exception as error:  # the others go on
-        yield {**none, "ok": False, "failure": told(error)}
+        yield {**none, "ok": False, "failure": one_line(error)}
 
 
 def work(place: Place, name: str, part: int, parts: int, out: Path) -> None:
-    """Every ``parts``-th item of a stage, from ``part`` on, written line by line."""
+    """Runs every ``parts``-th item of a stage from ``part`` on, and writes its rows as lines of JSON."""
     torch.set_num_threads(1)
     torch.manual_seed(part)
     module: Any = importlib.import_module(name)
@@ -56,8 +56,8 @@ def spread(
     summary: Callable[[list[Row]], dict[str, Any]],
     keep: Callable[[dict[str, Any]], None],
 ) -> None:
-    """Starts the processes, and keeps the summary of what they have written until they end or the time does."""
-    parts = 1 if place.smoke else max(1, min(MOST, (os.cpu_count() or 1) - 2))
+    """Starts the processes, and keeps the summary of their rows up to date until they end or time is out."""
+    parts = 1 if place.smoke else max(1, min(MAX_PROCESSES, (os.cpu_count() or 1) - 2))
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / f"{i}.jsonl" for i in range(parts)]
         command = [sys.executable, __file__, name, str(int(place.smoke)), str(place.until), str(parts)]
@@ -69,14 +69,13 @@ def spread(
         for process in running:
             process.kill()
         died = sum(p.wait() != 0 for p in running) - late
-        why = [f"{late} of {parts} processes did not end in time"] * bool(late) + [
-            f"{died} of {parts} processes died"
-        ] * bool(died)
-        keep({**summary(gather(files)), **({"missing": "; ".join(why)} if why else {})})
+        counts = ((late, "did not end in time"), (died, "died"))
+        why = "; ".join(f"{count} of {parts} processes {what}" for count, what in counts if count)
+        keep({**summary(gather(files)), **({"missing": why} if why else {})})
 
 
 def gather(files: list[Path]) -> list[Row]:
-    """Whole lines of every file."""
+    """The complete lines of every file."""
     lines = [
         line for f in files if f.exists() for line in f.read_text(encoding="utf-8").splitlines(keepends=True)
     ]

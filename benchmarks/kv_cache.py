@@ -60,14 +60,14 @@ def attention_error(make: Make, queries: Tensor, keys: Tensor, values: Tensor, l
     """Relative error of the attention output of the last quarter of the queries, against 16-bit keys and values."""
     cache = make()
     for k, v in zip(keys.split(STEP, dim=2), values.split(STEP, dim=2), strict=True):
-        found = cache.update(k, v, layer)
+        cached = cache.update(k, v, layer)
     count = keys.shape[2] // 4
     mask = torch.ones(count, keys.shape[2], dtype=torch.bool).tril(keys.shape[2] - count)
     out, expected = (
         scaled_dot_product_attention(
             queries[:, :, -count:].float(), k.float(), v.float(), attn_mask=mask, enable_gqa=True
         )
-        for k, v in (found, (keys, values))
+        for k, v in (cached, (keys, values))
     )
     return ((out - expected).norm() / expected.norm()).item()
 
@@ -76,12 +76,12 @@ def recorded(model: Any, window: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Queries, keys and values of every layer of a model on a window, after the rotary embedding."""
     from transformers import AttentionInterface
 
-    found = []
+    states = []
 
     def spy(
         module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
     ) -> tuple[Tensor, None]:
-        found.append((query, key, value))
+        states.append((query, key, value))
         out = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
         return out.transpose(1, 2).contiguous(), None
 
@@ -91,7 +91,7 @@ def recorded(model: Any, window: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
     with torch.no_grad():
         model(window, use_cache=False)
     model.set_attn_implementation(before)
-    return found
+    return states
 
 
 def synthetic(outliers: float, growth: float, width: int = 128, tokens: int = 256) -> list[Tensor]:
@@ -148,14 +148,14 @@ def measure(name: str) -> list[list[object]]:
     rows: list[list[object]] = []
     base = 0.0
     for kind, make in makers(model).items():
-        found = perplexity(model, windows, make)
-        base = base or found
+        ppl = perplexity(model, windows, make)
+        base = base or ppl
         errors = [attention_error(make, *qkv) for qkv in states]
         cache = make()
         with torch.no_grad():
             model(windows[:1], past_key_values=cache, use_cache=True)
         limit = BOUND.get(kind.removeprefix("quantport "))
-        mark = "" if limit is None else " ✅" if found / base <= limit else " ❌"
+        mark = "" if limit is None else " ✅" if ppl / base <= limit else " ❌"
         rows.append(
             [
                 name,
@@ -163,8 +163,8 @@ def measure(name: str) -> list[list[object]]:
                 f"{sum(errors) / len(errors):.4f}",
                 f"{max(errors):.4f}",
                 *(f"{attention_error(make, *s):.4f}" for s in synthetics),
-                f"{found:.3f}",
-                f"{found / base - 1:+.2%}{mark}",
+                f"{ppl:.3f}",
+                f"{ppl / base - 1:+.2%}{mark}",
                 f"{stored_bytes(cache) / windows.shape[1]:.0f}",
             ]
         )

@@ -1,4 +1,4 @@
-"""Linear 4096x4096, weights cold in cache: every scheme's kernel beside BF16, prepacked BF16, the peers and the limit.
+"""Times linear layers of 4096x4096, weights cold in cache: the kernel of every scheme, BF16, prepacked BF16, peers and the limit.
 
 Writes ``benchmarks/results/linear-<arch>.md`` and, as evidence for the matrix and the plan, the room's ``tuned/<arch>.json``.
 """
@@ -20,7 +20,7 @@ from quantport.kernels.base import Request, WeightSpec
 from quantport.modules import QuantLinear
 from quantport.planning.select_kernel import select_kernel
 from quantport.plugins.registry import default_registry
-from quantport_cpu.jit import available
+from quantport_cpu.jit import why_unavailable
 
 N = K = 4096
 COLD = 320 << 20
@@ -189,7 +189,7 @@ def main() -> None:
 
 
 def caveats() -> list[str]:
-    """What flatters or handicaps a row on this processor."""
+    """What makes rows look better or worse on this processor."""
     if "bf16" in default_registry().device("cpu").arch.native:
         return []
     return [
@@ -236,21 +236,17 @@ def report(
         f"linear-{arch}.md",
         markdown(title, ["", "kernel", "error", *(f"M={m}" for m in rows), "of limit"], out, notes),
     )
-    schemes = {
-        name: {
-            "kernel": tested[name][0],
-            "error": tested[name][2],
-            "speed": {
-                str(m): round(c["bf16" if name == "bf16" else "prepacked"], 3) for m, c in table[name].items()
-            },
-        }
-        for name in tested
-    }
+    kernels: dict[str, dict[str, Any]] = {}
+    for name, (kernel, _, error) in tested.items():
+        baseline = "bf16" if name == "bf16" else "prepacked"
+        speeds = {str(m): round(cell[baseline], 3) for m, cell in table[name].items()}
+        kernels.setdefault(kernel, {})[name] = {"error": error, "speeds": speeds}
     path = ROOT / "backends" / "cpu" / "quantport_cpu" / "tuned" / f"{arch}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(
         json.dumps(
-            {"run": describe(), "compiled": not available(), "shape": [N, K], "schemes": schemes}, indent=1
+            {"run": describe(), "compiled": not why_unavailable(), "shape": [N, K], "kernels": kernels},
+            indent=1,
         )
         + "\n",
         encoding="utf-8",

@@ -1,7 +1,7 @@
-"""Load: peak memory and wall time of quantizing a 4 GB sharded BF16 checkpoint, beside merely reading and copying it, and the peers.
+"""Peak memory and wall time of loading and quantizing a 4 GB sharded BF16 checkpoint, of a mere read and copy, and of peers.
 
-Each case runs in a process of its own, cases in turn, medians over rounds. Peak is the largest resident set (VmHWM) over the
-resident set after imports. Writes ``benchmarks/results/load.md``.
+Each case runs in a process of its own, the cases in turn; times are medians over rounds. The peak is the largest resident set
+(VmHWM) minus the resident set after imports. Writes ``benchmarks/results/load.md``.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def status(key: str) -> int:
 
 
 def read_and_copy(directory: Path) -> None:
-    """The floor: every tensor of the checkpoint is read and copied once, on all cores, pages released after."""
+    """The lower bound: reads and copies every tensor once on all cores, and releases its pages."""
     from quantport.checkpoint import Checkpoint
     from quantport.loading.executor import Task, run_tasks
 
@@ -117,7 +117,7 @@ def run_case(case: str, directory: Path) -> dict[str, float]:
 
 
 def warm(case: str, directory: Path) -> None:
-    """One small load first, so that lazy imports and compilation are not in the figure."""
+    """Loads a small model, so that lazy imports and compilation are not measured."""
     import quantport
     from quantport.plugins.registry import default_registry
 
@@ -180,7 +180,7 @@ def main() -> None:
             make(directory, args.layers)
         size = sum(f.stat().st_size for f in directory.glob("*.safetensors"))
         cases = CASES if args.no_peers else CASES + PEERS
-        found: dict[str, list[dict[str, float]]] = {c: [] for c in cases}
+        results: dict[str, list[dict[str, float]]] = {c: [] for c in cases}
         failed: dict[str, str] = {}
         for r in range(args.rounds):
             for case in cases:
@@ -189,14 +189,14 @@ def main() -> None:
                     if isinstance(result, str):
                         failed[case] = result
                     else:
-                        found[case].append(result)
-    report(found, failed, size)
+                        results[case].append(result)
+    report(results, failed, size)
 
 
-def report(found: dict[str, list[dict[str, float]]], failed: dict[str, str], size: int) -> None:
-    floor = statistics.median(r["seconds"] for r in found["read+copy"])
+def report(by_case: dict[str, list[dict[str, float]]], failed: dict[str, str], size: int) -> None:
+    floor = statistics.median(r["seconds"] for r in by_case["read+copy"])
     rows = []
-    for case, results in found.items():
+    for case, results in by_case.items():
         if not results:
             continue
         seconds, peak = (statistics.median(r[k] for r in results) for k in ("seconds", "peak"))

@@ -1,7 +1,7 @@
-"""MoE: peak memory and time of loading a 4 GB BF16 checkpoint of experts, and the forward of one layer beside Transformers' BF16.
+"""MoE: peak memory and time of loading a 4 GB BF16 checkpoint of experts, and the forward of one layer and of Transformers' BF16.
 
-Each load runs in a process of its own, in turn; the forward calls are interleaved in one process, medians. Anonymous memory
-(RssAnon, sampled each 2 ms) is counted over what the process held before: file pages are given back and can be taken back.
+Loads run in turn, each in a process of its own; forward calls are interleaved in one process, and times are medians. The peak is
+that of anonymous memory (RssAnon, sampled every 2 ms) minus what the process had before: file pages can be reclaimed.
 Writes ``benchmarks/results/moe.md``.
 """
 
@@ -128,8 +128,8 @@ def child(case: str, directory: Path) -> dict[str, float]:
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if not lines:
         raise SystemExit(f"{case}: {done.stderr[-2000:]}")
-    found: dict[str, float] = json.loads(lines[-1])
-    return found
+    result: dict[str, float] = json.loads(lines[-1])
+    return result
 
 
 def loads(layers: int, rounds: int) -> tuple[list[list[object]], float]:
@@ -146,12 +146,12 @@ def loads(layers: int, rounds: int) -> tuple[list[list[object]], float]:
                 directory, tensors(layers, fused), max_shard_bytes=10**9, files={"config.json": text}
             )
             size = sum(f.stat().st_size for f in directory.glob("*.safetensors"))
-            found: dict[str, list[dict[str, float]]] = {case: [] for case in CASES}
+            by_case: dict[str, list[dict[str, float]]] = {case: [] for case in CASES}
             for _ in range(rounds):
                 for case in CASES:
-                    found[case].append(child(case, directory))
-        floor = statistics.median(r["seconds"] for r in found["read+copy"])
-        for case, results in found.items():
+                    by_case[case].append(child(case, directory))
+        floor = statistics.median(r["seconds"] for r in by_case["read+copy"])
+        for case, results in by_case.items():
             seconds, peak, final = (
                 statistics.median(r[k] for r in results) for k in ("seconds", "peak", "final")
             )
@@ -192,11 +192,10 @@ def forward(rounds: int) -> list[list[object]]:
         layers[scheme] = holder["experts"]
     rows: list[list[object]] = []
     for tokens in TOKENS:
-        given = [
-            _given(tokens, seed) for seed in range(7)
-        ]  # several, so that a token does not always find its experts in cache
+        # Several, so that a token does not always find its experts in cache.
+        inputs = [_random_inputs(tokens, seed) for seed in range(7)]
         with torch.inference_mode():
-            times = medians(layers, given, rounds)
+            times = medians(layers, inputs, rounds)
         best = min(times["eager"], times["grouped_mm"])
         rows.append(
             [
@@ -209,19 +208,19 @@ def forward(rounds: int) -> list[list[object]]:
 
 
 def medians(
-    layers: Mapping[str, nn.Module], given: Sequence[tuple[Tensor, ...]], rounds: int
+    layers: Mapping[str, nn.Module], inputs: Sequence[tuple[Tensor, ...]], rounds: int
 ) -> dict[str, float]:
     """Median seconds of a call of each, in turn in every round; the first round is not counted."""
     times: dict[str, list[float]] = {name: [] for name in layers}
     for i in range(rounds + 1):
         for name, layer in layers.items():
             start = time.perf_counter()
-            layer(*given[i % len(given)])
+            layer(*inputs[i % len(inputs)])
             times[name].append(time.perf_counter() - start)
     return {name: statistics.median(t[1:]) for name, t in times.items()}
 
 
-def _given(tokens: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+def _random_inputs(tokens: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     random = torch.Generator().manual_seed(seed)
     weights, index = torch.rand(tokens, EXPERTS, generator=random).softmax(-1).topk(TOP_K)
     return torch.randn(tokens, HIDDEN, generator=random).bfloat16(), index, weights.bfloat16()

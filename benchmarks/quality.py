@@ -99,8 +99,8 @@ def variants() -> tuple[list[Variant], list[str]]:
     for name in ("mxfp4_dualscale", "mxfp4_dualscale:floor"):
         out.append(of(BUILTIN[name].weight_only, "option", f"{name}:16"))
     out.append(Variant("rtn_offset_g64", "peer", BUILTIN["int4_mse"], rtn_offset, "int4_mse"))
-    found, missing = peers()
-    out += [Variant(p.name, "peer", BUILTIN[p.scheme], p.values, p.scheme, p.bits) for p in found]
+    installed, missing = peers()
+    out += [Variant(p.name, "peer", BUILTIN[p.scheme], p.values, p.scheme, p.bits) for p in installed]
     return out, missing
 
 
@@ -117,15 +117,15 @@ def synthetic() -> dict[str, Tensor]:
     }
 
 
-def sqnr(weight: Tensor, found: Tensor) -> float:
+def sqnr(weight: Tensor, quantized: Tensor) -> float:
     """Signal to quantization noise, dB; 120 where there is no noise."""
-    noise = (weight.double() - found.double()).square().sum()
+    noise = (weight.double() - quantized.double()).square().sum()
     return float(10 * torch.log10(weight.double().square().sum() / noise)) if noise > 0 else 120.0
 
 
-def weight_db(v: Variant, weight: Tensor, found: Tensor) -> float:
+def weight_db(v: Variant, weight: Tensor, quantized: Tensor) -> float:
     """SQNR of one weight; a rotation is undone first."""
-    return sqnr(weight, rotate(found, v.scheme.rotation) if v.kind != "peer" else found)
+    return sqnr(weight, rotate(quantized, v.scheme.rotation) if v.kind != "peer" else quantized)
 
 
 def mean(x: Tensor) -> tuple[float, float]:
@@ -212,7 +212,7 @@ def run(windows: int, names: list[str]) -> dict[str, Any]:
     drawn = synthetic()
     for v in todo:
         bits = v.bits or 8 * v.scheme.bytes(BIG, BIG) / BIG**2
-        found = {kind: round(weight_db(v, w, v.values(w)), 3) for kind, w in drawn.items()}
+        sqnrs = {kind: round(weight_db(v, w, v.values(w)), 3) for kind, w in drawn.items()}
         row = {
             "name": v.name,
             "kind": v.kind,
@@ -220,7 +220,7 @@ def run(windows: int, names: list[str]) -> dict[str, Any]:
             "precision": v.scheme.precision,
             "bits": round(bits, 4),
         }
-        rows[v.name] = {**row, "sqnr": found, "bits_in": {}, "models": {}}
+        rows[v.name] = {**row, "sqnr": sqnrs, "bits_in": {}, "models": {}}
     kept = {}
     for name in MODELS:
         bench = Bench(ROOT / "examples" / "models" / name, windows)

@@ -1,7 +1,7 @@
-"""A model whose layers run any weights under any scheme, and what it answers: the exact reference, arranged for speed.
+"""A model whose layers run any weights under any scheme, by the exact reference, and its answers to a text.
 
-Weights are dequantized once and not at every call, activations that several layers share are quantized once, and everything
-that is not quantized is computed in fp32, so that a divergence of 1e-5 is the scheme's and not that of BF16 arithmetic.
+For speed, weights are dequantized once, and activations that several layers share are quantized once. Everything that is not
+quantized is computed in fp32, so that a divergence of 1e-5 comes from the scheme and not from BF16 arithmetic.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ WINDOW = 256
 
 
 class Values(Reference):
-    """``numerics.linear`` on a weight that was dequantized before (still rotated, where the scheme rotates)."""
+    """``numerics.linear`` on a dequantized weight, which is still rotated where the scheme rotates."""
 
     name = "quality.values"
 
@@ -41,7 +41,7 @@ class Values(Reference):
         )
 
     def _values(self, x: Tensor, quant: Quant | None) -> Tensor:
-        last = self._last  # holds x, so that nobody else gets its memory
+        last = self._last  # holds x, so that no other tensor gets its memory
         if last and last[1] == quant and last[0].data_ptr() == x.data_ptr() and last[0].shape == x.shape:
             return last[2]
         self._last = (x, quant, numerics.quantized_values(x, quant))
@@ -49,13 +49,13 @@ class Values(Reference):
 
 
 def values(weight: Tensor, scheme: Scheme) -> Tensor:
-    """What is left of a weight ``[n, k]`` after quantization: fp32, still rotated where the scheme rotates."""
+    """The values of a weight ``[n, k]`` after quantization: fp32, still rotated where the scheme rotates."""
     stored = numerics.quantize_weight(weight, scheme)
     return numerics.dequantize_weight(stored, replace(scheme, rotation=0), weight.shape[1])
 
 
-def put(model: torch.nn.Module, weights: Mapping[tuple[str, str], Tensor], scheme: Scheme) -> None:
-    """Gives every quantized module of a model other weights: (module, weight) -> fp32 values, under a scheme."""
+def install(model: torch.nn.Module, weights: Mapping[tuple[str, str], Tensor], scheme: Scheme) -> None:
+    """Replaces the weights of every quantized module of a model, given by (module, weight) in fp32, under a scheme."""
     kernel = Values()
     for path, old in [(p, m) for p, m in model.named_modules() if isinstance(m, QuantModule)]:
         new = _like(old, kernel, scheme)
@@ -100,7 +100,7 @@ class Bench:
         self.model: Any = quantport.load(path, "bf16", dtype=torch.float32)
         modules = [(p, m) for p, m in self.model.named_modules() if isinstance(m, QuantModule)]
         self.weights = {(p, name): m.stored_weight(name)["weight"] for p, m in modules for name in m.specs}
-        put(self.model, {key: w.float() for key, w in self.weights.items()}, BUILTIN["bf16"])
+        install(self.model, {key: w.float() for key, w in self.weights.items()}, BUILTIN["bf16"])
         self.base = self._log_probs(self.model)
         self.top = self.base.argmax(-1)
         self.base_nll = self._nll(self.base)
@@ -113,7 +113,7 @@ class Bench:
 
     def run(self, weights: Mapping[tuple[str, str], Tensor], scheme: Scheme) -> Answers:
         """Answers with other weights, activations quantized as the scheme says."""
-        put(self.model, weights, scheme)
+        install(self.model, weights, scheme)
         return self._compare(self._log_probs(self.model))
 
     def bf16(self) -> Answers:
@@ -122,9 +122,9 @@ class Bench:
             self._log_probs(AutoModelForCausalLM.from_pretrained(self.path, dtype=torch.bfloat16).eval())
         )
 
-    def _compare(self, found: Tensor) -> Answers:
-        kl = torch.stack([(b.exp() * (b - f)).sum(-1) for f, b in zip(found, self.base, strict=True)])
-        return Answers(self._nll(found), kl.double(), found.argmax(-1) == self.top)
+    def _compare(self, log_probs: Tensor) -> Answers:
+        kl = torch.stack([(b.exp() * (b - f)).sum(-1) for f, b in zip(log_probs, self.base, strict=True)])
+        return Answers(self._nll(log_probs), kl.double(), log_probs.argmax(-1) == self.top)
 
     def _nll(self, log_probs: Tensor) -> Tensor:
         return -log_probs.gather(-1, self.windows[:, 1:, None])[..., 0].double()

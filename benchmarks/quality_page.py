@@ -61,25 +61,25 @@ def pair(data: Mapping[str, Any], a: str, b: str) -> list[Pair]:
     return [p for p in data["pairs"] if (p["a"], p["b"]) == (a, b)]
 
 
-def combined(found: list[Pair], key: str) -> tuple[float, float]:
+def combined(pairs: list[Pair], key: str) -> tuple[float, float]:
     """Mean of a paired difference over the models, and its standard error."""
-    return mean(p[key] for p in found), math.hypot(*(p[f"{key}_se"] for p in found)) / len(found)
+    return mean(p[key] for p in pairs), math.hypot(*(p[f"{key}_se"] for p in pairs)) / len(pairs)
 
 
 def peer_cell(data: Mapping[str, Any], row: Row) -> str:
     """How the peers of a scheme compare with it, in words."""
-    told = []
+    lines = []
     for peer in (
         r
         for r in data["rows"]
         if r["kind"] == "peer" and r["against"] == row["name"] and r["name"] != "rtn_offset_g64"
     ):
         if peer["equal"] == 1.0:
-            told.append(f"{peer['name']}: equal")
+            lines.append(f"{peer['name']}: equal")
         else:
             d, se = combined(pair(data, peer["name"], row["name"]), "dkl")
-            told.append(f"{peer['name']}: KL {d / kl(row):+.0%} ± {se / kl(row):.0%}")
-    return "; ".join(told)
+            lines.append(f"{peer['name']}: KL {d / kl(row):+.0%} ± {se / kl(row):.0%}")
+    return "; ".join(lines)
 
 
 def cells(data: Mapping[str, Any], row: Row) -> list[str]:
@@ -120,21 +120,21 @@ def checks(data: Mapping[str, Any]) -> list[tuple[str, str, bool]]:
     ):
         gain = {k: rows[a]["sqnr"][k] - rows[b]["sqnr"][k] for k in rows[a]["sqnr"]}
         judged = [v for k, v in gain.items() if k == "gauss" or k not in WEIGHTS]
-        told = ", ".join(f"{k} {v:+.2f}" for k, v in gain.items())
+        result = ", ".join(f"{k} {v:+.2f}" for k, v in gain.items())
         out.append(
-            (f"`{a}` at least {least} dB over `{b}`, Gaussian and real weights", told, min(judged) >= least)
+            (f"`{a}` at least {least} dB over `{b}`, Gaussian and real weights", result, min(judged) >= least)
         )
     for row in data["rows"]:
         if row["kind"] != "peer" or row["name"] == "rtn_offset_g64":
             continue
-        found = pair(data, row["name"], row["against"])
-        d, se = combined(found, "dnll")
-        told = (
+        pairs = pair(data, row["name"], row["against"])
+        d, se = combined(pairs, "dnll")
+        result = (
             "equal weights"
             if row["equal"] == 1.0
             else f"perplexity of the peer {math.expm1(d):+.2%} ± {se:.2%}"
         )
-        out.append((f"`{row['against']}` not worse than {row['name']}", told, d >= -2 * se))
+        out.append((f"`{row['against']}` not worse than {row['name']}", result, d >= -2 * se))
     return out
 
 
@@ -142,17 +142,17 @@ def pair_rows(data: Mapping[str, Any]) -> list[list[str]]:
     """Paired differences: relative KL and perplexity of a against b, with standard errors; ``better`` beyond two of them."""
     out = []
     for a, b in dict.fromkeys((p["a"], p["b"]) for p in data["pairs"]):
-        found = pair(data, a, b)
+        pairs = pair(data, a, b)
         line = [f"`{a}`", f"`{b}`"]
-        for p in found:
+        for p in pairs:
             base = p["dkl"] / p["dkl_rel"] if p["dkl_rel"] else 1.0
             line += [
                 f"{p['dkl_rel']:+.1%} ± {abs(p['dkl_se'] / base):.1%}",
                 f"{math.expm1(p['dnll']):+.2%} ± {p['dnll_se']:.2%}",
             ]
-        d, se = combined(found, "dkl")
+        d, se = combined(pairs, "dkl")
         same = d == se == 0
-        seen = abs(d) > 2 * se and max(abs(p["dkl_rel"]) for p in found) > 1e-3
+        seen = abs(d) > 2 * se and max(abs(p["dkl_rel"]) for p in pairs) > 1e-3
         out.append(
             [*line, "equal" if same else "no difference seen" if not seen else "better" if d < 0 else "worse"]
         )
@@ -173,7 +173,8 @@ def results(data: Mapping[str, Any]) -> str:
         ("a", "b", *(f"{what} {n}" for n in names for what in ("KL", "ppl")), "a is, by KL"), pair_rows(data)
     )
     held = grid(
-        ("must hold", "found", ""), ((claim, told, "✅" if ok else "❌") for claim, told, ok in checks(data))
+        ("must hold", "found", ""),
+        ((claim, result, "✅" if ok else "❌") for claim, result, ok in checks(data)),
     )
     missing = ", ".join(data["missing"]) or "none"
     parts = (

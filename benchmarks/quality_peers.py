@@ -1,6 +1,6 @@
-"""What other implementations make of the same weights: each peer is a function from a BF16 weight to its dequantized values.
+"""Other implementations on the same weights: each peer is a function from a BF16 weight to its dequantized values.
 
-A peer that is not installed is left out, by name. Calibration-free defaults of each package, nothing tuned.
+A peer that is not installed is left out and named. Each package runs with its defaults without calibration.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class Peer:
     Attributes:
         name: For the table.
         scheme: The scheme of quantport that it is compared with; its activations are quantized as that scheme says.
-        values: Weight ``[n, k]`` bf16 -> what the peer's quantized weight stands for, fp32.
-        bits: Bits per weight; None where they are those of the scheme.
+        values: Function from a weight ``[n, k]`` in bf16 to the values of the peer's quantized weight in fp32.
+        bits: Bits per weight; None for those of the scheme.
     """
 
     name: str
@@ -84,9 +84,8 @@ def bitsandbytes(kind: str, double: bool) -> Values:
     f = importlib.import_module("bitsandbytes.functional")
 
     def values(weight: Tensor) -> Tensor:
-        rows = weight.float().reshape(
-            -1, 64
-        )  # the same blocks; on the CPU its dequantization fails where 64 does not divide K
+        # The same blocks; on the CPU its dequantization fails where 64 does not divide K.
+        rows = weight.float().reshape(-1, 64)
         packed, state = f.quantize_4bit(rows, blocksize=64, quant_type=kind, compress_statistics=double)
         return f.dequantize_4bit(packed, state).float().view(weight.shape)
 
@@ -180,10 +179,10 @@ def _makers() -> list[tuple[str, str, Callable[[], Values], float | None]]:
 
 def peers() -> tuple[list[Peer], list[str]]:
     """The peers that are installed, and the names of the others."""
-    found, missing = [], []
+    installed, missing = [], []
     for name, scheme, make, bits in _makers():
         try:
-            found.append(Peer(name, scheme, make(), bits))
+            installed.append(Peer(name, scheme, make(), bits))
         except ImportError:
             missing.append(name)
-    return found, missing
+    return installed, missing

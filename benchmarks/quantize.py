@@ -1,7 +1,7 @@
-"""Quantizing: GB/s of BF16 weights that one core turns into each scheme, by compiled code and by the reference, beside peers.
+"""GB/s of BF16 weights that one core quantizes to each scheme: compiled code, the reference, and peers.
 
-One thread, a 4096 x 4096 weight, all of a row in turn, medians; slow ones on fewer rows. The limit is a copy on one core that
-reads the weight and writes as many bytes as the scheme has. Writes ``benchmarks/results/quantize.md``.
+One thread, a 4096 x 4096 weight (slow cases fewer rows), all cells of a row in turn, medians. The limit is a copy on one core
+that reads the weight and writes as many bytes as the scheme stores. Writes ``benchmarks/results/quantize.md``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from quantport.backend import Scheme
 from quantport.plugins.registry import default_registry
 
 N = K = 4096
-SLOW_ROWS = 512  # for what takes longer than a second
+SLOW_ROWS = 512  # rows for cases that take longer than a second
 MX = {
     "mxfp8": torch.float8_e4m3fn,
     "mxfp6_e2m3": "fp6_e2m3",
@@ -38,8 +38,9 @@ PRESETS = {
     "mxfp4": "MXFP4",
     "nvfp4": "NVFP4",
 }
-MUST = {"int4_mse": 0.2, "nf4": 0.2, "fp4": 0.2}
-HALF = (
+# Targets in GB/s: these, then 0.5 for the schemes below.
+TARGETS = {"int4_mse": 0.2, "nf4": 0.2, "fp4": 0.2}
+HALF_GB = (
     "fp8_per_tensor",
     "fp8_per_channel",
     "fp8_per_block",
@@ -91,7 +92,7 @@ def bitsandbytes(name: str) -> Call | None:
 
 
 def compressed_tensors(name: str) -> Call | None:
-    """Scales, codes and packing of compressed-tensors, as its presets have them."""
+    """Scales, codes and packing of compressed-tensors, by its presets."""
     if name not in PRESETS:
         return None
     helpers = import_module("compressed_tensors.quantization.utils.helpers")
@@ -114,7 +115,7 @@ def compressed_tensors(name: str) -> Call | None:
 
 
 def extremes(w: torch.Tensor, args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Smallest and largest value of what shares a scale."""
+    """Smallest and largest values of the blocks that share a scale."""
     if args.block_structure:
         r, c = args.block_structure
         blocks = w.view(w.shape[0] // r, r, w.shape[1] // c, c)
@@ -194,14 +195,14 @@ def row(scheme: Scheme, weight: torch.Tensor, rounds: int, limit: bool = True) -
             continue
     got = speeds(calls, weight, rounds)
     ours = max(v for name in ("fast", "reference") if isinstance(v := got.get(name), float))
-    must = MUST.get(scheme.name, 0.5 if scheme.name in HALF else 0)
+    target = TARGETS.get(scheme.name, 0.5 if scheme.name in HALF_GB else 0)
     peers = "; ".join(
         f"{n} {v:.3f} ({ours / v:.0f}x)" if isinstance(v, float) else f"{n}: {v}"
         for n, v in got.items()
         if n in PEERS
     )
     cell = lambda name: f"{v:.3f}" if isinstance(v := got.get(name), float) else ""  # noqa: E731 - one line beside its use
-    mark = "" if not must else f"{must} {'✅' if ours >= must else '❌'}"
+    mark = "" if not target else f"{target} {'✅' if ours >= target else '❌'}"
     return [f"`{scheme.name}`", cell("fast"), cell("reference"), mark, cell("limit"), peers]
 
 

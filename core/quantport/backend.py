@@ -18,6 +18,7 @@ from quantport.kernels.base import (
     WeightSpec,
 )
 from quantport.kernels.grouped import GroupedKernel, loop_over_groups
+from quantport.kernels.tuned import Tuned, find_tuned
 from quantport.kernels.verdict import (
     Accepted,
     Claim,
@@ -68,9 +69,11 @@ __all__ = [
     "Stats",
     "Status",
     "StoredWeight",
+    "Tuned",
     "Verdict",
     "WeightSpec",
     "aten",
+    "find_tuned",
     "hookimpl",
     "loop_over_groups",
     "numerics",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 class QuantportError(Exception):
@@ -78,3 +79,42 @@ def one_of(name: str, known: Iterable[str]) -> str:
     """Returns what to try for an unknown name: the closest known one, then all of them."""
     names = list(known)
     return f"{did_you_mean(name, names)}known: {', '.join(names) or 'none'}"
+
+
+_NEEDED = {
+    "bool": "true or false",
+    "dict": "an object",
+    "float": "a number",
+    "int": "a whole number",
+    "list": "a list",
+    "model": "an object",
+    "string": "a text",
+    "tuple": "a list",
+}
+
+
+def needed(detail: Mapping[str, Any]) -> str:
+    """Returns what a value should have been, in our words, of one member of ``ValidationError.errors()``."""
+    kind, context = str(detail["type"]), detail.get("ctx", {})
+    if kind == "literal_error":
+        return f"one of {context['expected']}"
+    for bound, words in (("ge", "at least"), ("gt", "more than"), ("le", "at most"), ("lt", "less than")):
+        if bound in context:
+            return f"a number of {words} {context[bound]:,}"
+    if kind in ("too_long", "too_short"):
+        count = context.get("min_length", context.get("max_length"))
+        return f"{'at least' if kind == 'too_short' else 'at most'} {count} members"
+    if kind in ("missing", "extra_forbidden"):
+        return "a key that is there" if kind == "missing" else "no such key"
+    if kind == "none_required":
+        return "null"
+    return _NEEDED.get(kind.split("_")[0], "a value of another kind")
+
+
+def shown(value: object, limit: int = 80) -> str:
+    """Returns a value as an error names it, cut where it is long."""
+    try:
+        text = repr(value)
+    except Exception:  # a stranger's, or a number of more digits than Python writes
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= limit else f"{text[:limit]}..."

@@ -21,6 +21,7 @@ elif DEVICE != "cpu":
 import quantport  # noqa: E402  # tables that are made on import are made under these defaults, too
 import quantport_cpu.detect  # noqa: E402
 from quantport import numerics  # noqa: E402
+from quantport.engine import quantize_shard, update_weight  # noqa: E402
 from quantport.kernels import aten  # noqa: E402
 from quantport.kernels.base import WeightSpec  # noqa: E402
 from quantport.kvcache import cache_dtype, decode, encode  # noqa: E402
@@ -67,11 +68,13 @@ def of_numerics(scheme):
     stored = numerics.quantize_weight(random(N, K), scheme)
     wide = numerics.dequantize_weight(stored, scheme, K)
     empty = numerics.quantize_weight(random(0, K), scheme)
+    shard = quantize_shard(random(N, K), scheme, 1, reduce=lambda amax: amax, place=(0, 1))
     y = numerics.linear(random(3, K, seed=1), stored, scheme, random(N, seed=2))
     return {
         "stored": digest(stored),
         "values": digest({"": wide}),
         "empty": digest(empty),
+        "shard": digest(shard),
         "linear": digest({"": y}),
     }
 
@@ -86,7 +89,9 @@ def of_modules(scheme):
         experts.set_weight(name, numerics.quantize_weight(random(spec.n, spec.k, seed=i), scheme))
     index = torch.tensor([[0, 1], [1, 2], [0, 2], [1, 0]], dtype=torch.int64, device="cpu")
     y = experts(random(4, K, seed=3), index, random(4, 2, seed=4))
-    return {"forward": digest({"": linear(random(3, K, seed=1))}), "experts": digest({"": y})}
+    out = {"forward": digest({"": linear(random(3, K, seed=1))}), "experts": digest({"": y})}
+    update_weight(linear, "", random(N, K, seed=5))
+    return {**out, "updated": digest(linear.state_dict())}
 
 
 def of_cache(name):
@@ -108,10 +113,13 @@ def of_models(scheme):
     for folder in (MODELS / "tiny-llama", MODELS / "tiny-qwen3-moe"):
         model = quantport.load(folder, scheme)
         with tempfile.TemporaryDirectory() as place:
-            again = quantport.load(quantport.save(model, place + "/saved"))
+            saved = quantport.save(model, place + "/saved")
+            again = quantport.load(saved)
+            files = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(saved.iterdir())))
             found = {**dict(model.named_buffers()), **model.state_dict()}
             assert digest(found) == digest({**dict(again.named_buffers()), **again.state_dict()})
         out[folder.name] = digest(found)
+        out[f"{folder.name} saved"] = files.hexdigest()[:16]
     plain = nn.Sequential(
         nn.Linear(K, N, dtype=torch.bfloat16, device="cpu"),
         nn.Linear(N, K, dtype=torch.bfloat16, device="cpu"),
@@ -125,7 +133,7 @@ def of_models(scheme):
 
 def without_room():
     """The reference quantizes, and portable kernels run."""
-    quantport_cpu.detect.available = lambda: "off"
+    quantport_cpu.detect.why_unavailable = lambda: "off"
     vars(default_registry())["_kernels"] = {**default_registry()._kernels, "cpu": aten.portable()}
 
 

@@ -71,7 +71,7 @@ def power_np(amax: float, form: str, rule: str) -> float:
         exponent += mantissa > 1
     elif rule in ("even", "even1"):
         exponent += mantissa >= 2 - 2.0 ** -(1 + (1 if rule == "even1" else MANTISSA[form]))
-    return 2.0 ** min(max(exponent - EMAX[form], -127), 127)
+    return 2.0 ** min(max(exponent - EMAX[form], -127), 127 - EMAX[form])
 
 
 def scale_np(amax: np.floating, quant: Quant) -> np.float32:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from quantport.checkpoint import (
     Recognized,
     TensorSource,
 )
-from quantport.errors import BackendError, CheckpointError, ConfigError, SaveError
+from quantport.errors import CheckpointError, ConfigError, SaveError
 from quantport.model.layers import Layer, Part, find_layers
 from quantport.plugins.registry import Registry
 from quantport.scheme.catalog import BUILTIN
@@ -174,18 +175,66 @@ def test_two_formats_that_recognize_one_checkpoint_are_named(model):
         quantport.load(Memory(toy_tensors(model)), model=Net, device="cpu", registry=knowing(Toy(), other))
 
 
-def test_a_format_that_raises_is_named(model):
+NONSENSE = {
+    "raises": (lambda *_, **__: 1 / 0, "format 'toy' raised ZeroDivisionError"),
+    "exits": (lambda *_, **__: sys.exit(2), "format 'toy' raised SystemExit"),
+    "answers": (lambda *_, **__: "yes", "it returned 'yes'"),
+}
+
+
+@pytest.mark.parametrize("case", NONSENSE)
+def test_a_format_that_is_wrong_is_named_and_stops_no_other_load(model, case):
     toy = Toy()
-    toy.recognize = lambda *_: 1 / 0
-    with pytest.raises(BackendError, match="format 'toy' raised ZeroDivisionError"):
+    toy.recognize, named = NONSENSE[case]
+    source = Memory(model.state_dict())
+    with pytest.warns(RuntimeWarning, match=named):
+        loaded = quantport.load(source, "int8", model=Net, device="cpu", registry=knowing(toy))
+    assert loaded.a.scheme == "int8"
+    with pytest.warns(RuntimeWarning, match=named), pytest.raises(CheckpointError, match=named):
+        quantport.load(
+            Memory({"a.qweight": torch.ones(2, 2)}), model=Net, device="cpu", registry=knowing(toy)
+        )
+    fine = Toy()
+    fine.name = "fine"
+    with pytest.warns(RuntimeWarning, match=named):
+        mine = quantport.load(
+            Memory(toy_tensors(model)), model=Net, device="cpu", registry=knowing(toy, fine)
+        )
+    assert mine.a.scheme == "int8_weight_only"
+
+
+@pytest.mark.parametrize("case", NONSENSE)
+def test_a_reader_that_is_wrong_is_named_and_stops_no_other(model, tmp_path, case):
+    toy, fine = Toy(), Toy()
+    toy.open, named = NONSENSE[case]
+    fine.name = "fine"
+    torch.save(toy_tensors(model), tmp_path / "m.toy")
+    with pytest.warns(RuntimeWarning, match=named):
+        quantport.load(tmp_path / "m.toy", model=Net, device="cpu", registry=knowing(toy, fine))
+    with pytest.warns(RuntimeWarning, match=named), pytest.raises(CheckpointError, match=named):
+        quantport.load(tmp_path / "m.toy", model=Net, device="cpu", registry=knowing(toy))
+
+
+def test_strangers_are_not_asked_about_safetensors_and_what_is_ours(model, tmp_path):
+    toy = Toy()
+    toy.open = lambda *_, **__: pytest.fail("asked to open")
+    folder = write(tmp_path / "m", model)
+    for path in (folder, folder / "model.safetensors"):
+        net = quantport.load(path, "int8", model=Net, device="cpu", registry=knowing(toy))
+    saved = quantport.save(net, tmp_path / "q")
+    toy.recognize = lambda *_: pytest.fail("asked to recognize")
+    same_state(quantport.load(saved, model=Net, device="cpu", registry=knowing(toy)), net)
+
+
+def test_malformed_is_an_answer_of_a_format(model):
+    toy = Toy()
+
+    def malformed(*_):
+        raise CheckpointError("read toys", "a toy without scales", "another toy")
+
+    toy.recognize = malformed
+    with pytest.raises(CheckpointError, match="a toy without scales"):
         quantport.load(Memory(model.state_dict()), "int8", model=Net, device="cpu", registry=knowing(toy))
-
-
-def test_a_reader_that_raises_is_named(model, tmp_path):
-    toy = Toy()
-    toy.open = lambda *_, **__: 1 / 0
-    with pytest.raises(BackendError, match="format 'toy' raised ZeroDivisionError"):
-        quantport.load(write(tmp_path, model), "int8", model=Net, device="cpu", registry=knowing(toy))
 
 
 def test_what_nobody_recognizes_says_who_made_it(model):

@@ -61,7 +61,47 @@ def test_an_interrupt_exits_130_without_a_traceback():
         "signal.SIGINT); "
     )
     done = process("devices", code=kill + MAIN)
-    assert done.returncode == 130
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
+@unix
+def test_an_interrupt_while_loading_is_said_and_leaves_nothing(tmp_path):
+    hear = "signal.signal(signal.SIGINT, signal.default_int_handler); "
+    kill = (
+        f"import os, signal; from quantport.checkpoint import Checkpoint as C; {hear}read = C.read; "
+        "C.read = lambda *a: (os.kill(os.getpid(), signal.SIGINT), read(*a))[1]; "
+    )
+    done = process("quantize", DENSE, tmp_path / "out", "--scheme", "int8", code=kill + MAIN)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "interrupted\n"
+    assert not list(tmp_path.iterdir())
+
+
+FULL = "import os, sys; os.dup2(os.open('/dev/full', os.O_WRONLY), 1); "
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a full disk that is always there")
+@pytest.mark.parametrize(
+    "args",
+    [("matrix", "--json"), ("plan", DENSE), ("doctor",), ("--version",), ("--help",), ("plan", "--help")],
+    ids=lambda a: " ".join(map(str, a))[:14],
+)
+def test_a_full_disk_behind_stdout_is_said(args):
+    done = process(*args, code=FULL + MAIN)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[:3] == [
+        "SaveError",
+        "asked: write to stdout",
+        "found: No space left on device",
+    ]
+    assert len(done.stderr.splitlines()) == 4
+
+
+@unix
+def test_a_stdout_that_is_closed_is_said():
+    done = process("devices", code="import os, sys; os.close(1); sys.stdout = None; " + MAIN)
+    assert done.returncode == 2
+    assert "found: it is closed" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import platform
 import shutil
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from test_cli import ask, parts
 from torch import nn
 
 import quantport
-from quantport.cli import bench_linear, compare
+from quantport.cli import baseline, bench_linear, compare
 from quantport.device import Device
 
 TEXT = DENSE.parent / "eval.txt"
@@ -66,6 +67,7 @@ def test_run_as_json(small):
     assert compare["perplexity"] > 1
     assert compare["kl"] >= 0
     assert 0 <= compare["top1"] <= 1
+    assert compare["text_bf16"].startswith("The following exceptions are")
     assert data["plan"]["groups"]
 
 
@@ -151,7 +153,7 @@ def test_quantize_overwrites_when_asked(small, tmp_path):
         (("--prompt", "word " * 100), "64 positions"),
         (("--scheme", "int8", "--scheme", "int9"), "int9"),
         (("--compare", "--text", "/no/such/text"), "No such file"),
-        (("--compare",), "no eval.txt"),
+        (("--chat",), "no chat template"),
         (("--device", "cuda:sm_90"), "simulated"),
     ],
     ids=lambda a: str(a[-1])[:12],
@@ -160,13 +162,77 @@ def test_wrong_requests_to_run(small, args, found):
     assert found in str(parts(ask("run", small, *args, code=2)))
 
 
-def test_too_short_a_text(small, tmp_path):
+def test_what_a_comparison_lacks_is_said_before_the_model_is_loaded(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(quantport, "load", lambda *a, **k: pytest.fail("it loaded first"))
+
+    def refused(*args):
+        return parts(ask("run", small, "--tokens", "2", "--compare", *args, code=2))
+
     (tmp_path / "short.txt").write_text("too short")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe")
-    assert "at least 64 tokens" in str(
-        ask("run", small, "--tokens", "2", "--compare", "--text", tmp_path / "short.txt", code=2).stderr
+    assert "at least 64 tokens" in refused("--text", tmp_path / "short.txt")["try"]
+    assert "UTF-8" in refused("--text", tmp_path / "binary.txt")["try"]
+    assert "directory" in refused("--text", tmp_path)["found"]
+    assert "no config.json" in refused("--baseline", tmp_path)["found"]
+    assert "64 positions" in refused("--tokens", "64")["found"]
+
+
+def test_a_comparison_without_a_text_takes_the_help_of_python(small):
+    assert not (small.parent / "eval.txt").exists()
+    result = ask("run", small, "--scheme", "int8", "--compare", *QUICK, "--json")
+    compare = json.loads(result.stdout)["compare"]
+    assert compare["source"] == f"the help of Python {platform.python_version()}"
+    assert compare["tokens_scored"] == 2 * 63
+    own = ask("run", small, "--scheme", "int8", "--compare", "--text", TEXT, *QUICK)
+    assert "126 tokens of eval.txt in windows of 64" in own.stdout
+
+
+def talking(small, folder, template):
+    """The model, with a tokenizer that has a chat template."""
+    shutil.copytree(small, folder)
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": template}))
+    return folder
+
+
+def generated_from(monkeypatch):
+    """The prompts, as tokens, that anything is generated from."""
+    seen, generate = [], compare.generate
+    monkeypatch.setattr(
+        compare, "generate", lambda m, ids, *a, **k: seen.append(ids[0].tolist()) or generate(m, ids, *a, **k)
     )
-    assert "UTF-8" in parts(ask("run", small, "--compare", "--text", tmp_path / "binary.txt", code=2))["try"]
+    return seen
+
+
+def test_a_prompt_goes_through_the_chat_template(small, tmp_path, monkeypatch):
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}. {% endfor %}"
+    template += "{% if add_generation_prompt %}assistant:{% endif %}"
+    chat, seen = talking(small, tmp_path / "chat", template), generated_from(monkeypatch)
+    tokenizer = baseline.tokenizer(chat)
+    for args, text in (
+        ((), "user: Why. assistant:"),
+        (("--chat",), "user: Why. assistant:"),
+        (("--no-chat",), "Why"),
+    ):
+        seen.clear()
+        data = json.loads(ask("run", chat, "--prompt", "Why", "--tokens", "3", *args, "--json").stdout)
+        assert {tuple(ids) for ids in seen} == {tuple(tokenizer(text).input_ids)}
+        assert data["chat"] == (args != ("--no-chat",))
+        assert data["text"].startswith("Why") == (args == ("--no-chat",)), "a chat shows the answer"
+
+
+def test_without_a_template_a_prompt_is_continued(small, monkeypatch):
+    data = json.loads(ask("run", small, "--prompt", "The following", "--tokens", "2", "--json").stdout)
+    assert data["chat"] is False
+    assert data["text"].startswith("The following")
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('no users') }}", "{% if %}", "{{ 1 // 0 }}"])
+def test_a_template_that_fails_is_said_before_the_model_is_loaded(small, tmp_path, template, monkeypatch):
+    monkeypatch.setattr(quantport, "load", lambda *a, **k: pytest.fail("it loaded first"))
+    error = parts(ask("run", talking(small, tmp_path / "chat", template), code=2))
+    assert "the chat template raised" in error["found"]
+    assert "--no-chat" in error["try"]
 
 
 def test_run_without_config_or_tokenizer(small, tmp_path):

@@ -81,9 +81,8 @@ def test_old_overrides(old, new):
     assert parse({old: "int8"}) == parse({new: "int8"})
 
 
-@pytest.mark.parametrize("old", ["ignored_layers", "modules_to_not_convert"])
-def test_old_ignore(old):
-    assert parse({old: ["lm_head"]}) == parse({"ignore": ["lm_head"]})
+def test_old_ignore():
+    assert parse({"ignored_layers": ["lm_head"]}) == parse({"ignore": ["lm_head"]})
 
 
 @pytest.mark.parametrize(
@@ -97,10 +96,59 @@ def test_old_ignore(old):
     ],
 )
 def test_vllm_weight_spelling(vllm, scheme):
-    config = parse(
-        {"linear": {"weight": vllm}, "moe": {"weight": vllm, "activation": "fp8_per_token_dynamic"}}
-    )
-    assert (config.linear, config.moe) == (scheme, scheme)
+    assert parse({"linear": {"weight": vllm}}).linear == parse({"moe": {"weight": vllm}}).moe == scheme
+
+
+@pytest.mark.parametrize(
+    ("weight", "activation", "scheme"),
+    [
+        ("int8_per_channel_static", "int8_per_token_dynamic", "int8"),
+        ("int8_per_channel_static", None, "int8_weight_only"),
+        ("fp8_per_tensor_static", "fp8_per_token_dynamic", "fp8_per_tensor"),
+        ("fp8_per_channel_static", "fp8_per_token", "fp8_per_channel"),
+        ("fp8_per_channel_static", None, "fp8_weight_only"),
+        ("fp8_per_block_static", "fp8_per_block_dynamic", "fp8_per_block"),
+        ("int4", "int8_per_token", "int4_w4a8"),
+        ("mxfp4", "mxfp8", "mxfp4_w4a8"),
+        ("mxfp4:floor", "mxfp8", "mxfp4_w4a8:floor"),
+        ("mxfp4", None, "mxfp4_weight_only"),
+        ("mxfp8", "mxfp8", "mxfp8"),
+        ("nvfp4", "nvfp4_per_token", "nvfp4"),
+        (None, None, None),
+    ],
+)
+def test_vllm_spelling_of_weights_and_activations(weight, activation, scheme):
+    both = {"weight": weight, "activation": activation}
+    assert parse({"linear": both}).linear == parse({"components": {"a": {"moe": both}}}).components["a"].moe
+    assert parse({"linear": both}).linear == scheme
+    assert "linear" in parse({"linear": both}).model_fields_set
+
+
+@pytest.mark.parametrize(
+    ("weight", "activation", "named"),
+    [
+        ("int8", "nonsense", ["'nonsense'", "int8_per_token"]),
+        ("fp8_per_tensor_static", "fp8_per_tensor_dynamic", ["fp8_per_tensor_dynamic", "fp8_per_token"]),
+        ("fp8_per_tensor_static", None, ["fp8_per_tensor_static", "None", "fp8_per_tensor ("]),
+        ("int4", "fp8_per_token", ["int4_weight_only (", "int4_w4a8 ("]),
+        ("int8", "mxfp8", ["int8 (", "int8_weight_only ("]),
+        ("int9", "int8_per_token", ["int9", "int8"]),
+        (None, "int8_per_token", ["None"]),
+        ("int8", 8, ["8", "int8_per_token"]),
+        ("int8", ["mxfp8"], ["mxfp8"]),
+    ],
+)
+def test_activations_that_no_scheme_has_are_refused(weight, activation, named):
+    both = {"weight": weight, "activation": activation}
+    refused({"linear": both}, *named)
+    refused({"components": {"a": {"moe": both}}}, *named)
+
+
+def test_activations_of_a_scheme_that_a_plugin_brings():
+    mine = Scheme("mine", Quant("e3m2", (1, 64)), BUILTIN["int8"].activation, "")
+    schemes = Schemes((*BUILTIN.values(), mine))
+    both = {"weight": "mine", "activation": "int8_per_token"}
+    assert QuantConfig.parse({"moe": both}, schemes).moe == "mine"
 
 
 @pytest.mark.parametrize("value", [{}, {"activation": "fp8"}])
@@ -112,7 +160,6 @@ def test_vllm_spelling_without_a_weight_is_no_silent_null(value):
     ("value", "named"),
     [
         ("int9", ["int8", "known"]),
-        ("FP8", ["fp8"]),
         ({"schema": "int8"}, ["'schema'", "did you mean 'scheme'"]),
         ({"ignored": []}, ["did you mean 'ignore"]),
         ({"targts": {"a": "int8"}}, ["did you mean 'targets'"]),

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 import core_defaults as program
@@ -28,7 +29,7 @@ ROOMS = ("reference", pytest.param("room", marks=pytest.mark.slow))
 pytestmark = pytest.mark.xdist_group("defaults")  # one worker asks the processes for all
 PLAIN = ("float32", "cpu")
 DEFAULTS = (("bfloat16", "cpu"), ("float16", "meta"), ("float64", "context"))
-RESULTS = ("stored", "values", "empty", "linear", "forward", "experts")
+RESULTS = ("stored", "values", "empty", "shard", "linear", "forward", "experts", "updated")
 
 
 @pytest.fixture(scope="module", params=ROOMS)
@@ -66,7 +67,7 @@ def test_bits_of_a_scheme(told, scheme, defaults):
 @pytest.mark.parametrize("defaults", DEFAULTS, ids="-".join)
 def test_bits_of_caches_and_of_models_that_are_loaded_saved_and_quantized_in_place(told, defaults):
     names = [n for n in told[PLAIN] if n.startswith("kv/") or n.partition("/")[2] not in RESULTS]
-    assert len(names) == 4 + 3 * len(program.LOADED)
+    assert len(names) == 4 + 5 * len(program.LOADED)
     assert {n: told[defaults][n] for n in names} == {n: told[PLAIN][n] for n in names}
 
 
@@ -98,6 +99,34 @@ def test_nothing_on_the_way_has_the_default_dtype(scheme, doubles):
         program.of_modules(BUILTIN[scheme])
 
 
+@contextmanager
+def engine(dtype, device, inference):
+    """What an engine sets while it builds a model and loads its weights."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device), torch.inference_mode(inference):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("scheme", program.schemes())
+def test_inside_and_outside_of_an_engine(scheme):
+    """Whatever is made inside and kept must do outside, and the other way round."""
+
+    def bits():
+        return {**program.of_numerics(BUILTIN[scheme]), **program.of_modules(BUILTIN[scheme])}
+
+    with engine(torch.bfloat16, "meta", inference=True):
+        inside = bits()
+    outside = bits()
+    with engine(torch.float16, "cpu", inference=False):
+        again = bits()
+    assert inside == outside == again
+    assert set(outside) == set(RESULTS)
+
+
 @pytest.mark.parametrize("name", ["fp8_e4m3", "fp8_e5m2", "int8", "int4"])
 def test_nothing_on_the_way_of_a_cache_has_the_default_dtype(name, doubles):
     with NoDoubles():
@@ -112,7 +141,7 @@ def test_the_watch_can_fail(doubles):
 @pytest.fixture(params=ROOMS)
 def room(request, monkeypatch):
     if request.param == "reference":
-        monkeypatch.setattr(quantport_cpu.detect, "available", lambda: "off")
+        monkeypatch.setattr(quantport_cpu.detect, "why_unavailable", lambda: "off")
         monkeypatch.setitem(
             vars(default_registry()), "_kernels", {**default_registry()._kernels, "cpu": aten.portable()}
         )

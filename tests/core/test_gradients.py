@@ -151,7 +151,7 @@ def test_the_weight_is_no_tensor(ask):
         getattr(weight, ask)
     check_parts(caught.value, ask, "16-bit")
     assert not hasattr(weight, ask)
-    assert copy.deepcopy(weight) == weight
+    assert copy.deepcopy(weight).shape == weight.shape
     assert weight.shape == (48, 96)
 
 

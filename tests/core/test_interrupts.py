@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -88,9 +89,18 @@ except KeyboardInterrupt:
 """
 
 
+HEAR = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # under nohup it is ignored
+
+
+@contextmanager
 def python(code, *arguments):
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    """A process that runs code, and ends with the test."""
+    command = [sys.executable, "-c", f"{HEAR}\n{code}", *map(str, arguments)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        try:
+            yield child
+        finally:
+            child.kill()
 
 
 def here_and_new():

@@ -124,13 +124,35 @@ def test_a_loaded_model_quantizes_its_cache_by_default(loaded):
 def test_what_the_caller_says_wins(loaded):
     own = quantport.kv_cache(loaded, "int4")
     assert used(loaded, cache=own) is own
-    assert type(used(loaded, cache_implementation="static")) is transformers.StaticCache
     assert used(loaded, use_cache=False) is None
     assert default_of(quantport.load(DENSE, "int8")) is None
     assert (
         type(used(quantport.load(DENSE, config={"scheme": "int8", "kv_cache_dtype": "auto"})))
         is transformers.DynamicCache
     )
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"max_new_tokens": 3}], ids=str)
+def test_a_cache_of_fixed_size_is_quantized_too(loaded, options):
+    cache = used(loaded, cache_implementation="static", **options)
+    assert type(cache) is KVCache
+    assert cache.max_length == 20 + options.get("max_new_tokens", 10) - 1
+    assert [layer.kind.name for layer in cache.layers] == ["auto", *["fp8_e4m3"] * 4, "auto"]
+    assert torch.equal(
+        generate(loaded, cache_implementation="static", **options), generate(loaded, **options)
+    )
+
+
+def test_a_cache_that_cannot_be_quantized_is_refused_by_name(loaded, monkeypatch):
+    class Other(transformers.cache_utils.DynamicCache):
+        """As of a model or a library that quantizes by itself."""
+
+    def prepare(self, generation_config, model_kwargs, *args):
+        model_kwargs["past_key_values"] = Other(config=self.config)
+
+    monkeypatch.setattr(type(loaded), "_prepare_cache_for_generation", prepare)
+    with pytest.raises(ConfigError, match="makes a Other, and the model has kv_cache_dtype 'fp8_e4m3'"):
+        generate(loaded)
 
 
 def test_other_models_keep_their_cache(loaded):

@@ -183,8 +183,8 @@ def test_fused_names_have_shards():
 def test_what_is_left_alone_by_default_hangs_on_the_role(name, role):
     (layer,) = find_layers({f"{name}.weight": Shape((8, 8))})
     assert layer.role is role
-    assert layer.skipped_as(SkipCode.ROLE) == (role in (Role.HEAD, Role.EMBEDDING, Role.ROUTER))
-    assert layer.opt_in == (role in (Role.HEAD, Role.EMBEDDING))
+    assert layer.skipped_as(SkipCode.ROLE) == (role is not Role.LINEAR)
+    assert layer.opt_in == (role not in (Role.LINEAR, Role.ROUTER))
 
 
 def test_an_embedding_stored_in_another_dtype_is_one_and_cannot_be_asked_for():
@@ -192,10 +192,16 @@ def test_an_embedding_stored_in_another_dtype_is_one_and_cannot_be_asked_for():
     assert (layer.role, layer.opt_in) == (Role.EMBEDDING, False)
 
 
-@pytest.mark.parametrize(("shape", "role"), [((8, 4, 3, 3), Role.CONVOLUTION), ((8,), Role.OTHER)])
-def test_what_is_no_matrix_has_a_role_too(shape, role):
+@pytest.mark.parametrize(
+    ("shape", "role", "code"),
+    [
+        ((8, 4, 3, 3), Role.CONVOLUTION, SkipCode.CONVOLUTION),
+        ((8,), Role.OTHER, SkipCode.NOT_A_MATRIX),
+    ],
+)
+def test_what_is_no_matrix_has_a_role_too(shape, role, code):
     (layer,) = find_layers({"a.weight": Shape(shape)})
-    assert (layer.kind, layer.role, layer.skipped_as(SkipCode.NOT_A_MATRIX)) == ("other", role, True)
+    assert (layer.kind, layer.role, layer.skipped_as(code)) == ("other", role, True)
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (8, 0)], ids=str)

@@ -96,7 +96,10 @@ MARKS = {
     "gptq": ({"a.qweight": torch.zeros(4, 4, dtype=torch.int32)}, {}, "GPTQ"),
     "float8": ({"a.weight": torch.zeros(4, 4, dtype=torch.float8_e4m3fn)}, {}, "FP8"),
     "block fp8": (
-        {"a.weight": torch.zeros(4, 4), "a.weight_scale_inv": torch.ones(1, 1)},
+        {
+            "a.weight": torch.zeros(4, 4, dtype=torch.float8_e4m3fn),
+            "a.weight_scale_inv": torch.ones(1, 1),
+        },
         {},
         "block-wise FP8",
     ),
@@ -106,11 +109,22 @@ MARKS = {
         {},
         "bitsandbytes",
     ),
-    "mxfp4": ({"a.gate_up_proj_blocks": torch.zeros(4, 4, dtype=torch.uint8)}, {}, "MXFP4"),
+    "mxfp4": (
+        {
+            "a.gate_up_proj_blocks": torch.zeros(4, 4, 2, 16, dtype=torch.uint8),
+            "a.gate_up_proj_scales": torch.zeros(4, 4, 2, dtype=torch.uint8),
+        },
+        {},
+        "MXFP4",
+    ),
+    "int8 of nobody": ({"a.weight": torch.zeros(4, 4, dtype=torch.int8)}, {}, "not known"),
+    "int32 of nobody": ({"a.weight": torch.zeros(4, 4, dtype=torch.int32)}, {}, "not known"),
+    "fused int8": ({"a.experts.down_proj": torch.zeros(2, 4, 4, dtype=torch.int8)}, {}, "not known"),
+    "LLM.int8": ({"a.weight": torch.zeros(4, 4, dtype=torch.int8), "a.SCB": torch.ones(4)}, {}, "LLM.int8"),
     "config": (
-        {"a.weight": torch.zeros(4, 4)},
-        {"config__json": '{"quantization_config": {"quant_method": "gptq"}}'},
-        "gptq",
+        {"a.W_q": torch.zeros(4, 4, dtype=torch.uint8)},
+        {"config__json": '{"quantization_config": {"quant_method": "hqq"}}'},
+        "hqq",
     ),
 }
 
@@ -127,6 +141,48 @@ def test_quantized_already(tmp_path, mark):
     )
     with pytest.raises(CheckpointError, match=method):
         quantport.plan(folder, "int8")
+
+
+@pytest.mark.parametrize("method", ["gptq", "fp8", "bitnet"])
+def test_a_configuration_over_16_bit_weights_is_said_to_be_stale(tmp_path, method):
+    """Refused all the same: bitnet, for one, quantizes such weights while it loads."""
+    text = json.dumps({"quantization_config": {"quant_method": method}})
+    tensors = {**state(), "position_ids": torch.arange(8)[None]}
+    folder = write(tmp_path / "c", tensors, config__json=text)
+    refused(CheckpointError, folder, model=Tiny, named=[repr(method), "stale", "no tensor is quantized"])
+    with pytest.raises(CheckpointError, match="stale"):
+        quantport.plan(folder, "int8")
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("norm.weight_scale", torch.ones(1)),
+        ("norm.weight_scale_inv", torch.ones(2, 2)),
+        ("num_blocks", torch.tensor(3)),
+        ("patch_blocks", torch.zeros(3, 3, dtype=torch.uint8)),
+        ("stats.absmax", torch.ones(3)),
+        ("up.qweight", torch.ones(3, 3)),
+        ("norm.num_weight", torch.tensor(4)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_name_is_no_mark_of_quantization(tmp_path, name, tensor):
+    path, _, leaf = name.rpartition(".")
+
+    def factory():
+        model = Tiny()
+        inner = model
+        for part in filter(None, path.split(".")):
+            if not hasattr(inner, part):
+                inner.add_module(part, nn.Module())
+            inner = getattr(inner, part)
+        inner.register_buffer(leaf, torch.zeros_like(tensor))
+        return model
+
+    model = quantport.load(write(tmp_path / "c", state() | {name: tensor}), "int8", model=factory)
+    assert torch.equal(model.get_buffer(name), tensor)
+    assert model.up.scheme == "int8"
 
 
 def test_not_enough_memory_is_predicted(tiny):
@@ -232,11 +288,13 @@ def test_a_factory_that_raises_leaves_torch_as_it_was(tiny):
 def test_tensors_that_the_model_does_not_have_are_said(tmp_path):
     """Transformers warns of unexpected keys; a plan that names them does too."""
     folder = write(tmp_path / "c", {**state(), "extra.weight": torch.ones(4, 4), "more": torch.ones(3)})
-    model = quantport.load(folder, "int8", model=Tiny)
+    with pytest.warns(UserWarning, match=r"no place for them: extra, more \(0\.0 MB\)"):
+        model = quantport.load(folder, "int8", model=Tiny)
     steps = model.quantport_plan.by_layer
-    assert steps["extra"].skip_reason.code is SkipCode.NO_MODULE
-    assert "no module" in steps["extra"].note
-    assert "more" in steps
+    for name, why in (("extra", "no module"), ("more", "Tiny of the model has no more")):
+        assert steps[name].skip_reason.code is SkipCode.NO_MODULE
+        assert why in steps[name].note
+        assert steps[name].after == 0
     assert "extra" not in dict(model.named_modules())
 
 

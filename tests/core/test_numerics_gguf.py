@@ -154,7 +154,7 @@ def test_a_scale_beyond_fp16_is_refused_as_such(name):
             numerics.quantize_weight(x, BUILTIN[name], "layers.0.up_proj", policy)
         assert "NaN" not in str(caught.value)
         assert "layers.0.up_proj" in caught.value.asked
-        assert "int8_weight_only" in caught.value.suggestion
+        assert "fp8_weight_only" in caught.value.suggestion
 
 
 @pytest.mark.parametrize("name", ["q4_k", "q5_k"])

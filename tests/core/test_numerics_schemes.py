@@ -5,6 +5,7 @@ rows.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from quantport import numerics
 from quantport.errors import WeightError
 from quantport.numerics import blocks, gguf
+from quantport.scheme import Scheme
 from quantport.scheme.catalog import BUILTIN
 
 SOME = settings(max_examples=4, deadline=None)
@@ -132,23 +134,58 @@ def test_tiny_and_huge_weights_are_finite(name, top):
     assert (value - w).abs().max() <= w.abs().max()
 
 
-@pytest.mark.parametrize(
-    "name", [n for n in NAMES if n.startswith(("fp8", "fp6", "nf4", "fp4", "int4_mse", "int4_hqq"))]
-)
-def test_the_largest_bf16(name):
-    """Sums of two of these overflow; nothing of that shows, but in a rotation, which says so.
-
-    Symmetric integers have a code beyond -amax, and power-of-two scales a value beyond amax: there it may be
-    Inf in fp32.
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", [*NAMES, "mxfp8:rceil"])
+def test_the_largest_numbers_come_back_finite_or_are_refused(name, dtype):
+    """Sums of two of these overflow. In bf16 only a code beyond amax is refused, a rotation, and scales in
+    fp16; in fp16 also what an e8m0 scale rounds beyond 65504.
     """
-    w = torch.full((4, 128), float(torch.finfo(torch.bfloat16).max), dtype=torch.bfloat16)
-    w[1] = -w[1]
-    w[2] = torch.linspace(-1, 1, 128).bfloat16() * w[0]
-    if BUILTIN[name].rotation:
+    scheme, top = BUILTIN[name], torch.finfo(dtype).max
+    share = torch.linspace(-1, 1, 128)
+    for row in (
+        torch.full((128,), 1.0),
+        torch.full((128,), -1.0),
+        share,
+        -share.abs(),
+        share * 0.9,
+        share * 0.5,
+    ):
+        w = (row.double() * top).to(dtype)[None]
+        if may_overflow(w, scheme):
+            continue
+        stored = stored_of(w, name)
+        plain = replace(scheme, rotation=0)
+        assert numerics.dequantize_weight(stored, plain, 128, dtype).isfinite().all()
+
+
+def may_overflow(w: Tensor, scheme: Scheme) -> bool:
+    """Whether a weight is refused, which none of bf16 in a float format is but for a rotation."""
+    try:
+        numerics.quantize_weight(w, scheme, "w")
+    except WeightError as error:
+        why = str(error)
+    else:
+        return False
+    assert "overflow" in why
+    quant, fp16 = scheme.weight, w.dtype is torch.float16
+    assert (
+        scheme.rotation
+        or quant.element.block
+        or not quant.element.exponent
+        or (fp16 and quant.scale == "e8m0")
+    )
+    return True
+
+
+@pytest.mark.parametrize("name", ["int8", "int4_weight_only", "q8_0", "mxfp4", "nvfp4"])
+def test_a_refusal_at_the_top_is_of_values_and_not_of_their_neighbourhood(name):
+    """The same magnitude with the other sign, whose code is not beyond it, is quantized."""
+    w = torch.full((1, 128), torch.finfo(torch.bfloat16).max, dtype=torch.bfloat16)
+    if name != "q8_0":
+        assert values_of(w, name).isfinite().all()
+    if name.startswith("int"):
         with pytest.raises(WeightError, match="overflow"):
-            stored_of(w, name)
-        return
-    assert (values_of(w, name)[:2].double() - w[:2].double()).abs().max() <= w[0, 0].double() * 0.02
+            stored_of(-w, name)
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -217,30 +254,44 @@ def test_offsets_beyond_bf16_are_refused(name):
     """fp32 values above the largest bf16: the offset would be Inf."""
     with pytest.raises(WeightError, match="overflow") as caught:
         numerics.quantize_weight(torch.full((2, 64), 3.4e38), BUILTIN[name], "layers.1.k_proj")
-    check_parts(caught.value, "layers.1.k_proj", "int8_weight_only")
+    check_parts(caught.value, "layers.1.k_proj", "fp8_weight_only")
 
 
 class Divisors(TorchDispatchMode):
-    """Collects the Python numbers that tensors are divided by: on GPUs torch multiplies by their reciprocals
-    instead.
+    """Collects the Python numbers that tensors are divided by, where torch on GPUs multiplies by their
+    reciprocals instead; and those that are divided by tensors, where it does so on every device.
     """
 
     def __init__(self):
         super().__init__()
-        self.found = []
+        self.found, self.reciprocals = [], []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket in (torch.ops.aten.div, torch.ops.aten.div_) and not isinstance(
-            args[1], Tensor
+        out, aten = func(*args, **(kwargs or {})), torch.ops.aten
+        of_number = len(args) > 1 and not isinstance(args[1], Tensor)
+        inverted = any(args[0] is x for x in self.reciprocals)
+        if func.overloadpacket is aten.reciprocal:
+            self.reciprocals.append(out)
+        elif of_number and (
+            func.overloadpacket in (aten.div, aten.div_) or (func.overloadpacket is aten.mul and inverted)
         ):
             self.found.append(args[1])
-        return func(*args, **(kwargs or {}))
+        return out
 
 
 @pytest.mark.parametrize("name", [*NAMES, "mxfp8:rceil"])
 def test_every_division_is_rounded_once_on_every_device(name):
     with Divisors() as divisors:
-        numerics.quantize_weight(torch.randn(8, 512), BUILTIN[name])
+        stored = numerics.quantize_weight(torch.randn(8, 512), BUILTIN[name])
+        numerics.linear(torch.randn(2, 512), stored, BUILTIN[name])
     assert all(abs(math.frexp(number)[0]) == 0.5 for number in divisors.found), (
         "a reciprocal is exact of powers of two only"
     )
+
+
+def test_a_number_divided_by_a_tensor_is_seen():
+    with Divisors() as divisors:
+        torch.ones(1) / 3
+        5 / torch.ones(1)
+        1 / torch.ones(1)
+    assert divisors.found == [3, 5, 1]

@@ -125,6 +125,8 @@ def test_fused_layers_take_the_names_of_their_shards(fused):
     assert schemes(planned(layers, {"scheme": "int8", "targets": {f"re:m.{fused}": "fp8"}})) == {
         f"m.{fused}": "fp8_per_tensor"
     }
+    each = ["*" + part.rpartition(".")[2] for part in layers[0].shards]
+    assert schemes(planned(layers, {"scheme": "int8", "ignore": each})) == {f"m.{fused}": None}
 
 
 @pytest.mark.parametrize(
@@ -140,6 +142,15 @@ def test_fused_layers_take_the_names_of_their_shards(fused):
             "gate_up_proj",
             {"ignore": ["*.gate_proj"], "targets": {"*.up_proj": "int8"}},
             ["gate_proj -> ignored", "up_proj -> int8"],
+        ),
+        ("qkv_proj", {"ignore": ["re:.*v_proj"]}, ["m.q_proj -> no pattern", "m.v_proj -> ignored"]),
+        ("qkv_proj", {"targets": {"*v_proj": "int4"}}, ["m.v_proj -> int4_weight_only"]),
+        ("gate_up_proj", {"ignore": ["*up_proj"]}, ["m.gate_proj -> no pattern", "m.up_proj -> ignored"]),
+        ("gate_up_proj", {"ignore": ["re:m.g"]}, ["m.gate_proj -> ignored", "m.up_proj -> no pattern"]),
+        (
+            "qkv_proj",
+            {"ignore": ["m.qkv_proj"], "targets": {"m.q_proj": "int4"}},
+            ["m.q_proj -> int4_weight_only", "m.k_proj -> ignored"],
         ),
     ],
 )

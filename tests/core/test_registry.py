@@ -302,6 +302,30 @@ def test_device_forms(registry):
     assert registry.device("slow").torch_device == torch.device("cpu")
 
 
+@pytest.mark.parametrize(
+    "name", ["Toy 2000", "toy2000", "TOY-2000", "toy 2000 16GB", "Toy_2000-80-GiB", "fast:toy 2000"]
+)
+def test_a_product_is_its_architecture(registry, name):
+    registry.backends["fast"].products = {"Toy 2000": arch("fast", "a2")}
+    found = registry.device(name)
+    assert (str(found), found.simulated, found.torch_type) == ("fast:a2", True, "xpu")
+    for other in ("toy 200", "toy 2000 ti", "slow:toy 2000", "2000"):
+        with pytest.raises(DeviceError):
+            registry.device(other)
+
+
+def test_a_product_that_is_nearly_right(registry):
+    registry.backends["fast"].products = {"Toy 2000": arch("fast", "a2")}
+    with pytest.raises(DeviceError) as caught:
+        registry.device("Toy 2001")
+    check_parts(caught.value, "'Toy 2001'", "did you mean 'Toy 2000'", "full name")
+
+
+def test_kinds_and_architectures_in_upper_case(registry):
+    assert str(registry.device("FAST:1")) == "fast:1 (a1)"
+    assert str(registry.device("Fast:A2")) == "fast:a2"
+
+
 def test_device_from_a_torch_device(registry):
     """torch names devices by torch_type ("cuda" on ROCm too), rooms by kind."""
     assert str(registry.device(torch.device("xpu", 1))) == "fast:1 (a1)"
@@ -316,7 +340,9 @@ def test_device_from_a_torch_device(registry):
         ("fast:7", ["'fast:7'", "2 such devices", "fast:a1"]),
         ("fast:²", ["fast:²"]),
         ("", ["known"]),
-        ("FAST", ["'FAST'", "known"]),
+        ("fast:" + "9" * 5000, ["fast:999", "fast:a1"]),
+        ("a1", ["'a1'", "several architectures", "fast:a1", "slow:a1"]),
+        ("toaster", ["'toaster'", "no backend has this kind", "product", "fast", "slow"]),
     ],
 )
 def test_device_errors(registry, asked, named):

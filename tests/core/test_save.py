@@ -31,7 +31,7 @@ def test_a_transformers_model_comes_back(path, scheme, tmp_path):
     assert (folder / "tokenizer.json").read_bytes() == (path / "tokenizer.json").read_bytes()
     assert (folder / "model.safetensors.index.json").exists()
     config = json.loads((folder / "config.json").read_text())
-    assert config["quantization_config"]["quant_method"] == "quantport"
+    assert config["quantization_config"] == {"quantized_by": "quantport"}
     assert config["architectures"] == json.loads((path / "config.json").read_text())["architectures"]
     assert again.quantport_plan.after == model.quantport_plan.after
     assert {s.layer.name: s.requested_scheme for s in again.quantport_plan.quantized} == {
@@ -76,11 +76,11 @@ def test_stored_names_and_dtypes_are_the_scheme_layouts(tmp_path):
     quantport.quantize_(model, config={"scheme": "int8", "targets": {"down": "int4"}})
     with Checkpoint.open(quantport.save(model, tmp_path / "out")) as checkpoint:
         found = {name: (info.shape, info.dtype) for name, info in checkpoint.tensors.items()}
-    assert found["up.weight"] == ((129, 32), torch.int8)
+    assert found["up.weight_codes"] == ((129, 32), torch.int8)
     assert found["up.weight_scale"] == ((129, 1), torch.float32)
     assert found["down.weight_packed"] == ((32, 17), torch.int32)
     assert found["offset"] == ((32,), torch.bfloat16)
-    assert set(found) == set(model.state_dict())
+    assert {name.removesuffix("_codes") for name in found} == set(model.state_dict())
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +218,7 @@ def test_a_record_that_lies(folder, change):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"format": 2, "layers": {}}', '{"layers": 3}', '{"layers": {"a": {}}}']
+    "text", ["", "{", "[]", '{"format": 3, "layers": {}}', '{"layers": 3}', '{"layers": {"a": {}}}']
 )
 def test_a_record_that_is_broken(folder, text):
     (folder / "quantport.json").write_text(text)
@@ -242,4 +242,38 @@ def test_a_missing_scale_is_named(folder):
         }
     write(folder, kept)
     with pytest.raises(CheckpointError, match=r"up\.weight_scale"):
+        quantport.load(folder, model=Tiny)
+
+
+@pytest.mark.parametrize("fallback", ["weight_only", "reference"])
+def test_what_runs_is_the_same_after_a_round_trip(fallback, tmp_path):
+    """fp8 activations, which no host processor multiplies: W8A16, or W8A8 emulated."""
+    model = made()
+    quantport.quantize_(model, "fp8_per_channel", fallback=fallback)
+    folder = quantport.save(model, tmp_path / "out")
+    tokens = torch.arange(12).view(2, 6)
+    again = quantport.load(folder, model=Tiny)
+    assert again.quantport_plan.config.fallback == fallback
+    assert {s.layer.name: s.choice.precision for s in again.quantport_plan.quantized} == {
+        s.layer.name: s.choice.precision for s in model.quantport_plan.quantized
+    }
+    assert torch.equal(again(tokens), model(tokens))
+    assert again.quantport_plan.quantized[0].choice.precision == (
+        "W8A8" if fallback == "reference" else "W8A16"
+    )
+    other = {"weight_only": "reference", "reference": "weight_only"}[fallback]
+    for options in ({"fallback": other}, {"config": {"fallback": other}}):
+        assert quantport.load(folder, model=Tiny, **options).quantport_plan.config.fallback == other
+
+
+def test_a_checkpoint_that_says_nothing_of_a_fallback_has_the_default(tmp_path):
+    model = made()
+    quantport.quantize_(model, "fp8_per_channel", fallback="reference")
+    folder = quantport.save(model, tmp_path / "out")
+    record = json.loads((folder / "quantport.json").read_text())
+    del record["fallback"]
+    (folder / "quantport.json").write_text(json.dumps(record))
+    assert quantport.load(folder, model=Tiny).quantport_plan.config.fallback == "weight_only"
+    (folder / "quantport.json").write_text(json.dumps({**record, "fallback": "never"}))
+    with pytest.raises(QuantportError, match="fallback"):
         quantport.load(folder, model=Tiny)

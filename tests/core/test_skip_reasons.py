@@ -51,7 +51,7 @@ def checked(factory):
         (lambda: nn.ModuleDict({"a": nn.Embedding(8, 8)}), "a", SkipCode.ROLE),
         (lambda: nn.ModuleDict({"experts": Experts()}), "experts", SkipCode.OTHER_EXPERTS),
         (Tied, "a", SkipCode.TIED),
-        (lambda: nn.TransformerEncoderLayer(32, 4, 64), "linear1", SkipCode.FUSED_ENCODER),
+        (lambda: nn.TransformerEncoderLayer(32, 4, 64), "linear1", SkipCode.WEIGHT_READ),
     ],
     ids=lambda value: str(value) if isinstance(value, SkipCode) else "",
 )

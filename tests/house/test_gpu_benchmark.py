@@ -16,10 +16,10 @@ from importlib.metadata import entry_points
 import house_source as house
 import pytest
 
+from quantport.kernels import tuned
 from quantport.kernels.base import Request, WeightSpec
 from quantport.planning.select_kernel import select_kernel
 from quantport.plugins.registry import Registry
-from quantport_cuda import measured
 
 BENCHMARKS = house.ROOT / "benchmarks"
 RESULTS = BENCHMARKS / "results"
@@ -46,7 +46,7 @@ def timed(name, m, seconds, shape=FOUR, kind="ours", **more):
         "scheme": name,
         "kernel": f"k.{name}",
     }
-    return {**row, "limit": seconds / 2, "asked": True, **more}
+    return {**row, "limit": seconds / 2, "as_requested": True, **more}
 
 
 def checked(kernel, error, **more):
@@ -87,7 +87,7 @@ def everywhere(targets, name, seconds, base=1e-3):
     }
 
 
-def found(targets, run, what):
+def target(targets, run, what):
     (one,) = [t for t in targets.targets(run) if what in t.what]
     return one
 
@@ -96,7 +96,7 @@ def test_without_a_run_every_number_is_not_measured(bench):
     page, plot = bench("gpu_page").render({})
     targets = bench("gpu_targets").targets({})
     assert len(targets) == 15
-    assert all(t.state == "not measured" and t.found is None for t in targets)
+    assert all(t.state == "not measured" and t.measured is None for t in targets)
     lines = [line for line in page.splitlines() if line.startswith("|") and ">=" in line]
     assert len(lines) == 14
     assert all("| not measured | >= " in line for line in lines)
@@ -153,11 +153,11 @@ def test_the_page_says_the_numbers_of_the_json(bench):
 
 def test_a_target_is_met_only_when_every_case_was_measured(bench):
     targets = bench("gpu_targets")
-    met = found(targets, everywhere(targets, "int8", 0.5e-3), "int8, over")
-    assert (met.state, met.found, met.need) == ("met", pytest.approx(2.0), 1.5)
+    met = target(targets, everywhere(targets, "int8", 0.5e-3), "int8, over")
+    assert (met.state, met.measured, met.need) == ("met", pytest.approx(2.0), 1.5)
     assert met.beside["limit"] == pytest.approx(4.0)
-    partly = found(targets, data(timed("int8", 512, 0.5e-3)), "int8, over")
-    assert (partly.state, partly.found) == ("not measured", pytest.approx(2.0))
+    partly = target(targets, data(timed("int8", 512, 0.5e-3)), "int8, over")
+    assert (partly.state, partly.measured) == ("not measured", pytest.approx(2.0))
     assert "1 of 16 cases" in partly.where
 
 
@@ -170,18 +170,18 @@ def test_one_case_below_it_misses_a_target(bench):
         if r["scheme"] == "int8" and r["m"] == 4096 and r["shape"] == [8192, 8192]
     )
     slow["seconds"] = 0.9e-3
-    missed = found(targets, run, "int8, over")
+    missed = target(targets, run, "int8, over")
     assert missed.state == "missed"
-    assert missed.found == pytest.approx(1 / 0.9)
+    assert missed.measured == pytest.approx(1 / 0.9)
     assert "8192x8192, M=4096" in missed.where
-    assert found(targets, data(timed("int8", 512, 0.9e-3)), "int8, over").state == "missed"
+    assert target(targets, data(timed("int8", 512, 0.9e-3)), "int8, over").state == "missed"
 
 
 def test_a_kernel_of_another_precision_than_asked_does_not_count(bench):
     targets = bench("gpu_targets")
-    rows = [timed("int8", 512, 0.1e-3, asked=False), timed("int8", 512, 0.5e-3, kernel="k.asked")]
-    assert found(targets, data(*rows), "int8, over").found == pytest.approx(2.0)
-    assert found(targets, data(rows[0]), "int8, over").state == "not measured"
+    rows = [timed("int8", 512, 0.1e-3, as_requested=False), timed("int8", 512, 0.5e-3, kernel="k.asked")]
+    assert target(targets, data(*rows), "int8, over").measured == pytest.approx(2.0)
+    assert target(targets, data(rows[0]), "int8, over").state == "not measured"
 
 
 def test_peers_and_shares_are_of_the_same_case(bench):
@@ -191,11 +191,11 @@ def test_peers_and_shares_are_of_the_same_case(bench):
     run = data(
         timed("int4_weight_only", 1, 0.25e-3, limit=0.2e-3), peer, bare, timed("fp8_per_tensor", 512, 0.5e-3)
     )
-    assert found(targets, run, "int4_weight_only, over BF16 at M = 1").beside == pytest.approx(
+    assert target(targets, run, "int4_weight_only, over BF16 at M = 1").beside == pytest.approx(
         {"gemlite": 2.5, "limit": 5.0}
     )
-    assert found(targets, run, "of the bandwidth bound").found == pytest.approx(80)
-    assert found(targets, run, "over bare").found == pytest.approx(0.9)
+    assert target(targets, run, "of the bandwidth bound").measured == pytest.approx(80)
+    assert target(targets, run, "over bare").measured == pytest.approx(0.9)
 
 
 def test_stages_of_one_number_are_judged(bench):
@@ -209,11 +209,11 @@ def test_stages_of_one_number_are_judged(bench):
         "quantize": {"rows": [{"scheme": "a", "share": 0.9}, {"scheme": "b", "missing": "no"}]},
         "decode": {"rows": [{"name": "fp8_per_channel", "speed": 1.5}]},
     }
-    assert found(targets, run, "loading a checkpoint").state == "missed"
-    assert found(targets, run, "peak device memory").state == "met"
-    assert found(targets, run, "quantizing a weight").state == "not measured"
-    assert found(targets, run, "in fp8").state == "met"
-    assert found(targets, run, "in int4").state == "not measured"
+    assert target(targets, run, "loading a checkpoint").state == "missed"
+    assert target(targets, run, "peak device memory").state == "met"
+    assert target(targets, run, "quantizing a weight").state == "not measured"
+    assert target(targets, run, "in fp8").state == "met"
+    assert target(targets, run, "in int4").state == "not measured"
     page, _ = bench("gpu_page").render(run)
     assert "| a |  | not measured | 90% | >= 70% | met |" in page
     assert "| b |  | not measured | not measured | >= 70% | not measured: no |" in page
@@ -228,24 +228,24 @@ def test_evidence_is_of_kernels_that_were_right_and_the_room_reads_it(bench, tmp
     ]
     run = data(*rows, timed("nf4", 1, 1e-4, kernel="k.unchecked"), checks=checks)
     run["run"] |= dict.fromkeys(("date", "commit", "torch", "triton"), "x")
-    found = bench("gpu_evidence").evidence(run, "benchmarks/results/some-gpu.json")
-    assert found == {
+    evidence = bench("gpu_evidence").evidence(run, "benchmarks/results/some-gpu.json")
+    assert evidence == {
         "results": "benchmarks/results/some-gpu.json",
         "run": {"device": "Some GPU", "date": "x", "commit": "x", "torch": "x", "triton": "x"},
         "shape": [4096, 4096],
         "kernels": {"k.good": {"int8": {"error": 2e-3, "speeds": {"1": 2.0, "512": 4.0}}}},
     }
-    found["kernels"]["cuda.triton_int8"] = found["kernels"].pop("k.good")
+    evidence["kernels"]["cuda.triton_int8"] = evidence["kernels"].pop("k.good")
     (tmp_path / "tuned").mkdir()
-    (tmp_path / "tuned" / "sm_90.json").write_text(json.dumps(found))
-    monkeypatch.setattr(measured, "files", lambda package: tmp_path)
-    measured.measurements.cache_clear()
+    (tmp_path / "tuned" / "sm_90.json").write_text(json.dumps(evidence))
+    monkeypatch.setattr(tuned, "files", lambda package: tmp_path)
+    tuned.tuned_table.cache_clear()
     host = Registry(only=["cuda"])
     request = Request(
         WeightSpec(host.schemes["int8"], 4096, 4096), "linear", host.device("cuda:sm_90"), num_tokens=512
     )
     choice = select_kernel(request, host.kernels("cuda"))
-    measured.measurements.cache_clear()
+    tuned.tuned_table.cache_clear()
     assert (choice.kernel, choice.speed, str(choice.claim.evidence)) == ("cuda.triton_int8", 4.0, "measured")
 
 
@@ -267,24 +267,24 @@ def test_cases_are_summed_up(bench):
         case("k.b", False, 0.5),
         {"kernel": "k.a", "scheme": "int8", "skipped": "no"},
     ]
-    found = bench("gpu_checks").summary(rows)
-    assert found["rows"] == [
+    summary = bench("gpu_checks").summary(rows)
+    assert summary["rows"] == [
         checked("k.a", 2e-3, cases=2, skipped=1),
         checked("k.b", 0.5, cases=1, failures=["M=2: 5.0e-01"]),
     ]
-    assert found["failed"] == 1
+    assert summary["failed"] == 1
     broken = {"kernel": "k.c", "scheme": "int8", "case": "M=1", "ok": False, "failure": "RuntimeError: x"}
     assert bench("gpu_checks").summary([broken])["rows"][0]["failures"] == ["M=1: RuntimeError: x"]
 
 
 def test_candidates_are_neighbours(bench):
-    way = {"rows": 16, "way": "gemm", "BM": 16, "warps": 4, "stages": 1}
-    made = bench("gpu_tune").candidates(way)
-    assert made[0] == way
-    assert {**way, "BM": 32} in made
-    assert {**way, "BM": 8, "warps": 8} in made
+    entry = {"max_rows": 16, "kernel": "gemm", "BM": 16, "warps": 4, "stages": 1}
+    made = bench("gpu_tune").candidates(entry)
+    assert made[0] == entry
+    assert {**entry, "BM": 32} in made
+    assert {**entry, "BM": 8, "warps": 8} in made
     assert all(
-        1 <= c["warps"] <= 16 and 1 <= c["stages"] <= 6 and c["rows"] == 16 and c["way"] == "gemm"
+        1 <= c["warps"] <= 16 and 1 <= c["stages"] <= 6 and c["max_rows"] == 16 and c["kernel"] == "gemm"
         for c in made
     )
     assert len({json.dumps(c) for c in made}) == len(made)
@@ -327,15 +327,15 @@ def test_a_stage_that_does_not_end_is_ended_and_says_so(bench, tmp_path, monkeyp
     gpu = bench("gpu")
     monkeypatch.setattr(gpu, "GRACE", 0.1)
     # less than importing torch takes
-    found = gpu.stage("models", argparse.Namespace(smoke=True), {}, 0.1, tmp_path)
-    assert found["missing"] == "it did not end within 0 s"
-    assert found["seconds"] < 5
+    result = gpu.stage("models", argparse.Namespace(smoke=True), {}, 0.1, tmp_path)
+    assert result["missing"] == "it did not end within 0 s"
+    assert result["seconds"] < 5
 
 
 def test_a_stage_that_fails_keeps_what_it_had_and_says_why(bench, tmp_path, monkeypatch):
     gpu, module = bench("gpu"), types.SimpleNamespace()
 
-    def run(place, found, keep):
+    def run(place, previous, keep):
         keep({"rows": [1]})
         raise ZeroDivisionError("by nought")
 
@@ -346,7 +346,7 @@ def test_a_stage_that_fails_keeps_what_it_had_and_says_why(bench, tmp_path, monk
     monkeypatch.delenv("QUANTPORT_BENCH_RAISE", raising=False)
     out = tmp_path / "out.json"
     gpu.run_stage(
-        argparse.Namespace(smoke=True, until=0.0, stage="limits", found=tmp_path / "none.json", out=out)
+        argparse.Namespace(smoke=True, until=0.0, stage="limits", previous=tmp_path / "none.json", out=out)
     )
     assert json.loads(out.read_text(encoding="utf-8")) == {
         "rows": [1],
@@ -392,5 +392,5 @@ def test_smoke_of_everything(tmp_path):
 
 @pytest.mark.slow
 def test_smoke_of_tuning(tmp_path):
-    told = smoke(tmp_path, "--tune", "60")
-    assert all(set(w) >= {"rows", "way"} for w in told["weight_only"])
+    tuned = smoke(tmp_path, "--tune", "60")
+    assert all(set(entry) >= {"max_rows", "kernel"} for entry in tuned["weight_only"])

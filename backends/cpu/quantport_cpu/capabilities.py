@@ -1,8 +1,8 @@
 """What each class of host processor multiplies natively.
 
 Sources: oneDNN ``doc/common_concepts/data_types.md`` and ``dev_guide_int8_computations``; Intel's intrinsics
-guide for ``vpmaddwd``, which adds two products of 16 bits, those of bytes among them, to a lane of 32: exact
-where ``vpmaddubsw`` saturates.
+guide for ``vpmaddwd``, which sums two products of int16 in an int32, exactly for bytes, where ``vpmaddubsw``
+saturates.
 """
 
 from __future__ import annotations

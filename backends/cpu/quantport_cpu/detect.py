@@ -10,23 +10,23 @@ from torch import Tensor
 from quantport.backend import Arch, Backend, Device, Kernel, Scheme, StoredWeight
 from quantport_cpu.capabilities import ARCHS
 from quantport_cpu.features import Features, usable_features
-from quantport_cpu.jit import available, is_installed
+from quantport_cpu.jit import is_installed, why_unavailable
 from quantport_cpu.memory import at_hand
 
 
-def arch_of(found: Features, machine: str) -> Arch:
+def arch_of(features: Features, machine: str) -> Arch:
     """Chooses the architecture class from instruction sets and ``platform.machine()``."""
     if machine.lower() in ("arm64", "aarch64"):
-        return ARCHS["arm_i8mm" if {"i8mm", "bf16"} <= found else "arm"]
-    if {"amx_int8", "amx_bf16"} <= found:
+        return ARCHS["arm_i8mm" if {"i8mm", "bf16"} <= features else "arm"]
+    if {"amx_int8", "amx_bf16"} <= features:
         return ARCHS["x86_amx"]
-    if {"avx512_vnni", "avx512_bf16"} <= found:
+    if {"avx512_vnni", "avx512_bf16"} <= features:
         return ARCHS["x86_bf16"]
-    if found & {"avx512_vnni", "avx_vnni"}:
+    if features & {"avx512_vnni", "avx_vnni"}:
         return ARCHS["x86_vnni"]
-    if "avx512_f" in found:
+    if "avx512_f" in features:
         return ARCHS["x86_avx512"]
-    return ARCHS["x86_avx2" if "avx2" in found else "generic"]
+    return ARCHS["x86_avx2" if "avx2" in features else "generic"]
 
 
 class CpuBackend(Backend):
@@ -39,9 +39,9 @@ class CpuBackend(Backend):
 
     def detect(self) -> Sequence[Device]:
         """Always finds exactly one device."""
-        found = usable_features()
-        name = platform.processor() or platform.machine()
-        return (Device(arch_of(found, platform.machine()), name=name, memory=at_hand(), features=found),)
+        features, machine = usable_features(), platform.machine()
+        name = platform.processor() or machine
+        return (Device(arch_of(features, machine), name=name, memory=at_hand(), features=features),)
 
     def memory(self, device: Device) -> int | None:
         """What the system, the container and the limits of this process leave."""
@@ -49,7 +49,7 @@ class CpuBackend(Backend):
 
     def quantize_weight(self, weight: Tensor, scheme: Scheme) -> StoredWeight | None:
         """One compiled pass over BF16 weights, where numba is installed."""
-        if available():
+        if why_unavailable():
             return None
         from quantport_cpu.jit.quantize import quantize_weight
 
@@ -57,11 +57,11 @@ class CpuBackend(Backend):
 
     def advice(self) -> Sequence[str]:
         """Names the reason when the compiled kernels are missing."""
-        why = available()
-        if not why:
+        reason = why_unavailable()
+        if not reason:
             return ()
-        mend = "" if is_installed() else "; pip install 'quantport[jit]'"
-        return (f"{why}: FP8 and INT4 decode slower and loading takes longer{mend}",)
+        remedy = "" if is_installed() else "; pip install 'quantport[jit]'"
+        return (f"{reason}: FP8 and INT4 decode slower and loading takes longer{remedy}",)
 
     def kernels(self) -> Sequence[Kernel]:
         """Fast kernels first; the portable ones run everything else."""

@@ -1,6 +1,4 @@
-"""Instruction sets of the host processor: those that it has, less those that torch and oneDNN were told not
-to use.
-"""
+"""Instruction sets of the host processor, less those that the environment forbids torch and oneDNN to use."""
 
 from __future__ import annotations
 
@@ -14,9 +12,7 @@ Features = frozenset[str]
 
 
 def features(cpu: Any = torch.cpu) -> Features:
-    """Reads instruction sets: ``get_capabilities()`` where torch has it (2.11 and later), else the private
-    probes.
-    """
+    """Reads instruction sets from ``get_capabilities()`` (torch 2.11 and later), or from private probes."""
     if hasattr(cpu, "get_capabilities"):
         return frozenset(name for name, value in cpu.get_capabilities().items() if value is True)
     probes = {
@@ -26,12 +22,11 @@ def features(cpu: Any = torch.cpu) -> Features:
         "avx512_bf16": "_is_avx512_bf16_supported",
         "amx_tile": "_is_amx_tile_supported",
     }
-    found = {name for name, probe in probes.items() if hasattr(cpu, probe) and getattr(cpu, probe)()}
-    return frozenset(found | ({"amx_int8", "amx_bf16"} if "amx_tile" in found else set()))
+    present = {name for name, probe in probes.items() if hasattr(cpu, probe) and getattr(cpu, probe)()}
+    return frozenset(present | ({"amx_int8", "amx_bf16"} if "amx_tile" in present else set()))
 
 
-# What ``ONEDNN_MAX_CPU_ISA`` leaves, beyond what every entry before it does. Source: oneDNN
-# ``dev_guide_cpu_dispatcher_control``.
+# What each value of ``ONEDNN_MAX_CPU_ISA`` allows. Source: oneDNN ``dev_guide_cpu_dispatcher_control``.
 _AVX512 = ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl")
 _ONEDNN = {
     "SSE41": (),
@@ -44,28 +39,36 @@ _ONEDNN = {
     "AVX512_CORE_BF16": ("avx2", *_AVX512, "avx512_vnni", "avx_vnni", "avx512_bf16"),
     "AVX512_CORE_FP16": ("avx2", *_AVX512, "avx512_vnni", "avx_vnni", "avx512_bf16"),
 }
-# What architectures differ in.
-_CHOSEN = {"avx2", *_AVX512, "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"}
+# The instruction sets by which architectures are told apart.
+_DISTINGUISHING = {
+    "avx2",
+    *_AVX512,
+    "avx512_vnni",
+    "avx_vnni",
+    "avx512_bf16",
+    "amx_tile",
+    "amx_int8",
+    "amx_bf16",
+}
 
 
-def restricted(found: Features, capability: str, environment: Mapping[str, str]) -> Features:
-    """Instruction sets that torch and oneDNN may use: ``ATEN_CPU_CAPABILITY`` and ``ONEDNN_MAX_CPU_ISA`` take
-    some away.
+def restricted(present: Features, capability: str, environment: Mapping[str, str]) -> Features:
+    """Instruction sets that ``ATEN_CPU_CAPABILITY`` and ``ONEDNN_MAX_CPU_ISA`` leave to torch and oneDNN.
 
     Args:
-        found: What the processor has.
+        present: Those that the processor has.
         capability: ``torch.backends.cpu.get_cpu_capability()``.
-        environment: Of the process.
+        environment: Variables of the process.
     """
     limit = environment.get("ONEDNN_MAX_CPU_ISA", environment.get("DNNL_MAX_CPU_ISA", "")).upper()
-    hidden = _CHOSEN - set(_ONEDNN.get(limit, _CHOSEN))
+    hidden = _DISTINGUISHING - set(_ONEDNN.get(limit, _DISTINGUISHING))
     if capability == "AVX2":
-        hidden |= {name for name in found if name.startswith(("avx512", "amx"))}
+        hidden |= {name for name in present if name.startswith(("avx512", "amx"))}
     elif capability in ("DEFAULT", "NO AVX"):
-        hidden |= {name for name in found if name.startswith(("avx", "amx"))}
-    return found - hidden
+        hidden |= {name for name in present if name.startswith(("avx", "amx"))}
+    return present - hidden
 
 
 def usable_features() -> Features:
-    """Instruction sets that torch and oneDNN use in this process."""
+    """Instruction sets that torch and oneDNN may use in this process."""
     return restricted(features(), torch.backends.cpu.get_cpu_capability(), os.environ)

@@ -1,8 +1,7 @@
 """What the tensor cores of each NVIDIA architecture multiply natively.
 
-Two facts that a table of names cannot show. On sm_90, e4m3fn is native through ``wgmma`` only, which needs
-code for sm_90a; ``mma.sync`` unpacks it to fp16. On sm_90 and later, an int4 multiplication is expanded to
-int8, so int4 is not native there.
+On sm_90, e4m3fn is native through ``wgmma`` only, which needs code for sm_90a; ``mma.sync`` unpacks it to
+fp16. From sm_90 on, an int4 multiplication is expanded to int8, so int4 is not native there.
 """
 
 from __future__ import annotations
@@ -47,9 +46,8 @@ _JETSON_ORIN = replace(ARCHS["sm_86"], name="sm_87", title="NVIDIA Jetson Orin")
 def arch_of(major: int, minor: int) -> Arch:
     """The architecture of a compute capability.
 
-    One that the table lacks gets its own name and only what is safe to assume: fp16, and bf16 from 8.0 on.
-    Thor reads as (11, 0), or as (10, 1) in builds for CUDA 12 (torch ``common_cuda.py``); it is named
-    ``sm_110`` in both.
+    An unknown one has its own name and only what is safe to assume: fp16, and bf16 from 8.0 on. Thor reports
+    (11, 0), or (10, 1) in builds for CUDA 12 (torch ``common_cuda.py``); it is named ``sm_110`` in both.
     """
     name = "sm_110" if (major, minor) == (10, 1) else f"sm_{major}{minor}"
     if name in ARCHS:

@@ -1,6 +1,4 @@
-"""Finds NVIDIA GPUs through torch. Every reader takes what it reads as an argument, so that tests
-feed fakes.
-"""
+"""Finds NVIDIA GPUs through torch. What is read is passed in, so that tests can pass fakes."""
 
 from __future__ import annotations
 
@@ -12,36 +10,34 @@ from torch import Tensor
 
 from quantport.backend import Arch, Backend, Device, Kernel, Scheme, StoredWeight
 from quantport_cuda.capabilities import ARCHS, arch_of
+from quantport_cuda.products import PRODUCTS
 from quantport_triton import evidence
 from quantport_triton.launch import target_of
 from quantport_triton.weights import quantize_weight
 
-# the first cublasLt with block scales for Blackwell, and the first with those of 128x128
-_CUDA = (
-    (12, 8),
-    (12, 9),
-)
+# The first CUDA whose cublasLt has block scales for Blackwell, and the first with those of 128x128.
+_CUDA = ((12, 8), (12, 9))
 
 
 def features(lib: Any) -> frozenset[str]:
-    """What kernels ask about this build of torch: ``cuda>=12.8``, ``cuda>=12.9``, and ``mslk`` (its MXFP4
-    kernels).
+    """What kernels need to know of this build of torch: ``cuda>=12.8``, ``cuda>=12.9``, and ``mslk``, which
+    has kernels for MXFP4.
     """
     version = tuple(int(part) for part in lib.version.cuda.split(".")[:2])
-    found = {f"cuda>={major}.{minor}" for major, minor in _CUDA if version >= (major, minor)}
-    return frozenset(found | ({"mslk"} if "USE_MSLK" in lib.__config__.show() else set()))
+    cuda = {f"cuda>={major}.{minor}" for major, minor in _CUDA if version >= (major, minor)}
+    return frozenset(cuda | ({"mslk"} if "USE_MSLK" in lib.__config__.show() else set()))
 
 
 def devices(lib: Any) -> tuple[Device, ...]:
-    """Reads every GPU of ``lib`` (the torch module). A driver that fails raises here."""
+    """Every GPU of ``lib``, the torch module. Raises what a failing driver raises."""
     if lib.version.cuda is None or not lib.cuda.is_available():
         return ()
-    found = []
+    gpus = []
     for i in range(lib.cuda.device_count()):
         arch = arch_of(*lib.cuda.get_device_capability(i))
-        box = lib.cuda.get_device_properties(i)
-        found.append(Device(arch, i, box.name, box.total_memory, "cuda", features=features(lib)))
-    return tuple(found)
+        properties = lib.cuda.get_device_properties(i)
+        gpus.append(Device(arch, i, properties.name, properties.total_memory, "cuda", features=features(lib)))
+    return tuple(gpus)
 
 
 class CudaBackend(Backend):
@@ -50,6 +46,7 @@ class CudaBackend(Backend):
     kind = "cuda"
     torch_type = "cuda"
     archs: Mapping[str, Arch] = ARCHS
+    products: Mapping[str, Arch] = PRODUCTS
 
     def detect(self) -> Sequence[Device]:
         """Every GPU that torch shows; none, at once, when torch is built without CUDA."""
@@ -68,8 +65,8 @@ class CudaBackend(Backend):
         return kernels()
 
     def quantize_weight(self, weight: Tensor, scheme: Scheme) -> StoredWeight | None:
-        """In one read of the weight, by Triton; None where that is missing or has no kernel for it, and for
-        weights elsewhere.
+        """Quantizes by Triton, which reads the weight once; None where Triton is missing or has no kernel,
+        and for a weight on another device.
         """
         if weight.device.type != self.torch_type:
             return None
@@ -78,9 +75,7 @@ class CudaBackend(Backend):
         return quantize_weight(weight, scheme)
 
     def advice(self) -> Sequence[str]:
-        """A GPU without a driver or a torch that can use it, or a torch without code for it, or without
-        Triton.
-        """
+        """What is missing to use a GPU: a driver, a torch for it, code for its architecture, or Triton."""
         from quantport_cuda.advice import advice
 
         return advice(torch)

@@ -1,78 +1,35 @@
-"""Measurements as data: the speeds by which kernels are chosen, and the evidence that follows from them.
+"""Measured speeds and evidence before what a kernel says itself (``tuned/<arch>.json``, see ``Tuned``).
 
-``tuned/<arch>.json``, where an architecture was measured (written by ``benchmarks/gpu.py --evidence``)::
-
-    {"results": "benchmarks/results/nvidia-h200.json",
-     "run": {"device": "NVIDIA H200", "date": "2026-12-01", "commit": "1a2b3c4", "torch": "2.11.0", "triton":
-     "3.6.0"}, "shape": [4096, 4096], "kernels": {"cuda._scaled_mm": {"fp8_per_channel": {"error": 0.0012,
-     "speeds": {"1": 1.1, "512": 1.7}}}}}
-
-``speeds`` are relative to BF16 by ``F.linear`` in the same run, by rows of activations, for a weight of
-``shape``; ``error`` is the largest relative error against the reference.
+``benchmarks/gpu.py --evidence`` writes the files.
 """
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Mapping
-from functools import cache
-from importlib.resources import files
-from typing import Any
-
-from quantport.backend import Claim, Evidence, Kernel, Measurement, Request
+from quantport.backend import Claim, Kernel, Request, Tuned, find_tuned
 from quantport_triton import available
-
-SMALLEST = 16  # a layer with fewer elements than the measured one by this factor has no known speed
-
-
-@cache
-def measurements(arch: str) -> Mapping[str, Any]:
-    """The measurements of an architecture, or nothing."""
-    path = files("quantport_cuda") / "tuned" / f"{arch}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 class Measured(Kernel):
-    """Comes before a kernel among the bases of a class: what was measured is said before what the kernel
-    says.
-    """
+    """Comes before a kernel among the bases of a class: what was measured is said before what it says."""
 
-    def _row(self, request: Request) -> dict[str, Any]:
-        device = request.device
-        if not device.simulated and available():
-            return {}  # measured with Triton, which also quantizes for the kernels of torch
-        schemes = measurements(device.arch.name).get("kernels", {}).get(self.name, {})
-        row: dict[str, Any] = schemes.get(request.weight.scheme.name, {})
-        return row
+    def _tuned(self, request: Request) -> Tuned | None:
+        if not request.device.simulated and available():
+            return None  # measured with Triton, which also quantizes for the kernels of torch
+        return find_tuned("quantport_cuda", self.name, request)
 
     def speed(self, request: Request) -> float | None:
-        """The measured ratio at the nearest number of rows, on a log scale."""
-        speeds = self._row(request).get("speeds", {})
-        n, k = measurements(request.device.arch.name).get("shape", (0, 0))
-        if not speeds or SMALLEST * request.weight.n * request.weight.k < n * k:
-            # in a small layer the launch decides, which the table does not know
-            return super().speed(request)
-        nearest = min(speeds, key=lambda m: abs(math.log(int(m) / request.num_tokens)))
-        return float(speeds[nearest])
+        """The measured speed, else what the kernel itself says."""
+        tuned = self._tuned(request)
+        speed = tuned.speed(request) if tuned else None
+        return super().speed(request) if speed is None else speed
 
     def claim(self, request: Request) -> Claim:
         """``measured`` with device, date, commit, versions and error; else what the kernel itself claims."""
-        row = self._row(request)
-        if not row:
+        tuned = self._tuned(request)
+        if tuned is None:
             return super().claim(request)  # type: ignore[safe-super]  # of the kernel that follows among the bases
-        table = measurements(request.device.arch.name)
-        run = table["run"]
-        where = (
-            f"{run['device']}, {run['date']}, commit {run['commit']}, torch {run['torch']}, triton "
-            f"{run['triton']}"
-        )
-        proof = Measurement(
-            f"quantport_cuda/tuned/{request.device.arch.name}.json", run["device"], run["date"], run["commit"]
-        )
-        return Claim(
-            Evidence.MEASURED, f"{table['results']} ({where}, relative error {row['error']:.1e})", proof
-        )
+        run = tuned.table["run"]
+        return tuned.claim(tuned.table["results"], f", torch {run['torch']}, triton {run['triton']}")
 
 
 def measured(kernel: type[Kernel]) -> type[Kernel]:

@@ -1,8 +1,8 @@
-"""What keeps an Ascend NPU from being used, with the command that mends it. torch_npu is not imported: that
-may fail by then.
+"""Why an Ascend NPU cannot be used, with the command that fixes it. torch_npu is not imported, since that may
+be what fails.
 
-What is read is passed in, so that tests feed fakes. PCI: Huawei is vendor 19e5, and an NPU is of class 12,
-processing accelerator (pci.ids).
+What is read is passed in, so that tests can pass fakes. On PCI, Huawei is vendor 19e5, and an NPU is of class
+12, processing accelerator (pci.ids).
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
-ENVIRONMENTS = ("cann", "ascend-toolkit")  # of CANN from 8.5 on, and before
+ENVIRONMENTS = ("cann", "ascend-toolkit")  # folders of CANN: from 8.5 on, and before
 
 
 def distribution() -> tuple[str, tuple[str, ...]]:
     """Version and requirements of the installed torch-npu; an empty version where there is none."""
     try:
-        found = metadata.distribution("torch-npu")
+        package = metadata.distribution("torch-npu")
     except metadata.PackageNotFoundError:
         return "", ()
-    return found.version, tuple(found.requires or ())
+    return package.version, tuple(package.requires or ())
 
 
 def opens(library: str) -> bool:
-    """Whether the loader finds a library and all that it needs."""
+    """Whether a library loads, with all that it needs."""
     try:
         ctypes.CDLL(library)
     except OSError:
@@ -37,12 +37,12 @@ def opens(library: str) -> bool:
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What is read of the system.
+    """The parts of the system that are looked at.
 
     Attributes:
-        dev: Where device nodes are.
-        pci: Where devices of the PCI bus are listed.
-        ascend: Where the driver and CANN are installed.
+        dev: Folder of the device nodes.
+        pci: Folder of the devices on the PCI bus.
+        ascend: Folder of the driver and CANN.
         torch_npu: Version and requirements of the installed torch-npu.
         opens: Whether a library can be loaded.
     """
@@ -54,25 +54,26 @@ class Surroundings:
     opens: Callable[[str], bool] = opens
 
 
-def advice(torch_version: str, found: Surroundings) -> tuple[str, ...]:
+def advice(torch_version: str, system: Surroundings) -> tuple[str, ...]:
     """One line for each thing that is missing; none where there is neither an NPU nor torch_npu.
 
     Args:
         torch_version: ``torch.__version__``.
-        found: The system.
+        system: The system.
     """
-    nodes = sorted(found.dev.glob("davinci[0-9]*"))
-    seen = (
-        f"an Ascend NPU is here ({nodes[0] if nodes else _on_bus(found.pci)})"
-        if nodes or _on_bus(found.pci)
-        else ""
+    nodes = sorted(system.dev.glob("davinci[0-9]*"))
+    npu = str(nodes[0]) if nodes else _on_bus(system.pci)
+    seen = f"an Ascend NPU is here ({npu})" if npu else ""
+    lines = (
+        _driver(seen, bool(nodes), system),
+        _package(seen, torch_version, system.torch_npu),
+        _cann(system),
     )
-    lines = (_driver(seen, bool(nodes), found), _package(seen, torch_version, found.torch_npu), _cann(found))
     return tuple(line for line in lines if line)
 
 
 def _on_bus(pci: Path) -> str:
-    """The first NPU of the PCI bus, or an empty string."""
+    """The address of the first NPU on the PCI bus; empty if there is none."""
 
     def read(device: Path, name: str) -> str:
         file = device / name
@@ -84,14 +85,14 @@ def _on_bus(pci: Path) -> str:
     )
 
 
-def _driver(seen: str, nodes: bool, found: Surroundings) -> str:
-    driver = found.ascend / "driver"
+def _driver(seen: str, nodes: bool, system: Surroundings) -> str:
+    driver = system.ascend / "driver"
     if seen and not nodes:
         install = (
             "install driver and firmware, as root: "
             "./Ascend-hdk-<product>-npu-driver_<version>_linux-$(uname -m).run --full"
         )
-        return f"{seen}, but it has no node in {found.dev}: {install}; then look at npu-smi info"
+        return f"{seen}, but it has no node in {system.dev}: {install}; then look at npu-smi info"
     if seen and not driver.is_dir():
         return (
             f"{seen}, but the driver's libraries are not in {driver}: in a container, start it with -v "
@@ -123,10 +124,10 @@ def _minor(version: str) -> str:
     return ".".join(version.split(".")[:2])
 
 
-def _cann(found: Surroundings) -> str:
-    if not found.torch_npu[0] or found.opens("libascendcl.so"):
+def _cann(system: Surroundings) -> str:
+    if not system.torch_npu[0] or system.opens("libascendcl.so"):
         return ""
-    scripts = [found.ascend / name / "set_env.sh" for name in ENVIRONMENTS]
+    scripts = [system.ascend / name / "set_env.sh" for name in ENVIRONMENTS]
     script = next((s for s in scripts if s.is_file()), None)
     if script:
         return f"torch_npu needs CANN, whose libascendcl.so the loader does not find: source {script}"

@@ -1,7 +1,7 @@
 """What the cube unit of each Ascend NPU multiplies natively.
 
-Ascend950 also multiplies HiFloat8, which is not a format of quantport. A product whose cube unit has no bf16
-has it nowhere: CANN's Cast does not convert it there (hicann/ops-math math/cast/docs/aclnnCast.md).
+Ascend 950 also multiplies HiFloat8, which is not a format of quantport. A chip whose cube unit has no bf16
+has none at all: CANN's Cast does not convert it there (hicann/ops-math math/cast/docs/aclnnCast.md).
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ ARCHS = {
     )
 }
 
-# SocVersion numbers of torch_npu, first and last of each family.
+# First and last SocVersion of each family in torch_npu.
 _RANGES = (
     (200, 205, "ascend310p"),
     (220, 225, "ascend910b"),
     (250, 256, "ascend910c"),
     (260, 260, "ascend950"),
 )
-_BF16_FROM = 220  # torch_npu's own gate of bf16: Ascend910B1
+_BF16_FROM = 220  # Ascend910B1, from which on torch_npu allows bf16
 
 
 def arch_of(soc: int, name: str) -> Arch:
     """The architecture of a SocVersion.
 
-    One that the table lacks gets the name of the device and only what is safe to assume: fp16, and bf16 where
+    An unknown one is named after the device and has only what is safe to assume: fp16, and bf16 where
     torch_npu allows it.
 
     Args:

@@ -1,6 +1,4 @@
-"""Finds Ascend NPUs through torch_npu. Every reader takes what it reads as an argument, so that tests feed
-fakes.
-"""
+"""Finds Ascend NPUs through torch_npu. What is read is passed in, so that tests can pass fakes."""
 
 from __future__ import annotations
 
@@ -13,30 +11,31 @@ import torch
 
 from quantport.backend import Arch, Backend, Device, Kernel
 from quantport_npu.capabilities import ARCHS, arch_of
+from quantport_npu.products import PRODUCTS
 
 
 def devices(lib: Any) -> tuple[Device, ...]:
-    """Reads every NPU of ``lib`` (the torch_npu module). A driver that fails raises here.
+    """Every NPU of ``lib``, the torch_npu module. Raises what a failing driver raises.
 
-    The features of a device are the version of CANN.
+    The only feature of a device is the version of CANN.
     """
     if not lib.npu.is_available():
         return ()
     soc = lib._C._npu_get_soc_version()
     features = frozenset(filter(None, [cann(lib)]))
-    found = []
+    npus = []
     for i in range(lib.npu.device_count()):
         name = lib.npu.get_device_name(i)
         memory = lib.npu.get_device_properties(i).total_memory
-        found.append(Device(arch_of(soc, name), i, name, memory, "npu", features=features))
-    return tuple(found)
+        npus.append(Device(arch_of(soc, name), i, name, memory, "npu", features=features))
+    return tuple(npus)
 
 
 def cann(lib: Any) -> str:
     """The version of CANN, for example ``cann 8.5.0``; empty where torch_npu does not say."""
     try:
         version = lib.npu.utils.get_cann_version()
-    # of builds that have not this function, and of CANN that is not where it was: no reason to have no device
+    # Builds lack the function, and a CANN that was moved makes it fail; the device runs all the same.
     except Exception:
         return ""
     return f"cann {version}" if version else ""
@@ -53,6 +52,7 @@ class NpuBackend(Backend):
     kind = "npu"
     torch_type = "npu"
     archs: Mapping[str, Arch] = ARCHS
+    products: Mapping[str, Arch] = PRODUCTS
 
     def detect(self) -> Sequence[Device]:
         """Every NPU that torch_npu shows; none, at once, when torch_npu is not installed."""
@@ -65,13 +65,13 @@ class NpuBackend(Backend):
         return int(lib.mem_get_info(device.index)[0] + unused)
 
     def kernels(self) -> Sequence[Kernel]:
-        """Those of torch_npu's operators first; the portable ones run everything else."""
+        """Kernels of torch_npu's operators first; the portable ones run everything else."""
         from quantport_npu.kernels import kernels
 
         return kernels()
 
     def advice(self) -> Sequence[str]:
-        """What is missing to use an NPU: the driver, torch_npu of this torch, CANN."""
+        """What is missing to use an NPU: the driver, torch_npu for this torch, CANN."""
         from quantport_npu.advice import Surroundings, advice
 
         return advice(torch.__version__, Surroundings())

@@ -1,7 +1,6 @@
 """What the matrix cores of each AMD architecture multiply natively.
 
-The e4m3 of gfx942 is e4m3fnuz (range 240), the one of gfx950 and gfx12 is e4m3fn (range 448): two formats,
-not one.
+The e4m3 of gfx942 is e4m3fnuz (up to 240), that of gfx950 and gfx12 is e4m3fn (up to 448): two formats.
 """
 
 from __future__ import annotations
@@ -45,9 +44,9 @@ ARCHS = {
     )
 }
 
-# gfx940 and gfx941 were early names of gfx942; current LLVM refuses them.
+# Early names of gfx942, which LLVM no longer takes.
 _RENAMED = {"gfx940": "gfx942", "gfx941": "gfx942"}
-# The same instructions under another name.
+# Architectures with the instructions of another.
 _SIBLINGS = {
     **dict.fromkeys(("gfx1101", "gfx1102", "gfx1103"), "gfx1100"),
     **dict.fromkeys(("gfx1150", "gfx1152", "gfx1153"), "gfx1151"),
@@ -57,8 +56,8 @@ _SIBLINGS = {
 def arch_of(gcn: str) -> Arch:
     """The architecture of a ``gcnArchName``, for example ``gfx942:sramecc+:xnack-``.
 
-    One that the table lacks (also gfx906 and gfx1030, which have dot products but no matrix instructions)
-    gets its own name and only what is safe to assume: fp16 as the type to compute in.
+    An unknown one (also gfx906 and gfx1030, which have dot products but no matrix instructions) has its own
+    name and only what is safe to assume: fp16 as the type to compute in.
     """
     short = gcn.split(":")[0]
     name = _RENAMED.get(short, short)

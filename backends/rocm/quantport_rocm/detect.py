@@ -1,4 +1,4 @@
-"""Finds AMD GPUs through torch. Every reader takes what it reads as an argument, so that tests feed fakes."""
+"""Finds AMD GPUs through torch. What is read is passed in, so that tests can pass fakes."""
 
 from __future__ import annotations
 
@@ -11,45 +11,44 @@ import torch
 
 from quantport.backend import Arch, Backend, Device, Kernel
 from quantport_rocm.capabilities import ARCHS, arch_of
+from quantport_rocm.products import PRODUCTS
 
 DRIVER = Path("/dev/kfd")
 PCI = Path("/sys/bus/pci/devices")
 AMD = "0x1002"
-DISPLAY = "0x03"  # of the PCI class: VGA, 3D and other display controllers
+DISPLAY = "0x03"  # prefix of the PCI classes of display controllers
 _INSTALL = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/rocm7.2"
 
 
 def features(lib: Any) -> frozenset[str]:
-    """What kernels ask about this build of torch: ``rocm>=6.5``."""
+    """What kernels need to know of this build of torch: ``rocm>=6.5``."""
     version = tuple(int(part) for part in lib.version.hip.split(".")[:2])
     return frozenset({"rocm>=6.5"} if version >= (6, 5) else ())
 
 
 def devices(lib: Any) -> tuple[Device, ...]:
-    """Reads every GPU of ``lib`` (the torch module). A driver that fails raises here.
+    """Every GPU of ``lib``, the torch module. Raises what a failing driver raises.
 
-    The name of the architecture decides, never ``get_device_capability()``: it collides with NVIDIA's numbers
-    (gfx90a reads as 9.0).
+    The name of the architecture decides, not ``get_device_capability()``, which collides with NVIDIA's
+    numbers: gfx90a reports 9.0.
     """
     if lib.version.hip is None or not lib.cuda.is_available():
         return ()
-    found = []
+    amd_gpus = []
     for i in range(lib.cuda.device_count()):
-        box = lib.cuda.get_device_properties(i)
-        found.append(
-            Device(arch_of(box.gcnArchName), i, box.name, box.total_memory, "cuda", features=features(lib))
+        properties = lib.cuda.get_device_properties(i)
+        arch = arch_of(properties.gcnArchName)
+        amd_gpus.append(
+            Device(arch, i, properties.name, properties.total_memory, "cuda", features=features(lib))
         )
-    return tuple(found)
+    return tuple(amd_gpus)
 
 
 def gpus(pci: Path) -> tuple[str, ...]:
     """PCI addresses of AMD GPUs."""
-    found = [
-        d
-        for d in sorted(pci.glob("*"))
-        if (d / "vendor").is_file() and (d / "vendor").read_text().strip() == AMD
-    ]
-    return tuple(d.name for d in found if (d / "class").read_text().startswith(DISPLAY))
+    devices = [d for d in sorted(pci.glob("*")) if (d / "vendor").is_file()]
+    amd = [d for d in devices if (d / "vendor").read_text().strip() == AMD]
+    return tuple(d.name for d in amd if (d / "class").read_text().startswith(DISPLAY))
 
 
 def _opens(path: Path) -> bool:
@@ -59,10 +58,10 @@ def _opens(path: Path) -> bool:
 def advice(
     lib: Any, driver: Path = DRIVER, pci: Path = PCI, opens: Callable[[Path], bool] = _opens
 ) -> tuple[str, ...]:
-    """What keeps a GPU that PCI or the driver shows from being used, with the command that mends it."""
+    """Why a GPU that PCI or the driver shows cannot be used, with the command that fixes it."""
     if not driver.exists():
-        mend = f"but not its driver ({driver}): sudo modprobe amdgpu"
-        return tuple(f"an AMD GPU is here (PCI {name}), {mend}" for name in gpus(pci)[:1])
+        missing = f"but not its driver ({driver}): sudo modprobe amdgpu"
+        return tuple(f"an AMD GPU is here (PCI {name}), {missing}" for name in gpus(pci)[:1])
     if lib.version.hip is None:
         return (
             f"an AMD GPU driver is here ({driver}), but torch {lib.__version__} is built without ROCm; "
@@ -87,6 +86,7 @@ class RocmBackend(Backend):
     kind = "rocm"
     torch_type = "cuda"
     archs: Mapping[str, Arch] = ARCHS
+    products: Mapping[str, Arch] = PRODUCTS
 
     def detect(self) -> Sequence[Device]:
         """Every GPU that torch shows; none, at once, when torch is built without ROCm."""
@@ -105,5 +105,5 @@ class RocmBackend(Backend):
         return kernels()
 
     def advice(self) -> Sequence[str]:
-        """A driver without a torch that can use it."""
+        """What is missing to use a GPU: its driver, a torch for it, or the right to open it."""
         return advice(torch)

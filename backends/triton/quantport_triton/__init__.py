@@ -1,7 +1,8 @@
-"""Triton kernels for the rooms of GPUs. It knows no device: a room takes ``quantport_triton.kernels`` and
-says where they run.
+"""Triton kernels for the rooms of GPUs. They know no device: a room lists those of
+``quantport_triton.kernels`` that run on its devices.
 
-Importing this package imports no Triton; ``available`` says whether one is here, and ``version`` which.
+Importing this package does not import Triton; ``available`` says whether it is installed, and ``version``
+which.
 """
 
 from __future__ import annotations
@@ -11,14 +12,13 @@ from importlib import metadata
 from importlib.util import find_spec
 
 OLDEST = (3, 4)
-FIRST = {
-    "sm_103": (3, 6)
-}  # the first that compiles anything for an architecture, where that is not the oldest
+# The first version that compiles anything for an architecture, where that is later than the oldest.
+FIRST = {"sm_103": (3, 6)}
 
 
 @cache
 def available() -> str:
-    """Why Triton kernels cannot run or be compiled in this environment: '' when they can."""
+    """Why Triton kernels cannot be compiled or run in this environment; '' where they can."""
     if find_spec("triton") is None:
         return "the package triton is not installed: pip install triton"
     if version() < OLDEST:
@@ -28,7 +28,7 @@ def available() -> str:
 
 @cache
 def version() -> tuple[int, int]:
-    """The Triton that is installed, under whichever name its packages go; one without metadata counts as the
+    """The version of the installed Triton, whatever its package is called; one without metadata counts as the
     newest.
     """
     for name in (
@@ -49,5 +49,5 @@ def version() -> tuple[int, int]:
 
 @cache
 def compiles_for(target: str) -> bool:
-    """Whether a Triton is installed that compiles for an architecture at all."""
+    """Whether the installed Triton compiles for an architecture at all."""
     return not available() and version() >= FIRST.get(target, OLDEST)

@@ -1,8 +1,7 @@
 """Launches Triton kernels: on a GPU, in Triton's interpreter, or not at all where tensors are fake.
 
-A launch with fake tensors is a *trace*: nothing runs, and ``traced`` keeps what would have been launched,
-with its types and constants. Cross-compilation compiles exactly those, so that the evidence is about what
-really is launched.
+A launch with fake tensors runs nothing: ``traced`` records what would be launched, with its types and
+constants. Cross-compilation compiles exactly that, so that the evidence is about what is really launched.
 """
 
 from __future__ import annotations
@@ -34,10 +33,15 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Config:
-    """How a kernel is cut and compiled: its block sizes by name, warps of a program, stages of the load
-    pipeline, and whether a product that is added may stay unrounded (fused multiply-add): not where results
-    equal the reference
-        bit for bit."""
+    """How a kernel is tiled and compiled.
+
+    Attributes:
+        blocks: Block sizes by name.
+        warps: Warps of a program.
+        stages: Stages of the load pipeline.
+        fusion: Whether multiplication and addition may be fused, so that the product is not rounded; False
+            where results must equal the reference bit for bit.
+    """
 
     blocks: Mapping[str, int]
     warps: int = 4
@@ -47,13 +51,13 @@ class Config:
 
 @dataclass(frozen=True)
 class Launch:
-    """One specialization of a kernel, as Triton's compiler wants it.
+    """One specialization of a kernel, as Triton compiles it.
 
     Attributes:
         kernel: The jitted function.
         types: Each argument and its type: ``*bf16``, ``i32``, ``constexpr``...
         constants: The constant arguments and their values.
-        divisible: Arguments that are multiples of 16 (pointers: aligned to 16 bytes).
+        divisible: Arguments that are multiples of 16, and pointers aligned to 16 bytes.
         warps: Warps of a program.
         stages: Stages of the load pipeline.
         fusion: Whether multiplication and addition may be fused.
@@ -83,18 +87,18 @@ _TRACE: ContextVar[tuple[str, list[Launch]] | None] = ContextVar("quantport_trit
 
 @contextmanager
 def traced(target: str) -> Iterator[list[Launch]]:
-    """Inside, launches with fake tensors are kept, as they would be made on ``target`` (``sm_90``)."""
-    found: list[Launch] = []
-    token = _TRACE.set((target, found))
+    """Records the launches with fake tensors inside, as they would be made on ``target`` (``sm_90``)."""
+    launches: list[Launch] = []
+    token = _TRACE.set((target, launches))
     try:
-        yield found
+        yield launches
     finally:
         _TRACE.reset(token)
 
 
 def target_of(device: torch.device) -> str:
-    """Name of the architecture of a torch device, as the rooms name it: ``sm_90``, ``gfx942``; ``cpu`` in the
-    interpreter.
+    """The name that the rooms give the architecture of a torch device: ``sm_90``, ``gfx942``; in the
+    interpreter ``cpu``. Inside of ``traced`` it is the target of that.
     """
     trace = _TRACE.get()
     return _architecture(device) if trace is None else trace[0]
@@ -121,11 +125,11 @@ def launch(
 
     Args:
         kernel: A function decorated with ``triton.jit``.
-        grid: Programs, up to three numbers; nothing is launched when one is 0.
-        config: Block sizes, which become constants, warps and stages.
-        tensors: Arguments that are pointers.
-        numbers: Arguments that are integers.
-        constants: Arguments that are compiled in.
+        grid: Numbers of programs along up to three axes; where one is 0, nothing is launched.
+        config: Block sizes, which become compile-time constants, and compile options.
+        tensors: Pointer arguments.
+        numbers: Integer arguments.
+        constants: Compile-time constants.
     """
     if 0 in grid:
         return
@@ -153,8 +157,8 @@ def _specialized(
     numbers: Mapping[str, int],
     constants: Mapping[str, Any],
 ) -> Launch:
-    """Triton's own rules: a number that is 1 is compiled in; one that is a multiple of 16 is known to
-    be so.
+    """The specialization that Triton's own rules give: an integer of 1 becomes a constant, and the compiler
+    knows which integers are multiples of 16.
     """
     ones = {name: 1 for name, number in numbers.items() if number == 1}
     types = {name: "*" + _TYPES[t.dtype] for name, t in tensors.items()}

@@ -1,5 +1,5 @@
-"""Quantization on the device: activations at every call, weights at load. Equal to ``quantport.numerics``
-byte for byte.
+"""Quantizes matrices on the device, byte for byte as ``quantport.numerics``: activations at every call, and
+weights while they load.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from torch import Tensor
 from quantport.backend import Quant, numerics
 from quantport_triton import compiles_for
 from quantport_triton.launch import Config, launch, target_of
-from quantport_triton.tuned import way
+from quantport_triton.tuned import tuned_config
 
 FORMATS = ("e4m3fn", "int8", "int4", "e2m1", "e2m3", "e3m2", "nf4", "fp4")
-SMALL = ("e4m3fn", "e2m1", "e2m3", "e3m2")
-MOST = 1 << 15  # elements of a block that one program holds
+SMALL_FLOATS = ("e4m3fn", "e2m1", "e2m3", "e3m2")
+MAX_BLOCK_ELEMENTS = 1 << 15  # a program holds a block in registers
 
 
 class Quantized(NamedTuple):
     """A quantized matrix ``[m, k]``.
 
     Attributes:
-        codes: 8-bit codes ``[m, k]`` (float8 as float8), or packed codes of 4 or 6 bits, uint8 ``[m, bytes]``
-            (``pack_bits``; int4: ``pack_int4``, int32 ``[m, ceil(k / 8)]``).
-        scale: Scales as ``numerics.quantize_blocks`` stores them: ``[m, blocks]`` of
-            ``quant.scale_dtype`` (e8m0: uint8).
-        outer: Outer scales, fp32, where the Quant has them: nvfp4 ``[m, 1]``, dual scale ``[m, ceil(k /
-            512)]``.
+        codes: Codes of 8 bits ``[m, k]`` in the storage dtype of the format; int4 as of ``pack_int4``, int32
+            ``[m, ceil(k / 8)]``; other codes of 4 or 6 bits as of ``pack_bits``, uint8 ``[m, bytes]``.
+        scale: Scales as of ``numerics.quantize_blocks``: ``[m, blocks]`` in ``quant.scale_dtype`` (e8m0:
+            uint8).
+        outer: Outer scales where the quantization has them, fp32: NVFP4 ``[m, 1]``, dual scale
+            ``[m, ceil(k / 512)]``.
     """
 
     codes: Tensor
@@ -40,67 +40,67 @@ class Quantized(NamedTuple):
 
 
 def quantize(x: Tensor, quant: Quant, swizzle: bool = False, transposed: bool = False) -> Quantized:
-    """Quantizes a matrix ``[m, k]``, bf16, fp16 or fp32.
+    """Quantizes a matrix.
 
     Args:
-        x: The matrix; rows need not follow one another.
-        quant: One without offsets.
-        swizzle: Scales in the layout that cuBLASLt reads block scales in (SWIZZLE_32_4_4), padded with zeros
-            to whole tiles: ``[ceil(m / 128) * 128, ceil(blocks / 4) * 4]``.
-        transposed: Scales in memory by columns: ``[m, blocks]`` with strides ``(1, m)``, as
-            ``_scaled_mm`` wants those of 1x128.
+        x: bf16, fp16 or fp32 ``[m, k]``, with any strides.
+        quant: A quantization without zero points.
+        swizzle: Whether to store the scales as cuBLASLt reads block scales (SWIZZLE_32_4_4), padded with
+            zeros to whole tiles: ``[ceil(m / 128) * 128, ceil(blocks / 4) * 4]``.
+        transposed: Whether to store the scales column by column: ``[m, blocks]`` with strides ``(1, m)``, as
+            ``_scaled_mm`` reads those of 1x128.
     """
-    if not serves(quant) or not x.numel() or not compiles_for(target_of(x.device)):
+    if not has_kernel(quant) or not x.numel() or not compiles_for(target_of(x.device)):
         return _reference(x, quant, swizzle, transposed)
     x = x if x.stride(1) == 1 else x.contiguous()
     out = _empty(x, quant, swizzle, transposed)
     if quant.block_shape[0] == 0:
-        _whole(x.contiguous(), quant, out)
+        _launch_whole(x.contiguous(), quant, out)
     elif quant.block_shape[0] > 1:
-        _squares(x, quant, out)
+        _launch_squares(x, quant, out)
     elif quant.group_size and quant.outer_block != (1, 0):
-        _groups(x, quant, out, swizzle)
+        _launch_groups(x, quant, out, swizzle)
     else:
-        _rows(x, quant, out, swizzle)
-    return out._replace(scale=_as(out.scale, quant.scale_dtype), codes=_as(out.codes, _codes_dtype(quant)))
+        _launch_rows(x, quant, out, swizzle)
+    return out._replace(
+        scale=_viewed(out.scale, quant.scale_dtype), codes=_viewed(out.codes, _codes_dtype(quant))
+    )
 
 
-def serves(quant: Quant) -> bool:
-    """Whether there is a kernel for a Quant: one level of scales of any block, or two of groups, whose
-    columns fill whole words.
+def has_kernel(quant: Quant) -> bool:
+    """Whether a kernel quantizes so: one level of scales over blocks of any shape, or two levels over groups,
+    where the columns of a block fill whole words.
     """
-    cols, whole = quant.group_size, quant.group_size % _per_word(quant) == 0
+    rows, columns = quant.block_shape
     if (
         quant.format not in FORMATS
         or quant.zero_point
         or quant.scale_quant
-        or not whole
-        or max(quant.block_shape[0], 1) * cols > MOST
+        or columns % _codes_per_word(quant)
+        or max(rows, 1) * columns > MAX_BLOCK_ELEMENTS
     ):
         return False
-    if quant.searched and (quant.rule != "mse" or not _power_of_two(cols)):
+    if quant.searched and (quant.rule != "mse" or not _power_of_two(columns)):
         return False
     if quant.scale in ("e8m0", "e4m3fn"):
-        return quant.block_shape[0] == 1 and cols > 0 and quant.format in SMALL and _outer_served(quant)
+        return rows == 1 and columns > 0 and quant.format in SMALL_FLOATS and _has_outer_kernel(quant)
     if quant.outer_block is not None or quant.searched:
         return False
-    return (
-        cols > 0
-        if quant.block_shape[0] > 1
-        else quant.block_shape[0] == 1 or (cols == 0 and quant.element.bits == 8)
-    )
+    if rows > 1:
+        return columns > 0
+    return rows == 1 or (columns == 0 and quant.element.bits == 8)
 
 
-def _outer_served(quant: Quant) -> bool:
+def _has_outer_kernel(quant: Quant) -> bool:
     if quant.outer_block is None:
         return True
     if quant.scale == "e8m0":
-        down, across = quant.outer_block
+        rows, columns = quant.outer_block
         return (
-            down == 1
-            and across % quant.group_size == 0
+            rows == 1
+            and columns % quant.group_size == 0
             and _power_of_two(quant.group_size)
-            and _power_of_two(across)
+            and _power_of_two(columns)
         )
     return quant.outer_block == (0, 0) or (
         quant.outer_block == (1, 0) and _power_of_two(quant.group_size) and not quant.searched
@@ -111,23 +111,19 @@ def _power_of_two(number: int) -> bool:
     return number > 0 and not number & (number - 1)
 
 
-def _per_word(quant: Quant) -> int:
-    """Codes of the smallest word that a group must fill."""
+def _codes_per_word(quant: Quant) -> int:
+    """Codes in the smallest word that a group must fill."""
     return 8 if quant.format == "int4" else {8: 1, 6: 4, 4: 2}.get(quant.element.bits, 1)
 
 
 def _codes_dtype(quant: Quant) -> torch.dtype:
-    return (
-        quant.element.storage
-        if quant.element.bits == 8
-        else torch.int32
-        if quant.format == "int4"
-        else torch.uint8
-    )
+    if quant.element.bits == 8:
+        return quant.element.storage
+    return torch.int32 if quant.format == "int4" else torch.uint8
 
 
-def _as(stored: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same bits under another dtype: kernels store float8 and bf16 as integers."""
+def _viewed(stored: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same bits as another dtype: kernels store float8 and bf16 as integers."""
     return stored if stored.dtype is dtype else stored.view(dtype)
 
 
@@ -148,8 +144,11 @@ def _reference(x: Tensor, quant: Quant, swizzle: bool, transposed: bool) -> Quan
 
 
 def swizzled(scale: Tensor) -> Tensor:
-    """Scales of one byte ``[m, blocks]`` in the layout SWIZZLE_32_4_4: tiles of 128 x 4, in which row r is at
-    ``r % 32``, and there at ``r // 32``. Source: cuBLAS, "1D Block Scaling Factors Layout"."""
+    """Scales of one byte ``[m, blocks]`` in the layout SWIZZLE_32_4_4, padded with zeros to whole tiles.
+
+    Tiles are 128 x 4, stored as ``[32, 4, 4]``: row ``r`` of a tile is at ``[r % 32, r // 32]``. Source:
+    cuBLAS, "1D Block Scaling Factors Layout".
+    """
     rows, groups = -(-scale.shape[0] // 128), -(-scale.shape[1] // 4)
     padded = scale.new_zeros(128 * rows, 4 * groups, dtype=torch.uint8)
     padded[: scale.shape[0], : scale.shape[1]] = scale.view(torch.uint8)
@@ -164,7 +163,7 @@ def unswizzled(scale: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def _empty(x: Tensor, quant: Quant, swizzle: bool, transposed: bool) -> Quantized:
-    """The tensors of the result, as the kernels write them."""
+    """The tensors of the result, in the dtypes that the kernels write."""
     m, k = x.shape
     width = {8: k, 6: 3 * -(-k // 4), 4: -(-k // 8) if quant.format == "int4" else -(-k // 2)}[
         quant.element.bits
@@ -182,170 +181,155 @@ def _empty(x: Tensor, quant: Quant, swizzle: bool, transposed: bool) -> Quantize
     return Quantized(codes, scale, x.new_empty(shape, dtype=torch.float32) if shape else None)
 
 
-class _Call(NamedTuple):
-    """What every launch for one matrix has: pointers, numbers, constants, and how kernels are cut."""
+class _Arguments(NamedTuple):
+    """What the launches for one matrix have in common: arguments of the kernels, and the tuned sizes."""
 
     tensors: dict[str, Tensor]
     numbers: dict[str, int]
     constants: dict[str, Any]
-    blocks: Mapping[str, int]
+    sizes: Mapping[str, int]
 
 
-def _call(x: Tensor, quant: Quant, out: Quantized) -> _Call:
+def _arguments(x: Tensor, quant: Quant, out: Quantized) -> _Arguments:
     (m, k), bits = x.shape, quant.element.bits
-    row = out.codes.shape[1] * out.codes.element_size()
-    size = 1 if bits == 8 else 3 if bits == 6 else 4 if row % 4 == 0 and quant.group_size % 8 == 0 else 1
+    row_bytes = out.codes.shape[1] * out.codes.element_size()
+    word = (
+        1 if bits == 8 else 3 if bits == 6 else 4 if row_bytes % 4 == 0 and quant.group_size % 8 == 0 else 1
+    )
     tensors = {"x": x, "codes": out.codes.view(torch.uint8), "scale": out.scale}
     numbers = {
         "N": m,
         "K": k,
         "stride": x.stride(0),
-        "units": row // size,
-        "blocks": quant.scale_shape(m, k)[1],
+        "words_per_row": row_bytes // word,
+        "groups_per_row": quant.scale_shape(m, k)[1],
     }
     constants = {
         "FORMAT": quant.format,
         "BITS": bits,
-        "BYTES": size,
-        "EVEN": k % (size * 8 // bits) == 0,
+        "BYTES": word,
+        "WHOLE_WORDS": k % (word * 8 // bits) == 0,
         "SCALE": quant.scale,
-        "HALF": quant.element.half_range,
+        "HALF_RANGE": quant.element.half_range,
     }
-    return _Call(tensors, numbers, constants, tuned(x, "search" if quant.searched else "quantize"))
+    return _Arguments(tensors, numbers, constants, tuned_sizes(x, "search" if quant.searched else "quantize"))
 
 
-def tuned(x: Tensor, family: str) -> Mapping[str, int]:
-    """How kernels of a family are cut for a matrix.
+def tuned_sizes(x: Tensor, family: str) -> Mapping[str, int]:
+    """The tuned sizes of a family of kernels for a matrix.
 
-    ``TILE`` elements of a tile, ``PER_WARP`` of them for each warp, ``ROW`` of a row
-    that stays in registers, and ``STEPS`` tiles of a program that only looks for a maximum."""
-    return way(target_of(x.device), family, x.shape[0])[1].blocks
+    ``TILE_ELEMENTS`` is the size of a tile, of which a warp has ``ELEMENTS_PER_WARP``. Of ``quantize`` there
+    are also ``MAX_RESIDENT_ROW``, the longest row that stays in registers, and ``STEPS``, the tiles of a
+    program that looks for a maximum.
+    """
+    return tuned_config(target_of(x.device), family, x.shape[0]).blocks
 
 
-def cut_of(blocks: dict[str, int], elements: int, per_warp: int) -> Config:
-    """The configuration for tiles of so many elements, without fusion, which would change bits."""
+def tile_config(blocks: dict[str, int], elements: int, per_warp: int) -> Config:
+    """The configuration for tiles of ``elements``, without fused multiply-add, which would change bits."""
     return Config(blocks, min(max(elements // per_warp, 1), 16), 1, fusion=False)
 
 
-def _steps(out: Quantized, swizzle: bool) -> dict[str, int]:
-    """Where scales go."""
+def _scale_steps(out: Quantized, swizzle: bool) -> dict[str, int]:
+    """``row_step`` and ``group_step`` of ``ops.quantize.store_scales``."""
     return {
         "row_step": out.scale.shape[1] // 4 if swizzle else out.scale.stride(0),
         "group_step": out.scale.stride(1),
     }
 
 
-def _groups(x: Tensor, quant: Quant, out: Quantized, swizzle: bool) -> None:
+def _launch_groups(x: Tensor, quant: Quant, out: Quantized, swizzle: bool) -> None:
     from quantport_triton.ops import quantize as ops
 
-    call = _call(x, quant, out)
-    span, padded = (
-        quant.outer_block[1] if quant.outer_block and quant.outer_block[1] else quant.group_size,
-        power_above(quant.group_size),
-    )
-    across = min(
-        power_above(-(-x.shape[1] // span)) * (span // quant.group_size),
-        max(call.blocks["TILE"] // padded, span // quant.group_size),
-    )
-    down = min(max(call.blocks["TILE"] // (across * padded), 1), power_above(x.shape[0]))
-    config = cut_of({"P": padded, "BR": down, "BG": across}, down * across * padded, call.blocks["PER_WARP"])
+    arguments = _arguments(x, quant, out)
+    sizes, padded_group = arguments.sizes, next_power_of_2(quant.group_size)
     outer = 0 if quant.outer_block is None else quant.outer_block[1] or -1
-    tensors = {**call.tensors, "outer": out.outer if out.outer is not None else out.scale}
-    tensors["top"] = _largest(x.contiguous()) if outer == -1 else call.tensors["codes"]
-    grid = -(-x.shape[0] // down) * -(-call.numbers["blocks"] // across)
-    rule = {
-        "UP": _up(quant),
+    groups_per_outer = max(outer, quant.group_size) // quant.group_size
+    outer_per_row = -(-x.shape[1] // (groups_per_outer * quant.group_size))
+    tile_groups = min(
+        next_power_of_2(outer_per_row) * groups_per_outer,
+        max(sizes["TILE_ELEMENTS"] // padded_group, groups_per_outer),
+    )
+    tile_rows = min(
+        max(sizes["TILE_ELEMENTS"] // (tile_groups * padded_group), 1), next_power_of_2(x.shape[0])
+    )
+    blocks = {"P": padded_group, "BR": tile_rows, "BG": tile_groups}
+    config = tile_config(blocks, tile_rows * tile_groups * padded_group, sizes["ELEMENTS_PER_WARP"])
+    tensors = {**arguments.tensors, "outer": out.outer if out.outer is not None else out.scale}
+    tensors["top"] = _largest_magnitude(x.contiguous()) if outer == -1 else arguments.tensors["codes"]
+    grid = -(-x.shape[0] // tile_rows) * -(-arguments.numbers["groups_per_row"] // tile_groups)
+    constants = {
+        "ROUNDING": _exponent_rounding(quant),
         "EMAX": math.frexp(quant.element.high)[1] - 1,
         "GROUP": quant.group_size,
         "OUTER": outer,
-        "LOG": padded.bit_length() - 1,
-        "OUTER_LOG": max(outer, 1).bit_length() - 1,
+        "GROUP_LOG2": padded_group.bit_length() - 1,
+        "OUTER_LOG2": max(outer, 1).bit_length() - 1,
         "SEARCH": quant.searched,
         "SWIZZLE": swizzle,
     }
-    launch(
-        ops.groups,
-        (grid,),
-        config,
-        tensors,
-        {**call.numbers, **_steps(out, swizzle)},
-        **call.constants,
-        **rule,
-    )
+    numbers = {**arguments.numbers, **_scale_steps(out, swizzle)}
+    launch(ops.groups, (grid,), config, tensors, numbers, **arguments.constants, **constants)
 
 
-def _up(quant: Quant) -> int:
-    """What a rule of e8m0 scales adds to the bits of a maximum, so that its exponent is that of the scale; -1
+def _exponent_rounding(quant: Quant) -> int:
+    """What a rule of e8m0 scales adds to the bits of the largest magnitude before it takes the exponent; -1
     for ``rceil``.
     """
     mantissa = quant.element.mantissa
-    half = {"even": 1 << (22 - mantissa), "even1": 1 << 21, "ceil": (1 << 23) - 1, "rceil": -1}
-    return half.get(quant.rule, 0)
+    addends = {"even": 1 << (22 - mantissa), "even1": 1 << 21, "ceil": (1 << 23) - 1, "rceil": -1}
+    return addends.get(quant.rule, 0)
 
 
-def _rows(x: Tensor, quant: Quant, out: Quantized, swizzle: bool) -> None:
+def _launch_rows(x: Tensor, quant: Quant, out: Quantized, swizzle: bool) -> None:
     from quantport_triton.ops import quantize as ops
 
-    call = _call(x, quant, out)
-    block = max(min(power_above(x.shape[1]), call.blocks["ROW"]), quant.group_size, 8)
-    padded = quant.group_size or block
-    config = cut_of({"BG": block // padded, "P": padded}, block, call.blocks["PER_WARP"])
-    tensors = {**call.tensors, "outer": out.outer if out.outer is not None else out.scale}
-    rest = {"GROUP": quant.group_size, "SWIZZLE": swizzle, "ONCE": block >= x.shape[1]}
-    launch(
-        ops.rows,
-        (x.shape[0],),
-        config,
-        tensors,
-        {**call.numbers, **_steps(out, swizzle)},
-        **call.constants,
-        **rest,
-    )
+    arguments = _arguments(x, quant, out)
+    block = max(min(next_power_of_2(x.shape[1]), arguments.sizes["MAX_RESIDENT_ROW"]), quant.group_size, 8)
+    padded_group = quant.group_size or block
+    blocks = {"BG": block // padded_group, "P": padded_group}
+    config = tile_config(blocks, block, arguments.sizes["ELEMENTS_PER_WARP"])
+    tensors = {**arguments.tensors, "outer": out.outer if out.outer is not None else out.scale}
+    numbers = {**arguments.numbers, **_scale_steps(out, swizzle)}
+    constants = {"GROUP": quant.group_size, "SWIZZLE": swizzle, "READ_ONCE": block >= x.shape[1]}
+    launch(ops.rows, (x.shape[0],), config, tensors, numbers, **arguments.constants, **constants)
 
 
-def _squares(x: Tensor, quant: Quant, out: Quantized) -> None:
+def _launch_squares(x: Tensor, quant: Quant, out: Quantized) -> None:
     from quantport_triton.ops import quantize_blocks as ops
 
-    call = _call(x, quant, out)
-    down, across = power_above(quant.block_shape[0]), power_above(quant.group_size)
-    config = cut_of({"BR": down, "P": across}, down * across, call.blocks["PER_WARP"])
-    grid = -(-x.shape[0] // quant.block_shape[0]) * call.numbers["blocks"]
-    launch(
-        ops.squares,
-        (grid,),
-        config,
-        call.tensors,
-        call.numbers,
-        **call.constants,
-        ROWS=quant.block_shape[0],
-        GROUP=quant.group_size,
-    )
+    tensors, numbers, constants, sizes = _arguments(x, quant, out)
+    rows, columns = quant.block_shape
+    padded_rows, padded_columns = next_power_of_2(rows), next_power_of_2(columns)
+    blocks = {"BR": padded_rows, "P": padded_columns}
+    config = tile_config(blocks, padded_rows * padded_columns, sizes["ELEMENTS_PER_WARP"])
+    grid = -(-x.shape[0] // rows) * numbers["groups_per_row"]
+    launch(ops.squares, (grid,), config, tensors, numbers, **constants, ROWS=rows, GROUP=columns)
 
 
-def _whole(x: Tensor, quant: Quant, out: Quantized) -> None:
+def _launch_whole(x: Tensor, quant: Quant, out: Quantized) -> None:
     from quantport_triton.ops import quantize_blocks as ops
 
-    call = _call(x, quant, out)
-    block = call.blocks["TILE"]
-    tensors = {**call.tensors, "top": _largest(x)}
-    constants = {key: call.constants[key] for key in ("FORMAT", "SCALE", "HALF")}
-    config = cut_of({"BLOCK": block}, block, call.blocks["PER_WARP"])
+    arguments = _arguments(x, quant, out)
+    block = arguments.sizes["TILE_ELEMENTS"]
+    tensors = {**arguments.tensors, "top": _largest_magnitude(x)}
+    constants = {key: arguments.constants[key] for key in ("FORMAT", "SCALE", "HALF_RANGE")}
+    config = tile_config({"BLOCK": block}, block, arguments.sizes["ELEMENTS_PER_WARP"])
     launch(ops.whole, (-(-x.numel() // block),), config, tensors, {"size": x.numel()}, **constants)
 
 
-def _largest(x: Tensor) -> Tensor:
-    """Bits of the largest magnitude of a matrix without gaps: int32 ``[1]``."""
+def _largest_magnitude(x: Tensor) -> Tensor:
+    """Bits of the largest magnitude of a contiguous matrix: int32 ``[1]``."""
     from quantport_triton.ops import quantize_blocks as ops
 
-    top, blocks = x.new_zeros(1, dtype=torch.int32), tuned(x, "quantize")
-    block, steps = blocks["TILE"], blocks["STEPS"]
-    config = cut_of({"BLOCK": block, "STEPS": steps}, block, blocks["PER_WARP"])
-    launch(
-        ops.largest, (-(-x.numel() // (block * steps)),), config, {"x": x, "top": top}, {"size": x.numel()}
-    )
+    top, sizes = x.new_zeros(1, dtype=torch.int32), tuned_sizes(x, "quantize")
+    block, steps = sizes["TILE_ELEMENTS"], sizes["STEPS"]
+    config = tile_config({"BLOCK": block, "STEPS": steps}, block, sizes["ELEMENTS_PER_WARP"])
+    grid = -(-x.numel() // (block * steps))
+    launch(ops.largest, (grid,), config, {"x": x, "top": top}, {"size": x.numel()})
     return top
 
 
-def power_above(number: int) -> int:
-    """The power of two that is not below a number."""
+def next_power_of_2(number: int) -> int:
+    """The smallest power of two that is at least ``number``."""
     return 1 << (number - 1).bit_length()

@@ -1,5 +1,5 @@
-"""What keeps an Intel GPU from being used, and the command that mends it. Whatever is read is an argument:
-tests feed fakes.
+"""Why an Intel GPU cannot be used, with the command that fixes it. What is read is passed in, so that tests
+can pass fakes.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _MASKS = ("ZE_AFFINITY_MASK", "ONEAPI_DEVICE_SELECTOR")
 
 @dataclass(frozen=True)
 class Surroundings:
-    """Where to look: sysfs, the library path, permissions, variables, torch's dispatcher, Triton, and the
-    vendor's package.
+    """The parts of the system that are looked at: sysfs, libraries, permissions, environment variables,
+    torch's dispatcher, Triton, and the vendor's package.
     """
 
     drm: Path = Path("/sys/class/drm")
@@ -48,17 +48,17 @@ def render_nodes(drm: Path) -> tuple[str, ...]:
     )
 
 
-def advice(lib: Any, here: Surroundings | None = None) -> tuple[str, ...]:
-    """A line for whatever is missing; nothing where no Intel GPU is seen, or where it is used well.
+def advice(lib: Any, system: Surroundings | None = None) -> tuple[str, ...]:
+    """One line for each thing that is missing; none without an Intel GPU, or where it is fully used.
 
     Args:
         lib: The torch module.
-        here: Where to look; this machine by default.
+        system: The system; this machine by default.
     """
-    here = here or Surroundings()
+    system = system or Surroundings()
     if hasattr(lib, "xpu") and lib.xpu.is_available():
-        return _incomplete(lib, here)
-    nodes = render_nodes(here.drm)
+        return _incomplete(lib, system)
+    nodes = render_nodes(system.drm)
     if not nodes:
         return ()
     seen = f"an Intel GPU is here (/dev/dri/{nodes[0]})"
@@ -69,22 +69,22 @@ def advice(lib: Any, here: Surroundings | None = None) -> tuple[str, ...]:
         )
     return (
         f"{seen}, but torch {lib.__version__} (XPU {lib.version.xpu}) does not see it: "
-        f"{_unseen(nodes[0], here)}",
+        f"{_unseen(nodes[0], system)}",
     )
 
 
-def _unseen(node: str, here: Surroundings) -> str:
-    """Why a torch that is built for XPU sees no GPU: the first cause that is found."""
-    if here.library("ze_loader") is None:
+def _unseen(node: str, system: Surroundings) -> str:
+    """The first reason why a torch that is built for XPU sees no GPU."""
+    if system.library("ze_loader") is None:
         return f"the Level Zero loader (libze_loader) is missing: {_DRIVER}"
-    if not here.opens(f"/dev/dri/{node}"):
+    if not system.opens(f"/dev/dri/{node}"):
         return f"you may not open /dev/dri/{node}: {_GROUP}"
-    masks = [f"{name}={here.environ[name]}" for name in _MASKS if here.environ.get(name)]
+    masks = [f"{name}={system.environ[name]}" for name in _MASKS if system.environ.get(name)]
     if masks:
         return (
             f"{' and '.join(masks)} may hide it: unset {' '.join(mask.partition('=')[0] for mask in masks)}"
         )
-    if here.library("ze_intel_gpu") is None:
+    if system.library("ze_intel_gpu") is None:
         return (
             f"the Level Zero loader is here, but not its driver for Intel GPUs (libze_intel_gpu): {_DRIVER}"
         )
@@ -94,20 +94,18 @@ def _unseen(node: str, here: Surroundings) -> str:
     )
 
 
-def _incomplete(lib: Any, here: Surroundings) -> tuple[str, ...]:
-    """What is missing beside a torch that sees a GPU: operators, Triton's backend, a package that does not
-    load.
-    """
+def _incomplete(lib: Any, system: Surroundings) -> tuple[str, ...]:
+    """What a torch that sees a GPU lacks: operators, Triton's backend, a package that loads."""
     lines = []
-    if lacking := [name for name in OPERATORS if not here.registered(name)]:
+    if lacking := [name for name in OPERATORS if not system.registered(name)]:
         upgrade = f"pip install --upgrade torch {INDEX}"
         lines.append(
             f"torch {lib.__version__} has no {', '.join(f'aten::{name}' for name in lacking)} on "
             f"XPU: {upgrade}"
         )
-    if reason := here.triton():
+    if reason := system.triton():
         lines.append(reason)
-    if failure := here.package():
-        mend = f"pip install --upgrade vllm-xpu-kernels, or one that is made for torch {lib.__version__}"
-        lines.append(f"vllm-xpu-kernels is installed, but does not load ({failure}): {mend}")
+    if failure := system.package():
+        install = f"pip install --upgrade vllm-xpu-kernels, or one that is made for torch {lib.__version__}"
+        lines.append(f"vllm-xpu-kernels is installed, but does not load ({failure}): {install}")
     return tuple(lines)

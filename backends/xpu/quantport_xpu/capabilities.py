@@ -1,6 +1,6 @@
 """What the matrix engines (XMX) of each Intel GPU multiply natively.
 
-Before Xe3p, fp8, fp4 and int4 are formats to store: oneDNN converts them to a wider type before it
+Before Xe3p, fp8, fp4 and int4 are storage formats only: oneDNN converts them to a wider type before it
 multiplies.
 """
 
@@ -28,7 +28,7 @@ ARCHS = {
     )
 }
 
-# The ``architecture`` that SYCL gives: intel/llvm sycl/ext/oneapi/experimental/device_architecture.def.
+# Architecture numbers of SYCL: intel/llvm sycl/ext/oneapi/experimental/device_architecture.def.
 _NUMBERS = {
     0x30F000700: "pvc",  # pvc
     0x30F400700: "pvc",  # pvc_vg
@@ -50,8 +50,8 @@ _NUMBERS = {
 def arch_of(number: int, xmx: bool = False) -> Arch:
     """The architecture of a SYCL architecture number.
 
-    One that the table lacks gets its number as its name and only what is safe to assume: fp16, and bf16 where
-    the driver reports matrix engines (every Intel GPU with XMX in oneDNN's table has it).
+    An unknown one is named by its number and has only what is safe to assume: fp16, and bf16 where the driver
+    reports matrix engines (every Intel GPU with XMX in oneDNN's table has it).
 
     Args:
         number: ``architecture`` of the device properties.

@@ -1,6 +1,4 @@
-"""Finds Intel GPUs through torch. Every reader takes what it reads as an argument, so that tests feed
-fakes.
-"""
+"""Finds Intel GPUs through torch. What is read is passed in, so that tests can pass fakes."""
 
 from __future__ import annotations
 
@@ -13,19 +11,18 @@ from torch import Tensor
 from quantport.backend import Arch, Backend, Device, Kernel, Scheme, StoredWeight
 from quantport_xpu import vendor
 from quantport_xpu.capabilities import ARCHS, arch_of
+from quantport_xpu.products import PRODUCTS
 
 
 def operators(lib: Any) -> frozenset[str]:
-    """The operators of ``vllm-xpu-kernels`` and of Intel's extension, which are imported where they are
-    installed.
-    """
+    """The operators of ``vllm-xpu-kernels`` and Intel's extension; imports both where they are installed."""
     vendor.load()
     vendor.load_extension()
     return vendor.features(lib.ops)
 
 
 def devices(lib: Any) -> tuple[Device, ...]:
-    """Reads every GPU of ``lib`` (the torch module). A driver that fails raises here.
+    """Every GPU of ``lib``, the torch module. Raises what a failing driver raises.
 
     The features of a device are the operators of ``vllm-xpu-kernels`` and of Intel's extension that can be
     called.
@@ -33,12 +30,12 @@ def devices(lib: Any) -> tuple[Device, ...]:
     if not hasattr(lib, "xpu") or not lib.xpu.is_available():
         return ()
     features = operators(lib)
-    found = []
+    gpus = []
     for i in range(lib.xpu.device_count()):
-        box = lib.xpu.get_device_properties(i)
-        arch = arch_of(box.architecture, box.has_subgroup_matrix_multiply_accumulate)
-        found.append(Device(arch, i, box.name, box.total_memory, "xpu", features=features))
-    return tuple(found)
+        properties = lib.xpu.get_device_properties(i)
+        arch = arch_of(properties.architecture, properties.has_subgroup_matrix_multiply_accumulate)
+        gpus.append(Device(arch, i, properties.name, properties.total_memory, "xpu", features=features))
+    return tuple(gpus)
 
 
 class XpuBackend(Backend):
@@ -47,6 +44,7 @@ class XpuBackend(Backend):
     kind = "xpu"
     torch_type = "xpu"
     archs: Mapping[str, Arch] = ARCHS
+    products: Mapping[str, Arch] = PRODUCTS
 
     def detect(self) -> Sequence[Device]:
         """Every GPU that torch shows; none, at once, when torch is built without XPU."""
@@ -65,8 +63,8 @@ class XpuBackend(Backend):
         return kernels()
 
     def quantize_weight(self, weight: Tensor, scheme: Scheme) -> StoredWeight | None:
-        """By Triton, where it has a backend for Intel GPUs and a kernel for the scheme; None else, and for
-        weights elsewhere.
+        """Quantizes by Triton; None where it has no backend for Intel GPUs or no kernel for the scheme, and
+        for a weight on another device.
         """
         from quantport_xpu.kernels.triton import backend_reason
 
@@ -77,7 +75,7 @@ class XpuBackend(Backend):
         return quantize_weight(weight, scheme)
 
     def advice(self) -> Sequence[str]:
-        """A GPU without a torch that can use it, or without what makes it fast."""
+        """What is missing to use a GPU: a driver, a torch for it, or what makes it fast."""
         from quantport_xpu.advice import advice
 
         return advice(torch)

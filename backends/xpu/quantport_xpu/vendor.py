@@ -1,5 +1,5 @@
-"""Operators of packages beside torch: ``vllm-xpu-kernels``, and Intel's archived extension. Used where found,
-never needed.
+"""Operators of packages other than torch: ``vllm-xpu-kernels`` and Intel's archived extension. Both are
+optional.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ PACKAGE = "vllm_xpu_kernels"
 EXTENSION = "intel_extension_for_pytorch"
 _KERNELS = "vllm-project/vllm-xpu-kernels"
 _IPEX = "intel/intel-extension-for-pytorch"
-# What this room calls, as the sources below have it. The extension infers schemas from C++, so that its
-# arguments have no names.
+# The schemas of the operators that this room calls, from the sources below. The extension infers them from
+# C++, so that its arguments have no names.
 SCHEMAS = {
-    "_xpu_C.fp8_gemm": "(Tensor A, Tensor B, ScalarType? out_dtype, Tensor? "
-    "A_scale_, Tensor? B_scale_, Tensor? "
-    "bias_) -> Tensor",
+    "_xpu_C.fp8_gemm": (
+        "(Tensor A, Tensor B, ScalarType? out_dtype, Tensor? A_scale_, Tensor? B_scale_, Tensor? bias_) "
+        "-> Tensor"
+    ),
     "_xpu_C.fp8_gemm_w8a16": "(Tensor A, Tensor B, Tensor? B_scale_, Tensor? bias_) -> Tensor",
-    "_xpu_C.fp4_gemm": "(Tensor A, Tensor B, Tensor A_scale, Tensor B_scale, "
-    "ScalarType? out_dtype, Tensor? bias_) -> "
-    "Tensor",
+    "_xpu_C.fp4_gemm": (
+        "(Tensor A, Tensor B, Tensor A_scale, Tensor B_scale, ScalarType? out_dtype, Tensor? bias_) -> Tensor"
+    ),
     "_xpu_C.int4_gemm_w4a16": (
-        "(Tensor A, Tensor B, Tensor? bias, Tensor B_scale, Tensor B_zp, int group_size, Tensor? "
-        "g_idx) -> Tensor"
+        "(Tensor A, Tensor B, Tensor? bias, Tensor B_scale, Tensor B_zp, int group_size, Tensor? g_idx) "
+        "-> Tensor"
     ),
     "_xpu_C.int4_gemm_w4a8": (
-        "(Tensor A_, Tensor A_scale, Tensor A_zp, Tensor B, Tensor B_scale, Tensor B_zp, int "
-        "group_size, Tensor? g_idx, "
-        "Tensor? bias) -> Tensor"
+        "(Tensor A_, Tensor A_scale, Tensor A_zp, Tensor B, Tensor B_scale, Tensor B_zp, int group_size, "
+        "Tensor? g_idx, Tensor? bias) -> Tensor"
     ),
     "_C.per_token_group_quant_mxfp4": (
         "(Tensor input, Tensor(a!) output_q, Tensor(b!) output_s, int group_size, float eps) -> ()"
@@ -47,7 +47,7 @@ SOURCES = {
 
 
 def missing(name: str, kernel: str) -> str:
-    """Why a kernel cannot call an operator that was not found: ``name`` as in ``SCHEMAS``."""
+    """Why a kernel cannot call an operator that is not here. ``name`` is a key of ``SCHEMAS``."""
     source = SOURCES[name.partition(".")[0]]
     package = source.partition(" ")[0].partition("/")[2]
     return (
@@ -58,7 +58,7 @@ def missing(name: str, kernel: str) -> str:
 def load(
     installed: Callable[[str], Any] = find_spec, load_module: Callable[[str], Any] = import_module
 ) -> str:
-    """Imports ``vllm-xpu-kernels`` where it is installed. Returns why it failed, or ''."""
+    """Imports ``vllm-xpu-kernels`` where it is installed. Returns why that failed; '' where it did not."""
     try:
         if installed(PACKAGE) is not None:
             load_module(f"{PACKAGE}._C")
@@ -73,40 +73,35 @@ def load_extension(
 ) -> None:
     """Imports Intel's extension where its build for XPU and for this torch is installed.
 
-    Any other build ends the process, or changes how the CPU computes, so that it is not even imported.
+    Any other build would end the process, or change how the CPU computes.
     """
     try:
-        found = version(EXTENSION)
-        if "+xpu" in found and found.split(".")[:2] == torch.__version__.split(".")[:2]:
+        installed = version(EXTENSION)
+        if "+xpu" in installed and installed.split(".")[:2] == torch.__version__.split(".")[:2]:
             load_module(EXTENSION)
-    except (
-        ImportError,
-        OSError,
-        RuntimeError,
-    ):  # not installed (PackageNotFoundError), or built for another oneAPI
+    # Not installed (PackageNotFoundError is an ImportError), or built for another oneAPI.
+    except (ImportError, OSError, RuntimeError):
         return
 
 
 def fits(schema: Any, expected: str) -> bool:
-    """Whether an operator is called as expected: the same arguments first, and defaults for whatever
-    follows.
+    """Whether an operator can be called as expected: it has the same arguments first, and defaults for all
+    others.
     """
-    known = torch._C.parse_schema(f"expected{expected}")
-    wanted = [(a.name, str(a.type)) for a in known.arguments]
+    parsed = torch._C.parse_schema(f"expected{expected}")
+    wanted = [(a.name, str(a.type)) for a in parsed.arguments]
     first, rest = schema.arguments[: len(wanted)], schema.arguments[len(wanted) :]
     same = [(a.name, str(a.type)) for a in first] == wanted and all(a.has_default_value() for a in rest)
-    return same and [str(r.type) for r in schema.returns] == [str(r.type) for r in known.returns]
+    return same and [str(r.type) for r in schema.returns] == [str(r.type) for r in parsed.returns]
 
 
 def overload(ops: Any, name: str) -> Any:
-    """The overload of a name in ``SCHEMAS``, in ``torch.ops``: None where it is not there."""
+    """The overload in ``ops`` (``torch.ops``) that a key of ``SCHEMAS`` names; None where it is not there."""
     namespace, operator, which = [*name.split("."), "default"][:3]
     return getattr(getattr(getattr(ops, namespace, None), operator, None), which, None)
 
 
 def features(ops: Any) -> frozenset[str]:
-    """The names in ``SCHEMAS`` of every operator in ``torch.ops`` that is there and has the expected
-    signature.
-    """
-    found = {name: overload(ops, name) for name in SCHEMAS}
-    return frozenset(name for name, op in found.items() if op is not None and fits(op._schema, SCHEMAS[name]))
+    """The keys of ``SCHEMAS`` whose operators are in ``ops`` (``torch.ops``) with the expected schema."""
+    overloads = {name: op for name in SCHEMAS if (op := overload(ops, name)) is not None}
+    return frozenset(name for name, op in overloads.items() if fits(op._schema, SCHEMAS[name]))

@@ -2,6 +2,7 @@
 Hugging Face hub, and whatever formats plugins bring.
 """
 
+from quantport.checkpoint.companions import companions
 from quantport.checkpoint.format import (
     CheckpointFormat,
     KVCacheConfig,
@@ -14,7 +15,7 @@ from quantport.checkpoint.json import read_config, read_json
 from quantport.checkpoint.quantport_format import QuantportFormat
 from quantport.checkpoint.reader import Checkpoint
 from quantport.checkpoint.recognize import BUILTIN_FORMATS, open_source, recognize
-from quantport.checkpoint.source import Rows, StoredTensor, TensorSource
+from quantport.checkpoint.source import Rows, StoredTensor, TensorSource, VerifiedSource, unchanged
 from quantport.checkpoint.writer import save_tensors
 
 __all__ = [
@@ -30,9 +31,12 @@ __all__ = [
     "StoredTensor",
     "TensorInfo",
     "TensorSource",
+    "VerifiedSource",
+    "companions",
     "open_source",
     "read_config",
     "read_json",
     "recognize",
     "save_tensors",
+    "unchanged",
 ]

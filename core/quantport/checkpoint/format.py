@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -81,6 +82,10 @@ class Recognized(ABC):
     def kv_cache(self) -> KVCacheConfig:
         """The KV cache that it was saved with."""
         return KVCacheConfig()
+
+    def fallback(self) -> str | None:
+        """What it was saved to do where a device cannot run a scheme; None where it does not say."""
+        return None
 
     def read(self, part: Part) -> tuple[Tensor, Callable[[], None]]:
         """The 16- or 32-bit values ``[n, k]`` of a part, and what to call when they have been used."""
@@ -159,7 +164,8 @@ class CheckpointFormat(ABC):
         layout: TensorLayout | None = None,
         config: Mapping[str, Any] | None = None,
         kv_cache: KVCacheConfig | None = None,
-        copy: Sequence[Path] = (),
+        fallback: str | None = None,
+        files: Mapping[str, bytes | Path] = MappingProxyType({}),
         overwrite: bool = False,
         max_shard_bytes: int = 5_000_000_000,
         resume: str = "",
@@ -174,7 +180,8 @@ class CheckpointFormat(ABC):
             layout: As for `save_tensors`.
             config: ``config.json`` of the model; None where it has none.
             kv_cache: The KV cache of the model.
-            copy: Files to copy in, such as the tokenizer.
+            fallback: What the model does where a device cannot run a scheme; None where that is not known.
+            files: As for `save_tensors`; without ``config.json``.
             overwrite: As for `save_tensors`.
             max_shard_bytes: As for `save_tensors`.
             resume: As for `save_tensors`.

@@ -4,18 +4,37 @@ weights.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import NoReturn
 
+from quantport.checkpoint.gguf_header import holds_floats
 from quantport.checkpoint.json import read_json
 from quantport.errors import CheckpointError
 
 _STEMS = ("model", "diffusion_pytorch_model")
 _INDEX = ".safetensors.index.json"
-_OTHERS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz")
+# of files that hold weights, and are no safetensors
+OTHER_WEIGHTS = (
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".onnx_data",
+    ".npz",
+    ".npy",
+    ".pkl",
+    ".ot",
+    ".tflite",
+    ".nemo",
+)
 _SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.safetensors")
 
 
@@ -34,6 +53,16 @@ class Layout:
     files: tuple[Path, ...]
     index: Mapping[str, str] | None = None
     index_file: Path | None = None
+
+
+def holds_safetensors(path: Path) -> bool:
+    """Whether there are files at a path that no other reader has to be asked about."""
+    if not path.is_dir():
+        return path.name.endswith((".safetensors", _INDEX))
+    try:
+        return any(name.endswith((".safetensors", _INDEX)) for name in os.listdir(path))
+    except OSError:
+        return False  # who opens it says why
 
 
 def find_layout(path: Path) -> Layout:
@@ -137,11 +166,12 @@ def _no_safetensors(path: Path, names: list[str]) -> NoReturn:
     """Raises the error for a place that holds no safetensors file, with what to do about what it does
     hold.
     """
-    others = [name for name in names if name.endswith(_OTHERS)]
+    others = [name for name in names if name.endswith(OTHER_WEIGHTS)]
     inner = sorted(p.parent.name for p in path.glob("*/*.safetensors")) if path.is_dir() else []
     inner = list(dict.fromkeys(inner))
-    if any(name.endswith(".gguf") for name in others):
-        suggestion = "the original BF16/FP16 checkpoint in safetensors; a GGUF file is quantized already"
+    gguf = next((name for name in others if name.endswith(".gguf")), None)
+    if gguf is not None:
+        suggestion = _instead_of_gguf(path if path.is_file() else path / gguf)
     elif others:
         suggestion = (
             "convert it once: AutoModel.from_pretrained(path).save_pretrained(new_path) writes safetensors"
@@ -152,6 +182,18 @@ def _no_safetensors(path: Path, names: list[str]) -> NoReturn:
         suggestion = "the path of a directory with *.safetensors, or of one such file"
     found = f"no .safetensors file, only {some(others)}" if others else "no .safetensors file"
     _bad(path, found, suggestion)
+
+
+def _instead_of_gguf(file: Path) -> str:
+    """What to do about a GGUF file, which may hold floats or codes."""
+    original = "the original BF16/FP16 checkpoint in safetensors"
+    floats = holds_floats(file)
+    if floats is None:
+        return f"{original}; {file.name} has no header that can be read"
+    if not floats:
+        return f"{original}; {file.name} is quantized already"
+    load = f"AutoModelForCausalLM.from_pretrained(directory, gguf_file={file.name!r}, dtype='auto')"
+    return f"{original}, or convert {file.name}, whose weights are not quantized: {load}.save_pretrained(new)"
 
 
 def some(names: list[str], limit: int = 5) -> str:

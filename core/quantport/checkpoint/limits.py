@@ -16,6 +16,8 @@ MAX_TENSORS = 500_000
 MAX_EXPERTS = 16_384  # of one layer
 MAX_LAYERS = 10_000
 MAX_DIGITS = 9  # of a number in the name of a tensor
+MAX_NAME = 1000  # characters of the name of a tensor
+MAX_NUMBER = 2**64  # a whole number of config.json
 MAX_JSON_BYTES = 48_000_000  # config.json, the index, quantport.json
 MAX_HEADER_BYTES = 100_000_000  # as the safetensors library
 MAX_JSON_DEPTH = 64
@@ -47,6 +49,8 @@ def check_tensors(tensors: Mapping[str, TensorLike], asked: str) -> None:
     within(asked, "tensors", len(tensors), MAX_TENSORS)
     stacked = 0
     for name, tensor in tensors.items():
+        if len(name) > MAX_NAME:
+            within(asked, f"characters in the name {name[:60]!r}...", len(name), MAX_NAME)
         for number in _LONG_NUMBER.findall(name):
             if f".{number}." in f".{name}.":  # a module's number, no hash
                 within(asked, f"digits in a number of the name {name[:60]!r}", len(number), MAX_DIGITS)
@@ -62,7 +66,7 @@ def check_tensors(tensors: Mapping[str, TensorLike], asked: str) -> None:
 
 
 def check_config(config: Mapping[str, Any], asked: str) -> None:
-    """Checks the numbers of layers and experts in a ``config.json`` and its parts.
+    """Checks the numbers in a ``config.json`` and its parts, those of layers and experts closely.
 
     Raises:
         CheckpointError: names the key.
@@ -70,6 +74,8 @@ def check_config(config: Mapping[str, Any], asked: str) -> None:
     for key, value in _items(config):
         if not isinstance(value, int | float):
             continue
+        if isinstance(value, int):
+            within(asked, f"as {key[:60]}", abs(value), MAX_NUMBER)
         if "experts" in key:
             within(asked, f"as {key}", value, MAX_EXPERTS)
         elif _LAYERS.search(key):

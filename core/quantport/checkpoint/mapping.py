@@ -1,7 +1,7 @@
 """One file, mapped privately: tensors are views of its pages, and pages can be given back.
 
-Measured on a 2 GiB file (facts/integration.md, section 6): views cost no copy, and giving pages back bounds
-the resident file pages at one tensor for no time; every reader that copies took 2 to 20 times the CPU time.
+For files that nobody writes to: where one shrinks, the next touch of a page that is gone ends the process
+with SIGBUS.
 
 No ``MADV_SEQUENTIAL`` and no ``MADV_WILLNEED``: on cold 1 GiB files both were 5 to 15 percent slower than the
 default read-ahead, whether the tensors were only read or worked on (2026-11, virtio disk, Linux 6).
@@ -10,11 +10,12 @@ default read-ahead, whether the tensors were only read or worked on (2026-11, vi
 from __future__ import annotations
 
 import mmap
-import os
 import sys
 
 import torch
 
+from quantport.checkpoint.header import TensorInfo
+from quantport.checkpoint.stamp import FileStamp, open_unchanged
 from quantport.errors import CheckpointError
 
 
@@ -23,30 +24,28 @@ class MappedFile:
 
     Args:
         path: The file.
-        stamp: Its size in bytes and mtime in ns, from when its header was read.
+        stamp: Of the file, from when its header was read.
 
     Raises:
         CheckpointError: The file is gone, cannot be mapped, or is not the one whose header was read.
     """
 
-    def __init__(self, path: str, stamp: tuple[int, int]) -> None:
+    def __init__(self, path: str, stamp: FileStamp) -> None:
         asked = f"map the weights of {path}"
-        try:
-            with open(path, "rb") as file:
-                if file_stamp(file.fileno()) != stamp:
-                    suggestion = "open the checkpoint again, once nothing writes to it"
-                    raise CheckpointError(asked, "the file changed since its header was read", suggestion)
-                self._map = _map_private(file.fileno(), stamp[0])
-        except OSError as error:
-            raise CheckpointError(asked, str(error), "a file that can be read and memory-mapped") from error
+        with open_unchanged(asked, path, stamp) as file:
+            try:
+                self._map = _map_private(file.fileno(), stamp.size)
+            except OSError as error:
+                raise CheckpointError(asked, str(error), "a file that can be memory-mapped") from error
 
-    def view(self, dtype: torch.dtype, shape: tuple[int, ...], start: int, end: int) -> torch.Tensor:
-        """Returns the bytes ``[start, end)``, which are not empty, as a tensor of ``dtype`` and ``shape``.
+    def view(self, info: TensorInfo, shape: tuple[int, ...], start: int, end: int) -> torch.Tensor:
+        """Returns the bytes ``[start, end)``, which are not empty, as a tensor of the dtype of ``info``.
 
         A view of the mapping, or a copy if ``start`` is no multiple of the item size: kernels load whole
         elements, and a misaligned load is slow or a fault on some devices. Writers since safetensors 0.3
         align the data.
         """
+        dtype = info.dtype
         if start % dtype.itemsize:
             raw = torch.frombuffer(self._map, dtype=torch.uint8, count=end - start, offset=start)
             return raw.clone().view(dtype).view(shape)
@@ -64,12 +63,6 @@ class MappedFile:
         first, last = -(-start // page) * page, end // page * page
         if sys.platform == "linux" and first < last:
             self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
-
-
-def file_stamp(descriptor: int) -> tuple[int, int]:
-    """Returns the size in bytes and the mtime in ns of an open file."""
-    found = os.fstat(descriptor)
-    return found.st_size, found.st_mtime_ns
 
 
 def _map_private(descriptor: int, size: int) -> mmap.mmap:

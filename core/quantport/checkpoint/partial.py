@@ -16,7 +16,7 @@ from platform import node
 from quantport.errors import SaveError
 
 WHOLE = ".whole"  # of shards that are written to their end, and are on the disk
-_RESUME = "resume"  # the file that says what is being saved
+_RESUME = ".resume"  # the file that says what is being saved: hidden, as no companion is
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin")
 
 

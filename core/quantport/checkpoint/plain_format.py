@@ -1,25 +1,30 @@
-"""The checkpoint that is not quantized: what no other format recognizes, and bears no mark of one."""
+"""The checkpoint that is not quantized: what no other format recognizes, and holds no codes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from quantport.checkpoint.format import CheckpointFormat, Recognized
-from quantport.checkpoint.source import TensorSource
+from quantport.checkpoint.source import StoredTensor, TensorSource
 from quantport.errors import CheckpointError
 from quantport.model.layers import Layer, find_layers
 from quantport.scheme.catalog import Schemes
 
-_MARKS = {
+_WEIGHTS = ("weight", ".weight_packed", "_proj")  # as the names of weights end; the last are fused experts
+_WRITERS = {
+    "_blocks": "MXFP4",
     ".qweight": "GPTQ or AWQ",
+    ".weight_codes": "quantport",
     ".weight_packed": "compressed-tensors",
     ".weight_scale_inv": "block-wise FP8",
     ".weight_scale": "compressed-tensors or FP8",
-    ".absmax": "bitsandbytes",
+    ".weight.absmax": "bitsandbytes",
     ".SCB": "bitsandbytes LLM.int8()",
-    "_blocks": "MXFP4",
 }
+_SMALL_INTEGERS = frozenset({torch.int8, torch.uint8, torch.int16, torch.int32})
 
 
 class PlainFormat(CheckpointFormat):
@@ -40,22 +45,72 @@ class _Plain(Recognized):
 
 
 def quantized_by(source: TensorSource, config: Mapping[str, Any]) -> str:
-    """By which mark one sees that somebody quantized a checkpoint; empty where nobody did."""
-    entry = config.get("quantization_config")
-    method = entry.get("quant_method") if isinstance(entry, Mapping) else entry
-    if method:
-        return f"config.json says quant_method {method!r}"
-    for name, info in source.tensors.items():
-        mark = next((m for m in _MARKS if name.endswith(m)), None)
-        if mark or "float8" in str(info.dtype):
-            return f"tensor {name} ({info.dtype}), a mark of {_MARKS[mark] if mark else 'FP8'}"
-    return ""
+    """What ``config.json`` says of a quantizer, and the first tensor that holds codes; empty where nobody
+    quantized a checkpoint.
+    """
+    (key, method), codes = _method(config), _first_codes(source)
+    claim = [f"config.json says {key} {method!r}"] if method else []
+    if codes is not None:
+        dtype = source.tensors[codes].dtype
+        claim.append(f"tensor {codes} ({dtype}), a mark of {_writer(codes, source.tensors)}")
+    return "; ".join(claim)
 
 
 def not_recognized(source: TensorSource, config: Mapping[str, Any]) -> CheckpointError:
-    """The error for a checkpoint that somebody quantized in a format that nobody here knows."""
+    """The error for a checkpoint that somebody quantized in a format that nobody here knows, or whose
+    ``config.json`` says so of weights in 16 bits.
+    """
+    asked, (key, method) = f"quantize {source.directory}", _method(config)
+    if _first_codes(source) is None and not any(map(_may_be_codes, source.tensors.values())):
+        return CheckpointError(
+            asked,
+            f"config.json says {key} {method!r}, but no tensor is quantized: its "
+            "quantization_config is stale, or says what to do while loading",
+            "config.json without quantization_config, if the weights are to be taken as they are",
+        )
     return CheckpointError(
-        f"quantize {source.directory}",
+        asked,
         f"it is quantized already: {quantized_by(source, config)}",
         "the 16-bit original of this checkpoint, or load it with the library that made it",
     )
+
+
+def _method(config: Mapping[str, Any]) -> tuple[str, Any]:
+    """The key of ``quantization_config`` that names a quantizer, and the name; falsy where nothing does."""
+    entry = config.get("quantization_config")
+    if not isinstance(entry, Mapping):
+        return "quant_method", entry
+    return next(
+        ((k, entry[k]) for k in ("quant_method", "quantized_by") if entry.get(k)), ("quant_method", None)
+    )
+
+
+def _first_codes(source: TensorSource) -> str | None:
+    """The first tensor that holds codes, by its dtype and its place: a name alone is no mark."""
+    return next((n for n, info in source.tensors.items() if _holds_codes(n, info, source.tensors)), None)
+
+
+def _holds_codes(name: str, info: StoredTensor, tensors: Mapping[str, StoredTensor]) -> bool:
+    if info.dtype.is_floating_point or info.dtype.is_complex:
+        return _is_small_float(info.dtype)
+    if name.endswith("_blocks"):
+        return f"{name.removesuffix('_blocks')}_scales" in tensors
+    return len(info.shape) > 1 and name.endswith(_WEIGHTS)
+
+
+def _may_be_codes(info: StoredTensor) -> bool:
+    """Whether a tensor is a matrix of small integers, as of a format that names its codes in its own way."""
+    return info.dtype in _SMALL_INTEGERS and len(info.shape) > 1
+
+
+def _writer(codes: str, tensors: Mapping[str, StoredTensor]) -> str:
+    """Who wrote a tensor of codes, by its name and by what stands beside it."""
+    base = codes.removesuffix(".weight")
+    for suffix, writer in _WRITERS.items():
+        if codes.endswith(suffix) or base + suffix in tensors:
+            return writer
+    return "FP8" if _is_small_float(tensors[codes].dtype) else "a quantizer whose scales are not known"
+
+
+def _is_small_float(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point and dtype.itemsize == 1

@@ -7,10 +7,11 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -28,13 +29,19 @@ from quantport.checkpoint.limits import MAX_EXPERTS
 from quantport.checkpoint.shard import Stream, TensorLayout
 from quantport.checkpoint.source import TensorSource
 from quantport.checkpoint.writer import save_tensors
-from quantport.errors import CheckpointError
+from quantport.errors import CheckpointError, needed, shown
 from quantport.model.layers import Layer, Part, find_layers
 from quantport.model.roles import Role, skipped_by_default
 from quantport.scheme.catalog import Schemes
+from quantport.scheme.formats import BF16
 
 FILE = "quantport.json"
+# Without quant_method Transformers and Diffusers refuse a configuration; one that they do not know they log.
+MARK = {"quantized_by": "quantport"}
 _ROLES = {"linear": Role.LINEAR, "moe": Role.EXPERTS, "embedding": Role.EMBEDDING}
+
+
+Size = Annotated[int, Field(ge=0, lt=2**40)]
 
 
 class Entry(BaseModel):
@@ -43,7 +50,7 @@ class Entry(BaseModel):
     model_config = ConfigDict(extra="forbid")
     scheme: str
     kind: Literal["linear", "moe", "embedding"]
-    weights: list[tuple[str, int, int]] = Field(min_length=1, max_length=3)
+    weights: list[tuple[str, Size, Size]] = Field(min_length=1, max_length=3)
     experts: int = Field(0, ge=0, le=MAX_EXPERTS)
     tied: list[str] = []
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
@@ -58,15 +65,16 @@ class Entry(BaseModel):
 
 
 class Record(BaseModel):
-    """The file: format version, the quantized layers by module path, and the KV cache that ``generate``
-    makes.
+    """The file: format version, the quantized layers by module path, the KV cache that ``generate`` makes,
+    and the fallback for devices that cannot run a scheme.
     """
 
     model_config = ConfigDict(extra="forbid")
-    format: Literal[1] = 1
+    format: Literal[1, 2] = 2  # 1 called 8-bit codes ``weight``, which others read as weights
     layers: dict[str, Entry]
     kv_cache_dtype: str | None = None
     kv_cache_skip_layers: tuple[int, ...] = ()
+    fallback: str | None = None
 
 
 def read_record(directory: Path) -> Record | None:
@@ -82,9 +90,9 @@ def read_record(directory: Path) -> Record | None:
         return Record.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
-        found = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        found = f"{'.'.join(map(str, first['loc']))[:200]} = {shown(first['input'])}: not {needed(first)}"
         raise CheckpointError(
-            f"read {directory / FILE}", found, "the file that quantport wrote, in format 1"
+            f"read {directory / FILE}", found, "the file that quantport wrote, in format 1 or 2"
         ) from None
 
 
@@ -109,7 +117,8 @@ class QuantportFormat(CheckpointFormat):
         layout: TensorLayout | None = None,
         config: Mapping[str, Any] | None = None,
         kv_cache: KVCacheConfig | None = None,
-        copy: Sequence[Path] = (),
+        fallback: str | None = None,
+        files: Mapping[str, bytes | Path] = MappingProxyType({}),
         overwrite: bool = False,
         max_shard_bytes: int = 5_000_000_000,
         resume: str = "",
@@ -120,18 +129,27 @@ class QuantportFormat(CheckpointFormat):
             layers={name: _entry(layer) for name, layer in layers.items()},
             kv_cache_dtype=cache.dtype,
             kv_cache_skip_layers=cache.skip_layers,
+            fallback=fallback,
         )
-        files = {FILE: record.model_dump_json(indent=1).encode()}
+        own = {FILE: record.model_dump_json(indent=1).encode()}
         if config is not None:
-            marked = {**config, "quantization_config": {"quant_method": self.name}}
-            files["config.json"] = json.dumps(marked, indent=2, default=str).encode()
+            marked = {**config, "quantization_config": MARK}
+            own["config.json"] = json.dumps(marked, indent=2, sort_keys=True, default=str).encode()
+        codes = [
+            ".".join(filter(None, (name, weight, "weight")))
+            for name, layer in layers.items()
+            for weight, scheme in layer.schemes.items()
+            if scheme != "bf16"
+        ]
+        renamed = {name: f"{name}_codes" for name in codes}
+        if layout is not None:
+            layout = {renamed.get(name, name): spec for name, spec in layout.items()}
         return save_tensors(
             directory,
-            tensors,
+            _renamed(tensors, renamed),
             layout=layout,
             max_shard_bytes=max_shard_bytes,
-            files=files,
-            copy=copy,
+            files={**files, **own},
             overwrite=overwrite,
             resume=resume,
         )
@@ -181,11 +199,15 @@ class _Quantized(Recognized):
     def kv_cache(self) -> KVCacheConfig:
         return KVCacheConfig(self.record.kv_cache_dtype, self.record.kv_cache_skip_layers)
 
+    def fallback(self) -> str | None:
+        return self.record.fallback
+
     def _weight(self, name: str, entry: Entry, weight: str, n: int, k: int) -> QuantizedWeight:
         scheme = self.schemes[entry.others.get(weight, entry.scheme)]
         keys = {}
         for key, expected in scheme.layout(n, k).items():
-            full = keys[key] = ".".join(filter(None, (name, weight, key)))
+            codes = key == "weight" and scheme.weight.element is not BF16 and self.record.format > 1
+            full = keys[key] = ".".join(filter(None, (name, weight, f"{key}_codes" if codes else key)))
             info = self.source.tensors.get(full)
             if info is None or (tuple(info.shape), info.dtype) != expected:
                 found = f"{list(info.shape)} {info.dtype}" if info else "no such tensor"
@@ -196,6 +218,22 @@ class _Quantized(Recognized):
 
     def _read(self, keys: Mapping[str, str]) -> dict[str, Tensor]:
         return {key: self.source.read(name) for key, name in keys.items()}
+
+
+def _renamed(
+    tensors: Stream | Callable[[Set[str]], Stream], names: Mapping[str, str]
+) -> Stream | Callable[[Set[str]], Stream]:
+    """A stream, or the function that gives one, under other names."""
+    if not callable(tensors):
+        return _under(tensors, names)
+    own, give = {new: old for old, new in names.items()}, tensors
+    return lambda missing: _under(give({own.get(name, name) for name in missing}), names)
+
+
+def _under(tensors: Stream, names: Mapping[str, str]) -> Stream:
+    for name, tensor in tensors:
+        yield names.get(name, name), tensor
+        del tensor  # while the stream makes the next one, nothing holds this one
 
 
 def _entry(layer: SavedLayer) -> Entry:

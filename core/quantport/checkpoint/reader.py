@@ -1,12 +1,13 @@
-"""Reads a checkpoint tensor by tensor: headers first, then views of the mapped files."""
+"""Reads a checkpoint tensor by tensor: headers first, then the tensors that are asked for."""
 
 from __future__ import annotations
 
 import os
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import NoReturn
@@ -16,8 +17,10 @@ import torch
 from quantport.checkpoint import limits
 from quantport.checkpoint.header import Header, TensorInfo, header_length, parse_header
 from quantport.checkpoint.layout import Layout, find_layout, some
-from quantport.checkpoint.mapping import MappedFile, file_stamp
+from quantport.checkpoint.mapping import MappedFile
 from quantport.checkpoint.source import Rows
+from quantport.checkpoint.stamp import FileStamp, check_stamp, file_stamp
+from quantport.checkpoint.streaming import Buffers, StreamedFile
 from quantport.errors import CheckpointError, did_you_mean
 
 
@@ -39,7 +42,7 @@ class Checkpoint:
         self,
         layout: Layout,
         headers: Mapping[str, Header],
-        stamps: Mapping[str, tuple[int, int]],
+        stamps: Mapping[str, FileStamp],
         mapped: bool = False,
     ) -> None:
         self.mapped = mapped
@@ -52,7 +55,11 @@ class Checkpoint:
         self.metadata: Mapping[str, str] = MappingProxyType(merged)
         self.total_bytes = sum(info.nbytes for info in self.tensors.values())
         self._stamps = dict(stamps)
-        self._maps: dict[str, MappedFile] = {}
+        self._buffers = Buffers()
+        self._open_file: Callable[[str, FileStamp], MappedFile | StreamedFile] = (
+            MappedFile if mapped else partial(StreamedFile, buffers=self._buffers)
+        )
+        self._open_files: dict[str, MappedFile | StreamedFile] = {}
         self._lock = threading.Lock()
         self._closed = False
 
@@ -67,8 +74,9 @@ class Checkpoint:
                 one index.
             headers_only: Accept files that end right after their header, to plan for weights that are not
                 here.
-            mapped: Let whoever reads a tensor keep it as a view of its file, whose pages all processes share.
-                Only for files that nobody writes to: when one shrinks, the process dies of SIGBUS.
+            mapped: Read tensors as views of the mapped files, without a copy: whoever reads one may keep it,
+                and all processes share its pages. Only for files that nobody writes to: when one shrinks, the
+                process dies of SIGBUS.
 
         Raises:
             CheckpointError: A file is absent, malformed or truncated, or the files and the index disagree.
@@ -79,7 +87,7 @@ class Checkpoint:
                 f"open the checkpoint {path}", "a big-endian machine", "a little-endian machine"
             )
         headers: dict[str, Header] = {}
-        stamps: dict[str, tuple[int, int]] = {}
+        stamps: dict[str, FileStamp] = {}
         count = 0
         for file in map(str, layout.files):
             headers[file], stamps[file] = _read_header(file, headers_only)
@@ -88,12 +96,10 @@ class Checkpoint:
         return cls(layout, headers, stamps, mapped)
 
     def read(self, name: str, rows: Rows | None = None) -> torch.Tensor:
-        """Returns a tensor, or some of its rows, as a view of the mapped file: no copy, no read until it is
-        touched.
+        """Reads a tensor, or some of its rows, into memory that is used again once nothing refers to it.
 
-        The view stays valid after `close`. It can be written to, but that stays private to this process and
-        `release` undoes it: treat it as read-only. A tensor whose offset is not aligned to its item size is
-        copied.
+        Of a mapped checkpoint it is a view of the file, read when it is touched: `release` undoes what is
+        written to it, and a tensor whose offset is not aligned to its item size is copied.
 
         Args:
             name: The name of the tensor.
@@ -105,21 +111,22 @@ class Checkpoint:
             number.
 
         Raises:
-            CheckpointError: No such tensor or rows, the checkpoint is closed, or the data is not there.
+            CheckpointError: No such tensor or rows, the checkpoint is closed, the data is not there, or its
+                file changed since the header was read.
         """
         info = self._info(name, "read")
         start, end, shape = _span(info, rows)
         if start == end:  # torch.frombuffer takes no empty buffer
             return torch.empty(shape, dtype=info.dtype, device="cpu")
-        mapped = self._mapped(info)
-        return mapped.view(info.dtype, shape, start, end)
+        return self._file(info).view(info, shape, start, end)
 
     def release(self, name: str, rows: Rows | None = None) -> None:
-        """Gives the file pages of a tensor, or of some of its rows, back to the system once it has been used.
+        """Gives the pages of a mapped file back to the system once a tensor, or some of its rows, has been
+        used.
 
         Bounds the memory of a stream at one tensor. Views stay valid: a later access reads the file again.
         Only pages wholly inside are dropped, so neighbours are untouched. Does nothing where the system
-        cannot (macOS, Windows).
+        cannot (macOS, Windows), and where files are not mapped: there a tensor is memory of its own.
 
         Raises:
             CheckpointError: No such tensor or rows.
@@ -127,15 +134,25 @@ class Checkpoint:
         info = self._info(name, "release")
         start, end, _ = _span(info, rows)
         with self._lock:
-            mapped = self._maps.get(info.file)
-        if mapped is not None:
-            mapped.give_back(start, end)
+            file = self._open_files.get(info.file)
+        if file is not None:
+            file.give_back(start, end)
+
+    def verify(self) -> None:
+        """Checks that every file is still the one whose header was read, by size, time and inode.
+
+        Raises:
+            CheckpointError: one changed or is gone: what was read may be of two checkpoints.
+        """
+        for file, stamp in self._stamps.items():
+            check_stamp(f"read the weights of {file}", file, stamp)
 
     def close(self) -> None:
-        """Lets go of the files. Tensors that were read stay valid and keep their own file mapped."""
+        """Lets go of the files. Tensors that were read stay valid."""
         with self._lock:
             self._closed = True
-            self._maps.clear()
+            self._open_files.clear()
+        self._buffers.drop()
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -157,31 +174,31 @@ class Checkpoint:
             )
         return info
 
-    def _mapped(self, info: TensorInfo) -> MappedFile:
-        """Returns the mapping of the file of a tensor, made on first use."""
+    def _file(self, info: TensorInfo) -> MappedFile | StreamedFile:
+        """Returns the open file of a tensor, opened on first use."""
         asked = f"read tensor {info.name!r} in {info.file}"
         with self._lock:
             if self._closed:
                 raise CheckpointError(
                     asked, "the checkpoint is closed", "read before close(), or open it again"
                 )
-            if info.end > self._stamps[info.file][0]:
+            if info.end > self._stamps[info.file].size:
                 raise CheckpointError(asked, "a file that holds only its header", "the file with its data")
-            if info.file not in self._maps:
-                self._maps[info.file] = MappedFile(info.file, self._stamps[info.file])
-            return self._maps[info.file]
+            if info.file not in self._open_files:
+                self._open_files[info.file] = self._open_file(info.file, self._stamps[info.file])
+            return self._open_files[info.file]
 
 
-def _read_header(file: str, headers_only: bool) -> tuple[Header, tuple[int, int]]:
-    """Reads the header of one file, and the size and mtime it had."""
+def _read_header(file: str, headers_only: bool) -> tuple[Header, FileStamp]:
+    """Reads the header of one file, and the stamp it had."""
     try:
         with open(file, "rb") as stream:
             stamp = file_stamp(stream.fileno())
             start = stream.read(8)
-            raw = start + stream.read(header_length(start, stamp[0], file))
+            raw = start + stream.read(header_length(start, stamp.size, file))
     except OSError as error:
         raise CheckpointError(f"read the header of {file}", str(error), "a file that you may read") from error
-    return parse_header(raw, stamp[0], file, headers_only=headers_only), stamp
+    return parse_header(raw, stamp.size, file, headers_only=headers_only), stamp
 
 
 def _span(info: TensorInfo, rows: Rows | None) -> tuple[int, int, tuple[int, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -9,11 +10,12 @@ from typing import Any, TypeVar
 
 from quantport.checkpoint import limits
 from quantport.checkpoint.format import CheckpointFormat, Recognized
+from quantport.checkpoint.layout import holds_safetensors
 from quantport.checkpoint.plain_format import PlainFormat, not_recognized
 from quantport.checkpoint.quantport_format import QuantportFormat
 from quantport.checkpoint.reader import Checkpoint
 from quantport.checkpoint.source import TensorSource
-from quantport.errors import BackendError, CheckpointError, QuantportError
+from quantport.errors import CheckpointError, QuantportError, shown
 from quantport.scheme.catalog import Schemes
 
 BUILTIN_FORMATS: tuple[CheckpointFormat, ...] = (QuantportFormat(),)
@@ -24,23 +26,31 @@ T = TypeVar("T")
 def open_source(
     path: Path, formats: Sequence[CheckpointFormat], *, headers_only: bool = False
 ) -> TensorSource:
-    """Opens files: by the first format that has a reader for them, or as safetensors.
+    """Opens files: as safetensors where there are some, else by the first format that has a reader for them.
+
+    A format that raises is not asked again, by name; it does not stop the others.
 
     Raises:
         CheckpointError: as `Checkpoint.open`.
-        BackendError: a format raised.
     """
-    for known in formats:
-        source = _guarded(known, f"open {path}", partial(known.open, path, headers_only=headers_only))
+    failed: list[str] = []
+    for known in () if holds_safetensors(path) else formats:
+        call = partial(known.open, path, headers_only=headers_only)
+        source = _guarded(known, f"open {path}", call, TensorSource, failed)
         if source is not None:
             return source
-    return Checkpoint.open(path, headers_only=headers_only)
+    try:
+        return Checkpoint.open(path, headers_only=headers_only)
+    except CheckpointError as error:
+        raise _after(failed, error) from None
 
 
 def recognize(
     source: TensorSource, config: Mapping[str, Any], schemes: Schemes, formats: Sequence[CheckpointFormat]
 ) -> Recognized:
     """What a checkpoint holds, as the one format that recognizes it says; without one, as it is stored.
+
+    Formats of quantport are asked first. A format of others that raises is set aside, by name.
 
     Args:
         source: The tensors.
@@ -51,30 +61,56 @@ def recognize(
     Raises:
         CheckpointError: several formats recognize it, it is beyond the limits, or somebody quantized it and
             none of the formats recognizes it.
-        BackendError: a format raised.
     """
     asked = f"open the checkpoint {source.directory}"
     limits.check_tensors(source.tensors, asked)
-    answers = [_guarded(f, asked, partial(f.recognize, source, config, schemes)) for f in formats]
-    claims = [claim for claim in answers if claim is not None]
-    if len(claims) > 1:
-        raise CheckpointError(
-            asked,
-            f"{len(claims)} formats recognize it: {', '.join(claim.format_name for claim in claims)}",
-            "one of them: uninstall the plugin that is wrong",
-        )
-    claim = claims[0] if claims else _PLAIN.recognize(source, config, schemes)
+    failed: list[str] = []
+    ours = [known for known in formats if known in BUILTIN_FORMATS]
+    for group in (ours, [known for known in formats if known not in ours]):
+        calls = [(known, partial(known.recognize, source, config, schemes)) for known in group]
+        answers = [_guarded(known, asked, call, Recognized, failed) for known, call in calls]
+        claims = [claim for claim in answers if claim is not None]
+        if len(claims) > 1:
+            raise CheckpointError(
+                asked,
+                f"{len(claims)} formats recognize it: {', '.join(claim.format_name for claim in claims)}",
+                "one of them: uninstall the plugin that is wrong",
+            )
+        if claims:
+            return claims[0]
+    claim = _PLAIN.recognize(source, config, schemes)
     if claim is None:
-        raise not_recognized(source, config)
+        raise _after(failed, not_recognized(source, config))
     return claim
 
 
-def _guarded(candidate: CheckpointFormat, asked: str, call: Callable[[], T]) -> T:
-    """Calls a format; whatever a stranger's raises names it."""
+def _guarded(
+    candidate: CheckpointFormat, asked: str, call: Callable[[], T | None], kind: Any, failed: list[str]
+) -> T | None:
+    """Asks a format for a ``kind``. One of a stranger that raises, or returns nonsense, has no answer.
+
+    What it raises as a `QuantportError` is its answer: the checkpoint is of this format, and malformed.
+    """
     try:
-        return call()
+        answer = call()
+        if answer is not None and not isinstance(answer, kind):
+            raise TypeError(f"it returned {shown(answer)}, no {kind.__name__}")
     except QuantportError:
         raise
-    except Exception as error:  # a stranger's code
-        found = f"format {candidate.name!r} raised {type(error).__name__}: {error}"
-        raise BackendError(asked, found, "uninstall or mend the plugin that brings the format") from error
+    except (Exception, SystemExit) as error:  # a stranger's code
+        if candidate in BUILTIN_FORMATS:
+            raise
+        failed.append(f"format {candidate.name!r} raised {type(error).__name__}: {error}")
+        warnings.warn(f"{asked}: {failed[-1]}; it is not asked", RuntimeWarning, stacklevel=5)
+        return None
+    return answer
+
+
+def _after(failed: Sequence[str], error: CheckpointError) -> CheckpointError:
+    """The error of a checkpoint that nobody opens, with the formats that might have."""
+    if not failed:
+        return error
+    found = f"{error.found}; and {'; '.join(failed)}"
+    return CheckpointError(
+        error.asked, found, f"{error.suggestion}; or mend the plugin that brings the format"
+    )

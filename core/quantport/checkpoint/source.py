@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -57,3 +58,35 @@ class TensorSource(Protocol):
 
     def close(self) -> None:
         """Lets go of the files. Tensors that were read stay valid."""
+
+
+@runtime_checkable
+class VerifiedSource(TensorSource, Protocol):
+    """A source that can say whether what it reads is still what it was when it was opened."""
+
+    def verify(self) -> None:
+        """Checks that nothing changed, before what was read is handed out.
+
+        Raises:
+            CheckpointError: names what did.
+        """
+
+
+@contextmanager
+def unchanged(source: TensorSource) -> Iterator[None]:
+    """Checks after the block that nothing changed that it read; a change also accounts for what it raises.
+
+    Raises:
+        CheckpointError: as `VerifiedSource.verify`.
+    """
+    try:
+        yield
+    except Exception:
+        _verify(source)
+        raise
+    _verify(source)
+
+
+def _verify(source: TensorSource) -> None:
+    if isinstance(source, VerifiedSource):
+        source.verify()

@@ -30,8 +30,7 @@ def save_tensors(
     layout: TensorLayout | None = None,
     metadata: Mapping[str, str] | None = None,
     max_shard_bytes: int = 5_000_000_000,
-    files: Mapping[str, bytes] | None = None,
-    copy: Iterable[str | os.PathLike[str]] = (),
+    files: Mapping[str, bytes | Path] | None = None,
     overwrite: bool = False,
     resume: str = "",
 ) -> Path:
@@ -51,8 +50,7 @@ def save_tensors(
         metadata: Free text for ``__metadata__`` of each shard; ``format`` is ``"pt"`` if not given
             (Transformers asks).
         max_shard_bytes: The size of a shard in bytes; a larger tensor gets a shard of its own.
-        files: More files, name to content, such as ``config.json``.
-        copy: Paths of files to copy in, such as the tokenizer.
+        files: More files by name, such as ``config.json`` and the tokenizer: what to write, or what to copy.
         overwrite: Replace the checkpoint that is there.
         resume: Names what is written, with everything that its bytes depend on: whole shards that a killed
             save of the same left on this machine are taken over. With ``layout`` only.
@@ -69,7 +67,7 @@ def save_tensors(
         texts = _checked_metadata(asked, metadata or {})
         same = _same(resume, layout, max_shard_bytes, texts) if resume and layout is not None else ""
         with appearing(target, overwrite=overwrite, resume=same) as partial:
-            _write_extras(asked, partial, files or {}, [Path(source) for source in copy])
+            _write_extras(asked, partial, files or {})
             shards = _Shards(asked, partial, texts)
             if layout is None:
                 assert not callable(tensors)  # what is still to be written is known of a layout only
@@ -173,7 +171,7 @@ class _Shards:
             raise SaveError(self._asked, found, "free space on that disk, or save elsewhere")
 
     def _path(self, shard: int) -> Path:
-        return self._directory / f"shard-{shard + 1:05d}{WHOLE}"
+        return self._directory / f".shard-{shard + 1:05d}{WHOLE}"  # hidden, as no companion is
 
 
 def _same(resume: str, layout: TensorLayout, limit: int, metadata: Mapping[str, str]) -> str:
@@ -229,11 +227,11 @@ def _checked_metadata(asked: str, metadata: Mapping[str, str]) -> dict[str, str]
     return {"format": "pt", **metadata}
 
 
-def _write_extras(asked: str, directory: Path, files: Mapping[str, bytes], copy: list[Path]) -> None:
+def _write_extras(asked: str, directory: Path, files: Mapping[str, bytes | Path]) -> None:
     """Writes and copies the other files first: they are small, and what is wrong with them shows before the
     stream.
     """
-    for name, source in [*((name, None) for name in files), *((path.name, path) for path in copy)]:
+    for name, content in files.items():
         windows = PureWindowsPath(name)
         if (
             not name
@@ -250,16 +248,14 @@ def _write_extras(asked: str, directory: Path, files: Mapping[str, bytes], copy:
                 f"{asked}, file {name!r}", "a name that the weights need", "only files other than weights"
             )
         path = directory / name
-        if path.exists():
-            raise SaveError(f"{asked}, file {name!r}", "this name twice in files and copy", "each name once")
-        if source is not None and not source.is_file():
-            raise SaveError(f"{asked}, file {source}", "no file at this path", "paths of files in copy")
         path.parent.mkdir(parents=True, exist_ok=True)
-        if source is None:
-            _write(path, files[name])
-        else:
-            shutil.copyfile(source, path)
+        if isinstance(content, bytes):
+            _write(path, content)
+        elif content.is_file():
+            shutil.copyfile(content, path)
             sync(path)
+        else:
+            raise SaveError(f"{asked}, file {content}", "no file at this path", "paths of files to copy")
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -4,7 +4,9 @@ explained on stderr.
 
 from __future__ import annotations
 
+import functools
 import inspect
+import json
 import sys
 import warnings
 from collections.abc import Callable
@@ -17,18 +19,21 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 
-from quantport.errors import QuantportError
+from quantport.cli.output import only_pages, stdout_failed, write
+from quantport.errors import QuantportError, SaveError
 from quantport.plugins.entry_points import installed, is_builtin
 
 if TYPE_CHECKING:
     from quantport.plugins.registry import Registry
 
+INTERRUPTED = 130  # 128 + SIGINT
 _MANUAL = """Quantizes BF16/FP16 models while they load, on whatever accelerator it finds.
 
 A scheme says what the numbers become (int8, fp8_per_block, int4_weight_only...); a plan says what each layer
 gets on a device, and why; `matrix` says what works where.
 
-Exit codes: 0 done; 1 a check failed (doctor); 2 a wrong request, explained on stderr; 130 interrupted."""
+Exit codes: 0 done; 1 a check failed (doctor); 2 a wrong request, explained on stderr, or as JSON on stdout
+with --json; 130 interrupted."""
 _EPILOG = """[bold]Start here[/bold]
 
   quantport devices                      what is here
@@ -39,7 +44,7 @@ _EPILOG = """[bold]Start here[/bold]
 
 
 class _Group(TyperGroup):
-    """Turns every error of quantport into its three-part message and exit code 2."""
+    """Turns every error of quantport into its three-part message and exit code 2, and says an interrupt."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -47,6 +52,9 @@ class _Group(TyperGroup):
         except QuantportError as error:
             explain(error)
             raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            typer.echo("interrupted", err=True)
+            raise typer.Exit(INTERRUPTED) from None
 
 
 app = typer.Typer(
@@ -61,16 +69,29 @@ app = typer.Typer(
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
-    """Adds a command; the section Examples of its docstring, one to a line, stands at the end of its help."""
+    """Adds a command; the section Examples of its docstring, one to a line, stands at the end of its help.
+
+    With ``--json``, an error is JSON on stdout too.
+    """
     text, _, shown = (inspect.getdoc(function) or "").partition("\nExamples:\n")
     lines = [escape(line.strip()) for line in shown.splitlines() if line.strip()]
     epilog = "\n\n".join(["[bold]Examples[/bold]", *lines]) if lines else None
-    return app.command(help=escape(text), epilog=epilog)(function)
+
+    @functools.wraps(function)
+    def run(**options: Any) -> None:
+        with only_pages():
+            try:
+                function(**options)
+            except QuantportError as error:
+                explain(error, as_json=options.get("as_json") or options.get("style") == "json")
+                raise typer.Exit(2) from None
+
+    return app.command(help=escape(text), epilog=epilog)(run)
 
 
 def add_plugin_commands(registry: Registry | None = None) -> None:
-    """Adds the commands of plugins after those of quantport. Where nobody else's plugin is installed, nothing
-    is loaded.
+    """Adds the commands of plugins after those of quantport; one whose parameters cannot be options is set
+    aside. Where nobody else's plugin is installed, nothing is loaded.
 
     Args:
         registry: Where the commands come from; by default that of the process.
@@ -82,7 +103,14 @@ def add_plugin_commands(registry: Registry | None = None) -> None:
 
         registry = default_registry()
     for name, function in registry.commands.items():
-        app.command(name)(function)
+        trial = typer.Typer()
+        trial.command(name)(function)
+        try:
+            typer.main.get_command(trial)
+        except Exception as error:  # whatever typer makes of a stranger's signature
+            registry.set_aside(registry.owners[name], "command", error)
+        else:
+            app.command(name)(function)
 
 
 def _version(asked: bool) -> None:
@@ -102,16 +130,19 @@ def _root(
     pass
 
 
-def explain(error: QuantportError) -> None:
-    """Prints the three parts of an error to stderr, each under its name."""
+def explain(error: QuantportError, *, as_json: bool = False) -> None:
+    """Prints the three parts of an error, each under its name: to stderr, or to stdout as JSON."""
+    if as_json:
+        parts = {"asked": error.asked, "found": error.found, "try": error.suggestion}
+        write(json.dumps({"error": {"type": type(error).__name__, **parts}}, indent=2))
+        return
     view = Console(stderr=True, markup=False, highlight=False, emoji=False)
-    parts = (("asked", error.asked), ("found", error.found), ("try", error.suggestion))
     if not sys.stderr.isatty():  # one part to a line, whole, for pipes and logs
         view.print(f"{type(error).__name__}\n{error}", soft_wrap=True)
         return
     view.print(Text(type(error).__name__, "bold red"))
     grid = Table.grid(padding=(0, 1))
-    for name, text in parts:
+    for name, text in (("asked", error.asked), ("found", error.found), ("try", error.suggestion)):
         grid.add_row(Text(f"{name}:", "bold"), Text(text, overflow="fold"))
     view.print(grid)
 
@@ -130,11 +161,25 @@ def _warn(
 
 def main() -> None:
     """Runs the command line."""
+    if sys.stdout is None:  # closed: Python has no stream for it
+        explain(SaveError("write to stdout", "it is closed", "a file, a pipe, a terminal, or /dev/null"))
+        sys.exit(2)
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
             # a terminal that knows no box or tick shows a question mark, not a traceback
             reconfigure(errors="replace")
     warnings.showwarning = _warn
-    add_plugin_commands()
-    app()
+    try:
+        with only_pages():
+            add_plugin_commands()
+    except QuantportError as error:  # of the environment that restricts plugins
+        explain(error, as_json="--json" in sys.argv)
+        sys.exit(2)
+    try:
+        app()
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        explain(stdout_failed(error))  # click has written help or a version
+        sys.exit(2)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib
 import logging
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from quantport.checkpoint import read_config
 from quantport.checkpoint.quantport_format import read_record
@@ -93,29 +94,64 @@ def find(directory: Path, baseline: str | None) -> Path:
     return base
 
 
-def sample(directory: Path, base: Path, text: Path | None) -> str:
-    """The text to compare on: what was asked for, or eval.txt in or beside the model or its original."""
+def chats(tokenizer: Any) -> bool:
+    """Whether a tokenizer has a chat template."""
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def chat_text(tokenizer: Any, prompt: str) -> str:
+    """A prompt as the first message of a chat, up to where the answer begins.
+
+    Raises:
+        ConfigError: there is no chat template, or it fails.
+    """
+    asked, suggestion = f"--chat with --prompt {prompt!r}", "--no-chat"
+    if not chats(tokenizer):
+        raise ConfigError(asked, "the tokenizer has no chat template", suggestion)
+    messages = [{"role": "user", "content": prompt}]
+    try:
+        return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    except Exception as error:  # what a template raises, of jinja or of its own
+        found = f"the chat template raised {type(error).__name__}: {error}"
+        raise ConfigError(asked, found, suggestion) from error
+
+
+class Sample(NamedTuple):
+    """A text to compare on, and where it is from."""
+
+    text: str
+    source: str
+
+
+def sample(directory: Path, base: Path, text: Path | None) -> Sample:
+    """The text to compare on: what was asked for; or eval.txt in or beside the model or its original; or the
+    help that comes with Python.
+    """
     places = [
         d / "eval.txt"
         for d in dict.fromkeys((directory, directory.resolve().parent, base, base.resolve().parent))
     ]
     path = text or next((p for p in places if p.is_file()), None)
     if path is None:
-        found = "no eval.txt in the model's directory or beside it"
-        raise ConfigError("--compare", found, "--text FILE, some pages of plain text")
+        topics = importlib.import_module("pydoc_data.topics").topics
+        return Sample("\n\n".join(topics.values()), f"the help of Python {platform.python_version()}")
     try:
-        return path.read_text(encoding="utf-8")
+        return Sample(path.read_text(encoding="utf-8"), path.name)
     except (OSError, UnicodeDecodeError) as error:
         found = getattr(error, "strerror", "") or str(error)
         raise ConfigError(f"--text {path}", found, "a readable file of plain text in UTF-8") from None
 
 
-def positions(model: Any) -> int | None:
-    """The longest text that the model takes, in tokens; None when its configuration does not say."""
-    config: Any = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    found = getattr(config, "max_position_embeddings", None)
-    return found if isinstance(found, int) and found > 0 else None
+def positions(directory: Path) -> int | None:
+    """The longest text that the model of a checkpoint takes, in tokens; None when its configuration does not
+    say.
+    """
+    try:
+        config = _transformers(f"run {directory}").AutoConfig.from_pretrained(directory)
+    except Exception:  # loading says what is wrong with it
+        return None
+    most = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return most if isinstance(most, int) and most > 0 else None
 
 
 def load(model: Any, directory: Path) -> Any:

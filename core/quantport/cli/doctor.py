@@ -13,6 +13,8 @@ from typing import Any
 from quantport.cli.page import Column, Grid, Page
 from quantport.cli.show import device_dict
 from quantport.errors import QuantportError
+from quantport.kernels.base import Request, WeightSpec, guarded_verdict
+from quantport.kernels.verdict import ReasonCode, Rejected
 from quantport.plugins.registry import Problem, Registry, default_registry
 
 NOT_TOLD = {"bench", "dev"}  # extras that nobody needs to run a model
@@ -47,11 +49,12 @@ def examine() -> Findings:
     _ = found.devices, [found.kernels(kind) for kind in found.backends]  # both record their problems
     problems: list[Problem] = []
     advice: dict[str, list[str]] = {}
-    for kind, backend in found.backends.items():
+    for kind in found.backends:
         try:
-            advice[kind] = [str(line) for line in backend.advice()]
+            advice[kind] = list(found.advice(kind))
         except Exception as error:  # a stranger's code: named, never fatal
             problems.append(Problem(kind, "advice", f"{type(error).__name__}: {error}"))
+    problems += _verdict_problems(found)
     try:
         auto = str(found.device("auto"))
     except QuantportError as error:
@@ -65,6 +68,20 @@ def examine() -> Findings:
             "not installed: load and run need it for checkpoints: pip install 'quantport[transformers]'"
         ]
     return Findings(found, versions, advice, auto, [*found.problems, *problems])
+
+
+def _verdict_problems(registry: Registry) -> list[Problem]:
+    """Kernels that raise, or answer nonsense, when they are asked about the schemes on the devices here."""
+    specs = [WeightSpec(scheme, 4096, 4096) for scheme in registry.schemes.values()]
+    problems: dict[str, Problem] = {}
+    for device in registry.devices:
+        requests = [Request(spec, "linear", device, device.arch.compute) for spec in specs]
+        for kernel in registry.kernels(device.kind):
+            for request in requests:
+                verdict = guarded_verdict(kernel.name, kernel.verdict, request)
+                if isinstance(verdict, Rejected) and verdict.reasons[0].code is ReasonCode.RAISED:
+                    problems.setdefault(kernel.name, Problem(kernel.name, "verdict", str(verdict.reasons[0])))
+    return list(problems.values())
 
 
 def _version(package: str) -> str | None:

@@ -36,8 +36,15 @@ def run(
     fallback: FallbackOption = None,
     kv_cache: KVCacheOption = None,
     prompt: Annotated[
-        str, typer.Option("--prompt", "-p", help="Text to continue.")
+        str, typer.Option("--prompt", "-p", help="Text to continue, or to answer with --chat.")
     ] = "The following exceptions are",
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--no-chat",
+            help="Ask with the chat template of the tokenizer; by default where it has one.",
+        ),
+    ] = None,
     tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="Tokens to generate, greedily.")] = 48,
     seed: Annotated[
         int, typer.Option("--seed", help="Seed of torch; greedy text does not depend on it.")
@@ -46,7 +53,10 @@ def run(
         bool, typer.Option("--compare", help="Load BF16 too: perplexity, KL, top-1, bytes, tokens/s.")
     ] = False,
     text: Annotated[
-        Path | None, typer.Option("--text", help="Text for --compare; eval.txt beside the model if left out.")
+        Path | None,
+        typer.Option(
+            "--text", help="Text for --compare; eval.txt beside the model, or Python's help, if left out."
+        ),
     ] = None,
     windows: Annotated[
         int, typer.Option("--windows", min=1, help="For --compare: windows of 256 tokens, at most.")
@@ -63,7 +73,7 @@ def run(
         quantport run examples/models/tiny-llama --scheme int8
         quantport run examples/models/tiny-llama --scheme int8 --compare
         quantport run examples/models/tiny-llama --scheme int8 --kv-cache fp8 --compare
-        quantport run MODEL --scheme int4 --prompt 'Once upon a time' --tokens 100
+        quantport run MODEL --scheme int4 --prompt 'Once upon a time' --tokens 100 --no-chat
         quantport run OUT --compare --baseline MODEL --text pages.txt   (OUT written by quantize)
     """
 
@@ -77,7 +87,7 @@ def run(
             num_tokens,
             fallback.value if fallback else None,
         ),
-        run_model.Text(prompt, tokens, seed),
+        run_model.Text(prompt, tokens, seed, chat),
         run_model.Comparison(text, windows, baseline) if compare else None,
         chosen,
     )

@@ -60,12 +60,12 @@ def matrix(
         quantport matrix --format markdown > matrix.md      with kernels, evidence and sources
     """
     import quantport
-    from quantport.cli import page, show
+    from quantport.cli import output, page, show
 
     cells = quantport.matrix(scheme, device, layer.value if layer else None)
     chosen = form(style, as_json)
     if chosen == "markdown":
-        page.write(show.matrix_markdown(cells))
+        output.write(show.matrix_markdown(cells))
     else:
         page.emit(show.matrix_page(cells, detailed=bool(scheme or device) or chosen == "html"), chosen)
 

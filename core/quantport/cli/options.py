@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from quantport.errors import ConfigError
+from quantport.errors import CheckpointError, ConfigError
 
 
 class Fallback(str, Enum):
@@ -50,7 +49,7 @@ DeviceOption = Annotated[
     typer.Option(
         "--device",
         "-d",
-        help="auto, a kind (cpu), kind:index (cpu:0), or kind:arch (cpu:x86_amx) for what is not here.",
+        help="auto, a kind (cpu), or kind:index (cpu:0); kind:arch (cpu:x86_amx) or a product, not here.",
     ),
 ]
 ConfigOption = Annotated[
@@ -101,15 +100,15 @@ def read_config(
     """
     data: dict[str, Any] = {}
     if path is not None:
+        from quantport.checkpoint.json import read_json  # on use: it imports torch
+
         suggestion = 'a JSON file, for example {"scheme": "int8"}'
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"--config {path}", error.strerror or str(error), suggestion) from None
-        except ValueError as error:
-            raise ConfigError(f"--config {path}", f"not JSON: {error}", suggestion) from None
-        if not isinstance(data, dict):
-            raise ConfigError(f"--config {path}", f"a JSON {type(data).__name__}", suggestion)
+            if not path.exists():
+                raise ConfigError(f"--config {path}", "No such file", suggestion)
+            data = read_json(path, f"--config {path}", suggestion)
+        except CheckpointError as error:  # it is none, whatever the reader is for
+            raise ConfigError(error.asked, error.found, error.suggestion) from None
     if ignore:
         in_file = data.get("ignore", [])
         if not isinstance(in_file, list):

@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import typer
 from rich import box
 from rich.console import Console
 from rich.measure import Measurement
@@ -30,7 +29,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-BROKEN_PIPE = 141  # 128 + SIGPIPE: what a shell says of any tool whose reader left
+from quantport.cli.output import pages, write
+
 _WRAPPED = 32  # cells that a column of prose needs at least
 _ENDLESS = 1_000_000  # cells: what no terminal shows is never wrapped
 _STYLES = {"plain": "", "good": "green", "warn": "yellow", "bad": "red", "dim": "dim"}
@@ -105,32 +105,19 @@ def _strict(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write(text: str) -> None:
-    """Writes a text and a newline to stdout; a reader that left (``| head``) ends the command without
-    a word.
-    """
-    try:
-        sys.stdout.write(text + "\n")
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # the interpreter flushes once more when it ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(BROKEN_PIPE) from None
-
-
 def width() -> int:
     """Cells of a line: of the terminal; without one, ``COLUMNS``, or no limit at all, so that pipes get whole
     rows.
     """
-    if sys.stdout.isatty():
-        return Console().width
+    if pages().isatty():
+        return Console(file=pages()).width
     columns = os.environ.get("COLUMNS", "")
     return max(20, int(columns)) if columns.isascii() and columns.isdigit() else _ENDLESS
 
 
 def _print(page: Page) -> None:
     target = io.StringIO()
-    tty = sys.stdout.isatty()
+    tty = pages().isatty()
     view = Console(
         file=target, width=width(), force_terminal=tty or None, emoji=False, markup=False, highlight=False
     )

@@ -74,7 +74,7 @@ def group(steps: Sequence[Step]) -> list[list[Step]]:
     out: dict[object, list[Step]] = {}
     for step in steps:
         layer = step.layer
-        other = layer.kind == "other"
+        other = not layer.is_matrix
         leaf = "" if other else layer.name.rpartition(".")[2]
         leaf = "expert" if leaf.isdecimal() else leaf
         shape = (
@@ -93,7 +93,7 @@ def _pattern(steps: Sequence[Step], names: Sequence[str]) -> str:
     differs in braces.
     """
     own = [step.layer.name for step in steps]
-    if steps[0].layer.kind == "other":
+    if not steps[0].layer.is_matrix:
         return OTHERS
     if len(own) == 1:
         return own[0]
@@ -126,9 +126,7 @@ def _braced(parts: set[str]) -> str:
 def _row(name: str, steps: Sequence[Step]) -> tuple[str, ...]:
     first = steps[0]
     choice, layer = first.choice, first.layer
-    shapes = (
-        "-" if layer.kind == "other" else ", ".join(dict.fromkeys(f"{n}x{k}" for _, n, k in layer.weights))
-    )
+    shapes = ", ".join(dict.fromkeys(f"{n}x{k}" for _, n, k in layer.weights)) if layer.is_matrix else "-"
     held = f"{len(layer.only)} weights" if layer.only else f"{layer.experts} experts"
     shapes = f"{held} of {shapes}" if layer.experts else shapes
     sizes = (size(sum(s.before for s in steps)), size(sum(s.after for s in steps)))
@@ -151,18 +149,17 @@ def _evidence(choice: Choice) -> str:
 def _summary(plan: Plan, named: Sequence[tuple[str, Sequence[Step]]]) -> dict[str, Any]:
     """What the groups share, for people and machines."""
     kept = [
-        (name, steps)
-        for name, steps in named
-        if not steps[0].requested_scheme and steps[0].layer.kind != "other"
+        (name, steps) for name, steps in named if not steps[0].requested_scheme and steps[0].layer.is_matrix
     ]
     return {
         "fallback": plan.config.fallback,
         "groups": [_group_dict(name, steps) for name, steps in named],
         "kept": _told(kept, lambda step: [step.note]),
         "reasons": _reasons(plan),
-        "warnings": _told(
-            [(name, steps) for name, steps in named if steps[0].slow], lambda step: [step.note]
-        ),
+        "warnings": [
+            *plan.warnings,
+            *_told([(name, steps) for name, steps in named if steps[0].slow], lambda step: [step.note]),
+        ],
     }
 
 
@@ -197,9 +194,7 @@ def _group_dict(name: str, steps: Sequence[Step]) -> dict[str, Any]:
         "layers": name,
         "count": len(steps),
         "kind": layer.kind,
-        "shapes": []
-        if layer.kind == "other"
-        else [{"weight": w, "n": n, "k": k} for w, n, k in layer.weights],
+        "shapes": [{"weight": w, "n": n, "k": k} for w, n, k in layer.weights] if layer.is_matrix else [],
         "experts": layer.experts,
         "dtype": str(layer.dtype).removeprefix("torch."),
         "asked": first.requested_scheme,

@@ -15,7 +15,8 @@ import quantport
 from quantport.checkpoint.partial import check_free
 from quantport.checkpoint.quantport_format import read_record
 from quantport.cli import baseline, compare
-from quantport.cli.page import Column, Grid, emit, progress, size, write
+from quantport.cli.output import write
+from quantport.cli.page import Column, Grid, emit, progress, size
 from quantport.cli.plans import plan_page
 from quantport.errors import CheckpointError, ConfigError, SaveError
 from quantport.loading import quantize_checkpoint
@@ -52,11 +53,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Text:
-    """What to generate."""
+    """What to generate; ``chat`` says whether to ask with the chat template, None where there is one."""
 
     prompt: str
     tokens: int
     seed: int
+    chat: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -68,58 +70,89 @@ class Comparison:
     baseline: str | None
 
 
+@dataclass(frozen=True)
+class Against:
+    """What a model is compared with: the checkpoint of the original, on tokens ``[windows, length]`` of a
+    text.
+    """
+
+    base: Path
+    source: str
+    windows: Tensor
+
+
 def run(request: Request, text: Text, comparison: Comparison | None, form: str) -> None:
     """Loads, generates and compares. In a terminal the text is shown before the rest is measured."""
     directory = locate(request.model)
     with baseline.hushed():
         tokenizer = baseline.tokenizer(directory)
-        ids = _prompt(tokenizer, text.prompt)
-        base = baseline.find(directory, comparison.baseline) if comparison else directory
-        sample = baseline.sample(directory, base, comparison.text) if comparison else ""
+        chat = baseline.chats(tokenizer) if text.chat is None else text.chat
+        ids = _prompt(tokenizer, text.prompt, chat)
+        positions = baseline.positions(directory)
+        _fits(positions, ids, text.tokens)
+        against = _prepare(comparison, directory, tokenizer, positions) if comparison else None
         torch.manual_seed(text.seed)
         start = time.perf_counter()
         model = request.load()
         seconds = time.perf_counter() - start
+        _generates(model)
         ids = ids.to(model.device)
-        _fits(model, ids, text.tokens)
         compare.warm_up(model, ids, text.tokens)
         out, rate = compare.timed(model, ids, text.tokens)
-        written = str(tokenizer.decode(out[0], skip_special_tokens=True))
+        written = _decode(tokenizer, out, ids, chat)
         if form == "table":
             write(f"{written}\n")
         page = plan_page(model.quantport_plan)
-        page.data = {"text": written, "load_seconds": seconds, "tokens_per_second": rate, "plan": page.data}
+        page.data = {
+            "text": written,
+            "chat": chat,
+            "load_seconds": seconds,
+            "tokens_per_second": rate,
+            "plan": page.data,
+        }
         page.say(f"loaded in {seconds:.1f} s; {rate:.1f} tokens/s after a warm-up")
-        if comparison:
-            page.data["compare"] = _compare(
-                model, base, tokenizer, sample, ids, text.tokens, comparison.windows
-            )
+        if against:
+            measured, out = _compare(model, against, ids, text.tokens)
+            page.data["compare"] = {**measured, "text_bf16": _decode(tokenizer, out, ids, chat)}
             page.blocks.append(_grid(page.data["compare"]))
     if form != "table":
         page.blocks.insert(0, Grid((Column("text"),), [(written,)]))
     emit(page, form)
 
 
-def _compare(
-    model: Any, base_at: Path, tokenizer: Any, sample: str, ids: Tensor, tokens: int, count: int
-) -> dict[str, Any]:
-    """Quality on the same windows, speed in turns, of both models side by side in memory."""
+def _prepare(comparison: Comparison, directory: Path, tokenizer: Any, positions: int | None) -> Against:
+    """Everything that a comparison needs beside the model: what is wrong shows before that is loaded."""
+    base = baseline.find(directory, comparison.baseline)
+    sample = baseline.sample(directory, base, comparison.text)
+    ids = tokenizer(sample.text, verbose=False).input_ids
+    return Against(base, sample.source, compare.cut(ids, comparison.windows, positions))
+
+
+def _compare(model: Any, against: Against, ids: Tensor, tokens: int) -> tuple[dict[str, Any], Tensor]:
+    """Quality on the same windows, speed in turns, of both models side by side in memory; and what the
+    original generates.
+    """
     made = model.quantport_plan
-    windows = compare.cut(tokenizer(sample, verbose=False).input_ids, count, baseline.positions(model))
-    base = baseline.load(model, base_at)
+    base = baseline.load(model, against.base)
     with progress("comparing with BF16", "windows") as report:
-        quality = compare.quality(model, base, windows.to(model.device), report)
+        quality = compare.quality(model, base, against.windows.to(model.device), report)
     rates = compare.rates({"quantized": model, "bf16": base}, ids, tokens)
     weights = {p.data_ptr(): p.nbytes for p in base.parameters()}
-    return {
+    measured = {
         **quality,
+        "source": against.source,
         "bytes": made.after,
         "bytes_bf16": sum(weights.values()),
         "kv_cache": made.kv_cache,
         "tokens_per_second": rates["quantized"],
         "tokens_per_second_bf16": rates["bf16"],
-        "text_bf16": str(tokenizer.decode(compare.generate(base, ids, tokens)[0], skip_special_tokens=True)),
     }
+    return measured, compare.generate(base, ids, tokens)
+
+
+def _decode(tokenizer: Any, out: Tensor, ids: Tensor, chat: bool) -> str:
+    """The text that was generated: of a chat the answer, else with the prompt that it continues."""
+    return str(tokenizer.decode(out[0, ids.shape[1] if chat else 0 :], skip_special_tokens=True))
 
 
 def _grid(c: dict[str, Any]) -> Grid:
@@ -144,7 +177,8 @@ def _grid(c: dict[str, Any]) -> Grid:
         Column("quantized", right=True),
         Column("change", right=True),
     )
-    return Grid(columns, rows, f"against BF16, {c['tokens_scored']} tokens in windows of {c['window']}")
+    title = f"against BF16, {c['tokens_scored']} tokens of {c['source']} in windows of {c['window']}"
+    return Grid(columns, rows, title)
 
 
 def _kv_row(kv: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -152,9 +186,13 @@ def _kv_row(kv: dict[str, Any]) -> list[tuple[str, ...]]:
     return [("KV bytes/token", str(bf16), str(per_token), f"{per_token / bf16 - 1:+.0%}")] if bf16 else []
 
 
-def _prompt(tokenizer: Any, prompt: str) -> Tensor:
+def _prompt(tokenizer: Any, prompt: str, chat: bool) -> Tensor:
     """Tokens ``[1, prompt]``; an empty prompt is the beginning of a text, where the tokenizer has one."""
-    ids = list(tokenizer(prompt, verbose=False).input_ids)
+    if chat:
+        text = baseline.chat_text(tokenizer, prompt)
+        ids = list(tokenizer(text, verbose=False, add_special_tokens=False).input_ids)
+    else:
+        ids = list(tokenizer(prompt, verbose=False).input_ids)
     if not ids and tokenizer.bos_token_id is not None:
         ids = [tokenizer.bos_token_id]
     if not ids:
@@ -162,16 +200,21 @@ def _prompt(tokenizer: Any, prompt: str) -> Tensor:
     return torch.tensor([ids], dtype=torch.int64, device="cpu")
 
 
-def _fits(model: Any, ids: Tensor, tokens: int) -> None:
-    """Refuses a model that writes no text, and a text longer than its positions."""
+def _fits(positions: int | None, ids: Tensor, tokens: int) -> None:
+    """Refuses a text longer than the positions of the model."""
+    if positions is not None and ids.shape[1] + tokens > positions:
+        found = f"the model has {positions} positions, and the prompt has {ids.shape[1]} tokens"
+        most = positions - ids.shape[1]
+        raise ConfigError(
+            f"--tokens {tokens}", found, f"--tokens {most}" if most > 0 else "a shorter --prompt"
+        )
+
+
+def _generates(model: Any) -> None:
+    """Refuses a model that writes no text."""
     if not (hasattr(model, "can_generate") and model.can_generate()):
         suggestion = "a causal language model; quantport.load in Python for any other"
         raise ConfigError(f"run {type(model).__name__}", "it does not generate text", suggestion)
-    most = baseline.positions(model)
-    if most is not None and ids.shape[1] + tokens > most:
-        found = f"the model has {most} positions, and the prompt has {ids.shape[1]} tokens"
-        suggestion = f"--tokens {most - ids.shape[1]}" if most > ids.shape[1] else "a shorter --prompt"
-        raise ConfigError(f"--tokens {tokens}", found, suggestion)
 
 
 def quantize(request: Request, out: Path, overwrite: bool, max_shard_size: str, form: str) -> None:

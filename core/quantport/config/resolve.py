@@ -12,12 +12,13 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import NamedTuple
 
 from quantport.config.schema import QuantConfig
 from quantport.errors import ConfigError
 from quantport.model.layers import Layer
-from quantport.model.patterns import compile_pattern
+from quantport.model.patterns import bounded, compile_pattern
 from quantport.model.roles import SkipCode, SkipReason
 
 _DUALSCALE_BLOCKS = 5
@@ -71,8 +72,9 @@ def resolve(layers: Sequence[Layer], config: QuantConfig, default_scheme: str | 
         ConfigError: patterns that match nothing or conflict, parts that disagree, or a component without an
             entry.
     """
-    check_patterns(config, layers)
-    return [assignment for layer in layers for assignment in _assign(layer, config, default_scheme)]
+    with bounded():
+        check_patterns(config, layers)
+        return [assignment for layer in layers for assignment in _assign(layer, config, default_scheme)]
 
 
 def _assign(layer: Layer, config: QuantConfig, default: str | None) -> list[Assignment]:
@@ -106,9 +108,8 @@ def _decide(layer: Layer, config: QuantConfig, default: str | None) -> _Decision
         return _by_tied_names(layer, config.targets)
     if layer.skip_reason and layer.name not in config.targets:
         return _Decision(None, layer.skip_reason)
-    by_pattern = _by_patterns(layer.path, config)
-    if by_pattern is None and not layer.experts and layer.shards:
-        by_pattern = _by_shards(layer, config)
+    fused = layer.shards and not layer.experts
+    by_pattern = _by_shards(layer, config) if fused else _by_patterns(layer.path, config)
     return by_pattern or _by_kind(layer, config, default)
 
 
@@ -151,8 +152,17 @@ def _by_tied_names(layer: Layer, targets: Mapping[str, str | None]) -> _Decision
 
 
 def _by_shards(layer: Layer, config: QuantConfig) -> _Decision | None:
-    """What patterns say of the parts of a fused layer, which are stored as one."""
-    decisions = {shard: _by_patterns((shard,), config) for shard in layer.shards}
+    """What patterns say of a fused layer and of its parts, which are stored as one.
+
+    A pattern that matches some of the parts speaks for those, even where the name of the layer ends like one
+    of them: ``*v_proj`` is not meant for all of ``qkv_proj``.
+    """
+    partial = {
+        pattern
+        for pattern in (*config.ignore, *config.targets)
+        if 0 < sum(bool(compile_pattern(pattern).match(shard)) for shard in layer.shards) < len(layer.shards)
+    }
+    decisions = {s: _by_patterns((*layer.path, s), config, {layer.name: partial}) for s in layer.shards}
     outcomes: dict[str, str] = {}
     for shard, decision in decisions.items():
         outcome = "no pattern" if decision is None else decision.scheme or "ignored"
@@ -168,18 +178,21 @@ def _by_shards(layer: Layer, config: QuantConfig) -> _Decision | None:
     return next(iter(decisions.values()))
 
 
-def _by_patterns(names: Sequence[str], config: QuantConfig) -> _Decision | None:
+def _by_patterns(
+    names: Sequence[str], config: QuantConfig, not_for: Mapping[str, set[str]] = MappingProxyType({})
+) -> _Decision | None:
     """What patterns say, or None where they say nothing.
 
     Args:
         names: Of something and of what it is inside, outermost first: experts, one of them, its projection.
             A pattern speaks for the outermost that it matches, and the innermost that is spoken for decides.
         config: The configuration.
+        not_for: Patterns that do not speak for a name, whether they match it or not.
     """
     patterns = (*config.ignore, *config.targets)
     spoken, decision = set[str](), None
     for name in names if patterns else ():
-        matching = {p for p in patterns if compile_pattern(p).match(name)} - spoken
+        matching = {p for p in patterns if compile_pattern(p).match(name)} - spoken - not_for.get(name, set())
         decision = _by_matching(name, matching, config) or decision
         spoken |= matching
     return decision

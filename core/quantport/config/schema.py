@@ -1,23 +1,41 @@
-"""The configuration: our schema, which also reads the spellings of vLLM and vLLM-Omni."""
+"""The configuration: our schema, which also reads the spellings of vLLM, vLLM-Omni and Transformers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
-from quantport.config.vllm_keys import OTHER_KEYS, explain, is_component_map, weight_of
+from quantport.config.vllm_keys import (
+    OTHER_KEYS,
+    explain,
+    fp8_of_transformers,
+    is_component_map,
+    of_transformers,
+    scheme_of,
+    schemes_in,
+)
 from quantport.errors import ConfigError
 from quantport.kvcache import cache_dtype
 from quantport.model.patterns import compile_pattern
-from quantport.scheme.catalog import Schemes
+from quantport.scheme.catalog import BUILTIN, Schemes
+from quantport.scheme.other_names import is_explained, unknown_scheme
 
 # said once for all components
 _WHOLE = {
     "fallback",
     "on_unmatched",
     "nonfinite",
+    "cast",
     "kv_cache_dtype",
     "kv_cache_skip_layers",
 }
@@ -44,6 +62,8 @@ class QuantConfig(BaseModel):
             the activations in 16 bits, ``reference`` emulates the scheme exactly, ``error`` refuses.
         on_unmatched: A pattern that matches nothing is an ``error``, or a ``warn``-ing.
         nonfinite: A weight with NaN or Inf is an ``error``, or they are read as ``zero``.
+        cast: Patterns of what is held in the dtype of the model even where its values collapse in it (some
+            become Inf, or all become one value), which is an error otherwise.
         activation_scheme: ``dynamic``; there is no calibration, so ``static`` is refused.
         weight_block_size: [128, 128] with ``fp8_per_block``; anything else is refused.
         group_size: 128 or 32 with ``int4_weight_only``.
@@ -66,6 +86,7 @@ class QuantConfig(BaseModel):
     fallback: Literal["weight_only", "error", "reference"] = "weight_only"
     on_unmatched: Literal["error", "warn"] = "error"
     nonfinite: Literal["error", "zero"] = "error"
+    cast: tuple[str, ...] = ()
     activation_scheme: Literal["dynamic"] = "dynamic"
     weight_block_size: tuple[int, int] | None = None
     group_size: Literal[32, 128] | None = None
@@ -73,9 +94,17 @@ class QuantConfig(BaseModel):
     kv_cache_dtype: str | None = None
     kv_cache_skip_layers: tuple[int, ...] = ()
 
+    def __init__(self, **data: Any) -> None:
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            raise explain(error, type(self).model_fields) from None
+
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]  # components are validated without it
+
     @model_validator(mode="before")
     @classmethod
-    def _spellings(cls, data: Any) -> Any:
+    def _spellings(cls, data: Any, info: ValidationInfo) -> Any:
         if not isinstance(data, Mapping):
             return data
         out: dict[str, Any] = {}
@@ -83,8 +112,11 @@ class QuantConfig(BaseModel):
             name = OTHER_KEYS.get(str(key), str(key))
             if name in out:
                 raise ValueError(f"{key!r} and another spelling of {name!r} are both given")
-            out[name] = weight_of(value) if name in ("linear", "moe") else value
-        return out
+            if name in ("linear", "moe"):
+                out[name] = scheme_of(value, info.context or BUILTIN)
+            else:
+                out[name] = of_transformers(str(key), value)
+        return fp8_of_transformers(out)
 
     @field_validator("components", mode="before")
     @classmethod
@@ -95,7 +127,7 @@ class QuantConfig(BaseModel):
             else value
         )
 
-    @field_validator("ignore", "targets")
+    @field_validator("ignore", "targets", "cast")
     @classmethod
     def _patterns(cls, value: Any) -> Any:
         for pattern in value:
@@ -150,8 +182,13 @@ class QuantConfig(BaseModel):
         if isinstance(value, Mapping) and is_component_map(value, cls.model_fields):
             value = {"components": dict(value)}
         try:
-            config = value if isinstance(value, QuantConfig) else cls.model_validate(value)
+            config = value if isinstance(value, QuantConfig) else cls.model_validate(value, context=schemes)
         except ValidationError as error:
+            # a method of others has keys of its own: what it is here says more than the first of them
+            named = (name for name in schemes_in(value) if name not in schemes and is_explained(name))
+            other = next(named, None)
+            if other is not None:
+                raise unknown_scheme(other, schemes, ()) from None
             raise explain(error, cls.model_fields) from None
         return config._checked(schemes)
 
@@ -205,7 +242,7 @@ class QuantConfig(BaseModel):
 
     def patterns(self) -> tuple[str, ...]:
         """Every pattern, those of the components included."""
-        own = (*self.ignore, *self.targets)
+        own = (*self.ignore, *self.targets, *self.cast)
         return own + tuple(p for c in self.components.values() if c for p in c.patterns())
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from quantport.device import Device
-from quantport.kernels.verdict import Accepted, Claim, Reason, ReasonCode, Rejected, Status, Verdict
+from quantport.kernels.verdict import (
+    Accepted,
+    Claim,
+    Reason,
+    ReasonCode,
+    Rejected,
+    Status,
+    Verdict,
+    check_verdict,
+)
 from quantport.numerics import raw, rotate
 from quantport.numerics.sharding import shard_dims
 from quantport.scheme import Scheme
@@ -175,36 +184,36 @@ class Kernel(ABC):
         return self.run(rotate(x, spec.scheme.rotation) if spec.scheme.rotation else x, packed, bias, spec)
 
     def verdict(self, request: Request) -> Verdict:
-        """Folds the methods above into a verdict; a kernel that raises here is a refusal that says so."""
-        try:
-            if not self.serves(request.weight.scheme):
-                return Rejected(
-                    self.name, (Reason(f"it does not run {request.weight.scheme.name}"),), unrelated=True
-                )
-            if request.layer not in self.layers:
-                return Rejected(
-                    self.name, (Reason(f"it is for {', '.join(self.layers)} layers"),), unrelated=True
-                )
-            reasons = _reasons(self.reasons_against(request))
-            if reasons:
-                return Rejected(self.name, reasons)
-            scheme = request.weight.scheme
-            effective = scheme if self.quantizes_activations else scheme.weight_only
-            status = self.status
-            if scheme.activation and not self.quantizes_activations:
-                status = Status.WEIGHT_ONLY
-            claim, speed = self.claim(request), self.speed(request)
-            return Accepted(
-                self.name,
-                status,
-                effective.precision,
-                claim,
-                speed,
-                self.slow(request),
-                self.numeric_deviation,
+        """Folds the methods above into a verdict; a kernel that raises here, or returns nonsense, refuses."""
+        return guarded_verdict(self.name, self._fold, request)
+
+    def _fold(self, request: Request) -> Verdict:
+        if not self.serves(request.weight.scheme):
+            return Rejected(
+                self.name, (Reason(f"it does not run {request.weight.scheme.name}"),), unrelated=True
             )
-        except Exception as error:  # a stranger's code: its failure is a reason, never a crash of the plan
-            return Rejected(self.name, (_raised(error),))
+        if request.layer not in self.layers:
+            return Rejected(
+                self.name, (Reason(f"it is for {', '.join(self.layers)} layers"),), unrelated=True
+            )
+        reasons = _reasons(self.reasons_against(request))
+        if reasons:
+            return Rejected(self.name, reasons)
+        scheme = request.weight.scheme
+        effective = scheme if self.quantizes_activations else scheme.weight_only
+        status = self.status
+        if scheme.activation and not self.quantizes_activations:
+            status = Status.WEIGHT_ONLY
+        claim, speed = self.claim(request), self.speed(request)
+        return Accepted(
+            self.name,
+            status,
+            effective.precision,
+            claim,
+            speed,
+            self.slow(request),
+            self.numeric_deviation,
+        )
 
 
 def _raw(dtype: torch.dtype) -> torch.dtype:
@@ -212,8 +221,15 @@ def _raw(dtype: torch.dtype) -> torch.dtype:
     return raw(torch.empty(0, dtype=dtype, device="cpu")).dtype
 
 
-def _raised(error: Exception) -> Reason:
-    return Reason(f"the kernel raised {type(error).__name__}: {error}", code=ReasonCode.RAISED)
+def guarded_verdict(name: str, ask: Callable[[Request], Verdict], request: Request) -> Verdict:
+    """What a kernel answers; one that raises or returns nonsense refuses, and says so."""
+    try:
+        verdict = ask(request)
+        check_verdict(verdict)
+    except (Exception, SystemExit) as error:  # a stranger's code: a reason, never a crash of the plan
+        text = f"the kernel raised {type(error).__name__}: {error}"
+        return Rejected(name, (Reason(text, code=ReasonCode.RAISED),))
+    return verdict
 
 
 def _reasons(answer: Sequence[Reason]) -> tuple[Reason, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 
@@ -176,3 +177,29 @@ class Rejected:
 
 
 Verdict = Accepted | Rejected
+
+
+def check_verdict(verdict: object) -> None:
+    """Refuses what is no verdict: a kernel of a stranger may return anything.
+
+    Raises:
+        TypeError: says what it is, and what it should be.
+    """
+    if isinstance(verdict, Rejected):
+        if not verdict.reasons or not all(isinstance(one, Reason) for one in verdict.reasons):
+            raise TypeError(f"its reasons are {verdict.reasons!r}: return Reason(text, kind), one or more")
+        return
+    if not isinstance(verdict, Accepted):
+        raise TypeError(f"its verdict is {verdict!r}: return Accepted or Rejected")
+    for name, kind in _FIELDS.items():
+        value = getattr(verdict, name)
+        if not isinstance(value, kind):
+            raise TypeError(f"its {name} is {value!r}: return a {kind.__name__}")
+    if not isinstance(verdict.claim.evidence, Evidence):
+        raise TypeError(f"the evidence of its claim is {verdict.claim.evidence!r}: return an Evidence")
+    speed = verdict.speed
+    if speed is not None and not (isinstance(speed, int | float) and 0 <= speed < math.inf):
+        raise TypeError(f"its speed is {speed!r}: return a ratio, or None")
+
+
+_FIELDS = {"status": Status, "precision": str, "claim": Claim, "slow": str, "numeric_deviation": str}

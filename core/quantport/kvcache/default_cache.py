@@ -102,9 +102,9 @@ def _transformers() -> Any:
 class DefaultCache:
     """Stands on one model in front of the method with which ``generate`` prepares its cache.
 
-    It quantizes the dynamic cache that the method makes. A cache that the caller passes, ``use_cache=False``
-    and another ``cache_implementation`` are left alone. It is an object, so that the model is copied and
-    pickled with it.
+    It quantizes the cache that the method makes, one of fixed size too (``cache_implementation="static"``). A
+    cache that the caller passes and ``use_cache=False`` are left alone. It is an object, so that the model is
+    copied and pickled with it.
 
     Args:
         model: The model.
@@ -146,12 +146,31 @@ class DefaultCache:
     def __call__(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        """Lets Transformers prepare ``model_kwargs``, then quantizes the cache that it made."""
+        """Lets Transformers prepare ``model_kwargs``, then quantizes the cache that it made.
+
+        Raises:
+            ConfigError: it is of a kind that cannot be quantized, such as one that quantizes by itself.
+        """
         passed_in = model_kwargs.get("past_key_values")
         getattr(type(self.model), _HOOK)(self.model, generation_config, model_kwargs, *args, **kwargs)
         made = model_kwargs.get("past_key_values")
-        if passed_in is None and type(made) is _transformers().DynamicCache:
-            model_kwargs["past_key_values"] = _quantized(made, self.dtype, self.skip_layers)
+        if passed_in is not None or made is None:
+            return
+        caches = _transformers()
+        if type(made) is caches.StaticCache:
+            length = max(getattr(layer, "max_cache_len", 0) for layer in made.layers)
+            config = self.model.config.get_text_config(decoder=True)
+            plain = caches.DynamicCache(config=config, offloading=made.offloading)
+            made = _quantized(plain, self.dtype, self.skip_layers, length)
+        elif type(made) is caches.DynamicCache:
+            made = _quantized(made, self.dtype, self.skip_layers)
+        else:
+            raise ConfigError(
+                f"generate with cache_implementation={generation_config.cache_implementation!r}",
+                f"it makes a {type(made).__name__}, and the model has kv_cache_dtype {self.dtype!r}",
+                "'dynamic', 'static' or 'offloaded', or a model with kv_cache_dtype 'auto'",
+            )
+        model_kwargs["past_key_values"] = made
 
     def install(self) -> None:
         """Makes it the default of the model."""

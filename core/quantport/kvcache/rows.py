@@ -73,7 +73,7 @@ def cache_dtype(name: str | None) -> CacheDtype:
     Raises:
         ConfigError: no such dtype.
     """
-    found = AUTO if name is None else NAMES.get(name) if isinstance(name, str) else None
+    found = AUTO if name is None else NAMES.get(name.lower()) if isinstance(name, str) else None
     if found is None:
         raise ConfigError(
             f"kv_cache_dtype {name!r}", "no such dtype of the KV cache", one_of(str(name), NAMES)

@@ -2,23 +2,68 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from quantport.checkpoint import Rows, TensorSource
 
 SLAB = 16 << 20  # bytes of source pages that copying one tensor holds
+_CHECKED = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
-def copy_into(source: TensorSource, target: Tensor, name: str, slab: int = SLAB) -> None:
-    """Copies a tensor, giving the pages of each slab back before the next is read."""
-    for rows in _slabs(source.tensors[name].shape, source.tensors[name].nbytes, slab):
-        target[... if rows is None else rows].copy_(source.read(name, rows))
+class ValueRange:
+    """The smallest and the largest finite value of a tensor that is seen slab by slab.
+
+    Attributes:
+        finite: Whether every value is.
+        nan: Whether one is NaN.
+    """
+
+    def __init__(self) -> None:
+        self.finite, self.nan = True, False
+        self._low, self._high = math.inf, -math.inf
+
+    def add(self, values: Tensor) -> None:
+        """Sees a slab; of a dtype that is no plain float it sees nothing."""
+        if values.dtype not in _CHECKED or not values.numel():
+            return
+        low, high = (float(bound) for bound in torch.aminmax(values))  # NaN where any value is
+        if not (math.isfinite(low) and math.isfinite(high)):
+            self.finite, self.nan = False, self.nan or math.isnan(low)
+            self.add(values[values.isfinite()])
+        else:
+            self._low, self._high = min(self._low, low), max(self._high, high)
+
+    def lost_in(self, dtype: torch.dtype) -> str:
+        """How the values collapse in another dtype: some become Inf, or all become one; empty where they do
+        not.
+        """
+        if self._low > self._high:
+            return ""
+        bounds = torch.tensor([self._low, self._high], dtype=torch.float64, device="cpu")
+        low, high = bounds.to(dtype).tolist()  # rounding keeps the order
+        if math.isinf(low) or math.isinf(high):
+            return f"values from {self._low:.4g} to {self._high:.4g} become infinite"
+        if low == high and (self._low != self._high or (not low and self._low)):
+            return f"values from {self._low:.6g} to {self._high:.6g} all become {low:.6g}"
+        return ""
+
+
+def copy_into(source: TensorSource, target: Tensor, name: str, slab: int = SLAB) -> ValueRange:
+    """Copies a tensor, giving the pages of each slab back before the next is read; returns what it saw."""
+    seen = ValueRange()
+    for rows in slabs(source.tensors[name].shape, source.tensors[name].nbytes, slab):
+        values = source.read(name, rows)
+        seen.add(values)
+        target[... if rows is None else rows].copy_(values)
         source.release(name, rows)
+    return seen
 
 
-def _slabs(shape: tuple[int, ...], size: int, slab: int) -> Iterator[Rows | None]:
+def slabs(shape: tuple[int, ...], size: int, slab: int) -> Iterator[Rows | None]:
     """Rows of a tensor, or of each matrix of a 3-D one: the experts of a layer may be larger than any
     slab.
     """

@@ -5,25 +5,25 @@ everything else from the checkpoint.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from quantport.checkpoint import Recognized
-from quantport.errors import CheckpointError
+from quantport.errors import CheckpointError, WeightError
 from quantport.loading.copy_tensors import SLAB, copy_into
 from quantport.loading.executor import Task
+from quantport.loading.place_tensors import HeldDtypes
 from quantport.loading.swap_modules import by_module, make_module, swap_modules
 from quantport.loading.take_over import take_over_tasks
 from quantport.loading.weight_tasks import quantize_tasks
 from quantport.model.layers import Layer
-from quantport.model.roles import SkipCode
+from quantport.model.patterns import compile_pattern
 from quantport.modules import QuantModule
 from quantport.planning.plan import Plan, Step
 from quantport.plugins.registry import Registry
-
-HALVES = (torch.bfloat16, torch.float16)
 
 
 class ModelFiller:
@@ -34,9 +34,11 @@ class ModelFiller:
         model: On meta; changed in place.
         plan: Which layer gets what.
         names: For each tensor of the checkpoint its name in the model.
-        dtype: The 16-bit dtype of the model.
-        explicit: Whether ``dtype`` was asked for: then it also holds for tensors in fp32.
+        dtypes: In which dtype the model holds what stays.
         registry: Where the kernels of modules, and quantizers, come from.
+
+    Attributes:
+        warnings: For people: what the tensors that stay have turned out to hold. Grows while the tasks run.
     """
 
     def __init__(
@@ -45,23 +47,26 @@ class ModelFiller:
         model: nn.Module,
         plan: Plan,
         names: Mapping[str, str],
-        dtype: torch.dtype,
-        explicit: bool,
+        dtypes: HeldDtypes,
         registry: Registry,
     ) -> None:
         self.checkpoint, self.model, self.plan, self.names = checkpoint, model, plan, names
-        self.source, self.dtype, self.explicit = checkpoint.source, dtype, explicit
-        self.registry = registry
+        self.source, self.dtypes, self.registry = checkpoint.source, dtypes, registry
+        self.buffers = {name for name, _ in model.named_buffers()}
+        self.layer_names = {name: s.layer.name for s in plan.steps for name in _tensors(s.layer)}
+        self.warnings: list[str] = []
         self.device, self.slab = plan.device.torch_device, min(SLAB, plan.budget)
 
     def tasks(self) -> list[Task]:
         """One task for each weight and for each other tensor, in the order of the files."""
         out: list[Task] = []
         new: dict[str, nn.Module] = {}
-        used: set[str] = set()
+        used = {name for s in self.plan.steps if not s.layer.loaded for name in _tensors(s.layer)}
         quantized = self.checkpoint.quantized()
         for path, steps in by_module(self.plan.steps, self._path).items():
-            module = new[path] = make_module(steps, self.model.get_submodule(path), self.dtype, self.registry)
+            module = new[path] = make_module(
+                steps, self.model.get_submodule(path), self.dtypes.dtype, self.registry
+            )
             weights = quantized.get(steps[0].layer.home)
             tasks = (
                 [task for step in steps for task in self._quantize_tasks(step, module)]
@@ -72,8 +77,7 @@ class ModelFiller:
             used |= _tensors(steps[0].layer)
         for step in self.plan.steps:
             fused = any(p.expert is not None for ps in step.layer.parts.values() for p in ps)
-            lost = step.layer.skipped_as(SkipCode.NO_MODULE)
-            if not step.choice and step.layer.experts and not fused and not lost:
+            if not step.choice and step.layer.experts and not fused and step.layer.loaded:
                 path = self._path(step.layer)
                 out += [task._replace(module=path) for task in self._fuse_tasks(step.layer)]
                 used |= _tensors(step.layer)
@@ -98,7 +102,7 @@ class ModelFiller:
         for name in ("gate_up_proj", "down_proj"):
             old = module._parameters[name]
             assert old is not None  # why_not_experts checked it
-            empty = torch.empty(old.shape, dtype=self._cast(layer.dtype), device=self.device)
+            empty = torch.empty(old.shape, dtype=layer.held_dtype or layer.dtype, device=self.device)
             module._parameters[name] = nn.Parameter(empty, requires_grad=False)
         for projection, n, k in layer.weights:
             target, start = rows[projection]
@@ -106,20 +110,21 @@ class ModelFiller:
             assert fused is not None  # set above
             for e, part in enumerate(layer.parts[projection]):
                 size = n * k * layer.dtype.itemsize
-                run = partial(
-                    copy_into, self.source, fused.data[e, start : start + n], part.tensor, self.slab
-                )
+                run = partial(self._copy_into, fused.data[e, start : start + n], part.tensor)
                 yield Task(part.tensor, size, run, min(self.slab, size))
 
-    def kept(self) -> dict[str, torch.dtype]:
-        """Dtype that each tensor which is not quantized gets, by its name in the model."""
-        return {self.names[name]: self._cast(info.dtype) for name, info in self.source.tensors.items()}
+    def with_warnings(self) -> Plan:
+        """The plan, with what the tasks have found to warn of."""
+        return replace(self.plan, warnings=self.plan.warnings + tuple(sorted(self.warnings)))
 
-    def _cast(self, stored: torch.dtype) -> torch.dtype:
-        """The dtype of a tensor that stays: 16-bit floats follow the model, all floats follow a dtype that
-        was asked for.
-        """
-        return self.dtype if stored in HALVES or (self.explicit and stored is torch.float32) else stored
+    def held(self) -> dict[str, torch.dtype]:
+        """Dtype that each tensor which is loaded and not quantized gets, by its name in the model."""
+        absent = {name for s in self.plan.steps if not s.layer.loaded for name in _tensors(s.layer)}
+        return {
+            self.names[name]: self.dtypes.of(self.names[name], info.dtype)
+            for name, info in self.source.tensors.items()
+            if name not in absent
+        }
 
     def _quantize_tasks(self, step: Step, module: QuantModule) -> Iterable[Task]:
         target, nonfinite = self.plan.device, self.plan.config.nonfinite
@@ -135,9 +140,27 @@ class ModelFiller:
 
     def _copy(self, name: str) -> None:
         info = self.source.tensors[name]
-        target = torch.empty(info.shape, dtype=self._cast(info.dtype), device=self.device)
-        copy_into(self.source, target, name, self.slab)
+        dtype = self.dtypes.of(self.names[name], info.dtype)
+        target = torch.empty(info.shape, dtype=dtype, device=self.device)
+        self._copy_into(target, name)
         _assign(self.model, self.names[name], target)
+
+    def _copy_into(self, target: Tensor, name: str) -> None:
+        """Copies a tensor that stays.
+
+        Raises:
+            WeightError: its values collapse in the dtype that it is held in.
+        """
+        seen = copy_into(self.source, target, name, self.slab)
+        lost = seen.lost_in(target.dtype)
+        own = self.layer_names[name]
+        if lost and not any(compile_pattern(p).match(own) for p in self.plan.config.cast):
+            stored = self.source.tensors[name].dtype
+            suggestion = f"dtype=torch.float32, or config={{'cast': [{own!r}]}} to have it so"
+            raise WeightError(f"hold {name} ({stored}) in {target.dtype}", lost, suggestion)
+        buffer = self.names[name] in self.buffers
+        if seen.nan or not (seen.finite or buffer):  # masks are buffers, and full of -inf
+            self.warnings.append(f"{name} holds {'NaN' if seen.nan else 'Inf'}, and stays as it is stored")
 
     def _path(self, layer: Layer) -> str:
         return module_path(self.names, layer)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantport.checkpoint import Recognized
+from quantport.checkpoint import Recognized, unchanged
 from quantport.device import Device
 from quantport.errors import BudgetError, CheckpointError, DeviceError
 from quantport.kvcache import default_cache, kv_shape
@@ -20,12 +20,15 @@ from quantport.loading.build_context import as_usual
 from quantport.loading.executor import Progress, run_tasks
 from quantport.loading.fill_model import ModelFiller, module_path
 from quantport.loading.locate import Source, named, open_checkpoint
-from quantport.loading.plan_model import merge, refuse_nothing
+from quantport.loading.place_tensors import HeldDtypes, main_dtype, place_tensors
+from quantport.loading.plan_model import merge, refuse_nothing, warn
 from quantport.loading.renamed import renamed
+from quantport.loading.settle_ties import settle_ties, tie_again, tied_groups
 from quantport.loading.skeleton import Factory, build
+from quantport.loading.stock_save import refuse_stock_save
 from quantport.loading.stored_config import as_stored, refuse_weights
 from quantport.loading.swap_modules import match_modules
-from quantport.model.layers import Layer
+from quantport.model.layers import Layer, find_renamed_experts
 from quantport.model.roles import SkipCode
 from quantport.planning.fit import advice, shortage
 from quantport.planning.plan import Plan, make_plan
@@ -88,21 +91,28 @@ def load(
         progress=progress,
     ) as made:
         fits(made.plan, f"load {made.plan.source} on {made.plan.device}")
-        run_tasks(made.filler.tasks(), progress, workers, made.plan.budget)
-        _finish(made.model, made.plan)
+        warn(made.plan.warnings)
+        with unchanged(made.filler.source):
+            run_tasks(made.filler.tasks(), progress, workers, made.plan.budget)
+        tie_again(made.model, made.groups)
+        decided = made.filler.with_warnings()
+        _finish(made.model, decided)
+        warn(decided.warnings[len(made.plan.warnings) :])
         if made.cache:
             made.cache.install()
+        refuse_stock_save(made.model)
     return made.model
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model on meta, and what fills it."""
+    """A model on meta, what fills it, and the names of each parameter that has several."""
 
     model: nn.Module
     plan: Plan
     filler: ModelFiller
     cache: DefaultCache | None
+    groups: list[tuple[str, ...]]
 
 
 @contextmanager
@@ -137,10 +147,14 @@ def prepared(
         layers = checkpoint.layers()
         if checkpoint.quantized():
             refuse_weights(checkpoint, scheme, config)
-            parsed = as_stored(checkpoint, layers, fallback or "weight_only", parsed, registry.schemes)
-        compute, source = dtype or _dtype(layers, target), checkpoint.source
+            parsed = as_stored(checkpoint, layers, parsed, registry.schemes)
+        compute, source = dtype or main_dtype(layers, described, target), checkpoint.source
         built, names = build(source.directory, model, compute, source.tensors, say)
         say("choosing kernels")
+        layers = find_renamed_experts(layers, names, source.tensors)
+        dtypes = HeldDtypes(built, compute, factory=model is not None)
+        ties = settle_ties(built, checkpoint, layers, names, dtypes)
+        layers = place_tensors(layers, built, names, dtypes, ties.copies, checkpoint.quantized())
         layers = match_modules(layers, built, partial(module_path, names))
         _homeless(built, layers, named(path_or_id))
         _placed(layers, checkpoint)
@@ -156,10 +170,12 @@ def prepared(
             dtype=compute,
             kv=kv_shape(described),
             budget=budget,
+            warnings=ties.warnings,
         )
         refuse_nothing(decided)
-        filler = ModelFiller(checkpoint, built, decided, names, compute, dtype is not None, registry)
-        yield Prepared(built, decided, filler, cache)
+        groups = tied_groups(built)
+        filler = ModelFiller(checkpoint, built, decided, names, dtypes, registry)
+        yield Prepared(built, decided, filler, cache, groups)
 
 
 def _usable(target: Device) -> Device:
@@ -202,9 +218,7 @@ def _placed(layers: Iterable[Layer], checkpoint: Recognized) -> None:
 
 def _finish(model: nn.Module, decided: Plan) -> None:
     """Ties weights, moves buffers, and checks that nothing is missing."""
-    tie = getattr(model, "tie_weights", None)
-    if callable(tie):
-        tie()
+    tie_weights(model)
     missing = [name for name, p in model.named_parameters() if p.is_meta]
     if missing:
         raise CheckpointError(
@@ -220,12 +234,13 @@ def _finish(model: nn.Module, decided: Plan) -> None:
     model.quantport_plan = decided  # type: ignore[assignment]  # a note on the model, not a submodule
 
 
-def _dtype(layers: Iterable[Layer], target: Device) -> torch.dtype:
-    """The 16-bit dtype of the checkpoint, or what the device computes in where it has no bf16."""
-    stored = {layer.dtype for layer in layers if layer.kind != "other"}
-    if torch.float16 in stored and torch.bfloat16 not in stored:
-        return torch.float16
-    return target.arch.compute if torch.bfloat16 in stored or not stored else torch.float32
+def tie_weights(model: nn.Module) -> None:
+    """Ties the weights of a model as its class does."""
+    tie: Any = getattr(model, "tie_weights", None)
+    if hasattr(model, "all_tied_weights_keys"):  # Transformers: as settled, not as configured
+        tie(recompute_mapping=False)
+    elif callable(tie):
+        tie()
 
 
 def fits(decided: Plan, asked: str, peak: int | None = None) -> None:

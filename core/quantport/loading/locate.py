@@ -17,6 +17,7 @@ from quantport.checkpoint import (
     read_config,
     recognize,
 )
+from quantport.checkpoint.layout import OTHER_WEIGHTS
 from quantport.errors import CheckpointError
 from quantport.plugins.registry import Registry
 from quantport.scheme.catalog import Schemes
@@ -76,9 +77,7 @@ def locate(source: object) -> Path:
     except ImportError:
         return path
     try:
-        return Path(
-            snapshot_download(text, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"])
-        )
+        return Path(snapshot_download(text, ignore_patterns=[f"*{suffix}" for suffix in OTHER_WEIGHTS]))
     except Exception as error:  # the hub's many errors: network, name, permission
         raise CheckpointError(
             f"load {text!r}",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,12 +16,18 @@ from quantport.config import QuantConfig
 from quantport.device import Device
 from quantport.errors import CheckpointError, ConfigError
 from quantport.kvcache import kv_shape
+from quantport.loading.build_context import as_usual
+from quantport.loading.executor import Progress
+from quantport.loading.fill_model import module_path
 from quantport.loading.locate import Source, named, open_checkpoint
+from quantport.loading.place_tensors import HeldDtypes, leave_in_fp32, main_dtype, place_tensors
 from quantport.loading.renamed import renamed
+from quantport.loading.skeleton import Factory, build, ties_its_head
 from quantport.loading.swap_modules import match_modules
+from quantport.model.beyond_config import beyond_config
 from quantport.model.fused_projections import with_cuts
-from quantport.model.layers import find_layers
-from quantport.model.tied_weights import from_config
+from quantport.model.layers import Layer, find_layers, find_renamed_experts
+from quantport.model.tied_weights import from_config, said_ties, untie
 from quantport.planning.plan import Plan, make_plan
 from quantport.plugins.registry import Registry, default_registry
 from quantport.scheme.catalog import Schemes
@@ -46,14 +55,17 @@ def merge(scheme: str | None, config: Any, options: Mapping[str, Any], schemes: 
 
 @renamed("rows", "num_tokens")
 def plan(
-    model: Source | nn.Module,
+    path_or_id: Source | nn.Module,
     scheme: str | None = None,
     *,
     config: Any = None,
     device: str | torch.device | Device = "auto",
-    num_tokens: int = 1,
+    model: Factory | None = None,
     dtype: torch.dtype | None = None,
+    num_tokens: int = 1,
     fallback: str | None = None,
+    progress: Progress | None = None,
+    workers: int | None = None,
     budget: int | str | None = None,
     registry: Registry | None = None,
 ) -> Plan:
@@ -61,13 +73,16 @@ def plan(
     headers only.
 
     Args:
-        model: A checkpoint directory or file (its data may be missing), or a module.
+        path_or_id: As for ``load`` (the data may be missing), or a module in memory.
         scheme: Scheme name; None uses the configuration, or lets the device choose.
         config: A ``QuantConfig`` or what it parses.
         device: Found (``auto``, ``kind``, ``kind:0``) or simulated (``kind:arch``).
-        num_tokens: Expected tokens at a time: rows of the activations.
+        model: As for ``load``: makes the module, without which a plan knows the names of layers only.
         dtype: Activation dtype; by default that of the weights, or what the device computes in.
-        fallback: Overrides ``config.fallback``.
+        num_tokens: As for ``load``.
+        fallback: As for ``load``.
+        progress: Taken so that every argument of ``load`` is; a plan is made at once.
+        workers: As ``progress``.
         budget: As for ``load``.
         registry: As for ``load``.
 
@@ -77,19 +92,17 @@ def plan(
     registry = registry or default_registry()
     target = registry.with_memory_now(registry.device(device))
     parsed = merge(scheme, config, {"fallback": fallback}, registry.schemes)
-    if isinstance(model, nn.Module):
-        layers, source = (
-            match_modules(find_layers(dict(model.named_parameters())), model, lambda x: x.name),
-            type(model).__name__,
-        )
-        described: Any = getattr(model, "config", None)
-        kv = kv_shape(described.to_dict()) if hasattr(described, "to_dict") else None
+    if isinstance(path_or_id, nn.Module):
+        config_of: Any = getattr(path_or_id, "config", None)
+        described = config_of.to_dict() if hasattr(config_of, "to_dict") else {}
+        layers, source = _layers_of(path_or_id, described, target, dtype), type(path_or_id).__name__
+        open_questions: tuple[str, ...] = ()
     else:
-        with open_checkpoint(model, registry, headers_only=True) as (checkpoint, described):
+        with as_usual(), open_checkpoint(path_or_id, registry, headers_only=True) as (checkpoint, described):
             refuse_quantized(checkpoint)
-            tied = from_config(checkpoint.layers(), described)
-            layers, source = [with_cuts(layer, described) for layer in tied], named(model)
-            kv = kv_shape(described)
+            layers, open_questions = _layers_in(checkpoint, described, target, dtype, model)
+            source = named(path_or_id)
+    kv = kv_shape(described)
     kernels, schemes = registry.kernels(target.kind), registry.schemes
     return make_plan(
         layers,
@@ -102,7 +115,55 @@ def plan(
         dtype=dtype,
         kv=kv,
         budget=budget,
+        warnings=open_questions,
     )
+
+
+def _layers_of(
+    model: nn.Module, config: Mapping[str, Any], target: Device, dtype: torch.dtype | None
+) -> list[Layer]:
+    """The layers of a module."""
+    layers = find_layers(dict(model.named_parameters()))
+    dtypes = HeldDtypes(model, dtype or main_dtype(layers, config, target))
+    left = [leave_in_fp32(layer, model, f"{layer.name}.weight", dtypes) for layer in layers]
+    return match_modules(left, model, partial(module_path, {}))
+
+
+def _layers_in(
+    checkpoint: Recognized,
+    config: Mapping[str, Any],
+    target: Device,
+    dtype: torch.dtype | None,
+    factory: Factory | None,
+) -> tuple[list[Layer], tuple[str, ...]]:
+    """The layers of a checkpoint as the model has them, and what is open; where Transformers cannot build the
+    model, as names, shapes and ``config.json`` say.
+    """
+    layers, undecided = checkpoint.layers(), ""
+    directory, tensors = checkpoint.source.directory, checkpoint.source.tensors
+    held = dtype or main_dtype(layers, config, target)
+    if ties_its_head(config, directory):
+        layers, undecided = from_config(layers)
+    open_questions = (undecided,) if undecided else ()
+    try:
+        model, names = build(directory, factory, held, tensors)
+    except CheckpointError:
+        if factory is not None:
+            raise
+        wide = [replace(x, held_dtype=held) if x.dtype is torch.float64 else x for x in layers]
+        return [with_cuts(layer, config) for layer in beyond_config(wide, config)], open_questions
+    for tied in [name for name in said_ties(model) if undecided and name in names.values()]:
+        untie(model, tied)
+    layers = find_renamed_experts(layers, names, tensors)
+    dtypes = HeldDtypes(model, held, factory=factory is not None)
+    placed = place_tensors(layers, model, names, dtypes, copies={})
+    return match_modules(placed, model, partial(module_path, names)), open_questions
+
+
+def warn(texts: Iterable[str]) -> None:
+    """Warns the caller of ``load`` or ``quantize_`` of what who never looks at the plan has to know."""
+    for text in texts:
+        warnings.warn(text, UserWarning, stacklevel=4)
 
 
 def refuse_quantized(checkpoint: Recognized) -> None:

@@ -12,18 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantport.checkpoint import Checkpoint
+from quantport.checkpoint import Checkpoint, unchanged
 from quantport.errors import CheckpointError
 from quantport.loading.executor import Progress, Task, run_tasks
-from quantport.loading.load_model import Prepared, fits, prepared
+from quantport.loading.load_model import Prepared, fits, prepared, tie_weights
 from quantport.loading.locate import Source
-from quantport.loading.plan_model import refuse_quantized
+from quantport.loading.plan_model import refuse_quantized, warn
+from quantport.loading.renamed import renamed
 from quantport.loading.save_model import SHARD, Saved, layout_of, modules_to_save, tensors_of, write_model
+from quantport.loading.settle_ties import tie_again
 from quantport.modules import QuantModule
 from quantport.planning.memory import BUDGET
 from quantport.planning.plan import Plan
 
 
+@renamed("rows", "num_tokens")
 def quantize_checkpoint(
     path_or_id: Source,
     directory: str | os.PathLike[str],
@@ -62,6 +65,8 @@ def quantize_checkpoint(
         batches = _Batches(made, made.filler.tasks(), progress, workers)
         peak = batches.most + made.plan.budget
         fits(made.plan, f"quantize {made.plan.source} on {made.plan.device}", peak)
+        warn(made.plan.warnings)
+        made.model.quantport_plan = made.plan  # type: ignore[assignment]  # a note on the model, as of ``load``
         if made.cache:
             made.cache.install()
         write_model(
@@ -73,7 +78,9 @@ def quantize_checkpoint(
             max_shard_bytes=max_shard_bytes,
             resume=_resume(made),
         )
-    return made.plan
+    decided = made.filler.with_warnings()
+    warn(decided.warnings[len(made.plan.warnings) :])
+    return decided
 
 
 class _Batches:
@@ -88,22 +95,31 @@ class _Batches:
         self, made: Prepared, tasks: Sequence[Task], progress: Progress | None, workers: int | None
     ) -> None:
         self._made, self._progress, self._workers = made, progress, workers
-        tie = getattr(made.model, "tie_weights", None)
-        if callable(tie):
-            tie()
+        tie_weights(made.model)
+        # what is tied is saved with the first module that has it, whatever it is stored under
+        self._names_of = {group[0]: group for group in made.groups}
+        first = {name: group[0] for group in made.groups for name in group}
+        dtypes = {first.get(name, name): dtype for name, dtype in made.filler.held().items()}
+        homes = {stored: first[name] for stored, name in made.filler.names.items() if name in first}
         self._tasks: dict[str, list[Task]] = {}
+        modules = dict(made.model.named_modules())
         for task in tasks:
-            self._tasks.setdefault(task.module, []).append(task)
+            stays = task.name in homes and not isinstance(modules.get(task.module), QuantModule)
+            home = homes[task.name].rpartition(".")[0] if stays else task.module
+            self._tasks.setdefault(home, []).append(task)
         # held, so that no tensor which comes later is taken for one of these
         self._modules = list(modules_to_save(made.model))
-        dtypes = made.filler.kept()
         self.layout = layout_of(self._modules, dtypes)
         self._refuse_incomplete(dtypes)
         sizes = [self._size(prefix, module, kept) for prefix, module, kept in self._modules]
         self.most = min(sum(sizes), max(BUDGET, *sizes))
 
     def tensors(self, missing: Set[str]) -> Iterator[tuple[str, Tensor]]:
-        """Those that are missing, and others of the same modules."""
+        """Those that are missing, and others of the same modules; checks in the end that no file changed."""
+        with unchanged(self._made.filler.source):
+            yield from self._batches(missing)
+
+    def _batches(self, missing: Set[str]) -> Iterator[tuple[str, Tensor]]:
         batch: list[Saved] = []
         size, done = 0, 0
         wanted = [some for some in self._modules if missing & self._names(*some)]
@@ -118,7 +134,7 @@ class _Batches:
                         if name in missing:
                             yield name, tensor
                     del now
-                    _empty(module, kept)
+                    self._empty(prefix, module, kept)
                 batch, size = [], 0
             if some is not None:
                 batch.append(some)
@@ -128,6 +144,7 @@ class _Batches:
         """Runs the tasks of some modules, and forgets them with what they hold; returns the bytes read."""
         tasks = [task for path in paths for task in self._tasks.pop(path, ())]
         run_tasks(tasks, self._after(done, total), self._workers, self._made.plan.budget)
+        tie_again(self._made.model, self._made.groups)
         return sum(task.size for task in tasks)
 
     def _after(self, done: int, total: int) -> Progress | None:
@@ -143,6 +160,19 @@ class _Batches:
     def _size(self, prefix: str, module: nn.Module, kept: Mapping[str, Tensor]) -> int:
         specs = [self.layout[name] for name in self._names(prefix, module, kept)]
         return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in specs)
+
+    def _empty(self, prefix: str, module: nn.Module, kept: dict[str, Tensor]) -> None:
+        """Lets go of the weights and parameters of a module, and of those that are tied to them."""
+        if isinstance(module, QuantModule):
+            module.forget()
+        for name in kept.keys() & module._parameters.keys():
+            empty = nn.Parameter(torch.empty_like(kept[name], device="meta"), requires_grad=False)
+            kept[name] = module._parameters[name] = empty
+            for tied in self._names_of.get(prefix + name, ()):
+                path, _, leaf = tied.rpartition(".")
+                parameters = self._made.model.get_submodule(path)._parameters
+                if parameters.get(leaf) is not None:
+                    parameters[leaf] = empty
 
     def _refuse_incomplete(self, filled: Mapping[str, torch.dtype]) -> None:
         """Refuses parameters that nothing fills."""
@@ -160,15 +190,6 @@ class _Batches:
             )
 
 
-def _empty(module: nn.Module, kept: dict[str, Tensor]) -> None:
-    """Lets go of the weights and parameters of a module."""
-    if isinstance(module, QuantModule):
-        module.forget()
-    for name in kept.keys() & module._parameters.keys():
-        empty = nn.Parameter(torch.empty_like(kept[name], device="meta"), requires_grad=False)
-        kept[name] = module._parameters[name] = empty
-
-
 def _resume(made: Prepared) -> str:
     """Everything that the written bytes depend on; empty for tensors that are not in files."""
     source = made.filler.checkpoint.source
@@ -177,5 +198,9 @@ def _resume(made: Prepared) -> str:
     files = [(Path(file).resolve(), os.stat(file)) for file in source.files]
     stamps = [[str(file), found.st_size, found.st_mtime_ns] for file, found in files]
     schemes = [[step.layer.name, step.requested_scheme] for step in made.plan.steps]
-    settings = [import_module("quantport").__version__, made.plan.config.nonfinite, str(made.filler.dtype)]
+    settings = [
+        import_module("quantport").__version__,
+        made.plan.config.nonfinite,
+        str(made.filler.dtypes.dtype),
+    ]
     return json.dumps([settings, stamps, schemes])

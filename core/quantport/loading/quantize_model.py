@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from quantport.errors import ConfigError
 from quantport.kvcache import default_cache
+from quantport.loading.arguments import require_module
 from quantport.loading.executor import Progress, Task, run_tasks
-from quantport.loading.plan_model import plan, refuse_nothing
+from quantport.loading.plan_model import plan, refuse_nothing, warn
 from quantport.loading.renamed import renamed
+from quantport.loading.stock_save import refuse_stock_save
 from quantport.loading.swap_modules import by_module, make_module, swap_modules
 from quantport.loading.weight_tasks import quantize_tasks, select
 from quantport.model.layers import Part
@@ -45,7 +47,11 @@ def quantize_(
 
     Returns:
         The plan that was carried out; also ``model.quantport_plan``.
+
+    Raises:
+        QuantportError: as ``load``; or it is no module, or quantized already.
     """
+    require_module("quantize a model in memory", model)
     if any(isinstance(m, QuantModule) for m in model.modules()):
         suggestion = "the 16-bit model; what it is now is in model.quantport_plan"
         raise ConfigError(f"quantize {type(model).__name__}", "it is quantized already", suggestion)
@@ -65,6 +71,7 @@ def quantize_(
         registry=registry,
     )
     refuse_nothing(decided)
+    warn(decided.warnings)
     cache = default_cache(model, decided.config.kv_cache_dtype, decided.config.kv_cache_skip_layers)
     params = dict(model.named_parameters())
 
@@ -83,5 +90,6 @@ def quantize_(
     swap_modules(model, new)
     if cache:
         cache.install()
+    refuse_stock_save(model)
     model.quantport_plan = decided  # type: ignore[assignment]  # a note on the model, not a submodule
     return decided

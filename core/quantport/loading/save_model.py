@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quantport.checkpoint import KVCacheConfig, QuantportFormat, SavedLayer
+from quantport.checkpoint import KVCacheConfig, QuantportFormat, SavedLayer, companions
 from quantport.checkpoint.shard import Stream, TensorLayout
 from quantport.errors import SaveError
 from quantport.kvcache import default_of
+from quantport.loading.arguments import require_module
 from quantport.modules import QuantEmbedding, QuantExperts, QuantModule
 from quantport.planning.memory import STEP
 
-_COMPANIONS = (
-    "tokenizer*",
-    "vocab*",
-    "merges*",
-    "special_tokens*",
-    "added_tokens*",
-    "chat_template*",
-    "generation_config.json",
-    "*.model",
-)
-
-
+# of a configuration: where a model was loaded from, and how it was quantized before
+_DROPPED = ("_name_or_path", "quantization_config")
 SHARD = 5_000_000_000  # bytes
 
 
@@ -39,9 +31,9 @@ def save(
     overwrite: bool = False,
     max_shard_bytes: int = SHARD,
 ) -> Path:
-    """Saves a quantized model: safetensors in the stored layout of each scheme, config, tokenizer, and
-    ``quantport.json``. Written tensor by tensor: what its kernel has packed in another layout is unpacked
-    meanwhile.
+    """Saves a quantized model: safetensors in the stored layout of each scheme, its configuration as it is
+    now, the files that lay beside the weights that it was loaded from, and ``quantport.json``. Written tensor
+    by tensor: what its kernel has packed in another layout is unpacked meanwhile.
 
     Args:
         model: A model with quantized layers.
@@ -53,8 +45,10 @@ def save(
         The directory. It appears complete or not at all.
 
     Raises:
+        ConfigError: it is no module.
         SaveError: nothing to save, the directory is taken, the disk is full, or permission is missing.
     """
+    require_module("save a quantized model", model)
     return write_model(
         model,
         directory,
@@ -98,28 +92,57 @@ def write_model(
             "it has no quantized layer",
             "quantport.load or quantport.quantize_ first",
         )
-    cache = default_of(model)
+    cache, decided = default_of(model), getattr(model, "quantport_plan", None)
     source = getattr(model, "name_or_path", "")
-    directory_of = Path(source) if source else None
-    described: Any = getattr(model, "config", None)
-    config = None
-    if hasattr(described, "to_dict"):
-        config = {"architectures": [type(model).__name__], **described.to_dict()}
-    companions = (
-        sorted({p for g in _COMPANIONS for p in directory_of.glob(g) if p.is_file()}) if directory_of else []
-    )
+    files: dict[str, bytes | Path] = {}
+    if source and Path(source).is_dir():
+        files |= companions(Path(source))
+    if generation := _generation_config(model):
+        files["generation_config.json"] = generation
     return QuantportFormat().write(
         directory,
         layers,
         tensors,
         layout=layout,
-        config=config,
+        config=_config(model),
         kv_cache=KVCacheConfig(cache.dtype, tuple(cache.skip_layers)) if cache else None,
-        copy=companions,
+        fallback=decided.config.fallback if decided else None,
+        files=files,
         overwrite=overwrite,
         max_shard_bytes=max_shard_bytes,
         resume=resume,
     )
+
+
+def _config(model: nn.Module) -> dict[str, Any] | None:
+    """What ``config.json`` says of the model as it is now; None of one that has no configuration."""
+    described: Any = getattr(model, "config", None)
+    if hasattr(described, "to_dict"):
+        config = described.to_dict()
+        if getattr(type(model), "config_class", None) or not config.get("architectures"):
+            config["architectures"] = [type(model).__name__]  # not that of a wrapper around the model
+    elif isinstance(described, Mapping) and callable(to_json := getattr(model, "to_json_string", None)):
+        config = json.loads(to_json())  # of Diffusers
+    else:
+        return None
+    cleaned: dict[str, Any] = _without(config, _DROPPED)
+    return cleaned
+
+
+def _without(value: Any, dropped: Sequence[str]) -> Any:
+    """A configuration without some keys, in its inner configurations too."""
+    if isinstance(value, Mapping):
+        return {key: _without(inner, dropped) for key, inner in value.items() if key not in dropped}
+    return value
+
+
+def _generation_config(model: nn.Module) -> bytes | None:
+    """How the model generates, as it was changed since it was loaded; None where it does not."""
+    config: Any = getattr(model, "generation_config", None)
+    if config is None or not callable(to_json := getattr(config, "to_json_string", None)):
+        return None
+    described = _without(json.loads(to_json()), ("_from_model_config", "compile_config"))
+    return json.dumps(described, indent=2, sort_keys=True).encode()
 
 
 def _saved_layer(module: QuantModule) -> SavedLayer:
@@ -171,7 +194,7 @@ def modules_to_save(model: nn.Module) -> Iterator[Saved]:
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
         both = (
-            *module._parameters.items(),
+            *module.named_parameters(recurse=False),
             *((n, b) for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set),
         )
         kept = {name: tensor for name, tensor in both if tensor is not None and id(tensor) not in seen}

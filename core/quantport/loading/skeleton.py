@@ -42,14 +42,7 @@ def build(
     """
     if factory is not None:
         say("building the model")
-        with building():
-            made = factory()
-        if not isinstance(made, nn.Module):
-            found = f"it returned a {type(made).__name__}: {made!r}"
-            raise CheckpointError(
-                "build the model with model=", found, "a function that returns a torch.nn.Module"
-            )
-        return made.eval(), {name: name for name in names}
+        return made_by(factory).eval(), {name: name for name in names}
     if not (directory / "config.json").exists():
         raise CheckpointError(
             f"build the model of {directory}",
@@ -57,6 +50,31 @@ def build(
             "pass model=, a function that makes the module",
         )
     return _transformers(directory, dtype, names, say)
+
+
+def made_by(factory: Factory) -> nn.Module:
+    """Makes a module with a factory, on the meta device.
+
+    Raises:
+        CheckpointError: it is no factory, raises, or makes something else.
+    """
+    asked, suggestion = "build the model with model=", "a function that returns a torch.nn.Module"
+    if isinstance(factory, nn.Module):
+        text = f"{suggestion}; quantport.quantize_ quantizes a module that is in memory"
+        raise CheckpointError(asked, f"a {type(factory).__name__} that is made already", text)
+    if not callable(factory):
+        raise CheckpointError(asked, f"a {type(factory).__name__}: {factory!r}", suggestion)
+    try:
+        with building():
+            made = factory()
+    except QuantportError:
+        raise
+    except Exception as error:  # the caller's code
+        found = f"it raised {type(error).__name__}: {error}"
+        raise CheckpointError(asked, found, f"{suggestion} and takes no arguments") from error
+    if not isinstance(made, nn.Module):
+        raise CheckpointError(asked, f"it returned a {type(made).__name__}: {made!r}", suggestion)
+    return made
 
 
 def _transformers(
@@ -114,6 +132,22 @@ def _without_weights(base: Any) -> Iterator[None]:
         base.init_weights = init_weights
 
 
+def ties_its_head(config: Mapping[str, Any], directory: Path) -> bool:
+    """Whether a configuration ties the output head to the embedding: as ``config.json`` says, or as its class
+    in Transformers does where that is silent (Gemma publishes no such key).
+    """
+    text = config.get("text_config")
+    parts = (config, text if isinstance(text, Mapping) else {})
+    said = [bool(part["tie_word_embeddings"]) for part in parts if "tie_word_embeddings" in part]
+    if said or not config:
+        return any(said)
+    try:
+        made = importlib.import_module("transformers").AutoConfig.from_pretrained(directory)
+    except Exception:  # not installed, or a configuration that it does not know: ``load`` says so
+        return False
+    return bool(getattr(made, "tie_word_embeddings", False))
+
+
 def _rename(model: Any, names: Mapping[str, Any]) -> dict[str, str]:
     """Applies the renamings that Transformers keeps for checkpoints of this architecture (experts are fused
     by us).
@@ -128,7 +162,7 @@ def _rename(model: Any, names: Mapping[str, Any]) -> dict[str, str]:
     for name in names:
         out[name], _ = loading.rename_source_key(name, renamings, [], model.base_model_prefix, known)
         converter = next((c for c in converters if c.rename_source_key(out[name])[1] is not None), None)
-        if converter is not None and ".experts." not in name:
+        if converter is not None and not _fuses_experts(converter):
             operations = ", ".join(type(o).__name__ for o in converter.operations)
             raise QuantportError(
                 f"load {name} into {type(model).__name__}",
@@ -136,3 +170,11 @@ def _rename(model: Any, names: Mapping[str, Any]) -> dict[str, str]:
                 "load it with Transformers, save_pretrained it, and load that",
             )
     return out
+
+
+def _fuses_experts(converter: Any) -> bool:
+    """Whether a conversion stacks gate, up and down of every expert, as is done here."""
+    fused = ("experts.gate_up_proj", "experts.down_proj")
+    targets = [target.replace("\\", "") for target in converter.target_patterns]
+    operations = {type(operation).__name__ for operation in converter.operations}
+    return operations <= {"MergeModulelist", "Concatenate"} and all(t.endswith(fused) for t in targets)

@@ -12,7 +12,8 @@ from quantport.errors import ConfigError
 from quantport.model.layers import Layer
 from quantport.scheme.catalog import Schemes
 
-_RUNTIME = {"kv_cache_dtype", "kv_cache_skip_layers"}  # not in the weights: it may change from run to run
+_CACHE = {"kv_cache_dtype", "kv_cache_skip_layers"}
+_RUNTIME = {"fallback", *_CACHE}  # not in the weights: it may change from run to run
 
 
 def refuse_weights(checkpoint: Recognized, scheme: str | None, config: Any) -> None:
@@ -30,16 +31,16 @@ def refuse_weights(checkpoint: Recognized, scheme: str | None, config: Any) -> N
         raise ConfigError(
             f"quantize {checkpoint.source.directory} while loading",
             f"it is a {checkpoint.format_name} checkpoint: quantized already",
-            "load it without scheme=; of config= only kv_cache_dtype and kv_cache_skip_layers",
+            f"load it without scheme=; of config= only {', '.join(sorted(_RUNTIME))}",
         )
 
 
 def as_stored(
-    checkpoint: Recognized, layers: Iterable[Layer], fallback: str, requested: QuantConfig, schemes: Schemes
+    checkpoint: Recognized, layers: Iterable[Layer], requested: QuantConfig, schemes: Schemes
 ) -> QuantConfig:
     """Every quantized layer by name with the scheme that it has, everything else kept.
 
-    The KV cache is what was saved too, unless ``requested`` says another.
+    The KV cache and the fallback are what was saved too, unless ``requested`` says another.
     """
     tied = {layer.name: layer.tied for layer in layers}
     targets: dict[str, str | None] = {}
@@ -53,7 +54,8 @@ def as_stored(
         targets |= dict.fromkeys(tied[name], most)
     saved = checkpoint.kv_cache()
     cache: dict[str, Any] = {"kv_cache_dtype": saved.dtype, "kv_cache_skip_layers": saved.skip_layers}
-    if requested.model_fields_set & _RUNTIME:
-        cache = {key: getattr(requested, key) for key in _RUNTIME}
-    weights_kept = {"targets": targets, "linear": None, "moe": None, "scheme": None, "fallback": fallback}
-    return QuantConfig.parse({**weights_kept, **cache}, schemes)
+    if requested.model_fields_set & _CACHE:
+        cache = {key: getattr(requested, key) for key in _CACHE}
+    fallback = None if "fallback" in requested.model_fields_set else checkpoint.fallback()
+    weights_kept = {"targets": targets, "linear": None, "moe": None, "scheme": None}
+    return QuantConfig.parse({**weights_kept, **cache, "fallback": fallback or requested.fallback}, schemes)

@@ -6,17 +6,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from quantport.errors import CheckpointError
 from quantport.kernels.base import Kernel, WeightSpec
+from quantport.loading.carry_over import carry_over, count_quantized, why_not_replaced
 from quantport.model.fused_projections import with_cuts
-from quantport.model.layers import Layer, uneven
-from quantport.model.roles import Role, SkipCode, SkipReason, skipped_by_default
-from quantport.model.tied_weights import one_layer, partners, why_not_embedding
+from quantport.model.layers import CONVOLUTION, Layer, uneven, with_role
+from quantport.model.roles import Role, SkipCode, SkipReason
+from quantport.model.tied_weights import forget_tie, partners, why_not_embedding
+from quantport.model.weight_reads import find_weight_reads
 from quantport.modules import (
     QuantEmbedding,
     QuantExperts,
@@ -31,6 +33,16 @@ from quantport.planning.plan import Step
 from quantport.plugins.registry import Registry
 
 ModulePath = Callable[[Layer], str]
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+class _Model(NamedTuple):
+    """A model, and what is known of its modules as a whole."""
+
+    root: nn.Module
+    ties: Mapping[str, tuple[str, ...]]
+    heads: Mapping[nn.Module, Role]
+    weight_reads: Mapping[nn.Module, str]
 
 
 def match_modules(layers: Iterable[Layer], model: nn.Module, module_path: ModulePath) -> list[Layer]:
@@ -40,43 +52,93 @@ def match_modules(layers: Iterable[Layer], model: nn.Module, module_path: Module
     """
     layers = list(layers)
     _even(layers, model, module_path)
-    ties = partners(model)
+    known = _Model(model, partners(model), _heads(model), find_weight_reads(model))
     config: Any = getattr(model, "config", None)
     described = config.to_dict() if hasattr(config, "to_dict") else {}
-    checked = one_layer([x for layer in layers for x in _check(layer, model, module_path, ties)])
-    return [with_cuts(layer, described) for layer in checked]
+    checked = [x for layer in layers for x in _check(layer, known, module_path)]
+    heads = {name for layer in checked for name in layer.tied}
+    # second copies: the embedding answers to their names too
+    named = (replace(x, name=f"{x.name}.weight", kind="other") if x.name in heads else x for x in checked)
+    return [with_cuts(layer, described) for layer in named]
 
 
-def _check(
-    layer: Layer, model: nn.Module, module_path: ModulePath, ties: Mapping[str, tuple[str, ...]]
-) -> Iterable[Layer]:
+def _heads(model: nn.Module) -> dict[nn.Module, Role]:
+    """The linear layers at the end of a Transformers model, whatever they are called: the output head, and
+    those of all that stands beside the base model and has no blocks.
+    """
+    base = getattr(model, getattr(model, "base_model_prefix", "") or " ", None)
+    ends = [child for child in model.children() if child is not base] if isinstance(base, nn.Module) else []
+    heads: dict[nn.Module, Role] = {
+        module: Role.CLASSIFIER
+        for end in ends
+        if not any(isinstance(module, nn.ModuleList) for module in end.modules())
+        for module in end.modules()
+        if type(module) is nn.Linear
+    }
+    find = getattr(model, "get_output_embeddings", None)
+    try:
+        head = find() if find else None
+    except (AttributeError, NotImplementedError):  # Transformers: the class has none
+        head = None
+    return heads | {head: Role.HEAD} if type(head) is nn.Linear else heads
+
+
+def _check(layer: Layer, model: _Model, module_path: ModulePath) -> Iterable[Layer]:
+    if not layer.loaded:
+        yield layer
+        return
     path = module_path(layer)
-    module = _module(model, path)
+    module = _module(model.root, path)
     if layer.kind == "moe" and isinstance(module, nn.ModuleList):
         for single in _separate(layer):
-            yield from _check(single, model, module_path, ties)
+            yield from _check(single, model, module_path)
         return
-    if layer.kind == "linear" and not layer.skip_reason and type(module) is nn.Embedding:
-        layer = _with_role(layer, Role.EMBEDDING)  # whatever it is called
-    if layer.role is Role.EMBEDDING and layer.opt_in and type(module) is nn.Linear:
-        layer = _with_role(layer, Role.LINEAR)  # as the ``x_embedder`` of diffusion transformers
+    layer = _in_model(layer, model, module)
     is_table = layer.role is Role.EMBEDDING and layer.opt_in
-    tied = ties.get(path, ()) if is_table else ()
+    tied = model.ties.get(path, ()) if is_table else ()
     skip = layer.skip_reason or _why_not(layer, module, path)
     if is_table and module is not None:
-        skip = why_not_embedding(module, (model.get_submodule(p) for p in tied)) or skip
-    elif layer.kind != "other" and path in ties:
+        heads = [model.root.get_submodule(p) for p in tied]
+        hooked = next(filter(None, map(why_not_replaced, (module, *heads))), None)
+        skip = why_not_embedding(module, heads) or hooked or skip
+    elif layer.kind != "other" and path in model.ties:
         skip = SkipReason(SkipCode.TIED, "its weight is tied to another module's: left in 16 bits")
     if module is not None and (skip is None or (layer.opt_in and skip is layer.skip_reason)):
         _fits(layer, module)
-    parent = _module(model, path.rpartition(".")[0])
-    if skip is None and type(parent) is nn.TransformerEncoderLayer:
-        skip = SkipReason(SkipCode.FUSED_ENCODER, "torch's fused encoder layer reads its 16-bit weight")
+        if reader := model.weight_reads.get(module):
+            text = f"{reader} reads its weight, rather than calling it: left in 16 bits"
+            skip = SkipReason(SkipCode.WEIGHT_READ, text)
     yield replace(layer, skip_reason=skip, tied=tied)
 
 
-def _with_role(layer: Layer, role: Role) -> Layer:
-    return replace(layer, role=role, skip_reason=skipped_by_default(role))
+def _in_model(layer: Layer, model: _Model, module: nn.Module | None) -> Layer:
+    """The layer in the role that its module has in the model, whatever it is called."""
+    if module is None:
+        return layer
+    if layer.kind == "other":
+        return replace(layer, skip_reason=_why_other(layer, module))
+    if layer.kind == "linear" and not layer.skip_reason and type(module) is nn.Embedding:
+        return with_role(layer, Role.EMBEDDING)
+    if module in model.heads and layer.role is not Role.ROUTER:
+        return with_role(layer, model.heads[module])
+    if layer.role is Role.EMBEDDING and layer.opt_in and type(module) is nn.Linear:
+        return with_role(layer, Role.LINEAR)  # as the ``x_embedder`` of diffusion transformers
+    return layer
+
+
+def _why_other(layer: Layer, module: nn.Module) -> SkipReason | None:
+    """Why what is not the weight of a linear layer stays, as the module says that it belongs to."""
+    name, skip = type(module).__name__, layer.skip_reason
+    if layer.skipped_as(SkipCode.UNEVEN_EXPERTS):
+        text = why_not_experts(module)
+        return SkipReason(SkipCode.OTHER_EXPERTS, text) if text else skip
+    if isinstance(module, _CONVOLUTIONS):
+        return CONVOLUTION if layer.is_matrix else skip
+    if layer.is_matrix and not layer.skipped_as(SkipCode.SECOND_COPY):
+        return SkipReason(
+            SkipCode.OTHER_PARAMETER, f"its module is a {name}, no linear layer: left in 16 bits"
+        )
+    return skip
 
 
 def _even(layers: Sequence[Layer], model: nn.Module, module_path: ModulePath) -> None:
@@ -137,9 +199,9 @@ def _why_not(layer: Layer, module: nn.Module | None, path: str) -> SkipReason | 
         text = why_not_experts(module)
         if not all(hasattr(module, p) for p in ("gate_up_proj", "down_proj")):
             text = f"its experts are a {type(module).__name__}, without gate_up_proj and down_proj"
-        return SkipReason(SkipCode.OTHER_EXPERTS, text) if text else None
+        return SkipReason(SkipCode.OTHER_EXPERTS, text) if text else why_not_replaced(module)
     if type(module) is nn.Linear:
-        return None
+        return why_not_replaced(module)
     text = f"its module is a {type(module).__name__}, not a plain torch.nn.Linear"
     return SkipReason(SkipCode.OTHER_LINEAR, text)
 
@@ -226,27 +288,27 @@ def _kernel(step: Step, registry: Registry) -> Kernel:
 
 
 def swap_modules(model: nn.Module, new: Mapping[str, nn.Module]) -> None:
-    """Puts modules where others stood, under every name that those have; output heads that are tied to them
-    follow.
+    """Puts modules where others stood, under every name that those have, with what was hung onto them; output
+    heads that are tied to them follow.
     """
     new = dict(new)
     _add_heads(model, new)
+    for path, module in new.items():
+        carry_over(model.get_submodule(path), module, path)
     by_id = {id(model.get_submodule(path)): module for path, module in new.items()}
     for path, module in list(model.named_modules(remove_duplicate=False)):
         if id(module) in by_id:
             parent, _, name = path.rpartition(".")
             setattr(model.get_submodule(parent), name, by_id[id(module)].train(model.training))
+    count_quantized(model)
 
 
 def _add_heads(model: nn.Module, new: dict[str, nn.Module]) -> None:
     """Adds the output heads of quantized embeddings to the modules to put, and tells the model that nothing
     is left to tie.
     """
-    for path, module in list(new.items()):
+    for module in list(new.values()):
         if isinstance(module, QuantEmbedding):
             for name in module.tied:
                 new[name] = TiedLinear(module, model.get_submodule(name)._parameters.get("bias"))
-                said: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
-                if said.pop(f"{name}.weight", None):
-                    keys = {k: v for k, v in model._tied_weights_keys.items() if v != f"{path}.weight"}  # type: ignore[union-attr,operator]  # Transformers
-                    model._tied_weights_keys = keys  # type: ignore[assignment]  # of this model, not of its class
+                forget_tie(model, f"{name}.weight")

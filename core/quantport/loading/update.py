@@ -26,9 +26,14 @@ def update_weight(module: QuantModule, name: str, weight: Tensor, *, nonfinite: 
         nonfinite: ``error`` refuses NaN and Inf; ``zero`` reads each of them as 0.
 
     Raises:
-        WeightError: the module has no such weight, or one of another shape; or the weight cannot be
-            quantized.
+        WeightError: the module is not quantized, has no such weight, or one of another shape; or the
+            weight cannot be quantized.
     """
+    if not isinstance(module, QuantModule):
+        found = f"a {type(module).__name__}"
+        raise WeightError(
+            f"update weight {name!r}", found, "a layer that quantport quantized, such as a QuantLinear"
+        )
     asked = f"update weight {name!r} of a {type(module).__name__}"
     spec = module.specs.get(name)
     if spec is None:

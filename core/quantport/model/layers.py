@@ -7,13 +7,14 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
 import torch
 
-from quantport.model.roles import Role, SkipCode, SkipReason, role_of, skipped_by_default
+from quantport.model.roles import NOT_LOADED, Role, SkipCode, SkipReason, role_of, skipped_by_default
+from quantport.model.routers import find_routers
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -25,6 +26,9 @@ _CONVOLUTION = (3, 4, 5)  # dimensions of a weight over one, two or three of spa
 _UNEVEN = SkipReason(
     SkipCode.UNEVEN_EXPERTS, "experts that are not stored as gate, up [I, H] and down [H, I]"
 )
+_NOT_A_MATRIX = SkipReason(SkipCode.NOT_A_MATRIX, "not a matrix of a layer")
+CONVOLUTION = SkipReason(SkipCode.CONVOLUTION, "convolution: left in 16 bits")
+_OTHER_PARAMETER = SkipReason(SkipCode.OTHER_PARAMETER, "no weight of a linear layer: left in 16 bits")
 
 
 class TensorLike(Protocol):
@@ -69,6 +73,7 @@ class Layer:
         cuts: Name and rows of each projection of a fused linear layer, where the model says them.
         only: The weights of an experts layer that this piece of it holds (``3.down_proj``), where single
             experts or projections got another scheme than the rest; empty for all.
+        held_dtype: Dtype that it is held in where it stays; None for that in which it is stored.
     """
 
     name: str
@@ -83,11 +88,22 @@ class Layer:
     tied: tuple[str, ...] = ()
     cuts: tuple[tuple[str, int], ...] = ()
     only: tuple[str, ...] = ()
+    held_dtype: torch.dtype | None = None
+
+    @property
+    def loaded(self) -> bool:
+        """Whether any of it is loaded: it is no second copy, and the model has a place for it."""
+        return self.skip_reason is None or self.skip_reason.code not in NOT_LOADED
 
     @property
     def opt_in(self) -> bool:
         """Whether it is left alone by default, but quantized where ``targets`` names it exactly."""
-        return self.skipped_as(SkipCode.ROLE) and self.role in (Role.EMBEDDING, Role.HEAD)
+        return self.skipped_as(SkipCode.ROLE) and self.role is not Role.ROUTER
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it holds a matrix or a stack of them, rather than a vector or a number."""
+        return self.kind != "other" or self.weights[0][1] > 1
 
     def skipped_as(self, code: SkipCode) -> bool:
         """Whether it is left alone by default, and for this reason."""
@@ -141,6 +157,11 @@ class Layer:
         return self.elements * self.dtype.itemsize
 
     @property
+    def held_bytes(self) -> int:
+        """Bytes of the weights in memory, where they stay."""
+        return self.elements * (self.held_dtype or self.dtype).itemsize if self.loaded else 0
+
+    @property
     def shards(self) -> tuple[str, ...]:
         """The unfused names that patterns may use for parts of this layer; empty when it is not fused."""
         if self.experts:
@@ -158,7 +179,8 @@ def find_layers(tensors: Mapping[str, TensorLike]) -> list[Layer]:
 
     Returns:
         Linear layers (2-D ``*.weight``), MoE layers (``*.experts`` with gate, up and down projections, stored
-        per expert or fused in 3-D), and everything else as kind ``other``, in checkpoint order.
+        per expert or fused in 3-D), and everything else as kind ``other``, in checkpoint order. The weight of
+        kind ``other`` that is a matrix, or a stack of them, has all dimensions but the last as rows.
     """
     layers: dict[str, Layer] = {}
     experts: dict[str, dict[str, dict[int, Part]]] = {}
@@ -175,11 +197,65 @@ def find_layers(tensors: Mapping[str, TensorLike]) -> list[Layer]:
         layers[name] = _single(name, tensor)
     for base, projections in experts.items():
         layers.update({layer.name: layer for layer in _experts(base, projections, tensors)})
+    routers = set(find_routers(layers.values(), tensors))
+    return _in_order(
+        [with_role(x, Role.ROUTER) if x.name in routers else x for x in layers.values()], tensors
+    )
+
+
+def with_role(layer: Layer, role: Role) -> Layer:
+    """The layer in another role; it is left alone as that one is by default."""
+    skip = layer.skip_reason
+    return replace(
+        layer,
+        role=role,
+        skip_reason=skipped_by_default(role) if skip is None or skip.code is SkipCode.ROLE else skip,
+    )
+
+
+def _in_order(layers: Iterable[Layer], tensors: Iterable[str]) -> list[Layer]:
     order = {name: i for i, name in enumerate(tensors)}
     return sorted(
-        layers.values(),
-        key=lambda x: min((order[p.tensor] for ps in x.parts.values() for p in ps), default=0),
+        layers, key=lambda x: min((order[p.tensor] for ps in x.parts.values() for p in ps), default=0)
     )
+
+
+def find_renamed_experts(
+    layers: Sequence[Layer], names: Mapping[str, str], tensors: Mapping[str, TensorLike]
+) -> list[Layer]:
+    """Groups fused experts that only the names in the model show: Granite stores them as
+    ``input_linear.weight`` and ``output_linear.weight``.
+
+    Args:
+        layers: From ``find_layers``.
+        names: For each tensor of the checkpoint its name in the model.
+        tensors: Those of the checkpoint.
+
+    Returns:
+        The layers in checkpoint order, such experts under their name in the model.
+    """
+    stored = {
+        names[layer.name]: layer.name
+        for layer in layers
+        if layer.kind == "other"
+        and layer.name in names
+        and not _FUSED_EXPERTS.match(layer.name)
+        and _FUSED_EXPERTS.match(names[layer.name])
+    }
+    experts = find_layers({name: tensors[tensor] for name, tensor in stored.items()})
+    grouped = [
+        replace(
+            layer,
+            name=stored.get(layer.name, layer.name),
+            parts={
+                weight: tuple(part._replace(tensor=stored[part.tensor]) for part in parts)
+                for weight, parts in layer.parts.items()
+            },
+        )
+        for layer in experts
+    ]
+    replaced = set(stored.values())
+    return _in_order([*(x for x in layers if x.name not in replaced), *grouped], tensors)
 
 
 def _split(name: str, projection: str, tensor: TensorLike) -> Iterable[tuple[str, Part]]:
@@ -195,20 +271,23 @@ def _split(name: str, projection: str, tensor: TensorLike) -> Iterable[tuple[str
 def _single(name: str, tensor: TensorLike) -> Layer:
     module, _, leaf = name.rpartition(".")
     parts = {leaf: (Part(name),)}
-    if leaf != "weight" or len(tensor.shape) != 2:
+    if leaf == "weight" and len(tensor.shape) == 2:
+        n, k = tensor.shape
+        role = role_of(module, n, k)
+        skip = _unusable(tensor.dtype, n * k) or skipped_by_default(role)
         return Layer(
-            name,
-            "other",
-            ((leaf, 1, math.prod(tensor.shape)),),
-            tensor.dtype,
-            parts=parts,
-            role=Role.CONVOLUTION if leaf == "weight" and len(tensor.shape) in _CONVOLUTION else Role.OTHER,
-            skip_reason=SkipReason(SkipCode.NOT_A_MATRIX, "not a matrix of a layer"),
+            module, "linear", ((leaf, n, k),), tensor.dtype, parts=parts, role=role, skip_reason=skip
         )
-    n, k = tensor.shape
-    role = role_of(module)
-    skip = _unusable(tensor.dtype, n * k) or skipped_by_default(role)
-    return Layer(module, "linear", ((leaf, n, k),), tensor.dtype, parts=parts, role=role, skip_reason=skip)
+    rows, columns, role, skip = 1, math.prod(tensor.shape), Role.OTHER, _NOT_A_MATRIX
+    if sum(size > 1 for size in tensor.shape) > 1:
+        columns = next(size for size in reversed(tensor.shape) if size > 1)
+        rows, skip = math.prod(tensor.shape) // columns, _OTHER_PARAMETER
+    if leaf == "weight" and len(tensor.shape) in _CONVOLUTION:
+        role, skip = Role.CONVOLUTION, CONVOLUTION
+    elif "experts" in name.split("."):
+        role = Role.EXPERTS
+    weights = ((leaf, rows, columns),)
+    return Layer(name, "other", weights, tensor.dtype, parts=parts, role=role, skip_reason=skip)
 
 
 def _unusable(dtype: torch.dtype, elements: int) -> SkipReason | None:

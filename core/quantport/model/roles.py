@@ -32,17 +32,23 @@ class SkipCode(str, Enum):
     NOT_A_MATRIX = "not_a_matrix"
     ZERO_SIZE = "zero_size"
     STORED_DTYPE = "stored_dtype"
+    CONVOLUTION = "convolution"
+    OTHER_PARAMETER = "other_parameter"
     UNEVEN_EXPERTS = "uneven_experts"
     SECOND_COPY = "second_copy"
+    BEYOND_CONFIG = "beyond_config"
     # the model
     NO_MODULE = "no_module"
+    UNUSED = "unused"
+    KEPT_FP32 = "kept_fp32"
     WHOLE_MODEL = "whole_model"
     QUANTIZED_ALREADY = "quantized_already"
     OTHER_LINEAR = "other_linear"
     OTHER_EXPERTS = "other_experts"
     OTHER_EMBEDDING = "other_embedding"
     TIED = "tied"
-    FUSED_ENCODER = "fused_encoder"
+    WEIGHT_READ = "weight_read"
+    HOOKED = "hooked"
     # the configuration
     PATTERN = "pattern"
     NULL_SCHEME = "null_scheme"
@@ -53,15 +59,28 @@ class SkipCode(str, Enum):
         return self.value
 
 
+# stored, and not loaded: a copy of another tensor, or something that the model has no place for
+NOT_LOADED = frozenset({SkipCode.SECOND_COPY, SkipCode.BEYOND_CONFIG, SkipCode.NO_MODULE, SkipCode.UNUSED})
 _CONFIGURED = {SkipCode.PATTERN, SkipCode.NULL_SCHEME, SkipCode.FIRST_BLOCKS, SkipCode.NULL_COMPONENT}
 _LEFT_ALONE = {
     Role.EMBEDDING: "embedding: looked up, not multiplied",
     Role.HEAD: "output head: left in 16 bits by default",
+    Role.CLASSIFIER: "classifier or projection at the end: left in 16 bits by default",
     Role.ROUTER: "router: left in 16 bits, it decides which experts run",
 }
 _HEADS = {"lm_head", "embed_out", "output_projection"}
-_CLASSIFIERS = {"classifier", "score"}
-_ROUTERS = {"gate", "router", "shared_expert_gate", "gate_network"}
+_CLASSIFIERS = {
+    "score",
+    "qa_outputs",
+    "pooler",
+    "classification_head",
+    "logits_proj",
+    "seq_relationship",
+    "sequence_summary",
+    "text_projection",
+    "visual_projection",
+}
+_GATES = {"gate", "moe_gate", "gating", "gate_network", "shared_expert_gate", "switch"}
 _EMBEDDINGS = {
     "wte",
     "wpe",
@@ -94,16 +113,23 @@ class SkipReason:
         return self.text
 
 
-def role_of(module: str) -> Role:
-    """The role of a matrix, by the name of its module."""
-    last = module.rpartition(".")[2]
-    if last in _HEADS:
+def role_of(module: str, out_features: int, in_features: int) -> Role:
+    """The role of a matrix, by the name of its module; `quantport.model.routers` finds routers that no name
+    shows.
+    """
+    path = module.split(".")
+    last = path[-1]
+    if not _HEADS.isdisjoint(path):
         return Role.HEAD
-    if last in _ROUTERS or ".router." in f".{module}.":
+    # a projection of a gated MLP may be called ``gate`` too: it is wider than what it reads
+    is_gate = not _GATES.isdisjoint(path[-2:]) and out_features <= in_features
+    if is_gate or any("router" in part.split("_") for part in path):
         return Role.ROUTER
     if last in _EMBEDDINGS or "embed" in last:
         return Role.EMBEDDING
-    return Role.CLASSIFIER if last in _CLASSIFIERS else Role.LINEAR
+    if not _CLASSIFIERS.isdisjoint(path) or any("classifier" in part.split("_") for part in path):
+        return Role.CLASSIFIER
+    return Role.LINEAR
 
 
 def skipped_by_default(role: Role) -> SkipReason | None:

@@ -4,7 +4,7 @@ kept once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -25,8 +25,7 @@ def partners(model: nn.Module) -> dict[str, tuple[str, ...]]:
         weight = module._parameters.get("weight")
         if weight is not None:
             owners.setdefault(id(weight), []).append(path)
-    said: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
-    for target, source in said.items():
+    for target, source in said_ties(model).items():
         a, b = target.removesuffix(".weight"), source.removesuffix(".weight")
         group = next((g for g in owners.values() if b in g), None)
         other = next((g for g in owners.values() if a in g), None)
@@ -41,35 +40,68 @@ def partners(model: nn.Module) -> dict[str, tuple[str, ...]]:
     }
 
 
-def from_config(layers: Iterable[Layer], config: Mapping[str, Any]) -> list[Layer]:
-    """Ties the layers of a checkpoint as its ``config.json`` says, for planning without a model."""
+def said_ties(model: nn.Module) -> dict[str, str]:
+    """Each parameter that Transformers models, which may be parts of this one, tie -> the one that it is tied
+    to.
+    """
+    out = {}
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        said: Any = getattr(module, "all_tied_weights_keys", None) or {}
+        out.update({f"{prefix}{target}": f"{prefix}{source}" for target, source in said.items()})
+    return out
+
+
+def from_config(layers: Iterable[Layer]) -> tuple[list[Layer], str]:
+    """Ties the layers of a checkpoint whose configuration ties its head, for planning without a model.
+
+    Returns:
+        The layers, and what only loading can settle: a head that is stored beside the embedding is one weight
+        with it where the bytes are equal, and another where they are not. Until then it counts as another.
+    """
     out = list(layers)
     tables = [x for x in out if x.role is Role.EMBEDDING and x.opt_in]
-    if not config.get("tie_word_embeddings") or not tables:
-        return out
+    if not tables:
+        return out, ""
     table = max(tables, key=lambda x: x.weights[0][1])
-    heads = tuple(x.name for x in out if x.role is Role.HEAD and x.opt_in) or ("lm_head",)
-    return one_layer([replace(x, tied=heads) if x is table else x for x in out])
+    heads = [x.name for x in out if x.role is Role.HEAD and x.opt_in]
+    if not heads:
+        return [replace(x, tied=("lm_head",)) if x is table else x for x in out], ""
+    return out, (
+        f"{', '.join(heads)} is tied to {table.name} by the configuration, and stored beside it: one weight "
+        "if load finds equal bytes, else the stored head is used; it is counted as another weight here"
+    )
 
 
-def one_layer(layers: Sequence[Layer]) -> list[Layer]:
-    """Takes output heads that are stored beside the embedding that they are tied to for what they are: second
-    copies.
+def untie(model: nn.Module, target: str) -> None:
+    """Gives a parameter of a model on meta that is tied to another one a place of its own.
+
+    A Transformers model does not tie it again: neither by ``tie_weights`` nor, where nothing else is tied, by
+    its configuration.
     """
-    owner = {name: x.name for x in layers for name in x.tied}
-    return [
-        replace(
-            x,
-            name=f"{x.name}.weight",
-            kind="other",
-            skip_reason=SkipReason(
-                SkipCode.SECOND_COPY, f"a second copy of {owner[x.name]}, to which it is tied"
-            ),
-        )
-        if x.name in owner
-        else x
-        for x in layers
-    ]
+    path, _, leaf = target.rpartition(".")
+    module = model.get_submodule(path)
+    shared = module._parameters.get(leaf)
+    if shared is not None:
+        module._parameters[leaf] = nn.Parameter(shared.detach().clone(), shared.requires_grad)
+    forget_tie(model, target)
+    config: Any = getattr(model, "config", None)
+    if config is not None and not said_ties(model):
+        for part in (config, *(v for v in vars(config).values() if hasattr(v, "tie_word_embeddings"))):
+            if getattr(part, "tie_word_embeddings", False):
+                part.tie_word_embeddings = False
+
+
+def forget_tie(model: nn.Module, target: str) -> None:
+    """Tells a Transformers model, and the parts of it, that a parameter is tied to nothing."""
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        inner = target.removeprefix(prefix)
+        for attribute in ("all_tied_weights_keys", "_tied_weights_keys"):
+            keys = getattr(module, attribute, None)
+            if target.startswith(prefix) and isinstance(keys, Mapping) and inner in keys:
+                kept: Any = {key: source for key, source in keys.items() if key != inner}
+                setattr(module, attribute, kept)  # of this model, not of its class
 
 
 def why_not_embedding(module: nn.Module, others: Iterable[nn.Module]) -> SkipReason | None:

@@ -23,8 +23,34 @@ from quantport.numerics.sharding import shard_dims
 from quantport.planning.select_kernel import select_kernel
 from quantport.plugins.registry import Registry, default_registry
 
+EMPTY_WEIGHT = "empty_weight"
 
-class QuantModule(nn.Module):
+
+class EmptyWeight(nn.Module):
+    """A module whose weight is no parameter. For code that asks ``next(module.parameters())`` it has an empty
+    one, which says dtype of the activations and device; it is in no state dict.
+    """
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """As of ``nn.Module``; without ``recurse`` only what is stored, which is what accelerate offloads."""
+        for name, parameter in super().named_parameters(prefix, recurse, remove_duplicate):
+            if recurse or not name.endswith(EMPTY_WEIGHT):
+                yield name, parameter
+
+    def _set_empty_weight(self, dtype: torch.dtype, device: torch.device) -> None:
+        known = self._parameters.get(EMPTY_WEIGHT)
+        if known is None or known.device != device:
+            empty = torch.empty(0, dtype=dtype, device=device)
+            self._parameters[EMPTY_WEIGHT] = nn.Parameter(empty, requires_grad=False)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.pop(prefix + EMPTY_WEIGHT, None)
+
+
+class QuantModule(EmptyWeight):
     """Holds named weights: ``""`` for a linear layer, ``"3.gate_proj"`` for a projection of an expert.
 
     Args:
@@ -150,6 +176,7 @@ class QuantModule(nn.Module):
     def _set(self, name: str, keys: tuple[str, ...]) -> None:
         """Notes which buffers hold a weight."""
         self._buffer_names[name] = keys
+        self._set_empty_weight(self.dtype, self.get_buffer(keys[0]).device)
 
     def stored_weight(self, name: str = "") -> StoredWeight:
         """The stored tensors of one weight, exactly as they were before packing."""
@@ -216,6 +243,8 @@ class QuantModule(nn.Module):
                 )
             except WeightError as error:
                 error_msgs.append(f"{prefix.rstrip('.')}: {error}")
+        if EMPTY_WEIGHT in self._parameters:
+            rest[prefix + EMPTY_WEIGHT] = self._parameters[EMPTY_WEIGHT]
         super()._load_from_state_dict(
             rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

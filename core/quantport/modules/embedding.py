@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from quantport.kernels.base import Kernel, WeightSpec
 from quantport.kernels.embedding import embedding_kernels, look_up
 from quantport.modules import ops
-from quantport.modules.base import QuantModule
-from quantport.modules.linear import WeightView
+from quantport.modules.base import EMPTY_WEIGHT, QuantModule
+from quantport.modules.weight_view import WeightView
 from quantport.plugins.registry import Registry
 
 
@@ -91,6 +91,14 @@ class TiedLinear(nn.Linear):
     def weight(self) -> WeightView:  # type: ignore[override]  # of nn.Linear it is a Parameter
         """Shape, dtype and device of the weight. It is no tensor."""
         return self.embedding.weight
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """As of ``nn.Module``, and the empty weight of the embedding."""
+        yield from super().named_parameters(prefix, recurse, remove_duplicate)
+        if recurse and EMPTY_WEIGHT in self.embedding._parameters:
+            yield f"{prefix}.{EMPTY_WEIGHT}".lstrip("."), self.embedding.get_parameter(EMPTY_WEIGHT)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -128,8 +128,12 @@ class QuantExperts(QuantModule):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Routes ``[T, hidden]`` by ``top_k_index`` and ``top_k_weights`` ``[T, top_k]``; returns ``[T,
-        hidden]``.
+        hidden]``, in the dtype of ``hidden_states``. Under autocast it is cast to the dtype of that before.
         """
+        if ops.is_autocast(hidden_states):
+            x = ops.autocast(hidden_states)
+            with torch.autocast(x.device.type, enabled=False):
+                return self.forward(x, top_k_index, top_k_weights).to(hidden_states.dtype)
         if torch.compiler.is_compiling():
             run = torch.ops.quantport.experts if self._one_launch else torch.ops.quantport.experts_loop
             y: Tensor = run(hidden_states, top_k_index, top_k_weights, *self.operands())
@@ -184,6 +188,9 @@ def why_not_experts(module: nn.Module) -> str:
         "bias" in name for name, _ in module.named_parameters(recurse=False)
     ):
         return "its experts have biases"
+    others = [n for n, _ in module.named_parameters() if n not in ("gate_up_proj", "down_proj")]
+    if others:
+        return f"its experts have parameters of their own: {others[0]}"
     if not getattr(module, "is_concatenated", True):
         return "its gate and up projections are interleaved"
     if getattr(module, "has_post_expert_norm", False):

@@ -2,36 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import torch
 from torch import Tensor, nn
 
-from quantport.errors import NoTensorError
 from quantport.kernels.base import Kernel, WeightSpec
 from quantport.modules import ops
 from quantport.modules.base import QuantModule
+from quantport.modules.weight_view import WeightView
 from quantport.plugins.registry import Registry
-
-
-class WeightView(NamedTuple):
-    """What code may ask of the weight of a layer that holds no 16-bit weight; ``dtype`` is that of
-    activations.
-
-    Raises:
-        NoTensorError: anything else of a tensor is asked for, as when an adapter shall be merged into the
-            weight.
-    """
-
-    shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
-
-    def __getattr__(self, name: str) -> Any:
-        suggestion = "keep adapters beside the layer, or merge them into the 16-bit model and quantize that"
-        raise NoTensorError(
-            f"weight.{name} of a quantized layer", "its weight is stored as codes and scales", suggestion
-        )
 
 
 class QuantLinear(QuantModule, nn.Linear):

@@ -46,7 +46,13 @@ _LIB.define(f"experts_loop{_EXPERTS}", tags=_HOST_WAITS)
 
 
 def linear(bound: BoundWeight, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
-    """``run_linear``, or its operator in a graph that is being compiled."""
+    """``run_linear``, or its operator in a graph that is being compiled; under autocast on what
+    ``torch.nn.functional.linear`` would be cast to, whatever the kernel.
+    """
+    if is_autocast(x):
+        x, bias = autocast(x), None if bias is None else autocast(bias)
+        with torch.autocast(x.device.type, enabled=False):  # kernels choose their dtypes themselves
+            return linear(bound, x, packed, bias)
     if not torch.compiler.is_compiling() or _wants_gradient(x, bias):
         return run_linear(bound, x, packed, bias)
     if torch.compiler.is_exporting():  # no guard asks again, when it runs, whether a gradient is wanted
@@ -54,6 +60,19 @@ def linear(bound: BoundWeight, x: Tensor, packed: Packed, bias: Tensor | None) -
         return z
     y: Tensor = torch.ops.quantport.linear_no_grad(x, packed, bias, bound.handle)
     return y
+
+
+def is_autocast(x: Tensor) -> bool:
+    """Whether autocast is on for the device of a tensor; there is none for tensors without data."""
+    # one call decides where it is off: a question by device costs a text each time
+    return torch._C._is_any_autocast_enabled() and not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
+def autocast(x: Tensor) -> Tensor:
+    """Casts as autocast does: every float but fp64."""
+    if not x.is_floating_point() or x.dtype is torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))
 
 
 def run_linear(bound: BoundWeight, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:

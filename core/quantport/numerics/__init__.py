@@ -7,6 +7,7 @@ from quantport.numerics.elements import converts, decode, encode, raw, values_of
 from quantport.numerics.linear import FLOATS, dequantize_weight, linear, quantize_weight, quantized_values
 from quantport.numerics.packing import pack_bits, pack_int4, unpack_bits, unpack_int4
 from quantport.numerics.rotation import rotate
+from quantport.numerics.scales import global_factor
 
 __all__ = [
     "FLOATS",
@@ -20,6 +21,7 @@ __all__ = [
     "dequantize_scales",
     "dequantize_weight",
     "encode",
+    "global_factor",
     "linear",
     "pack_bits",
     "pack_int4",

@@ -21,13 +21,11 @@ from torch import Tensor
 from quantport.errors import WeightError
 from quantport.numerics import search
 from quantport.numerics.elements import decode, encode, raw
-from quantport.numerics.scales import over, scale_of, scale_values, stored
-from quantport.scheme.formats import E4M3FN
+from quantport.numerics.scales import global_factor, over, scale_of, scale_values, stored
 from quantport.scheme.quant import Quant, blocks_of
 
 CHUNK = 1 << 18  # elements of fp32 scratch: 1 MiB, which fits the L2 cache of one core
 LARGE = CHUNK << 1  # of an accelerator, which wants few large kernels
-TINY = torch.finfo(torch.float32).tiny
 
 Reduce = Callable[[Tensor, int, int], Tensor]
 """Largest magnitudes of this shard, and the (rows, cols) of their blocks (0: all) -> the maxima over every
@@ -171,8 +169,7 @@ def _outer(x: Tensor, quant: Quant, reduce: Reduce | None) -> Tensor:
             for i in rows
         ]
         return torch.cat(parts)
-    factor = E4M3FN.high * quant.element.high / amax.clamp_min(TINY)
-    return torch.where(torch.isposinf(factor), 1.0, factor)
+    return global_factor(amax, quant.element)
 
 
 def _divided(chunk: Tensor, outer: Tensor, quant: Quant) -> Tensor:
@@ -256,19 +253,18 @@ def _spread(factor: Tensor, n: int, k: int, rows: int, cols: int) -> Tensor:
     return wide if rows == 1 else wide.repeat_interleave(rows or max(n, 1), 0)[:n]
 
 
-def check_finite(scale: Tensor, name: str, weight: Tensor) -> None:
-    """Refuses a weight whose scales are not finite: it holds a NaN or an Inf, or its scales overflow.
+def check_finite(value: Tensor, name: str, weight: Tensor) -> None:
+    """Refuses a weight of which a value or a scale is not finite: it holds a NaN or an Inf, or they overflow.
 
     Raises:
         WeightError: names the weight.
     """
-    if torch.isfinite(scale).all():
+    if torch.isfinite(value).all():
         return
     if torch.isfinite(weight).all():
-        found = f"values up to {weight.abs().max():.3g}, whose scales overflow in this format"
-        raise WeightError(
-            f"quantize {name}", found, "a scheme with fp32 scales, for example int8_weight_only"
-        )
+        found = f"values up to {weight.abs().max():.3g}, which overflow in this format"
+        suggestion = "floats with fp32 scales, for example fp8_weight_only, or add the layer to ignore="
+        raise WeightError(f"quantize {name}", found, suggestion)
     raise WeightError(
         f"quantize {name}",
         "the weight holds NaN or Inf",

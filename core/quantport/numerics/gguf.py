@@ -17,6 +17,7 @@ from quantport.scheme.formats import Format
 from quantport.scheme.scheme import GGUF_BYTES
 
 CHUNK = 1 << 18
+LARGEST = 128 * 32  # of Q6_K: no value of any type is above its fp16 scale, or offset, times this
 
 
 def quantize(weight: Tensor, element: Format) -> Tensor:
@@ -41,10 +42,12 @@ def dequantize(blocks: Tensor, element: Format, k: int) -> Tensor:
 
 
 def scales(blocks: Tensor, element: Format) -> Tensor:
-    """The fp16 scale of every block, as fp32; NaN or Inf where the weight held one."""
+    """The fp16 scale of every block ``[r, 1]``, of q4_k and q5_k that of its offsets too ``[r, 2]``, as
+    fp32; NaN or Inf where the weight held one.
+    """
     flat = blocks.reshape(-1, GGUF_BYTES[element.name])
-    start = 208 if element.name == "q6_k" else 0
-    return kquants.halves(flat[:, start : start + 2])
+    start, end = {"q6_k": (208, 210), "q4_k": (0, 4), "q5_k": (0, 4)}.get(element.name, (0, 2))
+    return kquants.halves(flat[:, start:end])
 
 
 def _quantize_q4_0(x: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ def half_bytes(x: Tensor) -> Tensor:
 
 
 def halves(blocks: Tensor) -> Tensor:
-    """Bytes ``[r, 2]`` read as fp16: fp32 ``[r, 1]``."""
+    """Bytes ``[r, 2c]`` read as fp16: fp32 ``[r, c]``."""
     return blocks.contiguous().view(torch.float16).float()
 
 

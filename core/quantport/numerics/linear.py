@@ -51,7 +51,8 @@ def quantize_weight(
         The tensors of ``scheme.layout(n, k)``.
 
     Raises:
-        WeightError: wrong rank or dtype, or a NaN or Inf while ``nonfinite="error"``.
+        WeightError: wrong rank or dtype; a NaN or Inf while ``nonfinite="error"``; or values so near the end
+            of their dtype that they would come back as Inf.
         ConfigError: the solver cannot solve the scheme, or a shard of a weight.
         BackendError: the solver returns other tensors than the scheme stores.
     """
@@ -73,21 +74,34 @@ def quantize_weight(
     stored = fast(rotated, scheme) if fast and by_rule and not reduce else None
     if stored is None:
         stored = checked(solver.solve(rotated, scheme, stats), scheme, weight.shape, solver)
-    if nonfinite == "zero" and not _finite(stored, scheme).isfinite().all():
+    bound = _bound(stored, scheme).to(weight.dtype)
+    if bound.isfinite().all():
+        return stored
+    if nonfinite == "zero" and not weight.isfinite().all():
         finite = torch.nan_to_num(weight, nan=0.0, posinf=0.0, neginf=0.0)
         return quantize_weight(finite, scheme, name, "error", fast, reduce, solver=solver, stats=stats)
-    check_finite(_finite(stored, scheme), name, weight)
+    check_finite(
+        dequantize_weight(stored, replace(scheme, rotation=0), weight.shape[1], weight.dtype), name, weight
+    )
     return stored
 
 
-def _finite(stored: dict[str, Tensor], scheme: Scheme) -> Tensor:
-    """Values that are not finite exactly when the weight holds a NaN or an Inf."""
-    if "weight_blocks" in stored:
-        return gguf.scales(stored["weight_blocks"], scheme.weight.element)
-    if scheme.weight.scale_quant:
-        return torch.cat((stored["weight_scale_scale"].view(-1), stored["weight_scale_offset"]))
-    scale = scale_values(stored["weight_scale"], scheme.weight.scale)
-    return torch.cat((scale, stored["weight_zero"].float())) if scheme.weight.zero_point else scale
+def _bound(stored: dict[str, Tensor], scheme: Scheme) -> Tensor:
+    """What no magnitude in a block is above: fp32, not finite where the weight holds a NaN or an Inf."""
+    quant = scheme.weight
+    if quant.element.block:
+        return gguf.scales(stored["weight_blocks"], quant.element) * gguf.LARGEST
+    if quant.scale_quant:
+        scale = dequantize_scales(stored)
+    else:
+        scale = scale_values(stored["weight_scale"], quant.scale)
+    if "weight_global_scale" in stored:
+        scale = scale / stored["weight_global_scale"]
+    elif quant.outer_block:
+        blocks = stored["weight_outer_scale"].repeat_interleave(quant.outer_block[1] // quant.group_size, 1)
+        scale = scale * blocks[:, : scale.shape[1]]
+    bound = scale * max(-quant.element.low, quant.element.high)
+    return bound + stored["weight_zero"].float().abs() if quant.zero_point else bound
 
 
 def dequantize_weight(

@@ -14,7 +14,8 @@ CEIL.
 conversion
   instruction of Blackwell (``cvt.rp.satfinite.ue8m0x2``). torchao calls it RCEIL.
 
-Every result is clamped to [2**-127, 2**127]; a block of zeros gets 2**-127, a NaN or Inf gets 255 (NaN).
+Every result is clamped to [2**-127, 2**(127 - emax)], so that ``max`` times the scale is finite: the OCP rule
+gets no further. A block of zeros gets 2**-127, a NaN or Inf gets 255 (NaN).
 Every other scale is ``amax / half_range``, rounded to the scale's format to nearest even; 0 becomes
 ``2**-23`` (e4m3fn: 0.125), as in compressed-tensors ``calculate_qparams``.
 """
@@ -28,10 +29,11 @@ from torch import Tensor
 
 from quantport.numerics.elements import decode, encode
 from quantport.scheme import Quant
-from quantport.scheme.formats import E8M0, FORMATS, Format
+from quantport.scheme.formats import E4M3FN, E8M0, FORMATS, Format
 
 EPS = 2.0**-23
 EPS_E4M3FN = 0.125
+TINY = torch.finfo(torch.float32).tiny
 _MANTISSA = (1 << 23) - 1
 
 
@@ -55,6 +57,18 @@ def over(x: Tensor, number: float) -> Tensor:
     number.
     """
     return x / torch.full((), number, dtype=x.dtype, device=x.device)
+
+
+def global_factor(amax: Tensor, element: Format) -> Tensor:
+    """What e4m3fn scales are multiplied with: ``448 * high / amax``, rounded once; 1 where that overflows.
+
+    Args:
+        amax: Largest magnitudes, fp32, not negative.
+        element: The element format.
+    """
+    most = torch.full_like(amax, E4M3FN.high * element.high)  # a Python number would be times the reciprocal
+    factor = most / amax.clamp_min(TINY)
+    return torch.where(torch.isposinf(factor), 1.0, factor)
 
 
 def stored(scale: Tensor, name: str) -> Tensor:
@@ -81,18 +95,13 @@ def e8m0_of(amax: Tensor, element: Format, rule: str) -> Tensor:
         element: The element format.
         rule: ``floor``, ``even``, ``even1``, ``ceil`` or ``rceil``.
     """
-    bits = amax.view(torch.int32)
     emax = math.frexp(element.high)[1] - 1
     if rule == "rceil":
         ratio = over(amax, element.high).view(torch.int32)
         # up to 2**-127, the smallest scale
-        bits, emax = (
-            torch.where(ratio <= 1 << 22, 0, ratio + _MANTISSA),
-            0,
-        )
-    elif rule == "ceil":
-        bits = bits + _MANTISSA
-    elif rule in ("even", "even1"):
-        bits = bits + (1 << (22 - (1 if rule == "even1" else element.mantissa)))
-    exponent = ((bits >> 23) - emax).clamp_(0, 254)
+        exponent = torch.where(ratio <= 1 << 22, 0, ratio + _MANTISSA) >> 23
+    else:
+        up = {"ceil": _MANTISSA, "even": 1 << (22 - element.mantissa), "even1": 1 << 21}.get(rule, 0)
+        exponent = ((amax.view(torch.int32) + up) >> 23) - emax
+    exponent = exponent.clamp_(0, 254 - emax)
     return torch.where(torch.isfinite(amax), exponent, 255).to(torch.uint8)

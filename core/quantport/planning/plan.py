@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -24,6 +24,7 @@ from quantport.model.fused_projections import split_projections
 from quantport.model.layers import FLOATS, Layer
 from quantport.model.roles import Role, SkipReason
 from quantport.planning.memory import BUDGET, parse_budget, peak_bytes, resolve_budget
+from quantport.planning.notices import notices
 from quantport.planning.select_kernel import (
     Choice,
     best_scheme,
@@ -81,6 +82,7 @@ class Plan:
         why: Why this scheme, when the device chose it.
         kv_shape: What the KV cache keeps for each token; None where that is not known.
         budget: Bytes that the stream may hold beside the loaded model.
+        warnings: For people: tensors that are not loaded or are converted, ties that are none.
     """
 
     source: str
@@ -91,6 +93,7 @@ class Plan:
     why: str = ""
     kv_shape: KVShape | None = None
     budget: int = BUDGET
+    warnings: tuple[str, ...] = ()
 
     @property
     def before(self) -> int:
@@ -138,7 +141,8 @@ class Plan:
         ]
         kept = len(self.steps) - len(self.quantized)
         total = f"  {kept} stay as stored; {self.before / 1e6:.1f} MB -> {self.after / 1e6:.1f} MB"
-        return "\n".join([f"{self.source} on {self.device}", *lines, total])
+        warned = [f"  warning: {text}" for text in self.warnings]
+        return "\n".join([f"{self.source} on {self.device}", *lines, total, *warned])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: stable keys, no objects."""
@@ -154,7 +158,8 @@ class Plan:
             "bytes_free": self.device.memory,
             "fits": self.fits,
             "kv_cache": self.kv_cache,
-            "layers": [_step_dict(s) for s in self.steps if s.layer.kind != "other"],
+            "warnings": list(self.warnings),
+            "layers": [_step_dict(s) for s in self.steps if s.layer.is_matrix],
         }
 
     def to_json(self) -> str:
@@ -167,6 +172,8 @@ def _step_dict(step: Step) -> dict[str, Any]:
     out: dict[str, Any] = {
         "name": step.layer.name,
         "kind": step.layer.kind,
+        "role": str(step.layer.role),
+        "skip_reason": str(step.skip_reason.code) if step.skip_reason else None,
         "asked": step.requested_scheme,
         "bytes_before": step.before,
         "bytes_after": step.after,
@@ -189,6 +196,7 @@ def make_plan(
     dtype: torch.dtype | None = None,
     kv: KVShape | None = None,
     budget: int | str | None = None,
+    warnings: Iterable[str] = (),
 ) -> Plan:
     """Plans every layer. Pure: no registry, no hardware, no weights.
 
@@ -204,6 +212,7 @@ def make_plan(
         kv: What the model keeps for each token, where that is known.
         budget: Bytes (or ``"512MB"``) that the stream may hold beside the model; by default 512 MiB, or what
             the largest weight needs.
+        warnings: What else is known of the checkpoint, for people.
 
     Raises:
         BudgetError: a single weight needs more than ``budget``.
@@ -226,7 +235,30 @@ def make_plan(
     # refuses a layer that the model does not have
     kv_summary(kv, config.kv_cache_dtype, config.kv_cache_skip_layers)
     total = resolve_budget(requested_budget, _peaks(steps, schemes, kernels))
-    return Plan(source, device, config, steps, num_tokens, why, kv, total)
+    texts = (*warnings, *notices(step.layer for step in steps), *_mostly_kept(steps))
+    return Plan(source, device, config, steps, num_tokens, why, kv, total, texts)
+
+
+def _mostly_kept(steps: Iterable[Step]) -> Iterator[str]:
+    """What one who expects a quantized model has to know: that less than half of its matrices became one, by
+    bytes and without those that the configuration leaves alone.
+    """
+    matrices = [
+        step
+        for step in steps
+        if step.layer.is_matrix
+        and step.layer.loaded
+        and step.requested_scheme != "bf16"
+        and not (step.skip_reason and step.skip_reason.configured)
+    ]
+    kept = [step for step in matrices if not step.requested_scheme]
+    total, left = sum(step.before for step in matrices), sum(step.before for step in kept)
+    if 2 * left > total:
+        largest = max(kept, key=lambda step: step.before)
+        yield (
+            f"only {1 - left / total:.0%} of the bytes of matrices are quantized; the largest that stays is "
+            f"{largest.layer.name} ({largest.note})"
+        )
 
 
 def _peaks(steps: Iterable[Step], schemes: Schemes, kernels: Sequence[Kernel]) -> dict[str, int]:
@@ -264,7 +296,11 @@ class _Planner:
 
     def _skip(self, layer: Layer, reason: SkipReason | None) -> Step:
         choice = self._dense_experts(layer) if layer.only else self._prepacked(layer)
-        return Step(layer, None, choice, str(reason or ""), layer.bytes, layer.bytes, reason)
+        note = str(reason or "")
+        if choice is None and layer.loaded and layer.held_dtype not in (None, layer.dtype):
+            note += f"; stored as {layer.dtype}, held in {layer.held_dtype}"
+        after = layer.held_bytes if choice is None else layer.bytes
+        return Step(layer, None, choice, note, layer.bytes, after, reason)
 
     def _quantize(self, layer: Layer, scheme_name: str) -> Step:
         if layer.kind == "other" or (layer.skip_reason and not layer.opt_in):
@@ -291,7 +327,7 @@ class _Planner:
         """The prepacked BF16 kernel for a linear layer that stays, where the device has one that was measured
         faster.
         """
-        skipped = layer.skip_reason is not None and not (layer.opt_in and layer.role is Role.HEAD)
+        skipped = layer.skip_reason is not None and not (layer.opt_in and layer.role is not Role.EMBEDDING)
         if layer.kind != "linear" or skipped:
             return None
         if layer.dtype is not torch.bfloat16 or self.dtype not in (None, torch.bfloat16):

@@ -10,7 +10,7 @@ from typing import Any
 
 from quantport.device import Device
 from quantport.errors import ConfigError
-from quantport.kernels.base import Kernel, Request, WeightSpec
+from quantport.kernels.base import Kernel, Request, WeightSpec, guarded_verdict
 from quantport.kernels.embedding import embedding_kernels, why_not_rows
 from quantport.kernels.verdict import Accepted, Claim, Evidence, ReasonCode, Rejected, Status, Verdict
 from quantport.scheme.catalog import Schemes
@@ -81,7 +81,7 @@ def select_kernel(
     """
     requests = [request] if isinstance(request, Request) else list(request)
     request = requests[0]
-    verdicts = tuple(_worst([k.verdict(r) for r in requests]) for k in kernels)
+    verdicts = tuple(_worst([guarded_verdict(k.name, k.verdict, r) for r in requests]) for k in kernels)
     accepted = [v for v in verdicts if isinstance(v, Accepted)]
     scheme = request.weight.scheme
     exact = [v for v in accepted if v.precision == scheme.precision and v.status is not Status.REFERENCE]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import pluggy
 
-from quantport.errors import BackendError, did_you_mean
+from quantport.device import Arch, Device
+from quantport.errors import BackendError, did_you_mean, shown
 from quantport.kernels import aten
 from quantport.kernels.base import Kernel
 from quantport.kernels.grouped import GroupedKernel
@@ -27,6 +29,26 @@ _RENAMED = {
 }
 _RENAMED_OF_ARCH = {"opaque": "storage_only_dtypes"}
 _OF_GROUPED = ("run_grouped", "run_gated")
+_COMMAND = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
+_KIND = re.compile(r"[a-z][a-z0-9_]*")
+
+
+def _are_archs(value: object) -> bool:
+    return isinstance(value, Mapping) and all(
+        isinstance(name, str) and isinstance(arch, Arch) for name, arch in value.items()
+    )
+
+
+_ATTRIBUTES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "kind": (
+        lambda v: isinstance(v, str) and bool(_KIND.fullmatch(v)) and v != "auto",
+        "lower-case letters, digits and '_', and not 'auto'",
+    ),
+    "torch_type": (lambda v: isinstance(v, str) and v.isidentifier(), "the type of a torch.device"),
+    "rank": (lambda v: isinstance(v, int), "a whole number"),
+    "archs": (_are_archs, "a mapping of names to quantport.backend.Arch"),
+    "products": (_are_archs, "a mapping of names to quantport.backend.Arch"),
+}
 
 
 def register(manager: pluggy.PluginManager, plugin: object, name: str) -> None:
@@ -73,7 +95,7 @@ def called(manager: pluggy.PluginManager, hook: str, plugin: str) -> list[Any]:
 
 
 def check_backend(plugin: str, backend: object, backends: Mapping[str, Backend]) -> None:
-    """Refuses a backend that is none, that lacks an attribute, or whose kind is taken.
+    """Refuses a backend that is none, that lacks an attribute or has a wrong one, or whose kind is taken.
 
     Raises:
         BackendError: says which.
@@ -82,13 +104,10 @@ def check_backend(plugin: str, backend: object, backends: Mapping[str, Backend])
         raise BackendError(
             f"load backend {plugin!r}", f"its hook returned {backend!r}", "a quantport.backend.Backend"
         )
-    lacking = [a for a in ("kind", "torch_type", "archs") if not hasattr(backend, a)]
-    if lacking:
-        raise BackendError(
-            f"load backend {plugin!r}",
-            f"it lacks {', '.join(lacking)}",
-            "see quantport.plugins.hookspecs.Backend",
-        )
+    for attribute, (is_valid, needs) in _ATTRIBUTES.items():
+        found = shown(getattr(backend, attribute)) if hasattr(backend, attribute) else "nothing"
+        if not hasattr(backend, attribute) or not is_valid(getattr(backend, attribute)):
+            raise BackendError(f"load backend {plugin!r}", f"its {attribute} is {found}", needs)
     if backend.kind in backends:
         raise BackendError(
             f"load backend {plugin!r} for devices of kind {backend.kind!r}",
@@ -97,6 +116,42 @@ def check_backend(plugin: str, backend: object, backends: Mapping[str, Backend])
         )
     for name, arch in backend.archs.items():
         _refuse_old_names(f"architecture {name!r}", arch, _RENAMED_OF_ARCH)
+
+
+def members(
+    what: str, call: Callable[[], Iterable[Any]], kind: type[Any], device: str = ""
+) -> tuple[Any, ...]:
+    """What a method of a backend returns, if that is a sequence of what it must be.
+
+    Args:
+        what: For errors.
+        call: The method.
+        kind: Type of the members.
+        device: The kind of device that they must be of, where they are devices.
+
+    Raises:
+        BackendError: it is something else.
+    """
+    answer = call()
+    sequence = () if isinstance(answer, str) else tuple(answer)
+    if isinstance(answer, str) or not all(isinstance(member, kind) for member in sequence):
+        raise BackendError(what, f"it gave {shown(answer)}", f"a sequence of {kind.__name__}")
+    for member in sequence if device else ():
+        if not isinstance(member.arch, Arch) or member.kind != device:
+            raise BackendError(what, f"it gave {shown(member)}", f"devices of kind {device!r}")
+    return sequence
+
+
+def memory_of(backend: Backend, device: Device) -> tuple[int | None]:
+    """What a backend says of the memory of a device, in a tuple: None is an answer.
+
+    Raises:
+        BackendError: it is no number of bytes.
+    """
+    memory = backend.memory(device)
+    if memory is not None and (not isinstance(memory, int) or memory < 0):
+        raise BackendError(f"memory of {device}", f"it gave {shown(memory)}", "bytes, or None")
+    return (memory,)
 
 
 def check_kernels(kind: str, kernels: Sequence[Kernel], owners: Mapping[str, Kernel]) -> dict[str, Kernel]:
@@ -115,6 +170,10 @@ def check_kernels(kind: str, kernels: Sequence[Kernel], owners: Mapping[str, Ker
     """
     own: dict[str, Kernel] = {}
     for kernel in kernels:
+        if not isinstance(kernel.name, str) or not kernel.name:
+            raise BackendError(
+                f"load the kernels of {kind!r}", f"{kernel!r} has no name", "a name, as a text"
+            )
         _refuse_old_names(f"kernel {kernel.name!r}", kernel, _RENAMED)
         ignored = [name for name in _OF_GROUPED if hasattr(kernel, name)]
         if ignored and not isinstance(kernel, GroupedKernel):
@@ -177,12 +236,16 @@ def commands(
     """The commands that a hook returned.
 
     Raises:
-        BackendError: one cannot be called, or its name is taken.
+        BackendError: one cannot be called, or its name is taken, or cannot be typed.
     """
     new: dict[str, Callable[..., None]] = {}
     for name, function in (item for answer in answers for item in answer.items()):
+        asked = f"load command {shown(name)} of {plugin!r}"
+        if not isinstance(name, str) or not _COMMAND.fullmatch(name):
+            found = "no name that can be typed as a command"
+            raise BackendError(asked, found, "lower-case letters and digits, with '-' between them")
         if not callable(function):
-            raise BackendError(f"load command {name!r} of {plugin!r}", f"it is {function!r}", "a function")
+            raise BackendError(asked, f"it is {function!r}", "a function")
         _refuse_taken(plugin, "command", name, (*COMMANDS, *table, *new))
         new[name] = function
     return new

@@ -8,18 +8,20 @@ When: a registry imports every plugin and calls its hooks once, when the registr
 process at the first use of quantport, not at its import. The plugins of quantport itself come first, then
 others by group and name, so that nobody can take the name of what quantport brings.
 
-Exceptions: a plugin that raises while it is imported or in a hook, returns something else than its hook
-says, or brings a name that is taken, is set aside as a whole, by name and reason: one warning, a row in
-``quantport doctor``, and nothing of it is registered. It never stops the others. The same goes for a
-function called ``quantport_...`` that is no hook, or is not marked. An ``optionalhook`` of another version
-is let pass. Hooks are asked plugin by plugin, so there is nothing to wrap or to order: ``wrapper``,
-``hookwrapper``, ``tryfirst`` and ``trylast`` are refused.
+Exceptions: a plugin that raises while it is imported or in a hook (``sys.exit()`` too), takes longer than 30
+seconds (``QUANTPORT_PLUGIN_SECONDS``), returns something else than its hook says, or brings a name that is
+taken, is set aside as a whole, by name and reason: one warning, a row in ``quantport doctor``, and nothing of
+it is registered. It never stops the others. The same goes for a function called ``quantport_...`` that is no
+hook, or is not marked. An ``optionalhook`` of another version is let pass. Hooks are asked plugin by plugin,
+so there is nothing to wrap or to order: ``wrapper``, ``hookwrapper``, ``tryfirst`` and ``trylast`` are
+refused.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import pluggy
 from torch import Tensor
@@ -43,18 +45,23 @@ class Backend(ABC):
         rank: ``device="auto"`` takes the found device of the highest rank. Accelerators: 10. Host
             processors: 0.
         archs: Every architecture that it knows, by name, found or not.
+        products: Architectures by the full names of products (``Toy 2000``), which ``--device`` takes too:
+            upper and lower case, spaces and hyphens do not count, and neither does a size of memory. Cite
+            where they come from.
     """
 
     kind: str
     torch_type: str
     rank: int = 10
     archs: Mapping[str, Arch]
+    products: Mapping[str, Arch] = MappingProxyType({})
 
     @abstractmethod
     def detect(self) -> Sequence[Device]:
         """Looks for devices. Must be quick and must not import a vendor runtime that is not installed.
 
-        An exception is allowed: it becomes a row in ``quantport doctor`` and means "no device".
+        An exception is allowed: it becomes a row in ``quantport doctor`` and means "no device". So does no
+        answer in 30 seconds; all backends are asked at the same time, each in a thread of its own.
         """
 
     @abstractmethod
@@ -152,6 +159,6 @@ def quantport_commands() -> Mapping[str, Callable[..., None]]:  # type: ignore[e
     """Returns additional commands: name -> function, with parameters as typer takes them.
 
     Called once, when the registry is made: at every start of the command line where plugins are installed,
-    so the functions should import what they need when they run. The names of the commands of quantport itself
-    are taken.
+    so the functions should import what they need when they run. Names are lower-case letters and digits, with
+    ``-`` between them; those of the commands of quantport itself are taken.
     """

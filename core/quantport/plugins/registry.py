@@ -6,9 +6,10 @@ import os
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import EntryPoint
 from secrets import token_hex
-from typing import Any
+from typing import Any, NamedTuple
 
 import pluggy
 import torch
@@ -17,7 +18,7 @@ from quantport.checkpoint.format import CheckpointFormat
 from quantport.checkpoint.plain_format import PlainFormat
 from quantport.checkpoint.recognize import BUILTIN_FORMATS
 from quantport.device import Device
-from quantport.errors import BackendError, ConfigError, DeviceError, did_you_mean, one_of
+from quantport.errors import BackendError, ConfigError, DeviceError, one_of
 from quantport.kernels.base import Kernel
 from quantport.numerics.solvers import Solver
 from quantport.plugins import hookspecs
@@ -27,10 +28,14 @@ from quantport.plugins.check_plugin import (
     check_backend,
     check_kernels,
     commands,
+    members,
+    memory_of,
     named,
     register,
 )
+from quantport.plugins.device_names import simulated
 from quantport.plugins.entry_points import BACKENDS, PLUGINS, installed, is_builtin
+from quantport.plugins.guard import answer, answers, time_limit
 from quantport.plugins.hookspecs import Backend
 from quantport.plugins.once import once, once_property
 from quantport.scheme import Scheme
@@ -44,6 +49,18 @@ class Problem:
     plugin: str
     stage: str
     error: str
+
+
+class _Brought(NamedTuple):
+    """All that one plugin brings."""
+
+    plugin: object
+    backends: list[Backend]
+    schemes: Schemes  # those of before too
+    solvers: dict[str, Solver]
+    formats: dict[str, CheckpointFormat]
+    kernels: list[tuple[str, tuple[Kernel, ...]]]
+    commands: dict[str, Callable[..., None]]
 
 
 class Registry:
@@ -60,6 +77,7 @@ class Registry:
         solvers: Name -> solver of a plugin.
         formats: Name -> checkpoint format of a plugin.
         commands: Name -> command of a plugin.
+        owners: Name of a command -> the plugin that brings it.
         token: Tells this registry from others in handles of operators.
         is_default: Whether it is that of the process, which other processes have alike.
     """
@@ -71,11 +89,12 @@ class Registry:
         self.solvers: dict[str, Solver] = {}
         self.formats: dict[str, CheckpointFormat] = {}
         self.commands: dict[str, Callable[..., None]] = {}
+        self.owners: dict[str, str] = {}
         self.token, self.is_default = token_hex(4), False
-        self._names: dict[str, str] = {}
+        self._names: dict[str, str] = {}  # kind of device -> plugin
         self._added: list[tuple[str, str, tuple[Kernel, ...]]] = []  # plugin, kind of device, kernels
-        self._manager = pluggy.PluginManager("quantport")
-        self._manager.add_hookspecs(hookspecs)
+        self._loaded: dict[str, object] = {}  # plugins by name
+        self._seconds = time_limit()
         plugins = installed() if points is None else list(points)
         self._allowed = allowed = _allowed(only, {p.name for p in plugins if p.group == BACKENDS})
         for point in sorted(plugins, key=lambda p: (not is_builtin(p), p.group, p.name, p.value)):
@@ -94,35 +113,51 @@ class Registry:
         try:
             return call(*args)
         except Exception as error:  # a stranger's code: set aside, named, never fatal
-            self._set_aside(plugin, stage, f"{type(error).__name__}: {error}")
+            self.set_aside(plugin, stage, error)
             return None
 
-    def _set_aside(self, plugin: str, stage: str, error: str) -> None:
-        self.problems.append(Problem(plugin, stage, error))
+    def set_aside(self, plugin: str, stage: str, error: Exception) -> None:
+        """Records that a plugin failed, and warns.
+
+        Args:
+            plugin: Its name.
+            stage: Where: ``import``, ``detection``, ``kernels`` or ``command``.
+            error: What it raised.
+        """
+        text = f"{type(error).__name__}: {error}"
+        self.problems.append(Problem(plugin, stage, text))
         warnings.warn(
-            f"quantport set plugin {plugin!r} aside at {stage}: {error}", RuntimeWarning, stacklevel=3
+            f"quantport set plugin {plugin!r} aside at {stage}: {text}", RuntimeWarning, stacklevel=3
         )
 
     def _load(self, point: EntryPoint) -> None:
-        if self._manager.has_plugin(point.name):
+        if point.name in self._loaded:
             raise BackendError(
                 f"load plugin {point.name!r} from {point.value}",
-                f"a plugin of this name is loaded already: {self._manager.get_plugin(point.name)!r}",
+                f"a plugin of this name is loaded already: {self._loaded[point.name]!r}",
                 "rename one of the two entry points, or uninstall one package",
             )
-        plugin = point.load()
-        try:
-            register(self._manager, plugin, point.name)
-            self._accept(point)
-        except Exception:  # whatever a stranger raises: nothing of it stays registered, and it is raised on
-            if self._manager.has_plugin(point.name):
-                self._manager.unregister(name=point.name)
-            raise
+        bring = partial(self._bring, point)
+        brought = bring() if is_builtin(point) else answer(bring, self._seconds)  # ours needs no thread
+        self._loaded[point.name] = brought.plugin
+        self.schemes = brought.schemes
+        self.solvers, self.formats = self.solvers | brought.solvers, self.formats | brought.formats
+        self.commands |= brought.commands
+        self.owners |= dict.fromkeys(brought.commands, point.name)
+        self._added += [(point.name, kind, added) for kind, added in brought.kernels]
+        for backend in brought.backends:
+            self.backends[backend.kind] = backend
+            self._names[backend.kind] = point.name
 
-    def _accept(self, point: EntryPoint) -> None:
-        """Takes all that a plugin brings, or raises before any of it is taken."""
-        name = point.name
-        backends = called(self._manager, "quantport_backend", name)
+    def _bring(self, point: EntryPoint) -> _Brought:
+        """Imports a plugin and asks its hooks. Changes nothing here: one that is late may still be at it when
+        it has been set aside.
+        """
+        name, plugin = point.name, point.load()
+        manager = pluggy.PluginManager("quantport")
+        manager.add_hookspecs(hookspecs)
+        register(manager, plugin, name)
+        backends = called(manager, "quantport_backend", name)
         if self._allowed is not None and name not in self._allowed:
             backends = []  # a plugin that brings more than a backend, which is left out on purpose
         if point.group == BACKENDS and not backends:
@@ -131,40 +166,47 @@ class Registry:
             )
         for backend in backends:
             check_backend(name, backend, self.backends)
-        schemes = called(self._manager, "quantport_schemes", name)
-        solvers = named(name, called(self._manager, "quantport_solvers", name), Solver, self.solvers)
+        schemes = called(manager, "quantport_schemes", name)
+        solvers = named(name, called(manager, "quantport_solvers", name), Solver, self.solvers)
         merged = Schemes(
             (*self.schemes.values(), *(s for some in schemes for s in some)),
             (*self.solvers.values(), *solvers.values()),
         )
-        answers = called(self._manager, "quantport_checkpoint_formats", name)
+        formats = called(manager, "quantport_checkpoint_formats", name)
         taken = {own.name: own for own in (*BUILTIN_FORMATS, PlainFormat())} | self.formats
-        formats = named(name, answers, CheckpointFormat, taken)
-        kernels = added_kernels(name, called(self._manager, "quantport_kernels", name))
-        new = commands(name, called(self._manager, "quantport_commands", name), self.commands)
-        self.schemes = merged
-        self.solvers, self.formats = self.solvers | solvers, self.formats | formats
-        self.commands = self.commands | new
-        self._added += [(name, kind, added) for kind, added in kernels]
-        for backend in backends:
-            self.backends[backend.kind] = backend
-            self._names[backend.kind] = name
+        return _Brought(
+            plugin,
+            backends,
+            merged,
+            solvers,
+            named(name, formats, CheckpointFormat, taken),
+            added_kernels(name, called(manager, "quantport_kernels", name)),
+            commands(name, called(manager, "quantport_commands", name), self.commands),
+        )
 
     @once_property
     def devices(self) -> tuple[Device, ...]:
-        """Every device found, best rank first. A detection that raises is a problem, not an error."""
+        """Every device found, best rank first. A detection that raises, or hangs, is a problem, not an error:
+        all are asked side by side.
+        """
         ordered = sorted(self.backends.values(), key=lambda backend: -backend.rank)
-        return tuple(
-            d for backend in ordered for d in self._ask(backend, "detection", backend.detect, Device)
-        )
+        calls = [partial(members, f"detection of {b.kind!r}", b.detect, Device, b.kind) for b in ordered]
+        devices: list[Device] = []
+        for backend, outcome in zip(ordered, answers(calls, self._seconds), strict=True):
+            if isinstance(outcome, Exception):
+                self.set_aside(self._names[backend.kind], "detection", outcome)
+            else:
+                devices += outcome
+        return tuple(devices)
 
     @once_property
     def _kernels(self) -> dict[str, tuple[Kernel, ...]]:
         out: dict[str, tuple[Kernel, ...]] = {}
         owners: dict[str, Kernel] = {}
         for kind, backend in self.backends.items():
-            kernels = self._ask(backend, "kernels", backend.kernels, Kernel)
-            own = self._try(self._plugin(backend), "kernels", check_kernels, kind, kernels, owners)
+            call = partial(members, f"kernels of {kind!r}", backend.kernels, Kernel)
+            kernels = self._try(self._names[kind], "kernels", answer, call, self._seconds) or ()
+            own = self._try(self._names[kind], "kernels", check_kernels, kind, kernels, owners)
             out[kind] = kernels if own is not None else ()
             owners |= own or {}
         for plugin, kind, kernels in self._added:
@@ -174,6 +216,15 @@ class Registry:
                 owners |= own or {}
         return out
 
+    def advice(self, kind: str) -> tuple[str, ...]:
+        """What is missing for hardware of a kind that can be seen but not used.
+
+        Raises:
+            Exception: whatever the backend raises; a ``TimeoutError`` where it does not answer in time.
+        """
+        call = partial(members, f"advice of {kind!r}", self.backends[kind].advice, str)
+        return answer(call, self._seconds)
+
     def _check_added(
         self, kind: str, kernels: tuple[Kernel, ...], owners: dict[str, Kernel]
     ) -> dict[str, Kernel]:
@@ -181,25 +232,6 @@ class Registry:
             known = one_of(kind, self.backends)
             raise BackendError(f"add kernels to devices of kind {kind!r}", "no backend has it", known)
         return check_kernels(kind, kernels, owners)
-
-    def _plugin(self, backend: Backend) -> str:
-        return self._names[backend.kind]
-
-    def _ask(self, backend: Backend, stage: str, call: Any, kind: type[Any]) -> tuple[Any, ...]:
-        """Calls a backend's method and checks what it gives; anything wrong is a problem and an empty
-        answer.
-        """
-
-        def checked() -> tuple[Any, ...]:
-            found = tuple(call())
-            for item in found:
-                if not isinstance(item, kind):
-                    raise BackendError(
-                        f"{stage} of {backend.kind!r}", f"it gave {item!r}", f"a sequence of {kind.__name__}"
-                    )
-            return found
-
-        return self._try(self._plugin(backend), stage, checked) or ()
 
     def kernels(self, kind: str) -> tuple[Kernel, ...]:
         """The kernels of one kind of device."""
@@ -229,11 +261,11 @@ class Registry:
         return {k.name: k for kernels in self._kernels.values() for k in kernels}
 
     def device(self, asked: str | torch.device | Device = "auto") -> Device:
-        """Resolves a device: ``auto``, ``kind``, ``kind:index``, ``kind:arch`` (simulated, for planning), or
-        torch's.
+        """Resolves a device: ``auto``, ``kind``, ``kind:index``, or torch's; or, simulated and for planning,
+        ``kind:arch``, ``arch`` or the name of a product.
 
         Raises:
-            DeviceError: the kind or architecture is unknown, or no such device was found.
+            DeviceError: the kind, architecture or product is unknown, or no such device was found.
         """
         if isinstance(asked, Device):
             return asked
@@ -249,12 +281,15 @@ class Registry:
                 raise DeviceError("device 'auto'", "no backend found a device", "run `quantport doctor`")
             return self.devices[0]
         kind, _, rest = text.partition(":")
+        kind = kind.strip().lower()
         if kind not in self.backends:
             aside = [p for p in self.problems if p.plugin == kind]
-            found = f"its backend was set aside: {aside[0].error}" if aside else "no backend has this kind"
-            raise DeviceError(f"device {text!r}", found, one_of(kind, self.backends))
-        if rest and not (rest.isascii() and rest.isdigit()):
-            return self._simulated(text, kind, rest)
+            found = "no backend has this kind, and none knows an architecture or a product of this name"
+            found = f"its backend was set aside: {aside[0].error}" if aside else found
+            return simulated(text, text, self.backends, found)
+        if rest and not (rest.isascii() and rest.isdigit() and len(rest) < 10):
+            found = f"{kind} has no architecture and no product {rest[:80]!r}"
+            return simulated(text, rest, {kind: self.backends[kind]}, found)
         here = [d for d in self.devices if d.kind == kind]
         matching = [d for d in here if not rest or d.index == int(rest)]
         if not matching:
@@ -265,9 +300,9 @@ class Registry:
         """A found device with the memory that is free on it at this moment."""
         if device.simulated or device.kind not in self.backends:
             return device
-        backend = self.backends[device.kind]
-        answer = self._try(self._plugin(backend), "memory", lambda: (backend.memory(device),))
-        return device if answer is None else replace(device, memory=answer[0])
+        call = partial(memory_of, self.backends[device.kind], device)
+        outcome = self._try(self._names[device.kind], "memory", answer, call, self._seconds)
+        return device if outcome is None else replace(device, memory=outcome[0])
 
     def _of_torch(self, asked: torch.device) -> Device:
         """The found device that holds the tensors of a torch device; two kinds may share one torch type."""
@@ -288,19 +323,6 @@ class Registry:
         )
         return DeviceError(
             f"device {text!r}", found, f"to plan for hardware that is not here: {', '.join(archs)}"
-        )
-
-    def _simulated(self, text: str, kind: str, arch: str) -> Device:
-        backend = self.backends[kind]
-        if arch not in backend.archs:
-            raise DeviceError(
-                f"device {text!r}",
-                f"{kind} has no architecture {arch!r}",
-                f"{did_you_mean(arch, backend.archs)}known: "
-                f"{', '.join(f'{kind}:{a}' for a in backend.archs)}",
-            )
-        return Device(
-            backend.archs[arch], name=backend.archs[arch].title, torch_type=backend.torch_type, simulated=True
         )
 
 

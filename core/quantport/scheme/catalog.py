@@ -6,17 +6,19 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
-from quantport.errors import ConfigError, did_you_mean
+from quantport.errors import ConfigError
 from quantport.scheme import Quant, Scheme, Solver
 from quantport.scheme.formats import FORMATS
+from quantport.scheme.other_names import unknown_scheme
 from quantport.scheme.scheme import OPTIONS
 
 _REMEMBERED = 1024  # names with options; there are endless ways to spell one
 
 
 class Schemes(Mapping[str, Scheme]):
-    """A read-only table of schemes. Look-up understands aliases, and options after colons (``mxfp4:floor``,
-    ``nf4:double``, ``int4:NAME`` with the name of a solver); iteration gives canonical names only.
+    """A read-only table of schemes. Look-up understands aliases, upper and lower case, and options after
+    colons (``mxfp4:floor``, ``nf4:double``, ``int4:NAME`` with the name of a solver); iteration gives
+    canonical names only.
 
     Args:
         schemes: The schemes.
@@ -24,30 +26,26 @@ class Schemes(Mapping[str, Scheme]):
 
     Raises:
         ConfigError: on look-up of an unknown name, and on construction when two schemes or two solvers claim
-            one name, or a solver that of an option; or a name has a colon.
+            one name, or a solver that of an option or of a scheme; or a name has a colon, or is none.
     """
 
     def __init__(self, schemes: Iterable[Scheme], solvers: Iterable[Solver] = ()) -> None:
         self._schemes: dict[str, Scheme] = {}
-        self.solvers = _by_name(solvers)
-        self._alias: dict[str, str] = {}
+        self._alias: dict[str, str] = {}  # in lower case
         self._with_options: dict[str, Scheme] = {}  # of names that were looked up
         for scheme in schemes:
             for name in (scheme.name, *scheme.aliases):
+                asked = f"scheme {scheme.name!r} under the name {name!r}"
+                if not isinstance(name, str) or name.split() != [name]:
+                    raise ConfigError(asked, "no name", "letters, digits, '_', '-' and '.'")
                 if ":" in name:
-                    raise ConfigError(
-                        f"scheme {scheme.name!r} under the name {name!r}",
-                        "a colon, after which options stand",
-                        "a name without one",
-                    )
-                if name in self._alias:
-                    raise ConfigError(
-                        f"scheme {scheme.name!r} under the name {name!r}",
-                        f"the name is taken by scheme {self._alias[name]!r}",
-                        "give the new scheme a name and aliases of its own",
-                    )
-                self._alias[name] = scheme.name
+                    raise ConfigError(asked, "a colon, after which options stand", "a name without one")
+                if name.lower() in self._alias:
+                    found = f"the name is taken by scheme {self._alias[name.lower()]!r}"
+                    raise ConfigError(asked, found, "give the new scheme a name and aliases of its own")
+                self._alias[name.lower()] = scheme.name
             self._schemes[scheme.name] = scheme
+        self.solvers = _by_name(solvers, self._alias)
 
     def __getitem__(self, name: str | Scheme) -> Scheme:
         known = self._with_options.get(name) if isinstance(name, str) else None
@@ -55,11 +53,10 @@ class Schemes(Mapping[str, Scheme]):
             return known
         name = name.name if isinstance(name, Scheme) else name
         base, *options = name.split(":") if isinstance(name, str) else [name]
-        try:
-            scheme = self._schemes[self._alias[base]]
-        except (KeyError, TypeError):
-            suggestion = f"{did_you_mean(str(base), self._alias)}known: {', '.join(self)}"
-            raise ConfigError(f"scheme {name!r}", "no scheme has this name", suggestion) from None
+        canonical = self._alias.get(base.lower()) if isinstance(base, str) else None
+        if canonical is None:
+            raise unknown_scheme(name, self, self._alias)
+        scheme = self._schemes[canonical]
         for option in options:
             solver = self.solvers.get(option)
             scheme = scheme.option(option) if solver is None else scheme.solved_by(solver)
@@ -80,13 +77,15 @@ class Schemes(Mapping[str, Scheme]):
         return len(self._schemes)
 
 
-def _by_name(solvers: Iterable[Solver]) -> Mapping[str, Solver]:
+def _by_name(solvers: Iterable[Solver], schemes: Mapping[str, str]) -> Mapping[str, Solver]:
     by_name: dict[str, Solver] = {}
     for solver in solvers:
-        if solver.name in OPTIONS or solver.name in by_name or ":" in solver.name:
+        nameless = not isinstance(solver.name, str) or solver.name.split() != [solver.name]
+        others = {*OPTIONS, *by_name, *schemes}
+        if nameless or ":" in solver.name or solver.name in others or solver.name.lower() in others:
             raise ConfigError(
                 f"solver {solver.name!r}",
-                "the name is that of an option or of another solver, or has a colon",
+                "the name is that of an option, of a scheme or of another solver, or has a colon or a space",
                 "a name of its own",
             )
         by_name[solver.name] = solver

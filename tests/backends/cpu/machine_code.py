@@ -1,5 +1,4 @@
-"""Compiles kernels for one processor, which need not be this one, and prints what their machine code holds,
-as JSON.
+"""Compiles kernels for a processor, which need not be this one, and prints as JSON what their code holds.
 
     NUMBA_CPU_NAME=haswell NUMBA_CPU_FEATURES=+avx2,+fma,+f16c python tests/backends/cpu/machine_code.py
     [--all] [--arm]
@@ -19,22 +18,22 @@ from pathlib import Path
 import llvmlite.binding as llvm
 
 from quantport_cpu.jit import (
-    blocks,
-    digits,
-    dots,
+    block_encode,
     encode,
-    floats,
+    gemv_blocks,
+    gemv_bytes,
+    gemv_int4,
     gguf,
-    grid,
-    grouped,
+    grouped_small_batch,
+    int_digits,
     kquants,
+    least_squares,
     machine,
-    nibbles,
     q6k,
     repack,
     search,
 )
-from quantport_cpu.jit.frame import Kernel
+from quantport_cpu.jit.parallel_for import Kernel
 
 ARM = ("aarch64-linux-gnu", "generic", "+neon,+fp-armv8")
 
@@ -42,41 +41,46 @@ ARM = ("aarch64-linux-gnu", "generic", "+neon,+fp-armv8")
 def kernels(whole: bool) -> Iterator[tuple[str, Kernel]]:
     """A kernel for each kind of code, or every kernel."""
     yield from {
-        "dots.fp8": dots.fp8_kernel,
-        "dots.int8": dots.int8_kernel,
-        "nibbles.int4": nibbles.int4_kernel,
-        "floats.nf4": floats.kernel("nf4", floats.F32_SCALE, 64),
-        "blocks.e2m1": blocks.kernel("e2m1", 16, blocks.E4M3, True),
+        "gemv_bytes.fp8": gemv_bytes.fp8_kernel,
+        "gemv_bytes.int8": gemv_bytes.int8_kernel,
+        "gemv_int4": gemv_int4.int4_kernel,
+        "gemv_blocks.nf4": gemv_blocks.kernel("nf4", gemv_blocks.F32_SCALE, 64),
+        "block_encode.e2m1": block_encode.kernel("e2m1", 16, block_encode.E4M3, True),
         "encode": encode.kernel,
         "q4_k": kquants.kernel("q4_k"),
     }.items()
     if not whole:
         return
     yield from {
-        "digits": digits.kernel,
+        "int_digits": int_digits.kernel,
         "repack": repack.kernel,
-        "grid": grid.kernel,
+        "least_squares": least_squares.kernel,
         "q6_k": q6k.kernel,
         "dual": search.dual_kernel,
-        "tops": blocks.tops_kernel,
+        "row_maxima": block_encode.row_maxima_kernel,
         "gguf.q4_0": gguf.kernel("q4_0"),
         "gguf.q8_0": gguf.kernel("q8_0"),
         "q5_k": kquants.kernel("q5_k"),
-        "grouped.fp8": grouped.fp8_kernel,
-        "grouped.int8": grouped.int8_kernel,
-        "grouped.int4": grouped.int4_kernel,
+        "grouped.fp8": grouped_small_batch.fp8_kernel,
+        "grouped.int8": grouped_small_batch.int8_kernel,
+        "grouped.int4": grouped_small_batch.int4_kernel,
     }.items()
     for name in ("e2m1", "e3m2", "e2m3", "e4m3fn", "fp4", "nf4"):
-        for scale, group in ((floats.E8M0, 32), (floats.E4M3, 16), (floats.F32_SCALE, 64), (floats.DUAL, 32)):
-            yield f"floats.{name}.{scale}", floats.kernel(name, scale, group)
-        for scale, group in ((blocks.E8M0, 32), (blocks.E4M3, 16), (blocks.F32_SCALE, 64)):
-            if name not in ("fp4", "nf4") or scale == blocks.F32_SCALE:
-                yield f"blocks.{name}.{scale}", blocks.kernel(name, group, scale, False)
+        for scale, group in (
+            (gemv_blocks.E8M0, 32),
+            (gemv_blocks.E4M3, 16),
+            (gemv_blocks.F32_SCALE, 64),
+            (gemv_blocks.DUAL, 32),
+        ):
+            yield f"gemv_blocks.{name}.{scale}", gemv_blocks.kernel(name, scale, group)
+        for scale, group in ((block_encode.E8M0, 32), (block_encode.E4M3, 16), (block_encode.F32_SCALE, 64)):
+            if name not in ("fp4", "nf4") or scale == block_encode.F32_SCALE:
+                yield f"block_encode.{name}.{scale}", block_encode.kernel(name, group, scale, False)
 
 
 def retargeted(text: str, target: tuple[str, str, str]) -> str:
     """Assembly of LLVM for another processor."""
-    layout = str(machine.machine(*target).target_data)
+    layout = str(machine.target_machine(*target).target_data)
     text = re.sub(r'target triple = ".*"', f'target triple = "{target[0]}"', text)
     return re.sub(r'target datalayout = ".*"', f'target datalayout = "{layout}"', text)
 
@@ -104,24 +108,22 @@ def main() -> None:
     parser.add_argument("--all", action="store_true")
     parser.add_argument("--arm", action="store_true")
     parser.add_argument("--objects", type=Path)
-    told = parser.parse_args()
+    options = parser.parse_args()
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
-    found = {}
-    if (
-        told.arm
-    ):  # numba also compiles for this processor, as if it had no instruction for halves; nobody calls that
+    descriptions = {}
+    if options.arm:  # numba also compiles for this processor, as if it had no instruction for halves; unused
         for name in ("__extendhfsf2", "__truncsfhf2"):
             llvm.add_symbol(name, 1)
-    for name, kernel in kernels(told.all):
+    for name, kernel in kernels(options.all):
         text = machine.assembly(kernel.body)
         foreign = "llvm.x86." in text
-        compiler = machine.machine(*ARM) if told.arm else machine.machine()
-        module = llvm.parse_assembly(retargeted(text, ARM) if told.arm else text)
-        found[name] = {"foreign": foreign, **described(compiler.emit_assembly(module))}
-        if told.objects:
-            (told.objects / f"{name}.o").write_bytes(compiler.emit_object(module))
-    print(json.dumps(found))
+        compiler = machine.target_machine(*ARM) if options.arm else machine.target_machine()
+        module = llvm.parse_assembly(retargeted(text, ARM) if options.arm else text)
+        descriptions[name] = {"foreign": foreign, **described(compiler.emit_assembly(module))}
+        if options.objects:
+            (options.objects / f"{name}.o").write_bytes(compiler.emit_object(module))
+    print(json.dumps(descriptions))
 
 
 if __name__ == "__main__":

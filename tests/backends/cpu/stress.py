@@ -3,8 +3,8 @@ compares every byte.
 
     python tests/backends/cpu/stress.py --processes 50
 
-Half of the processes find a clean cache of machine code, half that of the one before. Each has another order
-of schemes, so that each scheme is the first in some. What they must store is told by the reference, in a
+Half of the processes find an empty cache of machine code, half that of the one before. Each has another order
+of schemes, so that each scheme is the first in some. What they must store comes from the reference, in a
 process without compiled code.
 """
 
@@ -141,15 +141,16 @@ def run(processes: int, options: bool = True, **environment: str) -> list[str]:
     with tempfile.TemporaryDirectory() as place:
         folder, cache = Path(place) / "model", Path(place) / "cache"
         checkpoint(folder)
-        code, expected, said = fresh(folder, 0, options, NUMBA_DISABLE_JIT="1")
-        assert code == 0 and expected, said  # every scheme that a fresh process knows, or it fails
+        code, expected, stderr = fresh(folder, 0, options, NUMBA_DISABLE_JIT="1")
+        assert code == 0, stderr
+        assert expected, stderr  # every scheme that a fresh process knows
         for i in range(processes):
             if i % 2 == 0:
                 shutil.rmtree(cache, ignore_errors=True)
-            code, found, said = fresh(folder, i, options, QUANTPORT_CACHE_DIR=str(cache), **environment)
+            code, found, stderr = fresh(folder, i, options, QUANTPORT_CACHE_DIR=str(cache), **environment)
             wrong = [scheme for scheme in expected if found.get(scheme) != expected[scheme]]
             if code or wrong:
-                findings.append(f"process {i}: status {code}, other bytes for {wrong}: {said[-500:]}")
+                findings.append(f"process {i}: status {code}, other bytes for {wrong}: {stderr[-500:]}")
             print(
                 f"process {i}: status {code}, {len(wrong)} of {len(expected)} schemes differ",
                 file=sys.stderr,
@@ -167,13 +168,13 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--build", action="store_true")
     parser.add_argument("--options", action="store_true")
-    told = parser.parse_args()
-    if told.child:
-        return child(told.child, told.seed, told.workers, told.build, told.options)
-    findings = run(told.processes)
+    options = parser.parse_args()
+    if options.child:
+        return child(options.child, options.seed, options.workers, options.build, options.options)
+    findings = run(options.processes)
     print(
         "\n".join(findings)
-        or f"{told.processes} processes, {len(names(options=True))} schemes each: no byte differs, "
+        or f"{options.processes} processes, {len(names(options=True))} schemes each: no byte differs, "
         "none aborted"
     )
     raise SystemExit(bool(findings))

@@ -29,16 +29,16 @@ TOOLS = ("qemu-aarch64-static", "aarch64-linux-gnu-gcc")
 MISSING = [tool for tool in TOOLS if shutil.which(tool) is None]
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(bool(jit.available()), reason=jit.available() or "numba is installed"),
+    pytest.mark.skipif(bool(jit.why_unavailable()), reason=jit.why_unavailable() or "numba is installed"),
     pytest.mark.skipif(
         bool(MISSING), reason=f"no emulated Arm core here: {', '.join(MISSING)} not installed"
     ),
 ]
 
-if not jit.available():
+if not jit.why_unavailable():
     import machine_code
 
-    from quantport_cpu.jit import frame, gemv, quantize
+    from quantport_cpu.jit import parallel_for, quantize, small_batch
     from quantport_cpu.jit.memory import Array
 
 X = torch.randn(3, 320, generator=torch.Generator().manual_seed(5))
@@ -50,16 +50,16 @@ def blocks(name: str) -> Any:
     scheme = BUILTIN[name]
     stored = numerics.quantize_weight(W.bfloat16(), scheme)
     codes, scale = stored["weight_packed"], stored["weight_scale"]
-    weight = gemv.Blocks(
+    weight = small_batch.Blocks(
         scheme.weight.format, scheme.weight.scale, scheme.weight.group_size, codes, scale, None, 320
     )
-    return lambda: gemv.blocks(X, weight)
+    return lambda: small_batch.blocks(X, weight)
 
 
 def int4() -> Any:
     """A call of the int4 kernel for few rows."""
     packed = torch.randint(0, 256, (64, 160), dtype=torch.uint8, generator=torch.Generator().manual_seed(7))
-    return lambda: gemv.int4(X, packed, torch.randn(5, 64, 2).bfloat16(), 64)
+    return lambda: small_batch.int4(X, packed, torch.randn(5, 64, 2).bfloat16(), 64)
 
 
 def quantizer(name: str) -> Any:
@@ -67,19 +67,19 @@ def quantizer(name: str) -> Any:
 
 
 CALLS = {
-    "dots.fp8": lambda: gemv.fp8(X, W.to(torch.float8_e4m3fn).view(torch.uint8)),
-    "dots.int8": lambda: gemv.int8(X, (W * 40).to(torch.int8)),
-    "digits": lambda: gemv.int8(X, (W * 40).to(torch.int8)),
-    "nibbles.int4": int4,
-    "floats.nf4": lambda: blocks("nf4")(),
-    "floats.e2m3.0": lambda: blocks("mxfp6_e2m3")(),
+    "gemv_bytes.fp8": lambda: small_batch.fp8(X, W.to(torch.float8_e4m3fn).view(torch.uint8)),
+    "gemv_bytes.int8": lambda: small_batch.int8(X, (W * 40).to(torch.int8)),
+    "int_digits": lambda: small_batch.int8(X, (W * 40).to(torch.int8)),
+    "gemv_int4": int4,
+    "gemv_blocks.nf4": lambda: blocks("nf4")(),
+    "gemv_blocks.e2m3.0": lambda: blocks("mxfp6_e2m3")(),
     "encode": quantizer("fp8_per_block"),
-    "grid": quantizer("int4_mse"),
+    "least_squares": quantizer("int4_mse"),
     "q6_k": quantizer("q6_k"),
     "q4_k": quantizer("q4_k"),
     "dual": quantizer("mxfp4_dualscale"),
-    "tops": quantizer("nvfp4"),
-    "blocks.e2m1": quantizer("nvfp4:mse"),
+    "row_maxima": quantizer("nvfp4"),
+    "block_encode.e2m1": quantizer("nvfp4:mse"),
     "gguf.q4_0": quantizer("q4_0"),
     "repack": lambda: quantize.pack_int4(torch.randint(-(2**31), 2**31, (100, 40)).int(), 64, 128, 384),
 }
@@ -112,12 +112,13 @@ class Recorder:
     """Records the first call of one kernel: its input for the program, and the memory afterwards."""
 
     def __init__(self, kernel: Any) -> None:
-        self.kernel, self.native, self.given, self.after = kernel, frame.Kernel.__call__, b"", b""
+        self.kernel, self.native = kernel, parallel_for.Kernel.__call__
+        self.input, self.after = b"", b""
 
     def call(self, kernel: Any, blocks_: int, *words: int | Array, threads: int = 1) -> None:
         """Stands in for ``Kernel.__call__``."""
         arrays = [w for w in words if isinstance(w, Array)]
-        wanted = kernel is self.kernel and not self.given
+        wanted = kernel is self.kernel and not self.input
         if wanted:
             regions = dict(region(a) for a in arrays)
             places = list(regions)
@@ -131,7 +132,7 @@ class Recorder:
                 len(lines),
                 *(n for line in lines for n in line),
             ]
-            self.given = struct.pack(f"<{len(numbers)}q", *numbers) + b"".join(regions.values())
+            self.input = struct.pack(f"<{len(numbers)}q", *numbers) + b"".join(regions.values())
         self.native(kernel, blocks_, *words, threads=1)
         if wanted:
             self.after = b"".join(dict(region(a) for a in arrays).values())
@@ -143,14 +144,14 @@ def test_the_same_bytes_on_an_emulated_core(
 ) -> None:
     recorder = Recorder(dict(machine_code.kernels(whole=True))[name])
     monkeypatch.setattr(
-        frame.Kernel, "__call__", lambda kernel, *args, **kw: recorder.call(kernel, *args, **kw)
+        parallel_for.Kernel, "__call__", lambda kernel, *args, **kw: recorder.call(kernel, *args, **kw)
     )
     made = CALLS[name]()
     if callable(made):
         made()
-    assert recorder.given, f"{name} was not called"
+    assert recorder.input, f"{name} was not called"
     program = [TOOLS[0], str(objects / f"{name}.program")]
-    found = subprocess.run(program, input=recorder.given, capture_output=True, check=True).stdout
-    assert recorder.after not in recorder.given  # it wrote something
+    found = subprocess.run(program, input=recorder.input, capture_output=True, check=True).stdout
+    assert recorder.after not in recorder.input  # it wrote something
     differing = sum(a != b for a, b in zip(found, recorder.after, strict=True))
     assert differing == 0, f"{differing} of {len(found)} bytes differ"

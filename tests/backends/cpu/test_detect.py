@@ -11,7 +11,7 @@ VNNI = {"avx2", "avx512_f", "avx512_vnni"}
 
 
 @pytest.mark.parametrize(
-    ("found", "machine", "name"),
+    ("present", "machine", "name"),
     [
         (set(), "x86_64", "generic"),
         ({"avx2"}, "x86_64", "x86_avx2"),
@@ -24,8 +24,8 @@ VNNI = {"avx2", "avx512_f", "avx512_vnni"}
         ({"neon", "i8mm", "bf16"}, "arm64", "arm_i8mm"),
     ],
 )
-def test_every_architecture(found, machine, name):
-    assert detect.arch_of(frozenset(found), machine) is ARCHS[name]
+def test_every_architecture(present, machine, name):
+    assert detect.arch_of(frozenset(present), machine) is ARCHS[name]
 
 
 def test_every_architecture_is_reachable():
@@ -96,11 +96,11 @@ def test_avx2_of_torch_alone_leaves_its_vnni():
 
 
 def test_advice_names_what_is_missing(monkeypatch):
-    monkeypatch.setattr(detect, "available", lambda: "the compiled kernels need AVX2")
+    monkeypatch.setattr(detect, "why_unavailable", lambda: "the compiled kernels need AVX2")
     backend = detect.CpuBackend()
     assert "pip install" not in backend.advice()[0]
     monkeypatch.setattr(detect, "is_installed", lambda: False)
     assert "pip install 'quantport[jit]'" in backend.advice()[0]
     assert backend.quantize_weight(None, None) is None
-    monkeypatch.setattr(detect, "available", lambda: "")
+    monkeypatch.setattr(detect, "why_unavailable", lambda: "")
     assert backend.advice() == ()

@@ -1,4 +1,4 @@
-"""Groups of few rows in one launch: what the compiled code gives is what the loop over groups gives."""
+"""Small groups of rows in one launch: what the compiled code gives is what the loop over groups gives."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from quantport.kernels.base import Request, WeightSpec
 from quantport.kernels.grouped import loop_over_groups
 from quantport.plugins.registry import default_registry
 from quantport_cpu.kernels import fp8, int4, int8
-from quantport_cpu.kernels.base import CpuGrouped, Few, by_group, jobs_of
+from quantport_cpu.kernels.base import CpuGrouped, RowRange, jobs_and_weights, scales_by_row
 
 COUNTS = (1, 0, 2, 3, 7, 8, 13, 0, 70)
 CASES = [
@@ -27,17 +27,18 @@ CASES = [
 @pytest.mark.parametrize("shape", [(96, 256), (100, 200), (129, 33), (1, 64)], ids=str)
 def test_one_launch_equals_the_loop(kernel, name, shape, monkeypatch):
     spec = WeightSpec(default_registry().schemes[name], *shape)
-    if kernel.reasons_against(Request(spec, "moe", default_registry().device("cpu"))) or not kernel.limit(
-        spec
-    ):
+    request = Request(spec, "moe", default_registry().device("cpu"))
+    if kernel.reasons_against(request) or not kernel.small_group_rows(spec):
         pytest.skip("no compiled code for it here")
     torch.manual_seed(0)
     packed = [
         kernel.pack(numerics.quantize_weight((torch.randn(shape) * 0.02).bfloat16(), spec.scheme), spec)
         for _ in range(18)
     ]
-    launched, few = [], type(kernel).few
-    monkeypatch.setattr(type(kernel), "few", lambda self, *args: launched.append(args) or few(self, *args))
+    launched, run = [], type(kernel).run_small_groups
+    monkeypatch.setattr(
+        type(kernel), "run_small_groups", lambda self, *args: launched.append(args) or run(self, *args)
+    )
     for groups in (9, 4, 1):
         offsets = torch.tensor((0, *COUNTS[:groups])).cumsum(0).int()
         x = torch.randn(int(offsets[-1]), spec.k).bfloat16()
@@ -62,8 +63,8 @@ def test_one_launch_equals_the_loop(kernel, name, shape, monkeypatch):
 
 
 def test_without_compiled_code_it_is_the_loop(monkeypatch):
-    monkeypatch.setattr(int8, "available", lambda: "off")
-    monkeypatch.setattr(CpuGrouped, "few", lambda *args: pytest.fail("launched"))
+    monkeypatch.setattr(int8, "why_unavailable", lambda: "off")
+    monkeypatch.setattr(CpuGrouped, "run_small_groups", lambda *args: pytest.fail("launched"))
     spec, kernel = WeightSpec(default_registry().schemes["int8"], 32, 64), int8.CpuInt8()
     packed = [numerics.quantize_weight(torch.randn(32, 64).bfloat16(), spec.scheme) for _ in range(2)]
     stack = kernel.prepare_grouped([tuple(p.values()) for p in packed])
@@ -72,11 +73,11 @@ def test_without_compiled_code_it_is_the_loop(monkeypatch):
 
 
 def test_jobs_and_scales():
-    groups = [Few(3, 0, 1), Few(5, 1, 4)]
-    assert jobs_of(groups, 2, 10) == (
+    groups = [RowRange(3, 0, 1), RowRange(5, 1, 4)]
+    assert jobs_and_weights(groups, 2, 10) == (
         [(0, 1, 0, 0), (0, 1, 1, 10), (1, 4, 2, 0), (1, 4, 3, 10)],
         [6, 7, 10, 11],
     )
     scales = torch.arange(12.0).view(6, 2, 1, 1)
-    lines = by_group(scales, [6, 7, 10, 11], groups, 2)
+    lines = scales_by_row(scales, [6, 7, 10, 11], groups, 2)
     assert lines.tolist() == [[6, 6, 7, 7], *[[10, 10, 11, 11]] * 3]

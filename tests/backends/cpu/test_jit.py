@@ -15,10 +15,11 @@ from quantport.scheme.catalog import BUILTIN
 from quantport_cpu import jit
 from quantport_cpu.kernels.int4 import pack_nibbles
 
-pytestmark = pytest.mark.skipif(bool(jit.available()), reason=jit.available() or "numba is installed")
+UNAVAILABLE = jit.why_unavailable()
+pytestmark = pytest.mark.skipif(bool(UNAVAILABLE), reason=UNAVAILABLE or "numba is installed")
 
-if not jit.available():
-    from quantport_cpu.jit import gemv, quantize
+if not UNAVAILABLE:
+    from quantport_cpu.jit import parallel_for, quantize, small_batch
 
 DECLINED = {"bf16", "int4_hqq"}  # the reference quantizes them
 
@@ -178,7 +179,7 @@ def close(got: Tensor, x: Tensor, weight: Tensor) -> None:
 def test_every_fp8_code() -> None:
     codes = torch.arange(256, dtype=torch.int32).to(torch.uint8)
     values = codes.view(torch.float8_e4m3fn).float()
-    got = gemv.fp8(torch.ones(1, 1), codes[:, None].contiguous())[0]
+    got = small_batch.fp8(torch.ones(1, 1), codes[:, None].contiguous())[0]
     assert torch.equal(got, torch.where(values.isnan(), torch.sign(127.5 - codes) * 480, values))
 
 
@@ -195,7 +196,7 @@ def test_fp8(shape: tuple[int, int], m: int) -> None:
             if scheme.weight.group_size
             else stored["weight"].float()
         )
-        close(gemv.fp8(x, stored["weight"].view(torch.uint8), scale), x, values)
+        close(small_batch.fp8(x, stored["weight"].view(torch.uint8), scale), x, values)
 
 
 @pytest.mark.parametrize("m", [1, 2, 3, 4, 8])
@@ -203,8 +204,8 @@ def test_fp8(shape: tuple[int, int], m: int) -> None:
 def test_int8(shape: tuple[int, int], m: int) -> None:
     codes = torch.randint(-128, 128, shape, dtype=torch.int8)
     x = torch.randn(m, shape[1]).bfloat16()
-    close(gemv.int8(x, codes), x, codes)
-    close(gemv.int8(x * 1e-30, codes), x * 1e-30, codes)
+    close(small_batch.int8(x, codes), x, codes)
+    close(small_batch.int8(x * 1e-30, codes), x * 1e-30, codes)
 
 
 @pytest.mark.parametrize("m", [1, 2, 3, 4, 8])
@@ -219,7 +220,7 @@ def test_int4(shape: tuple[int, int], name: str, m: int) -> None:
     pairs[: math.ceil(k / group), :, 0] = stored["weight_scale"].t()
     x = torch.randn(m, k).bfloat16() + 3  # a mean: the nibbles' offset must not cost digits
     packed = quantize.pack_int4(stored["weight_packed"], 64, n, k_pad)
-    close(gemv.int4(x, packed, pairs, group), x, numerics.dequantize_weight(stored, scheme, k))
+    close(small_batch.int4(x, packed, pairs, group), x, numerics.dequantize_weight(stored, scheme, k))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -227,9 +228,9 @@ def test_nonfinite_activations_stay_nonfinite(bad: float) -> None:
     x = torch.ones(2, 64)
     x[1, 3] = bad
     for got in (
-        gemv.int8(x, torch.ones(5, 64, dtype=torch.int8)),
-        gemv.fp8(x, torch.full((5, 64), 0x38, dtype=torch.uint8)),
-        gemv.int4(
+        small_batch.int8(x, torch.ones(5, 64, dtype=torch.int8)),
+        small_batch.fp8(x, torch.full((5, 64), 0x38, dtype=torch.uint8)),
+        small_batch.int4(
             x, torch.full((64, 32), 0x88, dtype=torch.uint8), torch.ones(2, 64, 2, dtype=torch.bfloat16), 32
         ),
     ):
@@ -243,9 +244,7 @@ def test_the_room_imports_no_numba() -> None:
 
 
 def test_threads_of_a_pool_and_of_openmp_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    from quantport_cpu.jit import frame
-
     x, codes = torch.randn(1, 512), torch.randint(0, 120, (1024, 512), dtype=torch.uint8)
-    want = gemv.fp8(x, codes)
-    monkeypatch.setattr(frame, "_team", lambda: None)
-    assert torch.equal(gemv.fp8(x, codes), want)
+    want = small_batch.fp8(x, codes)
+    monkeypatch.setattr(parallel_for, "_openmp_parallel", lambda: None)
+    assert torch.equal(small_batch.fp8(x, codes), want)

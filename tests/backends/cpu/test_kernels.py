@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from quantport import numerics
+from quantport.kernels import tuned
 from quantport.kernels.base import Request, WeightSpec
-from quantport.kernels.verdict import Evidence
+from quantport.kernels.verdict import Evidence, Measurement
 from quantport.plugins.registry import default_registry
 from quantport.scheme import Quant, Scheme
 from quantport_cpu.detect import CpuBackend
-from quantport_cpu.kernels import base, fp8, int4, int8, kernels
+from quantport_cpu.kernels import fp8, int4, int8, kernels
 
 SCHEMES = [s for s in default_registry().schemes if s != "bf16"]
 
@@ -20,7 +21,7 @@ SCHEMES = [s for s in default_registry().schemes if s != "bf16"]
 def routes(request, monkeypatch):
     if request.param == "torch only":
         for module in (fp8, int4, int8):
-            monkeypatch.setattr(module, "available", lambda: "off")
+            monkeypatch.setattr(module, "why_unavailable", lambda: "off")
         for module in (int4, int8):
             monkeypatch.setattr(module, "has_fast_dots", lambda: False)
     return request.param
@@ -53,7 +54,8 @@ def test_every_route_meets_the_reference(routes, name, rows):
 
 
 TOKEN = Quant("int8", (1, 0))
-STRANGE = [  # schemes that a plugin could add, near those that the kernels are for
+# Schemes that a plugin could add, similar to those that the kernels are for.
+STRANGE = [
     Scheme(f"strange{i}", weight, activation, "", ())
     for i, (weight, activation) in enumerate(
         [
@@ -116,7 +118,7 @@ def test_packing_is_the_same_with_and_without_compiled_code(monkeypatch):
         pytest.skip("needs a processor with AVX2 or AVX-512")
     stored = numerics.quantize_weight(torch.randn(100, 200).bfloat16(), scheme)
     first = kernel.pack(stored, spec)
-    monkeypatch.setattr(int4, "available", lambda: "off")
+    monkeypatch.setattr(int4, "why_unavailable", lambda: "off")
     assert all(torch.equal(a, b) for a, b in zip(first, kernel.pack(stored, spec), strict=True))
 
 
@@ -136,12 +138,17 @@ def test_speed_and_claim_come_from_the_measurements(monkeypatch):
         "run": {"device": "d", "date": "2026-01-01", "commit": "c"},
         "schemes": {"int8": {"kernel": "cpu.int8", "error": 1e-3, "speed": {"1": 2.0, "128": 9.0}}},
     }
-    monkeypatch.setattr(base, "measured", lambda arch: table if arch == "x86_vnni" else {})
+    monkeypatch.setattr(tuned, "tuned_table", lambda package, arch: table if arch == "x86_vnni" else {})
     kernel, scheme = int8.CpuInt8(), default_registry().schemes["int8"]
     device = default_registry().device("cpu:x86_vnni")
     requests = [Request(WeightSpec(scheme, 64, 64), "linear", device, num_tokens=rows) for rows in (1, 4, 64)]
     assert [kernel.speed(r) for r in requests] == [2.0, 2.0, 9.0]
-    assert kernel.claim(requests[0]).evidence is Evidence.MEASURED
+    claim = kernel.claim(requests[0])
+    assert claim.evidence is Evidence.MEASURED
+    assert claim.source == (
+        "benchmarks/results/linear-x86_vnni.md (d, 2026-01-01, commit c, relative error 1.0e-03)"
+    )
+    assert claim.proof == Measurement("quantport_cpu/tuned/x86_vnni.json", "d", "2026-01-01", "c")
     other = Request(WeightSpec(scheme, 64, 64), "linear", default_registry().device("cpu:x86_amx"))
     assert kernel.speed(other) is None
     assert kernel.claim(other).evidence is Evidence.DECLARED
@@ -164,6 +171,6 @@ def test_the_largest_bytes_do_not_saturate(pair, rows):
     )
     expected = torch.full((rows, 48), float(704 * pair[0] * pair[1]))
     assert torch.equal(int8.matmul(x, weight), expected)
-    few = int8.CpuInt8().multiply_few(x.float(), weight)
+    product = int8.CpuInt8().multiply_small_batch(x.float(), weight)
     # a row is scaled, and scaled back
-    assert few is None or torch.allclose(few, expected, rtol=2.0**-22, atol=0)
+    assert product is None or torch.allclose(product, expected, rtol=2.0**-22, atol=0)

@@ -14,7 +14,8 @@ import pytest
 
 from quantport_cpu import jit
 
-pytestmark = pytest.mark.skipif(bool(jit.available()), reason=jit.available() or "numba is installed")
+UNAVAILABLE = jit.why_unavailable()
+pytestmark = pytest.mark.skipif(bool(UNAVAILABLE), reason=UNAVAILABLE or "numba is installed")
 
 SCRIPT = Path(__file__).parent / "machine_code.py"
 X86 = "+avx2,+fma,+f16c"
@@ -43,15 +44,17 @@ def check(processor: str, found: dict[str, dict]) -> None:
     """The instructions of a processor, and no others."""
     _, features, wanted, foreign = PROCESSORS[processor]
     is_wide = "avx512" in features
-    assert wanted <= set(found["dots.int8"]["instructions"])
-    assert wanted <= set(found["nibbles.int4"]["instructions"])
+    assert wanted <= set(found["gemv_bytes.int8"]["instructions"])
+    assert wanted <= set(found["gemv_int4"]["instructions"])
     multiply = "fmla" if processor == "arm" else "vfmadd231ps"
     for kernel, code in found.items():
         assert set(code["calls"]) <= CALLABLE, kernel
         assert not foreign & set(code["instructions"]), kernel
         assert is_wide or not code["zmm"], kernel
         assert processor != "arm" or not code["foreign"], kernel
-        assert not kernel.startswith(("dots.fp8", "floats")) or multiply in code["instructions"], kernel
+        assert not kernel.startswith(("gemv_bytes.fp8", "gemv_blocks")) or multiply in code["instructions"], (
+            kernel
+        )
 
 
 is_x86 = sys.platform == "linux" and os.uname().machine == "x86_64"
@@ -75,7 +78,7 @@ def test_every_kernel_gets_its_own_instructions(processor: str) -> None:
 
 @needs_x86
 def test_a_processor_without_avx2_is_told_so() -> None:
-    call = [sys.executable, "-c", "from quantport_cpu.jit import available; print(available())"]
+    call = [sys.executable, "-c", "from quantport_cpu.jit import why_unavailable; print(why_unavailable())"]
     environment = os.environ | {"NUMBA_CPU_NAME": "nehalem", "NUMBA_CPU_FEATURES": "+sse4.2"}
     done = subprocess.run(call, env=environment, capture_output=True, text=True, check=True)
     assert (

@@ -25,12 +25,22 @@ from quantport.testing.fakes import fake_tensors
 from quantport_cpu import jit
 from quantport_cpu.kernels import int8, kernels
 
-pytestmark = pytest.mark.skipif(bool(jit.available()), reason=jit.available() or "numba is installed")
+UNAVAILABLE = jit.why_unavailable()
+pytestmark = pytest.mark.skipif(bool(UNAVAILABLE), reason=UNAVAILABLE or "numba is installed")
 
-if not jit.available():
+if not UNAVAILABLE:
     import stress
 
-    from quantport_cpu.jit import encode, frame, gemv, grid, grouped, quantize, store, target
+    from quantport_cpu.jit import (
+        encode,
+        grouped_small_batch,
+        least_squares,
+        parallel_for,
+        quantize,
+        small_batch,
+        store,
+        target,
+    )
     from quantport_cpu.jit.memory import array
 
 SCHEMES = [s for s in BUILTIN.values() if s.name not in ("bf16", "int4_hqq")]
@@ -106,7 +116,9 @@ def test_fake_and_real_memory_do_not_meet() -> None:
     with fake_tensors():
         x = torch.empty(1, 64, device="cpu")
     with pytest.raises(BackendError, match="some of them are fake"):
-        frame.Kernel(encode._quantize)(1, array(x, torch.float32, 1, 64), array(codes, torch.int8, 8, 64))
+        parallel_for.Kernel(encode._quantize)(
+            1, array(x, torch.float32, 1, 64), array(codes, torch.int8, 8, 64)
+        )
 
 
 @pytest.mark.parametrize(
@@ -191,25 +203,27 @@ def test_a_part_of_memory_is_inside_of_it() -> None:
 
 def test_jobs_outside_of_the_activations_or_of_the_result_are_refused() -> None:
     codes = [torch.zeros(16, 64, dtype=torch.uint8)]
-    for job in (grouped.Job(2, 6, 0, 0), grouped.Job(0, 2, 0, 8)):
+    for job in (grouped_small_batch.Job(2, 6, 0, 0), grouped_small_batch.Job(0, 2, 0, 8)):
         with pytest.raises(BackendError):
-            grouped.fp8(torch.zeros(4, 64), [job], codes, None, 16)
+            grouped_small_batch.fp8(torch.zeros(4, 64), [job], codes, None, 16)
         with pytest.raises(BackendError):
-            grouped.int8(torch.zeros(4, 64), [job], [codes[0].view(torch.int8)], 16)
+            grouped_small_batch.int8(torch.zeros(4, 64), [job], [codes[0].view(torch.int8)], 16)
 
 
 def test_a_panel_of_another_size_is_refused() -> None:
     scheme = BUILTIN["mxfp4"]
     stored = numerics.quantize_weight(torch.randn(32, 256).bfloat16(), scheme)
-    weight = gemv.Blocks("e2m1", "e8m0", 32, stored["weight_packed"], stored["weight_scale"], None, 256)
+    weight = small_batch.Blocks(
+        "e2m1", "e8m0", 32, stored["weight_packed"], stored["weight_scale"], None, 256
+    )
     with pytest.raises(BackendError, match=r"\[32, 256\]"):
-        gemv.decode(weight, torch.empty(32, 32))
+        small_batch.decode(weight, torch.empty(32, 32))
 
 
 @pytest.mark.parametrize("rows", [0, 9])
 def test_more_than_few_rows_are_refused(rows: int) -> None:
     with pytest.raises(BackendError, match="M from 1 to 8"):
-        gemv.fp8(torch.zeros(rows, 64), torch.zeros(16, 64, dtype=torch.uint8))
+        small_batch.fp8(torch.zeros(rows, 64), torch.zeros(16, 64, dtype=torch.uint8))
 
 
 def test_buffers_of_inference_mode_are_not_kept() -> None:
@@ -217,8 +231,8 @@ def test_buffers_of_inference_mode_are_not_kept() -> None:
 
     def both() -> list[Tensor]:  # in a thread without buffers yet
         with torch.inference_mode():
-            first = int8.panels(x, codes)
-        return [first, int8.panels(x, codes)]
+            first = int8.matmul_by_panels(x, codes)
+        return [first, int8.matmul_by_panels(x, codes)]
 
     with ThreadPoolExecutor(1) as fresh:
         first, second = fresh.submit(both).result()
@@ -228,9 +242,11 @@ def test_buffers_of_inference_mode_are_not_kept() -> None:
 def test_a_kernel_is_compiled_once_by_many_threads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("QUANTPORT_CACHE_DIR", str(tmp_path))
     compiled = []
-    made = frame.machine.compiled
-    monkeypatch.setattr(frame.machine, "compiled", lambda text: compiled.append(text) or made(text))
-    kernel, found = frame.Kernel(encode._quantize), []
+    made = parallel_for.machine.compile_object
+    monkeypatch.setattr(
+        parallel_for.machine, "compile_object", lambda text: compiled.append(text) or made(text)
+    )
+    kernel, found = parallel_for.Kernel(encode._quantize), []
     threads = [threading.Thread(target=lambda: found.append(kernel.code[1])) for _ in range(8)]
     for thread in threads:
         thread.start()
@@ -246,19 +262,19 @@ def test_a_kernel_is_compiled_once_by_many_threads(monkeypatch: pytest.MonkeyPat
 def test_a_damaged_entry_is_compiled_again(damage, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("QUANTPORT_CACHE_DIR", str(tmp_path))
     name = store.key(encode._quantize, target.host_target())
-    assert frame.Kernel(encode._quantize).code
+    assert parallel_for.Kernel(encode._quantize).code
     whole = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(damage(whole))
     assert store.read(name) is None
-    assert frame.Kernel(encode._quantize).code
+    assert parallel_for.Kernel(encode._quantize).code
     assert store.read(name) is not None
 
 
 def test_a_whole_entry_is_not_compiled_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("QUANTPORT_CACHE_DIR", str(tmp_path))
-    assert frame.Kernel(encode._quantize).code
-    monkeypatch.setattr(frame.machine, "assembly", lambda body: pytest.fail("compiled"))
-    assert frame.Kernel(encode._quantize).code
+    assert parallel_for.Kernel(encode._quantize).code
+    monkeypatch.setattr(parallel_for.machine, "assembly", lambda body: pytest.fail("compiled"))
+    assert parallel_for.Kernel(encode._quantize).code
 
 
 def test_without_a_folder_kernels_are_compiled_in_each_process(
@@ -266,7 +282,7 @@ def test_without_a_folder_kernels_are_compiled_in_each_process(
 ) -> None:
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("QUANTPORT_CACHE_DIR", str(tmp_path / "file" / "cache"))
-    assert frame.Kernel(encode._quantize).code
+    assert parallel_for.Kernel(encode._quantize).code
 
 
 def test_a_user_without_a_home_has_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,7 +302,7 @@ def test_old_entries_of_a_kernel_go(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         store.write(f"one.kernel-{i:02}", b"code")
         os.utime(tmp_path / f"one.kernel-{i:02}", (i, i))
     store.write("other.kernel-0", b"code")
-    assert len(list(tmp_path.glob("one.kernel-*"))) <= store._KEPT + 1
+    assert len(list(tmp_path.glob("one.kernel-*"))) <= store._MAX_ENTRIES + 1
     assert store.read("one.kernel-11") == b"code"
     assert store.read("other.kernel-0") == b"code"
 
@@ -297,7 +313,7 @@ def test_the_key_covers_every_source_and_the_processor(
     first = store.key(encode._quantize, target.host_target())
     assert store.key(encode._quantize, target.host_target()._replace(listed="+avx2")) != first
     assert store.key(encode._quantize, target.host_target()._replace(name="another")) != first
-    assert store.key(grid._rows, target.host_target()) != first
+    assert store.key(least_squares._rows, target.host_target()) != first
     package = tmp_path / "jit"
     shutil.copytree(Path(store.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
     assert store.sources(package) == store._IMPORTED
@@ -318,7 +334,7 @@ def test_the_key_covers_constants_of_other_packages(monkeypatch: pytest.MonkeyPa
 def test_a_package_without_sources_has_no_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert store.sources(tmp_path) == ""
     monkeypatch.setattr(store, "_IMPORTED", "")
-    assert not store.is_known()
+    assert not store.are_sources_unchanged()
 
 
 def test_code_of_edited_sources_is_not_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -326,12 +342,12 @@ def test_code_of_edited_sources_is_not_kept(monkeypatch: pytest.MonkeyPatch, tmp
     the edited files.
     """
     monkeypatch.setenv("QUANTPORT_CACHE_DIR", str(tmp_path))
-    assert frame.Kernel(grid._rows).code
+    assert parallel_for.Kernel(least_squares._rows).code
     entry = next(tmp_path.iterdir())
     monkeypatch.setattr(store, "_IMPORTED", "another digest")
     assert store.read(entry.name) is None
     entry.unlink()
-    assert frame.Kernel(encode._quantize).code
+    assert parallel_for.Kernel(encode._quantize).code
     assert list(tmp_path.iterdir()) == []
 
 
@@ -368,13 +384,10 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_forwards_beside_loads(model_folder: Path, threads: int) -> None:
     """Forwards of fp8 and int8 in one thread, while another loads and one more builds models."""
     # large enough for several threads
-    x, codes = (
-        torch.randn(5, 512),
-        torch.randint(0, 120, (1024, 512), dtype=torch.uint8),
-    )
+    x, codes = torch.randn(5, 512), torch.randint(0, 120, (1024, 512), dtype=torch.uint8)
     before, started, stop = torch.get_num_threads(), threading.Event(), threading.Event()
     torch.set_num_threads(threads)
-    calls = [lambda: gemv.fp8(x, codes), lambda: gemv.int8(x, codes.view(torch.int8))]
+    calls = [lambda: small_batch.fp8(x, codes), lambda: small_batch.int8(x, codes.view(torch.int8))]
     expected = [call() for call in calls]
     try:
         with ThreadPoolExecutor(2) as beside:

@@ -1,5 +1,5 @@
-"""What ``quantport doctor`` says of an NVIDIA GPU that is seen but not used, against fakes of everything that
-is read.
+"""What ``quantport doctor`` says of an NVIDIA GPU that is here but cannot be used, with fakes of everything
+that is read.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def fake_torch(*capabilities, cuda="13.0", available=True):
 
 @pytest.fixture
 def make(tmp_path):
-    """Surroundings with a driver of a version, or none, and PCI devices: (vendor, class)."""
+    """Surroundings with a driver of some version or none, and PCI devices as (vendor, class)."""
 
     def surroundings(version="580.95.05", pci=(), smi=None, triton=""):
         for i, (vendor, kind) in enumerate(pci):

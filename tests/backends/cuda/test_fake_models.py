@@ -1,5 +1,5 @@
-"""Both example models on fake CUDA tensors: planned, bound to the planned kernels, and run as on the GPU, but
-for the numbers.
+"""Both example models on fake CUDA tensors: planned, bound to the planned kernels, and run as on the GPU,
+without values.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def test_every_layer_runs_its_kernel(directory, arch, scheme, monkeypatch):
 
 
 def test_launches_are_those_of_the_architecture():
-    """What is launched for one row, for a prompt, and where Triton has no matrix unit."""
+    """The launches for one row, for a prompt, and where Triton has no matrix unit."""
     found = {}
     for arch in ("sm_75", "sm_80"):
         model, plan = shared.planned(shared.DENSE, f"cuda:{arch}", "int4_weight_only")

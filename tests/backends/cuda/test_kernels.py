@@ -63,7 +63,7 @@ def test_the_answer_has_the_dtype_of_the_activations(kernel, scheme, shape):
 
 
 class Plain(Kernel):
-    """Keeps the stored layout, whatever the operator wants."""
+    """Keeps the stored layout, which the operator does not take."""
 
     def pack(self, stored_weight, spec):
         return Kernel.pack(self, stored_weight, spec)
@@ -86,7 +86,7 @@ class PlainInt4(Plain, CudaInt4Pack):
 
 
 class RowMajor(CudaScaledMM):
-    """Hands its weight over as ``[K, N]`` row by row."""
+    """Passes its weight as a row-major ``[K, N]``."""
 
     def run(self, x, packed, bias, spec):
         return super().run(

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from quantport.backend import Evidence, Request, WeightSpec
+from quantport.kernels import tuned
 from quantport.planning.select_kernel import select_kernel
 from quantport.plugins.registry import Registry
 from quantport_cuda import measured
@@ -30,7 +31,7 @@ def row(kernel, scheme, **speeds):
 def table(tmp_path, monkeypatch):
     """Writes the measurements of sm_90 where the room looks for them."""
     (tmp_path / "tuned").mkdir()
-    monkeypatch.setattr(measured, "files", lambda package: tmp_path)
+    monkeypatch.setattr(tuned, "files", lambda package: tmp_path)
 
     def write(*rows):
         results = "benchmarks/results/nvidia-h200.json"
@@ -41,10 +42,10 @@ def table(tmp_path, monkeypatch):
             "kernels": {name: cell for row in rows for name, cell in row.items()},
         }
         (tmp_path / "tuned" / "sm_90.json").write_text(json.dumps(data))
-        measured.measurements.cache_clear()
+        tuned.tuned_table.cache_clear()
 
     yield write
-    measured.measurements.cache_clear()
+    tuned.tuned_table.cache_clear()
 
 
 def ask(scheme, rows=1, n=4096, k=4096, device="cuda:sm_90"):

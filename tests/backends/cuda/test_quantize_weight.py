@@ -1,5 +1,5 @@
-"""The room quantizes weights at load by Triton, to the bytes of the reference, and declines what Triton has
-no kernel for.
+"""The room quantizes weights by Triton while they load, to the bytes of the reference, and declines where
+Triton has no kernel.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from quantport_triton.launch import traced
 
 
 class Here(CudaBackend):
-    """The room, whose GPU is Triton's interpreter."""
+    """The room with Triton's interpreter as its GPU."""
 
     torch_type = "cpu"
 

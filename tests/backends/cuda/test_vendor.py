@@ -1,9 +1,9 @@
-"""Kernels of the vendor's libraries, on the CPU, against operators that read every operand as PyTorch's CUDA
-sources say.
+"""Kernels of the vendor's libraries on the CPU, against operators that read every operand as PyTorch's CUDA
+sources do.
 
 ``ScaledBlas.cpp`` at 0174dfabc023 checks sizes and strides before it calls cuBLASLt; ``int4mm.cu`` at
-05f814fecfca says which lane reads which code. What is written here follows them element by element, and
-shares no code with the kernels.
+05f814fecfca says which lane reads which code. The operators here follow them element by element and share no
+code with the kernels.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ def up(a: int, b: int) -> int:
 
 
 def values(operand: Tensor) -> Tensor:
-    """``[rows, k]`` of an operand, row by row: fp4 two to a byte, the first one low."""
+    """The values ``[rows, k]`` of a row-major operand; fp4 has two codes in a byte, the first in the low
+    half.
+    """
     if operand.dtype is torch.float4_e2m1fn_x2:
         codes = operand.view(torch.uint8).contiguous()
         table = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
@@ -47,15 +49,15 @@ def values(operand: Tensor) -> Tensor:
 
 
 def offset(row: int, column: int, columns: int) -> int:
-    """Where cuBLASLt reads the scale of a row and a block of K (its documentation, "1D Block Scaling Factors
-    Layout").
+    """The offset at which cuBLASLt reads the scale of a row and a block of K (its documentation, "1D Block
+    Scaling Factors Layout").
     """
     tile = row // 128 * -(-columns // 4) + column // 4
     return tile * 512 + row % 32 * 16 + row % 128 // 32 * 4 + column % 4
 
 
 def block_scales(flat: Tensor, rows: int, k: int, block: int) -> Tensor:
-    """Scales of one byte, one for each element: fp32 ``[rows, k]``."""
+    """One-byte scales, repeated for each element: fp32 ``[rows, k]``."""
     columns = -(-k // block)
     assert flat.is_contiguous()
     assert flat.numel() == up(rows, 128) * up(columns, 4)
@@ -77,7 +79,7 @@ def check_operands(a: Tensor, b: Tensor) -> None:
 
 
 def scaled_mm(a, b, *, scale_a, scale_b, out_dtype):
-    """``torch._scaled_mm`` with block scales of one byte: MXFP8 and NVFP4."""
+    """``torch._scaled_mm`` with one-byte block scales: MXFP8 and NVFP4."""
     check_operands(a, b)
     if not a.shape[0]:
         return torch.empty(0, b.shape[1], dtype=out_dtype)
@@ -117,8 +119,8 @@ def scaled_mm_v2(
 
 
 def columns_of(lane: int, nibble: int) -> int:
-    """Column, of 32, of a nibble in ``matrix_to_m16n8k16_Bint4_layout``: of bytes lane%4 + 0, 4, 8, 12, the
-    high halves first.
+    """The column, of 32, of a nibble in ``matrix_to_m16n8k16_Bint4_layout``: of the bytes lane%4 + 0, 4, 8,
+    12, the high halves first.
     """
     byte = lane % 4 + 4 * (nibble % 4)
     return 2 * byte + nibble // 4
@@ -152,9 +154,7 @@ def int4pack_mm(x: Tensor, packed: Tensor, group: int, scale_and_zeros: Tensor) 
 
 @pytest.fixture(autouse=True)
 def _quiet():
-    """Activations are quantized in Triton's interpreter, where numpy warns of what a GPU computes in
-    silence.
-    """
+    """Activations are quantized in Triton's interpreter, where numpy warns where a GPU is silent."""
     with np.errstate(all="ignore"):
         yield
 
@@ -227,7 +227,7 @@ def test_packing_loses_nothing_and_no_rows_are_no_rows(emulated, kernel, scheme,
     [(CudaScaledMM(), "fp8_per_tensor"), (CudaScaledMM(), "fp8_per_channel"), (CudaIntMM(), "int8")],
 )
 def test_meets_the_reference_by_the_operators_of_the_cpu(kernel, scheme):
-    """``_scaled_mm`` with row scales and ``_int_mm`` exist there too."""
+    """The CPU has ``_scaled_mm`` with row scales and ``_int_mm`` too."""
     for n, k in ((64, 256), (48, 208)):
         spec = WeightSpec(BUILTIN[scheme], n, k)
         for rows, bias in ((1, None), (16, None), (17, cases.bias(n, torch.bfloat16))):
@@ -271,7 +271,7 @@ def test_more_rows_than_int32_indices_allow(emulated, monkeypatch):
         cases.bias(64, torch.bfloat16),
         False,
     )
-    monkeypatch.setattr("quantport_cuda.kernels.int4._LONGEST", 256 * 16 + 1)
+    monkeypatch.setattr("quantport_cuda.kernels.int4._MAX_ELEMENTS", 256 * 16 + 1)
     assert compare(CudaInt4Pack(), [job], CPU) == ""
 
 

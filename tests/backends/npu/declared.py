@@ -1,5 +1,5 @@
-"""The reference of each kernel of the NPU room: the scheme's, or, where a kernel declares a deviation, with
-just that in it.
+"""The reference of each kernel of the NPU room: that of the scheme, with the deviation that the kernel
+declares.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ Linear = Callable[[Tensor, StoredWeight, Scheme, Tensor | None, torch.dtype], Te
 def scheme(
     x: Tensor, stored_weight: StoredWeight, scheme: Scheme, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """What the scheme says, rounded once, to ``dtype``."""
+    """The reference of the scheme, rounded once to ``dtype``."""
     return numerics.linear(x if x.dtype is dtype else x.float(), stored_weight, scheme, bias).to(dtype)
 
 
 def int8(
     x: Tensor, stored_weight: StoredWeight, scheme: Scheme, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """Tokens scaled by amax / 127."""
+    """The scale of a token is amax / 127."""
     values = x.float()
     scale = values.abs().amax(1, keepdim=True) / 127
     codes = (values / torch.where(scale == 0, 1, scale)).round()
@@ -46,7 +46,7 @@ def int8(
 def int8_rounded(
     x: Tensor, stored_weight: StoredWeight, scheme: Scheme, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """The same, and scales of channels in bf16 where the result is."""
+    """As ``int8``, with scales of output channels in bf16 where the result is bf16."""
     scale = stored_weight["weight_scale"]
     scale = scale.to(dtype) if dtype is torch.bfloat16 else scale
     return int8(x, {**stored_weight, "weight_scale": scale}, scheme, bias, dtype)
@@ -55,7 +55,7 @@ def int8_rounded(
 def floor(
     x: Tensor, stored_weight: StoredWeight, asked: Scheme, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """Activations scaled by the rule of OCP."""
+    """Scales of activations follow the OCP rule."""
     assert asked.activation
     return scheme(
         x, stored_weight, replace(asked, activation=replace(asked.activation, rule="floor")), bias, dtype
@@ -65,7 +65,7 @@ def floor(
 def rounded(
     x: Tensor, stored_weight: StoredWeight, asked: Scheme, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """Weights with scales of the dtype of the activations."""
+    """Scales of weights are rounded to the dtype of the activations."""
     return scheme(
         x,
         {**stored_weight, "weight_scale": stored_weight["weight_scale"].to(x.dtype).float()},
@@ -78,7 +78,7 @@ def rounded(
 def divided(
     x: Tensor, stored_weight: StoredWeight, asked: Scheme, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """Offsets in steps of their scales, of the dtype of the activations, added to the codes."""
+    """Offsets are divided by their scales, rounded to the dtype of x, and added to the codes."""
     offset = (
         (stored_weight["weight_zero"].float() / stored_weight["weight_scale"].float()).to(x.dtype).float()
     )
@@ -113,7 +113,7 @@ LATE = (
 
 
 class Declared(GroupedKernel, aten.Reference):
-    """What a kernel of the room must compute, on the host, from weights that another kernel has packed."""
+    """What a kernel of the room must compute, on the host, from weights that another kernel packed."""
 
     def __init__(self, kernel: Kernel, packer: Kernel) -> None:
         self.kernel, self.packer = kernel, packer
@@ -133,7 +133,7 @@ class Declared(GroupedKernel, aten.Reference):
     def product(
         self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec, dtype: torch.dtype
     ) -> Tensor:
-        """Rounded once, to ``dtype``."""
+        """The product, rounded once to ``dtype``."""
         effective = spec.scheme if self.kernel.quantizes_activations else spec.scheme.weight_only
         late = bias is not None and any(name in self.kernel.name for name in LATE)
         y = self.linear(
@@ -229,7 +229,7 @@ class Checked(Kernel):
 
 
 class CheckedGroups(GroupedKernel, Checked):
-    """The same, of a kernel with one launch for all groups."""
+    """As ``Checked``, for a kernel with one launch for all groups."""
 
     kernel: GroupedKernel
 
@@ -285,15 +285,15 @@ def as_declared(model: nn.Module, like: nn.Module) -> None:
     kernels = {name: module.kernel for name, module in modules(like).items()}
     for name, module in modules(model).items():
         kernel = Declared(kernels[name], aten.Reference())
-        gates = getattr(kernels[name], "gates", None)
-        if gates is None or family() != "A5" or not gates(next(iter(module.specs.values()))):
+        fits = getattr(kernels[name], "fits_fused", None)
+        if fits is None or family() != "A5" or not fits(next(iter(module.specs.values()))):
             kernel.run_gated = lambda *given: None  # type: ignore[method-assign]  # it has no such launch here
         assert not module.others
         module.repack(kernel)
 
 
 def check_each(model: nn.Module) -> list[Checked]:
-    """Compares every product of a model on an NPU from now on."""
+    """Compares every later product of a model on an NPU with its reference."""
     checked = []
     for module in modules(model).values():
         grouped = isinstance(module.kernel, GroupedKernel)

@@ -1,5 +1,5 @@
-"""What ``quantport doctor`` says of an Ascend NPU that is seen but not used, against fakes of everything that
-is read.
+"""What ``quantport doctor`` says of an Ascend NPU that is here but cannot be used, with fakes of everything
+that is read.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MATCHING = ("2.13.0", ("torch==2.13.0.*", "numpy"))
 
 @pytest.fixture
 def system(tmp_path):
-    """A system with an NPU, its driver, CANN and the right torch_npu: changed by what is given."""
+    """A system with an NPU, its driver, CANN and the right torch_npu, except for the arguments."""
     (tmp_path / "dev").mkdir()
     (tmp_path / "dev" / "davinci0").touch()
     (tmp_path / "ascend" / "driver").mkdir(parents=True)

@@ -9,7 +9,7 @@ from quantport.backend import Evidence, Rejected, Request, Status, WeightSpec
 from quantport.planning.select_kernel import select_kernel
 from quantport.plugins.registry import Registry
 from quantport_npu.capabilities import ARCHS
-from quantport_npu.kernels.base import even, parts, uneven
+from quantport_npu.kernels.base import from_pairs, parts, to_pairs
 
 HOST = Registry(only=["npu"])
 FORMATS = {
@@ -135,6 +135,6 @@ def test_many_output_channels_are_several_products():
 @pytest.mark.parametrize("groups", [1, 2, 7])
 def test_scales_in_pairs(groups):
     scale = torch.arange(5 * groups, dtype=torch.uint8).view(5, groups)
-    pairs = even(scale)
+    pairs = to_pairs(scale)
     assert pairs.shape == (5, -(-groups // 2), 2)
-    assert torch.equal(uneven(pairs, groups), scale)
+    assert torch.equal(from_pairs(pairs, groups), scale)

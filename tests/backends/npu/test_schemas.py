@@ -1,7 +1,7 @@
-"""Every call against every form that its operator has had: it is taken, or the kernel refuses and says what
-the build lacks.
+"""Every call against every schema that its operator has had: the operator takes it, or the kernel refuses and
+says what the build lacks.
 
-Forms: the registration strings of the wheels torch-npu 2.6.0.post5 to 2.14.0 on PyPI.
+The schemas are the registration strings in the wheels torch-npu 2.6.0.post5 to 2.14.0 on PyPI.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ PAIRS = [(k, s) for k in KERNELS for s in HOST.schemes.values() if k.serves(s)]
 
 
 def bodies():
-    """Results of the right shapes: only how the operators are called is looked at here."""
+    """Operators that return results of the right shapes: only how they are called is tested here."""
     y = torch.zeros(M, N, dtype=torch.bfloat16)
     scale = torch.zeros(M, K // 32, 2, dtype=torch.uint8)
     return {
@@ -141,7 +141,7 @@ def bodies():
 
 @pytest.fixture(params=BUILDS)
 def build(request, monkeypatch):
-    """The operators of a build, under another name than torch_npu's, which may be installed."""
+    """The operators of a build in a namespace of their own, since torch_npu may be installed."""
     space = f"npu_of_{request.param.replace('.', '_')}"
     library, made = torch.library.Library(space, "DEF"), bodies()
     for form in BUILDS[request.param]:

@@ -1,4 +1,4 @@
-"""What the tests of several rooms ask of a kernel that has no device here, or of a quantizer."""
+"""Checks that the tests of several rooms share, of a kernel whose device is not here or of a quantizer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from quantport.testing import cases
 
 
 def packing_loses_nothing(kernel, scheme, shapes):
-    """For every shape, and no rows give no rows."""
+    """Packing is inverted exactly for every shape, and zero rows give zero rows."""
     for n, k in shapes:
         spec = WeightSpec(BUILTIN[scheme], n, k)
         stored = numerics.quantize_weight(cases.random(n, k), spec.scheme)
@@ -21,13 +21,13 @@ def packing_loses_nothing(kernel, scheme, shapes):
 
 
 def quantizes_as_the_reference(quantize, weight, scheme):
-    """A room's ``quantize_weight`` takes the weight, and gives the bytes of the reference."""
+    """A room's ``quantize_weight`` accepts the weight and returns the bytes of the reference."""
     assert quantize(weight, BUILTIN[scheme]) is not None
     fast = numerics.quantize_weight(weight, BUILTIN[scheme], fast=quantize)
     same(fast, numerics.quantize_weight(weight, BUILTIN[scheme]))
 
 
 def same(found, wanted):
-    """The same tensors, to the bit."""
+    """The same tensors, bit for bit."""
     assert list(found) == list(wanted)
     assert all(cases.same_bits(found[name], wanted[name]) for name in wanted)

@@ -1,5 +1,5 @@
-"""Accelerators' ``_int_mm`` is exact. The host's stands for it in their tests, and saturates where oneDNN has
-no VNNI.
+"""``_int_mm`` of accelerators is exact. In their tests the host's stands for it, which saturates where oneDNN
+has no VNNI.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def saturates() -> bool:
 
 @contextmanager
 def exact_int_mm() -> Iterator[None]:
-    """Inside, an exact operator stands in for one that saturates."""
+    """Replaces the host's operator inside by an exact one, where it saturates."""
     if not saturates():
         yield
         return

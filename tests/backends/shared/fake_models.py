@@ -1,10 +1,10 @@
-"""Both example models on fake tensors of a GPU: planned, bound to the planned kernels, and run as there, but
-for the numbers.
+"""Both example models on fake tensors of a GPU: planned, bound to the planned kernels, and run as on the GPU,
+without values.
 
 Every layer takes its kernel's own path: a prompt of 17 tokens, then one token with the cache. A fake tensor
-has no values, so a forward that asks for one (and would make the host wait for the GPU) fails. The experts of
-a MoE layer do ask where their rows begin: there the layer runs as ``torch.compile`` sees it, as one operator,
-and the kernels of its experts are run beside it.
+has no values, so a forward that reads one, which would make the host wait for the GPU, fails. The experts of
+a MoE layer do read where their rows begin: there the layer runs as ``torch.compile`` sees it, as one
+operator, and the kernels of its experts run separately.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class WaitError(RuntimeError):
 
 
 class NoWaiting(TorchDispatchMode):
-    """Refuses what FakeTensorMode lets pass: copies between the host and the GPU."""
+    """Refuses copies between the host and the GPU, which FakeTensorMode allows."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -90,7 +90,7 @@ def fake(t: Tensor, where: str) -> Tensor:
 
 
 def bind(model: nn.Module, plan: Plan) -> dict[str, QuantModule]:
-    """Puts a quantized module of fake tensors at every planned layer; everything else becomes fake too."""
+    """Puts a quantized module of fake tensors at every planned layer, and makes everything else fake."""
     new: dict[str, QuantModule] = {}
     where = plan.device.torch_type
     for path, steps in by_module(plan.steps, place).items():
@@ -115,13 +115,13 @@ def bind(model: nn.Module, plan: Plan) -> dict[str, QuantModule]:
 
 @contextmanager
 def on_fake_gpu(arch: str) -> Iterator[list[Launch]]:
-    """Inside, tensors are fake, and Triton's launches are those for an architecture."""
+    """Tensors are fake inside, and Triton's launches are recorded for an architecture."""
     with fake_tensors(), torch.no_grad(), traced(arch) as launches:
         yield launches
 
 
 def answers(model: nn.Module, dtype: torch.dtype, where: str) -> Iterator[tuple[int, Tensor]]:
-    """Logits of the prompt, and of the next token."""
+    """Logits of the prompt and of the next token."""
     past, seen = None, 0
     for rows in (PROMPT, 1):
         seen += rows
@@ -149,9 +149,8 @@ def check_model(directory: Path, device: str | Device, scheme: str, fallback: st
     """
     model, plan = planned(directory, device, scheme, fallback)
     dtype, where, met = plan.device.arch.compute, plan.device.torch_type, []
-    if (
-        where != "cuda"
-    ):  # fused attention asks for code of the device, even for fake tensors; it is not what is tested
+    # Fused attention needs code of the device even for fake tensors, and is not what is tested.
+    if where != "cuda":
         model.set_attn_implementation("eager")
 
     def note(module: QuantModule, args: tuple[Tensor, ...], y: Tensor) -> None:
@@ -187,7 +186,7 @@ def kernels_of(modules: Iterable[QuantModule]) -> set:
 
 
 def files(launches: Iterable[Launch]) -> set[str]:
-    """Where the Triton code is that was launched."""
+    """The source files of the launched Triton kernels."""
     return {launch.kernel.fn.__module__.rpartition(".")[2] for launch in launches}
 
 

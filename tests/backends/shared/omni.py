@@ -1,5 +1,5 @@
-"""What vLLM-Omni's users may quantize online on which device, and tiny diffusion transformers to show that
-they can here.
+"""What vLLM-Omni's users can quantize online on which device, and tiny diffusion transformers to show that it
+works here.
 
 The table: vllm-project/vllm-omni ``docs/user_guide/quantization/online.md``, the rows of Intel XPU and of
 Ascend NPU.
@@ -24,8 +24,8 @@ TEXT = 96  # features of a word: fewer than a group of 128
 
 
 class Dit(nn.Module):
-    """One block of a diffusion transformer (Peebles and Xie, "Scalable Diffusion Models with Transformers"),
-    with text beside it.
+    """One block of a diffusion transformer (Peebles and Xie, "Scalable Diffusion Models with Transformers")
+    with a text stream.
 
     Image and words attend to each other; shift, scale and gate follow from the time step.
     """
@@ -110,7 +110,7 @@ DIFFUSERS = tuple(name for name in FACTORIES if name != "dit")  # architectures 
 
 
 def build(name: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
-    """A diffusion transformer with random weights, on the host: the same at every call."""
+    """A diffusion transformer with random weights on the host, the same at every call."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = FACTORIES[name]()
@@ -120,7 +120,7 @@ def build(name: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
 
 
 def given(name: str, where: str = "cpu", dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
-    """What ``step`` calls the model with: one image, one prompt."""
+    """The arguments with which ``step`` calls the model: one image, one prompt."""
     made = torch.Generator().manual_seed(1)
 
     def noise(*shape: int) -> Tensor:
@@ -146,7 +146,7 @@ def given(name: str, where: str = "cpu", dtype: torch.dtype = torch.bfloat16) ->
 
 
 def step(model: nn.Module, arguments: dict[str, Any]) -> Tensor:
-    """What one denoising step of the model says."""
+    """The output of one denoising step."""
     with torch.no_grad():
         out = model(**arguments)
     said: Tensor = out if isinstance(out, Tensor) else out[0]

@@ -1,9 +1,9 @@
-"""Operators for Intel GPUs, on the CPU: they read every operand as their sources say, and refuse what those
+"""Operators for Intel GPUs on the CPU: they read every operand as their sources do, and refuse what those
 refuse.
 
 Written element by element from PyTorch's ``mkldnn/xpu`` (Blas.cpp at 003d1b101f9e, detail/WoQMatmul.cpp at
-088e390c9892) and from ``vllm-xpu-kernels`` (csrc/xpu/onednn, csrc/quantization), and Intel's extension; they
-share no code with the kernels of quantport.
+088e390c9892), from ``vllm-xpu-kernels`` (csrc/xpu/onednn, csrc/quantization), and from Intel's extension;
+they share no code with the kernels of quantport.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def int4_gemm_w4a16(a, b, bias, b_scale, b_zp, group_size, g_idx):
 
 
 def fp8_gemm_w8a16(a, b, b_scale, bias):
-    """``dnnl_matmul_w8a16_fp8``: scales of blocks where they are 2-D with more than one row, else one, or one
-    for each column.
+    """``dnnl_matmul_w8a16_fp8``: scales are of blocks where they are 2-D with more than one row, else one or
+    one for each column.
     """
     k, n = b.shape
     assert a.numel()
@@ -83,8 +83,8 @@ def fp8_gemm_w8a16(a, b, b_scale, bias):
 
 
 def fp8_gemm(a, b, out_dtype, a_scale, b_scale, bias):
-    """``dnnl_matmul_w8a8_fp8``: blocks where the scales of A have more than one column; both in fp32, or both
-    in e8m0.
+    """``dnnl_matmul_w8a8_fp8``: scales are of blocks where those of A have more than one column; both in fp32
+    or both in e8m0.
     """
     (m, k), n = a.shape, b.shape[1]
     assert a.dtype is b.dtype is torch.float8_e4m3fn
@@ -114,16 +114,14 @@ E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -
 
 
 def e2m1(codes: Tensor) -> Tensor:
-    """Values ``[rows, k]`` of ``float4_e2m1fn_x2 [rows, k / 2]``: the low nibble is the even one."""
+    """Values ``[rows, k]`` of ``float4_e2m1fn_x2 [rows, k / 2]``, the first in the low half."""
     assert codes.dtype is torch.float4_e2m1fn_x2
     pairs = codes.view(torch.uint8).int()
     return E2M1[torch.stack((pairs & 15, pairs >> 4), -1).flatten(1)]
 
 
 def fp4_gemm(a, b, a_scale, b_scale, out_dtype, bias):
-    """``dnnl_matmul_w4a4_fp4``: e8m0 scales in groups ``{1, 32}`` of A and ``{32, 1}`` of B, both row
-    by row.
-    """
+    """``dnnl_matmul_w4a4_fp4``: e8m0 scales in groups ``{1, 32}`` of A and ``{32, 1}`` of B, row-major."""
     m, n, k = a.shape[0], b.shape[1], 2 * a.shape[1]
     assert a.numel()
     assert a.is_contiguous()
@@ -141,8 +139,8 @@ def fp4_gemm(a, b, a_scale, b_scale, out_dtype, bias):
 
 
 def per_token_group_quant_mxfp4(x, output_q, output_s, group_size, eps):
-    """``per_token_group_quant_mxfp4_vec_kernel``: scales rounded up from amax / 6, and codes that count the
-    middles below |x|.
+    """``per_token_group_quant_mxfp4_vec_kernel``: scales are amax / 6 rounded up, and a code is the number of
+    midpoints below |x|.
     """
     assert x.is_contiguous()
     assert output_q.is_contiguous()
@@ -201,10 +199,10 @@ CPU_INT8 = torch.ops.aten._weight_int8pack_mm
 
 
 def int8pack_mm(*args: Tensor, **kwargs: Tensor) -> Tensor:
-    """``_weight_int8pack_mm_xpu``, which reads scales in fp32; the CPU wants them in the dtype of x, and K %
+    """``_weight_int8pack_mm_xpu``, which reads scales in fp32; the CPU needs them in the dtype of x, and K %
     16 == 0.
 
-    The call is first made as it is, to the operator of ATen, without data.
+    The call is first made unchanged, without data, to the operator of ATen.
     """
     CPU_INT8(*(t.to("meta") for t in args), **{name: t.to("meta") for name, t in kwargs.items()})
     x, mat2, scales = args

@@ -1,5 +1,5 @@
 """Every kernel of the Intel room that calls an operator, with the schemes, devices and shapes ``(n, k)`` that
-it is tried on.
+are tested.
 """
 
 from __future__ import annotations

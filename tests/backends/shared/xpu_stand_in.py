@@ -1,5 +1,5 @@
-"""Intel GPUs on the CPU: devices that count as found, whose tensors are the CPU's, and the operators that
-they call.
+"""Intel GPUs on the CPU: devices that are detected, whose tensors are on the CPU, and the operators that they
+call.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ARCHS_HERE = ("bmg", "xe3p", "pvc")  # the others have the facts of one of these
 
 
 def gpu(arch: str, index: int = 0) -> Device:
-    """A GPU as detection would find it, but for the place of its tensors; it has every operator."""
+    """A GPU as detection would return it, except that its tensors are on the CPU; it has every operator."""
     return Device(ARCHS[arch], index, ARCHS[arch].title, 8 << 30, "cpu", features=frozenset(vendor.SCHEMAS))
 
 
@@ -37,10 +37,11 @@ def scaled_mm(a, b, *args, product=torch._scaled_mm, **kwargs):
 
 @contextmanager
 def found(devices: Sequence[Device], quantizes: bool = True) -> Iterator[None]:
-    """Inside, the process finds these devices and no other; torch has all operators, and Triton a backend:
-    its interpreter.
+    """The process detects exactly these devices inside; torch has all operators, and Triton its interpreter
+    as a backend.
 
-    Without ``quantizes`` the reference quantizes weights: the interpreter takes minutes for those of a model.
+    Without ``quantizes`` the reference quantizes weights, since the interpreter takes minutes for those of a
+    model.
     """
     triton_emulation.install(pytest.importorskip("triton.runtime.interpreter"))
     room = XpuBackend()  # not a class of its own: the suite imports the room's class in a fresh process
@@ -64,7 +65,7 @@ def found(devices: Sequence[Device], quantizes: bool = True) -> Iterator[None]:
 
 
 class Emulated:
-    """An operator of torch's own: a call emulates it, whoever looks at it sees the real one."""
+    """An operator of torch: a call emulates it, and its attributes are those of the real one."""
 
     def __init__(self, real, emulation):
         self.real, self.emulation = real, emulation
@@ -78,7 +79,7 @@ class Emulated:
 
 @contextmanager
 def operators() -> Iterator[None]:
-    """Inside, the operators that the CPU lacks are registered for it, with the vendors' schemas."""
+    """Registers the operators that the CPU lacks inside, with the vendors' schemas."""
     emulated = Emulated(torch.ops.aten._weight_int8pack_mm, xpu_operators.int8pack_mm)
     ours = torch.library.Library("aten", "IMPL")
     ours.impl("_weight_int4pack_mm_with_scales_and_zeros", xpu_operators.int4pack_mm, "CPU")
@@ -96,7 +97,7 @@ def operators() -> Iterator[None]:
 
 @contextmanager
 def gpus() -> Iterator[None]:
-    """Inside, a GPU of each kind is found that has facts of its own, with its operators: the setting of the
+    """One GPU of each kind with facts of its own is detected inside, with its operators: the setting of the
     conformance suite.
     """
     with exact_int_mm(), operators(), found([gpu(arch, i) for i, arch in enumerate(ARCHS_HERE)]):

@@ -1,5 +1,5 @@
-"""Runs every Triton kernel in Triton's interpreter (``tests/conftest.py`` asks for it), mended where GPUs
-compute otherwise.
+"""Runs every Triton kernel in Triton's interpreter (``tests/conftest.py`` sets it), with its arithmetic made
+that of GPUs.
 """
 
 import numpy as np
@@ -11,6 +11,6 @@ triton_emulation.install(pytest.importorskip("triton.runtime.interpreter"))
 
 @pytest.fixture(autouse=True)
 def _quiet():
-    """GPUs overflow to Inf and divide by zero without a word; numpy warns, which is an error here."""
+    """GPUs overflow to Inf and divide by zero silently; numpy warns, which is an error here."""
     with np.errstate(all="ignore"):
         yield

@@ -1,4 +1,4 @@
-"""MX and NVFP4 in Triton's interpreter, which ``triton_emulation`` teaches ``tl.dot_scaled``, against the
+"""MX and NVFP4 in Triton's interpreter, with ``tl.dot_scaled`` of ``triton_emulation``, against the
 reference.
 """
 
@@ -24,7 +24,9 @@ def kernel(scheme):
 
 
 def problem(scheme, m, n, k, dtype=torch.bfloat16, seed=0):
-    """Activations, stored weight, spec. Sizes of rows and of blocks differ, so that every scale matters."""
+    """Activations, stored weight and spec. Magnitudes of rows and of blocks differ, so that every scale
+    matters.
+    """
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(m, k, generator=generator) * 10 ** torch.randn(m, k, generator=generator)
     weight = torch.randn(n, k, generator=generator) * torch.exp(torch.randn(n, k, generator=generator))
@@ -65,7 +67,7 @@ def test_any_shape_with_bias_in_fp16(scheme, shape):
 @pytest.mark.parametrize("target", ["sm_100", "sm_120"])
 @pytest.mark.parametrize("scheme", KERNELS)
 def test_with_the_tiles_of_every_architecture(scheme, target, rows):
-    """Whatever ``tuned`` asks for there; launches with real tensors are made in the interpreter."""
+    """With the configurations of ``tuned``; launches with real tensors run in the interpreter."""
     with traced(target):
         check(*problem(scheme, rows, 140, 1100))
 
@@ -137,8 +139,8 @@ def test_serves_nothing_else(name):
 
 
 def test_the_emulation_by_hand():
-    """One product of each format: e2m1 codes 7 and 2 are 6 and 1, e4m3 0x7e and 0x38 are 448 and 1, e8m0 128
-    is 2.
+    """One product of each format: e2m1 codes 7 and 2 are 6 and 1, e4m3 codes 0x7e and 0x38 are 448 and 1,
+    e8m0 128 is 2.
     """
 
     class E2M1:

@@ -1,7 +1,6 @@
-"""``torch.compile`` of quantized layers that run on Triton: one graph, whatever the number of rows.
+"""``torch.compile`` of quantized layers that run on Triton: one graph for any number of rows.
 
-The kernels run in Triton's interpreter on the CPU, through the operator of the module, as they do on
-a GPU.
+The kernels run in Triton's interpreter on the CPU, through the operator of the module as on a GPU.
 """
 
 from __future__ import annotations
@@ -56,9 +55,7 @@ def plain() -> Mlp:
 
 
 def graphs(model: Mlp, rows: tuple[int, ...], unbacked: bool = False) -> list[int]:
-    """How many graphs there are after each number of rows; every result is that of eager mode, bit
-    for bit.
-    """
+    """Number of graphs after each number of rows; every result must be that of eager mode, bit for bit."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
@@ -78,7 +75,7 @@ def graphs(model: Mlp, rows: tuple[int, ...], unbacked: bool = False) -> list[in
 
 @pytest.mark.parametrize(("kernel", "scheme"), RUNS, ids=[f"{k}-{s}" for k, s in RUNS])
 def test_as_many_graphs_as_without_quantization(kernel, scheme):
-    """torch makes one graph for one row and another for any other number, of every model."""
+    """For any model, torch makes one graph for one row and another for all other numbers."""
     asked = (*ROWS, 7, 1)
     assert graphs(quantized(kernel, scheme), asked) == graphs(plain(), asked) == [1, 2, 2, 2, 2, 2]
 

@@ -1,4 +1,6 @@
-"""The evidence of cross-compilation: fresh, honest, and what the verdicts say."""
+"""The evidence of cross-compilation is up to date, follows from what was compiled, and is what the verdicts
+say.
+"""
 
 from __future__ import annotations
 
@@ -95,8 +97,8 @@ def test_everything_compiles_to_what_is_on_file(target):
 
 
 def test_every_kernel_and_architecture_has_entries_and_no_entry_is_of_something_else():
-    """A scheme that is new in the core may lack one: its claims are then no more than interpreted,
-    see below.
+    """A scheme that is new in the core may lack an entry; its claims are then no more than interpreted, see
+    below.
     """
     assert set(TARGETS) == set(ARCHS)
     served = {
@@ -114,9 +116,7 @@ def test_every_kernel_and_architecture_has_entries_and_no_entry_is_of_something_
 
 
 def test_every_outcome_follows_from_what_was_seen():
-    """As ``benchmarks/compile.py`` decides, without compiling: an outcome that somebody edits does
-    not stand.
-    """
+    """As ``benchmarks/compile.py`` decides, without compiling, so that an outcome edited by hand fails."""
     matrix = {kernel.family: kernel.matrix for kernel in HOST.kernels("cuda") if hasattr(kernel, "family")}
     for target, families in TARGETS.items():
         for family, schemes in families.items():
@@ -155,7 +155,7 @@ def test_a_claim_is_no_stronger_than_its_evidence(target):
 
 
 def holds(kernel, request, entry):
-    """What is claimed for a request is what the launches that it makes were seen to hold."""
+    """The claim for a request is what the evidence says of its launches."""
     reasons = kernel.reasons_against(request)
     assert reasons or entry["outcome"] == "native" or entry is NOT_COMPILED
     # says the table, and nothing needs to be added
@@ -163,14 +163,14 @@ def holds(kernel, request, entry):
     assert any(entry.get("because", "\n") in reason.text for reason in reasons) is (
         entry["outcome"] == "refused" and not lacking
     )
-    way = kernel.way_of(request)
-    seen = entry["kernels"].get(way, {}).get("instruction", "")
+    name = kernel.kernel_of(request)
+    seen = entry["kernels"].get(name, {}).get("instruction", "")
     claim = kernel.claim(request)
     assert claim.evidence is (
         Evidence.COMPILED if entry["outcome"] == "native" and seen else Evidence.INTERPRETED
     )
     assert seen in claim.source or claim.evidence is Evidence.INTERPRETED
-    assert not (claim.evidence is Evidence.COMPILED and way in ("gemv", "dequantize"))
+    assert not (claim.evidence is Evidence.COMPILED and name in ("gemv", "dequantize"))
 
 
 def test_the_evidence_is_of_the_triton_that_is_pinned():
@@ -188,9 +188,7 @@ def test_an_architecture_that_nobody_compiled_for_is_interpreted():
 
 @pinned
 def test_a_stale_file_is_found(tmp_path):
-    """A configuration that changes after the file was made, and an entry for something that is no longer
-    launched.
-    """
+    """A configuration that changed after the file was made, and an entry for what is no longer launched."""
     source = json.loads(
         (ROOT / "backends/triton/quantport_triton/evidence/cuda.json").read_text(encoding="utf-8")
     )
@@ -249,10 +247,10 @@ def seen(kernel):
     return machine_code._sources(kernel)
 
 before = seen(scaled.gemm), seen(weight_only.gemm)
-scaled.ORDER = tl.constexpr(4)
+scaled.MAX_BAND_HEIGHT = tl.constexpr(4)
 assert seen(scaled.gemm) != before[0], "a constant of the module"
 assert seen(weight_only.gemm) == before[1], "which others do not read"
-decode.raw._src = decode.raw.src.replace("8388608", "8388609")
+decode.decode_unscaled._src = decode.decode_unscaled.src.replace("8388608", "8388609")
 assert seen(weight_only.gemm) != before[1], "a function that is called"
 """
 

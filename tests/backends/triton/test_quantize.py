@@ -1,4 +1,4 @@
-"""Weights and activations, quantized by Triton kernels: byte for byte those of the reference."""
+"""Weights and activations quantized by Triton kernels are byte for byte those of the reference."""
 
 from dataclasses import replace
 from importlib import import_module
@@ -12,7 +12,7 @@ from quantport.numerics.scales import scale_values
 from quantport.scheme.catalog import BUILTIN
 from quantport_cuda.detect import CudaBackend
 from quantport_triton.launch import traced
-from quantport_triton.quantize import quantize, serves, swizzled
+from quantport_triton.quantize import has_kernel, quantize, swizzled
 from quantport_triton.weights import quantize_weight
 
 NAMES = [*BUILTIN, *(f"{name}:{option}" for name in BUILTIN for option in BUILTIN[name].options)]
@@ -30,7 +30,7 @@ SPECIAL = [float("inf"), float("-inf"), float("nan")]
 
 
 def matrix(n, k, dtype):
-    """Rows from subnormal to huge ones, one of zeros, and one element that stands out."""
+    """Rows from subnormal to huge values, one of zeros, and one outlier."""
     x = torch.randn(n, k, generator=torch.Generator().manual_seed(n * k))
     span = 8 if dtype is torch.float16 else 100
     x *= torch.exp2(torch.linspace(-span, span, n) if n > 1 else torch.zeros(1)).round()[:, None]
@@ -47,7 +47,7 @@ def same(got, want, name=""):
 
 
 def unchecked(weight, scheme):
-    """The reference, without its refusal of scales that are not finite."""
+    """The reference without its refusal of scales that are not finite."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(import_module("quantport.numerics.linear"), "check_finite", lambda *_: None)
         return numerics.quantize_weight(weight, scheme)
@@ -129,7 +129,7 @@ def test_shapes_of_weights(name, shape):
     ids=str,
 )
 def test_other_blocks(quant):
-    assert serves(quant)
+    assert has_kernel(quant)
     check_activations(matrix(7, 203, torch.bfloat16), quant)
 
 
@@ -137,7 +137,7 @@ def test_other_blocks(quant):
     "quant", [Quant("e2m1", (1, 7)), Quant("e4m3fn", (0, 32)), Quant("e4m3fn", (256, 256))], ids=str
 )
 def test_what_has_no_kernel_is_quantized_by_the_reference(quant):
-    assert not serves(quant)
+    assert not has_kernel(quant)
     check_activations(matrix(7, 203, torch.bfloat16), quant)
 
 

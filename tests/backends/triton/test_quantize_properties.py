@@ -76,7 +76,7 @@ def encoded(x, name):
 
 
 def boundaries(name):
-    """Every value of a format, every midpoint of neighbours, and what lies next to each in fp32; both
+    """Every value of a format, every midpoint of neighbours, and the fp32 neighbours of each, with both
     signs.
     """
     values = numerics.values_of(name).unique()
@@ -125,7 +125,7 @@ def test_quotients_are_correctly_rounded():
 
 @st.composite
 def matrices(draw):
-    """Bits of any finite number; a narrow or a wide range of exponents; some zeros; a few odd shapes."""
+    """Arbitrary finite values, a narrow or a wide range of exponents, some zeros, a few odd shapes."""
     n, k = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 31, 64, 130, 520]))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     bits = torch.randint(0, 1 << 16, (n, k), generator=generator, dtype=torch.int32)

@@ -26,7 +26,7 @@ def kernel(scheme):
 
 
 def problem(scheme, m, n, k, dtype=torch.bfloat16, seed=0):
-    """Activations, stored weight, spec."""
+    """Activations, stored weight and spec."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(m, k, generator=generator).to(dtype)
     weight = torch.randn(n, k, generator=generator) * torch.rand(n, 1, generator=generator)
@@ -66,7 +66,7 @@ def test_any_shape_with_bias_in_fp16(scheme, shape):
 )
 @pytest.mark.parametrize("scheme", KERNELS)
 def test_with_the_tiles_of_every_architecture(scheme, target, rows):
-    """Whatever ``tuned`` asks for there; launches with real tensors are made in the interpreter."""
+    """With the configurations of ``tuned``; launches with real tensors run in the interpreter."""
     with traced(target):
         check(*problem(scheme, rows, 140, 1100))
 
@@ -88,9 +88,7 @@ def test_split_k_gives_the_same_bits_at_every_call(scheme, rows):
 @pytest.mark.parametrize("rows", [1, 64])
 @pytest.mark.parametrize("scheme", KERNELS)
 def test_zeros_and_saturated_values(scheme, rows):
-    """Rows of zeros, rows of nothing but the largest value, and one outlier that leaves small codes to the
-    rest.
-    """
+    """Rows of zeros, rows of only the largest value, and an outlier that leaves small codes to the rest."""
     x, _, spec = problem(scheme, rows, 48, 256)
     x[::3] = 0
     x[1::3] = 7 * torch.sign(x[1::3])
@@ -120,7 +118,7 @@ def test_scales_of_groups_in_any_order_in_memory(monkeypatch):
 @pytest.mark.parametrize("rows", [2, 65])
 @pytest.mark.parametrize("scheme", KERNELS)
 def test_every_token_has_a_scale_of_its_own(scheme, rows):
-    """Each token is as near to the reference as its own size asks, small ones beside large ones too."""
+    """The error of each token is small relative to its own magnitude, also beside larger tokens."""
     x, stored, spec = problem(scheme, rows, 40, 256)
     size = 10.0 ** (torch.arange(rows) % 7 - 3)[:, None]
     test = kernel(scheme)
@@ -142,7 +140,7 @@ def test_a_token_that_is_not_finite_shows_and_hurts_no_other(scheme, value):
 
 
 def test_int8_sums_are_exact():
-    """Partial sums far beyond 2**24, which fp32 rounds, that cancel but for one code."""
+    """Partial sums far beyond 2**24, which fp32 would round, cancel except for one code."""
     spec = WeightSpec(schemes["int8"], 1, 8193)
     half = 101 + torch.arange(4096, dtype=torch.int32).mul(7).remainder(27).to(torch.int8)
     codes = torch.cat((half, -half, torch.ones(1, dtype=torch.int8)))[None]

@@ -12,7 +12,7 @@ from quantport.kernels.base import WeightSpec
 from quantport.scheme.catalog import BUILTIN
 from quantport_triton.kernels.weight_only import TritonWeightOnly, dequantized
 from quantport_triton.kernels.weights import FORMATS
-from quantport_triton.tuned import way
+from quantport_triton.tuned import tuned_kernel
 
 KERNEL = TritonWeightOnly("cuda")
 SCHEMES = [name for name, scheme in BUILTIN.items() if KERNEL.serves(scheme)]
@@ -72,17 +72,17 @@ def test_products_are_those_of_the_reference(scheme, rows, n, k):
 
 
 @pytest.mark.parametrize("rows", range(1, 40, 7))
-def test_every_number_of_rows_gets_a_way(rows):
+def test_every_number_of_rows_has_a_kernel(rows):
     stored, packed, spec = weight("int4_weight_only_g32", 40, 96)
     x = activations(rows, 96, torch.bfloat16)
     assert error(KERNEL.run(x, packed, None, spec), x, stored, spec) <= KERNEL.tolerance
 
 
 @pytest.mark.parametrize("target", ["cpu", "sm_75", "sm_90", "gfx942"])
-def test_ways_of_an_architecture(target):
-    ways = [way(target, "weight_only", rows)[0] for rows in (1, 8, 16, 64, 256, 257, 100_000)]
+def test_the_kernels_of_an_architecture(target):
+    kernels = [tuned_kernel(target, "weight_only", rows) for rows in (1, 8, 16, 64, 256, 257, 100_000)]
     middle = ["gemv", "dequantize", "dequantize", "dequantize"] if target == "sm_75" else ["gemm"] * 4
-    assert ways == ["gemv", *middle, "dequantize", "dequantize"]
+    assert kernels == ["gemv", *middle, "dequantize", "dequantize"]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
-"""Mends Triton's interpreter, where GPUs compute otherwise: products and rounding of bf16, fused
-multiplication, and ``tl.dot_scaled``, with ml_dtypes as the judge of every format, summed in fp64. And spares
-it work that changes nothing.
+"""Makes the arithmetic of Triton's interpreter that of GPUs: products and rounding of bf16, fused
+multiply-add, and ``tl.dot_scaled`` with the formats of ml_dtypes and sums in fp64. Also spares it work that
+changes no result.
 """
 
 import dataclasses
@@ -14,8 +14,8 @@ FORMATS = {"E2M1": ml_dtypes.float4_e2m1fn, "E4M3": ml_dtypes.float8_e4m3fn, "E5
 
 
 def values(codes, scale, kind, packed_along_k=True):
-    """An operand ``[rows, K]`` in fp64, from codes ``[rows, K]`` or ``[rows, K / 2]`` and scales ``[rows, K /
-    (16 or 32)]``.
+    """An operand ``[rows, K]`` in fp64, from codes ``[rows, K]`` or ``[rows, K / 2]`` and scales for groups
+    of 16 or 32.
     """
     assert packed_along_k
     codes = codes.view(np.uint8)
@@ -31,7 +31,7 @@ def values(codes, scale, kind, packed_along_k=True):
 
 
 def install(interpreter):
-    """Mends the interpreter, once."""
+    """Patches the interpreter, once."""
     builder = interpreter.InterpreterBuilder
     if not hasattr(builder, "mended"):
         builder.mended = True
@@ -42,9 +42,10 @@ def install(interpreter):
 
 
 def _patching(interpreter):
-    """At every launch all members of the language are looked through for builtins, whose names do not change.
-    And each sum of integers is made twice more, to assert that it does not overflow, which nothing checks
-    without ``debug``."""
+    """At every launch the interpreter searches all members of the language for builtins, which never change:
+    their names are kept. And it computes each integer sum twice more to assert that it does not overflow,
+    which is checked only with ``debug``.
+    """
     builder = interpreter.interpreter_builder
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=builder.options.debug)
     is_builtin = interpreter.tl.core.is_builtin
@@ -63,7 +64,7 @@ def _patching(interpreter):
 
 
 def _bf16(interpreter, builder):
-    """The interpreter keeps bf16 as its bits and multiplies those; it cuts fp32 off to bf16; it rounds the
+    """The interpreter stores bf16 as bits and multiplies those, truncates fp32 to bf16, and rounds the
     product of ``fma``.
     """
     tl, dot, cast = interpreter.tl, builder.create_dot, builder.cast_impl
@@ -78,13 +79,13 @@ def _bf16(interpreter, builder):
         return dot(self, wide(a), wide(b), d, *args)
 
     def cast_impl(self, source, to):
-        """Rounded to nearest, ties to even, as ``cvt.rn`` does."""
+        """Rounds to nearest even, as ``cvt.rn``."""
         if source.dtype.scalar != tl.float32 or to.scalar != tl.bfloat16:
             return cast(self, source, to)
         return interpreter.TensorHandle(source.data.astype(ml_dtypes.bfloat16).view(np.uint16), tl.bfloat16)
 
     def create_fma(self, x, y, z):
-        """In fp64 the product is exact; the sum is rounded to odd there, so that fp32 can round it once."""
+        """The product is exact in fp64; the sum is rounded to odd there, so that fp32 rounds it only once."""
         product, addend = x.data.astype(np.float64) * y.data, z.data.astype(np.float64)
         total = product + addend
         back = total - product
@@ -98,7 +99,7 @@ def _bf16(interpreter, builder):
 
 
 def _dot_scaled(interpreter, builder):
-    """Formats may be strings, as in compiled code."""
+    """Adds ``dot_scaled``; formats may be strings, as in compiled code."""
     semantic = type(interpreter.interpreter_semantic)
     checked = semantic.dot_scaled
 

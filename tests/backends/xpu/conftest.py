@@ -1,4 +1,4 @@
-"""Operators of Intel GPUs on the CPU, for the tests that ask for them."""
+"""Operators of Intel GPUs on the CPU, for the tests that need them."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ QUICK = ("int8", "fp8_per_channel", "fp8_per_block", "int4_weight_only", "mxfp4"
 
 
 def pytest_collection_modifyitems(items):
-    """Triton's interpreter quantizes models slowly: some schemes are loaded and saved, in the nightly target
-    all.
+    """Triton's interpreter quantizes models slowly: some schemes are loaded and saved, and all in the nightly
+    run.
     """
     for item in items:
         here = getattr(item, "originalname", "") == "test_checkpoint" and item.path.parent.name == "xpu"

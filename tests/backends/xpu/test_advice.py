@@ -1,5 +1,5 @@
-"""What ``quantport doctor`` says of an Intel GPU that is seen but not used, against fakes of everything that
-is read.
+"""What ``quantport doctor`` says of an Intel GPU that is here but cannot be used, with fakes of everything
+that is read.
 """
 
 from __future__ import annotations

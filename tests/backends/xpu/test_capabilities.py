@@ -120,8 +120,8 @@ def test_facts(name):
 
 
 def test_the_table_is_of_what_there_is():
-    """A scheme that is new in the core needs no line: what must follow from its facts is in the conformance
-    suite.
+    """A scheme that is new in the core needs no line: the conformance suite checks what follows from its
+    facts.
     """
     assert set(EXPECTED) <= set(HOST.schemes)
     assert set(LINES[0]) == set(ARCHS)
@@ -324,7 +324,7 @@ def test_operators_appear_with_the_version_of_torch(monkeypatch, version, has):
 
 
 def test_a_gpu_that_is_here_is_asked_for_its_operators():
-    """This torch may be built for XPU or not: what its dispatcher says decides, and not the version."""
+    """Whether this torch is built for XPU or not, its dispatcher decides and not its version."""
     device = replace(simulated("bmg"), simulated=False)
     has = torch._C._dispatch_has_kernel_for_dispatch_key("aten::_int_mm", "XPU")
     assert isinstance(verdicts(device, "int8")["xpu._int_mm"], Accepted) is has

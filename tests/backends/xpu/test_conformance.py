@@ -1,5 +1,5 @@
-"""The suite of every room, with Intel GPUs on the CPU: what is accepted runs and is right, and what is
-refused fails.
+"""The conformance suite of every room, with Intel GPUs on the CPU: what is accepted runs and is right, and
+what is refused fails.
 
 ATen's operators are those of the CPU where it has them, the others are emulated (``xpu_operators.py``), and
 Triton's kernels run in its interpreter.
@@ -29,12 +29,12 @@ class TestXpu(BackendConformance):
 
     @pytest.fixture
     def subject(self, request):
-        """Few rows for what Triton runs."""
+        """Few rows for kernels that run on Triton."""
         asked = request.node.callspec.params if hasattr(request.node, "callspec") else {}
         with xpu_stand_in.gpus():
             found = Subject.installed(self.kind, self.stand_in, self.limit)
             yield replace(found, rows=self.rows) if hasattr(asked.get("kernel"), "family") else found
 
     def test_fakes(self, subject, arch):
-        """Of architectures that are not here: fake tensors of their own type."""
+        """For architectures that are not here: fake tensors of their own device type."""
         super().test_fakes(replace(subject, registry=alone(XpuBackend())), arch)

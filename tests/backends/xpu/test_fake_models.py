@@ -1,8 +1,8 @@
-"""Both example models on fake XPU tensors: planned, bound to the planned kernels, and run as on the GPU, but
-for the numbers.
+"""Both example models on fake XPU tensors: planned, bound to the planned kernels, and run as on the GPU,
+without values.
 
-The quantized matrix products that run are noted, and called as torch's own registry says, or the vendors'
-schemas.
+The quantized matrix products that run are recorded, and called as torch's own registry or the vendors'
+schemas say.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ PRODUCTS = {"_int_mm", "_weight_int8pack_mm", "_weight_int4pack_mm_with_scales_a
 
 @pytest.fixture
 def _vendor():
-    """Operators with the vendors' schemas that make empty results."""
+    """Operators with the vendors' schemas that return empty results."""
     libraries = {name: torch.library.Library(name, "FRAGMENT") for name in ("_xpu_C", "_C", "torch_ipex")}
     for name, fake in FAKES.items():
         namespace, _, operator = name.partition(".")
@@ -80,7 +80,7 @@ def _vendor():
 
 
 class Products(TorchDispatchMode):
-    """Notes the quantized matrix products, and checks their keywords against torch's own registry."""
+    """Records the quantized matrix products, and checks their keywords against torch's own registry."""
 
     def __init__(self):
         super().__init__()

@@ -1,5 +1,5 @@
-"""MX formats and W4A8 of the vendor: what is chosen where, and deviations that are exactly what the kernels
-declare.
+"""MX formats and W4A8 by the vendor's operators: which kernel is chosen where, and deviations that are
+exactly those declared.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def test_every_deviation_is_tested_here():
 @pytest.mark.parametrize("arch", ["pvc", "bmg", "xe3p"])
 @pytest.mark.parametrize(("scheme", "kernel"), [("mxfp8", "xpu.fp8_gemm_mx"), ("mxfp4", "xpu.fp4_gemm")])
 def test_mx_is_storage_and_its_operators_are_the_exact_emulation(scheme, kernel, arch):
-    """Both operands are converted before they are multiplied: nobody gets that unasked, and nobody calls it
-    native.
+    """Both operands are converted before they are multiplied, so these kernels run only on request and are
+    never called native.
     """
     exact, default = ask(scheme, arch, "reference"), ask(scheme, arch)
     assert (exact.kernel, exact.status, exact.numeric_deviation) == (kernel, Status.REFERENCE, "")
@@ -114,7 +114,7 @@ def test_refusals_say_why(scheme, kernel, request_, reason):
 
 
 def toward_zero(x):
-    """MXFP4 as ``rceil`` scales it, with ties toward zero: an fp64 search over all codes, the smaller
+    """MXFP4 with the scales of ``rceil`` and ties toward zero: an fp64 search over all codes, the smaller
     magnitude first.
     """
     groups = x.double().view(len(x), -1, 32)
@@ -186,7 +186,7 @@ def test_the_smallest_scale_is_read_as_zero():
 
 
 def test_w4a8_survives_what_fp16_does_not_hold():
-    """Scales, tokens and results far outside of fp16, on both sides."""
+    """Scales, tokens and results far beyond fp16, too large and too small."""
     kernel, spec = KERNELS["xpu.int4_gemm_w4a8"], WeightSpec(HOST.schemes["int4_w4a8"], 64, 1024)
     for size in (1e-30, 1e-6, 1e4, 1e10):
         stored = numerics.quantize_weight(cases.plain(64, 1024).float() * size, spec.scheme)

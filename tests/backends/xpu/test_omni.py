@@ -1,4 +1,4 @@
-"""vLLM-Omni's online table on Intel GPUs: what it marks, and what it does not verify, for LLMs and for
+"""vLLM-Omni's online table on Intel GPUs, what it marks as working and what it does not verify, for LLMs and
 diffusion transformers.
 """
 

@@ -1,5 +1,5 @@
-"""The room quantizes weights at load by Triton, to the bytes of the reference, where Triton has a backend for
-Intel GPUs.
+"""The room quantizes weights by Triton while they load, to the bytes of the reference, where Triton has a
+backend for Intel GPUs.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def room():
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_the_bytes_of_the_reference(room, scheme):
-    """tests/backends/triton takes every scheme, and more shapes and numbers."""
+    """tests/backends/triton tests every scheme, and more shapes and values."""
     for weight in (
         cases.plain(7, 160),
         cases.SPECIAL["zero rows"](7, 160),

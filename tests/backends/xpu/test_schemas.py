@@ -1,5 +1,5 @@
-"""Every operator that the room calls, against ATen's registry or the vendors' schemas; and calls one step
-away from a right one.
+"""Every operator that the room calls, against ATen's registry or the vendors' schemas, and calls that are one
+step away from a right one.
 
 The vendors' operators are registered with the schemas that the room ships, so that torch's dispatcher refuses
 wrong keywords, types and numbers of arguments; their emulations refuse wrong dtypes, ranks and layouts.
@@ -46,7 +46,7 @@ def _operators(xpu_operators_registered):
 
 
 def written():
-    """Names of the operators in the text of the room's kernels, and of those of core that they derive
+    """Names of the operators in the sources of the room's kernels, and of those of core that they derive
     from.
     """
     files = [*Path(quantport_xpu.kernels.__file__).parent.glob("*.py"), Path(aten.__file__)]
@@ -56,7 +56,7 @@ def written():
 
 
 class Calls(TorchDispatchMode):
-    """Notes the names of the operators that run."""
+    """Records the names of the operators that run."""
 
     def __init__(self):
         super().__init__()

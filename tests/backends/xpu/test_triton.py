@@ -1,8 +1,8 @@
-"""What is launched on Intel GPUs, traced on fake tensors, against what Triton's backend for them takes.
+"""What is launched on Intel GPUs, traced with fake tensors, against what Triton's backend for them takes.
 
 From intel/intel-xpu-backend-for-triton third_party/intel/backend/compiler.py at 003e001efe16: a dot of int8
-has N of a subgroup at least (16; 8 on Arc A) and K of 32; a smaller one of 16-bit operands leaves the matrix
-engines; fp8 operands of a dot are converted.
+needs N of at least a subgroup (16; 8 on Arc A) and K of 32; a smaller one of 16-bit operands does not use the
+matrix engines; fp8 operands of a dot are converted.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from quantport.backend import WeightSpec
 from quantport.plugins.registry import default_registry
 from quantport.testing.fakes import fake_tensors
 from quantport_triton.launch import target_of, traced
-from quantport_triton.tuned import ways
+from quantport_triton.tuned import entries
 from quantport_xpu.capabilities import ARCHS
 
 FAMILIES = ("weight_only", "int8", "int4_int8", "quantize")
@@ -60,12 +60,10 @@ def test_what_is_launched_fits_the_matrix_engines(kernel, scheme):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_architecture_has_configurations_of_its_own(family):
-    """Nothing is measured there: all take ``default.json``, and a GPU that is here is called by its type
-    alone.
-    """
+    """Nothing is measured there: all take ``default.json``, and a real GPU is named by its type alone."""
     assert target_of(torch.device("xpu", 0)) == "xpu"
     for arch in ("xpu", *ARCHS):
-        assert ways(arch, family) == ways("default", family)
+        assert entries(arch, family) == entries("default", family)
 
 
 def test_results_that_are_bytes_are_compiled_without_fused_multiplications():

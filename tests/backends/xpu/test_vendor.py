@@ -1,9 +1,9 @@
-"""Kernels of ATen and of ``vllm-xpu-kernels``, on the CPU, against operators that read operands as their
-sources say.
+"""Kernels of ATen and of ``vllm-xpu-kernels`` on the CPU, against operators that read operands as their
+sources do.
 
 Where ATen has the operator for the CPU too (``_int_mm``, ``_scaled_mm``, ``_weight_int8pack_mm``), that runs.
-The others (``xpu_operators.py``) are registered with the schemas of the vendors, so that torch's dispatcher
-refuses a wrong keyword, type or number of arguments.
+The others (``xpu_operators.py``) are registered with the vendors' schemas, so that torch's dispatcher refuses
+a wrong keyword, type or number of arguments.
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ def test_fp16(kernel, scheme):
 
 
 def test_int4_agrees_with_the_operator_of_the_cpu():
-    """``_weight_int4pack_mm_for_cpu`` computes ``(code - 8) * scale + 0`` from codes that it packs itself:
-    another layout.
+    """``_weight_int4pack_mm_for_cpu`` computes ``(code - 8) * scale + 0`` from codes that it packs in a
+    layout of its own.
     """
     spec = WeightSpec(BUILTIN["int4_weight_only_g32"], 64, 256)
     stored = numerics.quantize_weight(cases.plain(64, 256), spec.scheme)
@@ -192,7 +192,7 @@ MISTAKES = [
     ("kernel", "scheme", "shape", "plant"), [m[1:] for m in MISTAKES], ids=[m[0] for m in MISTAKES]
 )
 def test_a_planted_mistake_is_caught(kernel, scheme, shape, plant, monkeypatch):
-    """In packing: every one either fails the operator, or its result is not the reference's."""
+    """Mistakes in packing: each makes the operator fail, or its result differ from the reference."""
     spec, pack = WeightSpec(BUILTIN[scheme], *shape), type(kernel).pack
     x = cases.activations(5, shape[1], torch.bfloat16)
     job = make_job(
@@ -257,7 +257,7 @@ def test_a_package_that_does_not_load_is_named():
     ],
 )
 def test_only_the_right_build_of_the_extension_is_imported(monkeypatch, found, torch_version, imported):
-    """Any other ends the process when it is imported (``os._exit``), or replaces operators of the CPU."""
+    """Importing any other ends the process (``os._exit``), or replaces operators of the CPU."""
 
     def version(name):
         if found is None:

@@ -89,6 +89,8 @@ def test_numbers_without_end_in_a_name(tmp_path, name):
         ({"text_config": {"num_hidden_layers": 1e13}}, "more than 10,000 as num_hidden_layers"),
         ({"n_layer": 10**5}, "100,000 as n_layer"),
         ({"parts": [{"num_local_experts": 10**5}]}, "100,000 as num_local_experts"),
+        ({"hidden_size": 10**4000}, "as hidden_size"),
+        ({"text_config": {"head_dim": -(10**30)}}, "as head_dim"),
     ],
 )
 def test_layers_and_experts_of_a_configuration(tmp_path, config, found):
@@ -144,6 +146,19 @@ def test_experts_of_a_record(tmp_path):
     (small(tmp_path) / "quantport.json").write_text(json.dumps({"layers": {"experts": layer}}))
     with refused("quantport.json", found="layers.experts.experts"):
         quantport.load(tmp_path, model=nn.Identity, device="cpu")
+
+
+@pytest.mark.parametrize("weight", [["a", 10**30, 1], ["a", 1, -1], ["a", 1.5, 1], ["a", 1], 3])
+def test_sizes_of_a_record(tmp_path, weight):
+    layer = {"scheme": "int8", "kind": "linear", "weights": [weight]}
+    (small(tmp_path) / "quantport.json").write_text(json.dumps({"layers": {"a": layer}}))
+    with refused("quantport.json", found="layers.a.weights"):
+        quantport.load(tmp_path, model=nn.Identity, device="cpu")
+
+
+def test_names_without_end(tmp_path):
+    with refused(found="5,000 characters"):
+        plan(headers(tmp_path, {"x" * 5000: entry("BF16", [2, 2], 0, 8)}))
 
 
 def test_tensors_are_counted():

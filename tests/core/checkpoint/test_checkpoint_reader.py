@@ -1,4 +1,4 @@
-"""Reading tensors without a copy, and giving their pages back."""
+"""Reading tensors, into memory or as views of mapped files whose pages are given back."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from quantport.checkpoint import Checkpoint
 from quantport.checkpoint.mapping import MappedFile
+from quantport.checkpoint.streaming import StreamedFile
 from quantport.errors import CheckpointError
+
+both = pytest.mark.parametrize("mapped", [False, True], ids=["streamed", "mapped"])
 
 # --- headers only
 # ------------------------------------------------------------------------------------------------------
@@ -63,7 +66,7 @@ def mapping_of(address: int) -> str | None:
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc/self/maps")
 def test_read_is_a_view_of_a_private_mapping(tmp_path: Path) -> None:
     save_file(weights("a", "b"), tmp_path / "model.safetensors")
-    checkpoint = Checkpoint.open(tmp_path)
+    checkpoint = Checkpoint.open(tmp_path, mapped=True)
     whole, rows = checkpoint.read("b"), checkpoint.read("b", slice(3, 7))
     assert mapping_of(whole.data_ptr()) == f"rw-p {tmp_path / 'model.safetensors'}"
     assert rows.data_ptr() == whole.data_ptr() + 3 * 64 * 2
@@ -74,7 +77,8 @@ def test_read_is_a_view_of_a_private_mapping(tmp_path: Path) -> None:
     )
 
 
-def test_every_dtype_comes_back_bit_for_bit(tmp_path: Path) -> None:
+@both
+def test_every_dtype_comes_back_bit_for_bit(tmp_path: Path, mapped: bool) -> None:
     made = {}
     for name in (
         "bfloat16",
@@ -101,7 +105,7 @@ def test_every_dtype_comes_back_bit_for_bit(tmp_path: Path) -> None:
         "empty": torch.empty(0, 3, dtype=torch.int8),
     }
     save_file(made, tmp_path / "model.safetensors")
-    checkpoint = Checkpoint.open(tmp_path)
+    checkpoint = Checkpoint.open(tmp_path, mapped=mapped)
     theirs = load_file(tmp_path / "model.safetensors")
     for name, expected in made.items():
         found = checkpoint.read(name)
@@ -111,12 +115,13 @@ def test_every_dtype_comes_back_bit_for_bit(tmp_path: Path) -> None:
         checkpoint.release(name)
 
 
-def test_rows(tmp_path: Path) -> None:
+@both
+def test_rows(tmp_path: Path, mapped: bool) -> None:
     expected = weights("a", rows=10)["a"]
     save_file(
         {"a": expected, "none": torch.empty(0, 4), "flat": torch.empty(4, 0)}, tmp_path / "model.safetensors"
     )
-    checkpoint = Checkpoint.open(tmp_path)
+    checkpoint = Checkpoint.open(tmp_path, mapped=mapped)
     for rows in (
         slice(None),
         slice(2, 5),
@@ -146,7 +151,8 @@ def test_bad_rows_and_names(tmp_path: Path) -> None:
             use("model.wk")
 
 
-def test_misaligned_data_is_copied_and_right(tmp_path: Path) -> None:
+@both
+def test_misaligned_data_is_copied_and_right(tmp_path: Path, mapped: bool) -> None:
     values = torch.arange(6, dtype=torch.float32).view(3, 2)
     header = blob({"x": entry("U8", [1], 0, 1), "y": entry("F32", [3, 2], 1, 25)})
     pad = b" " * (-len(header) % 8)
@@ -158,18 +164,19 @@ def test_misaligned_data_is_copied_and_right(tmp_path: Path) -> None:
         + values.numpy().tobytes()
     )
     (tmp_path / "model.safetensors").write_bytes(raw)
-    checkpoint = Checkpoint.open(tmp_path)
+    checkpoint = Checkpoint.open(tmp_path, mapped=mapped)
     found = checkpoint.read("y")
     assert found.data_ptr() % 4 == 0
     assert equal(found, values)
     assert equal(checkpoint.read("y", slice(1, 3)), values[1:])
 
 
-def test_release_keeps_every_byte(tmp_path: Path) -> None:
+@both
+def test_release_keeps_every_byte(tmp_path: Path, mapped: bool) -> None:
     """Neighbours share pages; views that are alive, rows, and later reads all see the same bytes."""
     expected = weights("a", "b", "c", rows=333, columns=77)
     save_file(expected, tmp_path / "model.safetensors")
-    checkpoint = Checkpoint.open(tmp_path)
+    checkpoint = Checkpoint.open(tmp_path, mapped=mapped)
     alive = {name: checkpoint.read(name) for name in expected}
     for name in expected:
         assert equal(checkpoint.read(name), expected[name])
@@ -183,7 +190,7 @@ def test_release_keeps_every_byte(tmp_path: Path) -> None:
 def test_release_gives_the_pages_back(tmp_path: Path) -> None:
     """The resident part of the mapping, by /proc/self/smaps, falls to less than the pages at the two ends."""
     save_file({"a": torch.ones(4 << 20, dtype=torch.uint8)}, tmp_path / "model.safetensors")
-    checkpoint = Checkpoint.open(tmp_path)
+    checkpoint = Checkpoint.open(tmp_path, mapped=True)
 
     def resident() -> int:
         text = Path("/proc/self/smaps").read_text()
@@ -202,17 +209,19 @@ def test_release_gives_the_pages_back(tmp_path: Path) -> None:
     assert resident() <= 65536
 
 
-def test_writes_to_a_view_never_reach_the_file(tmp_path: Path) -> None:
+@both
+def test_writes_to_a_tensor_never_reach_the_file(tmp_path: Path, mapped: bool) -> None:
     expected = weights("a")["a"]
     save_file({"a": expected}, tmp_path / "model.safetensors")
-    Checkpoint.open(tmp_path).read("a").zero_()
+    Checkpoint.open(tmp_path, mapped=mapped).read("a").zero_()
     assert equal(Checkpoint.open(tmp_path).read("a"), expected)
 
 
-def test_close_with_views_alive(tmp_path: Path) -> None:
+@both
+def test_close_with_tensors_alive(tmp_path: Path, mapped: bool) -> None:
     expected = weights("a", "b")
     save_file(expected, tmp_path / "model.safetensors")
-    with Checkpoint.open(tmp_path) as checkpoint:
+    with Checkpoint.open(tmp_path, mapped=mapped) as checkpoint:
         alive = checkpoint.read("a")
     assert equal(alive, expected["a"])
     checkpoint.release("a")
@@ -222,10 +231,11 @@ def test_close_with_views_alive(tmp_path: Path) -> None:
         checkpoint.read("b")
 
 
-def test_file_that_changed_or_went_since_open(tmp_path: Path) -> None:
+@both
+def test_file_that_changed_or_went_since_open(tmp_path: Path, mapped: bool) -> None:
     file = tmp_path / "model.safetensors"
     save_file(weights("a"), file)
-    checkpoint = Checkpoint.open(tmp_path)
+    checkpoint = Checkpoint.open(tmp_path, mapped=mapped)
     save_file(weights("a", "b"), file)
     with raises(CheckpointError, str(file), found="changed since its header was read"):
         checkpoint.read("a")
@@ -234,19 +244,21 @@ def test_file_that_changed_or_went_since_open(tmp_path: Path) -> None:
         checkpoint.read("a")
 
 
-def test_threads_share_one_mapping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@both
+def test_threads_share_one_open_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mapped: bool) -> None:
     expected = weights(*(f"w{i}" for i in range(16)))
     save_file(expected, tmp_path / "model.safetensors")
-    checkpoint = Checkpoint.open(tmp_path)
     made: list[str] = []
     failed: list[str] = []
-    original = MappedFile.__init__
+    kind = MappedFile if mapped else StreamedFile
+    original = kind.__init__
 
-    def counted(self: MappedFile, path: str, stamp: tuple[int, int]) -> None:
+    def counted(self: object, path: str, *rest: object, **named: object) -> None:
         made.append(path)
-        original(self, path, stamp)
+        original(self, path, *rest, **named)
 
-    monkeypatch.setattr(MappedFile, "__init__", counted)
+    monkeypatch.setattr(kind, "__init__", counted)
+    checkpoint = Checkpoint.open(tmp_path, mapped=mapped)
 
     def work() -> None:
         for name, tensor in expected.items():
@@ -274,4 +286,4 @@ def test_a_file_larger_than_the_memory_can_be_mapped(tmp_path: Path) -> None:
         os.truncate(file, len(header) + size)
     except OSError as error:
         pytest.skip(f"no sparse files of 4 TiB here: {error}")
-    assert int(Checkpoint.open(tmp_path).read("huge", slice(1 << 19, (1 << 19) + 1)).sum()) == 0
+    assert int(Checkpoint.open(tmp_path, mapped=True).read("huge", slice(1 << 19, (1 << 19) + 1)).sum()) == 0

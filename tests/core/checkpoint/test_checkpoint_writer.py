@@ -32,14 +32,18 @@ SIZE = 64 * 64 * 2  # of one tensor of weights()
 def test_one_shard_and_extra_files(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     target = tmp_path / "new" / "model"
-    files = {"config.json": b'{"a": 1}', "sub/notes.txt": b"x"}
-    made = save_tensors(
-        target, stream("a", "b"), metadata={"k": "v"}, files=files, copy=[tmp_path / "tokenizer.json"]
-    )
+    files = {
+        "config.json": b'{"a": 1}',
+        "sub/notes.txt": b"x",
+        "tokenizer.json": tmp_path / "tokenizer.json",
+        "sub/again.json": tmp_path / "tokenizer.json",
+    }
+    made = save_tensors(target, stream("a", "b"), metadata={"k": "v"}, files=files)
     assert made == target
     assert only(target) == ["config.json", "model.safetensors", "sub", "tokenizer.json"]
     assert (target / "config.json").read_bytes() == b'{"a": 1}'
     assert (target / "sub" / "notes.txt").read_bytes() == b"x"
+    assert (target / "sub" / "again.json").read_bytes() == b"{}"
     with safe_open(target / "model.safetensors", "pt") as opened:
         assert opened.metadata() == {"format": "pt", "k": "v"}
     loaded = load_file(target / "model.safetensors")
@@ -189,11 +193,13 @@ BAD_OPTIONS = {
     "shard size": ({"max_shard_bytes": 0}, "max_shard_bytes=0"),
     "metadata": ({"metadata": {"k": 1}}, "metadata 'k': 1"),
     "weights": ({"files": {"model.safetensors": b""}}, "a name that the weights need"),
-    "index": ({"copy": ["model.safetensors.index.json"]}, "a name that the weights need"),
-    "absent": ({"copy": ["absent.json"]}, "no file at this path"),
+    "index": (
+        {"files": {"model.safetensors.index.json": Path("pyproject.toml")}},
+        "a name that the weights need",
+    ),
+    "absent": ({"files": {"absent.json": Path("absent.json")}}, "no file at this path"),
     "outside": ({"files": {"../config.json": b""}}, "leads out of the directory"),
     "absolute": ({"files": {"/config.json": b""}}, "leads out of the directory"),
-    "twice": ({"files": {"pyproject.toml": b""}, "copy": ["pyproject.toml"]}, "twice in files and copy"),
 }
 
 

@@ -1,7 +1,6 @@
-"""Fused kernels compiled on the machine by numba, where numba is installed: the room works without.
+"""Fused kernels, compiled on the machine by numba where it is installed. The room works without them.
 
-Importing this package imports no numba; import ``jit.quantize`` and ``jit.gemv`` only where ``available()``
-is ''.
+Importing this package imports no numba. Import its modules only where ``why_unavailable()`` is ''.
 """
 
 from __future__ import annotations
@@ -16,10 +15,8 @@ def is_installed() -> bool:
 
 
 @cache
-def available() -> str:
-    """Why the compiled kernels cannot be used: '' where they can, else the reason. Imports numba on the first
-    call.
-    """
+def why_unavailable() -> str:
+    """Why the compiled kernels cannot be used, or '' where they can. The first call imports numba."""
     if not is_installed():
         return "numba is not installed"
     try:
@@ -27,7 +24,7 @@ def available() -> str:
         import numba.extending  # noqa: F401 - imported to see whether it can be
     except (
         Exception
-    ) as error:  # numba refuses a numpy it does not know with ImportError, a broken llvmlite with OSError
+    ) as error:  # ImportError for a numpy that numba does not know, OSError for a broken llvmlite
         return f"numba cannot be imported: {error}"
     if getattr(config, "DISABLE_JIT", 0):
         return "NUMBA_DISABLE_JIT is set"

@@ -1,5 +1,4 @@
-"""The number formats that kernels are made for, as plain numbers: nothing here is a tensor, nothing depends
-on torch's defaults.
+"""The number formats that kernels are made for, as plain numbers that no default of torch can change.
 
 What is compiled into a kernel is a constant in ``ELEMENTS`` or in the source of this package, so that the key
 of the cache on disk covers it (``store.key``).
@@ -24,9 +23,9 @@ class Element(NamedTuple):
         exponent: Exponent bits, 0 where it is no float.
         mantissa: Mantissa bits.
         high: Largest value.
-        values: Of each code of a format of 4 bits or a code book, fp32; empty for others.
+        values: The value of each code, fp32, of a format of 4 bits or a code book; empty for others.
         midpoints: Between the values of a code book, ascending, fp32; empty for others.
-        codes: Of the values of a code book, ascending; of two zeros the first.
+        codes: The codes of a code book by ascending value, with one of two zeros; empty for others.
     """
 
     name: str
@@ -56,7 +55,8 @@ def _element(f: Format) -> Element:
 
 
 ELEMENTS = {name: _element(f) for name, f in FORMATS.items() if f.bits <= 8}
-NUMBERS = {name: i for i, name in enumerate(ELEMENTS)}  # formats as literals of compiled code
+# Formats as literals of compiled code.
+NUMBERS = {name: i for i, name in enumerate(ELEMENTS)}
 
 
 def element_of(number: int) -> Element:

@@ -1,8 +1,7 @@
-"""From a Python body to machine code in memory: numba writes LLVM's assembly, LLVM compiles it, and the
-linker loads it.
+"""Compiles a Python body to machine code in memory: numba writes LLVM's assembly, LLVM compiles and loads it.
 
-What is loaded holds one function and calls nothing but ``RUNTIME``. numba's wrapper, which raises Python's
-errors, is left behind: bodies raise none.
+The code holds one entry and calls nothing but ``RUNTIME``. numba's wrapper, which raises Python's errors, is
+left out: bodies raise none.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ ENTRY = "kernel"
 RUNTIME = ("memcpy", "memmove", "memset")
 
 
-def machine(triple: str = "", name: str = "", features: str = "") -> Any:
-    """LLVM's compiler, for the processor that numba compiles for by default."""
+def target_machine(triple: str = "", name: str = "", features: str = "") -> Any:
+    """LLVM's compiler for a processor; without arguments, for the one that numba compiles for."""
     if not triple:
         triple, name, features = llvm.get_process_triple(), host_target().name, host_target().listed
     make = llvm.Target.from_triple(triple).create_target_machine
@@ -29,13 +28,13 @@ def machine(triple: str = "", name: str = "", features: str = "") -> Any:
 
 
 def assembly(body: Callable[[Any], None]) -> str:
-    """LLVM's assembly of ``void kernel(int64)`` for the processor of ``target.host_target``.
+    """LLVM's assembly of a body as ``void kernel(int64)``, for the processor of ``target.host_target``.
 
     Raises:
         RuntimeError: the body would call something that is not in ``RUNTIME``.
     """
-    made = numba.cfunc("void(int64)", error_model="numpy", boundscheck=False)(body)
-    native = made.native_name.removeprefix("cfunc.")
+    compiled = numba.cfunc("void(int64)", error_model="numpy", boundscheck=False)(body)
+    native = compiled.native_name.removeprefix("cfunc.")
     entry = f"""
 define void @{ENTRY}(i64 %frame) {{
   %value = alloca ptr
@@ -44,30 +43,30 @@ define void @{ENTRY}(i64 %frame) {{
   ret void
 }}
 """
-    module = llvm.parse_assembly(made.inspect_llvm() + entry)
+    module = llvm.parse_assembly(compiled.inspect_llvm() + entry)
     for function in module.functions:
         if not function.is_declaration and function.name != ENTRY:
             function.linkage = "internal"
     passes = llvm.create_new_module_pass_manager()
     passes.add_global_dead_code_eliminate_pass()
-    passes.run(module, llvm.create_pass_builder(machine(), llvm.create_pipeline_tuning_options()))
+    passes.run(module, llvm.create_pass_builder(target_machine(), llvm.create_pipeline_tuning_options()))
     called = {f.name for f in module.functions if f.is_declaration and not f.name.startswith("llvm.")}
     if not called <= set(RUNTIME):
         raise RuntimeError(f"{body.__qualname__} calls {', '.join(sorted(called - set(RUNTIME)))}")
     return str(module)
 
 
-def compiled(text: str) -> bytes:
-    """An object file."""
-    code: bytes = machine().emit_object(llvm.parse_assembly(text))
+def compile_object(text: str) -> bytes:
+    """The object file of an assembly."""
+    code: bytes = target_machine().emit_object(llvm.parse_assembly(text))
     return code
 
 
 def load(code: bytes) -> tuple[Any, int]:
-    """What keeps the machine code of an object file in memory, and the address of its ``kernel``."""
+    """Loads an object file: returns what keeps it in memory, and the address of its ``kernel``."""
     for name in RUNTIME:
         llvm.add_symbol(name, ctypes.cast(getattr(ctypes.CDLL(None), name), ctypes.c_void_p).value)
-    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine())
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), target_machine())
     engine.set_object_cache(getbuffer_func=lambda _: code)  # in place of compiling the empty module
     engine.finalize_object()
     return engine, engine.get_function_address(ENTRY)

@@ -1,7 +1,7 @@
 """What compiled code may touch: memory that was checked, and is held for the whole call.
 
-Compiled code believes every address that it is given. Addresses are made here and nowhere else, from tensors
-whose dtype, shape, strides and device were compared with what the kernel reads.
+Compiled code trusts every address. Addresses are made here and nowhere else, from tensors whose dtype, shape,
+strides and device were compared with what the kernel reads.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Array(NamedTuple):
         address: Of the first element; 0 for fake and meta tensors, which have no memory.
         size: Bytes from there on.
         owner: What keeps the memory.
-        has_memory: False for fake and meta tensors: a kernel that is given them runs over nothing.
+        has_memory: False for fake and meta tensors, over which a kernel does nothing.
         is_tensor: False for constants, which go with either.
     """
 
@@ -43,26 +43,27 @@ class Array(NamedTuple):
             BackendError: there are fewer.
         """
         if offset < 0 or size < 0 or offset + size > self.size:
-            found = f"{self.size} bytes"
             raise BackendError(
-                f"hand bytes {offset} to {offset + size} to a compiled kernel", found, "a part of the memory"
+                f"hand bytes {offset} to {offset + size} to a compiled kernel",
+                f"{self.size} bytes",
+                "a part of the memory",
             )
         return self._replace(address=self.address + offset, size=size)
 
 
 def array(tensor: Tensor, dtype: torch.dtype, *shape: int) -> Array:
-    """A contiguous tensor of just this dtype and shape.
+    """The memory of a contiguous tensor of this dtype and shape.
 
     Raises:
-        BackendError: it is another, on another device, or of a class without memory of its own.
+        BackendError: the tensor is another, on another device, or of a class without memory of its own.
     """
     if tensor.dtype is not dtype or tensor.shape != shape or not tensor.is_contiguous():
         raise _wrong(tensor, f"contiguous {dtype} {list(shape)}")
     return _of(tensor)
 
 
-def rows(tensor: Tensor, dtype: torch.dtype, count: int, size: int) -> Array:
-    """Rows of ``size`` elements, each contiguous, ``tensor.stride(0)`` apart.
+def array_of_rows(tensor: Tensor, dtype: torch.dtype, count: int, size: int) -> Array:
+    """The memory of ``count`` rows of ``size`` elements, each contiguous, ``tensor.stride(0)`` apart.
 
     Raises:
         BackendError: as for ``array``.
@@ -73,15 +74,17 @@ def rows(tensor: Tensor, dtype: torch.dtype, count: int, size: int) -> Array:
 
 
 def constants(values: Sequence[float]) -> Array:
-    """fp32 numbers that no default dtype, default device or trace can touch: made once, kept with the module
-    that names them.
+    """fp32 numbers in memory that torch does not know.
+
+    No default dtype, default device or trace can touch them. They are made once, and kept by the module that
+    names them.
     """
     owner = (ctypes.c_float * len(values))(*values)
     return Array(ctypes.addressof(owner), ctypes.sizeof(owner), owner, is_tensor=False)
 
 
 def table(lines: Iterable[Sequence[Array | int]]) -> Array:
-    """Lines of addresses and sizes, int64 one after another, for kernels that walk over several weights."""
+    """A table of addresses and sizes, line by line, as int64: for kernels that go over several weights."""
     words = [word for line in lines for word in line]
     arrays = [w for w in words if isinstance(w, Array)]
     owner = (ctypes.c_int64 * len(words))(*(w.address if isinstance(w, Array) else w for w in words))
@@ -96,9 +99,10 @@ def has_memory(words: Iterable[Any]) -> bool:
     """
     kinds = {w.has_memory for w in words if isinstance(w, Array) and w.is_tensor}
     if len(kinds) > 1:
-        found = "some of them are fake or meta tensors, and some are real"
         raise BackendError(
-            "run a compiled kernel over tensors", found, "all of them real, or all of them fake"
+            "run a compiled kernel over tensors",
+            "some of them are fake or meta tensors, and some are real",
+            "all of them real, or all of them fake",
         )
     return kinds != {False}
 

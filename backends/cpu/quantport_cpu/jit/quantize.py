@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-import struct
 
 import torch
 from torch import Tensor
 
 from quantport.backend import Quant, Scheme, numerics
-from quantport_cpu.jit import encode, repack, rows
-from quantport_cpu.jit.frame import threads_for
-from quantport_cpu.jit.memory import array
-from quantport_cpu.jit.memory import rows as memory_rows
+from quantport_cpu.jit import encode, quantize_rows, repack
+from quantport_cpu.jit.memory import array, array_of_rows
+from quantport_cpu.jit.parallel_for import threads_for
 
-# By format: the kind of the kernel, the scales that it writes, and the words that hold its codes.
+# By format: the kind of the kernel, the dtype of the scales that it writes, and that of the codes.
 _KINDS = {
     "e4m3fn": (encode.FP8, torch.float32, torch.float8_e4m3fn),
     "int8": (encode.INT8, torch.float32, torch.int8),
@@ -43,8 +41,8 @@ def quantize_weight(weight: Tensor, scheme: Scheme) -> dict[str, Tensor] | None:
         or quant.group_size % 8
         or quant.scale_dtype is not _KINDS[quant.format][1]
     ):
-        return rows.quantize(weight, scheme)
-    stored = rows.empty(weight, scheme)
+        return quantize_rows.quantize(weight, scheme)
+    stored = quantize_rows.empty_stored(weight, scheme)
     codes, scale = stored.values()
     _run(weight, quant, codes, scale, 1)
     return stored
@@ -70,14 +68,14 @@ def pack_int4(words: Tensor, block: int, n_pad: int, k_pad: int, threads: int = 
     blocks, width = n_pad // block, min(4 * size, k_pad // 2)
     repack.kernel(
         blocks,
-        memory_rows(words, torch.int32, n, size),
+        array_of_rows(words, torch.int32, n, size),
         4 * words.stride(0),
         n,
         width,
         array(out, torch.uint8, n_pad, k_pad // 2),
         k_pad,
         block // 2,
-        rows.scratch(words, 1024 * blocks),
+        quantize_rows.scratch_bytes(words, 1024 * blocks),
         threads=threads,
     )
     return out
@@ -113,26 +111,25 @@ def _served(x: Tensor) -> bool:
 
 def _run(x: Tensor, quant: Quant, codes: Tensor, scale: Tensor, threads: int) -> None:
     n, k = x.shape
-    rows_, cols = quant.block_shape[0] or n, quant.group_size or k
-    panels, blocks = math.ceil(n / rows_), math.ceil(k / cols)
+    rows, cols = quant.block_shape[0] or n, quant.group_size or k
+    panels, blocks = math.ceil(n / rows), math.ceil(k / cols)
     kind, scale_dtype, code_dtype = _KINDS[quant.format]
     width = math.ceil(k / 8) if quant.format == "int4" else k
     size = 12 * blocks  # bytes of scratch of one thread at a time
-    half_range = int.from_bytes(struct.pack("<f", quant.element.half_range), "little")
     encode.kernel(
         panels,
-        memory_rows(x, torch.bfloat16, n, k),
+        array_of_rows(x, torch.bfloat16, n, k),
         2 * x.stride(0),
         n,
         k,
-        rows_,
+        rows,
         cols,
         array(codes, code_dtype, n, width),
         width * code_dtype.itemsize,
         array(scale, scale_dtype, panels, blocks),
-        rows.scratch(x, (panels if threads > 1 else 1) * size),
+        quantize_rows.scratch_bytes(x, (panels if threads > 1 else 1) * size),
         size if threads > 1 else 0,
         kind,
-        half_range,
+        quantize_rows.fp32_bits(quant.element.half_range),
         threads=threads,
     )

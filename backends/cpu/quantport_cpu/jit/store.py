@@ -1,4 +1,4 @@
-"""Machine code of kernels on disk, so that each is compiled once per machine and not once per process.
+"""Stores the machine code of kernels on disk, so that each is compiled once per machine, not per process.
 
 The key of an entry covers all that its code was made from: every source file of this package, the constants
 that come from elsewhere (``ELEMENTS``), the numbers that the kernel captures, the versions of the compilers,
@@ -24,7 +24,7 @@ from quantport_cpu.jit.elements import ELEMENTS
 from quantport_cpu.jit.target import Target
 
 _MAGIC = b"quantport machine code 1\n"
-_KEPT = 8  # entries of one kernel, for other processors or older sources; the oldest goes first
+_MAX_ENTRIES = 8  # entries of one kernel, for other processors or older sources; the oldest goes first
 
 
 def folder() -> Path:
@@ -33,9 +33,9 @@ def folder() -> Path:
     Raises:
         OSError: this user has no home.
     """
-    chosen = os.environ.get("QUANTPORT_CACHE_DIR")
-    if chosen:
-        return Path(chosen)
+    configured = os.environ.get("QUANTPORT_CACHE_DIR")
+    if configured:
+        return Path(configured)
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quantport"
     except RuntimeError as error:
@@ -55,9 +55,7 @@ def captured(body: Callable[..., Any]) -> tuple[Any, ...]:
 
 
 def sources(package: Path) -> str:
-    """A digest of every source file of a package, and of the constants that come from elsewhere; '' where
-    there are no sources.
-    """
+    """A digest of every source file of a package and of ``ELEMENTS``; '' for a package without sources."""
     files = sorted(package.glob("*.py"))
     digest = hashlib.sha256(repr(sorted(ELEMENTS.items())).encode())
     for path in files:
@@ -67,7 +65,7 @@ def sources(package: Path) -> str:
 
 
 _PACKAGE = Path(__file__).parent
-_IMPORTED = sources(_PACKAGE)
+_IMPORTED = sources(_PACKAGE)  # as they were when this process imported them
 
 
 def key(body: Callable[..., Any], target: Target) -> str:
@@ -89,41 +87,42 @@ def key(body: Callable[..., Any], target: Target) -> str:
     return f"{kernel}-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:40]}"
 
 
-def is_known() -> bool:
-    """Whether what was imported is what lies there: sources were not edited since, and there are some."""
+def are_sources_unchanged() -> bool:
+    """Whether there are sources, and they are those that this process imported."""
     return bool(_IMPORTED) and sources(_PACKAGE) == _IMPORTED
 
 
 def read(name: str) -> bytes | None:
-    """The object file of an entry, or None where there is none that is whole."""
-    if not is_known():
+    """The object file of an entry; None where it is absent or damaged."""
+    if not are_sources_unchanged():
         return None
     try:
         content = (folder() / name).read_bytes()
     except OSError:
         return None
     start = len(_MAGIC) + 32
-    whole = content[:start] == _MAGIC + hashlib.sha256(content[start:]).digest()
-    return content[start:] if whole else None
+    is_whole = content[:start] == _MAGIC + hashlib.sha256(content[start:]).digest()
+    return content[start:] if is_whole else None
 
 
 def write(name: str, code: bytes) -> None:
-    """Adds an entry, whole or not at all; nothing where the folder cannot be written, or sources were edited
-    since their import.
+    """Adds an entry, whole or not at all.
+
+    It does nothing where the folder cannot be written, or sources were edited since their import.
     """
-    if not is_known():
+    if not are_sources_unchanged():
         return
     with contextlib.suppress(OSError):
-        place = folder()
-        place.mkdir(parents=True, exist_ok=True, mode=0o700)
-        handle, fresh = tempfile.mkstemp(dir=place, prefix=".")
+        entries = folder()
+        entries.mkdir(parents=True, exist_ok=True, mode=0o700)
+        handle, temporary = tempfile.mkstemp(dir=entries, prefix=".")
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(_MAGIC + hashlib.sha256(code).digest() + code)
-            os.replace(fresh, place / name)
+            os.replace(temporary, entries / name)
         except BaseException:
-            os.unlink(fresh)
+            os.unlink(temporary)
             raise
-        others = sorted(place.glob(f"{name.rpartition('-')[0]}-*"), key=lambda path: path.stat().st_mtime)
-        for path in others[:-_KEPT]:
+        same_kernel = entries.glob(f"{name.rpartition('-')[0]}-*")
+        for path in sorted(same_kernel, key=lambda path: path.stat().st_mtime)[:-_MAX_ENTRIES]:
             path.unlink(missing_ok=True)

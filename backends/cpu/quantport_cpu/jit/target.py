@@ -1,8 +1,8 @@
-"""The processor that kernels are compiled for: numba's, which ``NUMBA_CPU_NAME`` and ``NUMBA_CPU_FEATURES``
-restrict.
+"""The processor that kernels are compiled for: the one that numba compiles for.
 
-Code is chosen by instruction sets, never by the name of a processor, and only by those that are listed: an
-empty ``NUMBA_CPU_FEATURES`` promises nothing, whatever the processor of that name has.
+``NUMBA_CPU_NAME`` and ``NUMBA_CPU_FEATURES`` restrict it. Code is chosen by instruction sets, never by the
+name of a processor, and only by those that are listed: an empty ``NUMBA_CPU_FEATURES`` promises nothing,
+whatever the processor of that name has.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ class Target(NamedTuple):
 
     @property
     def dot_bits(self) -> int:
-        """Width of the vectors of which one instruction adds four products u8 x s8 to each int32: 512, 256,
-        or 0 without VNNI.
+        """Bits of the vectors of the instruction that adds four products u8 x s8 to each int32.
+
+        512, 256, or 0 without VNNI.
         """
         if self.has(*AVX512, "avx512vnni"):
             return 512
@@ -53,19 +54,17 @@ class Target(NamedTuple):
 
     @property
     def pair_bits(self) -> int:
-        """Width of the vectors of which one instruction adds two products of int16 to each int32: 512, 256,
-        or 0.
-        """
+        """Bits of the vectors of the instruction that adds two products of int16: 512, 256 or 0."""
         return 512 if self.has(*AVX512) else 256 if self.has("avx2") else 0
 
     @property
     def lookup_bits(self) -> int:
-        """Width of the vectors of fp32 that one instruction permutes by indices: 512, 256, or 0."""
+        """Bits of the fp32 vectors that one instruction permutes by indices: 512, 256 or 0."""
         return self.pair_bits
 
     @property
     def missing(self) -> str:
-        """What kernels need and it lacks: '' where they run."""
+        """Which instruction sets kernels need and it lacks, as a sentence; '' where they run."""
         lacking = [f.upper() for f in AVX2 if self.is_x86 and not self.has(f)]
         return (
             f"the compiled kernels need AVX2, FMA and F16C: {self.name} has no {', '.join(lacking)}"
@@ -76,8 +75,8 @@ class Target(NamedTuple):
 
 @cache
 def host_target() -> Target:
-    """What numba compiles for in this process."""
+    """The processor that numba compiles for in this process."""
     config: Any = numba.core.config
-    chosen = config.CPU_FEATURES
-    listed = str(numba.core.codegen.get_host_cpu_features() if chosen is None else chosen)
+    restricted = config.CPU_FEATURES
+    listed = str(numba.core.codegen.get_host_cpu_features() if restricted is None else restricted)
     return Target(config.CPU_NAME or llvm.get_host_cpu_name(), listed, platform.machine().lower() in X86)

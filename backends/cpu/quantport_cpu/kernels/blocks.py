@@ -1,5 +1,4 @@
-"""Small floats and code books with block scales, and 16-bit activations: MX, NVFP4, dual scale, NF4, FP4,
-FP6.
+"""Small floats and code books with block scales: MX, NVFP4, dual scale, NF4, FP4 and FP6, weight-only.
 
 Weights stay as they are stored. Few rows of activations are multiplied in one pass over the codes; for many,
 panels of rows that stay in cache are decoded to fp32.
@@ -13,18 +12,18 @@ import torch
 from torch import Tensor
 
 from quantport.backend import Device, Packed, Reason, Request, Scheme, WeightSpec, numerics
-from quantport_cpu.jit import available
-from quantport_cpu.kernels.base import CpuKernel, by_panels
+from quantport_cpu.jit import why_unavailable
+from quantport_cpu.kernels.base import CpuKernel, multiply_by_panels
 
 _FORMATS = ("e2m1", "e2m3", "e3m2", "e4m3fn", "nf4", "fp4")
-_OUTER = 512  # columns that share a scale of the second level
-_FEW = 32  # up to this many rows, multiplying codes beats decoding panels
+_OUTER = 512  # columns that share an outer scale
+_SMALL_BATCH = 32  # up to this many rows, multiplying codes beats decoding panels
 
 
-def _reason(device: Device) -> str:
-    """Why the compiled kernel does not run on a device: '' where it does."""
+def _why_unavailable_on(device: Device) -> str:
+    """Why the compiled kernel does not run on a device, or '' where it does."""
     if not device.simulated:
-        return available()
+        return why_unavailable()
     return "the compiled kernels need AVX2, or 64-bit Arm" if device.arch.name == "generic" else ""
 
 
@@ -52,23 +51,27 @@ class CpuBlocks(CpuKernel):
         )
 
     def reasons_against(self, request: Request) -> Sequence[Reason]:
-        reasons = [Reason(reason)] if (reason := _reason(request.device)) else []
+        reasons = [Reason(reason)] if (reason := _why_unavailable_on(request.device)) else []
         if request.weight.k % 32:
             reasons.append(Reason(f"it takes K in multiples of 32, not {request.weight.k}"))
         return reasons
 
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
-        from quantport_cpu.jit import gemv
+        from quantport_cpu.jit import small_batch
 
         quant, rows = spec.scheme.weight, x.shape[0]
         outer = packed[2] if quant.outer_block and quant.scale == "e8m0" else None
         scale = numerics.dequantize_scales(self.unpack(packed, spec)) if quant.scale_quant else packed[1]
-        weight = gemv.Blocks(quant.format, quant.scale, quant.group_size, packed[0], scale, outer, spec.k)
-        if rows <= _FEW:
-            y = gemv.blocks(x, weight) if rows else x.new_zeros(0, spec.n, dtype=torch.float32)
+        weight = small_batch.Blocks(
+            quant.format, quant.scale, quant.group_size, packed[0], scale, outer, spec.k
+        )
+        if rows <= _SMALL_BATCH:
+            y = small_batch.blocks(x, weight) if rows else x.new_zeros(0, spec.n, dtype=torch.float32)
         else:
-            y = by_panels(x.float(), spec.n, lambda r, panel: gemv.decode(weight.rows(r, len(panel)), panel))
-        if (unit := gemv.unit(weight)) != 1:
+            y = multiply_by_panels(
+                x.float(), spec.n, lambda r, panel: small_batch.decode(weight.rows(r, len(panel)), panel)
+            )
+        if (unit := small_batch.unit(weight)) != 1:
             y.mul_(unit)
         if quant.outer_block == (0, 0):
             y.div_(packed[2])

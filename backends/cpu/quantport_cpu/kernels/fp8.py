@@ -1,4 +1,4 @@
-"""e4m3fn weights with 16-bit activations: the exact bit trick, in row blocks that stay in cache.
+"""e4m3fn weights with 16-bit activations, decoded by bit operations in row blocks that stay in cache.
 
 ``((int16)byte << 7) & 0xBFFF`` read as fp16 is the e4m3fn value / 256, exactly, subnormals included: the
 exponent moves from bias 7 to bias 15. ATen's own conversion is scalar, and its fp8 matmul a reference loop.
@@ -12,16 +12,27 @@ import torch
 from torch import Tensor
 
 from quantport.backend import Packed, Reason, Request, Scheme, WeightSpec
-from quantport_cpu.jit import available
-from quantport_cpu.kernels.base import COMPILED, TINY, CpuGrouped, Few, by_few, by_group, jobs_of, some
+from quantport_cpu.jit import why_unavailable
+from quantport_cpu.kernels.base import (
+    COMPILED_MAX_ROWS,
+    TINY,
+    CpuGrouped,
+    RowRange,
+    jobs_and_weights,
+    scales_by_row,
+    select_weights,
+    split_rows,
+)
 from quantport_cpu.kernels.scratch import scratch
 
-_ROWS = 256
-_FEW = 4  # up to this many rows, and without it, fp16 matrix-vector products beat an fp32 matmul
+_BLOCK_ROWS = 256
+_SMALL_BATCH = (
+    4  # up to this many rows, without compiled code, fp16 matrix-vector products beat an fp32 matmul
+)
 
 
 def _halves(codes: Tensor) -> Tensor:
-    """int8 view of e4m3fn ``[R, K]`` to fp16 ``[R, K]`` in scratch, value / 256."""
+    """fp16 ``[R, K]`` in scratch of the values / 256, from an int8 view of e4m3fn."""
     out = scratch(codes, torch.int16, *codes.shape)
     return out.copy_(codes).mul_(128).bitwise_and_(~0x4000).view(torch.float16)
 
@@ -43,55 +54,61 @@ class CpuFp8WeightOnly(CpuGrouped):
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
         codes, scale = packed
         blocks, rows = spec.scheme.weight.group_size, x.shape[0]
-        if 0 < rows <= COMPILED and not available():
-            from quantport_cpu.jit import gemv
+        if 0 < rows <= COMPILED_MAX_ROWS and not why_unavailable():
+            from quantport_cpu.jit import small_batch
 
-            y = by_few(x, lambda part: gemv.fp8(part, codes, scale if blocks else None))
-        elif not blocks and rows <= _FEW:
-            y = self._few(x.float(), codes.view(torch.int8))
+            y = split_rows(x, lambda part: small_batch.fp8(part, codes, scale if blocks else None))
+        elif not blocks and rows <= _SMALL_BATCH:
+            y = self._small_batch(x.float(), codes.view(torch.int8))
         else:
-            y = self._many(x.float(), codes.view(torch.int8), scale, blocks)
+            y = self._large_batch(x.float(), codes.view(torch.int8), scale, blocks)
         if not blocks:
             y.mul_(scale.view(-1))
         return (y if bias is None else y.add_(bias)).to(x.dtype)
 
-    def limit(self, spec: WeightSpec) -> int:
-        return 0 if available() else COMPILED
+    def small_group_rows(self, spec: WeightSpec) -> int:
+        return 0 if why_unavailable() else COMPILED_MAX_ROWS
 
-    def few(self, x: Tensor, groups: Sequence[Few], stack: Packed, spec: WeightSpec, shared: int) -> Tensor:
-        from quantport_cpu.jit import grouped
+    def run_small_groups(
+        self, x: Tensor, groups: Sequence[RowRange], stack: Packed, spec: WeightSpec, shared: int
+    ) -> Tensor:
+        from quantport_cpu.jit import grouped_small_batch
 
-        jobs, used = jobs_of(groups, shared, spec.n)
+        jobs, weights = jobs_and_weights(groups, shared, spec.n)
         blocks = spec.scheme.weight.group_size
-        codes, scales = some(stack[0], used), some(stack[1], used) if blocks else None
-        y = grouped.fp8(x, [grouped.Job(*j) for j in jobs], codes, scales, shared * spec.n)
-        return y if blocks else y.mul_(by_group(stack[1], used, groups, spec.n))
+        codes, scales = (
+            select_weights(stack[0], weights),
+            select_weights(stack[1], weights) if blocks else None,
+        )
+        y = grouped_small_batch.fp8(x, jobs, codes, scales, shared * spec.n)
+        return y if blocks else y.mul_(scales_by_row(stack[1], weights, groups, spec.n))
 
-    def _few(self, x: Tensor, codes: Tensor) -> Tensor:
-        """Rows scaled into fp16 by a power of two, which is exact for all but the tiniest elements of
-        a row.
+    def _small_batch(self, x: Tensor, codes: Tensor) -> Tensor:
+        """Matrix-vector products of rows that are scaled into fp16 by a power of two.
+
+        That is exact for all but the tiniest elements of a row.
         """
         n = codes.shape[0]
         out = torch.empty(x.shape[0], n, dtype=torch.float32, device=x.device)
         exponent = torch.frexp(x.abs().amax(-1, keepdim=True).clamp_min_(TINY))[1].float()
         half = torch.ldexp(x, -exponent).half()
-        for r in range(0, n, _ROWS):
-            weight = _halves(codes[r : r + _ROWS])
+        for r in range(0, n, _BLOCK_ROWS):
+            weight = _halves(codes[r : r + _BLOCK_ROWS])
             for m in range(x.shape[0]):
-                out[m, r : r + _ROWS] = torch.mv(weight, half[m])
+                out[m, r : r + _BLOCK_ROWS] = torch.mv(weight, half[m])
         return torch.ldexp(out, exponent + 8)
 
-    def _many(self, x: Tensor, codes: Tensor, scale: Tensor, blocks: int) -> Tensor:
-        """Row blocks as fp32, with the scales of 128x128 blocks multiplied in, and one matmul for each."""
+    def _large_batch(self, x: Tensor, codes: Tensor, scale: Tensor, blocks: int) -> Tensor:
+        """A matmul for each row block of the weight as fp32, times the scales of 128x128 blocks."""
         n, k = codes.shape
         out = torch.empty(x.shape[0], n, dtype=torch.float32, device=x.device)
-        for r in range(0, n, _ROWS):
-            half = _halves(codes[r : r + _ROWS])
+        for r in range(0, n, _BLOCK_ROWS):
+            half = _halves(codes[r : r + _BLOCK_ROWS])
             weight = scratch(codes, torch.float32, *half.shape).copy_(half)
             if blocks:
                 rows = scale[r // blocks : (r + half.shape[0] + blocks - 1) // blocks]
                 wide = rows.repeat_interleave(blocks, 1)[:, :k]
                 for i, row in enumerate(wide):
                     weight[i * blocks : (i + 1) * blocks].mul_(row)
-            out[:, r : r + _ROWS] = torch.mm(x, weight.t())
+            out[:, r : r + _BLOCK_ROWS] = torch.mm(x, weight.t())
         return out.mul_(256)

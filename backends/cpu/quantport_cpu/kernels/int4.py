@@ -1,6 +1,4 @@
-"""int4 groups with 16-bit activations through ATen's packed CPU kernel; another route where there are many
-rows.
-"""
+"""int4 groups in ATen's packed layout: compiled code for few rows of activations, ATen's for many."""
 
 from __future__ import annotations
 
@@ -22,16 +20,23 @@ from quantport.backend import (
     WeightSpec,
     aten,
 )
-from quantport_cpu.jit import available
-from quantport_cpu.kernels.base import COMPILED, CpuGrouped, Few, by_few, has_fast_dots, jobs_of, some
-from quantport_cpu.kernels.int8 import PER_TOKEN, per_token
+from quantport_cpu.jit import why_unavailable
+from quantport_cpu.kernels.base import (
+    COMPILED_MAX_ROWS,
+    CpuGrouped,
+    RowRange,
+    has_fast_dots,
+    jobs_and_weights,
+    select_weights,
+    split_rows,
+)
+from quantport_cpu.kernels.int8 import PER_TOKEN, quantize_per_token
 
 _GROUPS = (32, 64, 128, 256)  # columns that share a scale, as ATen's kernel takes them
 
 
 def block_rows() -> int:
-    """Output channels that ATen interleaves in one block: 64 with AVX-512, 32 with AVX2, 0 where the layout
-    is unknown.
+    """Output channels that ATen interleaves in one block; 0 where the layout is unknown.
 
     Source: pytorch ``aten/src/ATen/native/cpu/int4mm_kernel.cpp``, ``weight_to_int4pack_kernel``.
     """
@@ -39,7 +44,7 @@ def block_rows() -> int:
 
 
 def _block_of(device: Device) -> int:
-    """``block_rows`` of this machine, or of an architecture that is only asked about."""
+    """``block_rows`` of this machine, or of a simulated device."""
     if not device.simulated:
         return block_rows()
     name = device.arch.name
@@ -47,7 +52,7 @@ def _block_of(device: Device) -> int:
 
 
 def _layout_reasons(device: Device) -> list[Reason]:
-    """Why weights cannot be packed for a device."""
+    """Reasons why weights cannot be packed for a device."""
     reasons = []
     if not hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
         reasons.append(Reason("this torch has no _weight_int4pack_mm_for_cpu"))
@@ -62,8 +67,7 @@ def _padded(spec: WeightSpec) -> tuple[int, int]:
 
 
 def pack_nibbles(nibbles: Tensor, block: int) -> Tensor:
-    """Rearranges codes into the layout of ``_convert_weight_to_int4pack_for_cpu``, byte for byte, without its
-    int32 input.
+    """Packs codes byte for byte as ``_convert_weight_to_int4pack_for_cpu`` does, without its int32 input.
 
     Args:
         nibbles: uint8 ``[n, k/2]``, code + 8, low nibble first; n a multiple of ``block``.
@@ -131,7 +135,7 @@ class CpuInt4(CpuGrouped):
         pairs[:, : spec.n, 0] = stored_weight["weight_scale"].t()
         if spec.scheme.weight.zero_point:
             pairs[:, : spec.n, 1] = stored_weight["weight_zero"].t()
-        if not available():
+        if not why_unavailable():
             from quantport_cpu.jit.quantize import pack_int4
 
             return pack_int4(stored_weight["weight_packed"], block_rows(), n, k), pairs
@@ -159,24 +163,25 @@ class CpuInt4(CpuGrouped):
             {"weight_zero": zero} if spec.scheme.weight.zero_point else {}
         )
 
-    def limit(self, spec: WeightSpec) -> int:
+    def small_group_rows(self, spec: WeightSpec) -> int:
         fits = (
             spec.scheme.weight.group_size % 64 == 0
             and not spec.scheme.weight.zero_point
             and block_rows() == 64
         )
-        return COMPILED if fits and has_fast_dots() else 0
+        return COMPILED_MAX_ROWS if fits and has_fast_dots() else 0
 
-    def few(self, x: Tensor, groups: Sequence[Few], stack: Packed, spec: WeightSpec, shared: int) -> Tensor:
-        from quantport_cpu.jit import grouped
+    def run_small_groups(
+        self, x: Tensor, groups: Sequence[RowRange], stack: Packed, spec: WeightSpec, shared: int
+    ) -> Tensor:
+        from quantport_cpu.jit import grouped_small_batch
 
         n, k = _padded(spec)
         x = x if k == spec.k else torch.nn.functional.pad(x, (0, k - spec.k))
-        jobs, used = jobs_of(groups, shared, n)
-        nibbles, pairs = some(stack[0], used), some(stack[1], used)
-        y = grouped.int4(
-            x, [grouped.Job(*j) for j in jobs], nibbles, pairs, spec.scheme.weight.group_size, shared * n
-        )
+        jobs, weights = jobs_and_weights(groups, shared, n)
+        nibbles, pairs = select_weights(stack[0], weights), select_weights(stack[1], weights)
+        group_size = spec.scheme.weight.group_size
+        y = grouped_small_batch.int4(x, jobs, nibbles, pairs, group_size, shared * n)
         return y if n == spec.n else y.view(-1, shared, n)[..., : spec.n].reshape(-1, shared * spec.n)
 
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
@@ -189,19 +194,17 @@ class CpuInt4(CpuGrouped):
         if k != spec.k:
             x = torch.nn.functional.pad(x, (0, k - spec.k))
         group = spec.scheme.weight.group_size
-        if 0 < x.shape[0] <= COMPILED and group % 64 == 0 and block_rows() == 64 and has_fast_dots():
-            from quantport_cpu.jit import gemv
+        if 0 < x.shape[0] <= COMPILED_MAX_ROWS and group % 64 == 0 and block_rows() == 64 and has_fast_dots():
+            from quantport_cpu.jit import small_batch
 
-            y = by_few(x, lambda part: gemv.int4(part, packed[0], packed[1], group))
+            y = split_rows(x, lambda part: small_batch.int4(part, packed[0], packed[1], group))
         else:
             y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed[0], group, packed[1])
         return y if n == spec.n else y[:, : spec.n].contiguous()
 
 
 class CpuInt4Int8(CpuInt4):
-    """W4A8: activations per token in int8, whose values bf16 holds exactly, times int4 groups; scales in
-    fp32.
-    """
+    """W4A8: int8 activations per token, which bf16 holds exactly, times int4 groups; scales in fp32."""
 
     name = "cpu.int4_int8"
     quantizes_activations = True
@@ -212,10 +215,10 @@ class CpuInt4Int8(CpuInt4):
     def reasons_against(self, request: Request) -> Sequence[Reason]:
         return [*aten.native_reason(request, "int8"), *_layout_reasons(request.device)]
 
-    def limit(self, spec: WeightSpec) -> int:
+    def small_group_rows(self, spec: WeightSpec) -> int:
         return 0  # the launch for groups of few rows takes 16-bit activations
 
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
-        q, token = per_token(x)
+        q, token = quantize_per_token(x)
         y = self._product(q.bfloat16(), packed, spec).float().mul_(token)
         return (y if bias is None else y.add_(bias)).to(x.dtype)

@@ -16,32 +16,31 @@ from quantport_triton.kernels.weight_only import TritonWeightOnly
 
 
 def _triton(kernel: type[Kernel]) -> Callable[[], Kernel]:
-    """A Triton kernel under the name that it has in this room."""
-    made: Callable[[str], Kernel] = measured(kernel)
-    return lambda: made("cuda")
+    """A Triton kernel with the name of this room."""
+    make: Callable[[str], Kernel] = measured(kernel)
+    return lambda: make("cuda")
 
 
-# Among kernels that run a request equally natively, the fastest one measured wins, and where nothing is
-# measured the first here.
-# Which architectures, shapes and builds a kernel takes is its own to say: each line only says why it stands
-# before the next.
+# Among kernels that run a request equally natively, the fastest measured one wins, or the first one here
+# where nothing is measured. Each kernel says itself which architectures, shapes and builds it takes; the
+# comments say only why it comes before the next one.
 ORDER: tuple[Callable[[], Kernel], ...] = (
     measured(CudaScaledMM),  # fp8 by row: cuBLASLt or CUTLASS, which NVIDIA tunes for each architecture
     measured(CudaScaledBlocks),  # fp8 in blocks: cuBLASLt takes sm_90 alone
     measured(CudaScaledMX),  # mxfp8, and mxfp4 in some builds: cuBLASLt, as above
     measured(CudaScaledNV),
-    # fp8 by row in fp16, in sizes that are no multiples of 16, and in builds that have no code for the GPU
+    # fp8 by row in fp16, for sizes that are not multiples of 16, and in builds without code for the GPU
     _triton(TritonFp8),
     _triton(TritonFp8Block),  # fp8 in blocks everywhere else
     _triton(TritonMx),  # mxfp4, and mxfp4 weights with mxfp8 activations, which cuBLASLt does not multiply
     _triton(TritonNvfp4),
     _triton(CudaTritonInt8),  # int8: scales in the same launch
     _triton(CudaTritonInt4Int8),
-    # padded up to 32 rows, and the scales in passes of their own; for what Triton does not compile
+    # int8 where Triton does not compile: a few rows are padded, and the scales are passes of their own
     measured(CudaIntMM),
-    # 16-bit activations: reads the stored layout, with every number of rows and both 16-bit types
+    # 16-bit activations, in both types and with any number of rows, from the stored layout
     _triton(TritonWeightOnly),
-    # one launch for all numbers of rows: decodes the weight once for every 16 of them
+    # one launch, which decodes the weight once for every 16 rows
     measured(CudaInt4Pack),
 )
 

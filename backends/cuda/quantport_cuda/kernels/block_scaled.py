@@ -1,7 +1,7 @@
 """MXFP8, MXFP4 and NVFP4 through the block-scaled tensor cores of Blackwell, by ``torch._scaled_mm``.
 
-Scales of weights are kept in the order that cuBLASLt reads, those of activations are written so. torch does
-not ask on which architecture it runs here: older ones fail inside cuBLASLt, so this room asks
+The scales of weights and activations are in the order that cuBLASLt reads. torch does not check the
+architecture, and older ones fail inside cuBLASLt, so this room checks it
 (``torch/testing/_internal/common_cuda.py``: compute capability 10.0 and later).
 """
 
@@ -38,7 +38,7 @@ _DTYPES = {"e4m3fn": torch.float8_e4m3fn, "e8m0": torch.float8_e8m0fnu, "e2m1": 
 
 
 class _BlockScaled(Kernel):
-    """One block format on both sides, from sm_100 on; N a multiple of 16, K of 32."""
+    """Weights and activations in one block format, from sm_100 on; N a multiple of 16, K of 32."""
 
     tolerance = 2.0**-6
     quantizes_activations = True
@@ -87,7 +87,7 @@ class _BlockScaled(Kernel):
 
 
 def _operands(x: Quantized, packed: Packed, spec: WeightSpec) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Both operands and their scales in the dtypes that torch tells formats by."""
+    """Both operands and their scales, in the dtypes by which torch tells formats apart."""
     quant = spec.scheme.weight
     codes, scale = _DTYPES[quant.format], _DTYPES[quant.scale]
     return x.codes.view(codes), packed[0].view(codes).t(), x.scale.view(scale), packed[1].view(scale)
@@ -107,7 +107,7 @@ class CudaScaledMX(_BlockScaled):
         return activation.unit == weight.unit and weight.scale == "e8m0"
 
     def reasons_against(self, request: Request) -> Sequence[Reason]:
-        """Adds what torch asks for MXFP4."""
+        """Adds what torch needs for MXFP4."""
         reasons, arch = list(super().reasons_against(request)), request.device.arch
         if "mxfp4" in arch.native and request.weight.scheme.weight.format == "e2m1":
             if arch.name not in ("sm_100", "sm_103"):
@@ -135,10 +135,8 @@ class CudaScaledMX(_BlockScaled):
 
 
 class CudaScaledNV(_BlockScaled):
-    """NVFP4. torch takes one outer factor for each operand, and ours has one for each token: they are divided
-    out afterwards.
-
-    Without them sums reach 1e12, which bf16 holds.
+    """NVFP4. torch takes one outer factor for each operand, and here each token has one, so the output is
+    divided by the factors afterwards. Sums without them reach 1e12, which bf16 holds.
     """
 
     name = "cuda._scaled_mm_nvfp4"
@@ -152,7 +150,8 @@ class CudaScaledNV(_BlockScaled):
         )
 
     def multiply(self, x: Quantized, packed: Packed, spec: WeightSpec) -> Tensor:
-        assert x.outer is not None  # the scheme has it
+        assert x.outer is not None
         a, b, token, scale = _operands(x, packed, spec)
         y = torch._scaled_mm(a, b, scale_a=token, scale_b=scale, out_dtype=torch.bfloat16)
-        return y.mul_(x.outer.reciprocal().div_(packed[2]))  # one after the other: their product may overflow
+        # One factor after the other, since their product may overflow.
+        return y.mul_(x.outer.reciprocal().div_(packed[2]))

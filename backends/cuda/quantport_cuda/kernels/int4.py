@@ -24,12 +24,12 @@ from quantport.backend import (
 
 _SOURCE = "PyTorch aten/src/ATen/native/cuda/int4mm.cu at 05f814fecfca (compute capability 8.0 and later)"
 _GROUPS = (32, 64, 128, 256)
-_LONGEST = 2**31 - 1  # of elements: the kernel's indices are int32
+_MAX_ELEMENTS = 2**31 - 1  # the kernel's indices are int32
 
 
 def _tiles(k: int) -> int:
-    """Tiles of 16 columns whose codes lie together, as many as the kernel takes: it then loads 16 bytes at a
-    time.
+    """Number of tiles of 16 columns whose codes lie together: the most that the kernel takes, so that it
+    loads up to 16 bytes at once.
     """
     return next(tiles for tiles in (8, 4, 2) if k % (16 * tiles) == 0)
 
@@ -41,9 +41,9 @@ def pack_tiles(codes: Tensor) -> Tensor:
         codes: uint8 ``[n, k]``, 0 to 15; n a multiple of 8, k of 32.
 
     Returns:
-        int32 ``[n / 8, k / (16 tiles), 32, tiles / 2]``: a word holds, for row ``lane / 4`` of 8, the columns
-        ``8 i + 2 (lane % 4) + p`` of 32 in nibble ``4 p + i``: the operand of ``mma.m16n8k16``, in the order
-        in which it is converted to bf16.
+        int32 ``[n / 8, k / (16 tiles), 32, tiles / 2]``, the operand of ``mma.m16n8k16`` in the order in
+        which it is converted to bf16: a word of ``lane`` holds row ``lane / 4`` of 8, and its nibble ``4 p +
+        i`` column ``8 i + 2 (lane % 4) + p`` of 32.
     """
     n, k = codes.shape
     tiles = _tiles(k)
@@ -132,10 +132,10 @@ class CudaInt4Pack(Kernel):
         return out | ({"weight_zero": zero.t().contiguous()} if spec.scheme.weight.zero_point else {})
 
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
-        most, group = _LONGEST // max(spec.n, spec.k), spec.scheme.weight.group_size
+        max_rows, group = _MAX_ELEMENTS // max(spec.n, spec.k), spec.scheme.weight.group_size
         parts = [
             torch.ops.aten._weight_int4pack_mm(part, packed[0], group, packed[1])
-            for part in x.split(most)
+            for part in x.split(max_rows)
             if len(part)
         ]
         if not parts:  # a launch of no programs is an error

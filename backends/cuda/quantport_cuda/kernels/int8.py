@@ -1,4 +1,4 @@
-"""INT8 products: through ``torch._int_mm``, and Triton's with what this room knows about them."""
+"""INT8 products: ``torch._int_mm``, and Triton's kernels with what this room knows of them."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class _Int8(Kernel):
     """Multiplies int8 by int8."""
 
     def slow(self, request: Request) -> str:
-        """On sm_103, why int8 is slower than bf16 there."""
+        """Why int8 is slower than bf16 on sm_103."""
         return _SLOW if request.device.arch.name == "sm_103" else ""
 
 
 class CudaIntMM(_Int8, aten.IntMM):
-    """``torch._int_mm`` through cuBLASLt; up to 16 rows are padded. Scales are multiplied afterwards, in
+    """``torch._int_mm`` through cuBLASLt; up to 16 rows are padded. The scales are applied afterwards, in
     passes of their own.
     """
 
@@ -42,7 +42,7 @@ class CudaIntMM(_Int8, aten.IntMM):
 
 
 class CudaTritonInt8(_Int8, TritonInt8):
-    """W8A8 in one launch after that of the activations."""
+    """W8A8 in one launch, after the one that quantizes the activations."""
 
 
 class CudaTritonInt4Int8(_Int8, TritonInt4Int8):

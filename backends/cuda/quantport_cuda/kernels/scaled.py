@@ -31,11 +31,13 @@ _ROWS = (
     "RowwiseScaledMM.cu at 01386a0dab6f (row-wise scales on 8.9, 9.x, 10.x, 11.x, 12.x)"
 )
 _BLOCKS = f"{BLAS}, _check_deepseek_support (compute capability 9.x, cublasLt 12.9 or later)"
-NEW = ("sm_103", "sm_121")  # builds hold code for them from CUDA 12.9 on (PyTorch cmake/Codegen.cmake)
+NEW = ("sm_103", "sm_121")  # builds have code for them from CUDA 12.9 on (PyTorch cmake/Codegen.cmake)
 
 
 def build_reasons(request: Request, name: str, feature: str = "cuda>=12.9") -> list[Reason]:
-    """Why the build of torch lacks what a kernel needs. Of a simulated device no build is known: nothing."""
+    """Why the build of torch lacks what a kernel needs; nothing for a simulated device, whose build is
+    unknown.
+    """
     device = request.device
     if device.simulated or feature in device.features:
         return []
@@ -50,14 +52,14 @@ def build_reasons(request: Request, name: str, feature: str = "cuda>=12.9") -> l
 class CudaScaledMM(aten.ScaledMM):
     """``torch._scaled_mm`` with row scales: cuBLASLt on sm_90 from CUDA 12.9 on, else CUTLASS.
 
-    Partial sums are added in fp32 (``use_fast_accum=False``): without that, Hopper's tensor cores keep about
-    14 bits of a sum (DeepSeek-V3, arXiv:2412.19437, section 3.3.2).
+    Partial sums are added in fp32 (``use_fast_accum=False``); else Hopper's tensor cores keep about 14 bits
+    of a sum (DeepSeek-V3, arXiv:2412.19437, section 3.3.2).
     """
 
     name = "cuda._scaled_mm"
 
     def reasons_against(self, request: Request) -> Sequence[Reason]:
-        """Adds: the row-wise kernel holds code for sm_103 and sm_121 only in builds for CUDA 12.9 and
+        """Adds that the row-wise kernel has code for sm_103 and sm_121 only in builds for CUDA 12.9 and
         later.
         """
         old = build_reasons(request, self.name) if request.device.arch.name in NEW else []
@@ -73,12 +75,13 @@ class CudaScaledMM(aten.ScaledMM):
 
 
 class CudaScaledBlocks(Kernel):
-    """128x128 blocks through cuBLASLt, on sm_90 alone.
+    """128x128 blocks through cuBLASLt, on sm_90 only.
 
-    Limits: N and K whole blocks. torch does without that, but its shape function (``_meta_registrations.py``
-    of 2.13) counts whole blocks. cuBLASLt reads the scales of a row of blocks with a stride that is a
-    multiple of 16 bytes, which ``F.scaled_mm`` asks for and ``torch._scaled_mm`` cannot express. Rows are
-    filled up to a multiple of four for the same reason: the scales of the activations lie column by column.
+    N and K must be whole blocks: torch itself takes others, but its shape function
+    (``_meta_registrations.py`` of 2.13) counts whole blocks. cuBLASLt reads the scales of a row of blocks
+    with a stride that is a multiple of 16 bytes, which ``F.scaled_mm`` checks and ``torch._scaled_mm`` cannot
+    express. For the same reason the rows of activations, whose scales are stored column by column, are padded
+    to a multiple of four.
     """
 
     name = "cuda._scaled_mm_blocks"
@@ -97,8 +100,7 @@ class CudaScaledBlocks(Kernel):
             )
         reasons = reasons or build_reasons(request, self.name)
         if spec.n % 128 or spec.k % 128:
-            # torch's shape function counts whole blocks only; what cuBLASLt does with the others is not
-            # known.
+            # What cuBLASLt does with other blocks is not known.
             needs = f"{self.name} needs N and K to be multiples of 128, not {spec.n} x {spec.k}"
             reasons.append(Reason(needs, Refusal.UNSAFE))
         if not hasattr(torch.nn.functional, "scaled_mm"):
@@ -111,9 +113,8 @@ class CudaScaledBlocks(Kernel):
 
     def pack(self, stored_weight: StoredWeight, spec: WeightSpec) -> Packed:
         scale = stored_weight["weight_scale"]
-        return stored_weight["weight"].view(torch.uint8), torch.nn.functional.pad(
-            scale, (0, -scale.shape[1] % 4)
-        )
+        padded = torch.nn.functional.pad(scale, (0, -scale.shape[1] % 4))
+        return stored_weight["weight"].view(torch.uint8), padded
 
     def packed_layout(self, spec: WeightSpec) -> PackedLayout | None:
         rows, columns = spec.scheme.weight.scale_shape(spec.n, spec.k)
@@ -128,14 +129,13 @@ class CudaScaledBlocks(Kernel):
 
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
         weight, scale = packed
-        assert spec.scheme.activation is not None  # reasons_against refused it otherwise
+        assert spec.scheme.activation is not None  # serves refuses it otherwise
         rows = x.shape[0]
         if rows % 4:
             x = torch.nn.functional.pad(x, (0, 0, 0, -rows % 4))
         q = quantize(x, spec.scheme.activation, transposed=True)
         functional = torch.nn.functional
-        one, square = functional.ScalingType.BlockWise1x128, functional.ScalingType.BlockWise128x128
-        y = functional.scaled_mm(q.codes, weight.view(q.codes.dtype).t(), q.scale, one, scale.t(), square)[
-            :rows
-        ]  # bf16
+        of_x, of_weight = functional.ScalingType.BlockWise1x128, functional.ScalingType.BlockWise128x128
+        weight = weight.view(q.codes.dtype).t()
+        y = functional.scaled_mm(q.codes, weight, q.scale, of_x, scale.t(), of_weight)[:rows]
         return (y if bias is None else y + bias).to(x.dtype)

@@ -12,11 +12,11 @@ from quantport_npu.kernels.integer import (
     NpuWeightInt4Offset,
     NpuWeightInt8,
 )
-from quantport_npu.kernels.mx import WAYS, NpuDualScale, NpuMx
+from quantport_npu.kernels.mx import VARIANTS, NpuDualScale, NpuMx
 
 
 def kernels() -> tuple[Kernel, ...]:
     """Every kernel of the room."""
-    quantized = (NpuInt8(), NpuFp8(), NpuFp8Block(), *(NpuMx(name) for name in WAYS), NpuDualScale())
+    quantized = (NpuInt8(), NpuFp8(), NpuFp8Block(), *(NpuMx(name) for name in VARIANTS), NpuDualScale())
     weight_only = (NpuWeightInt8(), NpuWeightFp8(), NpuWeightInt4(), NpuWeightInt4Offset())
     return (*grouped.kernels(), *quantized, *weight_only, *aten.portable())

@@ -1,5 +1,5 @@
-"""What the kernels of the room share: limits, evidence, and columns beyond the vendor's limit in several
-products.
+"""The base class of the room's kernels: limits, evidence, and several products where N exceeds the vendor's
+limit.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from quantport_npu.vendor import LIMIT, SIMULATED, TEST, WHEEL, lacking
 
 Calls = Mapping[str, tuple[str, ...]]
 HALVES = (torch.float16, torch.bfloat16)
-PART = LIMIT // 128 * 128  # columns of one product: whole blocks of scales
+PART = LIMIT // 128 * 128  # output channels of one product, a whole number of blocks of scales
 
 
 def parts(n: int) -> list[slice]:
@@ -24,15 +24,15 @@ def parts(n: int) -> list[slice]:
     return [slice(0, n)] if n <= LIMIT else [slice(i, min(i + PART, n)) for i in range(0, n, PART)]
 
 
-def even(scale: Tensor) -> Tensor:
-    """Scales ``[n, groups]`` in pairs, as the MX operators take them: ``[n, ceil(groups / 2), 2]``, filled
-    with zeros.
+def to_pairs(scale: Tensor) -> Tensor:
+    """Scales ``[n, groups]`` in pairs, as the MX operators take them: ``[n, ceil(groups / 2), 2]``, padded
+    with a zero.
     """
     return torch.nn.functional.pad(scale, (0, scale.shape[1] % 2)).view(scale.shape[0], -1, 2)
 
 
-def uneven(scale: Tensor, groups: int) -> Tensor:
-    """The inverse of ``even``."""
+def from_pairs(scale: Tensor, groups: int) -> Tensor:
+    """The inverse of ``to_pairs``."""
     return scale.view(scale.shape[0], -1)[:, :groups].contiguous()
 
 
@@ -41,7 +41,7 @@ class NpuKernel(Kernel):
 
     Attributes:
         unit: Format that the cube unit must multiply.
-        calls: Operators that it calls -> arguments that not every build has.
+        calls: Operators that it calls, with those of their arguments that not every build has.
         source: The vendor's documents.
     """
 
@@ -51,8 +51,8 @@ class NpuKernel(Kernel):
     tolerance = 2.0**-6
 
     def reasons_against(self, request: Request) -> Sequence[Reason]:
-        """The format, the dtype of activations, the limit of K, and operators that the installed
-        build lacks.
+        """The format, the dtype of the activations, the limit of K, and operators that the installed build
+        lacks.
         """
         spec, arch = request.weight, request.device.arch
         reasons = list(aten.native_reason(request, self.unit))
@@ -80,14 +80,14 @@ class NpuKernel(Kernel):
         if not x.shape[0]:  # the operators take no empty tensors
             return x.new_empty(0, spec.n)
         q = self.activations(x, spec)
-        done = [
+        outputs = [
             self.multiply(q, packed, part, None if bias is None else bias[part], x.dtype, spec)
             for part in parts(spec.n)
         ]
-        return done[0] if len(done) == 1 else torch.cat(done, -1)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
 
     def activations(self, x: Tensor, spec: WeightSpec) -> Packed:
-        """What ``multiply`` reads of the activations; as they are for weight-only kernels."""
+        """The activations as ``multiply`` takes them: quantized, or as they are for weight-only kernels."""
         return (x,)
 
     @abstractmethod
@@ -100,4 +100,16 @@ class NpuKernel(Kernel):
         dtype: torch.dtype,
         spec: WeightSpec,
     ) -> Tensor:
-        """``[m, part]`` in ``dtype``: activations by the output channels of one part."""
+        """Multiplies the activations by the output channels of one part.
+
+        Args:
+            q: Of ``activations``.
+            packed: Of ``pack``, for all output channels.
+            part: One of ``parts``.
+            bias: That of the part.
+            dtype: Dtype of the result.
+            spec: Scheme and shape of the whole weight.
+
+        Returns:
+            ``[m, part.stop - part.start]``.
+        """

@@ -1,4 +1,4 @@
-"""FP8 by FP8 with fp32 scales: per token and channel, and in blocks of 128x128. Of Ascend950."""
+"""FP8 by FP8 with fp32 scales on Ascend 950: per token and output channel, and in blocks of 128x128."""
 
 from __future__ import annotations
 
@@ -17,10 +17,8 @@ _V5 = "matmul/quant_batch_matmul_v4/docs/aclnnQuantMatmulV5.md"
 
 
 class _Fp8(NpuKernel):
-    """The weight as stored, transposed as a view. The bias is added afterwards: the operator's own is under
-    repair.
-
-    That is what vllm-ascend does (vllm_ascend/quantization/methods/w8a8fp8_dynamic.py at 182b75ea).
+    """The weight as stored, transposed as a view. The bias is added afterwards, since that of the operator is
+    being fixed; vllm-ascend does the same (vllm_ascend/quantization/methods/w8a8fp8_dynamic.py at 182b75ea).
     """
 
     unit = "e4m3fn"
@@ -43,11 +41,11 @@ class _Fp8(NpuKernel):
     def product(
         self, q: Packed, weight: Tensor, scale: Tensor, part: slice, dtype: torch.dtype, spec: WeightSpec
     ) -> Tensor:
-        """The operator, on ``weight`` ``[k, part]`` and the scales of the whole weight."""
+        """Calls the operator on ``weight`` ``[k, part]``, with the scales of the whole weight."""
 
 
 class NpuFp8(_Fp8):
-    """A scale for each token, and one for each output channel or one for all."""
+    """A scale for each token, and one for each output channel or one for the whole weight."""
 
     name = "npu.quant_matmul_fp8"
     calls: ClassVar[Calls] = {

@@ -1,8 +1,8 @@
-"""Experts: all groups of rows by weights of their own in one launch, the weights of all experts in one
-tensor.
+"""Experts: one launch multiplies each group of rows by the weight of its expert. The weights of all experts
+are one tensor.
 
-On the 950, gate, up, SwiGLU and the quantization of what comes out are one launch too. On the other chips
-that operator takes INT8 in FRACTAL_NZ only, which no view of a stack is.
+On the 950, gate, up, SwiGLU and the quantization of the result are one launch too. On the other chips that
+operator takes INT8 in FRACTAL_NZ only, which a view of a stack cannot be.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from quantport.backend import GroupedKernel, Kernel, Packed, Reason, Request, St
 from quantport_npu.kernels.base import Calls, NpuKernel
 from quantport_npu.kernels.floating import NpuFp8
 from quantport_npu.kernels.integer import NpuInt8, NpuWeightInt4, NpuWeightInt8
-from quantport_npu.kernels.mx import WAYS, NpuMx
+from quantport_npu.kernels.mx import VARIANTS, NpuMx
 from quantport_npu.vendor import E2M1, E8M0, LIMIT, PLUGIN, family, lacking
 
 _PAGE = f"{PLUGIN}/torch_npu-npu_grouped_matmul.md"
@@ -56,7 +56,7 @@ class NpuGrouped(GroupedKernel, NpuKernel):
         return reasons
 
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
-        """One group."""
+        """All rows as one group."""
         offsets = torch.tensor([0, len(x)], dtype=torch.int32, device=x.device)
         return self.run_grouped(
             x, offsets, self.prepare_grouped([packed]), None if bias is None else bias[None], spec
@@ -80,12 +80,12 @@ class NpuGrouped(GroupedKernel, NpuKernel):
 
     @abstractmethod
     def grouped(self, q: Packed, stack: Packed, ends: Tensor, dtype: torch.dtype) -> Tensor:
-        """Quantized activations by a stack; ``ends`` int64 ``[groups]`` are where the rows of each
-        group end.
+        """Multiplies quantized activations by a stack; ``ends``, int64 ``[groups]``, are the ends of the
+        groups of rows.
         """
 
     def launch(self, q: Packed, weight: Tensor, ends: Tensor, dtype: torch.dtype, **scales: Any) -> Tensor:
-        """The operator, for rows in groups."""
+        """Calls ``npu_grouped_matmul`` for rows in groups."""
         y: list[Tensor] = torch.ops.npu.npu_grouped_matmul(
             [q[0]],
             [weight],
@@ -100,7 +100,7 @@ class NpuGrouped(GroupedKernel, NpuKernel):
 
 
 class _Gated(NpuGrouped):
-    """A kernel whose activations the fused operator can quantize again after SwiGLU."""
+    """A kernel with a fused operator for gate, up, SwiGLU and the quantization of the result."""
 
     def run_gated(
         self,
@@ -115,20 +115,20 @@ class _Gated(NpuGrouped):
             activation != "silu"
             or family() != "A5"
             or lacking(_GATED, ("weight_scale_dtype",))
-            or not self.gates(specs[0])
+            or not self.fits_fused(specs[0])
         ):
             return None
         ends = offsets[1:].long()
-        hidden = self.gated(self.activations(x, specs[0]), gate_up, ends)
+        hidden = self.fused_gate_up(self.activations(x, specs[0]), gate_up, ends)
         return self.grouped(hidden, down, ends, x.dtype)
 
-    def gates(self, spec: WeightSpec) -> bool:
-        """Whether the fused operator takes gate and up of this shape, and quantizes as the scheme does."""
+    def fits_fused(self, spec: WeightSpec) -> bool:
+        """Whether the fused operator takes gate and up of this shape and quantizes as the scheme does."""
         return True
 
     @abstractmethod
-    def gated(self, q: Packed, stack: Packed, ends: Tensor) -> Packed:
-        """Activations of down, quantized: ``silu(gate) * up`` of every row."""
+    def fused_gate_up(self, q: Packed, stack: Packed, ends: Tensor) -> Packed:
+        """Quantized ``silu(gate) * up`` of every row, the activations of down."""
 
 
 class _PerToken(_Gated):
@@ -140,23 +140,23 @@ class _PerToken(_Gated):
     }
     element: ClassVar[torch.dtype]
 
-    def sides(self, stack: Packed) -> Packed:
+    def operands(self, stack: Packed) -> Packed:
         """Weights ``[groups, K, shared * N]``, a transposed view, and scales ``[groups, shared * N]``."""
         weight, scale = stack
         return weight.flatten(1, 2).view(self.element).transpose(1, 2), scale.flatten(1)
 
     def grouped(self, q: Packed, stack: Packed, ends: Tensor, dtype: torch.dtype) -> Tensor:
-        weight, scale = self.sides(stack)
+        weight, scale = self.operands(stack)
         return self.launch(
             q, weight, ends, dtype, scale=[self.scale_for(dtype, scale)], per_token_scale=[q[1]]
         )
 
     def scale_for(self, dtype: torch.dtype, scale: Tensor) -> Tensor:
-        """Scales as the operator takes them for results of ``dtype``."""
+        """The scales in the dtype that the operator takes for results of ``dtype``."""
         return scale
 
-    def gated(self, q: Packed, stack: Packed, ends: Tensor) -> Packed:
-        weight, scale = self.sides(stack)
+    def fused_gate_up(self, q: Packed, stack: Packed, ends: Tensor) -> Packed:
+        weight, scale = self.operands(stack)
         out: Packed = torch.ops.npu.npu_grouped_matmul_swiglu_quant_v2(
             q[0], [weight], [scale], q[1], ends, dequant_dtype=torch.float32, quant_dtype=self.element
         )
@@ -164,7 +164,7 @@ class _PerToken(_Gated):
 
 
 class NpuGroupedInt8(_PerToken, NpuInt8):
-    """W8A8. The operator takes scales of output channels in bf16 where the result is bf16."""
+    """W8A8. Where the result is bf16, the operator takes the scales of output channels in bf16."""
 
     name = "npu.grouped_matmul"
     families = ("A2", "A3", "A5")
@@ -181,7 +181,7 @@ class NpuGroupedInt8(_PerToken, NpuInt8):
 
 
 class NpuGroupedFp8(_PerToken, NpuFp8):
-    """FP8 by FP8, a scale for each token and each output channel."""
+    """FP8 by FP8 with a scale for each token and each output channel."""
 
     name = "npu.grouped_matmul_fp8"
     numeric_deviation = _FUSED
@@ -194,9 +194,8 @@ class NpuGroupedFp8(_PerToken, NpuFp8):
     element = torch.float8_e4m3fn
 
     def pack(self, stored_weight: StoredWeight, spec: WeightSpec) -> Packed:
-        return stored_weight["weight"].view(torch.uint8), stored_weight["weight_scale"].expand(
-            spec.n, 1
-        ).contiguous()
+        scale = stored_weight["weight_scale"].expand(spec.n, 1)
+        return stored_weight["weight"].view(torch.uint8), scale.contiguous()
 
     def unpack(self, packed: Packed, spec: WeightSpec) -> StoredWeight:
         rows = spec.scheme.weight.scale_shape(spec.n, spec.k)[0]
@@ -216,12 +215,12 @@ class NpuGroupedMx(_Gated, NpuMx):
     def __init__(self, name: str) -> None:
         super().__init__(name)
         self.name = name.replace("quant_matmul", "grouped_matmul")
-        if self.fuses:
+        if self.fusable:
             self.numeric_deviation = "; ".join(filter(None, (self.numeric_deviation, _FUSED)))
 
     def grouped(self, q: Packed, stack: Packed, ends: Tensor, dtype: torch.dtype) -> Tensor:
-        weight, scale = self.sides(stack)
-        four = {"x_dtype": E2M1, "weight_dtype": E2M1} if self.way.weight == "e2m1" else {}
+        weight, scale = self.operands(stack)
+        fp4_dtypes = {"x_dtype": E2M1, "weight_dtype": E2M1} if self.variant.weight == "e2m1" else {}
         return self.launch(
             q,
             weight,
@@ -231,25 +230,25 @@ class NpuGroupedMx(_Gated, NpuMx):
             per_token_scale=[q[1]],
             scale_dtype=E8M0,
             per_token_scale_dtype=E8M0,
-            **four,
+            **fp4_dtypes,
         )
 
-    def gates(self, spec: WeightSpec) -> bool:
-        """It takes whole blocks of 128 of gate and up."""
-        return self.fuses and not 2 * spec.n % 128
+    def fits_fused(self, spec: WeightSpec) -> bool:
+        """The fused operator takes gate and up in whole blocks of 128 columns."""
+        return self.fusable and not 2 * spec.n % 128
 
     @property
-    def fuses(self) -> bool:
-        """MXFP8 with the rule of OCP: builds differ about the shape of MXFP4 results, and there is no other
-        rule.
+    def fusable(self) -> bool:
+        """Whether the fused operator quantizes so: only MXFP8 with the OCP rule, since it has no other rule
+        and builds differ in the shape of MXFP4 results.
 
-        The page writes the exponent of results with the brackets of rounding; it is read as that of
-        npu_dynamic_mx_quant, a floor.
+        Its page writes the exponent of the result with rounding brackets; it is taken for a floor, as in
+        npu_dynamic_mx_quant.
         """
-        return self.way.weight == "e4m3fn" and self.way.options["scale_alg"] == 0
+        return self.variant.weight == "e4m3fn" and self.variant.quantize_options["scale_alg"] == 0
 
-    def gated(self, q: Packed, stack: Packed, ends: Tensor) -> Packed:
-        weight, scale = self.sides(stack)
+    def fused_gate_up(self, q: Packed, stack: Packed, ends: Tensor) -> Packed:
+        weight, scale = self.operands(stack)
         out: Packed = torch.ops.npu.npu_grouped_matmul_swiglu_quant_v2(
             q[0],
             [weight],
@@ -265,17 +264,15 @@ class NpuGroupedMx(_Gated, NpuMx):
         )
         return out
 
-    def sides(self, stack: Packed) -> Packed:
-        """Transposed views: weights ``[groups, K, shared * N]`` and scales ``[groups, K / 64, shared * N,
-        2]``.
-        """
+    def operands(self, stack: Packed) -> Packed:
+        """Views: weights ``[groups, K, shared * N]``, scales ``[groups, K / 64, shared * N, 2]``."""
         weight, scale = (t.flatten(1, 2) for t in stack)
-        weight = weight if self.way.weight == "e2m1" else weight.view(torch.float8_e4m3fn)
+        weight = weight if self.variant.weight == "e2m1" else weight.view(torch.float8_e4m3fn)
         return weight.transpose(1, 2), scale.transpose(1, 2)
 
 
 class NpuGroupedWeightInt8(NpuGrouped, NpuWeightInt8):
-    """INT8 by channel with 16-bit activations."""
+    """INT8 with a scale for each output channel, and 16-bit activations."""
 
     name = "npu.grouped_weight_int8"
     families = ("A2", "A3")
@@ -291,8 +288,9 @@ class NpuGroupedWeightInt8(NpuGrouped, NpuWeightInt8):
 
 
 class NpuGroupedWeightInt4(NpuGrouped, NpuWeightInt4):
-    """INT4 in groups with 16-bit activations. Words and scales of gate and up alternate along N, in one
-    matrix for each expert.
+    """INT4 in groups with 16-bit activations.
+
+    An expert has one matrix, in whose rows the words, or scales, of gate are followed by those of up.
     """
 
     name = "npu.grouped_weight_int4"
@@ -316,7 +314,7 @@ class NpuGroupedWeightInt4(NpuGrouped, NpuWeightInt4):
         return tuple(t[group, :, which] for t in stack)
 
     def unpack(self, packed: Packed, spec: WeightSpec) -> StoredWeight:
-        # the operator that gives codes back takes no strided views
+        # The operator of the base class takes no strided views.
         return super().unpack(tuple(t.contiguous() for t in packed), spec)
 
     def grouped(self, q: Packed, stack: Packed, ends: Tensor, dtype: torch.dtype) -> Tensor:
@@ -328,5 +326,5 @@ class NpuGroupedWeightInt4(NpuGrouped, NpuWeightInt4):
 
 def kernels() -> tuple[NpuGrouped, ...]:
     """Every grouped kernel."""
-    mx = (NpuGroupedMx(name) for name in WAYS if not name.endswith("w4a8"))
+    mx = (NpuGroupedMx(name) for name in VARIANTS if not name.endswith("w4a8"))
     return NpuGroupedInt8(), NpuGroupedFp8(), *mx, NpuGroupedWeightInt8(), NpuGroupedWeightInt4()

@@ -10,19 +10,20 @@ from torch import Tensor
 
 from quantport.backend import Packed, Quant, Reason, Request, Scheme, StoredWeight, WeightSpec, numerics
 from quantport_npu.kernels.base import Calls, NpuKernel, parts
-from quantport_npu.vendor import FRACTAL_ND, LIMIT, NN, PLUGIN, tiles
+from quantport_npu.vendor import FRACTAL_ND, LIMIT, NN, PLUGIN, to_fractal_nz
 
-_SLAB = 1 << 24  # int4 codes that are widened to int32 at a time
+_CODES_AT_ONCE = 1 << 24  # int4 codes that are unpacked to int32 at a time
 
 
-def added(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A bias as the operators add it to bf16 results: in fp32; to fp16 results in fp16."""
+def operator_bias(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The bias in the dtype that the operators take: fp32 for bf16 results, fp16 for fp16 results."""
     return bias if bias is None or dtype is torch.float16 else bias.float()
 
 
 class NpuInt8(NpuKernel):
-    """W8A8: per-token activations, exact int32 sums, both scales in the same launch. The weight lies in the
-    cube unit's tiles.
+    """W8A8: a scale for each token and output channel, exact int32 sums, and both scales in the same launch.
+
+    The weight is packed in FRACTAL_NZ.
     """
 
     name = "npu.quant_matmul"
@@ -53,7 +54,7 @@ class NpuInt8(NpuKernel):
 
     def pack(self, stored_weight: StoredWeight, spec: WeightSpec) -> Packed:
         weight, scale = stored_weight["weight"], stored_weight["weight_scale"]
-        return scale.view(-1), *(tiles(weight[part].t().contiguous()) for part in parts(spec.n))
+        return scale.view(-1), *(to_fractal_nz(weight[part].t().contiguous()) for part in parts(spec.n))
 
     def unpack(self, packed: Packed, spec: WeightSpec) -> StoredWeight:
         scale, *weights = packed
@@ -83,15 +84,16 @@ class NpuInt8(NpuKernel):
 
 
 class _WeightOnly(NpuKernel):
-    """16-bit activations: the operator makes 16-bit weights on the way into the cube unit."""
+    """16-bit activations: the operator converts the weights to 16 bits before the cube unit."""
 
     calls: ClassVar[Calls] = {"npu_weight_quant_batchmatmul": ()}
     source = f"{PLUGIN}/torch_npu-npu_weight_quant_batchmatmul.md"
 
 
 class NpuWeightInt8(_WeightOnly):
-    """INT8 by channel, in the stored layout: tiles are for the graph mode only. The operator takes scales of
-    the dtype of x.
+    """INT8 with a scale for each output channel, in the stored layout: FRACTAL_NZ is for the graph mode only.
+
+    The operator takes scales in the dtype of x.
     """
 
     name = "npu.weight_quant_int8"
@@ -111,16 +113,22 @@ class NpuWeightInt8(_WeightOnly):
         spec: WeightSpec,
     ) -> Tensor:
         weight, scale = packed[0][part].t(), packed[1][part].view(-1).to(dtype)
-        y: Tensor = torch.ops.npu.npu_weight_quant_batchmatmul(q[0], weight, scale, bias=added(bias, dtype))
+        y: Tensor = torch.ops.npu.npu_weight_quant_batchmatmul(
+            q[0], weight, scale, bias=operator_bias(bias, dtype)
+        )
         return y
 
 
 class NpuWeightFp8(_WeightOnly):
-    """FP8 by channel, of Ascend950; one scale for all is repeated. Scales and bias have the dtype of x."""
+    """FP8 with a scale for each output channel, on Ascend 950; one scale of the whole weight is repeated.
+
+    The operator takes scales and bias in the dtype of x.
+    """
 
     name = "npu.weight_quant_fp8"
     unit = "e4m3fn"
-    calls: ClassVar[Calls] = {"npu_weight_quant_batchmatmul": ("weight_dtype",)}  # that came with fp8
+    # The argument came with fp8.
+    calls: ClassVar[Calls] = {"npu_weight_quant_batchmatmul": ("weight_dtype",)}
     source = f"{NN} matmul/weight_quant_batch_matmul_v2/docs/aclnnWeightQuantBatchMatmulV2.md"
     numeric_deviation = "scales are rounded to the dtype of the activations"
 
@@ -143,8 +151,10 @@ class NpuWeightFp8(_WeightOnly):
 
 
 class NpuWeightInt4(_WeightOnly):
-    """INT4 in groups. The order of the operator's eight codes in a word is the vendor's own: its products
-    give them back.
+    """INT4 in groups.
+
+    The order of the eight codes in a word is the operator's own and not documented; ``unpack`` gets the codes
+    back as products with the identity.
     """
 
     name = "npu.weight_quant_int4"
@@ -178,20 +188,17 @@ class NpuWeightInt4(_WeightOnly):
         return reasons
 
     def divides(self, group: int, k: int) -> bool:
-        """Whether the operator takes these groups along K."""
+        """Whether the operator takes groups of this size along K."""
         return not group % 32 and group < k
 
     def pack(self, stored_weight: StoredWeight, spec: WeightSpec) -> Packed:
         stored = stored_weight["weight_packed"]
         words = stored.new_empty(spec.k, spec.n // 8)
-        step = max(8, _SLAB // spec.n // 8 * 8)
+        step = max(8, _CODES_AT_ONCE // spec.n // 8 * 8)
         for i in range(0, spec.k, step):
-            slab = stored[:, i // 8 : (i + step) // 8].contiguous()
-            codes = (
-                numerics.unpack_int4(slab, min(step, spec.k - i))
-                .t()
-                .to(torch.int32, memory_format=torch.contiguous_format)
-            )
+            columns = stored[:, i // 8 : (i + step) // 8].contiguous()
+            codes = numerics.unpack_int4(columns, min(step, spec.k - i)).t()
+            codes = codes.to(torch.int32, memory_format=torch.contiguous_format)
             words[i : i + step] = torch.ops.npu.npu_convert_weight_to_int4pack(codes.contiguous())
         return words, *(
             stored_weight[key].t().contiguous()
@@ -202,16 +209,13 @@ class NpuWeightInt4(_WeightOnly):
     def unpack(self, packed: Packed, spec: WeightSpec) -> StoredWeight:
         words, scale, *zero = packed
         ones = scale.new_ones(1, spec.n)
-        step = max(8, _SLAB // spec.k // 8 * 8)
+        step = max(8, _CODES_AT_ONCE // spec.k // 8 * 8)
+        indices = torch.arange(spec.k, dtype=torch.int64, device=words.device)
         out = []
-        for i in range(
-            0, spec.k, step
-        ):  # rows of the identity: each product is one row of codes, exact in bf16
-            rows = torch.arange(i, min(i + step, spec.k), dtype=torch.int64, device=words.device)
-            unit = (torch.arange(spec.k, dtype=torch.int64, device=words.device) == rows[:, None]).to(
-                scale.dtype
-            )
-            codes = torch.ops.npu.npu_weight_quant_batchmatmul(unit, words, ones)
+        for i in range(0, spec.k, step):
+            # Products with rows of the identity are rows of codes, exact in bf16.
+            identity = (indices == indices[i : i + step, None]).to(scale.dtype)
+            codes = torch.ops.npu.npu_weight_quant_batchmatmul(identity, words, ones)
             out.append(numerics.pack_int4(codes.t().contiguous().to(torch.int8)))
         rest = dict(zip(("weight_scale", "weight_zero"), (scale, *zero), strict=False))
         return {"weight_packed": torch.cat(out, 1), **{key: t.t().contiguous() for key, t in rest.items()}}
@@ -226,22 +230,22 @@ class NpuWeightInt4(_WeightOnly):
         spec: WeightSpec,
     ) -> Tensor:
         words, scale, *zero = packed
-        # the operator adds it to the codes, before it multiplies by the scale
+        # The operator adds the offset to the codes, before it multiplies by the scale.
         offset = zero[0] / scale if zero else None
         y: Tensor = torch.ops.npu.npu_weight_quant_batchmatmul(
             q[0],
             words,
             scale.to(dtype),
             offset,
-            bias=added(bias, dtype),
+            bias=operator_bias(bias, dtype),
             antiquant_group_size=spec.scheme.weight.group_size,
         )
         return y
 
 
 class NpuWeightInt4Offset(NpuWeightInt4):
-    """INT4 in groups with offsets. Of fp16 their range is too small: a group of equal values has an offset of
-    2**23 steps.
+    """INT4 in groups with offsets, for bf16 only: a group of equal values has an offset of 2**23 steps, which
+    exceeds fp16.
     """
 
     name = "npu.weight_quant_int4_offset"

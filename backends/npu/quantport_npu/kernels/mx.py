@@ -1,5 +1,5 @@
-"""Microscaling formats of Ascend950: a power-of-two scale for each 32 elements along K, and a second level in
-dual scale.
+"""Microscaling formats on Ascend 950: a power-of-two scale for each 32 elements along K, and in dual scale a
+second level.
 """
 
 from __future__ import annotations
@@ -12,65 +12,68 @@ import torch
 from torch import Tensor
 
 from quantport.backend import Packed, Quant, Reason, Request, Scheme, StoredWeight, WeightSpec
-from quantport_npu.kernels.base import Calls, NpuKernel, even, uneven
-from quantport_npu.vendor import E2M1, E8M0, FRACTAL_ND, LIMIT, NN, tiles
+from quantport_npu.kernels.base import Calls, NpuKernel, from_pairs, to_pairs
+from quantport_npu.vendor import E2M1, E8M0, FRACTAL_ND, LIMIT, NN, to_fractal_nz
 
 _E4M3 = torch.float8_e4m3fn
 
 
 def _one_level(quant: Quant | None, element: str) -> bool:
-    return quant is not None and (
-        quant.format,
-        quant.block_shape[0],
-        quant.group_size,
-        quant.scale,
-        quant.outer_block,
-    ) == (element, 1, 32, "e8m0", None)
+    if quant is None:
+        return False
+    levels = (quant.format, quant.block_shape[0], quant.group_size, quant.scale, quant.outer_block)
+    return levels == (element, 1, 32, "e8m0", None)
 
 
 @dataclass(frozen=True)
-class Way:
-    """How one scheme runs: its elements, and the operator's rule for the scales of activations.
+class MxVariant:
+    """A pair of element formats, and one of the operator's rules for the scales of activations.
 
     Attributes:
         weight: Element format of the weight.
         activation: Element format of the activations.
-        rules: Rules of schemes whose scales the operator computes to the bit.
-        options: Arguments of ``npu_dynamic_mx_quant``.
-        sizes: ``group_sizes`` of the product.
+        rules: Rules of schemes whose scales the operator computes bit for bit; empty where it serves the
+            schemes with all other rules.
+        quantize_options: Arguments of ``npu_dynamic_mx_quant``.
+        group_sizes: Argument of ``npu_quant_matmul``.
         unit: Format that the cube unit must multiply.
     """
 
     weight: str
     activation: str
     rules: tuple[str, ...]
-    options: dict[str, Any]
-    sizes: tuple[int, int, int]
+    quantize_options: dict[str, Any]
+    group_sizes: tuple[int, int, int]
     unit: str
 
 
 _FP8 = {"dst_type": _E4M3}
 _FP4 = {"dst_type": E2M1, "scale_alg": 2, "dst_type_max": 7.0}
-WAYS = {
-    "npu.quant_matmul_mxfp8": Way("e4m3fn", "e4m3fn", (), {**_FP8, "scale_alg": 0}, (1, 1, 32), "mxfp8"),
-    "npu.quant_matmul_mxfp8_floor": Way(
+VARIANTS = {
+    "npu.quant_matmul_mxfp8": MxVariant(
+        "e4m3fn", "e4m3fn", (), {**_FP8, "scale_alg": 0}, (1, 1, 32), "mxfp8"
+    ),
+    "npu.quant_matmul_mxfp8_floor": MxVariant(
         "e4m3fn", "e4m3fn", ("floor",), {**_FP8, "scale_alg": 0}, (1, 1, 32), "mxfp8"
     ),
-    "npu.quant_matmul_mxfp8_rceil": Way(
+    "npu.quant_matmul_mxfp8_rceil": MxVariant(
         "e4m3fn", "e4m3fn", ("rceil",), {**_FP8, "scale_alg": 1}, (1, 1, 32), "mxfp8"
     ),
-    "npu.quant_matmul_mxfp4": Way("e2m1", "e2m1", ("even",), _FP4, (1, 1, 32), "mxfp4"),
-    "npu.quant_matmul_mxfp4_floor": Way(
+    "npu.quant_matmul_mxfp4": MxVariant("e2m1", "e2m1", ("even",), _FP4, (1, 1, 32), "mxfp4"),
+    "npu.quant_matmul_mxfp4_floor": MxVariant(
         "e2m1", "e2m1", ("floor",), {"dst_type": E2M1, "scale_alg": 0}, (1, 1, 32), "mxfp4"
     ),
-    "npu.quant_matmul_mxfp4_w4a8": Way("e2m1", "e4m3fn", (), {**_FP8, "scale_alg": 0}, (0, 0, 32), "mxfp8"),
+    "npu.quant_matmul_mxfp4_w4a8": MxVariant(
+        "e2m1", "e4m3fn", (), {**_FP8, "scale_alg": 0}, (0, 0, 32), "mxfp8"
+    ),
 }
-_EXACT = {(w.weight, w.activation, rule) for w in WAYS.values() for rule in w.rules}
+_EXACT = {(v.weight, v.activation, rule) for v in VARIANTS.values() for rule in v.rules}
 
 
 class NpuMx(NpuKernel):
-    """MXFP8, MXFP4, and MXFP4 weights with MXFP8 activations. Weights have the scales of the scheme, whatever
-    its rule.
+    """MXFP8, MXFP4, and MXFP4 weights with MXFP8 activations.
+
+    Weights have the scales of the scheme, whatever its rule; those of activations follow the operator's rule.
     """
 
     calls: ClassVar[Calls] = {
@@ -84,44 +87,45 @@ class NpuMx(NpuKernel):
     quantizes_activations = True
 
     def __init__(self, name: str) -> None:
-        self.name, self.way = name, WAYS[name]
-        self.unit = self.way.unit
-        if not self.way.rules:
+        self.name, self.variant = name, VARIANTS[name]
+        self.unit = self.variant.unit
+        if not self.variant.rules:
             self.numeric_deviation = (
                 "scales of activations are those of the OCP rule (floor), whatever the scheme's"
             )
 
     def serves(self, scheme: Scheme) -> bool:
-        way, activation = self.way, scheme.activation
+        variant, activation = self.variant, scheme.activation
         if activation is None or not (
-            _one_level(scheme.weight, way.weight) and _one_level(activation, way.activation)
+            _one_level(scheme.weight, variant.weight) and _one_level(activation, variant.activation)
         ):
             return False
-        exact = (way.weight, way.activation, activation.rule)
-        return activation.rule in way.rules if way.rules else exact not in _EXACT
+        if variant.rules:
+            return activation.rule in variant.rules
+        return (variant.weight, variant.activation, activation.rule) not in _EXACT
 
     def reasons_against(self, request: Request) -> Sequence[Reason]:
         reasons, spec = list(super().reasons_against(request)), request.weight
-        if self.way.activation == "e2m1" and (spec.k % 2 or spec.k == 2):
+        if self.variant.activation == "e2m1" and (spec.k % 2 or spec.k == 2):
             reasons.append(
                 Reason(
                     f"{self.name} takes even K from 4 on, two elements to a byte, not {spec.k} "
                     f"[{self.source}]"
                 )
             )
-        if self.way.activation != self.way.weight and spec.k % 8:
+        if self.variant.activation != self.variant.weight and spec.k % 8:
             reasons.append(Reason(f"{self.name} takes K in multiples of 8, not {spec.k} [{self.source}]"))
         return reasons
 
     def pack(self, stored_weight: StoredWeight, spec: WeightSpec) -> Packed:
         weight, scale = super().pack(stored_weight, spec)
-        return weight, even(scale)
+        return weight, to_pairs(scale)
 
     def unpack(self, packed: Packed, spec: WeightSpec) -> StoredWeight:
-        return super().unpack((packed[0], uneven(packed[1], -(-spec.k // 32))), spec)
+        return super().unpack((packed[0], from_pairs(packed[1], -(-spec.k // 32))), spec)
 
     def activations(self, x: Tensor, spec: WeightSpec) -> Packed:
-        q: Packed = torch.ops.npu.npu_dynamic_mx_quant(x, **self.way.options)
+        q: Packed = torch.ops.npu.npu_dynamic_mx_quant(x, **self.variant.quantize_options)
         return q
 
     def multiply(
@@ -133,27 +137,28 @@ class NpuMx(NpuKernel):
         dtype: torch.dtype,
         spec: WeightSpec,
     ) -> Tensor:
-        way = self.way
+        variant = self.variant
         weight, scale = packed[0][part], packed[1][part].transpose(0, 1)
-        four = {"x2_dtype": E2M1} if way.weight == "e2m1" else {}
-        four |= {"x1_dtype": E2M1} if way.activation == "e2m1" else {}
+        fp4_dtypes = {"x2_dtype": E2M1} if variant.weight == "e2m1" else {}
+        fp4_dtypes |= {"x1_dtype": E2M1} if variant.activation == "e2m1" else {}
         y: Tensor = torch.ops.npu.npu_quant_matmul(
             q[0],
-            (weight if four else weight.view(_E4M3)).t(),
+            (weight if fp4_dtypes else weight.view(_E4M3)).t(),
             scale,
             scale_dtype=E8M0,
             pertoken_scale=q[1],
             pertoken_scale_dtype=E8M0,
             output_dtype=dtype,
-            group_sizes=list(way.sizes),
-            **four,
+            group_sizes=list(variant.group_sizes),
+            **fp4_dtypes,
         )
         return y if bias is None else y + bias
 
 
 class NpuDualScale(NpuKernel):
-    """MXFP4 with a second, fp32 scale per 512. The weight lies in tiles, its outer scales along the output
-    channels.
+    """MXFP4 with a second scale per 512 elements, in fp32.
+
+    The weight is packed in FRACTAL_NZ, its outer scales as ``[ceil(k / 512), n]``.
     """
 
     name = "npu.dual_level_quant_matmul"
@@ -190,10 +195,10 @@ class NpuDualScale(NpuKernel):
         return reasons
 
     def pack(self, stored_weight: StoredWeight, spec: WeightSpec) -> Packed:
-        weight = tiles(stored_weight["weight_packed"].view(torch.int8), customize_dtype=torch.int8)
+        weight = to_fractal_nz(stored_weight["weight_packed"].view(torch.int8), customize_dtype=torch.int8)
         return (
             weight,
-            even(stored_weight["weight_scale"]),
+            to_pairs(stored_weight["weight_scale"]),
             stored_weight["weight_outer_scale"].t().contiguous(),
         )
 
@@ -203,7 +208,7 @@ class NpuDualScale(NpuKernel):
             "weight_packed": torch.ops.npu.npu_format_cast(
                 weight, FRACTAL_ND, customize_dtype=torch.int8
             ).view(torch.uint8),
-            "weight_scale": uneven(scale, -(-spec.k // 32)),
+            "weight_scale": from_pairs(scale, -(-spec.k // 32)),
             "weight_outer_scale": outer.t().contiguous(),
         }
 

@@ -1,4 +1,4 @@
-"""ATen's matrix multiplications with the limits that torch has on AMD GPUs."""
+"""ATen's matrix multiplications, with the limits of torch on AMD GPUs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class RocmScaledMM(aten.ScaledMM):
     name = "rocm._scaled_mm"
 
     def reasons_against(self, request: Request) -> Sequence[Reason]:
-        """Adds: e4m3fnuz is another format, and e4m3fn needs ROCm 6.5."""
+        """Adds that e4m3fnuz is another format, and that e4m3fn needs ROCm 6.5."""
         device = request.device
         reasons = list(super().reasons_against(request))
         if "e4m3fnuz" in device.arch.native:

@@ -1,8 +1,8 @@
-"""Compiles launches for architectures that are not here, and looks for the matrix instruction in the machine
+"""Compiles launches for any architecture, without a device, and finds the matrix instructions in the machine
 code.
 
-The machine code and not PTX is the judge: on sm_90, PTX's ``mma.sync`` of e4m3 becomes a conversion and an
-fp16 ``HMMA``.
+The machine code decides, not PTX: on sm_90, ``mma.sync`` of e4m3 in PTX becomes a conversion and an fp16
+``HMMA``.
 """
 
 from __future__ import annotations
@@ -37,11 +37,13 @@ SHARED = {
     "sm_120": 99,
     "sm_121": 99,
 }
-"""KiB of shared memory for one program (CUDA C++ Programming Guide, "Technical Specifications per Compute
-Capability").
+"""KiB of shared memory that a program may use (CUDA C++ Programming Guide, "Technical Specifications per
+Compute Capability").
 """
 
-TENSOR_MEMORY = 512  # columns of a program on sm_100 and sm_103 (PTX ISA, "Tensor Memory")
+TENSOR_MEMORY = 512
+"""Columns of tensor memory that a program may use on sm_100 and sm_103 (PTX ISA, "Tensor Memory")."""
+
 _MATRIX = re.compile(r"\b((?:UTC)?[HIQO](?:G?)MMA(?:\.[A-Z0-9_x]+)*)")
 _LOCAL = re.compile(r"\b(?:STL|LDL)\b")
 _CODE = (tokenize.NAME, tokenize.NUMBER, tokenize.STRING, tokenize.OP)
@@ -50,14 +52,14 @@ _PTX = re.compile(r"\b((?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)[\w.:]*)")
 
 @dataclass(frozen=True)
 class Compiled:
-    """What became of one launch on one architecture.
+    """The result of compiling one launch for one architecture.
 
     Attributes:
         instructions: Matrix instructions in the machine code.
         dots: Whether the kernel multiplies matrices at all.
         shared: Bytes of shared memory.
         spills: Instructions that read or write spilled registers.
-        because: Why it was refused; empty when it was not.
+        because: Why it was refused; empty where it was not.
     """
 
     instructions: tuple[str, ...] = ()
@@ -68,7 +70,7 @@ class Compiled:
 
 
 def compile_for(launch: Launch, kind: str, arch: str) -> Compiled:
-    """Compiles one launch for ``cuda`` and ``sm_*``, on any machine: no driver is asked."""
+    """Compiles one launch for ``cuda`` and ``sm_*`` on any machine, without a driver."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -86,36 +88,35 @@ def compile_for(launch: Launch, kind: str, arch: str) -> Compiled:
             compiled = triton.compile(
                 source, target=GPUTarget(kind, int(arch.removeprefix("sm_")), 32), options=options
             )
-    except Exception as error:  # whatever the compiler raises is its refusal
+    except Exception as error:  # the compiler refuses with errors of many types
         return Compiled(because=_reason(error))
     limit, shared = SHARED[arch], int(compiled.metadata.shared)
-    too_much = (
-        f"{shared} bytes of shared memory, where {arch} has {limit} KiB" if shared > limit << 10 else ""
-    )
+    because = ""
+    if shared > limit << 10:
+        because = f"{shared} bytes of shared memory, where {arch} has {limit} KiB"
     if (columns := getattr(compiled.metadata, "tmem_size", None) or 0) > TENSOR_MEMORY:
-        too_much = f"{columns} columns of tensor memory, of {TENSOR_MEMORY}"
+        because = f"{columns} columns of tensor memory, of {TENSOR_MEMORY}"
     text = disassemble(compiled.asm["cubin"])
-    found = set(_MATRIX.findall(text)) if text else set(_PTX.findall(compiled.asm["ptx"]))
-    return Compiled(
-        tuple(sorted(found)), "tt.dot" in compiled.asm["ttir"], shared, len(_LOCAL.findall(text)), too_much
-    )
+    instructions = set(_MATRIX.findall(text)) if text else set(_PTX.findall(compiled.asm["ptx"]))
+    dots = "tt.dot" in compiled.asm["ttir"]
+    return Compiled(tuple(sorted(instructions)), dots, shared, len(_LOCAL.findall(text)), because)
 
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """What MLIR writes to the standard error itself, a page for each refusal, is not shown."""
-    kept = os.dup(2)
+    """Hides what MLIR writes to the standard error by itself, a page for each refusal."""
+    stderr = os.dup(2)
     with open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), 2)
     try:
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        os.dup2(stderr, 2)
+        os.close(stderr)
 
 
 def disassemble(cubin: bytes) -> str:
-    """SASS of a cubin, by the disassembler in Triton's own package; empty where that does not know the
+    """The SASS of a cubin, from the disassembler in Triton's package; empty where that lacks the
     architecture.
     """
     import triton
@@ -128,7 +129,7 @@ def disassemble(cubin: bytes) -> str:
 
 
 def _reason(error: Any) -> str:
-    """What the innermost error says, in its last line."""
+    """The last line of the innermost error."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip(" ^")]
@@ -136,8 +137,8 @@ def _reason(error: Any) -> str:
 
 
 def fingerprint(launches: Sequence[Launch]) -> str:
-    """Changes when what is compiled changes: sources without comments, types, constants, options, the version
-    of Triton.
+    """A hash of all that decides the machine code: sources without comments, types, constants, options and
+    the version of Triton.
     """
     import triton
 
@@ -148,21 +149,21 @@ def fingerprint(launches: Sequence[Launch]) -> str:
 
 @cache
 def _sources(kernel: Any) -> frozenset[str]:
-    """The source of a kernel and of every jitted function that it calls, without comments, docstrings and
-    layout; and the constants of modules that they read."""
+    """The sources of a kernel and of every jitted function that it calls, without comments, docstrings and
+    layout, and the module constants that they read.
+    """
     constants: set[str] = set()
-    found, left = {}, [kernel]
+    sources, left = {}, [kernel]
     while left:
         function = left.pop()
-        if function in found:
+        if function in sources:
             continue
         tokens = tokenize.generate_tokens(io.StringIO(function.src).readline)
-        found[function] = " ".join(
+        sources[function] = " ".join(
             t.string for t in tokens if t.type in _CODE and not t.string.startswith('"""')
         )
-        known = {name: function.fn.__globals__.get(name) for name in function.fn.__code__.co_names}
-        left += [value for value in known.values() if hasattr(value, "src")]
-        constants |= {
-            f"{name} = {value!r}" for name, value in known.items() if hasattr(value, "value")
-        }  # tl.constexpr
-    return frozenset(found.values()) | constants
+        read = {name: function.fn.__globals__.get(name) for name in function.fn.__code__.co_names}
+        left += [value for value in read.values() if hasattr(value, "src")]
+        # A tl.constexpr has a value.
+        constants |= {f"{name} = {value!r}" for name, value in read.items() if hasattr(value, "value")}
+    return frozenset(sources.values()) | constants

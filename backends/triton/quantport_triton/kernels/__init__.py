@@ -1,1 +1,1 @@
-"""The kernels of the house that run on Triton, for any room whose device Triton compiles for."""
+"""The Triton kernels, for the rooms whose devices Triton compiles for."""

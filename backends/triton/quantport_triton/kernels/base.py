@@ -1,6 +1,4 @@
-"""What the Triton kernels share: a name for each room, and reasons and claims that follow from the
-evidence.
-"""
+"""The base class of the Triton kernels: names, and reasons and claims that follow from the evidence."""
 
 from __future__ import annotations
 
@@ -10,17 +8,17 @@ import torch
 
 from quantport.backend import Claim, Kernel, Reason, Refusal, Request
 from quantport_triton import FIRST, OLDEST, available, evidence, version
-from quantport_triton.tuned import way
+from quantport_triton.tuned import tuned_kernel
 
 
 class TritonKernel(Kernel):
     """A kernel in Triton's language.
 
     Attributes:
-        family: What it is called within every room, in the evidence and in the tuned configurations.
-        oldest: Architecture -> the first Triton that makes its matrix instruction of the kernel, where
-            that is not the oldest.
-        matrix: How the matrix instructions in machine code begin that are native for it.
+        family: Its name without that of the room; the key of its evidence and configurations.
+        oldest: The first Triton version that compiles the kernel to its matrix instruction, by architecture,
+            where that is later than ``OLDEST``.
+        matrix: Prefixes of the matrix instructions that are native for it.
     """
 
     family: str
@@ -31,7 +29,7 @@ class TritonKernel(Kernel):
         self.name = f"{room}.triton_{self.family}"
 
     def reasons_against(self, request: Request) -> Sequence[Reason]:
-        """Why Triton is not here, or does not compile the kernel for this architecture."""
+        """Why Triton is not installed, or does not compile the kernel for this architecture."""
         reasons = [Reason(why)] if (why := available()) and not request.device.simulated else []
         scheme, arch = request.weight.scheme.name, request.device.arch
         oldest = self.oldest.get(arch.name, OLDEST)
@@ -39,7 +37,7 @@ class TritonKernel(Kernel):
             have, need = (".".join(map(str, numbers)) for numbers in (version(), oldest))
             reasons.append(Reason(f"Triton {have} does not compile it for {arch.name}: {need} does"))
         if request.dtype not in (torch.bfloat16, torch.float16):
-            # Triton may multiply them all the same, on other units or as something narrower.
+            # Triton might multiply them all the same, on other units or as a narrower type.
             reasons.append(
                 Reason(f"{self.name} takes activations of 16 bits, not {request.dtype}", Refusal.NOT_OFFERED)
             )
@@ -50,13 +48,16 @@ class TritonKernel(Kernel):
         return [*reasons, *evidence.refusals(arch.kind, arch.name, self.family, scheme)]
 
     def claim(self, request: Request) -> Claim:
-        """``compiled`` where what runs at so many rows has the matrix instruction in its machine code for the
-        architecture, else ``interpreted``. Machine code was made for the dtype that the architecture computes
-        in."""
+        """``compiled`` where the kernel for this number of tokens has its matrix instruction in the machine
+        code for the architecture, else ``interpreted``. The evidence is for the dtype that the architecture
+        computes in.
+        """
         arch = request.device.arch
         name = arch.name if request.dtype is arch.compute else f"{arch.name} in {request.dtype}"
-        return evidence.claim(arch.kind, name, self.family, request.weight.scheme.name, self.way_of(request))
+        return evidence.claim(
+            arch.kind, name, self.family, request.weight.scheme.name, self.kernel_of(request)
+        )
 
-    def way_of(self, request: Request) -> str:
-        """Which of the family's kernels runs at the rows of a request."""
-        return way(request.device.arch.name, self.family, request.num_tokens)[0]
+    def kernel_of(self, request: Request) -> str:
+        """Name of the kernel of the family that runs for the number of tokens of a request."""
+        return tuned_kernel(request.device.arch.name, self.family, request.num_tokens)

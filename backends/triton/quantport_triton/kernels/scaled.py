@@ -1,5 +1,6 @@
-"""Quantized weights times quantized activations, with scales of rows, tokens or groups: e4m3fn, int8, and
-int4 times int8.
+"""Quantized activations times quantized weights: e4m3fn times e4m3fn, int8 times int8, int8 times int4.
+
+Scales are those of tokens, rows and groups.
 """
 
 from __future__ import annotations
@@ -15,25 +16,25 @@ from quantport_triton.kernels.base import TritonKernel
 from quantport_triton.kernels.tiling import multiply, unaligned
 from quantport_triton.launch import Config, target_of
 from quantport_triton.quantize import quantize
-from quantport_triton.tuned import way
+from quantport_triton.tuned import tuned_config
 
-_OLDEST = {**FIRST, "sm_120": (3, 5), "sm_121": (3, 5)}  # before, these multiply fp16 instead of e4m3fn
-E4M3FN = ("QMMA", "QGMMA", "UTCQMMA")  # matrix instructions of each width
+# Before Triton 3.5, sm_120 and sm_121 multiply fp16 instead of e4m3fn.
+_OLDEST_FOR_E4M3FN = {**FIRST, "sm_120": (3, 5), "sm_121": (3, 5)}
+# The matrix instructions of a warp, a warp group, and the tensor core of Blackwell.
+E4M3FN = ("QMMA", "QGMMA", "UTCQMMA")
 INT8 = ("IMMA", "IGMMA", "UTCIMMA")
 
 
 class TritonScaled(TritonKernel):
-    """What these families share: activations are quantized, codes are multiplied, scales are applied to the
-    sums.
+    """The base class of these families: the activations are quantized, codes are multiplied, and the scales
+    are applied to the sums.
 
-    Products of codes are exact, and so are sums of int8; sums in fp32 and the rounding of the output differ
-    from the reference by their order only, which ``tolerance`` covers: half a unit in bf16 is ``2**-9``, and
-    the
-        reference rounds alike.
+    Products of codes are exact, and so are sums of int8. Sums in fp32 differ from the reference in their
+    order, which ``tolerance`` covers: half a unit in the last place of bf16 is ``2**-9``.
 
     Attributes:
-        weights: What the weight may be.
-        activation: What the activations must be.
+        weights: Quantizations of the weight.
+        activation: Quantization of the activations.
     """
 
     tolerance = 2.0**-7
@@ -45,9 +46,8 @@ class TritonScaled(TritonKernel):
         return scheme.weight in self.weights and scheme.activation == self.activation
 
     def reasons_against(self, request: Request) -> Sequence[Reason]:
-        return aten.native_reason(request, self.activation.format) or super().reasons_against(
-            request
-        )  # one reason is enough
+        reasons = aten.native_reason(request, self.activation.format)
+        return reasons or super().reasons_against(request)
 
     def slow(self, request: Request) -> str:
         return unaligned(request)
@@ -56,59 +56,47 @@ class TritonScaled(TritonKernel):
         from quantport_triton.ops import scaled as ops
 
         quant, (m, k) = spec.scheme.weight, x.shape
-        left = quantize(
-            x, self.activation, transposed=bool(self.activation.group_size)
-        )  # a step reads a column
+        # The kernel reads the group scales of all its tokens in one step along K.
+        quantized = quantize(x, self.activation, transposed=bool(self.activation.group_size))
         codes, scale = packed
         codes = codes.view(quant.element.storage) if quant.element.is_float8 else codes
-        config = way(target_of(x.device), self.family, m)[1]
+        config = tuned_config(target_of(x.device), self.family, m)
         config = Config({"PROMOTE": 0, **config.blocks}, config.warps, config.stages)
         sums = torch.int32 if self.activation.format == "int8" and not quant.group_size else torch.float32
         y = x.new_empty(m, spec.n)
-        factors = {"of_token": left.scale, "of_row": scale, "bias": y if bias is None else bias}
-        token_step, group_step = left.scale.stride()
+        factors = {"token_factor": quantized.scale, "row_factor": scale, "bias": y if bias is None else bias}
+        token_step, group_step = quantized.scale.stride()
         numbers = {
-            "units": codes.shape[1],
-            "groups": scale.shape[1],
+            "w_width": codes.shape[1],
+            "groups_per_row": scale.shape[1],
             "token_step": token_step,
             "group_step": group_step,
         }
-        row = -1 if quant.group_size else quant.block_shape[0]
         constants = {
             "GROUP": quant.group_size,
-            "TOKEN": not self.activation.group_size,
-            "ROW": row,
+            "TOKEN_FACTOR": not self.activation.group_size,
+            "ROW_STRIDE": -1 if quant.group_size else quant.block_shape[0],
             "BIAS": bias is not None,
         }
-        multiply(
-            ops.gemm,
-            config,
-            y,
-            k,
-            {"x": left.codes, "codes": codes},
-            factors,
-            numbers,
-            sums,
-            False,
-            **constants,
-        )
+        tensors = {"x": quantized.codes, "codes": codes}
+        multiply(ops.gemm, config, y, k, tensors, factors, numbers, sums, False, **constants)
         return y
 
 
 class TritonFp8(TritonScaled):
-    """W8A8 e4m3fn: a scale for each token, and one for each output channel or for the whole weight."""
+    """W8A8 e4m3fn: a scale for each token, and one for each output channel or one for the whole weight."""
 
-    family, matrix, oldest = "fp8", E4M3FN, _OLDEST
+    family, matrix, oldest = "fp8", E4M3FN, _OLDEST_FOR_E4M3FN
     weights = (Quant("e4m3fn", (0, 0)), Quant("e4m3fn", (1, 0)))
     activation = Quant("e4m3fn", (1, 0))
 
 
 class TritonFp8Block(TritonScaled):
-    """W8A8 e4m3fn: scales of 1 x 128 activations and of 128 x 128 weights, applied to each partial product in
-    fp32.
+    """W8A8 e4m3fn: scales of groups of 1 x 128 activations and of blocks of 128 x 128 weights, applied to
+    each partial product in fp32.
     """
 
-    family, matrix, oldest = "fp8_block", E4M3FN, _OLDEST
+    family, matrix, oldest = "fp8_block", E4M3FN, _OLDEST_FOR_E4M3FN
     weights = (Quant("e4m3fn", (128, 128)),)
     activation = Quant("e4m3fn", (1, 128))
 
@@ -122,7 +110,7 @@ class TritonInt8(TritonScaled):
 
 
 class TritonInt4Int8(TritonScaled):
-    """W4A8: int4 codes become int8 in registers; the exact sum over each group of 128 is scaled and added in
+    """W4A8: int4 codes become int8 in registers; the exact sum of each group of 128 is scaled and added in
     fp32.
     """
 

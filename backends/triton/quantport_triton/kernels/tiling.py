@@ -1,4 +1,4 @@
-"""How a product ``[M, N]`` is cut into programs, and K into parts where tiles are few."""
+"""Tiles of a product ``[M, N]``, and K split into parts where there are few of them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,12 @@ from quantport_triton.launch import Config, launch
 
 
 def split_k(tiles: int, programs: int, steps: int) -> int:
-    """Over how many programs K is split: a power of two, so that few variants are compiled; each has four
-    steps or more.
+    """Number of parts of K: a power of two, so that few variants are compiled, each of at least four steps.
+
+    Args:
+        tiles: Tiles of the product.
+        programs: Programs that keep the device busy.
+        steps: Steps along K.
     """
     split = 1
     while 2 * split * tiles <= programs and 8 * split <= steps:
@@ -23,9 +27,7 @@ def split_k(tiles: int, programs: int, steps: int) -> int:
 
 
 def unaligned(request: Request) -> str:
-    """Why rows of codes are slow to load: '' where every row of x and of W starts at a multiple of 16
-    bytes.
-    """
+    """Why rows of codes are slow to load; '' where rows of x and of W begin at multiples of 16 bytes."""
     scheme, k = request.weight.scheme, request.weight.k
     bits = min(quant.element.bits for quant in (scheme.weight, scheme.activation) if quant)
     return f"codes are loaded one by one: K is {k}, not a multiple of {128 // bits}" if k * bits % 128 else ""
@@ -47,16 +49,17 @@ def multiply(
 
     Args:
         kernel: The ``gemm``.
-        config: Block sizes; ``PROGRAMS`` is how many keep the device busy: K is split until there are as
-            many.
+        config: Its configuration; ``PROGRAMS``, where it has that, is the number of programs that keep the
+            device busy, up to which K is split.
         y: The output ``[M, N]``.
-        k: The K of the product.
-        tensors: Arguments of ``gemm`` alone.
-        factors: What ``finish`` applies: ``of_token``, ``of_row`` and ``bias``.
-        numbers: Widths of rows.
-        sums: What the sums over K are: int32 where they are exact, else fp32.
-        divide: Whether factors divide.
-        constants: Constants of ``gemm``; ``TOKEN``, ``ROW`` and ``BIAS`` are also those of ``add``.
+        k: Columns of both operands.
+        tensors: Tensors that only ``gemm`` takes.
+        factors: ``token_factor``, ``row_factor`` and ``bias``, which ``store_output`` applies.
+        numbers: Integers that only ``gemm`` takes.
+        sums: Dtype of the sums over K: int32 where they are exact, else fp32.
+        divide: Whether the output is divided by the factors.
+        constants: Constants of ``gemm``; ``TOKEN_FACTOR``, ``ROW_STRIDE`` and ``BIAS`` are those of ``add``
+            too.
     """
     from quantport_triton.ops import scaled as ops
 
@@ -65,23 +68,10 @@ def multiply(
     split = split_k(tiles, blocks.pop("PROGRAMS", 1), -(-k // blocks["BK"]))
     config = Config({**blocks, "SPLIT": split}, config.warps, config.stages)
     out = y if split == 1 else y.new_empty(split, m, n, dtype=sums)
-    launch(
-        kernel,
-        (tiles, split),
-        config,
-        {**tensors, **factors, "y": out},
-        {"M": m, "N": n, "K": k, **numbers},
-        **constants,
-    )
+    arguments = {**tensors, **factors, "y": out}
+    launch(kernel, (tiles, split), config, arguments, {"M": m, "N": n, "K": k, **numbers}, **constants)
     if split > 1:
-        same = {name: constants[name] for name in ("TOKEN", "ROW", "BIAS")}
+        shared = {name: constants[name] for name in ("TOKEN_FACTOR", "ROW_STRIDE", "BIAS")}
+        arguments = {"parts": out, **factors, "y": y}
         config = Config({"SPLIT": split, "BN": 256})
-        launch(
-            ops.add,
-            (-(-n // 256), m),
-            config,
-            {"parts": out, **factors, "y": y},
-            {"M": m, "N": n},
-            **same,
-            DIVIDE=divide,
-        )
+        launch(ops.add, (-(-n // 256), m), config, arguments, {"M": m, "N": n}, **shared, DIVIDE=divide)

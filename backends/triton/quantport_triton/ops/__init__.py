@@ -1,1 +1,1 @@
-"""The kernels themselves, in Triton's language: nothing here knows a scheme, a device or a module."""
+"""The kernels in Triton's language. They know no scheme, device or module."""

@@ -1,9 +1,9 @@
-"""Configurations of kernels, as data: ``default.json``, and a file for each architecture where something else
-is better.
+"""Configurations of the kernels: ``default.json``, and a file for each architecture where others are better.
 
-A file maps a family of kernels to its ways, in the order of rows of activations: the first whose ``rows`` is
-not below them is taken. ``null`` is any number. The other keys are block sizes, and what ``Config`` has.
-``{"like": "sm_120"}`` is all that a file says of an architecture that has nothing of its own.
+A file maps a family of kernels to entries in ascending order of ``max_rows``. The first entry that covers the
+rows of the activations, or of the matrix to quantize, is used; ``null`` covers any number. ``kernel`` names
+the kernel of the family where it has several, ``warps`` and ``stages`` are those of ``Config``, and all other
+keys are block sizes. ``{"like": "sm_120"}`` stands for an architecture with the configurations of another.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from quantport_triton.launch import Config
 
-_OWN = ("rows", "way", "warps", "stages")
+_NOT_BLOCKS = ("max_rows", "kernel", "warps", "stages")
 
 
 @cache
@@ -25,17 +25,27 @@ def _read(name: str) -> dict[str, Any]:
 
 
 @cache
-def ways(target: str, family: str) -> tuple[dict[str, Any], ...]:
-    """The ways of a family of kernels on an architecture, with those of a narrower file first."""
+def entries(target: str, family: str) -> tuple[dict[str, Any], ...]:
+    """All entries of a family for an architecture: those of its own file, else the default."""
     table = _read(target)
     if "like" in table:
-        return ways(table["like"], family)
+        return entries(table["like"], family)
     return tuple(table.get(family) or _read("default")[family])
 
 
+def _entry(target: str, family: str, rows: int) -> dict[str, Any]:
+    return next(e for e in entries(target, family) if e["max_rows"] is None or rows <= e["max_rows"])
+
+
 @cache
-def way(target: str, family: str, rows: int) -> tuple[str, Config]:
-    """Name and configuration of the way for so many rows of activations."""
-    found = next(w for w in ways(target, family) if w["rows"] is None or rows <= w["rows"])
-    blocks = {key: value for key, value in found.items() if key not in _OWN}
-    return found["way"], Config(blocks, found.get("warps", 4), found.get("stages", 3))
+def tuned_kernel(target: str, family: str, rows: int) -> str:
+    """Name of the kernel that a family with several uses for so many rows."""
+    return str(_entry(target, family, rows)["kernel"])
+
+
+@cache
+def tuned_config(target: str, family: str, rows: int) -> Config:
+    """Configuration of a family of kernels for so many rows."""
+    entry = _entry(target, family, rows)
+    blocks = {key: value for key, value in entry.items() if key not in _NOT_BLOCKS}
+    return Config(blocks, entry.get("warps", 4), entry.get("stages", 3))

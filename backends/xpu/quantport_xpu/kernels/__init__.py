@@ -11,25 +11,25 @@ from quantport_xpu.kernels.triton import XpuTritonInt4Int8, XpuTritonInt8, XpuTr
 from quantport_xpu.kernels.vendor import XpuFp8Gemm, XpuFp8W8A16, XpuInt4W4A8, XpuInt4W4A16
 from quantport_xpu.kernels.weight_only import XpuInt4Pack, XpuInt8Pack
 
-# Nothing is measured: among kernels that run a request equally natively the first one here wins. What torch
-# itself calls is
-# first, since PyTorch's tests run it on these GPUs; Triton's kernels were compiled by nobody for them.
+# Nothing is measured: among kernels that run a request equally natively, the first one here wins. Operators
+# of torch come first, since PyTorch's tests run them on these GPUs; Triton's kernels were never compiled for
+# them.
 ORDER: tuple[Callable[[], Kernel], ...] = (
     XpuScaledMM,
     XpuFp8Gemm,  # fp8 in blocks, and in fp16
     XpuIntMM,
     lambda: XpuTritonInt8("xpu"),  # int8 where this torch has no operator for it
     XpuInt4W4A8,
-    lambda: XpuTritonInt4Int8("xpu"),  # the same where vllm-xpu-kernels is not, as for simulated GPUs
+    lambda: XpuTritonInt4Int8("xpu"),  # the same without vllm-xpu-kernels, as for simulated GPUs
     XpuInt8Pack,
     XpuInt4Pack,
     XpuInt4W4A16,  # the same oneDNN, in fp16 too
     XpuFp8W8A16,  # fp8 weights, for which torch has no operator
-    XpuMxfp4Marlin,  # of an archived package: what neither torch nor vllm-xpu-kernels has
+    XpuMxfp4Marlin,  # mxfp4 weights, for which only an archived package has an operator
     lambda: XpuTritonWeightOnly("xpu"),  # every other format and shape
-    XpuFp8Emulated,  # from here on: only where the exact emulation is asked for
+    XpuFp8Emulated,  # from here on: only where the exact emulation is requested
     XpuMxfp8,
-    XpuMxfp4Quantized,  # one launch for the activations, for the rule of scales that it has
+    XpuMxfp4Quantized,  # quantizes activations in one launch, by its rule for scales only
     XpuMxfp4,
 )
 

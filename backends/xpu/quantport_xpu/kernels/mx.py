@@ -1,5 +1,5 @@
-"""MX formats through ``vllm-xpu-kernels`` and Intel's extension. No Intel GPU of the table multiplies blocks
-with e8m0 scales.
+"""MX formats through ``vllm-xpu-kernels`` and Intel's extension. No known Intel GPU multiplies blocks with
+e8m0 scales.
 """
 
 from __future__ import annotations
@@ -44,24 +44,22 @@ _MARLIN = (
     "intel/intel-extension-for-pytorch XEGEMM_MXFP4_marlin.cpp and test_marlin_mxfp4_linear.py at "
     "acaa1016cdba"
 )
-_E2M1 = ("Xe-HPC", "Xe2", "Xe3", "Xe3p")  # families for which oneDNN's table has e2m1, be it by conversion
-SMALLEST = 2.0**-126  # of scales
+_E2M1 = ("Xe-HPC", "Xe2", "Xe3", "Xe3p")  # families with e2m1 in oneDNN's table, if only by conversion
+SMALLEST_SCALE = 2.0**-126
 
 
 def is_mx(quant: Quant | None, name: str) -> bool:
     """Whether an operand has a power-of-two scale for each 32 along K and no other."""
-    return quant is not None and (
-        quant.format,
-        quant.block_shape[0],
-        quant.group_size,
-        quant.scale,
-        quant.outer_block,
-    ) == (name, 1, 32, "e8m0", None)
+    if quant is None:
+        return False
+    levels = (quant.format, quant.block_shape[0], quant.group_size, quant.scale, quant.outer_block)
+    return levels == (name, 1, 32, "e8m0", None)
 
 
 def block_reason(request: Request, kernel: str) -> tuple[Reason, ...]:
-    """The reason against blocks that are cut off, or nothing. One alone may count as one scale for a row:
-    nobody tests that.
+    """The reason against a partial block; empty for whole ones.
+
+    A K below 32 may work, as one scale for a row, but is not tested by the vendor.
     """
     k = request.weight.k
     kind = Refusal.UNSAFE if k < 32 else Refusal.IMPOSSIBLE
@@ -69,14 +67,16 @@ def block_reason(request: Request, kernel: str) -> tuple[Reason, ...]:
 
 
 def _shuffled(weight: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Bytes of two codes ``[n, k / 2]`` with each eight codes transposed as a matrix of a shape."""
+    """Packed 4-bit codes, bytes ``[n, k / 2]``, with each eight codes transposed as a matrix of ``shape``."""
     n, half = weight.shape
     codes = numerics.unpack_bits(weight, 2 * half, 4).view(n, -1, *shape)
     return numerics.pack_bits(codes.transpose(2, 3).reshape(n, -1), 4)
 
 
 class _Mx(aten.Quantizing):
-    """MX weights and activations of one format. Emulated: oneDNN converts both before it multiplies."""
+    """MX weights and activations in one format. It is an emulation: oneDNN converts both before it
+    multiplies.
+    """
 
     status = Status.REFERENCE
     tolerance = 2.0**-6
@@ -117,25 +117,17 @@ class _Mx(aten.Quantizing):
         if not len(x):
             return x.new_empty(0, spec.n)
         weight, scale = packed
-        assert spec.scheme.activation is not None  # serves refused it otherwise
-        codes, token = self.quantize(x, spec.scheme.activation)
-        return self.multiply(codes, token, weight, scale.view(token.dtype), x.dtype, bias)
+        assert spec.scheme.activation is not None  # serves refuses it otherwise
+        q = self.quantize(x, spec.scheme.activation)
+        return self.multiply(q, (weight, scale.view(q[1].dtype)), x.dtype, bias)
 
     @abstractmethod
-    def multiply(
-        self,
-        codes: Tensor,
-        token: Tensor,
-        weight: Tensor,
-        scale: Tensor,
-        dtype: torch.dtype,
-        bias: Tensor | None,
-    ) -> Tensor:
-        """The operator, for results of ``dtype``."""
+    def multiply(self, q: Packed, packed: Packed, dtype: torch.dtype, bias: Tensor | None) -> Tensor:
+        """Calls the operator on codes and scales of both operands, for a result in ``dtype``."""
 
 
 class XpuMxfp8(_Mx):
-    """W8A8 in MXFP8 through ``_xpu_C.fp8_gemm`` with e8m0 scales: the numbers of MXFP8, multiplied in a wider
+    """W8A8 in MXFP8 through ``_xpu_C.fp8_gemm`` with e8m0 scales: the values of MXFP8, multiplied in a wider
     type.
     """
 
@@ -147,28 +139,21 @@ class XpuMxfp8(_Mx):
         """The vendor's source and test."""
         return Claim(Evidence.DECLARED, _FP8)
 
-    def multiply(
-        self,
-        codes: Tensor,
-        token: Tensor,
-        weight: Tensor,
-        scale: Tensor,
-        dtype: torch.dtype,
-        bias: Tensor | None,
-    ) -> Tensor:
+    def multiply(self, q: Packed, packed: Packed, dtype: torch.dtype, bias: Tensor | None) -> Tensor:
+        (codes, token), (weight, scale) = q, packed
         y: Tensor = torch.ops._xpu_C.fp8_gemm(codes, weight.view(codes.dtype).t(), dtype, token, scale, bias)
         return y
 
 
 class XpuMxfp4(_Mx):
-    """W4A4 in MXFP4 through ``_xpu_C.fp4_gemm``: the numbers of MXFP4, multiplied in a wider type."""
+    """W4A4 in MXFP4 through ``_xpu_C.fp4_gemm``: the values of MXFP4, multiplied in a wider type."""
 
     name = "xpu.fp4_gemm"
     element = "e2m1"
     operators: tuple[str, ...] = ("_xpu_C.fp4_gemm",)
 
     def reasons_against(self, request: Request) -> Sequence[Reason]:
-        """Adds: on the older GPUs oneDNN has no e2m1 at all."""
+        """Adds that oneDNN has no e2m1 on older GPUs."""
         reasons, arch = list(super().reasons_against(request)), request.device.arch
         if arch.family not in _E2M1:
             text = f"{self.name}: oneDNN has no e2m1 on {arch.name} [{arch.source}]"
@@ -176,33 +161,25 @@ class XpuMxfp4(_Mx):
         return reasons
 
     def claim(self, request: Request) -> Claim:
-        """The vendor's source, and its caller."""
+        """The vendor's source, and vLLM's use of it."""
         return Claim(Evidence.DECLARED, _FP4)
 
     def quantize(self, x: Tensor, quant: Quant) -> tuple[Tensor, Tensor]:
-        """Two codes to a byte, the even one low: ``[M, K / 2]``."""
+        """Two codes to a byte, the first in the low half: ``[M, K / 2]``."""
         codes, token = super().quantize(x, quant)
         return numerics.pack_bits(codes, 4), token
 
-    def multiply(
-        self,
-        codes: Tensor,
-        token: Tensor,
-        weight: Tensor,
-        scale: Tensor,
-        dtype: torch.dtype,
-        bias: Tensor | None,
-    ) -> Tensor:
-        left, right = (t.view(torch.float4_e2m1fn_x2) for t in (codes, weight))
-        y: Tensor = torch.ops._xpu_C.fp4_gemm(left, right.t(), token, scale, dtype, bias)
+    def multiply(self, q: Packed, packed: Packed, dtype: torch.dtype, bias: Tensor | None) -> Tensor:
+        codes, weight = (pair[0].view(torch.float4_e2m1fn_x2) for pair in (q, packed))
+        y: Tensor = torch.ops._xpu_C.fp4_gemm(codes, weight.t(), q[1], packed[1], dtype, bias)
         return y
 
 
 class XpuMxfp4Quantized(XpuMxfp4):
-    """W4A4 in ``mxfp4:rceil`` as vLLM runs it: activations quantized by ``_C.per_token_group_quant_mxfp4``,
-    in one launch.
+    """W4A4 in ``mxfp4:rceil`` as vLLM runs it: ``_C.per_token_group_quant_mxfp4`` quantizes activations in
+    one launch.
 
-    Its scales are those of ``rceil``. Ties go toward zero: its comparisons with the middle of two codes are
+    Its scales are those of ``rceil``. Ties go toward zero, since its comparisons with the midpoints are
     strict.
     """
 
@@ -214,13 +191,13 @@ class XpuMxfp4Quantized(XpuMxfp4):
         return super().serves(scheme) and scheme.activation is not None and scheme.activation.rule == "rceil"
 
     def claim(self, request: Request) -> Claim:
-        """The vendor's sources, and their caller."""
+        """The vendor's sources, and vLLM's use of them."""
         return Claim(Evidence.DECLARED, f"{_FP4}; {_QUANTIZER}")
 
     def quantize(self, x: Tensor, quant: Quant) -> tuple[Tensor, Tensor]:
         m, k = x.shape
         codes, scale = x.new_empty(m, k // 2, dtype=torch.uint8), x.new_empty(m, k // 32, dtype=torch.float32)
-        torch.ops._C.per_token_group_quant_mxfp4(x, codes, scale, 32, SMALLEST)
+        torch.ops._C.per_token_group_quant_mxfp4(x, codes, scale, 32, SMALLEST_SCALE)
         return codes, scale.to(torch.float8_e8m0fnu)
 
 
@@ -262,7 +239,7 @@ class XpuMxfp4Marlin(Kernel):
         return Claim(Evidence.DECLARED, _MARLIN)
 
     def pack(self, stored_weight: StoredWeight, spec: WeightSpec) -> Packed:
-        """Codes 0 4 1 5 2 6 3 7 of eight to a word, the lowest nibble first: int32 ``[K / 8, N]``."""
+        """Words of eight codes, in the order 0 4 1 5 2 6 3 7 from the lowest nibble: int32 ``[K / 8, N]``."""
         words = _shuffled(stored_weight["weight_packed"], (2, 4)).view(torch.int32)
         return words.t().contiguous(), stored_weight["weight_scale"].t().contiguous()
 

@@ -1,4 +1,4 @@
-"""Which of ATen's operators this torch has on Intel GPUs."""
+"""The ATen operators that torch has on Intel GPUs."""
 
 from __future__ import annotations
 
@@ -16,21 +16,20 @@ def registered(operator: str) -> bool:
 
 
 def operator_reason(request: Request, kernel: str, operator: str, since: str) -> tuple[Reason, ...]:
-    """The reason against an operator that torch lacks on XPU, or nothing.
+    """The reason against a kernel whose operator torch lacks on XPU; empty where torch has it.
 
-    Of a GPU that is here, torch's dispatcher knows; for a simulated one, the version of this torch tells what
-    it would have.
+    For a real GPU torch's dispatcher decides, for a simulated one the version of torch.
 
     Args:
-        request: What is asked.
+        request: The request.
         kernel: Name of the kernel.
         operator: Name of the operator.
         since: The first version of torch that has it on XPU.
     """
-    asked = f"{kernel} needs torch {since} or later on XPU"
+    needs = f"{kernel} needs torch {since} or later on XPU"
     if not request.device.simulated:
-        lacks = f"{asked}: torch {torch.__version__} has no aten::{operator} there [{_YAML}]"
+        lacks = f"{needs}: torch {torch.__version__} has no aten::{operator} there [{_YAML}]"
         return () if registered(operator) else (Reason(lacks),)
     if torch.__version__ >= since:  # TorchVersion compares as a version, not as text
         return ()
-    return (Reason(f"{asked}, not {torch.__version__} [{_YAML}]"),)
+    return (Reason(f"{needs}, not {torch.__version__} [{_YAML}]"),)

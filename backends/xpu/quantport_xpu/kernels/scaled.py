@@ -1,4 +1,4 @@
-"""W8A8 through ATen: int8 on the matrix engines, and fp8, which they have from Xe3p on."""
+"""W8A8 through ATen: int8 on the matrix engines, and fp8, which they multiply from Xe3p on."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _INT = "PyTorch aten/src/ATen/native/mkldnn/xpu/Blas.cpp at 003d1b101f9e, _int_m
 
 
 def converts(request: Request) -> str:
-    """What oneDNN does with fp8 where the matrix engines have none: '' where they have it."""
+    """What oneDNN does with fp8 where the matrix engines lack it; '' where they have it."""
     arch = request.device.arch
     if "e4m3fn" in arch.native:
         return ""
@@ -34,14 +34,12 @@ def converts(request: Request) -> str:
 
 
 class XpuScaledMM(aten.ScaledMM):
-    """``torch._scaled_mm`` with row scales, through oneDNN: where XMX multiplies e4m3fn."""
+    """``torch._scaled_mm`` with row scales, through oneDNN, where XMX multiplies e4m3fn."""
 
     name = "xpu._scaled_mm"
 
     def reasons_against(self, request: Request) -> Sequence[Reason]:
-        """Adds: before Xe3p the operator runs, but converts both operands first, so that it only
-        loses time.
-        """
+        """Adds the operator, and that before Xe3p it converts both operands first, which only costs time."""
         gate = operator_reason(request, self.name, "_scaled_mm", "2.10")
         slower = [Reason(why, Refusal.SLOWER)] if (why := converts(request)) else []
         return [*super().reasons_against(request), *gate, *slower]
@@ -51,22 +49,22 @@ class XpuScaledMM(aten.ScaledMM):
         return Claim(Evidence.DECLARED, f"{_SCALED}; {request.device.arch.source}")
 
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
-        # The scales of no rows have no strides that torch takes.
+        # torch takes no strides of the scales of zero rows.
         return super().run(x, packed, bias, spec) if len(x) else x.new_empty(0, spec.n)
 
 
 class XpuFp8Emulated(XpuScaledMM):
-    """The same operator where XMX has no fp8: the numbers of W8A8, multiplied in 16 bits.
+    """The same operator where XMX has no fp8: the values of W8A8, multiplied in 16 bits.
 
-    fp8 is then a format to store, and weight-only kernels round less and do less. So its status is
-    ``reference``: it is taken where the exact emulation is asked for, before that of torch.
+    There fp8 is a storage format, and weight-only kernels do less work and round less. So the status is
+    ``reference``: this kernel is chosen where the exact emulation is requested, before that of torch.
     """
 
     name = "xpu._scaled_mm_emulated"
     status = Status.REFERENCE
 
     def reasons_against(self, request: Request) -> Sequence[Reason]:
-        """All but the need for a matrix instruction; and nothing is emulated where there is one."""
+        """Those of the base class but for the matrix instruction; and a reason where there is one."""
         arch = request.device.arch
         others = [
             r
@@ -83,8 +81,8 @@ class XpuFp8Emulated(XpuScaledMM):
 
 
 class XpuIntMM(aten.IntMM):
-    """``torch._int_mm`` through oneDNN: any rows and sizes. Scales are multiplied afterwards, in passes of
-    their own.
+    """``torch._int_mm`` through oneDNN, for any sizes. The scales are applied afterwards, in passes of their
+    own.
     """
 
     name = "xpu._int_mm"
@@ -99,9 +97,9 @@ class XpuIntMM(aten.IntMM):
 
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
         weight, scale = packed
-        assert spec.scheme.activation is not None  # serves refused it otherwise
+        assert spec.scheme.activation is not None  # serves refuses it otherwise
         q, token = self.quantize(x, spec.scheme.activation)
-        if spec.k == 1:  # a column of one element has strides that oneDNN misreads
+        if spec.k == 1:  # oneDNN misreads the strides of such matrices
             q, weight = (torch.nn.functional.pad(t, (0, 1)) for t in (q, weight))
         y = torch._int_mm(q, weight.t()) * token * scale.view(1, -1)
         return (y if bias is None else y + bias).to(x.dtype)

@@ -1,7 +1,7 @@
-"""Triton's kernels where Triton has a backend for Intel GPUs: the package ``triton-xpu``, in place of
+"""The Triton kernels, where Triton has a backend for Intel GPUs: the package ``triton-xpu`` instead of
 ``triton``.
 
-It compiles on a machine with such a GPU only, so that their evidence is no more than Triton's interpreter.
+It compiles only on a machine with such a GPU, so the only evidence is Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ INSTALL = "pip install --force-reinstall triton-xpu --index-url https://download
 
 
 def backend_reason() -> str:
-    """Why no Triton here compiles for Intel GPUs: '' when one does. Imports nothing."""
+    """Why the installed Triton does not compile for Intel GPUs; '' where it does. Imports nothing."""
     spec = find_spec("triton")
     folders = [Path(path) for path in (spec.submodule_search_locations or ())] if spec else []
     if any((folder / "backends" / "intel").is_dir() for folder in folders):
         return ""
-    found = "has no backend for Intel GPUs" if folders else "is not installed"
-    return f"the package triton {found}: {INSTALL}"
+    problem = "has no backend for Intel GPUs" if folders else "is not installed"
+    return f"the package triton {problem}: {INSTALL}"
 
 
 class _XpuTriton(TritonKernel):
     """A Triton kernel, where Triton compiles for Intel GPUs."""
 
     def reasons_against(self, request: Request) -> Sequence[Reason]:
-        """That comes first; of the Triton beside a simulated GPU nothing is known."""
+        """First, that Triton lacks the backend; not for a simulated GPU, whose Triton is unknown."""
         missing = "" if request.device.simulated else backend_reason()
         return [Reason(missing)] if missing else super().reasons_against(request)
 
 
 class XpuTritonInt8(_XpuTriton, TritonInt8):
-    """W8A8 in one launch after that of the activations."""
+    """W8A8 in one launch, after the one that quantizes the activations."""
 
 
 class XpuTritonInt4Int8(_XpuTriton, TritonInt4Int8):

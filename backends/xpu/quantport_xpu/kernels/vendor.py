@@ -38,10 +38,13 @@ _INT4 = "vllm-project/vllm-xpu-kernels csrc/xpu/onednn/int4_gemm_w4a16.h at f8e6
 def vendor_reasons(
     request: Request, kernel: str, *operators: str, wide: Refusal = Refusal.IMPOSSIBLE
 ) -> tuple[Reason, ...]:
-    """Why operators (names in ``vendor.SCHEMAS``) are not called: they are not here, or take other
-    activations.
+    """Why a kernel cannot call its operators: they are not here, or do not take these activations.
 
-    ``wide`` says what they do with fp32.
+    Args:
+        request: The request.
+        kernel: Name of the kernel.
+        operators: Keys of ``vendor.SCHEMAS``.
+        wide: The kind of the refusal of activations of other than 16 bits.
     """
     reasons = [Reason(missing(name, kernel)) for name in operators if name not in request.device.features]
     if request.dtype not in (torch.bfloat16, torch.float16):
@@ -50,7 +53,7 @@ def vendor_reasons(
 
 
 class XpuInt4W4A16(Int4Groups):
-    """W4A16 through ``_xpu_C.int4_gemm_w4a16``: int4 in groups, without offsets, the bias in the same
+    """W4A16 through ``_xpu_C.int4_gemm_w4a16``: int4 in groups without offsets, with the bias in the same
     launch.
     """
 
@@ -93,11 +96,11 @@ class XpuInt4W4A16(Int4Groups):
 
 
 class XpuInt4W4A8(XpuInt4W4A16, aten.Quantizing):
-    """W4A8 through ``_xpu_C.int4_gemm_w4a8``: XMX multiplies int8, the codes become int8 on the way.
+    """W4A8 through ``_xpu_C.int4_gemm_w4a8``: XMX multiplies int8, to which the operator converts the codes.
 
-    The operator reads the scales as fp16, whatever they are, and returns fp16. So it gets weight scales that
-    a power of two has brought to [1, 2) at the largest, and for the tokens one scale, another power of two,
-    with which no sum overflows; the scales of tokens are multiplied afterwards, in fp32.
+    The operator reads all scales as fp16 and returns fp16. So the weight scales that it gets are multiplied
+    by a power of two that brings the largest into [1, 2), and all tokens get one scale, a power of two with
+    which no sum overflows. The scales of the tokens are applied afterwards, in fp32.
     """
 
     name = "xpu.int4_gemm_w4a8"
@@ -107,7 +110,7 @@ class XpuInt4W4A8(XpuInt4W4A16, aten.Quantizing):
 
     def reasons_against(self, request: Request) -> Sequence[Reason]:
         spec = request.weight
-        # It returns fp16, which is less than who has fp32 asks for.
+        # It returns fp16, which is too little for activations in fp32.
         lacking = vendor_reasons(request, self.name, "_xpu_C.int4_gemm_w4a8", wide=Refusal.NOT_OFFERED)
         reasons = [*Int4Groups.reasons_against(self, request), *lacking]
         if spec.n % 8:
@@ -115,12 +118,12 @@ class XpuInt4W4A8(XpuInt4W4A16, aten.Quantizing):
         return [*aten.native_reason(request, "int8"), *reasons]
 
     def claim(self, request: Request) -> Claim:
-        """The vendor's source, vLLM's account of what it multiplies, and the instruction."""
+        """The vendor's source, vLLM's use of it, and the instruction."""
         return Claim(Evidence.DECLARED, f"{_W4A8}; {_W4A8_USE}; {request.device.arch.source}")
 
     def pack(self, stored_weight: StoredWeight, spec: WeightSpec) -> Packed:
-        """Adds to what W4A16 needs: the scales in fp16, what they lack to the true ones, and the one scale of
-        the tokens.
+        """Adds to what W4A16 packs: the scales in fp16, the factor that the output lacks, and the scale that
+        all tokens get.
         """
         words, scale, zero = super().pack(stored_weight, spec)
         values = scale.float()
@@ -128,13 +131,10 @@ class XpuInt4W4A8(XpuInt4W4A16, aten.Quantizing):
         exponent = torch.frexp(largest).exponent - 1
         exponent = exponent.float()  # older torch takes a power of integers in the default dtype
         half = torch.ldexp(values, -exponent).half()
-        bound = torch.full(
-            (1,),
-            2.0 ** -max(0, (128 * 8 * 2 * spec.k).bit_length() - 15),
-            dtype=torch.float16,
-            device=scale.device,
-        )
-        return words, scale, zero, half, torch.ldexp(1 / bound.float(), exponent), bound
+        # Sums are below 128 * 8 * 2 * K; the scale brings them below 2**15, which fp16 holds.
+        token_scale = 2.0 ** -max(0, (128 * 8 * 2 * spec.k).bit_length() - 15)
+        token = torch.full((1,), token_scale, dtype=torch.float16, device=scale.device)
+        return words, scale, zero, half, torch.ldexp(1 / token.float(), exponent), token
 
     def packed_layout(self, spec: WeightSpec) -> PackedLayout | None:
         """None: all scales share an exponent."""
@@ -146,20 +146,22 @@ class XpuInt4W4A8(XpuInt4W4A16, aten.Quantizing):
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
         if not len(x):
             return x.new_empty(0, spec.n)
-        words, _, zero, half, factor, bound = packed
-        assert spec.scheme.activation is not None  # serves refused it otherwise
-        q, token = self.quantize(x, spec.scheme.activation)
-        operator, none = torch.ops._xpu_C.int4_gemm_w4a8, torch.zeros_like(bound, dtype=torch.int32)
-        y: Tensor = operator(q, bound, none, words.t(), half, zero, spec.scheme.weight.group_size, None, None)
-        y = y.float() * (token * factor)
+        words, _, zero, half, factor, token = packed
+        assert spec.scheme.activation is not None  # serves refuses it otherwise
+        q, scale = self.quantize(x, spec.scheme.activation)
+        operator, offset = torch.ops._xpu_C.int4_gemm_w4a8, torch.zeros_like(token, dtype=torch.int32)
+        y: Tensor = operator(
+            q, token, offset, words.t(), half, zero, spec.scheme.weight.group_size, None, None
+        )
+        y = y.float() * (scale * factor)
         return (y if bias is None else y + bias).to(x.dtype)
 
 
 class _Fp8(Kernel):
     """e4m3fn weights with one scale, one for each output channel, or one for each 128x128.
 
-    The vendor tells the last from the others by scales that have more than one row: those of K in blocks, at
-    least two.
+    The operator recognizes blocks of 128x128 by scales of more than one row, so there must be at least two
+    along K.
     """
 
     def serves(self, scheme: Scheme) -> bool:
@@ -173,14 +175,14 @@ class _Fp8(Kernel):
     def reasons_against(self, request: Request) -> Sequence[Reason]:
         spec = request.weight
         reasons = list(vendor_reasons(request, self.name, f"_xpu_C.{self.name.partition('.')[2]}"))
-        # one block has one scale, as a tensor has
+        # A single block has one scale, as has a whole tensor.
         several = spec.scheme.weight.group_size and max(spec.n, spec.k) > 128
         if several and (spec.n % 128 or spec.k % 128 or spec.k < 256):
             needs = (
                 f"{self.name} needs N and K to be multiples of 128, and two blocks along K, not "
                 f"{spec.n} x {spec.k} [{_FP8}]"
             )
-            # what it does with blocks that are cut off along N only is not known
+            # What it does with partial blocks along N only is not known.
             whole = spec.k % 128 == 0 and spec.k >= 256
             reasons.append(Reason(needs, Refusal.UNSAFE if whole else Refusal.IMPOSSIBLE))
         return reasons
@@ -191,9 +193,8 @@ class _Fp8(Kernel):
 
     def pack(self, stored_weight: StoredWeight, spec: WeightSpec) -> Packed:
         scale = stored_weight["weight_scale"]
-        return stored_weight["weight"].view(
-            torch.uint8
-        ), scale.t().contiguous() if spec.scheme.weight.group_size else scale.view(-1)
+        scale = scale.t().contiguous() if spec.scheme.weight.group_size else scale.view(-1)
+        return stored_weight["weight"].view(torch.uint8), scale
 
     def packed_layout(self, spec: WeightSpec) -> PackedLayout | None:
         codes, scale = self.stored_layout(spec)
@@ -242,7 +243,7 @@ class XpuFp8Gemm(_Fp8, aten.Quantizing):
         if not len(x):
             return x.new_empty(0, spec.n)
         weight, scale = packed
-        assert spec.scheme.activation is not None  # serves refused it otherwise
+        assert spec.scheme.activation is not None  # serves refuses it otherwise
         q, token = self.quantize(x, spec.scheme.activation)
         y: Tensor = torch.ops._xpu_C.fp8_gemm(q, weight.view(q.dtype).t(), x.dtype, token, scale, bias)
         return y

@@ -32,7 +32,7 @@ ZERO = 8  # codes are stored as code + 8
 
 
 class XpuInt8Pack(Kernel):
-    """W8A16 through ``torch.ops.aten._weight_int8pack_mm``: int8 codes, a scale in fp32 for each output
+    """W8A16 through ``torch.ops.aten._weight_int8pack_mm``: int8 with a scale in fp32 for each output
     channel.
     """
 
@@ -58,24 +58,19 @@ class XpuInt8Pack(Kernel):
 
 
 class Int4Groups(Kernel):
-    """What kernels of oneDNN's u4 weights share: ``value = (code + 8 - 8) * scale``.
+    """The base class of kernels for oneDNN's u4 weights.
 
-    The stored words are oneDNN's own layout: eight codes along K to an int32, the first one in the lowest
-    nibble. Only scales are packed, a row for each group. Offsets in bf16 are not served: oneDNN subtracts
-    whole codes.
+    The stored words are in oneDNN's layout: eight codes along K in an int32, the first in the lowest nibble.
+    Only scales are packed, a row for each group. Offsets in bf16 are not served, since oneDNN subtracts whole
+    codes.
     """
 
     tolerance = 2.0**-7
 
     def serves(self, scheme: Scheme) -> bool:
         quant = scheme.weight
-        return (quant.format, quant.block_shape[0], quant.scale, quant.zero_point, quant.outer_block) == (
-            "int4",
-            1,
-            "bf16",
-            False,
-            None,
-        )
+        kind = (quant.format, quant.block_shape[0], quant.scale, quant.zero_point, quant.outer_block)
+        return kind == ("int4", 1, "bf16", False, None)
 
     def reasons_against(self, request: Request) -> Sequence[Reason]:
         spec = request.weight
@@ -101,7 +96,7 @@ class Int4Groups(Kernel):
         return PackedLayout((words, turned, turned._replace(dtype=torch.int8)))
 
     def zeros(self, scale: Tensor) -> Tensor:
-        """The codes that mean zero: int8 ``[K / group, N]``."""
+        """The code of zero for each group: int8 ``[K / group, N]``."""
         return torch.full_like(scale, ZERO, dtype=torch.int8)
 
     def unpack(self, packed: Packed, spec: WeightSpec) -> StoredWeight:
@@ -109,7 +104,7 @@ class Int4Groups(Kernel):
 
 
 class XpuInt4Pack(Int4Groups):
-    """W4A16 through ``torch.ops.aten._weight_int4pack_mm_with_scales_and_zeros``: int4 in groups, without
+    """W4A16 through ``torch.ops.aten._weight_int4pack_mm_with_scales_and_zeros``: int4 in groups without
     offsets.
     """
 
@@ -117,7 +112,7 @@ class XpuInt4Pack(Int4Groups):
 
     def reasons_against(self, request: Request) -> Sequence[Reason]:
         reasons = list(super().reasons_against(request))
-        if request.dtype is not torch.bfloat16:  # the dtype of the scales, which would be rounded
+        if request.dtype is not torch.bfloat16:  # the scales, in bf16, would be rounded
             reasons.append(
                 Reason(
                     f"{self.name} takes activations in the dtype of the scales, bfloat16, not {request.dtype}"

@@ -1,7 +1,8 @@
-"""The suite of every room, all of it, on a simulated NPU: what is accepted runs and is right, and what is
+"""The conformance suite of every room on a simulated NPU: what is accepted runs and is right, and what is
 refused fails.
 
-A kernel that declares a deviation is judged by the scheme's reference with just that in it (``declared.py``).
+A kernel that declares a deviation is compared with the reference of the scheme with that deviation
+(``declared.py``).
 """
 
 from simulator.need import simulated
@@ -26,7 +27,7 @@ TILED = ("npu.quant_matmul", "npu.dual_level_quant_matmul")
 
 @pytest.fixture
 def by_declaration(kernel, monkeypatch, request):
-    """Exchanges the reference for that of the kernel."""
+    """Replaces the reference by that of the kernel."""
     linear = declared.DECLARED.get(kernel.name)
     if linear is None:
         yield
@@ -34,7 +35,7 @@ def by_declaration(kernel, monkeypatch, request):
 
     experts = request.node.callspec.params.get("layer") == "moe"
     # SwiGLU in the launch: fp32 in between
-    exact = experts and register.family() == register.A5 and hasattr(kernel, "gates")
+    exact = experts and register.family() == register.A5 and hasattr(kernel, "fits_fused")
 
     def told(x, stored_weight, scheme, bias=None):
         return linear(x, stored_weight, scheme, bias, torch.float32 if exact else x.dtype)

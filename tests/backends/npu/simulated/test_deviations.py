@@ -1,5 +1,5 @@
-"""Where an operator's arithmetic is not the scheme's, it is exactly what the kernel declares: tried on every
-special weight.
+"""Where the arithmetic of an operator is not that of the scheme, it is exactly what the kernel declares:
+tested with weights on which the two differ.
 """
 
 from simulator.need import simulated
@@ -31,8 +31,8 @@ CASES = [
 
 @pytest.mark.parametrize("name", [name for name, linear in DECLARED.items() if linear is not numbers])
 def test_it_is_told_from_the_scheme(name):
-    """One input at a time: nothing is added up, so that a result has the bits of what is declared, and of
-    nothing else.
+    """With one input at a time nothing is summed, so that the bits of a result are those of the declared
+    arithmetic and of no other.
     """
     kernel, scheme = (
         KERNELS[name],

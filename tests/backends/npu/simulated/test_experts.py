@@ -1,4 +1,4 @@
-"""Experts on a simulated NPU: one launch for all of them, and mistakes in those calls are refused."""
+"""Experts on a simulated NPU: one launch for all of them, and wrong calls are refused."""
 
 from simulator.need import simulated
 
@@ -78,7 +78,7 @@ def test_experts_are_right(scheme):
 def test_one_launch_gives_what_two_give(scheme, monkeypatch):
     module, _ = layer(scheme)
     fused = module(*inputs(9)).cpu()
-    monkeypatch.setattr(type(module.kernel), "gates", lambda self, spec: False)
+    monkeypatch.setattr(type(module.kernel), "fits_fused", lambda self, spec: False)
     register.CALLS.clear()
     assert cases.relative_error(fused, module(*inputs(9)).cpu()) <= 4 * module.kernel.tolerance
     assert GATED[0] not in register.CALLS
@@ -108,7 +108,12 @@ def test_other_activations_and_training_take_the_plain_way(scheme):
 def test_groups_whose_width_mx_does_not_take_go_the_plain_way():
     kernel = layer("mxfp8")[0].kernel
     scheme = default_registry().schemes["mxfp8"]
-    assert [kernel.gates(WeightSpec(scheme, n, 128)) for n in (32, 64, 96, 128)] == [False, True, False, True]
+    assert [kernel.fits_fused(WeightSpec(scheme, n, 128)) for n in (32, 64, 96, 128)] == [
+        False,
+        True,
+        False,
+        True,
+    ]
 
 
 def zeros(*shape, dtype=torch.float32):

@@ -1,5 +1,5 @@
-"""float8 on products without it, and bf16 on the 310P: weights load, run, move and are saved, with the bytes
-of the CPU.
+"""float8 on NPUs that do not compute with it, and bf16 on the 310P: weights load, run, move and are saved
+with the bytes of the CPU.
 """
 
 from simulator.need import simulated

@@ -1,5 +1,5 @@
-"""A model many times larger than the budget, loaded onto a simulated NPU: never more than the quantized model
-and the budget.
+"""Loads a model many times larger than the budget onto a simulated NPU: memory never exceeds the quantized
+model plus the budget.
 """
 
 from simulator.need import simulated
@@ -22,7 +22,7 @@ SCHEMES = {"A2": ("int8", "int4_weight_only"), "950": ("fp8", "mxfp8", "mxfp4")}
 
 
 def own(model):
-    """Bytes of a model's tensors, each with the 32 that torch_npu adds, in its units of 512."""
+    """Bytes of a model's tensors as torch_npu allocates them: 32 more for each, in units of 512."""
     storages = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
         for t in (*model.parameters(), *model.buffers())

@@ -1,4 +1,4 @@
-"""Mistakes made on purpose: each call is one step away from a right one, and each is refused."""
+"""Wrong calls: each is one step away from a right one, and each is refused."""
 
 from simulator.need import simulated
 

@@ -1,9 +1,9 @@
 """Both example models on a simulated NPU, from the checkpoint to the text, against the reference of every
 layer on the CPU.
 
-The reference is that of the scheme, with what each kernel declares of its own (``declared.py``). Every
-product is held to the tolerance of its kernel, for the activations that it really got; the logits are held to
-the same through all layers.
+The reference is that of the scheme with the deviations that each kernel declares (``declared.py``). Every
+product must be within the tolerance of its kernel on the activations that it really got, and so must the
+logits after all layers.
 """
 
 from simulator.need import simulated
@@ -23,7 +23,8 @@ import quantport
 from quantport.modules import QuantExperts
 
 MODELS = Path(__file__).parents[4] / "examples" / "models"
-PROMPTS = (  # the models are of documentation of Python; here their BF16 logits leave little doubt
+# From documentation of Python, on which the models were trained; the BF16 logits are far apart here.
+PROMPTS = (
     'If the syntax "*expression" appears in the function call, "expression"',
     "A *future statement* is a directive to the compiler that",
     "right, to the targets before the starred target. The final",
@@ -57,17 +58,17 @@ def model(request):
 
 
 def generate(model, ids):
-    """Greedy text, and its logits."""
+    """Greedy text and its logits."""
     with torch.no_grad():
         text = model.generate(ids, min_new_tokens=TOKENS, max_new_tokens=TOKENS, do_sample=False)
         return text, model(text).logits[0].float().cpu()
 
 
 def same_routes(here, there, text):
-    """How many tokens go to the same experts in every layer of both, before the first that does not.
+    """Number of tokens that go to the same experts in every layer of both models, before the first that does
+    not.
 
-    A router may be in doubt between two experts, and then a rounding decides; what follows is another
-    computation.
+    Rounding decides where a router is undecided between two experts, and what follows cannot be compared.
     """
     seen = [], []
     for model, notes in zip((here, there), seen, strict=True):
@@ -86,8 +87,8 @@ def same_routes(here, there, text):
 
 
 def clearest(model, tokenizer):
-    """What the reference says to the prompt about which it is surest: near ties of others may go
-    either way.
+    """The answer of the reference to the prompt about which it is most certain: near ties in the others may
+    go either way.
     """
     said = [
         (ids, *generate(model, ids)) for ids in (tokenizer(p, return_tensors="pt").input_ids for p in PROMPTS)
@@ -101,7 +102,7 @@ def clearest(model, tokenizer):
 
 
 def own(model):
-    """Bytes of a model's tensors, each with the 32 that torch_npu adds, in its units of 512."""
+    """Bytes of a model's tensors as torch_npu allocates them: 32 more for each, in units of 512."""
     storages = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
         for t in (*model.parameters(), *model.buffers())
@@ -110,7 +111,9 @@ def own(model):
 
 
 def load(model, scheme):
-    """On the NPU, within the budget: what torch_npu counts, and what it asks the driver for."""
+    """Loads onto the NPU, and checks against the budget what torch_npu counts and what it asks the driver
+    for.
+    """
     torch.npu.empty_cache()
     torch.npu.reset_peak_memory_stats()
     DRIVER.simulated_reset_peak()

@@ -1,7 +1,5 @@
-"""What vLLM-Omni's table promises for Ascend runs here, for language models and diffusion transformers, by
-native kernels.
-
-Language models are in ``test_models.py``, for the same schemes; here are diffusion transformers.
+"""What vLLM-Omni's table lists for Ascend runs by native kernels: diffusion transformers here, language
+models with the same schemes in ``test_models.py``.
 """
 
 from simulator.need import simulated
@@ -30,7 +28,7 @@ TOLERANCE = 2.0**-6  # of every kernel of the room
 
 
 def quantized(name, scheme, where):
-    """The model, every linear layer of it quantized where it is, and the plan."""
+    """A model whose linear layers are all quantized in place, and the plan."""
     model = omni.build(name).to(where)
     linear = {key for key, m in model.named_modules() if isinstance(m, nn.Linear)}
     plan = quantport.quantize_(model, scheme, fallback="reference" if where == "cpu" else "error")
@@ -45,7 +43,7 @@ def test_what_the_table_promises_runs_somewhere():
 
 
 def host_norm(x, gamma, epsilon):
-    """``torch_npu.npu_rms_norm`` on the host: diffusers calls it for every tensor, wherever torch_npu is
+    """``torch_npu.npu_rms_norm`` on the host: diffusers calls it for every tensor where torch_npu is
     installed.
     """
     return (nn.functional.rms_norm(x.float(), gamma.shape, gamma.float(), epsilon).to(x.dtype),)
@@ -54,8 +52,8 @@ def host_norm(x, gamma, epsilon):
 @pytest.mark.parametrize("scheme", HERE)
 @pytest.mark.parametrize("name", omni.FACTORIES)
 def test_a_diffusion_transformer_runs_natively(name, scheme, monkeypatch):
-    """One denoising step: every linear layer by a native kernel, each product and the result within the
-    kernel's tolerance.
+    """One denoising step: every linear layer runs by a native kernel, and each product and the result are
+    within the kernel's tolerance.
     """
     model, plan = quantized(name, scheme, "npu")
     assert {step.choice.status for step in plan.quantized} == {Status.NATIVE}

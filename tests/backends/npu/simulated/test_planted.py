@@ -1,6 +1,4 @@
-"""Mistakes planted in the room's kernels: each calls an operator in a wrong way on its way to the vendor, and
-fails.
-"""
+"""Mistakes planted in the room's kernels: each changes the call of one operator, and each is caught."""
 
 from simulator.need import simulated
 
@@ -36,7 +34,7 @@ QUANT, WEIGHT_ONLY, DUAL, GROUPED = (
 
 
 def changed(**by):
-    """Keyword arguments of the call changed: by another value, or by a function of the right one."""
+    """Changes keyword arguments of a call: to another value, or by a function of the right one."""
     return lambda args, named: (
         args,
         named | {key: v(named[key]) if callable(v) else v for key, v in by.items()},
@@ -48,7 +46,7 @@ def without(*names):
 
 
 def argument(i, change):
-    """One positional argument changed."""
+    """Changes one positional argument of a call."""
     return lambda args, named: ((*args[:i], change(args[i]), *args[i + 1 :]), named)
 
 
@@ -142,7 +140,7 @@ MISTAKES = {
 
 
 def run(name):
-    """A kernel from the stored weight to the result."""
+    """Runs a kernel from the stored weight to the result."""
     kernel, scheme, device = (
         default_registry().kernel(name),
         default_registry().schemes[SCHEMES[name]],

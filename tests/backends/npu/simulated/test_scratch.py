@@ -1,5 +1,5 @@
-"""What quantizing one weight holds on the device is what the budget counts for it, measured by the allocator
-of torch_npu.
+"""The budget counts what quantizing one weight allocates on the device, measured by the allocator of
+torch_npu.
 """
 
 from simulator.need import simulated

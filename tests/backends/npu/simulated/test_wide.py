@@ -1,4 +1,4 @@
-"""More output channels than one product takes, and weights in tiles: what small weights never meet."""
+"""Weights with more output channels than one product takes, and weights in FRACTAL_NZ."""
 
 from simulator.need import simulated
 
@@ -64,7 +64,7 @@ def test_several_products_are_right(kernel, spec, dtype):
     ("name", "scheme"), [("npu.quant_matmul", "int8"), ("npu.dual_level_quant_matmul", "mxfp4_dualscale")]
 )
 def test_weights_lie_in_tiles(name, scheme):
-    """torch_npu allows no internal formats by default, and then gives a matrix in rows on A2 and A3."""
+    """By default torch_npu allows no internal formats, and then returns a row-major matrix on A2 and A3."""
     kernel, spec = (
         next(k for k in default_registry().kernels("npu") if k.name == name),
         WeightSpec(default_registry().schemes[scheme], 64, 512),

@@ -1,3 +1,3 @@
-"""A simulated Ascend NPU: the real torch_npu, a driver of our own, and bodies for its operators from the
+"""A simulated Ascend NPU: the real torch_npu over a driver of our own, with operators written from the
 vendor's documents.
 """

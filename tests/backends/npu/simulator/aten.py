@@ -1,10 +1,10 @@
-"""PyTorch's own operators on the simulated NPU: each runs on CPU tensors that lie over the NPU's memory.
+"""PyTorch's own operators on the simulated NPU: each runs on CPU tensors over the NPU's memory.
 
-torch_npu's kernels of these call CANN, which has no host version. What allocates, views and describes stays
+torch_npu's kernels for them call CANN, which has no host version. Allocation, views and metadata are
 torch_npu's own.
 
-Dtypes that CANN's Cast and InplaceCopy do not list for a product are bytes there: they are allocated, viewed,
-and copied whole between host and device, and every other operator refuses them (hicann/ops-math
+Dtypes that CANN's Cast and InplaceCopy do not list for a chip are mere bytes there: they are allocated,
+viewed, and copied whole between host and device, and every other operator refuses them (hicann/ops-math
 math/cast/docs/aclnnCast.md and conversion/view_copy/docs/aclnnInplaceCopy.md; Ascend/pytorch
 torch_npu/csrc/aten/ops/op_api/CopyKernelOpApi.cpp, which converts on the host where a copy between the two
 changes the dtype).
@@ -59,7 +59,7 @@ _FLOAT8 = (
 
 
 def _known(name: str, tensor: Tensor) -> None:
-    """Refuses a tensor of a dtype that the SoC computes nothing with."""
+    """Refuses a tensor of a dtype with which the SoC does not compute."""
     absent = (tensor.dtype in _FLOAT8 and family() != A5) or (
         tensor.dtype is torch.bfloat16 and family() == I310
     )
@@ -72,14 +72,14 @@ def _views(schema: Any) -> bool:
 
 
 def _each(call: Callable[[Any], Any], value: Any) -> Any:
-    """``call`` on every part of an argument or a result: the lists and tuples that the dispatcher hands out
-    hold no others.
+    """Applies ``call`` to every part of an argument or a result; the dispatcher passes no nested lists or
+    tuples.
     """
     return type(value)(_each(call, v) for v in value) if type(value) in (list, tuple) else call(value)
 
 
 def _run(operator: Any, *args: Any, **kwargs: Any) -> Any:
-    """Runs an operator on the host; what it makes goes where its arguments are."""
+    """Runs an operator on the host and moves its results to where its arguments are."""
     device = kwargs.pop("device", None)
     host: dict[int, Tensor] = {}
     copies = operator is torch.ops.aten._to_copy.default
@@ -119,8 +119,8 @@ def _run(operator: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _composed(operator: Any, *args: Any, **kwargs: Any) -> Any:
-    """An operator that torch composes of others: on the host; of fake tensors, which have no memory, as torch
-    composes it.
+    """An operator that torch composes of others: run on the host; for fake tensors, which have no memory,
+    composed as by torch.
     """
     if any(isinstance(value, FakeTensor) for value in (*args, *kwargs.values())):
         return operator.decompose(*args, **kwargs)
@@ -128,7 +128,7 @@ def _composed(operator: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _copy(to: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
-    """Copies leave the format of the source behind, as torch_npu's do."""
+    """A copy does not keep the format of the source, as in torch_npu."""
     if to.device == source.device or not (to.is_contiguous() and source.is_contiguous()):
         _known("copy_", to)
         _known("copy_", source)
@@ -139,7 +139,7 @@ def _copy(to: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
 
 
 def _copy_back(source: Tensor, to: Tensor) -> Tensor:
-    """What torch_npu calls after an operator that it has not, and that ran on the host."""
+    """The function that torch_npu calls after an operator that it lacks has run on the host."""
     return _copy(to, source)
 
 
@@ -155,7 +155,7 @@ def _clone(tensor: Tensor, *, memory_format: torch.memory_format | None = None) 
 
 
 def install(library: torch.library.Library) -> None:
-    """Registers every operator for which torch_npu has a kernel of CANN's."""
+    """Registers every operator for which torch_npu has a kernel that calls CANN."""
     special = {"aten::copy_": _copy, "aten::clone": _clone, "aten::_copy_from_and_resize": _copy_back}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -1,4 +1,6 @@
-"""Compiles the driver: one library with everything, and the other names that torch_npu links against."""
+"""Compiles the driver: one library with everything, and libraries of the other names that torch_npu links
+against.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +12,13 @@ NAMES = ("hccl", "acl_op_compiler", "ge_runner", "graph", "acl_tdt_channel")
 
 
 def build(where: Path) -> None:
-    """Fills a directory for ``LD_LIBRARY_PATH``."""
+    """Compiles the libraries into a directory for ``LD_LIBRARY_PATH``."""
     where.mkdir(parents=True, exist_ok=True)
     shared = ["gcc", "-shared", "-fPIC", "-O1", "-w"]
     source = Path(__file__).with_name("driver.c")
     subprocess.run([*shared, "-o", where / "libascendcl.so", source], check=True)
-    for name in (
-        NAMES
-    ):  # torch_npu opens some of them by name, and looks functions up in that one: each leads to the first
+    # torch_npu opens some of them by name and looks functions up there, so each one links to the first.
+    for name in NAMES:
         out = [
             "-o",
             where / f"lib{name}.so",

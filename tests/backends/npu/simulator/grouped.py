@@ -23,7 +23,7 @@ FLOAT = 6  # ScalarType
 
 
 def _transposed(weight: Tensor) -> bool:
-    """As op-plugin asks it: ``is_weight_trans``."""
+    """Whether a weight is transposed, as op-plugin decides it (``is_weight_trans``)."""
     return weight.stride(-2) == 1 and weight.stride(-1) == weight.shape[-2]
 
 
@@ -34,7 +34,7 @@ def _single(name: str, tensors: list[Tensor] | None, what: str) -> Tensor:
 
 
 def _slices(name: str, ends: Tensor | None, rows: int, groups: int) -> Iterator[slice]:
-    """Rows of each group from cumulative sums."""
+    """The rows of each group, from cumulative sums."""
     check(
         ends is not None and ends.dtype is torch.int64 and tuple(ends.shape) == (groups,),
         name,
@@ -140,8 +140,8 @@ def _antiquant(
     offsets: list[Tensor] | None,
     output: int | None,
 ) -> Multiply:
-    """16-bit activations by ``(weight + offset) * scale``: int8 by channel; int4 by channel or in equal
-    groups along K.
+    """16-bit activations times ``(weight + offset) * scale``: int8 with scales of channels; int4 with scales
+    of channels or of equal groups along K.
     """
     check(family() in (A2, A3), name, f"16-bit activations by integers are not documented for {family()}")
     check(
@@ -183,8 +183,8 @@ def _per_token(
     dtypes: Dtypes,
     output: torch.dtype | None,
 ) -> Multiply:
-    """A scale for each row and each column: int8, and fp8 on the 950. int8 gives bf16 with scales in bf16,
-    fp16 with fp32.
+    """A scale for each row and each column: int8, and on the 950 fp8. For int8, a bf16 result needs scales in
+    bf16, an fp16 result scales in fp32.
     """
     check(dtypes == (None,) * 4, name, "dtypes of MX")
     takes = (torch.int8, *FLOAT8) if family() == A5 else (torch.int8,)
@@ -206,7 +206,7 @@ def _mx(
     dtypes: Dtypes,
     output: torch.dtype | None,
 ) -> Multiply:
-    """A power of two for each 32 along K, on the 950: fp8 or e2m1."""
+    """A power-of-two scale for each 32 along K, on the 950: fp8 or e2m1."""
     check(family() == A5, name, f"no MX on {family()}")
     four = dtypes == (E2M1, E2M1, E8M0, E8M0)
     check(four or dtypes == (None, None, E8M0, E8M0), name, f"dtypes {dtypes}")
@@ -256,8 +256,8 @@ def npu_grouped_matmul_swiglu_quant_v2(
     weight_scale_dtype: int | None = None,
     x_scale_dtype: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Only the 950 is simulated: the other chips take A8W8 in FRACTAL_NZ. Exponents of results are floored,
-    as elsewhere.
+    """The operator of the 950; other chips take A8W8 in FRACTAL_NZ, which is not simulated. Exponents of
+    results are floored, as elsewhere.
     """
     name = "npu_grouped_matmul_swiglu_quant_v2"
     check(

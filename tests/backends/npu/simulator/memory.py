@@ -1,5 +1,5 @@
-"""Device memory as the host sees it: the simulated driver hands out host memory, so a CPU tensor can lie over
-an NPU tensor.
+"""Device memory from the host: the simulated driver hands out host memory, so that a CPU tensor can share
+that of an NPU tensor.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ def _storage(tensor: Tensor) -> torch.UntypedStorage:
 
 
 def lies(tensor: Tensor) -> Tensor:
-    """The bytes of an NPU tensor's storage as they lie, as a CPU tensor."""
+    """The bytes of an NPU tensor's storage in memory order, as a CPU tensor."""
     return torch.empty(0, dtype=torch.uint8).set_(_storage(tensor))
 
 
 def over(tensor: Tensor) -> Tensor:
-    """A CPU tensor over the memory of an NPU tensor; a write to one is a write to the other."""
+    """A CPU tensor that shares the memory of an NPU tensor."""
     check(
         layout(tensor) in PLAIN,
         "memory",
@@ -67,8 +67,8 @@ def place(tensor: Tensor) -> Tensor:
 
 
 def to_nz(rows: Tensor) -> Tensor:
-    """FRACTAL_NZ of a CPU matrix ``[m, n]``: tiles of 16 rows of 32 bytes, column of tiles after column of
-    tiles, filled with 0.
+    """FRACTAL_NZ of a CPU matrix ``[m, n]``: tiles of 16 rows of 32 bytes, one column of tiles after the
+    other, padded with 0.
     """
     m, n = rows.shape
     width = 32 // rows.dtype.itemsize

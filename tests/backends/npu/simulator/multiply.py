@@ -1,8 +1,8 @@
 """Matrix multiplications of CANN on the host, from Ascend/op-plugin docs/zh/custom_APIs/torch_npu and
 hicann/ops-nn matmul/*/docs.
 
-Sums are those of fp32 (fp64 for integers, which is exact), and a result is rounded once. Only the
-combinations of the vendor's tables are taken; what a table lacks is refused.
+Sums are in fp32 (for integers in fp64, which is exact), and a result is rounded once. Only the combinations
+in the vendor's tables are accepted.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BYTES = (torch.uint8, torch.int8)
 
 
 def nibbles(packed: np.ndarray) -> np.ndarray:
-    """Codes of bytes ``[..., k / 2]``, the low half first: ``[..., k]``."""
+    """Codes ``[..., k]`` of bytes ``[..., k / 2]``, the low half first."""
     return np.stack((packed & 15, packed >> 4), -1).reshape(*packed.shape[:-1], -1)
 
 
@@ -35,12 +35,12 @@ def e2m1(packed: Tensor) -> np.ndarray:
 
 
 def e2m1_columns(packed: Tensor) -> np.ndarray:
-    """Values of ``[k / 2, n]``, packed along k: ``[k, n]``."""
+    """Values ``[k, n]`` of bytes ``[k / 2, n]``, which are packed along k."""
     return e2m1(packed.t()).T
 
 
 def int4(packed: Tensor) -> np.ndarray:
-    """Values of int32 words ``[..., n / 8]``: ``[..., n]``, the low bits first."""
+    """Values ``[..., n]`` of int32 words ``[..., n / 8]``, the low bits first."""
     codes = nibbles(packed.contiguous().numpy().view(np.uint8)).astype(np.int8)
     return np.where(codes > 7, codes - 16, codes).astype(np.float32)
 
@@ -100,7 +100,7 @@ def npu_quant_matmul(
 
 
 def _rows(name: str, x1: Tensor, x2: Tensor, scale: Tensor, token: Tensor) -> np.ndarray:
-    """One scale for each row and each column: int8 everywhere, fp8 on the 950."""
+    """A scale for each row and each column: int8 everywhere, fp8 on the 950."""
     n = x2.shape[1]
     takes = (torch.int8, *FLOAT8) if family() == A5 else (torch.int8,)
     check(x1.dtype is x2.dtype and x1.dtype in takes, name, f"{x1.dtype} x {x2.dtype}")
@@ -115,7 +115,7 @@ def _rows(name: str, x1: Tensor, x2: Tensor, scale: Tensor, token: Tensor) -> np
 
 
 def _blocks(name: str, x1: Tensor, x2: Tensor, scale: Tensor, token: Tensor, sizes: list[int]) -> np.ndarray:
-    """1x128 blocks by 128x128 blocks: fp8 on the 950."""
+    """Blocks of 1x128 times blocks of 128x128: fp8 on the 950."""
     (m, k), n = x1.shape, x2.shape[1]
     check(
         family() == A5 and x1.dtype is x2.dtype and x1.dtype in FLOAT8,
@@ -143,7 +143,7 @@ def _mx(
     dtypes: tuple[int | None, int | None],
     sizes: list[int] | None,
 ) -> np.ndarray:
-    """A power of two for each 32 along K: fp8, e2m1, or fp8 by e2m1, on the 950."""
+    """A power-of-two scale for each 32 along K, on the 950: fp8, e2m1, or fp8 times e2m1."""
     check(family() == A5, name, f"no MX on {family()}")
     four, eight = dtypes == (E2M1, E2M1), dtypes == (None, None)
     mixed = dtypes == (None, E2M1)
@@ -273,14 +273,14 @@ def npu_weight_quant_batchmatmul(
 
 
 def _spread(values: Tensor, group: int, k: int) -> np.ndarray:
-    """Scales or offsets of weight-only products over their groups along K."""
+    """Scales or offsets of weight-only products, repeated over their groups along K."""
     rows = over(values).float().numpy()
     return np.repeat(rows, group, 0)[:k] if group else rows.reshape(1, -1)
 
 
 def _biases(dtype: torch.dtype, fp8: bool) -> tuple[torch.dtype, ...]:
-    """Dtypes of the bias of weight-only products: that of x for fp8; else fp32 for bf16, and on the 950 also
-    that of x.
+    """Allowed dtypes of the bias of weight-only products: for fp8 that of x; else fp32 for bf16, and on the
+    950 also that of x.
     """
     if fp8 or dtype is torch.float16:
         return (dtype,)

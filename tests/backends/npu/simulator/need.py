@@ -1,4 +1,4 @@
-"""Which modules of tests run in this process: those that need a simulated NPU of some family."""
+"""Decides which test modules run in this process: those that need a simulated NPU of some family."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ import pytest
 
 
 def simulated(*families: str) -> None:
-    """Skips the module that calls it where torch_npu is not installed, or the SoC is of none of the
-    families.
-    """
+    """Skips the calling module where torch_npu is not installed, or the SoC is of another family."""
     if find_spec("torch_npu") is None:
         pytest.skip(
             "torch_npu is not installed: `make npu` runs this in an environment of its own",
@@ -28,6 +26,6 @@ def simulated(*families: str) -> None:
 
 @contextmanager
 def running() -> Iterator[None]:
-    """Inside, the simulated NPU is here: it is started once in a process, and never stops."""
+    """The simulated NPU is here inside: it is started once in a process and never stopped."""
     import_module("simulator.start")
     yield

@@ -1,5 +1,4 @@
-"""Normalization of CANN on the host, which the models of diffusers call by themselves wherever torch_npu is
-installed.
+"""Normalization of CANN on the host, which diffusers calls where torch_npu is installed.
 
 From Ascend/op-plugin docs/zh/custom_APIs/torch_npu (beta, npu_rms_norm) and hicann/ops-nn
 norm/rms_norm/docs/aclnnRmsNorm.md.

@@ -1,7 +1,8 @@
 """Quantization operators of CANN on the host, from Ascend/op-plugin docs/zh/custom_APIs/torch_npu and
 hicann/ops-nn quant/*/docs.
 
-Arithmetic is numpy's and ml_dtypes', so that it checks quantport's own numerics and does not repeat them.
+The arithmetic is that of numpy and ml_dtypes, so that it checks quantport's own numerics and does not repeat
+them.
 """
 
 from __future__ import annotations
@@ -22,14 +23,12 @@ HALVES = (torch.float16, torch.bfloat16)
 
 
 def numbers(tensor: Tensor) -> np.ndarray:
-    """fp32 values of an NPU tensor."""
+    """The values of an NPU tensor in fp32."""
     return over(tensor).float().numpy()
 
 
 def cast(values: np.ndarray, element: str) -> np.ndarray:
-    """Rounds to nearest, ties to even, and saturates; NaN of a block of zeros becomes 0. One byte for each
-    code.
-    """
+    """Rounds to nearest even and saturates; NaN, of a block of zeros, becomes 0. One byte for each code."""
     values = np.nan_to_num(
         values.astype(np.float32), nan=0.0, posinf=MAXIMA[element], neginf=-MAXIMA[element]
     )
@@ -51,7 +50,7 @@ def _tensor(codes: np.ndarray, element: str) -> Tensor:
 
 
 def pairs(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Two codes of ``bits`` bits to a number of twice as many, the first in the low half."""
+    """Packs two codes of ``bits`` bits into a number of twice as many, the first in the low half."""
     wide = {4: np.uint8, 8: np.uint16, 16: np.uint32}[bits]
     low, high = codes[..., 0::2].astype(wide), codes[..., 1::2].astype(wide)
     mask = wide((1 << bits) - 1)
@@ -59,8 +58,8 @@ def pairs(codes: np.ndarray, bits: int) -> np.ndarray:
 
 
 def exponents(amax: np.ndarray, element: str, algorithm: int, most: float) -> np.ndarray:
-    """e8m0 bytes of MX blocks (``aclnnDynamicMxQuantV2``): 0 floors, 1 rounds amax / max up, 2 rounds by the
-    mantissa of amax.
+    """e8m0 bytes of MX blocks (``aclnnDynamicMxQuantV2``): mode 0 floors, 1 rounds amax / max up, 2 rounds by
+    the mantissa of amax.
     """
     bits = amax.astype(np.float32).view(np.uint32)
     exponent, mantissa = (bits >> 23).astype(np.int64), bits & 0x7FFFFF
@@ -81,13 +80,13 @@ def powers(scale: np.ndarray) -> np.ndarray:
 
 
 def grouped(values: np.ndarray, size: int) -> np.ndarray:
-    """``[..., k]`` to ``[..., groups, size]``, filled with zeros."""
+    """``[..., k]`` as ``[..., groups, size]``, padded with zeros."""
     fill = [(0, 0)] * (values.ndim - 1) + [(0, -values.shape[-1] % size)]
     return np.pad(values, fill).reshape(*values.shape[:-1], -1, size)
 
 
 def even(scale: np.ndarray) -> np.ndarray:
-    """Scales ``[..., g]`` as ``[..., ceil(g / 2), 2]``, filled with zeros."""
+    """Scales ``[..., g]`` as ``[..., ceil(g / 2), 2]``, padded with zeros."""
     return grouped(scale, 2)
 
 
@@ -212,9 +211,8 @@ def npu_format_cast(
     if acl_format == layout(source) or (acl_format in PLAIN and layout(source) in PLAIN):
         return source
     allows = torch_npu._C._npu_getOption("ALLOW_INTERNAL_FORMAT") == b"enable"
-    if (
-        acl_format == NZ and family() != A5 and not allows
-    ):  # op_plugin/ops/aclops/FormatCastKernelNpu.cpp, before CANN 9.1
+    # op_plugin/ops/aclops/FormatCastKernelNpu.cpp, before CANN 9.1
+    if acl_format == NZ and family() != A5 and not allows:
         return source
     check(source.dim() == 2 and source.is_contiguous(), name, "a contiguous matrix is simulated")
     out = torch_npu.empty_with_format(

@@ -1,4 +1,4 @@
-"""How the vendor's operators get their bodies: under the wheel's own schema, and checked against its own
+"""Registers functions as the vendor's operators, under the schemas of the wheel, and checks them against its
 shape functions.
 """
 
@@ -45,7 +45,9 @@ def _on_meta(value: Any) -> Any:
 
 
 def _agrees(name: str, args: Any, kwargs: Any, out: Any) -> None:
-    """The vendor's shape function takes the same call, and foretells shape and dtype of what came out."""
+    """Checks that the vendor's shape function accepts the same call and predicts shape and dtype of the
+    results.
+    """
     operator = getattr(torch.ops.npu, name).default
     if not torch._C._dispatch_has_kernel_for_dispatch_key(operator.name(), "Meta"):
         return
@@ -56,7 +58,7 @@ def _agrees(name: str, args: Any, kwargs: Any, out: Any) -> None:
 
 
 def operator(*families: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Makes a function the body of the operator of its name, on the SoCs whose documentation lists it."""
+    """Registers a function as the operator of its name, on the SoCs whose documentation lists it."""
 
     def register(body: Callable[..., Any]) -> Callable[..., Any]:
         name = body.__name__
@@ -79,7 +81,7 @@ def operator(*families: str) -> Callable[[Callable[..., Any]], Callable[..., Any
 
 
 def install(library: torch.library.Library) -> None:
-    """Registers every body."""
+    """Registers every operator."""
     for name, body in BODIES.items():
         library.impl(name, body, "PrivateUse1", allow_override=True)
 

@@ -45,8 +45,8 @@ SCHEMAS = {
 
 
 class Emulated:
-    """A packed weight: int8 codes, or bytes of two codes with the even one low; scales and offsets ``[N]`` or
-    ``[N, groups]``.
+    """A packed weight: int8 codes, or bytes of two codes with the first in the low half; scales and offsets
+    ``[N]`` or ``[N, groups]``.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Emulated:
 
 
 def prepack_int4(w, scales, zeros, bias, g_idx, batch, group, lowp_mode, act_quant_mode):
-    """The plain format only: words are read as bytes."""
+    """Packs the plain format, whose words are read as bytes."""
     w = w.view(torch.uint8)
     return Emulated(
         w,
@@ -105,7 +105,7 @@ EMULATION = SimpleNamespace(
 
 
 def installed() -> bool:
-    """Whether the wheel is here, and the torch that it is for: over any other it fails, or ends the
+    """Whether the wheel is installed, with the torch that it is for: with any other it fails or ends the
     process.
     """
     try:
@@ -144,7 +144,7 @@ TOLERANCE = {torch.float32: 2.0**-14, torch.bfloat16: 2.0**-7}
 @pytest.mark.parametrize("shape", [(64, 256), (33, 384), (1, 128)])
 @pytest.mark.parametrize("scheme", ["int4_weight_only", "int4_weight_only_g32"])
 def test_int4_words_of_the_gpu_are_those_of_the_cpu(ops, scheme, shape, dtype):
-    """Words, scales and zeros as ``aten::_weight_int4pack_mm_with_scales_and_zeros`` gets them; the CPU wants
+    """Words, scales and zeros as for ``aten::_weight_int4pack_mm_with_scales_and_zeros``; the CPU needs
     groups last.
     """
     spec, stored, x, bias, expected = job(scheme, *shape, dtype)

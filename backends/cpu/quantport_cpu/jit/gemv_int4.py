@@ -1,22 +1,20 @@
-"""int4 in ATen's packed layout: few rows of activations times blocks of 64 channels with VNNI, and the
-packing itself.
-"""
+"""Generates the products of a small batch with int4 weights in ATen's packed layout of 64 channels."""
 
 from __future__ import annotations
 
+from numba import njit
 from numba.core import types
 
-from quantport_cpu.jit.emit import F32, I8, I16, I32, I64, Simd, Value, cgutils, inline
-from quantport_cpu.jit.frame import Kernel, take, word
+from quantport_cpu.jit.gemv_bytes import PREFETCH_AHEAD
+from quantport_cpu.jit.parallel_for import Kernel, block_count, next_block
+from quantport_cpu.jit.scalars import words
+from quantport_cpu.jit.simd import F32, I8, I16, I32, I64, Simd, Value, cgutils, inline
 
 BLOCK = 64  # channels of one block; for each column 32 bytes, byte j holds channels j (low) and j + 32
-AHEAD = 8192  # bytes that are asked for ahead: past the page, where the processor's own prefetch ends
 
 
-def _unpack(lanes: int, high: int) -> list[int]:
-    """x86's byte and word unpacking: the low or the high half of each 128 bits of two vectors,
-    interleaved.
-    """
+def _interleave(lanes: int, high: int) -> list[int]:
+    """x86's byte and word unpacking: interleaves the low or high halves of each 128 bits of two vectors."""
     per = lanes // 4
     return [
         i + side
@@ -35,9 +33,10 @@ def _columns(simd: Simd, w: Value, high: int) -> list[Value]:
     """
     a, b, c, d = (simd.load(I8, 64, simd.at(w, 64 * i)) for i in range(4))
     low, top = (
-        simd.bits(simd.shuffle(pair[0], pair[1], _unpack(64, high)), I16, 32) for pair in ((a, b), (c, d))
+        simd.bitcast(simd.shuffle(pair[0], pair[1], _interleave(64, high)), I16, 32)
+        for pair in ((a, b), (c, d))
     )
-    return [simd.bits(simd.shuffle(low, top, _unpack(32, h)), I32, 16) for h in (0, 1)]
+    return [simd.bitcast(simd.shuffle(low, top, _interleave(32, h)), I32, 16) for h in (0, 1)]
 
 
 def _even_odd(simd: Simd, even: Value, odd: Value) -> Value:
@@ -58,8 +57,9 @@ def _fold(simd: Simd, p: Value, q: Value) -> Value:
 
 
 class _Sums:
-    """The integer sums of one group and one half of the bytes, for ``n_m`` rows: [m][digit][vector][whole
-    byte or low].
+    """The integer sums of one group and one half of the bytes, for ``n_m`` rows.
+
+    ``variables`` are [row][digit][vector][sum of whole bytes, or of low nibbles].
     """
 
     def __init__(self, simd: Simd, n_m: int) -> None:
@@ -72,8 +72,8 @@ class _Sums:
         for m in range(self.n_m):
             for d in range(3):
                 at = s.at(s.at(sums, s.b.mul(stride, I64(m))), 16 * d)
-                words = [s.load(I32, 0, s.at(at, 4 * i)) for i in range(4)]
-                low, whole = (_even_odd(s, words[i], words[i + 1]) for i in (0, 2))
+                loaded = [s.load(I32, 0, s.at(at, 4 * i)) for i in range(4)]
+                low, whole = (_even_odd(s, loaded[i], loaded[i + 1]) for i in (0, 2))
                 for v in (0, 1):
                     s.b.store(whole, self.variables[m * 12 + d * 4 + v * 2])
                     s.b.store(low, self.variables[m * 12 + d * 4 + v * 2 + 1])
@@ -81,7 +81,7 @@ class _Sums:
     def step(self, vectors: list[Value], x: Value, stride: Value) -> None:
         """Adds eight columns."""
         s = self.simd
-        lows = [s.integer("and_", v, 0x0F0F0F0F) for v in vectors]
+        lows = [s.int_op("and_", v, 0x0F0F0F0F) for v in vectors]
         plane = s.b.udiv(stride, I64(3))
         for md in range(3 * self.n_m):
             at = s.at(x, s.b.mul(plane, I64(md)))
@@ -94,32 +94,33 @@ class _Sums:
     def finish(self, m: int) -> tuple[Value, Value]:
         """fp32 sums of 16 low nibbles and of 16 high nibbles."""
         s = self.simd
-        whole: list[list[Value]] = [[], []]
+        parts: list[list[Value]] = [[], []]
         for v in (0, 1):
             bytes_, low = (
                 [s.b.load(self.variables[m * 12 + d * 4 + v * 2 + i]) for d in range(3)] for i in (0, 1)
             )
             high = [s.b.sub(b, a) for b, a in zip(bytes_, low, strict=True)]
             for i, digits in enumerate((low, high)):
-                whole[i].append((s.b.add(digits[0], s.integer("shl", digits[1], 8)), digits[2]))
+                parts[i].append((s.b.add(digits[0], s.int_op("shl", digits[1], 8)), digits[2]))
         out = []
-        for (p, q), unit in zip(whole, (1.0, 1 / 16), strict=True):
+        for (p, q), unit in zip(parts, (1.0, 1 / 16), strict=True):
             small, large = (
-                s.b.fmul(s.number(_fold(s, p[i], q[i])), s.splat(f * unit, 16, F32))
+                s.b.fmul(s.int_to_float(_fold(s, p[i], q[i])), s.splat(f * unit, 16, F32))
                 for i, f in enumerate((1.0, 65536.0))
             )
             out.append(s.b.fadd(small, large))
         return out[0], out[1]
 
 
-def _pair(simd: Simd, pairs: Value, channel: int) -> tuple[Value, Value]:
+def _scales_and_zeros(simd: Simd, pairs: Value, channel: int) -> tuple[Value, Value]:
     """fp32 scales and offsets of channels ``channel`` to + 7 and + 16 to + 23, from pairs of bf16."""
     parts = [simd.load(I32, 8, simd.at(pairs, 4 * (channel + i))) for i in (0, 16)]
     both = simd.shuffle(parts[0], parts[1], range(16))
-    return simd.bits(simd.integer("shl", both, 16), F32), simd.bits(simd.integer("and_", both, -65536), F32)
+    scales, offsets = simd.int_op("shl", both, 16), simd.int_op("and_", both, -65536)
+    return simd.bitcast(scales, F32), simd.bitcast(offsets, F32)
 
 
-def _sum(simd: Simd, sums: Value) -> Value:
+def _group_sum(simd: Simd, sums: Value) -> Value:
     """Sum of x over a group in units of its scale, in every lane, from -8 times the sums of its digits."""
     value = I64(0)
     for d in range(3):
@@ -157,16 +158,17 @@ def int4_tile(
             with simd.steps(group, 8) as i:
                 address = simd.at(here, simd.b.mul(i, I64(BLOCK // 2)))
                 for line in range(0 if high else 4):
-                    simd.prefetch(simd.at(address, AHEAD + 64 * line))
+                    simd.prefetch(simd.at(address, PREFETCH_AHEAD + 64 * line))
                 acc.step(_columns(simd, address, high), simd.at(x, simd.b.add(begin, i)), x_stride)
             for m in range(n_m):
-                plain = _sum(
-                    simd, simd.at(simd.at(sums, simd.b.mul(count, I64(48))), simd.b.mul(sums_stride, I64(m)))
+                group_sums = simd.at(
+                    simd.at(sums, simd.b.mul(count, I64(48))), simd.b.mul(sums_stride, I64(m))
                 )
+                x_sum = _group_sum(simd, group_sums)
                 for nibble, value in enumerate(acc.finish(m)):
                     total = totals[high][m][nibble]
-                    scale, zero = _pair(simd, scales, 32 * nibble + 8 * high)
-                    value = simd.same("fma", value, scale, simd.b.fmul(plain, zero))
+                    scale, zero = _scales_and_zeros(simd, scales, 32 * nibble + 8 * high)
+                    value = simd.intrinsic("fma", value, scale, simd.b.fmul(x_sum, zero))
                     simd.b.store(simd.b.fadd(value, simd.b.load(total)), total)
     for high in (0, 1):
         for m in range(n_m):
@@ -178,49 +180,46 @@ def int4_tile(
                     simd.store(simd.shuffle(value, value, range(part, part + 8)), simd.at(row, 8 * part))
 
 
+@njit(error_model="numpy")
+def int4_rows(x, sums, x_scale, m, w, k, group, pairs, pairs_stride, out, out_stride):
+    """64 channels times ``m`` rows of x."""
+    x_stride, sums_stride = 3 * k, k // group * 48
+    for i in range(0, m - 1, 2):
+        # fmt: off
+        int4_tile(
+            x + i * x_stride, x_stride, sums + i * sums_stride, sums_stride, x_scale + 4 * i,
+            w, k, group, pairs, pairs_stride, out + i * out_stride, out_stride, 2,
+        )
+    if m & 1:
+        i = m - 1
+        int4_tile(
+            x + i * x_stride,
+            x_stride,
+            sums + i * sums_stride,
+            sums_stride,
+            x_scale + 4 * i,
+            w,
+            k,
+            group,
+            pairs,
+            pairs_stride,
+            out + i * out_stride,
+            out_stride,
+            1,
+        )
+        # fmt: on
+
+
 def _int4(frame):
     """A block is 64 channels."""
-    x, sums, x_scale, w, n = word(frame, 2), word(frame, 3), word(frame, 4), word(frame, 5), word(frame, 6)
-    k, group, pairs, pairs_stride = word(frame, 7), word(frame, 8), word(frame, 9), word(frame, 10)
-    out, m = word(frame, 11), word(frame, 12)
-    x_stride, sums_stride, out_stride = 3 * k, k // group * 48, 4 * n
+    x, sums, x_scale, w, n = words(frame, 2, 5)
+    k, group, pairs, pairs_stride, out, m = words(frame, 7, 6)
     while True:
-        block = take(frame)
-        if block >= word(frame, 1):
+        block = next_block(frame)
+        if block >= block_count(frame):
             break
         here, scales, to = w + block * 32 * k, pairs + 256 * block, out + 256 * block
-        if m == 1:
-            int4_tile(
-                x,
-                x_stride,
-                sums,
-                sums_stride,
-                x_scale,
-                here,
-                k,
-                group,
-                scales,
-                pairs_stride,
-                to,
-                out_stride,
-                1,
-            )
-        for i in range(0, m - 1, 2):
-            int4_tile(
-                x + i * x_stride,
-                x_stride,
-                sums + i * sums_stride,
-                sums_stride,
-                x_scale + 4 * i,
-                here,
-                k,
-                group,
-                scales,
-                pairs_stride,
-                to + i * out_stride,
-                out_stride,
-                2,
-            )
+        int4_rows(x, sums, x_scale, m, here, k, group, scales, pairs_stride, to, 4 * n)
 
 
 int4_kernel = Kernel(_int4)

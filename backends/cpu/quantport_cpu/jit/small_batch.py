@@ -1,4 +1,8 @@
-"""Few rows of activations times a quantized weight, summed in fp32 or in exact integers."""
+"""Multiplies a small batch, at most a few rows of activations, by a quantized weight.
+
+Sums are in fp32, or in exact integers. The modules ``gemv_*`` generate the code, which is called here with
+tensors.
+"""
 
 from __future__ import annotations
 
@@ -8,42 +12,42 @@ import torch
 from torch import Tensor
 
 from quantport.backend import BackendError, once
-from quantport_cpu.jit import digits, dots, floats, nibbles
+from quantport_cpu.jit import gemv_blocks, gemv_bytes, gemv_int4, int_digits
 from quantport_cpu.jit.elements import ELEMENTS
-from quantport_cpu.jit.frame import threads_for
 from quantport_cpu.jit.memory import Array, array, constants
+from quantport_cpu.jit.parallel_for import threads_for
 
-MOST = 8  # rows of x
-ONE = constants((1.0,))
+MAX_ROWS = 8
+_ONE = constants((1.0,))
 _SPAN = 32  # weight rows that a thread takes at a time; it divides the 128 rows of a block of scales
 
 
-def padded(x: Tensor, rows: int, columns: int) -> Tensor:
+def padded_fp32(x: Tensor, rows: int, columns: int) -> Tensor:
     """x as contiguous fp32 with zeros up to ``rows`` and ``columns``."""
     if x.shape == (rows, columns):
         return x.float().contiguous()
-    out = fp32(x, rows, columns).zero_()
+    out = empty_fp32(x, rows, columns).zero_()
     out[: x.shape[0], : x.shape[1]] = x
     return out
 
 
-def few(x: Tensor) -> torch.Size:
-    """The shape of activations that are few enough.
+def small_batch_shape(x: Tensor) -> torch.Size:
+    """The shape ``[M, K]`` of a small batch.
 
     Raises:
-        BackendError: they are none, or more than ``MOST`` rows.
+        BackendError: it has no row, or more than ``MAX_ROWS``.
     """
-    if x.dim() != 2 or not 0 < x.shape[0] <= MOST:
+    if x.dim() != 2 or not 0 < x.shape[0] <= MAX_ROWS:
         raise BackendError(
             "multiply few rows by a compiled kernel",
             f"activations {list(x.shape)}",
-            f"[M, K] with M from 1 to {MOST}",
+            f"[M, K] with M from 1 to {MAX_ROWS}",
         )
     return x.shape
 
 
-def fp32(x: Tensor, *shape: int) -> Tensor:
-    """An uninitialized fp32 tensor where x is."""
+def empty_fp32(x: Tensor, *shape: int) -> Tensor:
+    """An uninitialized fp32 tensor on the device of x."""
     return torch.empty(shape, dtype=torch.float32, device=x.device)
 
 
@@ -58,12 +62,12 @@ def fp8(x: Tensor, codes: Tensor, scale: Tensor | None = None) -> Tensor:
     Returns:
         fp32 ``[M, N]``.
     """
-    (m, k), n = few(x), codes.shape[0]
+    (m, k), n = small_batch_shape(x), codes.shape[0]
     rows = 1 << (m - 1).bit_length()
-    values = padded(x, rows, -(-k // dots.STEP) * dots.STEP)
-    out = fp32(x, rows, n)
-    scales, step, stride, chunk = blocks_of_128(scale, n, k)
-    dots.fp8_kernel(
+    values = padded_fp32(x, rows, -(-k // gemv_bytes.STEP) * gemv_bytes.STEP)
+    out = empty_fp32(x, rows, n)
+    scales, step, stride, chunk = scales_of_128_blocks(scale, n, k)
+    gemv_bytes.fp8_kernel(
         -(-n // _SPAN),
         array(values, torch.float32, *values.shape),
         4 * values.shape[1],
@@ -83,12 +87,14 @@ def fp8(x: Tensor, codes: Tensor, scale: Tensor | None = None) -> Tensor:
     return out if rows == m else out[:m]
 
 
-def blocks_of_128(scale: Tensor | None, n: int, k: int) -> tuple[Array, int, int, int]:
-    """Scales of 128x128 blocks, the bytes from one to the next and from row to row, and the columns of a
-    block; or ones.
+def scales_of_128_blocks(scale: Tensor | None, n: int, k: int) -> tuple[Array, int, int, int]:
+    """Scales of 128x128 blocks for a kernel; a single one for the whole weight where there are none.
+
+    Returns:
+        The scales, the bytes from one to the next, the bytes from row to row, and the columns of a block.
     """
     if scale is None:
-        return ONE, 0, 0, k
+        return _ONE, 0, 0, k
     columns = -(-k // 128)
     return array(scale, torch.float32, -(-n // 128), columns), 4, 4 * columns, 128
 
@@ -103,11 +109,11 @@ def int8(x: Tensor, codes: Tensor) -> Tensor:
     Returns:
         fp32 ``[M, N]``, without the scales of the channels.
     """
-    (m, k), n = few(x), codes.shape[0]
-    rows, columns = m + (m > 1 and m % 2), -(-k // 64) * 64
-    planes, scale, _ = digits_of(x, rows, columns, 0)
-    out = fp32(x, rows, n)
-    dots.int8_kernel(
+    (m, k), n = small_batch_shape(x), codes.shape[0]
+    rows, columns = m + (m > 1 and m % 2), -(-k // gemv_bytes.STEP) * gemv_bytes.STEP
+    planes, scale, _ = split_into_digits(x, rows, columns, 0)
+    out = empty_fp32(x, rows, n)
+    gemv_bytes.int8_kernel(
         -(-n // _SPAN),
         planes,
         3 * columns,
@@ -136,12 +142,12 @@ def int4(x: Tensor, packed: Tensor, pairs: Tensor, group: int) -> Tensor:
     Returns:
         fp32 ``[M, N]``.
     """
-    m, n, k = few(x)[0], packed.shape[0], 2 * packed.shape[1]
+    m, n, k = small_batch_shape(x)[0], packed.shape[0], 2 * packed.shape[1]
     rows = m + (m > 1 and m % 2)
-    planes, scale, sums = digits_of(x, rows, k, group)
-    out = fp32(x, rows, n)
-    nibbles.int4_kernel(
-        n // nibbles.BLOCK,
+    planes, scale, sums = split_into_digits(x, rows, k, group)
+    out = empty_fp32(x, rows, n)
+    gemv_int4.int4_kernel(
+        n // gemv_int4.BLOCK,
         planes,
         sums,
         scale,
@@ -187,8 +193,9 @@ class Blocks(NamedTuple):
 
 
 def unit(weight: Blocks) -> float:
-    """What the results of ``blocks`` and ``decode`` are to be multiplied with."""
-    return floats.UNIT.get(weight.name, 1.0) * (floats.SCALE_UNIT if weight.scale_name == "e4m3fn" else 1.0)
+    """The factor that the results of ``blocks`` and ``decode`` lack."""
+    scale_unit = gemv_blocks.SCALE_UNIT if weight.scale_name == "e4m3fn" else 1.0
+    return gemv_blocks.UNIT.get(weight.name, 1.0) * scale_unit
 
 
 def blocks(x: Tensor, weight: Blocks) -> Tensor:
@@ -202,40 +209,40 @@ def blocks(x: Tensor, weight: Blocks) -> Tensor:
         fp32 ``[M, N]``.
     """
     m, n = x.shape[0], weight.codes.shape[0]
-    rows, turn = m if m <= 2 else -(-m // 4) * 4, floats.ORDER[ELEMENTS[weight.name].bits]
-    values = padded(x, rows, weight.k)
+    rows, turn = m if m <= 2 else -(-m // 4) * 4, gemv_blocks.INTERLEAVE[ELEMENTS[weight.name].bits]
+    values = padded_fp32(x, rows, weight.k)
     if turn > 1:
-        values = values.view(rows, -1, floats.STEP // turn, turn).transpose(2, 3).contiguous()
-    out = fp32(x, rows, n)
-    _blocks(weight, array(values.view(rows, weight.k), torch.float32, rows, weight.k), out, _SPAN)
+        values = values.view(rows, -1, gemv_blocks.STEP // turn, turn).transpose(2, 3).contiguous()
+    out = empty_fp32(x, rows, n)
+    _run_blocks(weight, array(values.view(rows, weight.k), torch.float32, rows, weight.k), out, _SPAN)
     return out if rows == m else out[:m]
 
 
 def decode(weight: Blocks, out: Tensor) -> Tensor:
     """Writes the weight over ``unit`` to ``out`` fp32 ``[N, K]``."""
-    _blocks(weight, None, out, 4)
+    _run_blocks(weight, None, out, 4)
     return out
 
 
-def _blocks(weight: Blocks, x: Array | None, out: Tensor, span: int) -> None:
-    """The products with rows of x, as many as ``out`` has, or the values of the weight."""
+def _run_blocks(weight: Blocks, x: Array | None, out: Tensor, span: int) -> None:
+    """Writes to ``out`` the products of its rows of x, or, without x, the weight over ``unit``."""
     name, k, n, outer = weight.name, weight.k, weight.codes.shape[0], weight.outer
-    rows = out.shape[0] if x else n
-    group, dtype = -(-k // weight.group), _SCALES.get(weight.scale_name, (floats.F32_SCALE, torch.float32))[1]
-    kind = floats.DUAL if outer is not None else _SCALES.get(weight.scale_name, (floats.F32_SCALE, dtype))[0]
-    outers = -(-k // floats.OUTER)
-    floats.kernel(name, kind, weight.group)(
+    rows, groups, outers = out.shape[0] if x else n, -(-k // weight.group), -(-k // gemv_blocks.OUTER)
+    kind, dtype = _SCALES[weight.scale_name]
+    if outer is not None:
+        kind = gemv_blocks.DUAL
+    gemv_blocks.kernel(name, kind, weight.group)(
         -(-n // span),
         x or 0,
         4 * k,
         array(weight.codes, torch.uint8, n, k * ELEMENTS[name].bits // 8),
         n,
         k,
-        array(weight.scale, dtype, n, group),
-        group * dtype.itemsize,
+        array(weight.scale, dtype, n, groups),
+        groups * dtype.itemsize,
         0 if outer is None else array(outer, torch.float32, n, outers),
         4 * outers,
-        _table(name),
+        _value_table(name),
         array(out, torch.float32, rows, n if x else k),
         rows if x else 0,
         span,
@@ -244,27 +251,39 @@ def _blocks(weight: Blocks, x: Array | None, out: Tensor, span: int) -> None:
     )
 
 
-_SCALES = {"e8m0": (floats.E8M0, torch.uint8), "e4m3fn": (floats.E4M3, torch.uint8)}
+# How scales of a format are stored.
+_SCALES = {
+    "e8m0": (gemv_blocks.E8M0, torch.uint8),
+    "e4m3fn": (gemv_blocks.E4M3, torch.uint8),
+    "fp32": (gemv_blocks.F32_SCALE, torch.float32),
+}
 
 
 @once
-def _table(name: str) -> Array:
+def _value_table(name: str) -> Array:
     """The values of a 4-bit format; zeros for others."""
     return constants(ELEMENTS[name].values or (0.0,) * 16)
 
 
-def digits_of(x: Tensor, rows: int, columns: int, group: int) -> tuple[Array, Array, Array]:
-    """Digits of x, uint8 ``[rows, 3, columns]``; their scale for each row, fp32; and the sums of each group,
-    int32.
+def split_into_digits(x: Tensor, rows: int, columns: int, group: int) -> tuple[Array, Array, Array]:
+    """x as integers in base-256 digits, see ``int_digits``.
+
+    Args:
+        x: ``[M, K]``, any floating dtype.
+        rows: Rows of the result, from M on.
+        columns: Columns of the result, from K on; a multiple of 64.
+        group: Columns of a group, or 0 for no sums.
+
+    Returns:
+        The digits, uint8 ``[rows, 3, columns]``; the scale of each row, fp32 ``[rows]``; and the sums of each
+        group, int32 ``[rows, columns / group, 3, 4]``.
     """
-    values = array(padded(x, rows, columns), torch.float32, rows, columns)
-    groups = columns // group if group else 0
-    planes = array(
-        torch.empty(rows, 3, columns, dtype=torch.uint8, device=x.device), torch.uint8, rows, 3, columns
-    )
-    scale = array(fp32(x, rows), torch.float32, rows)
-    sums = array(
-        torch.empty(rows, groups, 3, 4, dtype=torch.int32, device=x.device), torch.int32, rows, groups, 3, 4
-    )
-    digits.kernel(rows, values, columns, planes, scale, group, sums, threads=threads_for(rows * columns))
+
+    def empty(dtype: torch.dtype, *shape: int) -> Array:
+        return array(torch.empty(shape, dtype=dtype, device=x.device), dtype, *shape)
+
+    values = array(padded_fp32(x, rows, columns), torch.float32, rows, columns)
+    planes, scale = empty(torch.uint8, rows, 3, columns), empty(torch.float32, rows)
+    sums = empty(torch.int32, rows, columns // group if group else 0, 3, 4)
+    int_digits.kernel(rows, values, columns, planes, scale, group, sums, threads=threads_for(rows * columns))
     return planes, scale, sums

@@ -1,5 +1,4 @@
-"""A few words of LLVM vector code, so that kernels say which lanes they compute instead of hoping for a
-vectorizer.
+"""Writes LLVM's vector instructions, so that kernels say which lanes they compute and need no vectorizer.
 
 Vectors have any power-of-two length; LLVM splits them into the registers of the machine it compiles for.
 """
@@ -28,36 +27,37 @@ _NAMES = {"i8": "i8", "i16": "i16", "i32": "i32", "i64": "i64", "half": "f16", "
 
 
 def inline(returns: Any, *literal: int) -> Callable[[Callable[..., Value]], Any]:
-    """Makes a function that writes code, ``emit(simd, *values)``, callable from compiled code.
+    """Makes a function that writes instructions, ``write(simd, *values)``, callable from compiled code.
 
     Args:
-        returns: numba type of what it returns; ``types.void`` for nothing.
+        returns: numba type of the result; ``types.void`` for nothing.
         literal: Positions of the arguments that are compile-time constants: they arrive as Python values.
     """
 
-    def wrap(emit: Callable[..., Value]) -> Any:
+    def wrap(write: Callable[..., Value]) -> Any:
         def typing(context: Any, *args: Any) -> Any:
-            wanted = [
+            parameters = [
                 a if i in literal else types.float32 if isinstance(a, types.Float) else types.int64
                 for i, a in enumerate(args)
             ]
 
             def generate(context: Any, builder: Any, typed: Any, values: Sequence[Value]) -> Value:
-                given = [args[i].literal_value if i in literal else v for i, v in enumerate(values)]
-                out = emit(Simd(builder, host_target()), *given)
+                arguments = [args[i].literal_value if i in literal else v for i, v in enumerate(values)]
+                out = write(Simd(builder, host_target()), *arguments)
                 return context.get_dummy_value() if returns is types.void else out
 
-            return returns(*wanted), generate
+            return returns(*parameters), generate
 
-        typing.__name__ = emit.__name__
-        typing.__signature__ = signature(emit)  # type: ignore[attr-defined]  # numba asks inspect for the parameters
+        typing.__name__ = write.__name__
+        # numba asks inspect for the parameters
+        typing.__signature__ = signature(write)  # type: ignore[attr-defined]
         return intrinsic(prefer_literal=True)(typing)
 
     return wrap
 
 
 class Simd:
-    """Writes vector instructions where the builder stands, those that the target has.
+    """Writes vector instructions at the position of a builder, and only those that the target has.
 
     Addresses are int64 values; loads and stores need no alignment.
     """
@@ -91,6 +91,11 @@ class Simd:
         kind = ir.VectorType(kind, lanes) if lanes else kind
         return self.b.load(self.b.inttoptr(address, ir.PointerType(kind)), align=1)
 
+    def load_bf16(self, lanes: int, address: Value) -> Value:
+        """A vector of bf16, as fp32."""
+        wide = self.widen(self.load(I16, lanes, address), I32)
+        return self.bitcast(self.int_op("shl", wide, 16), F32)
+
     def store(self, value: Value, address: Value) -> None:
         """Stores a vector or a single value."""
         self.b.store(value, self.b.inttoptr(address, ir.PointerType(value.type)), align=1)
@@ -103,37 +108,33 @@ class Simd:
         """Integers to their low bits."""
         return self.b.trunc(value, ir.VectorType(kind, value.type.count))
 
-    def bits(self, value: Value, kind: Any, lanes: int = 0) -> Value:
+    def bitcast(self, value: Value, kind: Any, lanes: int = 0) -> Value:
         """The same bits as ``lanes`` lanes of another type."""
         return self.b.bitcast(value, ir.VectorType(kind, lanes or value.type.count))
 
-    def number(self, value: Value) -> Value:
+    def int_to_float(self, value: Value) -> Value:
         """Signed integers to fp32, rounded to nearest even."""
         return self.b.sitofp(value, ir.VectorType(F32, value.type.count))
 
-    def real(self, value: Value) -> Value:
+    def half_to_float(self, value: Value) -> Value:
         """fp16 to fp32, exactly."""
         return self.b.fpext(value, ir.VectorType(F32, value.type.count))
 
-    def add(self, values: Sequence[Value]) -> Value:
-        """The sum of fp32 vectors."""
+    def sum(self, values: Sequence[Value]) -> Value:
+        """The sum of fp32 vectors, lane by lane."""
         return reduce(self.b.fadd, values)
 
-    def integer(self, op: str, value: Value, constant: int) -> Value:
-        """``value op constant`` in every lane: ``and_``, ``or_``, ``xor``, ``shl``, ``lshr``, ``add``,
-        ``sub``.
-        """
+    def int_op(self, op: str, value: Value, constant: int) -> Value:
+        """``value op constant`` in every lane; ``op`` is a method of the builder, such as ``and_``."""
         return getattr(self.b, op)(value, self.splat(constant, value.type.count, value.type.element))
 
-    def same(self, name: str, *args: Value) -> Value:
-        """An intrinsic over vectors of one type: ``fma``, ``umax``, ``smax``, ``maxnum``, ``minnum``,
-        ``fabs``.
-        """
+    def intrinsic(self, name: str, *args: Value) -> Value:
+        """An intrinsic of LLVM over vectors of one type, such as ``fma``, ``umax`` or ``fabs``."""
         kind = args[0].type
         return self.call(f"llvm.{name}.v{kind.count}{_NAMES[str(kind.element)]}", kind, *args)
 
-    def total(self, value: Value, op: str = "add") -> Value:
-        """All lanes reduced to one by ``add`` or ``umax``; fp32 by pairs."""
+    def reduce_lanes(self, value: Value, op: str = "add") -> Value:
+        """All lanes reduced to one by ``add`` or ``umax``; fp32 is added by halves."""
         kind = value.type
         while kind.element == F32 and value.type.count > 1:
             half = value.type.count // 2
@@ -145,9 +146,7 @@ class Simd:
         )
 
     def in_parts(self, op: Callable[..., Value], parts: int, *vectors: Value) -> Value:
-        """An operation of lane by lane, over vectors that are cut into so many parts, which must be 1
-        or 2.
-        """
+        """An operation lane by lane on vectors that are cut into 1 or 2 parts."""
         if parts == 1:
             return op(*vectors)
         halves = (
@@ -157,9 +156,10 @@ class Simd:
         low, high = (op(*half) for half in halves)
         return self.shuffle(low, high, range(2 * low.type.count))
 
-    def pairs(self, left: Value, right: Value) -> Value:
-        """Sums of two neighbouring products of int16: 32 lanes to 16 of int32, exact but for (-32768 *
-        -32768) * 2.
+    def dot2(self, left: Value, right: Value) -> Value:
+        """Sums of two neighbouring products of int16: 32 lanes to 16 of int32.
+
+        Exact for all but two products of -32768 with itself.
         """
         bits = self.target.pair_bits
         if bits:
@@ -170,18 +170,16 @@ class Simd:
         return self.b.add(*(self.shuffle(product, product, range(i, left.type.count, 2)) for i in (0, 1)))
 
     def dot4(self, total: Value, unsigned: Value, signed: Value) -> Value:
-        """Adds to each of 16 int32 lanes four products u8 x s8, exactly. Vectors of 64 bytes, given as 16 x
-        i32.
-        """
+        """Adds to each of 16 int32 lanes four products u8 x s8, exactly. Bytes come as 16 int32."""
         bits = self.target.dot_bits
         if bits:
             name, into = f"llvm.x86.avx512.vpdpbusd.{bits}", ir.VectorType(I32, bits // 32)
             return self.in_parts(
                 lambda *parts: self.call(name, into, *parts), 512 // bits, total, unsigned, signed
             )
-        u, s = (self.bits(v, I16, 32) for v in (unsigned, signed))
-        even = self.pairs(self.integer("and_", u, 255), self.integer("ashr", self.integer("shl", s, 8), 8))
-        odd = self.pairs(self.integer("lshr", u, 8), self.integer("ashr", s, 8))
+        u, s = (self.bitcast(v, I16, 32) for v in (unsigned, signed))
+        even = self.dot2(self.int_op("and_", u, 255), self.int_op("ashr", self.int_op("shl", s, 8), 8))
+        odd = self.dot2(self.int_op("lshr", u, 8), self.int_op("ashr", s, 8))
         return self.b.add(total, self.b.add(even, odd))
 
     def look_up(self, table: Value, index: Value) -> Value:
@@ -191,16 +189,16 @@ class Simd:
             return self.call("llvm.x86.avx512.permvar.sf.512", table.type, table, index)
         if bits == 256:
             halves = [self.shuffle(table, table, range(i, i + 8)) for i in (0, 8)]
-            return self.in_parts(lambda part: self._of_two(halves, part), 2, index)
-        found = ir.Constant(table.type, ir.Undefined)
+            return self.in_parts(lambda part: self._look_up_two(halves, part), 2, index)
+        entries = ir.Constant(table.type, ir.Undefined)
         for lane in (ir.Constant(I32, i) for i in range(16)):
             place = self.b.and_(self.b.extract_element(index, lane), ir.Constant(I32, 15))
-            found = self.b.insert_element(found, self.b.extract_element(table, place), lane)
-        return found
+            entries = self.b.insert_element(entries, self.b.extract_element(table, place), lane)
+        return entries
 
-    def _of_two(self, tables: Sequence[Value], index: Value) -> Value:
+    def _look_up_two(self, tables: Sequence[Value], index: Value) -> Value:
         low, high = (self.call("llvm.x86.avx2.permps", table.type, table, index) for table in tables)
-        is_high = self.b.icmp_signed("!=", self.integer("and_", index, 8), self.splat(0, 8, I32))
+        is_high = self.b.icmp_signed("!=", self.int_op("and_", index, 8), self.splat(0, 8, I32))
         return self.b.select(is_high, high, low)
 
     def variables(self, first: Value, count: int) -> list[Value]:
@@ -223,23 +221,20 @@ class Simd:
         cgutils.raw_memcpy(self.b, self.b.inttoptr(to, pointer), self.b.inttoptr(source, pointer), size, 1)
 
     def prefetch(self, address: Value) -> None:
-        """Asks for a line of memory."""
+        """Prefetches a line of memory."""
         pointer = self.b.inttoptr(address, ir.PointerType(I8))
         self.call("llvm.prefetch.p0", ir.VoidType(), pointer, *(ir.Constant(I32, c) for c in (0, 3, 1)))
 
     @contextmanager
     def steps(self, stop: Value, step: int) -> Iterator[Value]:
-        """Loops over ``0, step, ...`` while a whole step fits below ``stop``; gives the index."""
-        whole = self.b.and_(stop, ir.Constant(I64, -step))
-        with cgutils.for_range_slice(self.b, ir.Constant(I64, 0), whole, ir.Constant(I64, step), I64) as (
-            index,
-            _,
-        ):
+        """Loops over ``0, step, ...`` while a whole step fits below ``stop``; yields the index."""
+        end = self.b.and_(stop, I64(-step))
+        with cgutils.for_range_slice(self.b, I64(0), end, I64(step), I64) as (index, _):
             yield index
 
     @contextmanager
-    def rest(self, stop: Value, step: int) -> Iterator[tuple[Value, Value]]:
-        """Runs once if ``stop`` is no multiple of ``step``; gives where the rest begins and its length."""
+    def remainder(self, stop: Value, step: int) -> Iterator[tuple[Value, Value]]:
+        """Runs once if ``stop`` is no multiple of ``step``; yields start and length of the remainder."""
         length = self.b.and_(stop, ir.Constant(I64, step - 1))
         with self.b.if_then(self.b.icmp_signed("!=", length, ir.Constant(I64, 0)), likely=False):
             yield self.b.sub(stop, length), length

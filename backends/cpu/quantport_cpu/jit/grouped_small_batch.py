@@ -1,0 +1,196 @@
+"""Multiplies small groups of rows, each by weights of its own, in one launch.
+
+A job is one weight with up to 8 rows: five to seven words of a table. A block is a span of output channels of
+one job, so threads share the work of all jobs evenly, whatever the number of rows of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from quantport.backend import BackendError
+from quantport_cpu.jit.gemv_bytes import STEP, fp8_rows, int8_rows
+from quantport_cpu.jit.gemv_int4 import BLOCK, int4_rows
+from quantport_cpu.jit.jobs import Job
+from quantport_cpu.jit.memory import Array, array, table
+from quantport_cpu.jit.parallel_for import Kernel, block_count, next_block, threads_for
+from quantport_cpu.jit.scalars import words
+from quantport_cpu.jit.small_batch import empty_fp32, padded_fp32, scales_of_128_blocks, split_into_digits
+
+_SPAN = 32  # weight rows that a thread takes at a time; it divides the 128 rows of a block of scales
+_MAX_JOB_ROWS = 8
+
+
+def fp8(
+    x: Tensor, jobs: Sequence[Job], codes: Sequence[Tensor], scales: Sequence[Tensor] | None, width: int
+) -> Tensor:
+    """e4m3fn weights, decoded exactly.
+
+    Args:
+        x: ``[M, K]``, any floating dtype.
+        jobs: Which rows meet which weight.
+        codes: uint8 ``[N, K]``, contiguous.
+        scales: fp32 ``[ceil(N/128), ceil(K/128)]`` of each weight, or None for scales that the caller
+            multiplies.
+        width: Columns of the result.
+
+    Returns:
+        fp32 ``[M, width]``.
+    """
+    (m, _), (n, k) = x.shape, codes[0].shape
+    columns, jobs = -(-k // STEP) * STEP, _split_jobs(jobs)
+    values, out = array(padded_fp32(x, m, columns), torch.float32, m, columns), empty_fp32(x, m, width)
+    to, stride = array(out, torch.float32, m, width), 4 * columns
+    _, step, scale_stride, chunk = scales_of_128_blocks(scales[0] if scales else None, n, k)
+    lines = table(
+        (
+            values.at(stride * a, stride * (b - a)),
+            array(codes[w], torch.uint8, n, k),
+            scales_of_128_blocks(scales[w] if scales else None, n, k)[0],
+            _output_part(to, width, a, b, c, n),
+            b - a,
+        )
+        for a, b, w, c in jobs
+    )
+    blocks = -(-n // _SPAN)
+    fp8_kernel(
+        blocks * len(jobs),
+        lines,
+        blocks,
+        stride,
+        n,
+        k,
+        step,
+        scale_stride,
+        chunk,
+        4 * width,
+        _SPAN,
+        threads=threads_for(n * k * len(jobs)),
+    )
+    return out
+
+
+def int8(x: Tensor, jobs: Sequence[Job], codes: Sequence[Tensor], width: int) -> Tensor:
+    """int8 weights, as ``fp8`` without scales."""
+    (m, _), (n, k) = x.shape, codes[0].shape
+    columns, jobs = -(-k // STEP) * STEP, _split_jobs(jobs)
+    planes, scale, _ = split_into_digits(x, m, columns, 0)
+    out = empty_fp32(x, m, width)
+    to = array(out, torch.float32, m, width)
+    lines = table(
+        (
+            planes.at(3 * columns * a, 3 * columns * (b - a)),
+            scale.at(4 * a, 4 * (b - a)),
+            array(codes[w], torch.int8, n, k),
+            _output_part(to, width, a, b, c, n),
+            b - a,
+        )
+        for a, b, w, c in jobs
+    )
+    blocks = -(-n // _SPAN)
+    int8_kernel(
+        blocks * len(jobs),
+        lines,
+        blocks,
+        3 * columns,
+        n,
+        k,
+        4 * width,
+        _SPAN,
+        threads=threads_for(n * k * len(jobs)),
+    )
+    return out
+
+
+def int4(
+    x: Tensor, jobs: Sequence[Job], packed: Sequence[Tensor], pairs: Sequence[Tensor], group: int, width: int
+) -> Tensor:
+    """int4 weights in ATen's layout for blocks of 64 channels, see ``small_batch.int4``."""
+    m, n, k = x.shape[0], packed[0].shape[0], 2 * packed[0].shape[1]
+    groups, jobs = k // group, _split_jobs(jobs)
+    planes, scale, sums = split_into_digits(x, m, k, group)
+    out = empty_fp32(x, m, width)
+    to = array(out, torch.float32, m, width)
+    lines = table(
+        (
+            planes.at(3 * k * a, 3 * k * (b - a)),
+            sums.at(48 * groups * a, 48 * groups * (b - a)),
+            scale.at(4 * a, 4 * (b - a)),
+            array(packed[w], torch.uint8, n, k // 2),
+            array(pairs[w], torch.bfloat16, groups, n, 2),
+            _output_part(to, width, a, b, c, n),
+            b - a,
+        )
+        for a, b, w, c in jobs
+    )
+    blocks = n // BLOCK
+    int4_kernel(
+        blocks * len(jobs), lines, blocks, n, k, group, 4 * width, threads=threads_for(n * k * len(jobs))
+    )
+    return out
+
+
+def _output_part(out: Array, width: int, start: int, stop: int, column: int, n: int) -> Array:
+    """Where ``n`` columns of rows ``start`` to ``stop - 1`` begin, in an fp32 result of ``width`` columns."""
+    if column < 0 or column + n > width:
+        raise BackendError(
+            "write products to a group",
+            f"columns {column} to {column + n} of {width}",
+            "columns of the result",
+        )
+    return out.at(4 * (start * width + column), 4 * ((stop - start - 1) * width + n))
+
+
+def _split_jobs(jobs: Sequence[Job]) -> list[Job]:
+    return [
+        Job(a, min(a + _MAX_JOB_ROWS, j.stop), j.weight, j.column)
+        for j in jobs
+        for a in range(j.start, j.stop, _MAX_JOB_ROWS)
+    ]
+
+
+def _fp8(frame):
+    """Words of a job: x fp32, codes, scales, out, rows."""
+    table, blocks_per_job, x_stride, n, k = words(frame, 2, 5)
+    scale_step, scale_stride, chunk, out_stride, span = words(frame, 7, 5)
+    while True:
+        block = next_block(frame)
+        if block >= block_count(frame):
+            break
+        job, first = table + 40 * (block // blocks_per_job), block % blocks_per_job * span
+        x, w, scale, out, m = words(job, 0, 5)
+        scale += (first >> 7) * scale_stride
+        fp8_rows(x, x_stride, m, w, n, k, first, span, chunk, scale, scale_step, out, out_stride)
+
+
+def _int8(frame):
+    """Words of a job: digits of x, their scales, codes, out, rows."""
+    table, blocks_per_job, x_stride, n, k, out_stride, span = words(frame, 2, 7)
+    while True:
+        block = next_block(frame)
+        if block >= block_count(frame):
+            break
+        job, first = table + 40 * (block // blocks_per_job), block % blocks_per_job * span
+        x, x_scale, w, out, m = words(job, 0, 5)
+        int8_rows(x, x_stride, x_scale, m, w, n, k, first, span, out, out_stride)
+
+
+def _int4(frame):
+    """Words of a job: digits of x, their sums, their scales, nibbles, scales, out, rows."""
+    table, blocks_per_job, n, k, group, out_stride = words(frame, 2, 6)
+    while True:
+        block = next_block(frame)
+        if block >= block_count(frame):
+            break
+        job, b = table + 56 * (block // blocks_per_job), block % blocks_per_job
+        x, sums, x_scale, w, pairs, out, m = words(job, 0, 7)
+        here, scales, to = w + b * 32 * k, pairs + 256 * b, out + 256 * b
+        int4_rows(x, sums, x_scale, m, here, k, group, scales, 4 * n, to, out_stride)
+
+
+fp8_kernel = Kernel(_fp8)
+int8_kernel = Kernel(_int8)
+int4_kernel = Kernel(_int4)

@@ -1,0 +1,21 @@
+"""The unit of work of ``grouped_small_batch``; importing it imports no numba."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Job(NamedTuple):
+    """Rows of the activations, the weight that they are multiplied by, and where the products go.
+
+    Attributes:
+        start: The first row.
+        stop: The row after the last one.
+        weight: Index of the weight.
+        column: The first column of the products in the result.
+    """
+
+    start: int
+    stop: int
+    weight: int
+    column: int

@@ -1,0 +1,66 @@
+"""The stand-in for the ``weight`` of a module that holds codes and scales instead of a 16-bit weight."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+
+from quantport.errors import NoTensorError
+
+_OPERATORS = (
+    *("add", "radd", "iadd", "sub", "rsub", "isub", "mul", "rmul", "imul", "truediv", "rtruediv", "itruediv"),
+    *("floordiv", "rfloordiv", "ifloordiv", "mod", "rmod", "imod", "pow", "rpow", "ipow"),
+    *("matmul", "rmatmul", "imatmul", "and", "rand", "or", "ror", "xor", "rxor", "lshift", "rshift"),
+    *("neg", "pos", "abs", "invert", "eq", "ne", "lt", "le", "gt", "ge", "bool", "int", "float", "index"),
+    *("len", "iter", "contains", "getitem", "setitem", "array"),
+)
+
+
+class WeightView:
+    """What code may ask of the weight of a layer that holds no 16-bit weight.
+
+    Args:
+        shape: ``[out_features, in_features]``.
+        dtype: That of the activations.
+        device: Where the layer is.
+
+    Raises:
+        NoTensorError: anything else of a tensor is asked for: an attribute, an operator, a function of torch.
+    """
+
+    __slots__ = ("device", "dtype", "shape")
+
+    def __init__(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
+        self.shape, self.dtype, self.device = shape, dtype, device
+
+    def __getattr__(self, name: str) -> Any:
+        raise _no_tensor(name)
+
+    def __repr__(self) -> str:
+        return f"WeightView(shape={list(self.shape)}, dtype={self.dtype}, device={self.device})"
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise _no_tensor(getattr(func, "__name__", str(func)))
+
+
+def _no_tensor(name: str) -> NoTensorError:
+    suggestion = (
+        "leave the layer in 16 bits with ignore=, or keep adapters beside it; to merge them, take the 16-bit "
+        "model and quantize that"
+    )
+    return NoTensorError(
+        f"weight.{name} of a quantized layer", "its weight is stored as codes and scales", suggestion
+    )
+
+
+def _refused(name: str) -> Any:
+    def operator(self: WeightView, *args: Any) -> NoReturn:
+        raise _no_tensor(name)
+
+    return operator
+
+
+for _name in _OPERATORS:
+    setattr(WeightView, f"__{_name}__", _refused(f"__{_name}__"))
