@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -26,17 +27,18 @@ def pack_steps(kernel: Kernel, spec: WeightSpec, steps: Iterable[QuantizedRows],
     Raises:
         WeightError: a stored tensor is missing, or has another shape or dtype than ``Scheme.layout`` says.
     """
-    layout = kernel.packed_layout(spec)
+    steps = iter(steps)
+    first = next(steps)
+    whole = first.stop == spec.n
+    layout = None if whole else kernel.packed_layout(spec)
     if layout is None:
-        stored_weight = join_steps(steps, spec.scheme, (spec.n, spec.k))
-        check_stored(stored_weight, spec, name)
-        return kernel.pack(stored_weight, spec)
+        every = first.stored if whole else join_steps(chain((first,), steps), spec.scheme, (spec.n, spec.k))
+        check_stored(every, spec, name)
+        return kernel.pack(every, spec)
     packed: Packed = ()
-    for start, stop, stored_weight in steps:
+    for start, stop, stored_weight in chain((first,), steps):
         check_stored(stored_weight, replace(spec, n=stop - start), name)
         part = kernel.pack(stored_weight, replace(spec, n=stop - start))
-        if stop - start == spec.n:
-            return part
         packed = packed or tuple(map(_whole, layout.tensors, part))
         for whole, rows, (along, first) in zip(packed, part, _places(kernel, spec, start), strict=True):
             if along is not None:
