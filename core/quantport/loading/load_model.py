@@ -16,7 +16,7 @@ from quantport.device import Device
 from quantport.errors import BudgetError, CheckpointError, DeviceError
 from quantport.kvcache import default_cache, kv_shape
 from quantport.kvcache.default_cache import DefaultCache
-from quantport.loading.build_context import as_usual
+from quantport.loading.build_context import as_usual, collecting_later
 from quantport.loading.executor import Progress, run_tasks
 from quantport.loading.fill_model import ModelFiller, module_path
 from quantport.loading.locate import Source, named, open_checkpoint
@@ -88,7 +88,9 @@ def load(
         progress=progress,
     ) as made:
         fits(made.plan, f"load {made.plan.source} on {made.plan.device}")
-        run_tasks(made.filler.tasks(), progress, workers, made.plan.budget)
+        with collecting_later():
+            tasks = made.filler.tasks()
+        run_tasks(tasks, progress, workers, made.plan.budget)
         _finish(made.model, made.plan)
         if made.cache:
             made.cache.install()
