@@ -49,15 +49,16 @@ def quantize_tasks(
     layer = step.layer
 
     def run(part: Part, weight: str) -> None:
+        spec = module.specs[weight]
+
         @contextmanager
         def rows(start: int, stop: int) -> Iterator[Tensor]:
-            tensor, release = read(some_rows(part, start, stop))
+            tensor, release = read(part if stop - start == spec.n else some_rows(part, start, stop))
             yield tensor
             del tensor
             release()
 
-        spec, name = module.specs[weight], f"{layer.home}.{weight}".rstrip(".")
-        kernel = module.kernel_of(weight)
+        name, kernel = f"{layer.home}.{weight}".rstrip("."), module.kernel_of(weight)
         steps = quantize_on(
             rows, layer.dtype, spec, name, nonfinite, fast, device, storage_only_dtypes, kernel
         )
@@ -94,7 +95,7 @@ def quantize_on(
         name: Of the weight, for errors.
         kernel: Packs the rows, where it does that.
 
-    Yields:
+    Returns:
         The stored tensors of the rows, on ``device``.
     """
     dtypes = (dtype, *(stored for _, stored in spec.scheme.layout(spec.n, spec.k).values()))
@@ -108,13 +109,16 @@ def quantize_on(
     def quantize(values: Tensor, scheme: Scheme) -> StoredWeight:
         return numerics.quantize_weight(values, scheme, name, nonfinite, None if on_host else fast)
 
-    large = spec.n * spec.k * dtype.itemsize > STEP
-    layout = kernel.packed_layout(spec) if kernel and large else None
-    shape, count = (spec.n, spec.k), step_rows(spec, dtype, layout)
-    steps = quantize_steps(rows, shape, spec.scheme, count, quantize, name=name, nonfinite=nonfinite)
-    for part in steps:
-        on_device = {key: t.to(device) for key, t in part.stored.items()} if on_host else part.stored
-        yield part._replace(stored=on_device)
+    shape, large = (spec.n, spec.k), spec.n * spec.k * dtype.itemsize > STEP
+    if large:
+        count = step_rows(spec, dtype, kernel.packed_layout(spec) if kernel else None)
+        steps = quantize_steps(rows, shape, spec.scheme, count, quantize, name=name, nonfinite=nonfinite)
+    else:
+        with rows(0, spec.n) as values:
+            steps = iter((QuantizedRows(0, spec.n, quantize(values, spec.scheme)),))
+    if not on_host:
+        return steps
+    return (part._replace(stored={key: t.to(device) for key, t in part.stored.items()}) for part in steps)
 
 
 def some_rows(part: Part, start: int, stop: int) -> Part:
