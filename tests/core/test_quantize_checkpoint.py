@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 import torch
 from core_models import DENSE, MOE, Tiny, made, write
 from core_references import check_parts
+from torch import nn
 
 import quantport
 from quantport.checkpoint import Checkpoint
@@ -46,6 +48,7 @@ CASES = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:.*of the bytes of matrices are quantized:UserWarning")
 @pytest.mark.parametrize(("path", "options"), CASES, ids=str)
 @pytest.mark.parametrize("window", [0, 1 << 20], ids=["one module", "several"])
 def test_the_bytes_of_load_and_save(path, options, window, tmp_path, monkeypatch):
@@ -59,9 +62,15 @@ def test_the_bytes_of_load_and_save(path, options, window, tmp_path, monkeypatch
 
 def test_any_module(tmp_path):
     """Experts as modules of their own, biases, a buffer of the file; and FP32 that stays FP32."""
+
+    def factory():
+        model = Tiny().bfloat16()
+        model.norm.float()
+        return model
+
     folder = write(tmp_path / "c", {**made().state_dict(), "norm.weight": torch.ones(129)})
-    quantize_checkpoint(folder, tmp_path / "streamed", "int8", model=Tiny)
-    quantport.save(quantport.load(folder, "int8", model=Tiny), tmp_path / "saved")
+    quantize_checkpoint(folder, tmp_path / "streamed", "int8", model=factory)
+    quantport.save(quantport.load(folder, "int8", model=factory), tmp_path / "saved")
     same_files(tmp_path / "streamed", tmp_path / "saved")
     with Checkpoint.open(tmp_path / "streamed") as checkpoint:
         assert checkpoint.tensors["norm.weight"].dtype is torch.float32
@@ -70,24 +79,61 @@ def test_any_module(tmp_path):
 def test_what_was_filled_is_emptied_again(tmp_path, monkeypatch):
     """Never are more modules full than fit the window: with none, one at a time."""
     monkeypatch.setattr(module, "BUDGET", 0)
-    full, models, empty = [], [], module._empty
+    full, models, empty = [], [], module._Batches._empty
 
     def is_full(one):
         kept = any(not p.is_meta for p in one.parameters(recurse=False))
         return kept or bool(isinstance(one, QuantModule) and one._buffer_names)
 
-    def emptied(one, kept):
+    def emptied(self, prefix, one, kept):
         full.append(sum(map(is_full, models[0].modules())))
-        empty(one, kept)
+        empty(self, prefix, one, kept)
 
     def factory():
         models.append(Tiny())
         return models[0]
 
-    monkeypatch.setattr(module, "_empty", emptied)
+    monkeypatch.setattr(module._Batches, "_empty", emptied)
     quantize_checkpoint(write(tmp_path / "c", made()), tmp_path / "out", "int8", model=factory)
     assert max(full) == 1
     assert not any(map(is_full, models[0].modules()))
+
+
+class Tied(nn.Module):
+    """Two layers of one weight, one at each end, and one between."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.middle = nn.Embedding(16, 32), nn.Linear(32, 32, bias=False)
+        self.last = nn.Linear(32, 16, bias=False)
+        self.last.weight = self.first.weight
+
+
+@pytest.mark.parametrize("stored", [["first"], ["last"], ["first", "last"]], ids="-".join)
+def test_what_is_tied_is_written_once_whatever_it_is_stored_under(stored, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "BUDGET", 0)
+    weight = torch.randn(16, 32, dtype=torch.bfloat16, device="cpu")
+    tensors = {"middle.weight": torch.randn(32, 32, dtype=torch.bfloat16, device="cpu")}
+    folder = write(tmp_path / "c", {**tensors, **{f"{name}.weight": weight.clone() for name in stored}})
+    quantize_checkpoint(folder, tmp_path / "streamed", "int8", model=Tied)
+    quantport.save(quantport.load(folder, "int8", model=Tied), tmp_path / "saved")
+    same_files(tmp_path / "streamed", tmp_path / "saved")
+
+
+def test_files_that_change_meanwhile_leave_nothing(tmp_path, monkeypatch):
+    folder = write(tmp_path / "c", made())
+    os.utime(folder / "model.safetensors", ns=(10**18, 10**18))  # clocks of file systems are coarse
+    empty = module._Batches._empty
+
+    def emptied(self, prefix, one, kept):
+        os.utime(folder / "model.safetensors")
+        empty(self, prefix, one, kept)
+
+    monkeypatch.setattr(module._Batches, "_empty", emptied)
+    with pytest.raises(CheckpointError) as caught:
+        quantize_checkpoint(folder, tmp_path / "out", "int8", model=Tiny)
+    check_parts(caught.value, "model.safetensors")
+    nothing_left(tmp_path)
 
 
 def test_progress_counts_everything_once(tmp_path):

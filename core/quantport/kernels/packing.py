@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -26,21 +27,24 @@ def pack_steps(kernel: Kernel, spec: WeightSpec, steps: Iterable[QuantizedRows],
     Raises:
         WeightError: a stored tensor is missing, or has another shape or dtype than ``Scheme.layout`` says.
     """
-    layout = kernel.packed_layout(spec)
+    steps = iter(steps)
+    first = next(steps)
+    alone = first.stop == spec.n
+    layout = None if alone else kernel.packed_layout(spec)
     if layout is None:
-        stored_weight = join_steps(steps, spec.scheme, (spec.n, spec.k))
-        check_stored(stored_weight, spec, name)
-        return kernel.pack(stored_weight, spec)
+        every = first.stored if alone else join_steps(chain((first,), steps), spec.scheme, (spec.n, spec.k))
+        check_stored(every, spec, name)
+        return kernel.pack(every, spec)
     packed: Packed = ()
+    steps = chain((first,), steps)
+    del first  # each step is let go of once it is packed
     for start, stop, stored_weight in steps:
         check_stored(stored_weight, replace(spec, n=stop - start), name)
         part = kernel.pack(stored_weight, replace(spec, n=stop - start))
-        if stop - start == spec.n:
-            return part
         packed = packed or tuple(map(_whole, layout.tensors, part))
-        for whole, rows, (along, first) in zip(packed, part, _places(kernel, spec, start), strict=True):
+        for whole, rows, (along, offset) in zip(packed, part, _places(kernel, spec, start), strict=True):
             if along is not None:
-                whole.narrow(along, first, rows.shape[along]).copy_(rows)
+                whole.narrow(along, offset, rows.shape[along]).copy_(rows)
     return packed
 
 

@@ -8,9 +8,10 @@ import ctypes
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from queue import Empty, SimpleQueue
 from typing import NamedTuple
@@ -21,6 +22,9 @@ from quantport.errors import BudgetError, ConfigError
 from quantport.loading.threads import one_native_thread
 
 LOOK = 0.5  # seconds: an interrupt that comes just before Python waits is seen when it ends to wait
+PAUSE = (
+    0.005  # seconds between looks at what is finished: a thread that wakes for each takes time from others
+)
 
 Progress = Callable[[int, int, str], None]
 
@@ -154,20 +158,27 @@ def _wait(futures: Mapping[Future[None], Task], progress: Progress | None) -> No
     finished: SimpleQueue[Future[None]] = SimpleQueue()
     for future in futures:  # not ``wait``, which looks at all of them each time that one is done
         future.add_done_callback(finished.put)
-    for _ in futures:
-        future = _next(finished)
-        future.result()
-        done += futures[future].size
-        if progress:
-            progress(done, total, futures[future].name)
+    left = len(futures)
+    while left:
+        for future in _next(finished):
+            future.result()
+            left -= 1
+            done += futures[future].size
+            if progress:
+                progress(done, total, futures[future].name)
+        if left:
+            time.sleep(PAUSE)
 
 
-def _next(finished: SimpleQueue[Future[None]]) -> Future[None]:
+def _next(finished: SimpleQueue[Future[None]]) -> Iterator[Future[None]]:
+    """Those that are finished, at least one; interrupts are seen meanwhile."""
     while True:
-        try:
-            return finished.get(timeout=LOOK)
-        except Empty:
-            continue
+        with suppress(Empty):
+            yield finished.get(timeout=LOOK)
+            break
+    with suppress(Empty):
+        while True:
+            yield finished.get_nowait()
 
 
 def _quiet(task: Task, gate: Gate) -> None:

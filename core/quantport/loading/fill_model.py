@@ -16,7 +16,7 @@ from quantport.errors import CheckpointError, WeightError
 from quantport.loading.copy_tensors import SLAB, copy_into
 from quantport.loading.executor import Task
 from quantport.loading.place_tensors import HeldDtypes
-from quantport.loading.swap_modules import by_module, make_module, swap_modules
+from quantport.loading.swap_modules import by_module, make_module, module_at, swap_modules
 from quantport.loading.take_over import take_over_tasks
 from quantport.loading.weight_tasks import quantize_tasks
 from quantport.model.layers import Layer
@@ -172,9 +172,8 @@ def _tensors(layer: Layer) -> set[str]:
 
 def _check_shape(model: nn.Module, name: str, shape: tuple[int, ...]) -> None:
     path, _, leaf = name.rpartition(".")
-    try:
-        module = model.get_submodule(path)
-    except AttributeError:
+    module = module_at(model, path)
+    if module is None:
         return
     parameter, buffer = module._parameters.get(leaf), module._buffers.get(leaf)
     old = buffer if parameter is None else parameter
@@ -200,9 +199,8 @@ def module_path(names: Mapping[str, str], layer: Layer) -> str:
 def _assign(model: nn.Module, name: str, value: Tensor) -> None:
     """Sets a parameter or buffer by name; names that the model does not have are left to ``_finish``."""
     path, _, leaf = name.rpartition(".")
-    try:
-        module = model.get_submodule(path)
-    except AttributeError:
+    module = module_at(model, path)
+    if module is None:
         return
     if leaf in module._parameters:
         old = module._parameters[leaf]

@@ -16,7 +16,7 @@ from quantport.device import Device
 from quantport.errors import BudgetError, CheckpointError, DeviceError
 from quantport.kvcache import default_cache, kv_shape
 from quantport.kvcache.default_cache import DefaultCache
-from quantport.loading.build_context import as_usual
+from quantport.loading.build_context import as_usual, collecting_later
 from quantport.loading.executor import Progress, run_tasks
 from quantport.loading.fill_model import ModelFiller, module_path
 from quantport.loading.locate import Source, named, open_checkpoint
@@ -92,8 +92,10 @@ def load(
     ) as made:
         fits(made.plan, f"load {made.plan.source} on {made.plan.device}")
         warn(made.plan.warnings)
+        with collecting_later():
+            tasks = made.filler.tasks()
         with unchanged(made.filler.source):
-            run_tasks(made.filler.tasks(), progress, workers, made.plan.budget)
+            run_tasks(tasks, progress, workers, made.plan.budget)
         tie_again(made.model, made.groups)
         decided = made.filler.with_warnings()
         _finish(made.model, decided)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from quantport.checkpoint import Checkpoint, unchanged
 from quantport.errors import CheckpointError
+from quantport.loading.build_context import collecting_later
 from quantport.loading.executor import Progress, Task, run_tasks
 from quantport.loading.load_model import Prepared, fits, prepared, tie_weights
 from quantport.loading.locate import Source
@@ -62,7 +63,8 @@ def quantize_checkpoint(
     """
     with prepared(path_or_id, scheme, progress=progress, **options) as made:
         refuse_quantized(made.filler.checkpoint)
-        batches = _Batches(made, made.filler.tasks(), progress, workers)
+        with collecting_later():
+            batches = _Batches(made, made.filler.tasks(), progress, workers)
         peak = batches.most + made.plan.budget
         fits(made.plan, f"quantize {made.plan.source} on {made.plan.device}", peak)
         warn(made.plan.warnings)

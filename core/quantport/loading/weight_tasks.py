@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 
 from quantport import numerics
-from quantport.kernels.base import PackedLayout, StoredWeight, WeightSpec
+from quantport.kernels.base import Kernel, StoredWeight, WeightSpec
 from quantport.loading.executor import Task
 from quantport.model.layers import Part
 from quantport.modules import QuantModule
 from quantport.numerics.by_rows import QuantizedRows, ReadRows, quantize_steps
-from quantport.planning.memory import peak_bytes, step_rows
+from quantport.planning.memory import STEP, peak_bytes, step_rows
 from quantport.planning.plan import Step
 from quantport.scheme import Scheme
 
@@ -49,25 +49,30 @@ def quantize_tasks(
     layer = step.layer
 
     def run(part: Part, weight: str) -> None:
+        spec = module.specs[weight]
+
         @contextmanager
         def rows(start: int, stop: int) -> Iterator[Tensor]:
-            tensor, release = read(some_rows(part, start, stop))
+            tensor, release = read(part if stop - start == spec.n else some_rows(part, start, stop))
             yield tensor
             del tensor
             release()
 
-        spec, name = module.specs[weight], f"{layer.home}.{weight}".rstrip(".")
-        layout = module.kernel_of(weight).packed_layout(spec)
+        name, kernel = f"{layer.home}.{weight}".rstrip("."), module.kernel_of(weight)
         steps = quantize_on(
-            rows, layer.dtype, spec, name, nonfinite, fast, device, storage_only_dtypes, layout
+            rows, layer.dtype, spec, name, nonfinite, fast, device, storage_only_dtypes, kernel
         )
         module.set_steps(weight, steps)
 
     for weight, n, k in layer.each:
-        spec, part = module.specs[weight], layer.part(weight)
-        layout = None if layer.experts else module.kernel_of(weight).packed_layout(spec)
-        held = peak_bytes(spec, layer.dtype, layout, read=not owned)
+        part, kernel = layer.part(weight), None if layer.experts else module.kernel_of(weight)
+        held = _held(module.specs[weight], layer.dtype, kernel, owned)
         yield Task(part.tensor, n * k * layer.dtype.itemsize, partial(run, part, weight), held)
+
+
+@lru_cache(maxsize=256)  # the layers of a model repeat
+def _held(spec: WeightSpec, dtype: torch.dtype, kernel: Kernel | None, owned: bool) -> int:
+    return peak_bytes(spec, dtype, kernel.packed_layout(spec) if kernel else None, read=not owned)
 
 
 def quantize_on(
@@ -79,7 +84,7 @@ def quantize_on(
     fast: Fast,
     device: torch.device | None,
     storage_only_dtypes: frozenset[torch.dtype] = frozenset(),
-    layout: PackedLayout | None = None,
+    kernel: Kernel | None = None,
 ) -> Iterator[QuantizedRows]:
     """Quantizes a weight some rows at a time on the backend of a device; other arguments as `quantize_tasks`.
 
@@ -88,9 +93,9 @@ def quantize_on(
         dtype: Dtype of the rows.
         spec: Scheme and shape.
         name: Of the weight, for errors.
-        layout: What the weight is packed into, where that goes by rows.
+        kernel: Packs the rows, where it does that.
 
-    Yields:
+    Returns:
         The stored tensors of the rows, on ``device``.
     """
     dtypes = (dtype, *(stored for _, stored in spec.scheme.layout(spec.n, spec.k).values()))
@@ -104,11 +109,16 @@ def quantize_on(
     def quantize(values: Tensor, scheme: Scheme) -> StoredWeight:
         return numerics.quantize_weight(values, scheme, name, nonfinite, None if on_host else fast)
 
-    shape, count = (spec.n, spec.k), step_rows(spec, dtype, layout)
-    steps = quantize_steps(rows, shape, spec.scheme, count, quantize, name=name, nonfinite=nonfinite)
-    for part in steps:
-        on_device = {key: t.to(device) for key, t in part.stored.items()} if on_host else part.stored
-        yield part._replace(stored=on_device)
+    shape, large = (spec.n, spec.k), spec.n * spec.k * dtype.itemsize > STEP
+    if large:
+        count = step_rows(spec, dtype, kernel.packed_layout(spec) if kernel else None)
+        steps = quantize_steps(rows, shape, spec.scheme, count, quantize, name=name, nonfinite=nonfinite)
+    else:
+        with rows(0, spec.n) as values:
+            steps = iter((QuantizedRows(0, spec.n, quantize(values, spec.scheme)),))
+    if not on_host:
+        return steps
+    return (part._replace(stored={key: t.to(device) for key, t in part.stored.items()}) for part in steps)
 
 
 def some_rows(part: Part, start: int, stop: int) -> Part:

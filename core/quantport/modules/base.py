@@ -63,9 +63,15 @@ class QuantModule(EmptyWeight):
             where a pickled module finds its kernels again.
     """
 
+    registry: Registry
+    specs: dict[str, WeightSpec]
+    layer: str
+    dtype: torch.dtype
     kernel: Kernel
     others: dict[str, Kernel]
     bound: dict[str, BoundWeight]
+    _packed: dict[str, Packed]
+    _buffer_names: dict[str, tuple[str, ...]]
 
     def __init__(
         self,
@@ -78,10 +84,15 @@ class QuantModule(EmptyWeight):
     ) -> None:
         # not super(): a QuantLinear is an nn.Linear too, which would make a 16-bit weight
         nn.Module.__init__(self)
-        self.registry = registry or default_registry()
-        self.specs, self.layer, self.dtype = specs, layer, dtype
-        self._packed: dict[str, Packed] = {}  # as the buffers were when somebody last asked
-        self._buffer_names: dict[str, tuple[str, ...]] = {}  # of each weight that was set
+        # past ``Module.__setattr__``, which looks for parameters: a model has thousands of these
+        self.__dict__.update(
+            registry=registry or default_registry(),
+            specs=specs,
+            layer=layer,
+            dtype=dtype,
+            _packed={},  # as the buffers were when somebody last asked
+            _buffer_names={},  # of each weight that was set
+        )
         self.bind(kernel, others or {})
 
     def bind(self, kernel: Kernel, others: Mapping[str, Kernel]) -> None:

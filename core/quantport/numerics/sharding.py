@@ -8,7 +8,9 @@ error on all, and never a hang.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -98,16 +100,18 @@ def alignment(scheme: Scheme, dim: int) -> int:
     )
 
 
-def shard_dims(scheme: Scheme, dim: int) -> dict[str, int | None]:
+@lru_cache(maxsize=256)
+def shard_dims(scheme: Scheme, dim: int) -> Mapping[str, int | None]:
     """For each stored tensor, the dimension along which those of the shards are joined; None where all have
     the same.
     """
     whole = scheme.layout(_PROBE, _PROBE)
     half = scheme.layout(*(_PROBE // 2 if d == dim else _PROBE for d in (0, 1)))
-    return {
+    dims = {
         key: next((d for d, size in enumerate(shape) if size != half[key][0][d]), None)
         for key, (shape, _) in whole.items()
     }
+    return MappingProxyType(dims)
 
 
 def join_shards(shards: Sequence[dict[str, Tensor]], scheme: Scheme, dim: int) -> dict[str, Tensor]:

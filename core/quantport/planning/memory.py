@@ -59,6 +59,8 @@ def parse_budget(value: int | str | None) -> int | None:
 
 def step_rows(spec: WeightSpec, dtype: torch.dtype, layout: PackedLayout | None) -> int:
     """Rows of a weight that are read, quantized and, where ``layout`` is known, packed at a time."""
+    if spec.n * spec.k * dtype.itemsize <= STEP:
+        return spec.n
     block = layout.block if layout else 1
     return rows_of_step(spec.scheme, spec.n, spec.k, STEP // dtype.itemsize, block)
 

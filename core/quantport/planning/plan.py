@@ -8,7 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -265,13 +265,17 @@ def _peaks(steps: Iterable[Step], schemes: Schemes, kernels: Sequence[Kernel]) -
     """Most bytes that are in flight while a weight of each layer is quantized."""
     by_name = {kernel.name: kernel for kernel in kernels}
 
-    def most(layer: Layer, scheme: Scheme, kernel: Kernel) -> int:
-        specs = [WeightSpec(scheme, n, k) for _, n, k in layer.weights]
-        layouts = [None if layer.experts else kernel.packed_layout(spec) for spec in specs]
-        return max(map(peak_bytes, specs, [layer.dtype] * len(specs), layouts))
+    @cache  # the layers of a model repeat
+    def most(
+        weights: tuple[tuple[str, int, int], ...], dtype: torch.dtype, name: str, by: str, whole: bool
+    ) -> int:
+        specs = [WeightSpec(schemes[name], n, k) for _, n, k in weights]
+        return max(peak_bytes(s, dtype, None if whole else by_name[by].packed_layout(s)) for s in specs)
 
     return {
-        step.layer.name: most(step.layer, schemes[step.scheme], by_name[step.choice.kernel])
+        (layer := step.layer).name: most(
+            tuple(layer.weights), layer.dtype, step.scheme, step.choice.kernel, bool(layer.experts)
+        )
         for step in steps
         if step.choice
     }
