@@ -86,7 +86,6 @@ def of_arguments(size):
         (lambda: None, ["NoneType"]),
         (lambda: Tiny, ["returned a type"]),
     ],
-    ids=str,
 )
 def test_what_makes_no_module_is_refused(tiny, call, model, named):
     with pytest.raises(CheckpointError) as caught:
@@ -102,7 +101,7 @@ def test_an_interrupt_in_a_factory_is_one(tiny):
         quantport.load(tiny, "int8", model=interrupted)
 
 
-@pytest.mark.parametrize("value", [None, "path/to/model", DENSE, Tiny, {"a": torch.ones(2, 2)}, 3], ids=str)
+@pytest.mark.parametrize("value", [None, "path/to/model", DENSE, Tiny, {"a": torch.ones(2, 2)}, 3])
 @pytest.mark.parametrize(
     "call",
     [

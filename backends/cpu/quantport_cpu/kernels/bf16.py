@@ -39,5 +39,7 @@ class CpuBf16(CpuKernel):
         return {"weight": packed[0].to_dense()}
 
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
+        if x.dtype is not torch.bfloat16:  # as autocast may have it: oneDNN takes none beside bf16 weights
+            return torch.nn.functional.linear(x, packed[0].to_dense().to(x.dtype), bias)
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed[0], bias, "none", [], "")
         return y
