@@ -106,6 +106,21 @@ def test_nan_and_inf(name):
     same(by_rows(x, scheme, 2, nonfinite="zero")[0], expected)
 
 
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=list(SCHEMES))
+def test_what_the_dtype_cannot_hold_is_refused_alike(scheme):
+    """Rows of the largest fp16 value: rotated, some are larger."""
+    step = alignment(scheme, 0)
+    x = torch.full((2 * step + 1, 256), torch.finfo(torch.float16).max, dtype=torch.float16, device="cpu")
+    x[1:] /= 1024
+    try:
+        expected = quantize_weight(x, scheme)
+    except WeightError:
+        with pytest.raises(WeightError, match="overflow"):
+            by_rows(x, scheme, step)
+    else:
+        same(by_rows(x, scheme, step)[0], expected)
+
+
 def test_the_rows_of_a_step():
     """It follows from the blocks; a solver of its own may look at the whole weight."""
     assert rows_of_step(BUILTIN["int8"], 1000, 10, 95) == 9

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from quantport.numerics.blocks import block_amax, check_finite, group_segments
 from quantport.numerics.elements import raw
+from quantport.numerics.linear import check_held
 from quantport.numerics.rotation import rotate
 from quantport.numerics.scales import scale_of
 from quantport.numerics.sharding import alignment, shard_dims
@@ -84,7 +85,7 @@ def quantize_steps(
     for step in steps if len(steps) > 1 and spans_rows(scheme.weight) else ():
         extremes = _more_extreme(read(*step), extremes, scheme, name, nonfinite)
     for start, stop in steps:
-        stored = _quantized(read(start, stop), extremes, scheme, nonfinite, quantize)
+        stored = _quantized(read(start, stop), extremes, scheme, name, nonfinite, quantize)
         if extremes is not None:
             own = stored_slices(scheme, k, 0, stop - start)
             stored = {key: tensor[own[key]] if own[key] else tensor for key, tensor in stored.items()}
@@ -132,6 +133,7 @@ def _quantized(
     rows: AbstractContextManager[Tensor],
     extremes: Tensor | None,
     scheme: Scheme,
+    name: str,
     nonfinite: str,
     quantize: Quantize,
 ) -> dict[str, Tensor]:
@@ -143,7 +145,10 @@ def _quantized(
             return quantize(part, scheme)
         x = _values(part, scheme, nonfinite)
         fill = torch.zeros(-x.shape[0] % alignment(scheme, 0), x.shape[1], dtype=x.dtype, device=x.device)
-        return quantize(torch.cat((x, fill, extremes)), replace(scheme, rotation=0))
+        stored = quantize(torch.cat((x, fill, extremes)), replace(scheme, rotation=0))
+        if scheme.rotation:  # these rows are fp32, whatever the weight is
+            check_held(stored, scheme, x, part.dtype, name)
+        return stored
 
 
 def _values(part: Tensor, scheme: Scheme, nonfinite: str) -> Tensor:

@@ -74,16 +74,28 @@ def quantize_weight(
     stored = fast(rotated, scheme) if fast and by_rule and not reduce else None
     if stored is None:
         stored = checked(solver.solve(rotated, scheme, stats), scheme, weight.shape, solver)
-    bound = _bound(stored, scheme).to(weight.dtype)
-    if bound.isfinite().all():
-        return stored
-    if nonfinite == "zero" and not weight.isfinite().all():
+    if nonfinite == "zero" and not (_is_bounded(stored, scheme, weight.dtype) or weight.isfinite().all()):
         finite = torch.nan_to_num(weight, nan=0.0, posinf=0.0, neginf=0.0)
         return quantize_weight(finite, scheme, name, "error", fast, reduce, solver=solver, stats=stats)
-    check_finite(
-        dequantize_weight(stored, replace(scheme, rotation=0), weight.shape[1], weight.dtype), name, weight
-    )
+    check_held(stored, scheme, weight, weight.dtype, name)
     return stored
+
+
+def check_held(
+    stored: dict[str, Tensor], scheme: Scheme, weight: Tensor, dtype: torch.dtype, name: str
+) -> None:
+    """Refuses a weight that would come back as Inf or NaN in its dtype; a rotation is not undone before.
+
+    Raises:
+        WeightError: names the weight.
+    """
+    if not _is_bounded(stored, scheme, dtype):
+        plain = replace(scheme, rotation=0)
+        check_finite(dequantize_weight(stored, plain, weight.shape[1], dtype), name, weight)
+
+
+def _is_bounded(stored: dict[str, Tensor], scheme: Scheme, dtype: torch.dtype) -> bool:
+    return bool(_bound(stored, scheme).to(dtype).isfinite().all())
 
 
 def _bound(stored: dict[str, Tensor], scheme: Scheme) -> Tensor:
