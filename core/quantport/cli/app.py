@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 
-from quantport.cli.output import quiet_logs, only_pages, stdout_failed, write
+from quantport.cli.output import only_pages, quiet_logs, stdout_failed, write
 from quantport.errors import QuantportError, SaveError
 from quantport.plugins.entry_points import installed, is_builtin
 
