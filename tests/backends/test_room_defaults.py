@@ -70,6 +70,6 @@ def test_packing(room, defaults):
 
 
 def test_the_table_of_triton(defaults):
-    table = weights._kept("nf4", torch.device("cpu"))
+    table = weights._table_on("nf4", torch.device("cpu"))
     assert (table.dtype, table.device.type, table.shape) == (torch.float32, "cpu", (272,))
-    assert table is weights._kept("nf4", torch.device("cpu"))
+    assert table is weights._table_on("nf4", torch.device("cpu"))

@@ -190,10 +190,9 @@ def test_a_format_that_is_wrong_is_named_and_stops_no_other_load(model, case):
     with pytest.warns(RuntimeWarning, match=named):
         loaded = quantport.load(source, "int8", model=Net, device="cpu", registry=knowing(toy))
     assert loaded.a.scheme == "int8"
+    codes = Memory({"a.qweight": torch.ones(2, 2, dtype=torch.int32)})
     with pytest.warns(RuntimeWarning, match=named), pytest.raises(CheckpointError, match=named):
-        quantport.load(
-            Memory({"a.qweight": torch.ones(2, 2)}), model=Net, device="cpu", registry=knowing(toy)
-        )
+        quantport.load(codes, model=Net, device="cpu", registry=knowing(toy))
     fine = Toy()
     fine.name = "fine"
     with pytest.warns(RuntimeWarning, match=named):
@@ -210,7 +209,8 @@ def test_a_reader_that_is_wrong_is_named_and_stops_no_other(model, tmp_path, cas
     fine.name = "fine"
     torch.save(toy_tensors(model), tmp_path / "m.toy")
     with pytest.warns(RuntimeWarning, match=named):
-        quantport.load(tmp_path / "m.toy", model=Net, device="cpu", registry=knowing(toy, fine))
+        mine = quantport.load(tmp_path / "m.toy", model=Net, device="cpu", registry=knowing(toy, fine))
+    assert mine.a.scheme == "int8_weight_only"
     with pytest.warns(RuntimeWarning, match=named), pytest.raises(CheckpointError, match=named):
         quantport.load(tmp_path / "m.toy", model=Net, device="cpu", registry=knowing(toy))
 
@@ -252,7 +252,7 @@ def test_ours_is_one_of_the_formats(model, tmp_path):
     with Checkpoint.open(quantport.save(net, tmp_path / "q")) as source:
         recognized = QuantportFormat().recognize(source, {}, BUILTIN)
         assert {name: list(w) for name, w in recognized.quantized().items()} == {"a": [""], "b": [""]}
-        assert recognized.quantized()["a"][""].tensors == ("a.weight", "a.weight_scale")
+        assert recognized.quantized()["a"][""].tensors == ("a.weight_codes", "a.weight_scale")
         assert [layer.name for layer in recognized.layers() if layer.kind == "linear"] == ["a", "b"]
     with Checkpoint.open(tmp_path / "m") as source:
         assert QuantportFormat().recognize(source, {}, BUILTIN) is None

@@ -55,7 +55,9 @@ def test_every_format_of_every_asking_command(args):
 
 
 def test_two_formats_are_a_conflict():
-    assert parts(ask("devices", "--json", "--format", "html", code=2))["asked"] == "--json and --format html"
+    done = ask("devices", "--json", "--format", "html", code=2)
+    assert json.loads(done.stdout)["error"]["asked"] == "--json and --format html"
+    assert not done.stderr
 
 
 def test_version_and_help():

@@ -36,7 +36,7 @@ def test_json_is_alone_on_stdout(tmp_path):
 
 
 def test_a_wrong_request_exits_2_with_three_parts_on_stderr():
-    done = process("plan", DENSE, "--scheme", "int9", "--json")
+    done = process("plan", DENSE, "--scheme", "int9")
     assert (done.returncode, done.stdout) == (2, "")
     assert [line.partition(":")[0] for line in done.stderr.splitlines()] == [
         "ConfigError",
@@ -44,6 +44,12 @@ def test_a_wrong_request_exits_2_with_three_parts_on_stderr():
         "found",
         "try",
     ]
+
+
+def test_a_wrong_request_is_json_on_stdout_where_json_is_asked_for():
+    done = process("plan", DENSE, "--scheme", "int9", "--json")
+    assert (done.returncode, done.stderr) == (2, "")
+    assert list(json.loads(done.stdout)["error"]) == ["type", "asked", "found", "try"]
 
 
 def test_run_is_silent_but_for_its_answer():
@@ -84,7 +90,16 @@ FULL = "import os, sys; os.dup2(os.open('/dev/full', os.O_WRONLY), 1); "
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a full disk that is always there")
 @pytest.mark.parametrize(
     "args",
-    [("matrix", "--json"), ("plan", DENSE), ("doctor",), ("--version",), ("--help",), ("plan", "--help")],
+    [
+        ("matrix", "--json"),
+        ("plan", DENSE, "-f", "json"),
+        ("plan", DENSE, "-s", "int9", "--json"),
+        ("plan", DENSE),
+        ("doctor",),
+        ("--version",),
+        ("--help",),
+        ("plan", "--help"),
+    ],
     ids=lambda a: " ".join(map(str, a))[:14],
 )
 def test_a_full_disk_behind_stdout_is_said(args):

@@ -98,7 +98,8 @@ def test_a_tied_weight_is_quantized_and_kept_once(scheme, tmp_path):
     expected = numerics.linear(x.view(6, 40), stored, effective, bias).view(2, 3, 50)
     assert (model(tokens).float() - expected.float()).abs().max() <= 2.0**-6 * expected.float().abs().max()
     with Checkpoint.open(quantport.save(model, tmp_path / "out")) as checkpoint:
-        assert set(checkpoint.tensors) == {*(f"embed_tokens.{k}" for k in stored), "lm_head.bias"}
+        names = {name.removesuffix("_codes") for name in checkpoint.tensors}
+    assert names == {*(f"embed_tokens.{k}" for k in stored), "lm_head.bias"}
     again = quantport.load(tmp_path / "out", model=Tied)
     assert again.lm_head.embedding is again.embed_tokens
     same_state(again, model)

@@ -213,8 +213,8 @@ def test_it_is_saved_and_may_change(loaded, tmp_path):
     ("config", "found"),
     [
         ({"kv_cache_dtype": "fp7"}, "no such dtype"),
-        ({"kv_cache_dtype": 8}, "valid string"),
-        ({"kv_cache_dtype": "fp8", "kv_cache_skip_layers": ["first"]}, "valid integer"),
+        ({"kv_cache_dtype": 8}, "type int\ntry: a text"),
+        ({"kv_cache_dtype": "fp8", "kv_cache_skip_layers": ["first"]}, "type str\ntry: a whole number"),
         ({"kv_cache_dtype": "fp8", "kv_cache_skip_layers": [-7]}, "-7 is none of the 6 layers"),
         ({"kv_cache_skip_layers": [0]}, "every layer stays in 16 bits already"),
         ({"components": {"model": {"kv_cache_dtype": "fp8"}, "lm_head": None}}, "holds for the whole model"),

@@ -86,9 +86,10 @@ def test_more_arguments_are_checked(folder):
 
 
 def test_names_are_matched_without_case_and_schemes_by_value(folder):
+    for scheme in ("INT8", "Int8", quantport.schemes["int8"]):
+        assert quantport.plan(folder, scheme).quantized[0].requested_scheme == "int8"
     with pytest.raises(QuantportError, match="did you mean 'int8'"):
-        quantport.plan(folder, "INT8")
-    assert quantport.plan(folder, quantport.schemes["int8"]).quantized[0].requested_scheme == "int8"
+        quantport.plan(folder, "INT88")
 
 
 def test_a_plan_prints_as_a_summary(folder):

@@ -343,6 +343,11 @@ def test_arguments_under_the_names_that_they_had_say_what_they_are_called_now():
     with pytest.warns(DeprecationWarning, match="rows= is called num_tokens= now"):
         decided = quantport.plan(model, "int8", device="cpu", rows=16)
     assert decided.num_tokens == 16
+    with pytest.warns(DeprecationWarning, match="model= is called path_or_id= now"):
+        assert (
+            quantport.plan(model=model, scheme="int8", device="cpu").by_layer
+            == quantport.plan(model, "int8", device="cpu").by_layer
+        )
     with pytest.warns(DeprecationWarning, match="num_tokens="):
         assert quantport.quantize_(model, "int8", rows=16).num_tokens == 16
     with pytest.raises(TypeError):

@@ -9,7 +9,6 @@ import typer
 from core_fakes import plugin
 
 from quantport.cli.app import add_plugin_commands, app
-from quantport.device import Device
 from quantport.errors import ConfigError
 from quantport.numerics.solvers import Solver
 from quantport.plugins.registry import Registry
@@ -68,8 +67,8 @@ def test_odd_names_of_commands(monkeypatch, name):
     aside(bad, "command")
 
 
-def odd(thing: Device) -> None:
-    """Takes what is no option."""
+def odd(things: list[list[int]]) -> None:
+    """Takes what no option can be."""
 
 
 def greet() -> None:

@@ -72,8 +72,11 @@ def test_tensors_without_a_place_are_named_and_not_counted(what, tmp_path):
 def test_a_tensor_without_a_place_that_is_named_in_targets_is_refused(tmp_path):
     folder = extra(tmp_path / "c", *EXTRA["a layer too many"])
     config = {"scheme": "int8", "targets": {"model.layers.2.self_attn.q_proj": "int4"}}
-    with pytest.raises(quantport.QuantportError, match="no module"):
-        quantport.load(folder, config=config)
+    for does in (quantport.load, quantport.plan):
+        with pytest.raises(quantport.QuantportError, match="no module"):
+            does(folder, config=config)
+    described = json.loads((folder / "config.json").read_text()) | {"model_type": "no_such_type"}
+    (folder / "config.json").write_text(json.dumps(described))
     with pytest.raises(quantport.QuantportError, match="has 2 layers"):
         quantport.plan(folder, config=config)
 

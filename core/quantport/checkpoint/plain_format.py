@@ -13,7 +13,8 @@ from quantport.errors import CheckpointError
 from quantport.model.layers import Layer, find_layers
 from quantport.scheme.catalog import Schemes
 
-_WEIGHTS = ("weight", ".weight_packed", "_proj")  # as the names of weights end; the last are fused experts
+# as the names of weights end; the last are fused experts
+_WEIGHTS = ("weight", ".weight_packed", ".weight_codes", "_proj")
 _WRITERS = {
     "_blocks": "MXFP4",
     ".qweight": "GPTQ or AWQ",

@@ -21,26 +21,30 @@ from quantport.scheme.catalog import Schemes
 BUILTIN_FORMATS: tuple[CheckpointFormat, ...] = (QuantportFormat(),)
 _PLAIN = PlainFormat()
 T = TypeVar("T")
+Failures = list[tuple[CheckpointFormat, str]]
 
 
 def open_source(
     path: Path, formats: Sequence[CheckpointFormat], *, headers_only: bool = False
-) -> TensorSource:
+) -> tuple[TensorSource, Sequence[CheckpointFormat]]:
     """Opens files: as safetensors where there are some, else by the first format that has a reader for them.
 
-    A format that raises is not asked again, by name; it does not stop the others.
+    A format that raises is set aside, by name; it does not stop the others.
+
+    Returns:
+        The tensors, and the formats that may recognize them: all but those that were set aside.
 
     Raises:
         CheckpointError: as `Checkpoint.open`.
     """
-    failed: list[str] = []
+    failed: Failures = []
     for known in () if holds_safetensors(path) else formats:
         call = partial(known.open, path, headers_only=headers_only)
         source = _guarded(known, f"open {path}", call, TensorSource, failed)
         if source is not None:
-            return source
+            return source, [other for other in formats if all(other is not bad for bad, _ in failed)]
     try:
-        return Checkpoint.open(path, headers_only=headers_only)
+        return Checkpoint.open(path, headers_only=headers_only), formats
     except CheckpointError as error:
         raise _after(failed, error) from None
 
@@ -64,7 +68,7 @@ def recognize(
     """
     asked = f"open the checkpoint {source.directory}"
     limits.check_tensors(source.tensors, asked)
-    failed: list[str] = []
+    failed: Failures = []
     ours = [known for known in formats if known in BUILTIN_FORMATS]
     for group in (ours, [known for known in formats if known not in ours]):
         calls = [(known, partial(known.recognize, source, config, schemes)) for known in group]
@@ -85,7 +89,7 @@ def recognize(
 
 
 def _guarded(
-    candidate: CheckpointFormat, asked: str, call: Callable[[], T | None], kind: Any, failed: list[str]
+    candidate: CheckpointFormat, asked: str, call: Callable[[], T | None], kind: Any, failed: Failures
 ) -> T | None:
     """Asks a format for a ``kind``. One of a stranger that raises, or returns nonsense, has no answer.
 
@@ -100,17 +104,18 @@ def _guarded(
     except (Exception, SystemExit) as error:  # a stranger's code
         if candidate in BUILTIN_FORMATS:
             raise
-        failed.append(f"format {candidate.name!r} raised {type(error).__name__}: {error}")
-        warnings.warn(f"{asked}: {failed[-1]}; it is not asked", RuntimeWarning, stacklevel=5)
+        said = f"format {candidate.name!r} raised {type(error).__name__}: {error}"
+        failed.append((candidate, said))
+        warnings.warn(f"{asked}: {said}; it is not asked", RuntimeWarning, stacklevel=5)
         return None
     return answer
 
 
-def _after(failed: Sequence[str], error: CheckpointError) -> CheckpointError:
+def _after(failed: Failures, error: CheckpointError) -> CheckpointError:
     """The error of a checkpoint that nobody opens, with the formats that might have."""
     if not failed:
         return error
-    found = f"{error.found}; and {'; '.join(failed)}"
+    found = f"{error.found}; and {'; '.join(said for _, said in failed)}"
     return CheckpointError(
         error.asked, found, f"{error.suggestion}; or mend the plugin that brings the format"
     )

@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 
-from quantport.cli.output import only_pages, stdout_failed, write
+from quantport.cli.output import only_pages, quiet_logs, stdout_failed, write
 from quantport.errors import QuantportError, SaveError
 from quantport.plugins.entry_points import installed, is_builtin
 
@@ -79,7 +79,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def run(**options: Any) -> None:
-        with only_pages():
+        with only_pages(), quiet_logs():
             try:
                 function(**options)
             except QuantportError as error:
@@ -171,15 +171,15 @@ def main() -> None:
             reconfigure(errors="replace")
     warnings.showwarning = _warn
     try:
-        with only_pages():
-            add_plugin_commands()
-    except QuantportError as error:  # of the environment that restricts plugins
-        explain(error, as_json="--json" in sys.argv)
-        sys.exit(2)
-    try:
+        try:
+            with only_pages():
+                add_plugin_commands()
+        except QuantportError as error:  # of the environment that restricts plugins
+            explain(error, as_json="--json" in sys.argv)
+            sys.exit(2)
         app()
     except OSError as error:
         if error.filename is not None:
             raise
-        explain(stdout_failed(error))  # click has written help or a version
+        explain(stdout_failed(error))
         sys.exit(2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import logging
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,11 +26,7 @@ def _transformers(asked: str) -> Any:
 
 @contextmanager
 def hushed() -> Iterator[None]:
-    """Inside, Transformers shows no bars, and it and what it imports log errors only: the command line speaks
-    for itself.
-    """
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    """Inside, Transformers shows no bars and logs errors only: the command line speaks for itself."""
     _transformers("run a model")
     logs = importlib.import_module("transformers.utils.logging")
     level, bars = logs.get_verbosity(), logs.is_progress_bar_enabled()
@@ -40,7 +35,6 @@ def hushed() -> Iterator[None]:
     try:
         yield
     finally:
-        logging.disable(before)
         logs.set_verbosity(level)
         if bars:
             logs.enable_progress_bar()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -45,6 +46,17 @@ def only_pages() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def quiet_logs() -> Iterator[None]:
+    """Inside, libraries log errors only: what Transformers imports for a plan warns of its own extensions."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+@contextlib.contextmanager
 def _kept(stream: TextIO) -> Iterator[None]:
     token = _PAGES.set(stream)
     try:
@@ -58,7 +70,8 @@ def write(text: str) -> None:
     a word.
 
     Raises:
-        SaveError: stdout takes nothing, as on a full disk.
+        OSError: stdout takes nothing, as on a full disk; an error as JSON would be lost there too, so `main`
+            explains it on stderr.
     """
     stream = pages()
     try:
@@ -67,8 +80,6 @@ def write(text: str) -> None:
     except BrokenPipeError as error:
         stdout_failed(error)
         raise typer.Exit(BROKEN_PIPE) from None
-    except OSError as error:
-        raise stdout_failed(error) from None
 
 
 def stdout_failed(error: OSError) -> SaveError:

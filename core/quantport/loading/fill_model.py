@@ -153,7 +153,7 @@ class ModelFiller:
         """
         seen = copy_into(self.source, target, name, self.slab)
         lost = seen.lost_in(target.dtype)
-        own = self.layer_names[name]
+        own = self.layer_names.get(name, name)  # a format need not list what is no weight
         if lost and not any(compile_pattern(p).match(own) for p in self.plan.config.cast):
             stored = self.source.tensors[name].dtype
             suggestion = f"dtype=torch.float32, or config={{'cast': [{own!r}]}} to have it so"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -46,15 +46,15 @@ def open_checkpoint(
     if isinstance(source, TensorSource):
         yield _recognized(source, formats, registry.schemes)
         return
-    tensors = open_source(locate(source), formats, headers_only=headers_only)
+    tensors, sound = open_source(locate(source), formats, headers_only=headers_only)
     try:
-        yield _recognized(tensors, formats, registry.schemes)
+        yield _recognized(tensors, sound, registry.schemes)
     finally:
         tensors.close()
 
 
 def _recognized(
-    tensors: TensorSource, formats: tuple[CheckpointFormat, ...], schemes: Schemes
+    tensors: TensorSource, formats: Sequence[CheckpointFormat], schemes: Schemes
 ) -> tuple[Recognized, dict[str, Any]]:
     config = read_config(tensors.directory)
     return recognize(tensors, config, schemes, formats), config

@@ -22,7 +22,8 @@ _MOVED = {"rotary_emb.inv_freq": r"rotary_emb\.inv_freq", "position_ids": r"(^|\
 
 def main_dtype(layers: Sequence[Layer], config: Mapping[str, Any], target: Device) -> torch.dtype:
     """The dtype of a checkpoint: the one that its weights have; of several the one that ``config.json``
-    names, or else that of the most elements. BF16 becomes what the device computes in.
+    names, or else that of the most elements, of equally many the narrower: what is wider was kept so. BF16
+    becomes what the device computes in.
     """
     elements: dict[torch.dtype, int] = {}
     for layer in layers:
@@ -35,7 +36,8 @@ def main_dtype(layers: Sequence[Layer], config: Mapping[str, Any], target: Devic
     parts = (config, text if isinstance(text, Mapping) else {})
     named = [str(part.get(key)).removeprefix("torch.") for part in parts for key in ("dtype", "torch_dtype")]
     by_name = {str(dtype).removeprefix("torch."): dtype for dtype in elements}
-    dtype = next((by_name[n] for n in named if n in by_name), max(elements, key=lambda d: elements[d]))
+    most = max(elements, key=lambda d: (elements[d], -d.itemsize))
+    dtype = next((by_name[n] for n in named if n in by_name), most)
     return target.arch.compute if dtype is torch.bfloat16 else dtype
 
 

@@ -54,6 +54,7 @@ def merge(scheme: str | None, config: Any, options: Mapping[str, Any], schemes: 
 
 
 @renamed("rows", "num_tokens")
+@renamed("model", "path_or_id")  # of load, whose arguments these are now, it is another one
 def plan(
     path_or_id: Source | nn.Module,
     scheme: str | None = None,

@@ -36,6 +36,9 @@ from quantport.scheme import Scheme
 from quantport.scheme.catalog import Schemes
 
 
+_WORTH_A_WARNING = 4 << 20  # bytes
+
+
 @dataclass(frozen=True)
 class Step:
     """What happens to one layer.
@@ -241,7 +244,7 @@ def make_plan(
 
 def _mostly_kept(steps: Iterable[Step]) -> Iterator[str]:
     """What one who expects a quantized model has to know: that less than half of its matrices became one, by
-    bytes and without those that the configuration leaves alone.
+    bytes and without those that the configuration leaves alone. A few MB are not worth a word.
     """
     matrices = [
         step
@@ -253,7 +256,7 @@ def _mostly_kept(steps: Iterable[Step]) -> Iterator[str]:
     ]
     kept = [step for step in matrices if not step.requested_scheme]
     total, left = sum(step.before for step in matrices), sum(step.before for step in kept)
-    if 2 * left > total:
+    if 2 * left > total and left > _WORTH_A_WARNING:
         largest = max(kept, key=lambda step: step.before)
         yield (
             f"only {1 - left / total:.0%} of the bytes of matrices are quantized; the largest that stays is "

@@ -136,7 +136,7 @@ def test_packing_is_that_of_aten():
 def test_speed_and_claim_come_from_the_measurements(monkeypatch):
     table = {
         "run": {"device": "d", "date": "2026-01-01", "commit": "c"},
-        "schemes": {"int8": {"kernel": "cpu.int8", "error": 1e-3, "speed": {"1": 2.0, "128": 9.0}}},
+        "kernels": {"cpu.int8": {"int8": {"error": 1e-3, "speeds": {"1": 2.0, "128": 9.0}}}},
     }
     monkeypatch.setattr(tuned, "tuned_table", lambda package, arch: table if arch == "x86_vnni" else {})
     kernel, scheme = int8.CpuInt8(), default_registry().schemes["int8"]
