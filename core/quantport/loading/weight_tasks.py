@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from quantport.loading.executor import Task
 from quantport.model.layers import Part
 from quantport.modules import QuantModule
 from quantport.numerics.by_rows import QuantizedRows, ReadRows, quantize_steps
-from quantport.planning.memory import STEP, peak_bytes, step_rows
+from quantport.planning.memory import STEP, peak_with, step_rows
 from quantport.planning.plan import Step
 from quantport.scheme import Scheme
 
@@ -66,13 +66,8 @@ def quantize_tasks(
 
     for weight, n, k in layer.each:
         part, kernel = layer.part(weight), None if layer.experts else module.kernel_of(weight)
-        held = _held(module.specs[weight], layer.dtype, kernel, owned)
+        held = peak_with(kernel, module.specs[weight], layer.dtype, read=not owned)
         yield Task(part.tensor, n * k * layer.dtype.itemsize, partial(run, part, weight), held)
-
-
-@lru_cache(maxsize=256)  # the layers of a model repeat
-def _held(spec: WeightSpec, dtype: torch.dtype, kernel: Kernel | None, owned: bool) -> int:
-    return peak_bytes(spec, dtype, kernel.packed_layout(spec) if kernel else None, read=not owned)
 
 
 def quantize_on(

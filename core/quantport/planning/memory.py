@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 
 import torch
 
 from quantport.errors import BudgetError, ConfigError
-from quantport.kernels.base import PackedLayout, WeightSpec
+from quantport.kernels.base import Kernel, PackedLayout, WeightSpec
 from quantport.numerics.blocks import LARGE, padded
 from quantport.numerics.by_rows import rows_of_step, spans_rows
 
@@ -92,6 +93,12 @@ def peak_bytes(
     stored = (1 + cut) * scheme.bytes(rows, spec.k)  # while rows are quantized, those before are still there
     whole = scheme.bytes(spec.n, spec.k) if cut and layout is None else 0
     return copies * elements * source.itemsize + codes + scratch + stored + whole
+
+
+@lru_cache(maxsize=256)  # the layers of a model repeat
+def peak_with(kernel: Kernel | None, spec: WeightSpec, source: torch.dtype, *, read: bool = True) -> int:
+    """`peak_bytes` of a weight that a kernel packs; as a whole where that is None."""
+    return peak_bytes(spec, source, kernel.packed_layout(spec) if kernel else None, read=read)
 
 
 def resolve_budget(requested: int | None, peaks: Mapping[str, int]) -> int:

@@ -8,7 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from quantport.kvcache import KVShape, kv_summary
 from quantport.model.fused_projections import split_projections
 from quantport.model.layers import FLOATS, Layer
 from quantport.model.roles import Role, SkipReason
-from quantport.planning.memory import BUDGET, parse_budget, peak_bytes, resolve_budget
+from quantport.planning.memory import BUDGET, parse_budget, peak_with, resolve_budget
 from quantport.planning.notices import notices
 from quantport.planning.select_kernel import (
     Choice,
@@ -34,7 +34,6 @@ from quantport.planning.select_kernel import (
 )
 from quantport.scheme import Scheme
 from quantport.scheme.catalog import Schemes
-
 
 _WORTH_A_WARNING = 4 << 20  # bytes
 
@@ -268,16 +267,14 @@ def _peaks(steps: Iterable[Step], schemes: Schemes, kernels: Sequence[Kernel]) -
     """Most bytes that are in flight while a weight of each layer is quantized."""
     by_name = {kernel.name: kernel for kernel in kernels}
 
-    @cache  # the layers of a model repeat
-    def most(
-        weights: tuple[tuple[str, int, int], ...], dtype: torch.dtype, name: str, by: str, whole: bool
-    ) -> int:
-        specs = [WeightSpec(schemes[name], n, k) for _, n, k in weights]
-        return max(peak_bytes(s, dtype, None if whole else by_name[by].packed_layout(s)) for s in specs)
-
     return {
-        (layer := step.layer).name: most(
-            tuple(layer.weights), layer.dtype, step.scheme, step.choice.kernel, bool(layer.experts)
+        step.layer.name: max(
+            peak_with(
+                None if step.layer.experts else by_name[step.choice.kernel],
+                WeightSpec(schemes[step.scheme], n, k),
+                step.layer.dtype,
+            )
+            for _, n, k in step.layer.weights
         )
         for step in steps
         if step.choice
