@@ -72,8 +72,10 @@ CONFIGS: Mapping[str, tuple[str, Callable[..., Any]]] = {
     "deepseek_v3": (
         "DeepseekV3ForCausalLM",
         lambda **o: transformers.DeepseekV3Config(
-            **{**SIZES, **EXPERTS, "num_key_value_heads": 2, "q_lora_rank": 16, "kv_lora_rank": 16},
-            qk_rope_head_dim=8,
+            **{**SIZES, **EXPERTS, "num_key_value_heads": 2, "head_dim": 8},
+            q_lora_rank=16,
+            kv_lora_rank=16,
+            qk_rope_head_dim=8,  # which is head_dim
             qk_nope_head_dim=8,
             v_head_dim=16,
             **o,

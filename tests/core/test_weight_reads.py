@@ -180,6 +180,15 @@ def test_layers_of_transformers_whose_weight_is_read(name, own, read):
     assert {path.rpartition(".")[2] for path in paths} == read
 
 
+def test_what_the_caller_may_fuse_is_no_read():
+    """``Attention.fuse_projections`` of Diffusers concatenates weights, where somebody calls it."""
+    from diffusers.models.attention_processor import Attention
+
+    with torch.device("meta"):
+        attention = Attention(query_dim=64, heads=2, dim_head=32)
+    assert find_weight_reads(attention) == {}
+
+
 def test_it_cannot_be_asked_for():
     model, targets = made(lambda: nn.ModuleDict({"block": ByOperator()})), {"block.read": "int8"}
     with pytest.raises(ConfigError, match="ByOperator reads its weight") as caught:

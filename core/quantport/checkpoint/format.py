@@ -68,6 +68,8 @@ class Recognized(ABC):
     def layers(self) -> list[Layer]:
         """Every layer, with the stored tensors that its weights take as ``Layer.parts``.
 
+        A tensor that none of them takes stays as it is stored.
+
         Raises:
             CheckpointError: a tensor is absent, or is not what the format says.
         """

@@ -21,7 +21,8 @@ from torch import nn
 Path = tuple[str, ...]  # names of modules from the one whose code is read on; ``*`` is any item of a list
 
 _HARMLESS = {"shape", "dtype", "device"}  # what a quantized layer answers
-_SETUP = re.compile(r"__init__|__repr__|extra_repr|_?(init|reset|tie|resize|set)(_|$)")
+# no part of a forward; one that the caller asks for, such as fusing projections, raises at the stand-in
+_SETUP = re.compile(r"__init__|__repr__|extra_repr|_?(init|reset|tie|resize|set|fuse|unfuse)(_|$)")
 _COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
     ast.Eq: operator.eq,
     ast.NotEq: operator.ne,

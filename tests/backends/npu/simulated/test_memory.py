@@ -26,6 +26,7 @@ def own(model):
     storages = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
         for t in (*model.parameters(), *model.buffers())
+        if t.numel()
     }
     return sum(-(-(size + 32) // 512) * 512 for size in storages.values())
 
