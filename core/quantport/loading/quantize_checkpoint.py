@@ -33,6 +33,7 @@ def quantize_checkpoint(
     directory: str | os.PathLike[str],
     scheme: str | None = None,
     *,
+    num_tokens: int = 1,
     progress: Progress | None = None,
     workers: int | None = None,
     overwrite: bool = False,
@@ -49,6 +50,7 @@ def quantize_checkpoint(
         path_or_id: As for ``load``; not quantized yet.
         directory: As for ``save``.
         scheme: As for ``load``.
+        num_tokens: As for ``load``.
         progress: As for ``load``.
         workers: As for ``load``.
         overwrite: As for ``save``.
@@ -61,7 +63,7 @@ def quantize_checkpoint(
     Raises:
         QuantportError: as ``load`` and ``save``. Nothing is left behind.
     """
-    with prepared(path_or_id, scheme, progress=progress, **options) as made:
+    with prepared(path_or_id, scheme, num_tokens=num_tokens, progress=progress, **options) as made:
         refuse_quantized(made.filler.checkpoint)
         with collecting_later():
             batches = _Batches(made, made.filler.tasks(), progress, workers)
