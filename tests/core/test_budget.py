@@ -176,7 +176,7 @@ def test_a_tight_budget_gives_the_same_model(scheme, tmp_path):
 def test_experts_are_read_quantized_and_dropped_one_by_one(monkeypatch):
     """The weights that are between reading and packing: never more than the workers hold, never a layer."""
     lock, held, most = threading.Lock(), [0], [0]
-    real, pack = numerics.quantize_weight, loading_tasks.QuantModule.set_weight
+    real, pack = numerics.quantize_weight, loading_tasks.QuantModule.set_steps
 
     def quantize(weight, *args):
         assert weight.dim() == 2
@@ -185,14 +185,14 @@ def test_experts_are_read_quantized_and_dropped_one_by_one(monkeypatch):
             most[0] = max(most[0], held[0])
         return real(weight, *args)
 
-    def take(self, name, stored_weight):
-        pack(self, name, stored_weight)
+    def take(self, name, steps):
+        pack(self, name, steps)
         spec = self.specs[name]
         with lock:
             held[0] -= spec.n * spec.k
 
     monkeypatch.setattr(loading_tasks.numerics, "quantize_weight", quantize)
-    monkeypatch.setattr(loading_tasks.QuantModule, "set_weight", take)
+    monkeypatch.setattr(loading_tasks.QuantModule, "set_steps", take)
     plan = quantport.load(MOE, config={"moe": "int8", "linear": None}, workers=3).quantport_plan
     assert held == [0]
     assert 0 < most[0] <= 3 * 256 * 160

@@ -312,6 +312,7 @@ def test_json_is_stable_and_plain():
         "bytes_free",
         "fits",
         "kv_cache",
+        "warnings",
         "layers",
     ]
     assert list(data) == keys

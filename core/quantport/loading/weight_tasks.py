@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -66,8 +66,11 @@ def quantize_tasks(
 
     for weight, n, k in layer.each:
         part, kernel = layer.part(weight), None if layer.experts else module.kernel_of(weight)
-        held = peak_with(kernel, module.specs[weight], layer.dtype, read=not owned)
+        held = _held(kernel, module.specs[weight], layer.dtype, read=not owned)
         yield Task(part.tensor, n * k * layer.dtype.itemsize, partial(run, part, weight), held)
+
+
+_held = lru_cache(maxsize=256)(peak_with)  # the layers of a model repeat
 
 
 def quantize_on(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from functools import lru_cache
 
 import torch
 
@@ -95,7 +94,6 @@ def peak_bytes(
     return copies * elements * source.itemsize + codes + scratch + stored + whole
 
 
-@lru_cache(maxsize=256)  # the layers of a model repeat
 def peak_with(kernel: Kernel | None, spec: WeightSpec, source: torch.dtype, *, read: bool = True) -> int:
     """`peak_bytes` of a weight that a kernel packs; as a whole where that is None."""
     return peak_bytes(spec, source, kernel.packed_layout(spec) if kernel else None, read=read)

@@ -8,7 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -265,11 +265,11 @@ def _mostly_kept(steps: Iterable[Step]) -> Iterator[str]:
 
 def _peaks(steps: Iterable[Step], schemes: Schemes, kernels: Sequence[Kernel]) -> dict[str, int]:
     """Most bytes that are in flight while a weight of each layer is quantized."""
-    by_name = {kernel.name: kernel for kernel in kernels}
+    by_name, peak = {kernel.name: kernel for kernel in kernels}, cache(peak_with)  # layers repeat
 
     return {
         step.layer.name: max(
-            peak_with(
+            peak(
                 None if step.layer.experts else by_name[step.choice.kernel],
                 WeightSpec(schemes[step.scheme], n, k),
                 step.layer.dtype,
