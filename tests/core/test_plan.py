@@ -310,6 +310,7 @@ def test_json_is_stable_and_plain():
         "bytes_after",
         "bytes_peak",
         "kv_cache",
+        "warnings",
         "layers",
     ]
     assert list(data) == keys
