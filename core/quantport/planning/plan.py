@@ -35,7 +35,6 @@ from quantport.planning.select_kernel import (
 from quantport.scheme import Scheme
 from quantport.scheme.catalog import Schemes
 
-
 _WORTH_A_WARNING = 4 << 20  # bytes
 
 
