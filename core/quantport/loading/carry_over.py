@@ -34,7 +34,7 @@ _STATE_HOOKS = (
 )
 
 
-_FRESH = {
+_FRESH: dict[type[nn.Module], frozenset[str]] = {
     kind: frozenset(vars(kind(1, 1, dtype=torch.float32, device="meta")))
     for kind in (nn.Linear, nn.Embedding)
 }  # the attributes of modules onto which nothing was hung
@@ -96,7 +96,7 @@ class _NumParameters:
         self._model = weakref.ref(model)
 
     def __call__(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        model = self._model()
+        model: Any = self._model()
         count: int = type(model).num_parameters(model, only_trainable, exclude_embeddings)
         if only_trainable:
             return count
