@@ -159,4 +159,4 @@ def test_a_quantized_layer_is_a_linear_layer():
     module = layer()
     assert isinstance(module, nn.Linear)
     assert (module.in_features, module.out_features) == (96, 48)
-    assert [name for name, _ in module.named_parameters()] == ["bias"]
+    assert [name for name, _ in module.named_parameters(recurse=False)] == ["bias"]

@@ -124,7 +124,7 @@ def test_the_benchmark_runs_the_reference(bench, model, scheme):
     weights = {
         (p, n): bench[0].values(m.stored_weight(n)["weight"], chosen) for p, m in modules for n in m.specs
     }
-    bench[0].put(plain, weights, dataclasses.replace(chosen))
+    bench[0].install(plain, weights, dataclasses.replace(chosen))
     ids = torch.arange(100, 148)[None]
     with torch.no_grad():
         assert torch.equal(plain(ids).logits, loaded(ids).logits)

@@ -44,35 +44,48 @@ def main_dtype(layers: Sequence[Layer], config: Mapping[str, Any], target: Devic
 class HeldDtypes:
     """In which dtype a model holds what stays: the one that it computes in, but for what it wants otherwise.
 
-    That is what its class keeps in FP32 (``_keep_in_fp32_modules``, ``_keep_in_fp32_modules_strict``),
+    That is what its class keeps in FP32 (``_keep_in_fp32_modules``, ``_keep_in_fp32_modules_strict``, and
+    layers of ``torch.nn`` that it makes in FP32 among 16-bit parameters, such as the router of HunYuan),
     buffers that it makes in a wider dtype, and what a ``factory`` makes in FP32 among 16-bit parameters. Only
     tensors that are stored in more than 16 bits stay so for the last two reasons.
 
     Args:
         model: On meta.
         dtype: What it computes in.
-        factory: Whether a function of the caller made it. Parameters of Transformers that are made by
-            ``torch.Tensor(...)`` say nothing: see ``build_context``.
+        factory: Whether a function of the caller made it. Of Transformers' own modules, parameters that are
+            made by ``torch.Tensor(...)`` say nothing: see ``build_context``.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, factory: bool = False) -> None:
         self.dtype, self._kept = dtype, kept_in_fp32(model, dtype)
         parameters = {n: p.dtype for n, p in model.named_parameters(remove_duplicate=False)}
         self._made = {name: b.dtype for name, b in model.named_buffers() if b.is_floating_point()}
-        if factory and not set(parameters.values()).isdisjoint(HALVES):
-            self._made |= {name: made for name, made in parameters.items() if made is torch.float32}
+        self._asked_for: frozenset[str] = frozenset()
+        if dtype in HALVES and not set(parameters.values()).isdisjoint(HALVES):
+            wide = {name: made for name, made in parameters.items() if made is torch.float32}
+            if factory:
+                self._made |= wide
+            else:
+                self._asked_for = frozenset(name for name in wide if _is_of_torch(model, name))
 
     def of(self, name: str, stored: torch.dtype) -> torch.dtype:
         """Dtype in which the parameter or buffer ``name`` is held that is stored as ``stored``."""
         if stored not in _FLOATING:
             return stored
-        if self._kept(name):
+        if self._kept(name) or name in self._asked_for:
             return torch.float32
         return self.dtype if stored in HALVES else self._made.get(name, self.dtype)
 
     def in_fp32(self, name: str, stored: torch.dtype) -> bool:
         """Whether that is FP32 in a model that computes in 16 bits."""
         return self.dtype in HALVES and self.of(name, stored) is torch.float32
+
+
+def _is_of_torch(model: nn.Module, name: str) -> bool:
+    """Whether a parameter is that of a layer of torch, which makes it in the default dtype or in the one that
+    is asked for.
+    """
+    return type(model.get_submodule(name.rpartition(".")[0])).__module__.startswith("torch.nn.")
 
 
 def kept_in_fp32(model: nn.Module, dtype: torch.dtype) -> Callable[[str], bool]:

@@ -92,13 +92,11 @@ class TiedLinear(nn.Linear):
         """Shape, dtype and device of the weight. It is no tensor."""
         return self.embedding.weight
 
-    def named_parameters(
-        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Parameter]]:
-        """As of ``nn.Module``, and the empty weight of the embedding."""
-        yield from super().named_parameters(prefix, recurse, remove_duplicate)
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """As of ``nn.Module``, and the empty weight of the embedding: it is asked for, but not held here."""
+        yield from super().parameters(recurse)
         if recurse and EMPTY_WEIGHT in self.embedding._parameters:
-            yield f"{prefix}.{EMPTY_WEIGHT}".lstrip("."), self.embedding.get_parameter(EMPTY_WEIGHT)
+            yield self.embedding.get_parameter(EMPTY_WEIGHT)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -21,6 +21,12 @@ from quantport.errors import CheckpointError
 INDEX = "model.safetensors.index.json"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _imported(tmp_path_factory):
+    """What a first plan imports is not what a checkpoint takes."""
+    plan(small(tmp_path_factory.mktemp("first")))
+
+
 @contextmanager
 def refused(*named: str, found: str, megabytes: float = 20):
     """The error, in little time and memory."""
