@@ -46,8 +46,10 @@ def test_every_format_of_every_asking_command(args):
     table = ask(*args).stdout
     assert all(line == line.rstrip() for line in table.splitlines()), "no padding in pipes"
     assert "\x1b" not in table
-    data = json.loads(ask(*args, "--json").stdout)
-    assert data == json.loads(ask(*args, "--format", "json").stdout)
+    data, again = (json.loads(ask(*args, *how).stdout) for how in (["--json"], ["--format", "json"]))
+    if args[0] == "plan":
+        assert data.pop("bytes_free") > 0 < again.pop("bytes_free")  # at the moment
+    assert data == again
     assert ask(*args, "--format", "markdown").stdout.count("|---") >= 1 or args[0] != "matrix"
     page = ask(*args, "--format", "html").stdout
     assert page.startswith("<!doctype html>")

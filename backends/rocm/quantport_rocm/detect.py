@@ -93,8 +93,12 @@ class RocmBackend(Backend):
         return devices(torch)
 
     def memory(self, device: Device) -> int | None:
-        """What the driver has left, and what torch holds of it without a tensor in it."""
+        """What the driver has left, and what torch holds of it without a tensor in it; as it was found, where
+        no runtime answers.
+        """
         lib = torch.cuda
+        if not lib.is_available():
+            return device.memory
         unused = lib.memory_reserved(device.index) - lib.memory_allocated(device.index)
         return int(lib.mem_get_info(device.index)[0] + unused)
 

@@ -22,7 +22,7 @@ from quantport.checkpoint.stamp import FileStamp, check_stamp, open_unchanged
 from quantport.errors import CheckpointError
 
 SMALL = 1 << 20  # bytes: reads below come from the allocator
-IDLE = 128 << 20  # bytes of buffers that wait for the next read
+IDLE = 32 << 20  # bytes of buffers that wait for the next read
 _HUGE_PAGE = 2 << 20
 
 

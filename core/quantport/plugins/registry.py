@@ -297,8 +297,8 @@ class Registry:
         return matching[0]
 
     def with_memory_now(self, device: Device) -> Device:
-        """A found device with the memory that is free on it at this moment."""
-        if device.simulated or device.kind not in self.backends:
+        """A found device with the memory that is free on it at this moment; any other one as it is."""
+        if not any(device is found for found in self.devices):
             return device
         call = partial(memory_of, self.backends[device.kind], device)
         outcome = self._try(self._names[device.kind], "memory", answer, call, self._seconds)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quantport.backend import Packed, Reason, Request, Scheme, StoredWeight, WeightSpec
+from quantport.backend import Packed, Reason, Refusal, Request, Scheme, StoredWeight, WeightSpec
 from quantport_cpu.kernels.base import CpuKernel
 
 
@@ -29,7 +29,10 @@ class CpuBf16(CpuKernel):
         elif not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             reasons.append(Reason("oneDNN has no bf16 matmul on this processor"))
         if request.dtype is not torch.bfloat16:
-            reasons.append(Reason(f"it takes bfloat16 activations, not {request.dtype}"))
+            text = (
+                f"it takes bfloat16 activations; of {request.dtype} it makes a copy of the weight each time"
+            )
+            reasons.append(Reason(text, Refusal.SLOWER))
         return reasons
 
     def pack(self, stored_weight: StoredWeight, spec: WeightSpec) -> Packed:
