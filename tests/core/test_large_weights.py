@@ -59,7 +59,7 @@ del model
 _, peak = peak_of(
     lambda: quantize_checkpoint(folder, out / "streamed", scheme, model=factory, budget=budget, workers=1)
 )
-print("quantize", peak, final + budget)
+print("quantize", peak, 2 * budget)
 for file in (out / "saved").iterdir():
     assert file.read_bytes() == (out / "streamed" / file.name).read_bytes(), file
 """
