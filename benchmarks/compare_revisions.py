@@ -10,6 +10,7 @@ Writes ``benchmarks/results/revisions.md``.
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import importlib
 import json
@@ -76,12 +77,9 @@ def linear(public: Any) -> dict[str, float]:
 
 
 def _quantized(public: Any, dense: nn.ModuleList, scheme: str) -> nn.ModuleList:
-    copy = nn.ModuleList(
-        nn.Linear(m.in_features, m.out_features, bias=False, dtype=torch.bfloat16) for m in dense
-    )  # type: ignore[arg-type]
-    copy.load_state_dict(dense.state_dict())
-    public.quantize_(copy, scheme, device="cpu")
-    return copy
+    copied = copy.deepcopy(dense)
+    public.quantize_(copied, scheme)
+    return copied
 
 
 def loads(public: Any, folder: Path) -> dict[str, float]:

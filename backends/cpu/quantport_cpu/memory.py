@@ -9,7 +9,7 @@ from pathlib import Path
 try:
     import resource
 except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]
+    resource = None  # type: ignore[assignment]  # a module elsewhere
 
 _LIMITS = {  # by the version of cgroups: limit, use, and the part of use that is given back under pressure
     2: ("memory.max", "memory.current", "inactive_file"),

@@ -81,7 +81,7 @@ def unchanged(source: TensorSource) -> Iterator[None]:
     """
     try:
         yield
-    except Exception:
+    except Exception:  # whatever was raised may be the work of a change, which then says so instead
         _verify(source)
         raise
     _verify(source)

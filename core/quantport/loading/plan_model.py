@@ -145,12 +145,14 @@ def _layers_in(
     held = dtype or main_dtype(layers, config, target)
     if ties_its_head(config, directory):
         layers, undecided = from_config(layers)
-    open_questions = (undecided,) if undecided else ()
+    open_questions: tuple[str, ...] = (undecided,) if undecided else ()
     try:
         model, names = build(directory, factory, held, tensors)
-    except CheckpointError:
+    except CheckpointError as error:
         if factory is not None:
             raise
+        if config:  # which ``load`` would build the model from
+            open_questions += (f"planned by names and shapes alone: {error.found}",)
         wide = [replace(x, held_dtype=held) if x.dtype is torch.float64 else x for x in layers]
         return [with_cuts(layer, config) for layer in beyond_config(wide, config)], open_questions
     for tied in [name for name in said_ties(model) if undecided and name in names.values()]:

@@ -33,9 +33,8 @@ found = backend.detect()
 print(json.dumps([torch_s, time.perf_counter() - start, fresh, awake, len(found)]))
 """
 # What takes long to import or wakes a driver: allowed in ``detect`` and ``kernels``, never when the room is
-# imported. By name,
-# vendors' too, since a stranger's room may import any of them; nothing here is imported or chosen by these
-# names.
+# imported. By name, vendors' too, since a stranger's room may import any of them; nothing here is imported or
+# chosen by these names.
 RUNTIMES = {
     "triton",
     "torch_npu",

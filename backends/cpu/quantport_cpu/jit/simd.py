@@ -50,7 +50,7 @@ def inline(returns: Any, *literal: int) -> Callable[[Callable[..., Value]], Any]
 
         typing.__name__ = write.__name__
         # numba asks inspect for the parameters
-        typing.__signature__ = signature(write)  # type: ignore[attr-defined]
+        typing.__signature__ = signature(write)  # type: ignore[attr-defined]  # inspect reads it
         return intrinsic(prefer_literal=True)(typing)
 
     return wrap
