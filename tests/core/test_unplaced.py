@@ -81,6 +81,16 @@ def test_a_tensor_without_a_place_that_is_named_in_targets_is_refused(tmp_path):
         quantport.plan(folder, config=config)
 
 
+def test_a_plan_by_names_alone_says_so(tmp_path):
+    folder = extra(tmp_path / "c", *EXTRA["a layer too many"])
+    assert not any("by names and shapes alone" in text for text in quantport.plan(folder, "int8").warnings)
+    described = json.loads((folder / "config.json").read_text()) | {"model_type": "no_such_type"}
+    (folder / "config.json").write_text(json.dumps(described))
+    said = [text for text in quantport.plan(folder, "int8").warnings if "by names and shapes alone" in text]
+    assert len(said) == 1
+    assert "no_such_type" in said[0]
+
+
 @pytest.mark.parametrize("what", ["a scale of a KV cache", "a layer too many", "experts"])
 def test_the_plan_knows_what_names_tell(what, tmp_path):
     name, tensors = EXTRA[what]
