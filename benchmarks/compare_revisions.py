@@ -100,7 +100,7 @@ def loads(public: Any, folder: Path) -> dict[str, float]:
             x = torch.randn(1, tokens, 2048, dtype=torch.bfloat16)
             calls[f"experts {scheme}, {tokens} tokens, ms"] = lambda _, x=x, layer=layer: layer(x)
     numbers |= {name: 1e3 * seconds for name, seconds in interleaved(calls, rounds=5, seconds=0.04).items()}
-    model = public.load(folder / "tiny", "int8", device="cpu", kv_cache="fp8")
+    model = public.load(folder / "tiny", config={"scheme": "int8", "kv_cache_dtype": "fp8"}, device="cpu")
     ids = torch.ones(1, 8, dtype=torch.long)
     step = {
         "generate 32 tokens with a KV cache of fp8, ms": lambda _: model.generate(
@@ -120,7 +120,7 @@ def digests(public: Any, folder: Path) -> dict[str, str]:
     stored = {}
     for scheme in BUILTIN:
         content = hashlib.sha256()
-        model = public.load(folder / "tiny", scheme, device="cpu", ignore=["lm_head"])
+        model = public.load(folder / "tiny", scheme, device="cpu")
         for name, tensor in sorted(model.state_dict().items()):
             content.update(name.encode() + tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         stored[scheme] = content.hexdigest()
