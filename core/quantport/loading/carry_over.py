@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from functools import cache
 from typing import Any
 
 import torch
@@ -34,10 +35,15 @@ _STATE_HOOKS = (
 )
 
 
-_FRESH: dict[type[nn.Module], frozenset[str]] = {
-    kind: frozenset(vars(kind(1, 1, dtype=torch.float32, device="meta")))
-    for kind in (nn.Linear, nn.Embedding)
-}  # the attributes of modules onto which nothing was hung
+_PLAIN = (nn.Linear, nn.Embedding)
+
+
+@cache
+def _fresh(kind: type[nn.Module]) -> frozenset[str]:
+    """The attributes of a linear layer or embedding onto which nothing was hung. Made when it is asked for:
+    torch imports its compiler to initialize one.
+    """
+    return frozenset(vars(kind(1, 1, dtype=torch.float32, device="meta")))
 
 
 def why_not_replaced(module: nn.Module) -> SkipReason | None:
@@ -47,7 +53,7 @@ def why_not_replaced(module: nn.Module) -> SkipReason | None:
         text = "its forward was exchanged, as accelerate does: remove that, quantize, and put it on again"
     elif any(vars(module)[hooks] for hooks in _STATE_HOOKS):
         text = "it has hooks on its state dict, which know its 16-bit weight"
-    elif type(module) in _FRESH and (named := _stored_names(module)):
+    elif type(module) in _PLAIN and (named := _stored_names(module)):
         text = f"it has a tensor {named[0]!r}, as a quantized weight is stored"
     return SkipReason(SkipCode.HOOKED, text) if text else None
 
@@ -68,14 +74,14 @@ def carry_over(old: nn.Module, new: nn.Module, path: str) -> None:
     """
     for name in _CALL_HOOKS:
         vars(new)[name] = vars(old)[name]
-    own = _FRESH.get(type(old), frozenset(vars(old)))
+    own = _fresh(type(old)) if type(old) in _PLAIN else frozenset(vars(old))
     for name, value in vars(old).items():
         if name not in vars(new) and not hasattr(type(new), name):
             vars(new)[name] = value
         elif name not in own:
             text = f"attribute {name!r} of {path} is lost: a quantized module has its own of this name"
             warnings.warn(text, stacklevel=2)
-    if type(old) in _FRESH:
+    if type(old) in _PLAIN:
         new._parameters.update((k, p) for k, p in old._parameters.items() if k not in ("weight", "bias"))
         new._modules.update(old._modules)
         new._buffers.update(old._buffers)
