@@ -39,11 +39,11 @@ _PLAIN = (nn.Linear, nn.Embedding)
 
 
 @cache
-def _fresh(kind: type[nn.Module]) -> frozenset[str]:
+def _fresh(kind: str) -> frozenset[str]:
     """The attributes of a linear layer or embedding onto which nothing was hung. Made when it is asked for:
     torch imports its compiler to initialize one.
     """
-    return frozenset(vars(kind(1, 1, dtype=torch.float32, device="meta")))
+    return frozenset(vars(getattr(nn, kind)(1, 1, dtype=torch.float32, device="meta")))
 
 
 def why_not_replaced(module: nn.Module) -> SkipReason | None:
@@ -74,7 +74,7 @@ def carry_over(old: nn.Module, new: nn.Module, path: str) -> None:
     """
     for name in _CALL_HOOKS:
         vars(new)[name] = vars(old)[name]
-    own = _fresh(type(old)) if type(old) in _PLAIN else frozenset(vars(old))
+    own = _fresh(type(old).__name__) if type(old) in _PLAIN else frozenset(vars(old))
     for name, value in vars(old).items():
         if name not in vars(new) and not hasattr(type(new), name):
             vars(new)[name] = value
