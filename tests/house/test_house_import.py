@@ -83,3 +83,14 @@ def test_import_costs_little_beside_torch():
     runs = [times() for _ in range(5)]
     # it imports the rest, torch too, on first use
     assert median(run["quantport"] / run["torch"] for run in runs) < 0.1
+
+
+@pytest.mark.parametrize("command", ["devices", "matrix"])
+def test_a_command_imports_no_compiler(command):
+    code = (
+        f"import sys; sys.argv = ['quantport', {command!r}, '--json']\n"
+        "from quantport.cli import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "print([m for m in ('torch._dynamo', 'torch._inductor', 'transformers') if m in sys.modules])"
+    )
+    assert python("-c", code).stdout.splitlines()[-1] == "[]"
