@@ -58,17 +58,14 @@ def look_up(kernel: Kernel, ids: Tensor, packed: Packed, spec: WeightSpec, dtype
     """
     by_row = rows_of(spec.scheme, spec.k)
     flat = ids.reshape(-1)
-    selected = tuple(_rows(t, flat) if row else t for t, row in zip(packed, by_row, strict=True))
+    selected = tuple(
+        numerics.bits(t).index_select(0, flat).view(t.dtype) if row else t
+        for t, row in zip(packed, by_row, strict=True)
+    )
     some = WeightSpec(spec.scheme, flat.numel(), spec.k)
     return numerics.dequantize_weight(kernel.unpack(selected, some), spec.scheme, spec.k, dtype).view(
         *ids.shape, spec.k
     )
-
-
-def _rows(tensor: Tensor, index: Tensor) -> Tensor:
-    """Rows of a tensor; those of bf16 as integers, which every device selects."""
-    plain = tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor
-    return plain.index_select(0, index).view(tensor.dtype)
 
 
 def embedding_kernels(kernels: Sequence[Kernel], multiplied: bool) -> list[Kernel]:

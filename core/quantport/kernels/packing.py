@@ -12,6 +12,7 @@ from torch import Tensor
 from quantport.errors import WeightError
 from quantport.kernels.base import Kernel, Packed, PackedTensor, StoredWeight, WeightSpec
 from quantport.numerics.by_rows import QuantizedRows, join_steps, rows_of_step
+from quantport.numerics.elements import bits
 
 
 def pack_steps(kernel: Kernel, spec: WeightSpec, steps: Iterable[QuantizedRows], name: str = "") -> Packed:
@@ -44,7 +45,7 @@ def pack_steps(kernel: Kernel, spec: WeightSpec, steps: Iterable[QuantizedRows],
         packed = packed or tuple(map(_whole, layout.tensors, part))
         for whole, rows, (along, offset) in zip(packed, part, _places(kernel, spec, start), strict=True):
             if along is not None:
-                whole.narrow(along, offset, rows.shape[along]).copy_(rows)
+                bits(whole).narrow(along, offset, rows.shape[along]).copy_(bits(rows))
     return packed
 
 

@@ -3,7 +3,7 @@
 from quantport.numerics.blocks import Blocks, Reduce, check_finite, dequantize, quantize, quantize_blocks
 from quantport.numerics.codebooks import codebook
 from quantport.numerics.double import dequantize_scales, quantize_scales
-from quantport.numerics.elements import converts, decode, encode, raw, values_of
+from quantport.numerics.elements import bits, converts, decode, encode, raw, values_of
 from quantport.numerics.linear import FLOATS, dequantize_weight, linear, quantize_weight, quantized_values
 from quantport.numerics.packing import pack_bits, pack_int4, unpack_bits, unpack_int4
 from quantport.numerics.rotation import rotate
@@ -13,6 +13,7 @@ __all__ = [
     "FLOATS",
     "Blocks",
     "Reduce",
+    "bits",
     "check_finite",
     "codebook",
     "converts",

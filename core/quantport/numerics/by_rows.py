@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from quantport.numerics.blocks import block_amax, check_finite, group_segments
-from quantport.numerics.elements import raw
+from quantport.numerics.elements import bits
 from quantport.numerics.linear import check_held
 from quantport.numerics.rotation import rotate
 from quantport.numerics.scales import scale_of
@@ -116,7 +116,7 @@ def join_steps(steps: Iterable[QuantizedRows], scheme: Scheme, shape: tuple[int,
                 continue
             if key not in joined:
                 joined[key] = torch.empty(layout[key][0], dtype=layout[key][1], device=stored[key].device)
-            raw(joined[key])[rows].copy_(raw(stored[key]))
+            bits(joined[key])[rows].copy_(bits(stored[key]))
     return joined
 
 

@@ -53,6 +53,11 @@ def raw(codes: Tensor) -> Tensor:
     return codes.view(torch.uint8) if codes.dtype.itemsize == 1 and codes.is_floating_point() else codes
 
 
+def bits(tensor: Tensor) -> Tensor:
+    """Views float8 and bf16 as integers, which a device that does not compute with them moves too."""
+    return tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 else raw(tensor)
+
+
 def _encode_small(x: Tensor, element: Format) -> Tensor:
     """Codes of a small float. ``a + 2**(e + 23 - m)`` rounds ``a`` to steps of ``2**(e - m)``: the low bits
     are the code.

@@ -123,7 +123,7 @@ def join_shards(shards: Sequence[dict[str, Tensor]], scheme: Scheme, dim: int) -
     out = {}
     for key, along in shard_dims(scheme, dim).items():
         parts = [s[key] for s in shards]
-        if along is None and any(not torch.equal(numerics.raw(p), numerics.raw(parts[0])) for p in parts):
+        if along is None and any(not torch.equal(numerics.bits(p), numerics.bits(parts[0])) for p in parts):
             suggestion = "shards that quantize_shard made together"
             raise WeightError(
                 f"join {len(parts)} shards of {scheme.name}", f"{key} differs between them", suggestion
@@ -131,7 +131,7 @@ def join_shards(shards: Sequence[dict[str, Tensor]], scheme: Scheme, dim: int) -
         out[key] = (
             parts[0]
             if along is None
-            else torch.cat([numerics.raw(p) for p in parts], along).view(parts[0].dtype)
+            else torch.cat([numerics.bits(p) for p in parts], along).view(parts[0].dtype)
         )
     return out
 
