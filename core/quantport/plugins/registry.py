@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from importlib.metadata import EntryPoint
 from secrets import token_hex
 from typing import Any, NamedTuple
@@ -33,7 +33,7 @@ from quantport.plugins.check_plugin import (
     named,
     register,
 )
-from quantport.plugins.device_names import simulated
+from quantport.plugins.device_names import DeviceNames
 from quantport.plugins.entry_points import BACKENDS, PLUGINS, installed, is_builtin
 from quantport.plugins.guard import answer, answers, time_limit
 from quantport.plugins.hookspecs import Backend
@@ -286,15 +286,19 @@ class Registry:
             aside = [p for p in self.problems if p.plugin == kind]
             found = "no backend has this kind, and none knows an architecture or a product of this name"
             found = f"its backend was set aside: {aside[0].error}" if aside else found
-            return simulated(text, text, self.backends, found)
+            return self._device_names.simulated(text, text, found)
         if rest and not (rest.isascii() and rest.isdigit() and len(rest) < 10):
             found = f"{kind} has no architecture and no product {rest[:80]!r}"
-            return simulated(text, rest, {kind: self.backends[kind]}, found)
+            return self._device_names.simulated(text, rest, found, kind)
         here = [d for d in self.devices if d.kind == kind]
         matching = [d for d in here if not rest or d.index == int(rest)]
         if not matching:
             raise self._absent(text, kind, len(here))
         return matching[0]
+
+    @cached_property
+    def _device_names(self) -> DeviceNames:
+        return DeviceNames(self.backends)
 
     def with_memory_now(self, device: Device) -> Device:
         """A found device with the memory that is free on it at this moment; any other one as it is."""
