@@ -91,14 +91,19 @@ FULL = "import os, sys; os.dup2(os.open('/dev/full', os.O_WRONLY), 1); "
 @pytest.mark.parametrize(
     "args",
     [
-        ("matrix", "--json"),
-        ("plan", DENSE, "-f", "json"),
         ("plan", DENSE, "-s", "int9", "--json"),
         ("plan", DENSE),
-        ("doctor",),
         ("--version",),
-        ("--help",),
-        ("plan", "--help"),
+        *(
+            pytest.param(args, marks=pytest.mark.slow)
+            for args in (
+                ("matrix", "--json"),
+                ("plan", DENSE, "-f", "json"),
+                ("doctor",),
+                ("--help",),
+                ("plan", "--help"),
+            )
+        ),
     ],
     ids=lambda a: " ".join(map(str, a))[:14],
 )

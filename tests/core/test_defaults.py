@@ -154,7 +154,7 @@ def test_another_thread_changes_the_default_dtype_all_the_time(scheme, room):
         return [quantport.load(DENSE, scheme), quantport.load(MOE, scheme), model]
 
     def toggle():
-        while not stop.is_set():
+        while not stop.wait(1e-6):  # waiting leaves Python to the other thread, which would crawl
             for dtype in (torch.bfloat16, torch.float64, torch.float32):
                 torch.set_default_dtype(dtype)
 

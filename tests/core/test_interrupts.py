@@ -129,7 +129,7 @@ def test_a_second_interrupt_leaves_no_task_that_starts_and_no_number_of_threads(
     assert ran == ["held", "held"], "those at the gate and in the queue never run"
 
 
-@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("times", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_an_interrupted_load_ends(times):
     with python(LOAD, MOE) as child:
         assert child.stdout is not None

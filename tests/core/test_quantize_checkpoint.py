@@ -215,6 +215,7 @@ def test_a_kill_costs_what_was_not_whole(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "whole"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
 def test_another_scheme_or_a_changed_source_begins_anew(tmp_path):
     with Checkpoint.open(DENSE) as checkpoint:

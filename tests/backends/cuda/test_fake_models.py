@@ -31,8 +31,22 @@ ASKED = [
 ]
 
 
-@pytest.mark.parametrize("directory", [shared.DENSE, shared.MOE], ids=lambda path: path.name)
-@pytest.mark.parametrize(("arch", "scheme"), ASKED)
+IN_EXPERTS = ("fp8_per_block", "int4_weight_only_g32", "nvfp4", "int8")  # the others are nightly
+
+
+@pytest.mark.parametrize(
+    ("directory", "arch", "scheme"),
+    [
+        pytest.param(
+            directory,
+            *asked,
+            marks=() if directory is shared.DENSE or asked[1] in IN_EXPERTS else pytest.mark.slow,
+            id="-".join((directory.name, *asked)),
+        )
+        for directory in (shared.DENSE, shared.MOE)
+        for asked in ASKED
+    ],
+)
 def test_every_layer_runs_its_kernel(directory, arch, scheme, monkeypatch):
     monkeypatch.setattr(QuantExperts, "forward", shared.as_compiled)
     modules, launches = shared.check_model(directory, f"cuda:{arch}", scheme)

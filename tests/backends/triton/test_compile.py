@@ -20,9 +20,11 @@ HIDDEN, INNER = 32, 64
 ROWS = (1, 2, 7, 64)
 RUNS = [
     ("cuda.triton_weight_only", "int4_weight_only_g32"),
-    ("cuda.triton_weight_only", "mxfp4"),
     ("cuda.triton_fp8", "fp8_per_channel"),
-    ("cuda.triton_int8", "int8"),
+    *(
+        pytest.param(*run, marks=pytest.mark.slow)
+        for run in (("cuda.triton_weight_only", "mxfp4"), ("cuda.triton_int8", "int8"))
+    ),
 ]
 
 
@@ -73,14 +75,14 @@ def graphs(model: Mlp, rows: tuple[int, ...], unbacked: bool = False) -> list[in
     return out
 
 
-@pytest.mark.parametrize(("kernel", "scheme"), RUNS, ids=[f"{k}-{s}" for k, s in RUNS])
+@pytest.mark.parametrize(("kernel", "scheme"), RUNS)
 def test_as_many_graphs_as_without_quantization(kernel, scheme):
     """For any model, torch makes one graph for one row and another for all other numbers."""
     asked = (*ROWS, 7, 1)
     assert graphs(quantized(kernel, scheme), asked) == graphs(plain(), asked) == [1, 2, 2, 2, 2, 2]
 
 
-@pytest.mark.parametrize(("kernel", "scheme"), RUNS, ids=[f"{k}-{s}" for k, s in RUNS])
+@pytest.mark.parametrize(("kernel", "scheme"), RUNS)
 def test_one_graph_where_torch_may_assume_nothing(kernel, scheme):
     assert graphs(quantized(kernel, scheme), ROWS, unbacked=True) == [1] * 4
 
