@@ -43,11 +43,12 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("rows", [5, 130])  # kernels run few rows and many by other code
 @pytest.mark.parametrize(("kernel", "scheme"), CASES)
-def test_every_kernel_gets_what_autocast_makes_of_the_activations(kernel, scheme):
+def test_every_kernel_gets_what_autocast_makes_of_the_activations(kernel, scheme, rows):
     module, plain = layer(kernel, scheme), nn.Linear(K, N)
     for stored in FLOATS:
-        x = torch.randn(5, K).to(stored)
+        x = torch.randn(rows, K).to(stored)
         for dtype in (torch.bfloat16, torch.float16):
             with torch.autocast("cpu", dtype=dtype):
                 y = module(x)

@@ -14,6 +14,7 @@ from quantport.backend import (
     PackedLayout,
     PackedTensor,
     Reason,
+    Refusal,
     Request,
     Scheme,
     StoredWeight,
@@ -118,9 +119,8 @@ class CpuInt4(CpuGrouped):
     def reasons_against(self, request: Request) -> Sequence[Reason]:
         reasons = _layout_reasons(request.device)
         if request.dtype is not torch.bfloat16:
-            reasons.append(
-                Reason(f"the packed int4 kernel is scalar for {request.dtype} activations; it takes bfloat16")
-            )
+            text = f"the packed int4 kernel is scalar for {request.dtype} activations; it takes bfloat16"
+            reasons.append(Reason(text, Refusal.SLOWER))
         return reasons
 
     def pack(self, stored_weight: StoredWeight, spec: WeightSpec) -> Packed:
@@ -199,7 +199,11 @@ class CpuInt4(CpuGrouped):
 
             y = split_rows(x, lambda part: small_batch.int4(part, packed[0], packed[1], group))
         else:
-            y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed[0], group, packed[1])
+            # it wants scales in the dtype of the activations; under autocast those may be FP16, which has not
+            # the range of BF16 scales
+            wide = torch.bfloat16 if x.dtype is torch.bfloat16 else torch.float32
+            pairs = packed[1].to(wide)
+            y = torch.ops.aten._weight_int4pack_mm_for_cpu(x.to(wide), packed[0], group, pairs)
         return y if n == spec.n else y[:, : spec.n].contiguous()
 
 
