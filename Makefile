@@ -1,5 +1,5 @@
 # One target for each intent; the same for people and for CI.
-.PHONY: setup check test cpu nightly demo build bench gpu npu ipex docs models clean
+.PHONY: setup check test cpu nightly demo build bench quality gpu npu ipex docs models clean
 
 setup: ; @ci/setup
 check: setup ; @ci/check
@@ -9,6 +9,7 @@ nightly: setup ; @ci/nightly
 demo: setup ; @ci/demo
 build: setup ; @ci/build
 bench: setup ; @ci/bench
+quality: setup ; @ci/quality
 gpu: ; @ci/gpu
 npu: ; @ci/npu
 ipex: ; @ci/ipex

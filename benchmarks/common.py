@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import statistics
 import subprocess
@@ -9,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -82,6 +84,17 @@ def markdown(
     lines = [f"# {title}", "", run, "", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(str(c) for c in row) + " |" for row in rows]
     return "\n".join([*lines, "", *notes, ""])
+
+
+def lines_of_json(data: Mapping[str, Any]) -> str:
+    """JSON with one line for each row, so that it is small and its differences can be read."""
+    parts = []
+    for key, value in data.items():
+        text = json.dumps(value)
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            text = "[\n" + ",\n".join(json.dumps(item) for item in value) + "\n]"
+        parts.append(f"{json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def write(name: str, text: str) -> None:

@@ -31,20 +31,20 @@ PEERS = (
 )
 
 
-def shapes(layers: int) -> dict[str, tuple[int, ...]]:
+def shapes(layers: int, vocab: int = VOCAB) -> dict[str, tuple[int, ...]]:
     """Tensor names and shapes of a Llama-shaped model."""
-    out: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCAB, HIDDEN)}
+    out: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, HIDDEN)}
     for i in range(layers):
         p = f"model.layers.{i}."
         out |= {f"{p}self_attn.{q}_proj.weight": (HIDDEN, HIDDEN) for q in "qkvo"}
         out |= {f"{p}mlp.{m}_proj.weight": (MIDDLE, HIDDEN) for m in ("gate", "up")}
         out |= {f"{p}mlp.down_proj.weight": (HIDDEN, MIDDLE)}
         out |= {f"{p}{n}_layernorm.weight": (HIDDEN,) for n in ("input", "post_attention")}
-    return out | {"model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCAB, HIDDEN)}
+    return out | {"model.norm.weight": (HIDDEN,), "lm_head.weight": (vocab, HIDDEN)}
 
 
-def make(directory: Path, layers: int) -> None:
-    """Writes the checkpoint: random BF16 weights, shards of about 1 GB, an index and a config."""
+def make(directory: Path, layers: int, vocab: int = VOCAB, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Writes the checkpoint: random weights, shards of about 1 GB, an index and a config."""
     from quantport.checkpoint import save_tensors
 
     config = {
@@ -55,12 +55,12 @@ def make(directory: Path, layers: int) -> None:
         "num_hidden_layers": layers,
         "num_attention_heads": 32,
         "num_key_value_heads": 32,
-        "vocab_size": VOCAB,
+        "vocab_size": vocab,
         "tie_word_embeddings": False,
-        "dtype": "bfloat16",
+        "dtype": str(dtype).removeprefix("torch."),
         "max_position_embeddings": 2048,
     }
-    block = torch.randn(1 << 24).mul_(0.02).bfloat16()
+    block = torch.randn(1 << 24).mul_(0.02).to(dtype)
 
     def tensor(shape: tuple[int, ...]) -> torch.Tensor:
         count = 1
@@ -68,7 +68,7 @@ def make(directory: Path, layers: int) -> None:
             count *= d
         return block.repeat(-(-count // block.numel()))[:count].view(shape)
 
-    stream = ((name, tensor(shape)) for name, shape in shapes(layers).items())
+    stream = ((name, tensor(shape)) for name, shape in shapes(layers, vocab).items())
     save_tensors(directory, stream, max_shard_bytes=10**9, files={"config.json": json.dumps(config).encode()})
 
 

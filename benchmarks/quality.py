@@ -10,15 +10,14 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from common import ROOT, describe
+from common import ROOT, describe, lines_of_json
 from quality_model import Answers, Bench, values
 from quality_page import write_pages
-from quality_peers import peers
 from torch import Tensor
 from transformers.utils import logging
 
@@ -79,7 +78,7 @@ def rtn_offset(weight: Tensor) -> Tensor:
     return (((wide - low) / scale).round().clamp(0, 15) * scale + low).view(n, -1)[:, :k].contiguous()
 
 
-def variants() -> tuple[list[Variant], list[str]]:
+def variants(with_peers: bool = True) -> tuple[list[Variant], list[str]]:
     """Every row to measure, and the peers that are not installed."""
 
     def of(scheme: Scheme, kind: str, name: str = "", against: str = "") -> Variant:
@@ -98,7 +97,11 @@ def variants() -> tuple[list[Variant], list[str]]:
     ]
     for name in ("mxfp4_dualscale", "mxfp4_dualscale:floor"):
         out.append(of(BUILTIN[name].weight_only, "option", f"{name}:16"))
+    if not with_peers:
+        return out, []
     out.append(Variant("rtn_offset_g64", "peer", BUILTIN["int4_mse"], rtn_offset, "int4_mse"))
+    from quality_peers import peers  # libraries that take seconds to import
+
     installed, missing = peers()
     out += [Variant(p.name, "peer", BUILTIN[p.scheme], p.values, p.scheme, p.bits) for p in installed]
     return out, missing
@@ -187,7 +190,7 @@ def measure(
             kept[v.against] if whole else bench.bf16() if v.name == "bf16" else bench.run(weights, v.scheme)
         )
         row["models"][name] = summary(kept[v.name], base)
-        if v.kind != "peer":
+        if any(v.name == other.against for other in todo if other.kind == "peer"):
             cache[v.name] = weights
         print(
             f"{name} {v.name}: KL {row['models'][name]['kl']:.5f} in {time.perf_counter() - start:.1f} s",
@@ -196,31 +199,33 @@ def measure(
     return kept
 
 
-def pairs(todo: list[Variant], kept: Mapping[str, Mapping[str, Answers]]) -> list[dict[str, Any]]:
-    """Paired differences: options and peers against what they vary, and the pairs named above."""
-    wanted = [(v.name, v.against) for v in todo if v.against] + list(PAIRS)
+def pairs(
+    todo: list[Variant], kept: Mapping[str, Mapping[str, Answers]], named: Iterable[tuple[str, str]]
+) -> list[dict[str, Any]]:
+    """Paired differences: options and peers against what they vary, and the pairs that are named."""
+    wanted = dict.fromkeys([*((v.name, v.against) for v in todo if v.against), *named])
     return [
-        {"a": a, "b": b, "model": m, **difference(by[a], by[b])} for a, b in wanted for m, by in kept.items()
+        {"a": a, "b": b, "model": m, **difference(by[a], by[b])}
+        for a, b in wanted
+        for m, by in kept.items()
+        if a in by and b in by
     ]
+
+
+def row_of(v: Variant) -> dict[str, Any]:
+    """The row of a variant before any model has run."""
+    bits = v.bits or 8 * v.scheme.bytes(BIG, BIG) / BIG**2
+    row = {"name": v.name, "kind": v.kind, "against": v.against, "precision": v.scheme.precision}
+    return {**row, "bits": round(bits, 4), "sqnr": {}, "bits_in": {}, "models": {}}
 
 
 def run(windows: int, names: list[str]) -> dict[str, Any]:
     """Measures everything: plain data for JSON."""
     todo, missing = variants()
     todo = [v for v in todo if not names or v.name in names]
-    rows: dict[str, dict[str, Any]] = {}
-    drawn = synthetic()
+    rows, drawn = {v.name: row_of(v) for v in todo}, synthetic()
     for v in todo:
-        bits = v.bits or 8 * v.scheme.bytes(BIG, BIG) / BIG**2
-        sqnrs = {kind: round(weight_db(v, w, v.values(w)), 3) for kind, w in drawn.items()}
-        row = {
-            "name": v.name,
-            "kind": v.kind,
-            "against": v.against,
-            "precision": v.scheme.precision,
-            "bits": round(bits, 4),
-        }
-        rows[v.name] = {**row, "sqnr": sqnrs, "bits_in": {}, "models": {}}
+        rows[v.name]["sqnr"] = {kind: round(weight_db(v, w, v.values(w)), 3) for kind, w in drawn.items()}
     kept = {}
     for name in MODELS:
         bench = Bench(ROOT / "examples" / "models" / name, windows)
@@ -231,7 +236,7 @@ def run(windows: int, names: list[str]) -> dict[str, Any]:
         "tokens": bench.windows[:, 1:].numel(),
         "missing": missing,
         "rows": list(rows.values()),
-        "pairs": pairs(todo, kept) if not names else [],
+        "pairs": pairs(todo, kept, PAIRS),
     }
 
 
@@ -250,19 +255,8 @@ def main() -> None:
         if args.only:
             print(json.dumps(data["rows"], indent=1))
             return
-        path.write_text(_lines(data), encoding="utf-8")
+        path.write_text(lines_of_json(data), encoding="utf-8")
     write_pages(json.loads(path.read_text(encoding="utf-8")))
-
-
-def _lines(data: Mapping[str, Any]) -> str:
-    """JSON with one line for each row, so that it is small and its differences can be read."""
-    parts = []
-    for key, value in data.items():
-        text = json.dumps(value)
-        if isinstance(value, list) and value and isinstance(value[0], dict):
-            text = "[\n" + ",\n".join(json.dumps(item) for item in value) + "\n]"
-        parts.append(f"{json.dumps(key)}: {text}")
-    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DOCS = ROOT / "docs" / "quality.md"
-BEGIN, END = "<!-- begin table -->", "<!-- end table -->"
 WEIGHTS = ("gauss", "t5", "outlier")
 COLUMNS = (
     "scheme",
@@ -247,8 +246,14 @@ def plot(data: Mapping[str, Any], path: Path) -> None:
 
 def documented(text: str, data: Mapping[str, Any]) -> str:
     """The text of ``docs/quality.md`` with its table replaced."""
-    head, _, rest = text.partition(BEGIN)
-    return f"{head}{BEGIN}\n{table(data)}\n{END}{rest.partition(END)[2]}"
+    return between(text, "table", table(data))
+
+
+def between(text: str, name: str, new: str) -> str:
+    """The text with what stands between ``<!-- begin NAME -->`` and ``<!-- end NAME -->`` replaced."""
+    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+    head, _, rest = text.partition(begin)
+    return f"{head}{begin}\n{new}\n{end}{rest.partition(end)[2]}"
 
 
 def write_pages(data: Mapping[str, Any]) -> None:

@@ -338,7 +338,7 @@ def test_bench_quickly():
         "--scheme",
         "int8",
         "--scheme",
-        "int4",
+        "int4_wo",
     )
     data = json.loads(ask(*asked, "--json").stdout)
     assert [(r["scheme"], r["rows"]) for r in data["results"]] == [

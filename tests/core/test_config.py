@@ -46,7 +46,7 @@ def test_every_key_of_ours():
         {
             "scheme": "int8",
             "linear": "fp8",
-            "moe": "int4",
+            "moe": "int4_wo",
             "ignore": ["lm_head", "*.mlp.*", "re:.*q_proj"],
             "targets": {"a.b": "int4_g32", "c": None},
             "fallback": "error",
@@ -236,6 +236,15 @@ def test_group_size():
     assert parse({"targets": {"a": "int4"}, "group_size": 32}).targets == {"a": "int4_weight_only_g32"}
     refused({"scheme": "int4", "group_size": 64}, "group_size")
     refused({"scheme": "int8", "group_size": 32}, "group_size", "int8")
+
+
+@pytest.mark.parametrize("spelled", ["int4", "INT4", "int4:hadamard"])
+def test_int4_is_the_least_lossy_of_its_kind_unless_a_size_or_activations_say_which(spelled):
+    options = spelled[4:]
+    assert parse({"scheme": spelled}).scheme == f"int4_mse{options}"
+    assert parse({"moe": spelled, "group_size": 32}).moe == f"int4_weight_only_g32{options}"
+    assert parse({"linear": {"weight": "int4"}}).linear == "int4_weight_only"
+    assert parse({"linear": {"weight": "int4", "activation": "int8_per_token"}}).linear == "int4_w4a8"
 
 
 def test_group_size_against_the_name_of_the_scheme():

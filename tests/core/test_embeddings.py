@@ -207,7 +207,7 @@ def test_naming_one_of_two_tied_layers(name, call, tmp_path):
 
 
 BAD = {
-    "other schemes": (Tied, {"targets": {"embed_tokens": "int8", "lm_head": "int4"}}, "int4_weight_only"),
+    "other schemes": (Tied, {"targets": {"embed_tokens": "int8", "lm_head": "int4_wo"}}, "int4_weight_only"),
     "one is null": (Tied, {"targets": {"embed_tokens": "int8", "lm_head": None}}, "lm_head -> None"),
     "blocks of rows": (Untied, only("fp8_per_block"), "several rows"),
     "bf16": (Untied, only("bf16"), "null"),

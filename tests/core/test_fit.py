@@ -48,6 +48,6 @@ def test_what_does_not_fit_is_said_by_plan_as_by_load(with_memory, scheme):
     said = [block.text for block in plan_page(plan).blocks if isinstance(block, Line)]
     assert any(line.startswith("does not fit") and advice(plan) in line for line in said)
     assert BUILTIN[scheme].name not in advice(plan)
-    assert ("int4_weight_only" in advice(plan)) == (scheme == "int8")
+    assert ("int4_mse" in advice(plan)) == (scheme == "int8")
     assert ("budget=" in advice(plan)) == (scheme == "int8")
     assert json.loads(plan.to_json())["fits"] is False

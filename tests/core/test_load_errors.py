@@ -218,7 +218,7 @@ def test_wrong_arguments(tiny, scheme, options, kind, named):
 def test_two_spellings_of_one_scheme_are_no_conflict(tiny):
     for config in ("w8a8", {"method": "int8_w8a8"}):
         assert quantport.load(tiny, "int8", config=config, model=Tiny).up.scheme == "int8"
-    model = quantport.load(tiny, "int4", config={"scheme": "int4_wo", "group_size": 32}, model=Tiny)
+    model = quantport.load(tiny, "w4a16", config={"scheme": "int4_wo", "group_size": 32}, model=Tiny)
     assert model.up.scheme == "int4_weight_only_g32"
 
 

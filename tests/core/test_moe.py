@@ -211,7 +211,7 @@ def test_overrides_that_cannot_be(targets, named):
 
 def test_the_innermost_pattern_wins():
     config = {
-        "targets": {"*.experts": "int8", "*.experts.*": "fp8", "*.experts.3.down_proj": "int4"},
+        "targets": {"*.experts": "int8", "*.experts.*": "fp8", "*.experts.3.down_proj": "int4_wo"},
         "scheme": "int8",
     }
     plan = quantport.plan(MOE, config=config).by_layer

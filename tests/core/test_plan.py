@@ -59,7 +59,8 @@ def test_bytes_and_steps():
 def test_patterns():
     layers = linears("m.0.q_proj", "m.0.mlp.up_proj", "m.1.q_proj", "lm_head")
     asked = planned(
-        layers, {"scheme": "int8", "ignore": ["m.0.q_proj"], "targets": {"*.mlp.*": "fp8", "re:m.1": "int4"}}
+        layers,
+        {"scheme": "int8", "ignore": ["m.0.q_proj"], "targets": {"*.mlp.*": "fp8", "re:m.1": "int4_wo"}},
     )
     assert schemes(asked) == {
         "m.0.q_proj": None,
@@ -69,7 +70,7 @@ def test_patterns():
     }
     assert "m.0.q_proj" in asked.by_layer["m.0.q_proj"].note
     assert (
-        schemes(planned(layers, {"scheme": "int8", "targets": {"lm_head": "int4"}}))["lm_head"]
+        schemes(planned(layers, {"scheme": "int8", "targets": {"lm_head": "int4_wo"}}))["lm_head"]
         == "int4_weight_only"
     )
     assert schemes(planned(layers, {"scheme": "int8", "targets": {"*": "fp8"}}))["lm_head"] is None, (
@@ -135,7 +136,7 @@ def test_fused_layers_take_the_names_of_their_shards(fused):
         ("qkv_proj", {"ignore": ["m.q_proj"]}, ["m.q_proj -> ignored", "m.k_proj -> no pattern"]),
         (
             "qkv_proj",
-            {"targets": {"m.q_proj": "int8", "m.[kv]_proj": "int4"}},
+            {"targets": {"m.q_proj": "int8", "m.[kv]_proj": "int4_wo"}},
             ["q_proj -> int8", "k_proj -> int4_weight_only"],
         ),
         (
@@ -144,12 +145,12 @@ def test_fused_layers_take_the_names_of_their_shards(fused):
             ["gate_proj -> ignored", "up_proj -> int8"],
         ),
         ("qkv_proj", {"ignore": ["re:.*v_proj"]}, ["m.q_proj -> no pattern", "m.v_proj -> ignored"]),
-        ("qkv_proj", {"targets": {"*v_proj": "int4"}}, ["m.v_proj -> int4_weight_only"]),
+        ("qkv_proj", {"targets": {"*v_proj": "int4_wo"}}, ["m.v_proj -> int4_weight_only"]),
         ("gate_up_proj", {"ignore": ["*up_proj"]}, ["m.gate_proj -> no pattern", "m.up_proj -> ignored"]),
         ("gate_up_proj", {"ignore": ["re:m.g"]}, ["m.gate_proj -> ignored", "m.up_proj -> no pattern"]),
         (
             "qkv_proj",
-            {"ignore": ["m.qkv_proj"], "targets": {"m.q_proj": "int4"}},
+            {"ignore": ["m.qkv_proj"], "targets": {"m.q_proj": "int4_wo"}},
             ["m.q_proj -> int4_weight_only", "m.k_proj -> ignored"],
         ),
     ],
@@ -166,7 +167,9 @@ def experts(n=4, inner=6, hidden=8):
 
 
 def test_experts_follow_moe_and_patterns():
-    assert schemes(planned(experts(), {"scheme": "int8", "moe": "int4"})) == {"m.experts": "int4_weight_only"}
+    assert schemes(planned(experts(), {"scheme": "int8", "moe": "int4_wo"})) == {
+        "m.experts": "int4_weight_only"
+    }
     assert planned(experts(), {"scheme": "int8", "moe": None}).steps[0].note == "left alone by moe=null"
     assert schemes(planned(experts(), {"scheme": "int8", "linear": None})) == {"m.experts": "int8"}
     for pattern in ("m.experts", "m.experts.*", "re:.*experts.[0-9]+.(gate|up|down)_proj"):

@@ -197,7 +197,7 @@ def test_671b_from_headers_alone(header_only, record_property):
 def test_671b_with_patterns(header_only):
     config = {
         "scheme": "fp8_per_block",
-        "moe": "int4",
+        "moe": "int4_wo",
         "ignore": ["re:.*kv_b_proj"],
         "targets": {"*.shared_experts.*": "int8"},
     }

@@ -44,6 +44,8 @@ def plan_page(plan: Plan) -> Page:
         page.say(text)
     if plan.why:
         page.say(f"scheme chosen for this device: {plan.why}")
+    for text in page.data["quality"]:
+        page.say(f"quality: {text}")
     for text in page.data["kept"]:
         page.say(f"kept in 16 bits: {text}")
     for text in page.data["reasons"]:
@@ -154,6 +156,7 @@ def _summary(plan: Plan, named: Sequence[tuple[str, Sequence[Step]]]) -> dict[st
     return {
         "fallback": plan.config.fallback,
         "groups": [_group_dict(name, steps) for name, steps in named],
+        "quality": _quality(plan),
         "kept": _told(kept, lambda step: [step.note]),
         "reasons": _reasons(plan),
         "warnings": [
@@ -161,6 +164,16 @@ def _summary(plan: Plan, named: Sequence[tuple[str, Sequence[Step]]]) -> dict[st
             *_told([(name, steps) for name, steps in named if steps[0].slow], lambda step: [step.note]),
         ],
     }
+
+
+def _quality(plan: Plan) -> list[str]:
+    """What each scheme costs, as it runs here, on a real model."""
+    choices = [(s.requested_scheme, s.choice) for s in plan.quantized if s.choice]
+    found = {(name, c.precision): c.quality for name, c in choices}
+    return [
+        f"{name} as {precision}: {quality or 'nobody measured it'}"
+        for (name, precision), quality in found.items()
+    ]
 
 
 def _reasons(plan: Plan) -> list[str]:

@@ -66,7 +66,7 @@ class QuantConfig(BaseModel):
             become Inf, or all become one value), which is an error otherwise.
         activation_scheme: ``dynamic``; there is no calibration, so ``static`` is refused.
         weight_block_size: [128, 128] with ``fp8_per_block``; anything else is refused.
-        group_size: 128 or 32 with ``int4_weight_only``.
+        group_size: 128 or 32 with ``int4_weight_only``, which ``int4`` means where a size is given.
         num_bf16_fallback_layers: This many first blocks (``blocks.0``, ``layers.0`` and so on) stay in 16
             bits. By default 5 for ``mxfp4_dualscale`` in models whose blocks are called ``blocks`` (diffusion
             transformers), as in vLLM-Omni; else 0.
@@ -198,6 +198,9 @@ class QuantConfig(BaseModel):
         def name(value: str | None) -> str | None:
             if value in (None, "none"):
                 return None
+            base, *options = str(value).split(":")
+            if self.group_size and base.lower() == "int4":  # symmetric, as others mean it who give a size
+                value = ":".join(("int4_weight_only", *options))
             scheme = schemes[str(value)]
             if (
                 not self.group_size

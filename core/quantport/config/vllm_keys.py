@@ -28,6 +28,7 @@ _VLLM_WEIGHTS = {
     "fp8_per_channel_static": "fp8_per_channel",
     "fp8_per_block_static": "fp8_per_block",
     "int8_per_channel_static": "int8_weight_only",
+    "int4": "int4_weight_only",
 }
 
 

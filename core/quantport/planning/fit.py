@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from quantport.planning.plan import Plan
 
-_SMALL = "int4_weight_only"
+_SMALL = "int4_mse"
 _GIB = 1 << 30
 
 

@@ -14,6 +14,7 @@ from quantport.kernels.base import Kernel, Request, WeightSpec, guarded_verdict
 from quantport.kernels.embedding import embedding_kernels, why_not_rows
 from quantport.kernels.verdict import Accepted, Claim, Evidence, ReasonCode, Rejected, Status, Verdict
 from quantport.scheme.catalog import Schemes
+from quantport.scheme.quality import Quality, QualityClass, measured_quality
 
 _RANK = {Status.NATIVE: 0, Status.WEIGHT_ONLY: 1, Status.DEQUANTIZE: 2, Status.REFERENCE: 3}
 
@@ -32,6 +33,7 @@ class Choice:
         speed: Relative to the best BF16 path for the expected tokens; None when nobody measured it.
         slow: Why it is slower than BF16 (measured, or known without measuring); empty when it is not.
         numeric_deviation: Named difference from the scheme's numerics, or empty.
+        quality: What the numbers that it computes cost on a real model; None where nobody measured it.
         verdicts: Every kernel's verdict, for whoever wants to know why.
     """
 
@@ -44,6 +46,7 @@ class Choice:
     speed: float | None = None
     slow: str = ""
     numeric_deviation: str = ""
+    quality: Quality | None = None
     verdicts: tuple[Verdict, ...] = ()
 
 
@@ -58,6 +61,7 @@ def choice_dict(choice: Choice) -> dict[str, Any]:
         for v in choice.verdicts
     ]
     out["deviation"] = out.pop("numeric_deviation")
+    out["quality"] = choice.quality.to_dict() if choice.quality else None
     del out["claim"]
     return out
 
@@ -98,17 +102,18 @@ def select_kernel(
         if best.speed is not None and best.speed < 1
         else best.slow
     )
-    activations = (scheme if best.precision == scheme.precision else scheme.weight_only).activations
+    effective = scheme if best.precision == scheme.precision else scheme.weight_only
     return Choice(
         best.status,
         best.precision,
         best.kernel,
         best.claim,
         reasons,
-        activations,
+        effective.activations,
         best.speed,
         slow,
         best.numeric_deviation,
+        measured_quality(effective),
         verdicts,
     )
 
@@ -147,8 +152,8 @@ def _reasons(request: Request, verdicts: Sequence[Verdict]) -> tuple[str, ...]:
 def best_scheme(
     device: Device, kernels: Sequence[Kernel], schemes: Schemes, num_tokens: int = 1
 ) -> tuple[str, str]:
-    """Picks the scheme for a device when nobody names one: near-lossless first, native, and not slower than
-    BF16.
+    """Picks the scheme for a device when nobody names one: measured to be near-lossless on a real model,
+    native, and not slower than BF16.
 
     Returns:
         ``(scheme name, why)``.
@@ -156,6 +161,10 @@ def best_scheme(
     order = ("fp8_per_channel", "int8", "fp8_weight_only", "int8_weight_only")
     passed_over: list[str] = []
     for name in order:
+        quality = measured_quality(schemes[name])
+        if quality is None or quality.quality_class is not QualityClass.NEAR_LOSSLESS:
+            passed_over.append(f"{name} has {quality or 'no measured quality'}")
+            continue
         choice = select_kernel(
             Request(WeightSpec(schemes[name], 4096, 4096), "linear", device, device.arch.compute, num_tokens),
             kernels,

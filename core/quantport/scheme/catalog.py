@@ -17,7 +17,7 @@ _REMEMBERED = 1024  # names with options; there are endless ways to spell one
 
 class Schemes(Mapping[str, Scheme]):
     """A read-only table of schemes. Look-up understands aliases, upper and lower case, and options after
-    colons (``mxfp4:floor``, ``nf4:double``, ``int4:NAME`` with the name of a solver); iteration gives
+    colons (``mxfp4:floor``, ``nf4:double``, ``int8:NAME`` with the name of a solver); iteration gives
     canonical names only.
 
     Args:
@@ -156,7 +156,7 @@ def _int() -> tuple[Scheme, ...]:
             group,
             None,
             "INT4 weights in groups of 128; 16-bit activations",
-            ("int4", "int4_wo", "w4a16", "int4_per_group_128"),
+            ("int4_wo", "w4a16", "int4_per_group_128"),
         ),
         Scheme(
             "int4_weight_only_g32",
@@ -177,6 +177,7 @@ def _int() -> tuple[Scheme, ...]:
             offset,
             None,
             "INT4 weights with offsets in groups of 64, least squared error; 16-bit activations",
+            ("int4",),
         ),
         Scheme(
             "int4_hqq",

@@ -67,7 +67,7 @@ class Solver(ABC):
     """Finds the codes and scales of a weight.
 
     Attributes:
-        name: Unique among the solvers and the options of schemes; ``int4:NAME`` is solved by it.
+        name: Unique among the solvers and the options of schemes; ``int8:NAME`` is solved by it.
     """
 
     name: str
