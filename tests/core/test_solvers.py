@@ -105,10 +105,10 @@ def test_statistics_add_up():
 
 def test_a_stranger_is_an_option_of_every_scheme_that_quantizes(halved):
     schemes = default_registry().schemes
-    scheme = schemes["int4:halved:hadamard"]
+    scheme = schemes["w4a16:halved:hadamard"]
     assert scheme.solver is halved
     assert scheme.name == "int4_weight_only:halved:hadamard"
-    assert scheme.unsolved == schemes["int4:hadamard"]
+    assert scheme.unsolved == schemes["w4a16:hadamard"]
     assert scheme.layout(8, 64) == scheme.unsolved.layout(8, 64)
     assert schemes["int8"].unsolved is schemes["int8"]
     for wrong in ("bf16:halved", "int8:halved:halved", "int8:quartered"):
@@ -156,7 +156,7 @@ def test_a_solver_sees_the_statistics_and_finite_rotated_weights(halved):
     seen = []
     halved.solve = lambda w, scheme, stats=None: seen.append((w, stats)) or RoundToNearest().solve(w, scheme)
     stats, w = Stats.of(torch.ones(3, 64)), weight()
-    scheme = default_registry().schemes["int4:halved:hadamard"]
+    scheme = default_registry().schemes["w4a16:halved:hadamard"]
     numerics.quantize_weight(w, scheme, stats=stats)
     assert seen[0][1] is stats
     assert torch.equal(seen[0][0], numerics.rotate(w.float(), scheme.rotation))
