@@ -168,7 +168,7 @@ def test_ignore_targets_and_moe(tmp_path):
     config = {
         "scheme": "int8",
         "ignore": ["*.o_proj"],
-        "targets": {"lm_head": "int4", "re:.*k_proj": "fp8"},
+        "targets": {"lm_head": "w4a16", "re:.*k_proj": "fp8"},
         "moe": None,
     }
     model = quantport.load(MOE, config=config)
