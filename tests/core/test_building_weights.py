@@ -4,18 +4,21 @@ square.
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 
 import pytest
 import torch
 import transformers
-from core_models import DENSE, same_bits
+from core_models import DENSE, MOE, same_bits
 from test_building import MODELS, config_of
 
 import quantport
+from quantport.loading import quantize_checkpoint
 from quantport.loading.build_context import building
 from quantport.loading.executor import Task, run_tasks
+from quantport.loading.fill_model import ModelFiller
 from quantport.loading.skeleton import _without_weights
 
 
@@ -36,8 +39,8 @@ def test_buffers_are_those_of_transformers(name):
         assert same_bits(buffer, buffers[key]), key
 
 
-@pytest.mark.parametrize("name", ["LlamaForCausalLM", "Qwen3MoeForCausalLM", "T5ForConditionalGeneration"])
-def test_weights_are_not_filled(name, monkeypatch):
+def spied(name, monkeypatch):
+    """The class that fills the modules of a model, and a list of those that it fills from now on."""
     base = next(c for c in getattr(transformers, name).__mro__ if "_init_weights" in vars(c))
     filled = []
     real = base._init_weights
@@ -47,12 +50,36 @@ def test_weights_are_not_filled(name, monkeypatch):
         real(self, module)
 
     monkeypatch.setattr(base, "_init_weights", spy)
+    return base, filled
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "Qwen3MoeForCausalLM", "T5ForConditionalGeneration"])
+def test_weights_are_not_filled(name, monkeypatch):
+    base, filled = spied(name, monkeypatch)
     built(name)
     assert all(isinstance(module, base) or list(module.buffers()) for module in filled)
     assert not any(type(module) is torch.nn.Linear for module in filled)
     filled.clear()
     getattr(transformers, name)._from_config(config_of(name))
     assert any(type(module) is torch.nn.Linear for module in filled), "the spy sees what it must"
+
+
+@pytest.mark.parametrize(
+    ("path", "name"), [(DENSE, "LlamaForCausalLM"), (MOE, "Qwen3MoeForCausalLM")], ids=["dense", "moe"]
+)
+def test_a_load_fills_none_either(path, name, monkeypatch):
+    _, filled = spied(name, monkeypatch)
+    quantport.load(path, "int8")
+    assert not any(type(module) is torch.nn.Linear for module in filled)
+
+
+@pytest.mark.parametrize("call", [quantport.load, quantize_checkpoint], ids=lambda f: f.__name__)
+def test_no_garbage_is_looked_for_among_fresh_tasks(call, tmp_path, monkeypatch):
+    looked, tasks = [], ModelFiller.tasks
+    monkeypatch.setattr(ModelFiller, "tasks", lambda self: looked.append(gc.isenabled()) or tasks(self))
+    place = () if call is quantport.load else (tmp_path / "out",)
+    call(DENSE, *place, "int8")
+    assert (looked, gc.isenabled()) == ([False], True)
 
 
 def test_another_thread_fills_its_weights_meanwhile():

@@ -138,6 +138,18 @@ def test_quantize_refuses_a_taken_directory_before_it_works(small, tmp_path, mon
     assert [p.name for p in taken.iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.parametrize(("size", "most"), [("150KB", 150_000), ("200000", 200_000), ("160KiB", 160 << 10)])
+def test_no_file_is_larger_than_asked_for(small, tmp_path, size, most):
+    ask("quantize", small, tmp_path / "out", "--scheme", "int8", "--max-shard-size", size)
+    sizes = [file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors")]
+    assert len(sizes) > 1
+    assert max(sizes) < most + 8192, "with its header"
+    assert (
+        "not an amount"
+        in parts(ask("quantize", small, tmp_path, "--max-shard-size", "much", code=2))["found"]
+    )
+
+
 def test_quantize_overwrites_when_asked(small, tmp_path):
     out = tmp_path / "out"
     for scheme in ("int8", "int4"):

@@ -40,7 +40,7 @@ def stuck(monkeypatch):
     """A call that hangs until the test has ended; the limit is short."""
     monkeypatch.setenv("QUANTPORT_PLUGIN_SECONDS", "0.2")
     ended = threading.Event()
-    yield lambda: ended.wait(60) and ()
+    yield lambda: ended.wait(15) and ()
     ended.set()
 
 
@@ -125,6 +125,7 @@ def test_detection_that_hangs(good, stuck, monkeypatch):
 
 def test_all_detections_run_at_the_same_time(monkeypatch):
     """Each waits until all have begun."""
+    monkeypatch.setenv("QUANTPORT_PLUGIN_SECONDS", "10")
     begun = threading.Barrier(3)
 
     def detect(kind):

@@ -26,6 +26,11 @@ def test_a_match_without_end_is_refused_by_name(pattern):
     check_parts(caught.value, repr(pattern), "takes too long", "glob")
 
 
+def test_a_match_that_would_end_in_seconds_is_refused_too():
+    with pytest.raises(ConfigError, match="takes too long"):
+        compile_pattern("re:(?:x|x)*$").match("x" * 24 + "!")
+
+
 @pytest.mark.parametrize("key", ["ignore", "targets", "modules_to_not_convert"])
 def test_so_it_is_in_a_configuration(key):
     pattern = EVIL[1].removeprefix("re:") if key == "modules_to_not_convert" else EVIL[1]

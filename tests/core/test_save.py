@@ -56,6 +56,20 @@ def test_any_module_comes_back(scheme, dtype, tmp_path):
     assert torch.equal(again(tokens), model(tokens))
 
 
+@pytest.mark.parametrize("scheme", ["fp8_per_channel", "mxfp8", "nvfp4"])
+def test_a_mapped_checkpoint_is_kept_as_it_lies_in_its_file(scheme, tmp_path):
+    """Where the kernel keeps the layout: all processes that map it share its pages."""
+    model = made()
+    quantport.quantize_(model, scheme, fallback="reference")
+    folder = quantport.save(model, tmp_path / "out")
+    with Checkpoint.open(folder, mapped=True) as checkpoint:
+        again = quantport.load(checkpoint, model=Tiny)
+        assert again.up.kernel.keeps_layout
+        in_file = {checkpoint.read(name).data_ptr() for name in checkpoint.tensors}
+        assert in_file >= {tensor.data_ptr() for tensor in again.up.packed()}
+    same_state(again, model)
+
+
 def test_mixed_schemes_and_a_second_round(tmp_path):
     config = {
         "scheme": "int8",
