@@ -118,4 +118,4 @@ def test_a_mutation_is_noticed(mutation, copy):
     with copy.mutated(mutation):
         done = copy.run(mutation.tests)
     assert done.returncode == 1, done.stdout[-3000:]
-    assert " failed" in done.stdout, done.stdout[-3000:]
+    assert "\nFAILED tests/" in done.stdout, done.stdout[-3000:]

@@ -104,6 +104,17 @@ def test_activations(quant, dtype):
     check_activations(matrix(2, 77, dtype), quant)
 
 
+def test_the_global_factor_is_rounded_once():
+    """Largest magnitudes of which ``2688 * (1 / amax)`` is another number than ``2688 / amax``."""
+    tops = (1 + torch.arange(128, dtype=torch.float32) / 128).bfloat16()
+    apart = tops[(2688 / tops.double()).float() != tops.float().reciprocal() * 2688]
+    assert len(apart) > 5
+    x = apart[:, None] * torch.linspace(-1, 1, 32)
+    check_activations(x.bfloat16(), BUILTIN["nvfp4"].activation)
+    for row in x.bfloat16()[:3]:
+        check_weight(row[None], BUILTIN["nvfp4"])
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (66, 1), (33, 8), (1, 5376)])
 @pytest.mark.parametrize(
     "name", ["fp8_per_tensor", "int8", "fp8_per_block", "int4_weight_only", "fp6", "nvfp4", "nf4", "int4_mse"]
