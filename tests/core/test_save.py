@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import weakref
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import quantport
 from quantport.checkpoint import Checkpoint
 from quantport.checkpoint.shard import ShardWriter
 from quantport.errors import CheckpointError, ConfigError, QuantportError, SaveError
+from quantport.modules import QuantModule
 
 
 @pytest.mark.parametrize(
@@ -68,6 +70,26 @@ def test_a_mapped_checkpoint_is_kept_as_it_lies_in_its_file(scheme, tmp_path):
         in_file = {checkpoint.read(name).data_ptr() for name in checkpoint.tensors}
         assert in_file >= {tensor.data_ptr() for tensor in again.up.packed()}
     same_state(again, model)
+
+
+def test_a_save_holds_the_tensor_that_comes(tmp_path, monkeypatch):
+    """And at most the one before it."""
+    alive, most, rows = weakref.WeakSet(), [], QuantModule.stored_rows
+
+    def counted(self, elements):
+        for name, tensor in rows(self, elements):
+            unpacked = tensor.clone()
+            alive.add(unpacked.untyped_storage())
+            most.append(len(alive))
+            yield name, unpacked
+            del unpacked
+
+    monkeypatch.setattr(QuantModule, "stored_rows", counted)
+    model = made()
+    quantport.quantize_(model, "int8")
+    quantport.save(model, tmp_path / "out")
+    assert len(most) > 10
+    assert max(most) <= 2
 
 
 def test_mixed_schemes_and_a_second_round(tmp_path):
