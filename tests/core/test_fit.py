@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 
 import pytest
+from core_fakes import FakeKernel, Shape, device
 from core_models import DENSE
 
 import quantport
 from quantport.cli.page import Line
 from quantport.cli.plans import plan_page
+from quantport.config import QuantConfig
 from quantport.errors import BudgetError
+from quantport.kernels.verdict import Status
+from quantport.model.layers import find_layers
 from quantport.planning.fit import advice, shortage
+from quantport.planning.plan import make_plan
 from quantport.plugins.registry import Registry
 from quantport.scheme.catalog import BUILTIN
 
@@ -51,3 +56,13 @@ def test_what_does_not_fit_is_said_by_plan_as_by_load(with_memory, scheme):
     assert ("int4_mse" in advice(plan)) == (scheme == "int8")
     assert ("budget=" in advice(plan)) == (scheme == "int8")
     assert json.loads(plan.to_json())["fits"] is False
+
+
+@pytest.mark.parametrize(("scheme", "advised"), [("int4_mse", False), ("int8", True)])
+def test_what_was_asked_for_is_no_advice(scheme, advised):
+    """Where rows are as short as here, groups make even the smallest scheme large."""
+    kernels = (FakeKernel("acme.dequantize", Status.DEQUANTIZE),)
+    layers = find_layers({"a.weight": Shape((32, 32))})
+    plan = make_plan(layers, QuantConfig.parse(scheme, BUILTIN), device(), kernels, BUILTIN)
+    assert plan.after > 0.6 * 32 * 32
+    assert ("int4_mse" in advice(plan)) == advised

@@ -1105,7 +1105,7 @@ LARGE = (
         "core/quantport/planning/fit.py",
         "if schemes - {_SMALL} and any(",
         "if any(",
-        ("core/test_fit.py::test_what_does_not_fit_is_said_by_plan_as_by_load",),
+        ("core/test_fit.py::test_what_was_asked_for_is_no_advice",),
     ),
     Mutation(
         "D21",
