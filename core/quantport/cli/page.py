@@ -157,12 +157,15 @@ def _print_grid(view: Console, grid: Grid) -> None:
 
 def _parts(view: Console, grid: Grid) -> Iterator[Table]:
     """Tables that each fit, all with the first column."""
-    columns = [0]
+    columns, first = [0], _natural(view, grid, [0])
+    width = first
     for c in range(1, len(grid.columns)):
-        if len(columns) > 1 and _natural(view, grid, [*columns, c]) > view.width:
+        more = _natural(view, grid, [0, c]) - first  # widths add up, and measuring a wide table takes long
+        if len(columns) > 1 and width + more > view.width:
             yield _table(grid, columns, False)
-            columns = [0]
+            columns, width = [0], first
         columns.append(c)
+        width += more
     yield _table(grid, columns, False)
 
 
