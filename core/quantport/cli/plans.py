@@ -171,8 +171,7 @@ def _quality(plan: Plan) -> list[str]:
     choices = [(s.requested_scheme, s.choice) for s in plan.quantized if s.choice]
     found = {(name, c.precision): c.quality for name, c in choices}
     return [
-        f"{name} as {precision}: {quality or 'nobody measured it'}"
-        for (name, precision), quality in found.items()
+        f"{name} as {precision}: {quality or 'not known'}" for (name, precision), quality in found.items()
     ]
 
 

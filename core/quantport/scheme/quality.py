@@ -1,8 +1,8 @@
 """What schemes cost in quality, as measured on a real model: how far its answers are from those of 16 bits.
 
 ``measured_quality.json`` has the divergence of every scheme and option, and of what it was measured.
-``benchmarks/quality_real.py`` writes it; ``docs/quality.md`` explains it. A larger model diverges less; the
-order of the schemes is what carries over.
+``benchmarks/quality_real.py`` writes it; ``docs/quality.md`` explains it. It is one model of 135 million
+parameters: others lose other amounts.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ def measured_quality(scheme: Scheme) -> Quality | None:
     looked up as what it is, whatever its name.
 
     Returns:
-        None where it was not measured: a scheme from outside, or a solver of one's own.
+        None where that is not known: a scheme from outside, a solver of one's own, or ``q4_k``, of whose
+        numbers the model was made.
     """
     return None if scheme.solver else _measured().get(_numbers(scheme))
 
