@@ -14,7 +14,7 @@ from core_references import check_parts
 
 from quantport.device import Device
 from quantport.errors import BackendError, ConfigError, DeviceError
-from quantport.kernels.base import Request, WeightSpec
+from quantport.kernels.base import Request, WeightSpec, guarded_verdict
 from quantport.kernels.verdict import Reason, Rejected
 from quantport.plugins.registry import Registry
 from quantport.scheme import Quant, Scheme
@@ -148,7 +148,7 @@ def test_a_kernel_that_raises_is_a_reason(method, monkeypatch):
         raise ZeroDivisionError("tuned table")
 
     monkeypatch.setattr(kernel, method, broken)
-    verdict = kernel.verdict(Request(WeightSpec(BUILTIN["int8"], 64, 64), "linear", device()))
+    verdict = guarded_verdict(kernel, Request(WeightSpec(BUILTIN["int8"], 64, 64), "linear", device()))
     assert isinstance(verdict, Rejected)
     assert "ZeroDivisionError: tuned table" in verdict.reasons[0].text
 
@@ -157,7 +157,9 @@ def test_a_kernel_that_raises_is_a_reason(method, monkeypatch):
 def test_reasons_that_are_texts_are_a_refusal_that_says_what_to_return(given, monkeypatch):
     kernel = FakeKernel("old.k")
     monkeypatch.setattr(kernel, "reasons_against", lambda request: given)
-    (reason,) = kernel.verdict(Request(WeightSpec(BUILTIN["int8"], 64, 64), "linear", device())).reasons
+    (reason,) = guarded_verdict(
+        kernel, Request(WeightSpec(BUILTIN["int8"], 64, 64), "linear", device())
+    ).reasons
     assert repr(given if isinstance(given, str) else given[-1]) in reason.text
     assert "Reason(text, kind)" in reason.text
 

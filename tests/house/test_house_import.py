@@ -94,3 +94,18 @@ def test_a_command_imports_no_compiler(command):
         "print([m for m in ('torch._dynamo', 'torch._inductor', 'transformers') if m in sys.modules])"
     )
     assert python("-c", code).stdout.splitlines()[-1] == "[]"
+
+
+def test_the_matrix_imports_neither_modules_nor_what_reads_records():
+    """They took half of the time of the command."""
+    probe = (
+        "import json, sys\nfrom quantport.cli import main\nsys.argv = ['quantport', 'matrix']\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\nprint(json.dumps(sorted(sys.modules)), file=sys.stderr)"
+    )
+    modules = set(json.loads(python("-c", probe).stderr))
+    assert "quantport.planning.capability_matrix" in modules
+    assert not modules & {
+        "quantport.modules.ops",
+        "quantport.loading.load_model",
+        "quantport.checkpoint.record",
+    }

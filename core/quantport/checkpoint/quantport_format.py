@@ -6,15 +6,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from functools import cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from quantport.checkpoint.format import (
@@ -24,16 +22,17 @@ from quantport.checkpoint.format import (
     Recognized,
     SavedLayer,
 )
-from quantport.checkpoint.json import read_json
-from quantport.checkpoint.limits import MAX_EXPERTS
 from quantport.checkpoint.shard import Stream, TensorLayout
 from quantport.checkpoint.source import TensorSource
 from quantport.checkpoint.writer import save_tensors
-from quantport.errors import CheckpointError, needed, shown
+from quantport.errors import CheckpointError
 from quantport.model.layers import Layer, Part, find_layers
 from quantport.model.roles import Role, skipped_by_default
 from quantport.scheme.catalog import Schemes
 from quantport.scheme.formats import BF16
+
+if TYPE_CHECKING:  # pydantic takes as long to import as all the rest of quantport
+    from quantport.checkpoint.record import Entry, Record
 
 FILE = "quantport.json"
 # Without quant_method Transformers and Diffusers refuse a configuration; one that they do not know they log.
@@ -41,59 +40,9 @@ MARK = {"quantized_by": "quantport"}
 _ROLES = {"linear": Role.LINEAR, "moe": Role.EXPERTS, "embedding": Role.EMBEDDING}
 
 
-Size = Annotated[int, Field(ge=0, lt=2**40)]
-
-
-class Entry(BaseModel):
-    """One quantized layer as saved; ``others`` are the weights of single experts that have another scheme."""
-
-    model_config = ConfigDict(extra="forbid")
-    scheme: str
-    kind: Literal["linear", "moe", "embedding"]
-    weights: list[tuple[str, Size, Size]] = Field(min_length=1, max_length=3)
-    experts: int = Field(0, ge=0, le=MAX_EXPERTS)
-    tied: list[str] = []
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    others: dict[str, str] = {}
-
-    def each(self) -> Iterator[tuple[str, str, int, int]]:
-        """Every weight: its name as in ``Layer.each``, that of its projection, and its shape."""
-        for projection, n, k in self.weights:
-            single = projection if len(self.weights) > 1 else ""  # a fused layer in parts, or a plain one
-            for weight in [f"{e}.{projection}" for e in range(self.experts)] or [single]:
-                yield weight, projection, n, k
-
-
-class Record(BaseModel):
-    """The file: format version, the quantized layers by module path, the KV cache that ``generate`` makes,
-    and the fallback for devices that cannot run a scheme.
-    """
-
-    model_config = ConfigDict(extra="forbid")
-    format: Literal[1, 2] = 2  # 1 called 8-bit codes ``weight``, which others read as weights
-    layers: dict[str, Entry]
-    kv_cache_dtype: str | None = None
-    kv_cache_skip_layers: tuple[int, ...] = ()
-    fallback: str | None = None
-
-
-def read_record(directory: Path) -> Record | None:
-    """Reads the record of a checkpoint; None when quantport did not write it.
-
-    Raises:
-        CheckpointError: the record is malformed.
-    """
-    data = read_json(directory / FILE)
-    if not data:
-        return None
-    try:
-        return Record.model_validate(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        found = f"{'.'.join(map(str, first['loc']))[:200]} = {shown(first['input'])}: not {needed(first)}"
-        raise CheckpointError(
-            f"read {directory / FILE}", found, "the file that quantport wrote, in format 1 or 2"
-        ) from None
+def is_quantport(directory: Path) -> bool:
+    """Whether quantport wrote the checkpoint."""
+    return (directory / FILE).exists()
 
 
 class QuantportFormat(CheckpointFormat):
@@ -105,8 +54,11 @@ class QuantportFormat(CheckpointFormat):
         self, source: TensorSource, config: Mapping[str, Any], schemes: Schemes
     ) -> Recognized | None:
         """As `CheckpointFormat.recognize`."""
-        record = read_record(source.directory)
-        return None if record is None else _Quantized(self.name, source, record, schemes)
+        if not is_quantport(source.directory):
+            return None
+        from quantport.checkpoint.record import read_record
+
+        return _Quantized(self.name, source, read_record(source.directory / FILE), schemes)
 
     def write(
         self,
@@ -124,9 +76,11 @@ class QuantportFormat(CheckpointFormat):
         resume: str = "",
     ) -> Path:
         """As `CheckpointFormat.write`."""
+        from quantport.checkpoint.record import Record, entry_of
+
         cache = kv_cache or KVCacheConfig()
         record = Record(
-            layers={name: _entry(layer) for name, layer in layers.items()},
+            layers={name: entry_of(layer) for name, layer in layers.items()},
             kv_cache_dtype=cache.dtype,
             kv_cache_skip_layers=cache.skip_layers,
             fallback=fallback,
@@ -234,18 +188,3 @@ def _under(tensors: Stream, names: Mapping[str, str]) -> Stream:
     for name, tensor in tensors:
         yield names.get(name, name), tensor
         del tensor  # while the stream makes the next one, nothing holds this one
-
-
-def _entry(layer: SavedLayer) -> Entry:
-    most = Counter(layer.schemes.values()).most_common(1)[0][0]
-    return Entry.model_validate(
-        {
-            "scheme": most,
-            "kind": layer.kind,
-            "weights": list(layer.weights),
-            "experts": layer.experts,
-            "tied": list(layer.tied),
-            "dtype": str(layer.dtype).removeprefix("torch."),
-            "others": {name: scheme for name, scheme in layer.schemes.items() if scheme != most},
-        }
-    )

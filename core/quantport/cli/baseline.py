@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from quantport.checkpoint import read_config
-from quantport.checkpoint.quantport_format import read_record
+from quantport.checkpoint.quantport_format import is_quantport
 from quantport.errors import BudgetError, CheckpointError, ConfigError, QuantportError
 from quantport.loading.locate import locate
 
@@ -73,7 +73,7 @@ def tokenizer(directory: Path) -> Any:
 
 def find(directory: Path, baseline: str | None) -> Path:
     """The checkpoint of the 16-bit original: the model itself unless it is quantized."""
-    if baseline is None and read_record(directory) is not None:
+    if baseline is None and is_quantport(directory):
         found = "it is quantized already: its 16-bit original is not there"
         raise ConfigError(
             f"--compare of {directory}", found, "--baseline with the checkpoint that it was made from"
@@ -83,7 +83,7 @@ def find(directory: Path, baseline: str | None) -> Path:
         raise ConfigError(
             f"--baseline {baseline}", "no config.json there", "the checkpoint directory of the 16-bit model"
         )
-    if baseline is not None and read_record(base) is not None:
+    if baseline is not None and is_quantport(base):
         raise ConfigError(f"--baseline {baseline}", "it is quantized itself", "the 16-bit model")
     return base
 

@@ -78,7 +78,7 @@ def _verdict_problems(registry: Registry) -> list[Problem]:
         requests = [Request(spec, "linear", device, device.arch.compute) for spec in specs]
         for kernel in registry.kernels(device.kind):
             for request in requests:
-                verdict = guarded_verdict(kernel.name, kernel.verdict, request)
+                verdict = guarded_verdict(kernel, request)
                 if isinstance(verdict, Rejected) and verdict.reasons[0].code is ReasonCode.RAISED:
                     problems.setdefault(kernel.name, Problem(kernel.name, "verdict", str(verdict.reasons[0])))
     return list(problems.values())

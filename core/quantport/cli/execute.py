@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from quantport.cli import bench_linear, run_model
 from quantport.cli.app import command
 from quantport.cli.options import (
     ConfigOption,
@@ -76,6 +75,7 @@ def run(
         quantport run MODEL --scheme int4 --prompt 'Once upon a time' --tokens 100 --no-chat
         quantport run OUT --compare --baseline MODEL --text pages.txt   (OUT written by quantize)
     """
+    from quantport.cli import run_model
 
     chosen = form(style, as_json)
     run_model.run(
@@ -123,6 +123,7 @@ def quantize(
         quantport quantize MODEL OUT --scheme int4 --ignore '*.down_proj' --overwrite
         quantport run OUT   (reads it back; it is quantized, so no --scheme)
     """
+    from quantport.cli import run_model
 
     chosen = form(style, as_json)
     settings = read_config(config, ignore, kv_cache)
@@ -160,7 +161,7 @@ def bench(
         quantport bench --scheme int8 --scheme int4 --num-tokens 1 --num-tokens 16
         quantport bench --size 512 512 --quick   (a smoke test, not a measurement)
     """
-    from quantport.cli import page
+    from quantport.cli import bench_linear, page
 
     chosen = form(style, as_json)
     found = bench_linear.bench(schemes, device, size, tuple(num_tokens or (1, 16, 128)), quick)

@@ -13,11 +13,12 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 from rich import box
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console
-from rich.measure import Measurement
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -32,6 +33,7 @@ from rich.text import Text
 from quantport.cli.output import pages, write
 
 _WRAPPED = 32  # cells that a column of prose needs at least
+_BETWEEN = "   "  # columns
 _ENDLESS = 1_000_000  # cells: what no terminal shows is never wrapped
 _STYLES = {"plain": "", "good": "green", "warn": "yellow", "bad": "red", "dim": "dim"}
 
@@ -73,7 +75,9 @@ class Line:
 
 @dataclass
 class Page:
-    """What a command has to say: ``data`` for machines, ``blocks`` for people."""
+    """What a command has to say: ``data`` for machines (or what makes it, when they ask), ``blocks`` for
+    people.
+    """
 
     data: Any
     blocks: list[Grid | Line] = field(default_factory=list)
@@ -87,7 +91,8 @@ class Page:
 def emit(page: Page, form: str = "table") -> None:
     """Writes a page to stdout in one of the four forms."""
     if form == "json":
-        write(json.dumps(_strict(page.data), indent=2, default=str, allow_nan=False))
+        data = page.data() if callable(page.data) else page.data
+        write(json.dumps(_strict(data), indent=2, default=str, allow_nan=False))
     elif form == "markdown":
         write("\n\n".join(_markdown(block) for block in page.blocks))
     elif form == "html":
@@ -135,56 +140,83 @@ def _print(page: Page) -> None:
 def _print_grid(view: Console, grid: Grid) -> None:
     if grid.title:
         view.print(Text(grid.title), style="bold", soft_wrap=view.width == _ENDLESS)
+    widths = [_column_width(grid, c) for c in range(len(grid.columns))]
     if grid.split:
-        for part in _parts(view, grid):
-            view.print(part)
+        for columns in _parts(widths, view.width):
+            _print_columns(view, grid, columns, widths)
         return
     columns = list(range(len(grid.columns)))
+    least = [
+        min(width, _WRAPPED) if column.prose else width
+        for column, width in zip(grid.columns, widths, strict=True)
+    ]
     hidden: list[str] = []
-    while _natural(view, grid, columns) > view.width:
+    while _total(least, columns) > view.width:
         last = max(columns, key=lambda c: grid.columns[c].rank)
         if not grid.columns[last].rank:
             break
         columns.remove(last)
         hidden.append(grid.columns[last].name)
-    fold = _natural(view, grid, columns) > view.width
-    view.print(_table(grid, columns, fold))
+    if _total(widths, columns) <= view.width:
+        _print_columns(view, grid, columns, widths)
+    else:
+        view.print(_wrapped(grid, columns, fold=_total(least, columns) > view.width))
     if hidden:
         view.print(
             f"not shown at {view.width} columns: {', '.join(reversed(hidden))} (--json has all)", style="dim"
         )
 
 
-def _parts(view: Console, grid: Grid) -> Iterator[Table]:
-    """Tables that each fit, all with the first column."""
-    columns, first = [0], _natural(view, grid, [0])
-    width = first
-    for c in range(1, len(grid.columns)):
-        more = _natural(view, grid, [0, c]) - first  # widths add up, and measuring a wide table takes long
-        if len(columns) > 1 and width + more > view.width:
-            yield _table(grid, columns, False)
-            columns, width = [0], first
+def _column_width(grid: Grid, column: int) -> int:
+    """Cells that a column needs when nothing is wrapped."""
+    texts = {grid.columns[column].name, *(row[column] for row in grid.rows)}
+    return max(cell_len(line) for text in texts for line in text.split("\n"))
+
+
+def _total(widths: Sequence[int], columns: Sequence[int]) -> int:
+    return sum(widths[c] for c in columns) + len(_BETWEEN) * (len(columns) - 1)
+
+
+def _parts(widths: Sequence[int], width: int) -> Iterator[list[int]]:
+    """Columns side by side that fit, each time with the first one."""
+    columns = [0]
+    for c in range(1, len(widths)):
+        if len(columns) > 1 and _total(widths, [*columns, c]) > width:
+            yield columns
+            columns = [0]
         columns.append(c)
-        width += more
-    yield _table(grid, columns, False)
+    yield columns
 
 
-def _natural(view: Console, grid: Grid, columns: Sequence[int]) -> int:
-    """Cells that a table needs when only prose is wrapped."""
-    options = view.options.update(width=_ENDLESS)
-    return Measurement.get(view, options, _table(grid, columns, False, _WRAPPED)).maximum
+def _print_columns(view: Console, grid: Grid, columns: Sequence[int], widths: Sequence[int]) -> None:
+    """Prints columns in which nothing is wrapped: a wide table of rich takes a second."""
+
+    def line(texts: Sequence[str]) -> str:
+        return _BETWEEN.join(
+            " " * (widths[c] - cell_len(text)) + text
+            if grid.columns[c].right
+            else set_cell_size(text, widths[c])
+            for c, text in zip(columns, texts, strict=True)
+        )
+
+    lines = [
+        line(texts)
+        for row in grid.rows
+        for texts in zip_longest(*(row[c].split("\n") for c in columns), fillvalue="")
+    ]
+    view.print(Text(line([grid.columns[c].name for c in columns]), "bold"), soft_wrap=True)
+    view.print("\n".join(["─" * _total(widths, columns), *lines]), soft_wrap=True)
 
 
-def _table(grid: Grid, columns: Sequence[int], fold: bool, prose: int | None = None) -> Table:
+def _wrapped(grid: Grid, columns: Sequence[int], fold: bool) -> Table:
+    """Prose wrapped to what the other columns leave; all columns where even that is too wide."""
     out = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1), header_style="bold")
     for column in (grid.columns[c] for c in columns):
-        wrapped = column.prose or fold
         out.add_column(
             Text(column.name),
             justify="right" if column.right else "left",
             overflow="fold",
-            no_wrap=not wrapped,
-            max_width=prose if column.prose else None,
+            no_wrap=not (column.prose or fold),
         )
     for row in grid.rows:
         out.add_row(*(Text(row[c]) for c in columns))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import quantport
 from quantport.checkpoint.partial import check_free
-from quantport.checkpoint.quantport_format import read_record
+from quantport.checkpoint.quantport_format import is_quantport
 from quantport.cli import baseline, compare
 from quantport.cli.output import write
 from quantport.cli.page import Column, Grid, emit, progress, size
@@ -222,7 +222,7 @@ def quantize(request: Request, out: Path, overwrite: bool, max_shard_size: str, 
     limit = parse_size(max_shard_size, "--max-shard-size")
     source = locate(request.model)
     _writable(out, overwrite, source)
-    if read_record(source if source.is_dir() else source.parent) is not None:
+    if is_quantport(source if source.is_dir() else source.parent):
         raise CheckpointError(
             f"quantize {source}",
             "quantport wrote it: it is quantized already",

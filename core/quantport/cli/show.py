@@ -71,7 +71,7 @@ _DETAILS = (
 
 def matrix_page(cells: Sequence[Cell], detailed: bool) -> Page:
     """The matrix: one row for each cell with its reasons, or one mark for each cell."""
-    page = Page([c.to_dict() for c in cells], title="quantport matrix")
+    page = Page(lambda: [c.to_dict() for c in cells], title="quantport matrix")
     if detailed:
         page.blocks.append(Grid(_DETAILS, [_details(c) for c in cells]))
         if len({c.arch for c in cells}) == 1:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -184,22 +185,17 @@ class Kernel(ABC):
         return self.run(rotate(x, spec.scheme.rotation) if spec.scheme.rotation else x, packed, bias, spec)
 
     def verdict(self, request: Request) -> Verdict:
-        """Folds the methods above into a verdict; a kernel that raises here, or returns nonsense, refuses."""
-        return guarded_verdict(self.name, self._fold, request)
-
-    def _fold(self, request: Request) -> Verdict:
-        if not self.serves(request.weight.scheme):
-            return Rejected(
-                self.name, (Reason(f"it does not run {request.weight.scheme.name}"),), unrelated=True
-            )
+        """Folds the methods above into a verdict. Ask through ``guarded_verdict`` a kernel that may raise, or
+        return nonsense.
+        """
+        scheme = request.weight.scheme
+        if not self.serves(scheme):
+            return _unrelated(self.name, f"it does not run {scheme.name}")
         if request.layer not in self.layers:
-            return Rejected(
-                self.name, (Reason(f"it is for {', '.join(self.layers)} layers"),), unrelated=True
-            )
+            return _unrelated(self.name, f"it is for {', '.join(self.layers)} layers")
         reasons = _reasons(self.reasons_against(request))
         if reasons:
             return Rejected(self.name, reasons)
-        scheme = request.weight.scheme
         effective = scheme if self.quantizes_activations else scheme.weight_only
         status = self.status
         if scheme.activation and not self.quantizes_activations:
@@ -216,19 +212,25 @@ class Kernel(ABC):
         )
 
 
+@cache
+def _unrelated(kernel: str, text: str) -> Rejected:
+    """The matrix and the plan hear it many thousand times."""
+    return Rejected(kernel, (Reason(text),), unrelated=True)
+
+
 def _raw(dtype: torch.dtype) -> torch.dtype:
     """The dtype that ``numerics.raw`` views codes and scales as."""
     return raw(torch.empty(0, dtype=dtype, device="cpu")).dtype
 
 
-def guarded_verdict(name: str, ask: Callable[[Request], Verdict], request: Request) -> Verdict:
+def guarded_verdict(kernel: Kernel, request: Request) -> Verdict:
     """What a kernel answers; one that raises or returns nonsense refuses, and says so."""
     try:
-        verdict = ask(request)
+        verdict = kernel.verdict(request)
         check_verdict(verdict)
     except (Exception, SystemExit) as error:  # a stranger's code: a reason, never a crash of the plan
         text = f"the kernel raised {type(error).__name__}: {error}"
-        return Rejected(name, (Reason(text, code=ReasonCode.RAISED),))
+        return Rejected(kernel.name, (Reason(text, code=ReasonCode.RAISED),))
     return verdict
 
 

@@ -85,7 +85,7 @@ def select_kernel(
     """
     requests = [request] if isinstance(request, Request) else list(request)
     request = requests[0]
-    verdicts = tuple(_worst([guarded_verdict(k.name, k.verdict, r) for r in requests]) for k in kernels)
+    verdicts = tuple([_verdict(kernel, requests) for kernel in kernels])
     accepted = [v for v in verdicts if isinstance(v, Accepted)]
     scheme = request.weight.scheme
     exact = [v for v in accepted if v.precision == scheme.precision and v.status is not Status.REFERENCE]
@@ -118,9 +118,13 @@ def select_kernel(
     )
 
 
-def _worst(verdicts: Sequence[Verdict]) -> Verdict:
-    """The refusal among a kernel's verdicts on the weights of one layer, else the first."""
-    return next((v for v in verdicts if isinstance(v, Rejected)), verdicts[0])
+def _verdict(kernel: Kernel, requests: Sequence[Request]) -> Verdict:
+    """The first refusal of the weights of one layer, else the verdict on its first weight."""
+    first = guarded_verdict(kernel, requests[0])
+    if isinstance(first, Rejected):
+        return first
+    others = (guarded_verdict(kernel, request) for request in requests[1:])
+    return next((verdict for verdict in others if isinstance(verdict, Rejected)), first)
 
 
 def _reasons(request: Request, verdicts: Sequence[Verdict]) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 
@@ -43,7 +44,7 @@ class Scheme:
     rotation: int = 0
     solver: Solver | None = field(default=None, compare=False)  # its name is part of the scheme's
 
-    @property
+    @cached_property
     def precision(self) -> str:
         """Bits of weights and activations, for example ``W8A8`` or ``W4A16``."""
         return f"W{self.weight.element.bits}A{self.activation.element.bits if self.activation else 16}"
@@ -57,7 +58,7 @@ class Scheme:
             f"1x{self.activation.group_size}" if self.activation.group_size else "token"
         )
 
-    @property
+    @cached_property
     def weight_only(self) -> Scheme:
         """The same weights with 16-bit activations."""
         return replace(self, activation=None)
