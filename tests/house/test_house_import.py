@@ -100,7 +100,8 @@ def test_the_matrix_imports_neither_modules_nor_what_reads_records():
     """They took half of the time of the command."""
     probe = (
         "import json, sys\nfrom quantport.cli import main\nsys.argv = ['quantport', 'matrix']\n"
-        "try:\n    main()\nexcept SystemExit:\n    pass\nprint(json.dumps(sorted(sys.modules)), file=sys.stderr)"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "print(json.dumps(sorted(sys.modules)), file=sys.stderr)"
     )
     modules = set(json.loads(python("-c", probe).stderr))
     assert "quantport.planning.capability_matrix" in modules
