@@ -811,7 +811,7 @@ HOSTILE = (
     Mutation(
         "C15",
         "sizes of a record are bounded",
-        "core/quantport/checkpoint/quantport_format.py",
+        "core/quantport/checkpoint/record.py",
         "Size = Annotated[int, Field(ge=0, lt=2**40)]",
         "Size = int",
         ("core/checkpoint/test_checkpoint_limits.py::test_sizes_of_a_record",),
