@@ -22,6 +22,7 @@ from quantport_cpu.jit import (
     encode,
     gemv_blocks,
     gemv_bytes,
+    gemv_gguf,
     gemv_int4,
     gguf,
     grouped_small_batch,
@@ -45,6 +46,7 @@ def kernels(whole: bool) -> Iterator[tuple[str, Kernel]]:
         "gemv_bytes.int8": gemv_bytes.int8_kernel,
         "gemv_int4": gemv_int4.int4_kernel,
         "gemv_blocks.nf4": gemv_blocks.kernel("nf4", gemv_blocks.F32_SCALE, 64),
+        "gemv_gguf.q4_k": gemv_gguf.kernel("q4_k"),
         "block_encode.e2m1": block_encode.kernel("e2m1", 16, block_encode.E4M3, True),
         "encode": encode.kernel,
         "q4_k": kquants.kernel("q4_k"),
@@ -65,6 +67,7 @@ def kernels(whole: bool) -> Iterator[tuple[str, Kernel]]:
         "grouped.int8": grouped_small_batch.int8_kernel,
         "grouped.int4": grouped_small_batch.int4_kernel,
     }.items()
+    yield from ((f"gemv_gguf.{name}", gemv_gguf.kernel(name)) for name in gemv_gguf.NUMBERS)
     for name in ("e2m1", "e3m2", "e2m3", "e4m3fn", "fp4", "nf4"):
         for scale, group in (
             (gemv_blocks.E8M0, 32),

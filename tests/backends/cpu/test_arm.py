@@ -56,6 +56,12 @@ def blocks(name: str) -> Any:
     return lambda: small_batch.blocks(X, weight)
 
 
+def gguf(name: str) -> Any:
+    """A call of the kernel for few rows of one block type."""
+    stored = numerics.quantize_weight(W.bfloat16(), BUILTIN[name])
+    return lambda: small_batch.gguf(X, stored["weight_blocks"], name)
+
+
 def int4() -> Any:
     """A call of the int4 kernel for few rows."""
     packed = torch.randint(0, 256, (64, 160), dtype=torch.uint8, generator=torch.Generator().manual_seed(7))
@@ -73,6 +79,9 @@ CALLS = {
     "gemv_int4": int4,
     "gemv_blocks.nf4": lambda: blocks("nf4")(),
     "gemv_blocks.e2m3.0": lambda: blocks("mxfp6_e2m3")(),
+    "gemv_gguf.q4_0": lambda: gguf("q4_0")(),
+    "gemv_gguf.q5_k": lambda: gguf("q5_k")(),
+    "gemv_gguf.q6_k": lambda: gguf("q6_k")(),
     "encode": quantizer("fp8_per_block"),
     "least_squares": quantizer("int4_mse"),
     "q6_k": quantizer("q6_k"),

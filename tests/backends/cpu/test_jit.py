@@ -12,6 +12,7 @@ from quantport.numerics import gguf
 from quantport.numerics.scales import scale_values
 from quantport.scheme import Quant, Scheme
 from quantport.scheme.catalog import BUILTIN
+from quantport.scheme.scheme import GGUF_BYTES
 from quantport_cpu import jit
 from quantport_cpu.kernels.int4 import pack_nibbles
 
@@ -221,6 +222,35 @@ def test_int4(shape: tuple[int, int], name: str, m: int) -> None:
     x = torch.randn(m, k).bfloat16() + 3  # a mean: the nibbles' offset must not cost digits
     packed = quantize.pack_int4(stored["weight_packed"], 64, n, k_pad)
     close(small_batch.int4(x, packed, pairs, group), x, numerics.dequantize_weight(stored, scheme, k))
+
+
+def gguf_blocks(name: str, rows: int, columns: int) -> Tensor:
+    """Blocks of random bytes, with finite scales."""
+    element = BUILTIN[name].weight.element
+    size = GGUF_BYTES[name] * -(-columns // element.block)
+    blocks = torch.randint(0, 256, (rows, size), dtype=torch.uint8)
+    flat = blocks.view(-1, GGUF_BYTES[name])
+    scales = {"q6_k": [209], "q4_k": [1, 3], "q5_k": [1, 3]}.get(name, [1])
+    flat[:, scales] = torch.where(flat[:, scales] & 0x7C == 0x7C, 0x2A, flat[:, scales])
+    return blocks
+
+
+@pytest.mark.parametrize("name", sorted(GGUF_BYTES))
+def test_blocks_of_gguf_decode_to_the_values_of_the_reference(name: str) -> None:
+    blocks = gguf_blocks(name, 37, 1500)
+    got = torch.empty(37, small_batch.gguf_columns(blocks, name))
+    want = gguf.dequantize(blocks, BUILTIN[name].weight.element, got.shape[1])
+    assert torch.equal(small_batch.decode_gguf(blocks, name, got), want)
+
+
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 8, 17])
+@pytest.mark.parametrize("shape", [(1, 7), (129, 704), (520, 1024)], ids=str)
+@pytest.mark.parametrize("name", sorted(GGUF_BYTES))
+def test_gguf(shape: tuple[int, int], name: str, m: int) -> None:
+    (n, k), element = shape, BUILTIN[name].weight.element
+    blocks = gguf_blocks(name, n, k)
+    x = torch.randn(m, k).bfloat16()
+    close(small_batch.gguf(x, blocks, name), x, gguf.dequantize(blocks, element, k))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

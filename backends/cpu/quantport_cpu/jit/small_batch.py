@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from quantport.backend import BackendError, once
-from quantport_cpu.jit import gemv_blocks, gemv_bytes, gemv_int4, int_digits
+from quantport_cpu.jit import gemv_blocks, gemv_bytes, gemv_gguf, gemv_int4, int_digits
 from quantport_cpu.jit.elements import ELEMENTS
 from quantport_cpu.jit.memory import Array, array, constants
 from quantport_cpu.jit.parallel_for import threads_for
@@ -263,6 +263,55 @@ _SCALES = {
 def _value_table(name: str) -> Array:
     """The values of a 4-bit format; zeros for others."""
     return constants(ELEMENTS[name].values or (0.0,) * 16)
+
+
+def gguf_columns(blocks: Tensor, name: str) -> int:
+    """Columns of a weight in whole blocks of GGUF, uint8 ``[N, bytes]``."""
+    number = gemv_gguf.NUMBERS[name]
+    return blocks.shape[1] // gemv_gguf.BYTES[number] * gemv_gguf.COLUMNS[number]
+
+
+def gguf(x: Tensor, blocks: Tensor, name: str) -> Tensor:
+    """x times a weight in blocks of GGUF.
+
+    Args:
+        x: ``[M, K]``, M from 1, K up to the columns of the blocks, any floating dtype.
+        blocks: uint8 ``[N, bytes]``, contiguous.
+        name: The block type.
+
+    Returns:
+        fp32 ``[M, N]``.
+    """
+    m, n, k = x.shape[0], blocks.shape[0], gguf_columns(blocks, name)
+    rows = m if m <= 2 else -(-m // 4) * 4
+    values, out = padded_fp32(x, rows, k), empty_fp32(x, rows, n)
+    _run_gguf(blocks, name, array(values, torch.float32, rows, k), array(out, torch.float32, rows, n), rows)
+    return out if rows == m else out[:m]
+
+
+def decode_gguf(blocks: Tensor, name: str, out: Tensor) -> Tensor:
+    """Writes a weight in blocks of GGUF to ``out`` fp32 ``[N, columns of the blocks]``."""
+    n, k = blocks.shape[0], gguf_columns(blocks, name)
+    _run_gguf(blocks, name, None, array(out, torch.float32, n, k), 0)
+    return out
+
+
+def _run_gguf(blocks: Tensor, name: str, x: Array | None, out: Array, rows: int) -> None:
+    """Writes to ``out`` the products of ``rows`` rows of x, or, without x, the weight."""
+    (n, size), k, span = blocks.shape, gguf_columns(blocks, name), _SPAN if x else 4
+    gemv_gguf.kernel(name)(
+        -(-n // span),
+        x or 0,
+        4 * k,
+        array(blocks, torch.uint8, n, size),
+        n,
+        size // gemv_gguf.BYTES[gemv_gguf.NUMBERS[name]],
+        out,
+        4 * n,
+        rows,
+        span,
+        threads=threads_for(n * k),
+    )
 
 
 def split_into_digits(x: Tensor, rows: int, columns: int, group: int) -> tuple[Array, Array, Array]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from quantport.backend import (
     Claim,
+    Device,
     Evidence,
     GroupedKernel,
     Kernel,
@@ -38,6 +39,13 @@ def split_rows(x: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
     if x.shape[0] <= _SMALL_BATCH:
         return run(x)
     return torch.cat([run(part) for part in x.split(_SMALL_BATCH)])
+
+
+def why_unavailable_on(device: Device) -> str:
+    """Why the compiled kernel does not run on a device, or '' where it does."""
+    if not device.simulated:
+        return why_unavailable()
+    return "the compiled kernels need AVX2, or 64-bit Arm" if device.arch.name == "generic" else ""
 
 
 @cache

@@ -11,20 +11,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quantport.backend import Device, Packed, Reason, Request, Scheme, WeightSpec, numerics
-from quantport_cpu.jit import why_unavailable
-from quantport_cpu.kernels.base import CpuKernel, multiply_by_panels
+from quantport.backend import Packed, Reason, Request, Scheme, WeightSpec, numerics
+from quantport_cpu.kernels.base import CpuKernel, multiply_by_panels, why_unavailable_on
 
 _FORMATS = ("e2m1", "e2m3", "e3m2", "e4m3fn", "nf4", "fp4")
 _OUTER = 512  # columns that share an outer scale
 _SMALL_BATCH = 32  # up to this many rows, multiplying codes beats decoding panels
-
-
-def _why_unavailable_on(device: Device) -> str:
-    """Why the compiled kernel does not run on a device, or '' where it does."""
-    if not device.simulated:
-        return why_unavailable()
-    return "the compiled kernels need AVX2, or 64-bit Arm" if device.arch.name == "generic" else ""
 
 
 class CpuBlocks(CpuKernel):
@@ -51,7 +43,7 @@ class CpuBlocks(CpuKernel):
         )
 
     def reasons_against(self, request: Request) -> Sequence[Reason]:
-        reasons = [Reason(reason)] if (reason := _why_unavailable_on(request.device)) else []
+        reasons = [Reason(reason)] if (reason := why_unavailable_on(request.device)) else []
         if request.weight.k % 32:
             reasons.append(Reason(f"it takes K in multiples of 32, not {request.weight.k}"))
         return reasons

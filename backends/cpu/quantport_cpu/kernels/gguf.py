@@ -1,0 +1,49 @@
+"""GGUF blocks, weight-only: q4_0, q8_0, q4_k, q5_k and q6_k.
+
+Weights stay as they are stored. Few rows of activations are multiplied in one pass over the blocks; for many,
+panels of rows that stay in cache are decoded to fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from quantport.backend import Packed, Reason, Request, Scheme, WeightSpec
+from quantport_cpu.kernels.base import CpuKernel, multiply_by_panels, why_unavailable_on
+
+_SMALL_BATCH = 16  # up to this many rows, multiplying blocks beats decoding panels
+
+
+class CpuGguf(CpuKernel):
+    """W4A16 to W8A16 of GGUF blocks."""
+
+    name = "cpu.gguf"
+    tolerance = 2.0**-7
+    made_of = "compiled on the machine by numba"
+
+    def serves(self, scheme: Scheme) -> bool:
+        return scheme.weight.element.block > 0
+
+    def reasons_against(self, request: Request) -> Sequence[Reason]:
+        reason = why_unavailable_on(request.device)
+        return [Reason(reason)] if reason else []
+
+    def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
+        from quantport_cpu.jit import small_batch
+
+        (blocks,), name, rows = packed, spec.scheme.weight.format, x.shape[0]
+        if not rows:
+            y = x.new_zeros(0, spec.n, dtype=torch.float32)
+        elif rows <= _SMALL_BATCH:
+            y = small_batch.gguf(x, blocks, name)
+        else:
+            values = small_batch.padded_fp32(x, rows, small_batch.gguf_columns(blocks, name))
+            y = multiply_by_panels(
+                values,
+                spec.n,
+                lambda r, panel: small_batch.decode_gguf(blocks[r : r + len(panel)], name, panel),
+            )
+        return (y if bias is None else y.add_(bias)).to(x.dtype)
