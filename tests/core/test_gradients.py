@@ -15,7 +15,9 @@ from torch import nn
 import quantport
 from quantport import numerics
 from quantport.errors import NoTensorError
+from quantport.kernels.base import WeightSpec
 from quantport.modules import QuantExperts, QuantLinear, ops
+from quantport.plugins.registry import default_registry
 from quantport.scheme.catalog import BUILTIN
 
 
@@ -142,6 +144,35 @@ def test_compiled_experts_refuse_a_gradient(experts):
     with pytest.raises(Exception, match="gradient through compiled quantized experts") as caught:
         torch.compile(experts, backend="aot_eager")(x.requires_grad_(), index, weights).sum().backward()
     assert "without torch.compile" in str(caught.value)
+
+
+@pytest.mark.parametrize("kernel", ["torch.dequantize", "cpu.int8_weight_only"])
+@pytest.mark.parametrize("wanted", [None, "activations", "routing"])
+def test_a_graph_of_experts_has_autograd_where_a_gradient_is_wanted(kernel, wanted):
+    registry = default_registry()
+    spec, down = (WeightSpec(registry.schemes["int8_weight_only"], *shape) for shape in ((32, 64), (64, 32)))
+    module = QuantExperts(registry.kernel(kernel), spec, down, 2, "silu")
+    for name, each in module.specs.items():
+        module.set_weight(name, numerics.quantize_weight(randn(each.n, each.k).bfloat16(), each.scheme))
+    x, index, weights = randn(3, 64).bfloat16(), torch.arange(6).view(3, 2) % 2, torch.ones(3, 2).bfloat16()
+    given = (x.requires_grad_(wanted == "activations"), index, weights.requires_grad_(wanted == "routing"))
+    called = []
+
+    def look(graph, inputs):
+        called.extend(str(node.target) for node in graph.graph.nodes if "quantport" in str(node.target))
+        return graph
+
+    torch._dynamo.reset()
+    y = torch.compile(module, fullgraph=True, backend=look)(*given)
+    program = torch.export.export(module, given)
+    called += [str(node.target) for node in program.graph.nodes if "quantport" in str(node.target)]
+    operator = "quantport.experts" if module.layout.one_launch else "quantport.experts_loop"
+    assert [name.removesuffix(".default") for name in called] == [
+        operator if wanted else f"{operator}_no_grad",
+        operator,
+    ]
+    assert torch.equal(y, module(*given))
+    assert y.requires_grad == bool(wanted)
 
 
 @pytest.mark.parametrize("ask", ["data", "clone", "T", "device_mesh"])

@@ -134,11 +134,14 @@ class QuantExperts(QuantModule):
             x = ops.autocast(hidden_states)
             with torch.autocast(x.device.type, enabled=False):
                 return self.forward(x, top_k_index, top_k_weights).to(hidden_states.dtype)
+        wants = ops.wants_gradient(hidden_states, top_k_weights)
         if torch.compiler.is_compiling():
-            run = torch.ops.quantport.experts if self._one_launch else torch.ops.quantport.experts_loop
+            name = "experts" if self._one_launch else "experts_loop"
+            if not wants and not torch.compiler.is_exporting():  # as for a linear layer
+                name += "_no_grad"
+            run = getattr(torch.ops.quantport, name)
             y: Tensor = run(hidden_states, top_k_index, top_k_weights, *self.operands())
             return y
-        wants = torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad)
         packed, multiply = self._group_weights(), ops.run_linear if wants else None
         return run_experts(hidden_states, top_k_index, top_k_weights, self.layout, packed, multiply)
 

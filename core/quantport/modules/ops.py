@@ -6,8 +6,10 @@ again in another process: see ``quantport.modules.handles``.
 
 ``quantport::linear`` is differentiable in the activations and the bias: ``dX = dY W`` with the dequantized
 weight, and the quantization of activations is passed straight through (as if it rounded nothing; Bengio et
-al., arXiv:1308.3432). Weights get no gradient: codes have none. Where nobody wants a gradient graphs call
-``quantport::linear_no_grad``: the autograd of an operator in Python costs more than all else of its dispatch.
+al., arXiv:1308.3432). Weights get no gradient: codes have none. ``quantport::experts`` has
+none either: outside of graphs it is that of each projection. Where nobody wants a gradient graphs call
+``quantport::linear_no_grad`` and ``quantport::experts_no_grad``: the autograd of an operator in Python costs
+more than all else of its dispatch.
 """
 
 from __future__ import annotations
@@ -41,8 +43,9 @@ _LIB.define(
     tags=_HOST_WAITS,
 )
 _EXPERTS = "(Tensor x, Tensor index, Tensor weights, Tensor[] packed, int[] sizes, str handle) -> Tensor"
-_LIB.define(f"experts{_EXPERTS}")
-_LIB.define(f"experts_loop{_EXPERTS}", tags=_HOST_WAITS)
+for _suffix in ("", "_no_grad"):
+    _LIB.define(f"experts{_suffix}{_EXPERTS}")
+    _LIB.define(f"experts_loop{_suffix}{_EXPERTS}", tags=_HOST_WAITS)
 
 
 def linear(bound: BoundWeight, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
@@ -53,7 +56,7 @@ def linear(bound: BoundWeight, x: Tensor, packed: Packed, bias: Tensor | None) -
         x, bias = autocast(x), None if bias is None else autocast(bias)
         with torch.autocast(x.device.type, enabled=False):  # kernels choose their dtypes themselves
             return linear(bound, x, packed, bias)
-    if not torch.compiler.is_compiling() or _wants_gradient(x, bias):
+    if not torch.compiler.is_compiling() or wants_gradient(x, bias):
         return run_linear(bound, x, packed, bias)
     if torch.compiler.is_exporting():  # no guard asks again, when it runs, whether a gradient is wanted
         z: Tensor = torch.ops.quantport.linear(x, packed, bias, bound.handle)
@@ -79,14 +82,15 @@ def run_linear(bound: BoundWeight, x: Tensor, packed: Packed, bias: Tensor | Non
     """Runs a kernel on activations of any rank: ``[..., k]`` to ``[..., n]``; differentiable where a gradient
     is asked for.
     """
-    if _wants_gradient(x, bias):
+    if wants_gradient(x, bias):
         y: Tensor = torch.ops.quantport.linear(x, packed, bias, bound.handle)
         return y
     return _run(bound.kernel, x, packed, bias, bound.spec)
 
 
-def _wants_gradient(x: Tensor, bias: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+def wants_gradient(x: Tensor, other: Tensor | None) -> bool:
+    """Whether a gradient is asked for, of activations or of what else may have one."""
+    return torch.is_grad_enabled() and (x.requires_grad or (other is not None and other.requires_grad))
 
 
 def _check_width(x: Tensor, k: int) -> None:
@@ -259,6 +263,7 @@ def _no_backward(ctx: Any, grad: Tensor) -> None:
 
 
 for _name in ("experts", "experts_loop"):
-    torch.library.impl(_LIB, _name, "CompositeExplicitAutograd")(_experts)
-    torch.library.register_fake(f"quantport::{_name}", _experts_fake, lib=_LIB)
+    for _each in (_name, f"{_name}_no_grad"):
+        torch.library.impl(_LIB, _each, "CompositeExplicitAutograd")(_experts)
+        torch.library.register_fake(f"quantport::{_each}", _experts_fake, lib=_LIB)
     torch.library.register_autograd(f"quantport::{_name}", _no_backward, lib=_LIB)

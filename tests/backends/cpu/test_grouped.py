@@ -8,8 +8,9 @@ import torch
 from quantport import numerics
 from quantport.kernels.base import Request, WeightSpec
 from quantport.kernels.grouped import loop_over_groups
+from quantport.modules import QuantExperts
 from quantport.plugins.registry import default_registry
-from quantport_cpu.kernels import fp8, int4, int8
+from quantport_cpu.kernels import blocks, fp8, gguf, int4, int8
 from quantport_cpu.kernels.base import CpuGrouped, RowRange, jobs_and_weights, scales_by_row
 
 COUNTS = (1, 0, 2, 3, 7, 8, 13, 0, 70)
@@ -70,6 +71,34 @@ def test_without_compiled_code_it_is_the_loop(monkeypatch):
     stack = kernel.prepare_grouped([tuple(p.values()) for p in packed])
     y = kernel.run_grouped(torch.ones(3, 64).bfloat16(), torch.tensor([0, 1, 3]), stack, None, spec)
     assert y.shape == (3, 32)
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "mxfp4_dualscale", "nvfp4", "nf4", "fp6", "mxfp8", "q4_0", "q6_k"])
+def test_experts_of_block_formats_lie_in_stacks(name):
+    """A graph passes a tensor for each that a weight has; no bit differs from experts one by one."""
+    scheme, kernel = (
+        default_registry().schemes[name],
+        (gguf.CpuGguf if name.startswith("q") else blocks.CpuBlocks)(),
+    )
+    up, down = WeightSpec(scheme, 96, 64), WeightSpec(scheme, 64, 96)
+    if kernel.reasons_against(Request(up, "moe", default_registry().device("cpu"))):
+        pytest.skip("no compiled code for it here")
+    torch.manual_seed(0)
+    module, packed = QuantExperts(kernel, up, down, 3, "silu"), {}
+    for weight, spec in module.specs.items():
+        stored = numerics.quantize_weight(torch.randn(spec.n, spec.k).bfloat16(), scheme)
+        packed[weight] = kernel.pack(stored, spec)
+        module.set_weight(weight, stored)
+    x, routing = torch.randn(3, 64).bfloat16(), torch.ones(3, 1).bfloat16()
+    with torch.no_grad():
+        y = torch.compile(module, fullgraph=True, backend="aot_eager")(
+            x, torch.tensor([[2], [0], [2]]), routing
+        )
+    assert len(module.operands()[0]) == 2 * len(packed["0.up_proj"])
+    for expert, rows in ((0, [1]), (2, [0, 2])):
+        gate, rise = (kernel.run(x[rows], packed[f"{expert}.{p}_proj"], None, up) for p in ("gate", "up"))
+        between = torch.nn.functional.silu(gate) * rise
+        assert torch.equal(y[rows], kernel.run(between, packed[f"{expert}.down_proj"], None, down))
 
 
 def test_jobs_and_scales():

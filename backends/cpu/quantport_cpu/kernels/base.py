@@ -112,7 +112,34 @@ class CpuKernel(Kernel):
         return tuned.claim(results, ", with numba" if tuned.table.get("compiled") else "")
 
 
-class CpuGrouped(GroupedKernel, CpuKernel):
+class CpuStacked(GroupedKernel, CpuKernel):
+    """A kernel that multiplies one group after another, by weights that lie in one stack.
+
+    A compiled graph checks and passes each of its tensors at every call: a few stacks, and not the tensors of
+    every expert.
+    """
+
+    def run_grouped(
+        self,
+        x: Tensor,
+        offsets: Tensor,
+        stack: Packed,
+        bias: Tensor | None,
+        spec: WeightSpec,
+        shared: int = 1,
+    ) -> Tensor:
+        return loop_over_groups(
+            lambda rows, packed, part: self.run(rows, packed, part, spec),
+            x,
+            offsets.tolist(),
+            lambda g, j: self.expert_view(stack, g, j),
+            bias,
+            spec.n,
+            shared,
+        )
+
+
+class CpuGrouped(CpuStacked):
     """A kernel with compiled code that multiplies all small groups, gate and up together, in one launch."""
 
     def small_group_rows(self, spec: WeightSpec) -> int:
@@ -137,15 +164,7 @@ class CpuGrouped(GroupedKernel, CpuKernel):
         bounds, limit = offsets.tolist(), self.small_group_rows(spec)
         groups = [RowRange(g, a, b) for g, (a, b) in enumerate(pairwise(bounds)) if 0 < b - a <= limit]
         if not groups or bias is not None:
-            return loop_over_groups(
-                lambda rows, packed, part: self.run(rows, packed, part, spec),
-                x,
-                bounds,
-                lambda g, j: self.expert_view(stack, g, j),
-                bias,
-                spec.n,
-                shared,
-            )
+            return super().run_grouped(x, offsets, stack, bias, spec, shared)
         count = sum(b - a for _, a, b in groups)
         if count == x.shape[0]:
             return self.run_small_groups(x, groups, stack, spec, shared).to(x.dtype)

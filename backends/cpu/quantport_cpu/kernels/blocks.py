@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 from quantport.backend import Packed, Reason, Request, Scheme, WeightSpec, numerics
-from quantport_cpu.kernels.base import CpuKernel, multiply_by_panels, why_unavailable_on
+from quantport_cpu.kernels.base import CpuStacked, multiply_by_panels, why_unavailable_on
 
 _FORMATS = ("e2m1", "e2m3", "e3m2", "e4m3fn", "nf4", "fp4")
 _OUTER = 512  # columns that share an outer scale
 _SMALL_BATCH = 32  # up to this many rows, multiplying codes beats decoding panels
 
 
-class CpuBlocks(CpuKernel):
+from quantport.backend import Packed, Reason, Request, Scheme, WeightSpec, numerics
+from quantport_cpu.kernels.base import CpuStacked, multiply_by_panels, why_unavailable_on
     """W4A16, W6A16 and W8A16 of block formats."""
 
     name = "cpu.blocks"

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from quantport.backend import Packed, Reason, Request, Scheme, WeightSpec
-from quantport_cpu.kernels.base import CpuKernel, multiply_by_panels, why_unavailable_on
+from quantport_cpu.kernels.base import CpuStacked, multiply_by_panels, why_unavailable_on
 
 _SMALL_BATCH = 16  # up to this many rows, multiplying blocks beats decoding panels
 
 
-class CpuGguf(CpuKernel):
+class CpuGguf(CpuStacked):
     """W4A16 to W8A16 of GGUF blocks."""
 
     name = "cpu.gguf"
