@@ -8,18 +8,24 @@ import copy
 import gc
 import json
 import pickle
+import subprocess
+import sys
 import weakref
 
 import pytest
 import torch
 from core_models import DENSE, MOE, Tiny, made, same_state, write
 from core_references import check_parts
+from core_tiny import tiny_config
+from core_transformers import tiny
+from torch import nn
 
 import quantport
 from quantport.checkpoint import Checkpoint
 from quantport.errors import CheckpointError, SaveError
 
 transformers = pytest.importorskip("transformers")
+huggingface_hub = pytest.importorskip("huggingface_hub")
 
 
 @pytest.fixture(scope="module")
@@ -78,12 +84,60 @@ def test_adapters_are_saved(tmp_path):
         assert [p.name for p in tmp_path.glob("*.safetensors")] == ["adapter_model.safetensors"]
 
 
-def test_what_a_model_around_a_quantized_one_writes_is_not_read_as_weights(tmp_path):
-    """Nothing tells the model around it; but both have one configuration."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(DENSE, dtype=torch.bfloat16)
-    quantport.quantize_(model.model, "int8")
-    model.save_pretrained(tmp_path / "out")
+class OfTheHub(nn.Module, huggingface_hub.PyTorchModelHubMixin):
+    def __init__(self):
+        super().__init__()
+        self.part = made()
+
+
+def encoder_decoder():
+    """Transformers looks for no mark in the configuration of an encoder."""
+    encoder, decoder = (tiny_config(transformers.BertConfig, own) for own in ({}, DECODES))
+    return transformers.EncoderDecoderModel(
+        encoder=transformers.BertModel(encoder), decoder=transformers.BertLMHeadModel(decoder)
+    )
+
+
+DECODES = {"is_decoder": True, "add_cross_attention": True}
+WHOLES = {
+    "model": (lambda: tiny("llama"), "model"),
+    "layers.0": (lambda: tiny("llama"), "model.layers.0"),
+    "vision": (lambda: tiny("llava"), "model.vision_tower"),
+    "encoder": (encoder_decoder, "encoder"),
+    "hub": (OfTheHub, "part"),
+}
+
+
+@pytest.mark.parametrize("name", WHOLES)
+def test_a_model_with_a_quantized_part_is_not_saved_by_others(name, tmp_path):
+    make, part = WHOLES[name]
+    model = make()
+    quantport.quantize_(model.get_submodule(part), "int8")
+    refused(model.save_pretrained, tmp_path / "out")
+    refused(lambda folder: type(model).save_pretrained(model, folder), tmp_path / "out")
+
+
+def test_what_is_not_quantized_is_saved_as_ever(tmp_path):
+    for i, model in enumerate((tiny("llama"), tiny("llava"), OfTheHub())):
+        model.save_pretrained(tmp_path / str(i))
+        assert list((tmp_path / str(i)).glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("part", ["model", "model.layers", "model.layers.1"])
+def test_what_is_written_of_the_state_of_a_quantized_model_is_not_read_as_weights(part, tmp_path):
+    """As accelerate does; the blocks of a model have one configuration with it."""
+    model = tiny("llama")
+    quantport.quantize_(model.get_submodule(part), "int8")
+    model.config.save_pretrained(write(tmp_path / "out", model))
     not_read(tmp_path / "out")
+
+
+def test_a_copy_in_another_process_is_not_saved_by_others(model, tmp_path):
+    (tmp_path / "copy").write_bytes(pickle.dumps(model))
+    code = f"import pickle; pickle.load(open({str(tmp_path / 'copy')!r}, 'rb')).save_pretrained('out')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert "SaveError" in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def not_read(folder):

@@ -130,22 +130,34 @@ COMPUTES_SOMETHING_ELSE = (
     Mutation(
         "A3",
         "a quantized model refuses to be saved by others",
-        "core/quantport/loading/stock_save.py",
-        "setattr(module, method, RefusedSave(module, method))",
+        "core/quantport/modules/stock_save.py",
+        "setattr(saver, method, _guarded(getattr(saver, method), method, kind))",
         "pass",
         (
             "core/test_stock_save.py::test_saving_by_others_is_refused",
             "core/test_stock_save.py::test_of_a_copy",
             "core/test_stock_save.py::test_by_the_trainer",
+            "core/test_stock_save.py::test_a_model_with_a_quantized_part_is_not_saved_by_others",
         ),
     ),
     Mutation(
         "A3",
+        "a copy in another process does too",
+        "core/quantport/modules/base.py",
+        """        refuse_stock_save(QuantModule)
+        weights =""",
+        "        weights =",
+        ("core/test_stock_save.py::test_a_copy_in_another_process_is_not_saved_by_others",),
+    ),
+    Mutation(
+        "A3",
         "the configuration of a part is marked",
-        "core/quantport/loading/stock_save.py",
+        "core/quantport/loading/mark_configs.py",
         "config.quantization_config = dict(MARK)",
         "pass",
-        ("core/test_stock_save.py::test_what_a_model_around_a_quantized_one_writes_is_not_read_as_weights",),
+        (
+            "core/test_stock_save.py::test_what_is_written_of_the_state_of_a_quantized_model_is_not_read_as_weights",
+        ),
     ),
     Mutation(
         "A3",

@@ -20,12 +20,12 @@ from quantport.loading.build_context import as_usual, collecting_later
 from quantport.loading.executor import Progress, run_tasks
 from quantport.loading.fill_model import ModelFiller, module_path
 from quantport.loading.locate import Source, named, open_checkpoint
+from quantport.loading.mark_configs import mark_configs
 from quantport.loading.place_tensors import HeldDtypes, main_dtype, place_tensors
 from quantport.loading.plan_model import merge, refuse_nothing, warn
 from quantport.loading.renamed import renamed
 from quantport.loading.settle_ties import settle_ties, tie_again, tied_groups
 from quantport.loading.skeleton import Factory, build
-from quantport.loading.stock_save import refuse_stock_save
 from quantport.loading.stored_config import as_stored, refuse_weights
 from quantport.loading.swap_modules import match_modules
 from quantport.model.layers import Layer, find_renamed_experts
@@ -102,7 +102,7 @@ def load(
         warn(decided.warnings[len(made.plan.warnings) :])
         if made.cache:
             made.cache.install()
-        refuse_stock_save(made.model)
+        mark_configs(made.model)
     return made.model
 
 

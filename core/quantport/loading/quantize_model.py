@@ -12,9 +12,9 @@ from quantport.errors import ConfigError
 from quantport.kvcache import default_cache
 from quantport.loading.arguments import require_module
 from quantport.loading.executor import Progress, Task, run_tasks
+from quantport.loading.mark_configs import mark_configs
 from quantport.loading.plan_model import plan, refuse_nothing, warn
 from quantport.loading.renamed import renamed
-from quantport.loading.stock_save import refuse_stock_save
 from quantport.loading.swap_modules import by_module, make_module, swap_modules
 from quantport.loading.weight_tasks import quantize_tasks, select
 from quantport.model.layers import Part
@@ -90,6 +90,6 @@ def quantize_(
     swap_modules(model, new)
     if cache:
         cache.install()
-    refuse_stock_save(model)
+    mark_configs(model)
     model.quantport_plan = decided  # type: ignore[assignment]  # a note on the model, not a submodule
     return decided

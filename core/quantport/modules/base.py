@@ -18,6 +18,7 @@ from quantport.kernels.base import Kernel, Packed, Request, StoredWeight, Weight
 from quantport.kernels.packing import check_stored, pack_steps, unpack_steps
 from quantport.modules import handles
 from quantport.modules.handles import BoundWeight
+from quantport.modules.stock_save import refuse_stock_save
 from quantport.numerics.by_rows import QuantizedRows
 from quantport.numerics.sharding import shard_dims
 from quantport.planning.select_kernel import select_kernel
@@ -84,6 +85,7 @@ class QuantModule(EmptyWeight):
     ) -> None:
         # not super(): a QuantLinear is an nn.Linear too, which would make a 16-bit weight
         nn.Module.__init__(self)
+        refuse_stock_save(QuantModule)
         # past ``Module.__setattr__``, which looks for parameters: a model has thousands of these
         self.__dict__.update(
             registry=registry or default_registry(),
@@ -337,6 +339,7 @@ class QuantModule(EmptyWeight):
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        refuse_stock_save(QuantModule)
         weights = state.pop("_packed")
         super().__setstate__({**state, "_packed": {}})  # type: ignore[no-untyped-call]  # torch has no types here
         find = self.registry.kernel
