@@ -15,9 +15,10 @@ from core_fakes import FakeBackend, FakeKernel, arch, backend_plugin, device, pl
 from core_models import DENSE
 from core_references import check_parts
 
+from quantport import plan
 from quantport.cli import doctor
 from quantport.device import Device
-from quantport.errors import ConfigError
+from quantport.errors import BackendError, ConfigError
 from quantport.kernels.base import Request, WeightSpec
 from quantport.kernels.verdict import Accepted, Claim, Evidence, Rejected, Status
 from quantport.planning.select_kernel import select_kernel
@@ -255,6 +256,25 @@ def test_a_verdict_that_raises_or_is_nonsense_is_a_refusal(monkeypatch, method, 
     refused = choice.verdicts[0]
     assert isinstance(refused, Rejected)
     assert named in refused.reasons[0].text
+
+
+@pytest.mark.parametrize(
+    ("layout", "named"),
+    [
+        (lambda spec: 1 / 0, "ZeroDivisionError"),
+        (lambda spec: sys.exit("no"), "SystemExit: no"),
+        (lambda spec: "by rows", "it is 'by rows'"),
+        (lambda spec: ((64, 64), 1), "it is ((64, 64), 1)"),
+    ],
+)
+def test_a_packed_layout_that_raises_or_is_nonsense_is_an_error_by_name(monkeypatch, layout, named):
+    bad = FakeKernel("bad.k", quantizes=True)
+    monkeypatch.setattr(bad, "packed_layout", layout)
+    backend = FakeBackend("acme", found=[device("acme")], kernels=[bad])
+    registry = Registry([backend_plugin(monkeypatch, "acme", backend)])
+    with pytest.raises(BackendError) as caught:
+        plan(DENSE, "int8", device="acme", registry=registry)
+    check_parts(caught.value, "bad.k", "packed layout", named)
 
 
 def test_doctor_shows_a_verdict_that_is_nonsense(monkeypatch):

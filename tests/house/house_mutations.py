@@ -723,6 +723,16 @@ HALF_A_JOB = (
 HOSTILE = (
     Mutation(
         "C14",
+        "a packed layout is checked",
+        "core/quantport/kernels/packing.py",
+        "except (Exception, SystemExit) as error:",
+        "except KeyboardInterrupt as error:",
+        (
+            "core/test_hostile_plugins.py::test_a_packed_layout_that_raises_or_is_nonsense_is_an_error_by_name",
+        ),
+    ),
+    Mutation(
+        "C14",
         "a plugin has so much time",
         "core/quantport/plugins/guard.py",
         "thread.join(max(0.0, deadline - time.monotonic()))",

@@ -9,10 +9,29 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from quantport.errors import WeightError
-from quantport.kernels.base import Kernel, Packed, PackedTensor, StoredWeight, WeightSpec
+from quantport.errors import BackendError, WeightError
+from quantport.kernels.base import Kernel, Packed, PackedLayout, PackedTensor, StoredWeight, WeightSpec
 from quantport.numerics.by_rows import QuantizedRows, join_steps, rows_of_step
 from quantport.numerics.elements import bits
+
+
+def layout_of(kernel: Kernel, spec: WeightSpec) -> PackedLayout | None:
+    """What ``kernel.packed_layout`` answers.
+
+    Raises:
+        BackendError: it raises or returns nonsense, and is named.
+    """
+    try:
+        layout = kernel.packed_layout(spec)
+        if not isinstance(layout, PackedLayout | None):
+            raise TypeError(f"it is {layout!r}: return a PackedLayout, or None")
+    except (Exception, SystemExit) as error:  # a stranger's code
+        raise BackendError(
+            f"the packed layout of {spec.scheme.name} [{spec.n}, {spec.k}] by kernel {kernel.name}",
+            f"{type(error).__name__}: {error}",
+            "a version of its backend that answers, or another device",
+        ) from error
+    return layout
 
 
 def pack_steps(kernel: Kernel, spec: WeightSpec, steps: Iterable[QuantizedRows], name: str = "") -> Packed:
@@ -31,7 +50,7 @@ def pack_steps(kernel: Kernel, spec: WeightSpec, steps: Iterable[QuantizedRows],
     steps = iter(steps)
     first = next(steps)
     alone = first.stop == spec.n
-    layout = None if alone else kernel.packed_layout(spec)
+    layout = None if alone else layout_of(kernel, spec)
     if layout is None:
         every = first.stored if alone else join_steps(chain((first,), steps), spec.scheme, (spec.n, spec.k))
         check_stored(every, spec, name)
@@ -53,7 +72,7 @@ def unpack_steps(kernel: Kernel, packed: Packed, spec: WeightSpec, elements: int
     """The stored tensors of a packed weight: of about so many elements at a time where the kernel packs by
     rows, else of the whole weight.
     """
-    layout = kernel.packed_layout(spec)
+    layout = layout_of(kernel, spec)
     rows = rows_of_step(spec.scheme, spec.n, spec.k, elements, layout.block) if layout else spec.n
     if rows >= spec.n:
         yield QuantizedRows(0, spec.n, kernel.unpack(packed, spec))

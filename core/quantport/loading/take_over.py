@@ -10,6 +10,7 @@ from torch import Tensor
 
 from quantport.checkpoint import QuantizedWeight, TensorSource
 from quantport.kernels.base import WeightSpec
+from quantport.kernels.packing import layout_of
 from quantport.loading.executor import Task
 from quantport.modules import QuantExperts, QuantModule
 from quantport.numerics.by_rows import QuantizedRows, stored_slices
@@ -39,7 +40,7 @@ def take_over_tasks(
         if weight.keys and kernel.keeps_layout and _may_stay(source, device):
             yield Task(weight.tensors[0], size, partial(_map, module, name, weight, source))
             continue
-        layout = None if isinstance(module, QuantExperts) else kernel.packed_layout(spec)
+        layout = None if isinstance(module, QuantExperts) else layout_of(kernel, spec)
         rows = step_rows(spec, module.dtype, layout) if weight.keys else spec.n
         whole = 0 if layout and rows < spec.n else size
         steps = partial(_steps, weight, spec, source, device, rows)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from quantport import numerics
 from quantport.kernels.base import Kernel, StoredWeight, WeightSpec
+from quantport.kernels.packing import layout_of
 from quantport.loading.executor import Task
 from quantport.model.layers import Part
 from quantport.modules import QuantModule
@@ -109,7 +110,7 @@ def quantize_on(
 
     shape, large = (spec.n, spec.k), spec.n * spec.k * dtype.itemsize > STEP
     if large:
-        count = step_rows(spec, dtype, kernel.packed_layout(spec) if kernel else None)
+        count = step_rows(spec, dtype, layout_of(kernel, spec) if kernel else None)
         steps = quantize_steps(rows, shape, spec.scheme, count, quantize, name=name, nonfinite=nonfinite)
     else:
         with rows(0, spec.n) as values:

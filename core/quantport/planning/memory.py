@@ -9,6 +9,7 @@ import torch
 
 from quantport.errors import BudgetError, ConfigError
 from quantport.kernels.base import Kernel, PackedLayout, WeightSpec
+from quantport.kernels.packing import layout_of
 from quantport.numerics.blocks import LARGE, padded
 from quantport.numerics.by_rows import rows_of_step, spans_rows
 
@@ -96,7 +97,7 @@ def peak_bytes(
 
 def peak_with(kernel: Kernel | None, spec: WeightSpec, source: torch.dtype, *, read: bool = True) -> int:
     """`peak_bytes` of a weight that a kernel packs; as a whole where that is None."""
-    return peak_bytes(spec, source, kernel.packed_layout(spec) if kernel else None, read=read)
+    return peak_bytes(spec, source, layout_of(kernel, spec) if kernel else None, read=read)
 
 
 def resolve_budget(requested: int | None, peaks: Mapping[str, int]) -> int:
