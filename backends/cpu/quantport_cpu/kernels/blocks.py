@@ -19,8 +19,7 @@ _OUTER = 512  # columns that share an outer scale
 _SMALL_BATCH = 32  # up to this many rows, multiplying codes beats decoding panels
 
 
-from quantport.backend import Packed, Reason, Request, Scheme, WeightSpec, numerics
-from quantport_cpu.kernels.base import CpuStacked, multiply_by_panels, why_unavailable_on
+class CpuBlocks(CpuStacked):
     """W4A16, W6A16 and W8A16 of block formats."""
 
     name = "cpu.blocks"
