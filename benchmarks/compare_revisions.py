@@ -114,16 +114,13 @@ def loads(public: Any, folder: Path) -> dict[str, float]:
 
 
 def digests(public: Any, folder: Path) -> dict[str, str]:
-    """A digest of what a load stores, by scheme."""
-    from quantport.scheme.catalog import BUILTIN
-
+    """A digest of the tensors that a load stores, by scheme; whatever their names are."""
     stored = {}
-    for scheme in BUILTIN:
-        content = hashlib.sha256()
-        model = public.load(folder / "tiny", scheme, device="cpu")
-        for name, tensor in sorted(model.state_dict().items()):
-            content.update(name.encode() + tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        stored[scheme] = content.hexdigest()
+    for scheme in public.schemes:
+        model = public.load(folder / "tiny-llama", scheme, device="cpu")
+        tensors = (t.contiguous().view(-1).view(torch.uint8).numpy() for t in model.state_dict().values())
+        each = sorted(hashlib.sha256(content).hexdigest() for content in tensors)
+        stored[scheme] = hashlib.sha256("".join(each).encode()).hexdigest()
     return stored
 
 
@@ -184,6 +181,7 @@ def checkpoints(folder: Path) -> None:
     make(folder / "dense", layers=1)
     save_tensors(folder / "experts", tensors(1, False), files={"config.json": json.dumps(config(1)).encode()})
     (folder / "tiny").symlink_to(ROOT / "examples" / "models" / "tiny-qwen3-moe")
+    (folder / "tiny-llama").symlink_to(ROOT / "examples" / "models" / "tiny-llama")
     headers(folder / "headers")
 
 
@@ -224,6 +222,7 @@ def compare(revision: str, rounds: int, folder: Path) -> str:
     subprocess.run(["tar", "x"], cwd=earlier, check=True, input=archive.stdout)
     trees = {revision: earlier, "this": ROOT}
     checkpoints(folder)
+    old, new = (run(tree, "digests", folder) for tree in trees.values())
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in trees}
     for _ in range(rounds):
         for name, tree in trees.items():
@@ -236,7 +235,6 @@ def compare(revision: str, rounds: int, folder: Path) -> str:
     rows = [
         [key, f"{before[key]:.4g}", f"{after[key]:.4g}", f"{after[key] / before[key]:.2f}"] for key in before
     ]
-    old, new = (run(tree, "digests", folder) for tree in trees.values())
     differ = sorted(scheme for scheme in old if new.get(scheme) != old[scheme])
     said = f"What a load stores: {len(old) - len(differ)} of {len(old)} schemes are equal byte for byte" + (
         f"; not {', '.join(differ)}." if differ else "."

@@ -20,6 +20,7 @@ import llvmlite.binding as llvm
 from quantport_cpu.jit import (
     block_encode,
     encode,
+    gemm_int8,
     gemv_blocks,
     gemv_bytes,
     gemv_gguf,
@@ -42,6 +43,7 @@ ARM = ("aarch64-linux-gnu", "generic", "+neon,+fp-armv8")
 def kernels(whole: bool) -> Iterator[tuple[str, Kernel]]:
     """A kernel for each kind of code, or every kernel."""
     yield from {
+        "gemm_int8": gemm_int8.kernel(),
         "gemv_bytes.fp8": gemv_bytes.fp8_kernel,
         "gemv_bytes.int8": gemv_bytes.int8_kernel,
         "gemv_int4": gemv_int4.int4_kernel,
@@ -54,6 +56,7 @@ def kernels(whole: bool) -> Iterator[tuple[str, Kernel]]:
     if not whole:
         return
     yield from {
+        "gemm_int8.prepare": gemm_int8.prepare_kernel(),
         "int_digits": int_digits.kernel,
         "repack": repack.kernel,
         "least_squares": least_squares.kernel,

@@ -62,6 +62,11 @@ def gguf(name: str) -> Any:
     return lambda: small_batch.gguf(X, stored["weight_blocks"], name)
 
 
+def int8_int8() -> Tensor:
+    token, channel = torch.rand(3, 1), torch.rand(64, 1)
+    return small_batch.int8_int8((X * 40).to(torch.int8), token, (W * 40).to(torch.int8), channel)
+
+
 def int4() -> Any:
     """A call of the int4 kernel for few rows."""
     packed = torch.randint(0, 256, (64, 160), dtype=torch.uint8, generator=torch.Generator().manual_seed(7))
@@ -75,6 +80,8 @@ def quantizer(name: str) -> Any:
 CALLS = {
     "gemv_bytes.fp8": lambda: small_batch.fp8(X, W.to(torch.float8_e4m3fn).view(torch.uint8)),
     "gemv_bytes.int8": lambda: small_batch.int8(X, (W * 40).to(torch.int8)),
+    "gemm_int8": int8_int8,
+    "gemm_int8.prepare": int8_int8,
     "int_digits": lambda: small_batch.int8(X, (W * 40).to(torch.int8)),
     "gemv_int4": int4,
     "gemv_blocks.nf4": lambda: blocks("nf4")(),

@@ -209,6 +209,26 @@ def test_int8(shape: tuple[int, int], m: int) -> None:
     close(small_batch.int8(x * 1e-30, codes), x * 1e-30, codes)
 
 
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 9])
+@pytest.mark.parametrize("shape", [(1, 7), (5, 64), (130, 704), (3, (1 << 16) + 5)], ids=str)
+def test_int8_times_int8_is_exact(shape: tuple[int, int], m: int) -> None:
+    (n, k), high = shape, 128
+    q = torch.randint(-high, high, (m, k), dtype=torch.int8)
+    codes = torch.randint(-high, high, shape, dtype=torch.int8)
+    token, channel = torch.rand(m, 1) + 0.1, torch.rand(n, 1) + 0.1
+    sums = (q.double() @ codes.double().t()).float()
+    assert torch.equal(small_batch.int8_int8(q, token, codes, channel), sums * token * channel.t())
+    assert torch.equal(small_batch.int8_int8(q, token, codes, channel[:1]), sums * token * channel[0])
+
+
+@pytest.mark.parametrize("weight", [-128, 127])
+def test_no_sum_of_int8_overflows(weight: int) -> None:
+    q = torch.full((2, 1 << 20), -128, dtype=torch.int8)
+    codes = torch.full((3, 1 << 20), weight, dtype=torch.int8)
+    got = small_batch.int8_int8(q, torch.ones(2, 1), codes, torch.ones(1, 1))
+    assert torch.equal(got, torch.full((2, 3), float(-128 * weight << 20)))
+
+
 @pytest.mark.parametrize("m", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("name", ["int4_weight_only", "int4_weight_only_g32"])
 @pytest.mark.parametrize("shape", [(64, 128), (192, 704), (576, 1000)], ids=str)

@@ -46,6 +46,7 @@ def check(processor: str, found: dict[str, dict]) -> None:
     is_wide = "avx512" in features
     assert wanted <= set(found["gemv_bytes.int8"]["instructions"])
     assert wanted <= set(found["gemv_int4"]["instructions"])
+    assert wanted <= set(found["gemm_int8"]["instructions"])
     multiply = "fmla" if processor == "arm" else "vfmadd231ps"
     for kernel, code in found.items():
         assert set(code["calls"]) <= CALLABLE, kernel

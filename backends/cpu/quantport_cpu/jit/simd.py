@@ -163,9 +163,15 @@ class Simd:
         """
         bits = self.target.pair_bits
         if bits:
+            return self.in_parts(self.dot_pairs, 512 // bits, left, right)
+        return self.dot_pairs(left, right)
+
+    def dot_pairs(self, left: Value, right: Value) -> Value:
+        """As ``dot2``, for vectors of one register of the target: ``pair_bits``, or 128 bits without x86."""
+        bits = self.target.pair_bits
+        if bits:
             name = "llvm.x86.avx512.pmaddw.d.512" if bits == 512 else "llvm.x86.avx2.pmadd.wd"
-            into = ir.VectorType(I32, bits // 32)
-            return self.in_parts(lambda a, b: self.call(name, into, a, b), 512 // bits, left, right)
+            return self.call(name, ir.VectorType(I32, bits // 32), left, right)
         product = self.b.mul(self.widen(left, I32, signed=True), self.widen(right, I32, signed=True))
         return self.b.add(*(self.shuffle(product, product, range(i, left.type.count, 2)) for i in (0, 1)))
 

@@ -1,8 +1,8 @@
 """int8 weights as they are stored: nothing to pack.
 
-Few rows go through a compiled kernel. Many go through oneDNN's int8 matmul behind ``torch._int_mm`` where its
-sums are exact, and elsewhere through fp32 matmuls over panels of the weight, whose products of bytes are
-exact too.
+int8 activations, and few rows of 16-bit ones, go through compiled kernels. Many rows of the latter, and
+all without numba, go through oneDNN's int8 matmul behind ``torch._int_mm`` where its sums are exact, and elsewhere
+through fp32 matmuls over panels of the weight, whose products of bytes are exact too.
 
 oneDNN's prepacked linear is faster above a few rows, but its packing (``onednn.qlinear_prepack``) is a scalar
 loop of several seconds per GB, which no load can afford.
@@ -146,8 +146,12 @@ class CpuInt8(_Int8):
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
         weight, channel = packed
         q, token = quantize_per_token(x)
-        y = self.multiply_small_batch(q.float(), weight)
-        y = (matmul(q, weight) if y is None else y).mul_(token).mul_(channel.view(-1))
+        if why_unavailable() or not x.shape[0]:
+            y = matmul(q, weight).mul_(token).mul_(channel.view(-1))
+        else:
+            from quantport_cpu.jit import small_batch
+
+            y = small_batch.int8_int8(q, token, weight, channel)
         return (y if bias is None else y.add_(bias)).to(x.dtype)
 
 
