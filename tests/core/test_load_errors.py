@@ -82,6 +82,15 @@ def test_tensor_of_another_shape_is_named(tmp_path, name):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.int64, torch.complex64])
+@pytest.mark.parametrize("name", ["norm.weight", "up.bias", "narrow.bias"])
+def test_numbers_of_another_kind_are_named(tmp_path, name, dtype):
+    tensors = state()
+    tensors[name] = torch.ones_like(tensors[name], dtype=dtype)
+    named = [name, str(dtype), "floats"]
+    refused(CheckpointError, write(tmp_path / "c", tensors), model=Tiny, named=named)
+
+
 def test_a_model_with_other_sizes_than_the_checkpoint(tmp_path):
     config = {**json.loads((DENSE / "config.json").read_text()), "intermediate_size": 352}
     tensors = {

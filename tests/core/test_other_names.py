@@ -146,6 +146,25 @@ def test_suggestions_by_meaning(name):
     refused(name, f"'{MEANINGS[name]}'", "nearest in meaning")
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "int8_per_channel",
+        "INT8_per_tensor",
+        "int4-per-block",
+        "int4_awq",
+        "nvfp4_per_block",
+        "mxfp8_per_token",
+    ],
+)
+def test_suggestions_have_the_numbers_that_were_asked_for(name):
+    with pytest.raises(ConfigError) as caught:
+        BUILTIN[name]
+    suggested = caught.value.suggestion.split("'")[1]
+    numbers = BUILTIN[name.lower().replace("-", "_").split("_")[0]].weight.format
+    assert BUILTIN[suggested].weight.format == numbers
+
+
 # no text of pydantic, and JSON under --json
 
 

@@ -19,7 +19,7 @@ from quantport.loading.place_tensors import HeldDtypes
 from quantport.loading.swap_modules import by_module, make_module, module_at, swap_modules
 from quantport.loading.take_over import take_over_tasks
 from quantport.loading.weight_tasks import quantize_tasks
-from quantport.model.layers import Layer
+from quantport.model.layers import Layer, TensorLike
 from quantport.model.patterns import compile_pattern
 from quantport.modules import QuantModule
 from quantport.planning.plan import Plan, Step
@@ -84,7 +84,7 @@ class ModelFiller:
         swap_modules(self.model, new)
         for name, info in self.source.tensors.items():
             if name not in used:
-                _check_shape(self.model, self.names[name], info.shape)
+                _check_place(self.model, self.names[name], info)
                 path = self.names[name].rpartition(".")[0]
                 need = min(self.slab, info.nbytes)
                 out.append(Task(name, info.nbytes, partial(self._copy, name), need, path))
@@ -170,19 +170,34 @@ def _tensors(layer: Layer) -> set[str]:
     return {p.tensor for parts in layer.parts.values() for p in parts}
 
 
-def _check_shape(model: nn.Module, name: str, shape: tuple[int, ...]) -> None:
+def _check_place(model: nn.Module, name: str, stored: TensorLike) -> None:
+    """Refuses a tensor of another shape than the parameter or buffer that it becomes, and for a parameter
+    numbers of another kind, such as integers for a norm.
+    """
     path, _, leaf = name.rpartition(".")
     module = module_at(model, path)
     if module is None:
         return
     parameter, buffer = module._parameters.get(leaf), module._buffers.get(leaf)
     old = buffer if parameter is None else parameter
-    if old is not None and tuple(old.shape) != tuple(shape):
+    if old is None:
+        return
+    asked = f"load {name} into {type(module).__name__}"
+    if tuple(old.shape) != tuple(stored.shape):
         raise CheckpointError(
-            f"load {name} into {type(module).__name__}",
-            f"shape {list(shape)} in the checkpoint",
+            asked,
+            f"shape {list(stored.shape)} in the checkpoint",
             f"shape {list(old.shape)}: a checkpoint and a model of the same sizes",
         )
+    if parameter is not None and _numbers(parameter.dtype) != _numbers(stored.dtype):
+        found = f"{stored.dtype} in the checkpoint, {parameter.dtype} in the model"
+        raise CheckpointError(asked, found, f"a checkpoint with {_numbers(parameter.dtype)}")
+
+
+def _numbers(dtype: torch.dtype) -> str:
+    if dtype.is_complex:
+        return "complex numbers"
+    return "floats" if dtype.is_floating_point else "integers"
 
 
 def module_path(names: Mapping[str, str], layer: Layer) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
@@ -118,8 +119,11 @@ def unknown_scheme(name: object, known: Iterable[str], aliases: Iterable[str]) -
             f"no scheme, but {meaning}",
             f"{', '.join(map(repr, nearest))} of the 16-bit model; or load what it made with that library",
         )
-    if base in MEANINGS:
-        suggestion = f"{MEANINGS[base]!r}, which is nearest in meaning; "
-    else:
-        suggestion = did_you_mean(base[:100], aliases)
+    names = list(aliases)
+    numbers = re.split("[_-]", base, maxsplit=1)[0]  # ``int8`` of ``int8_per_channel``
+    alike = [alias for alias in names if alias.split("_")[0] == numbers]
+    meant = MEANINGS.get(base, numbers if numbers in alike else "")
+    suggestion = "" if base in MEANINGS else did_you_mean(base[:100], alike or names)
+    if meant and not suggestion:
+        suggestion = f"{meant!r}, which is nearest in meaning; "
     return ConfigError(asked, "no scheme has this name", f"{suggestion}known: {', '.join(known)}")
