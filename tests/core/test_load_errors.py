@@ -250,6 +250,11 @@ def test_nothing_to_load(tmp_path, source):
     refused(CheckpointError, tmp_path / source, model=Tiny, named=[source.split("/")[0]])
 
 
+@pytest.mark.parametrize("source", ["x/" + "a" * 300, "/tmp/" + "a" * 300, "~nobody-of-this-name/x"])
+def test_a_path_that_cannot_be(source):
+    refused(CheckpointError, source, model=Tiny, named=[source[:9]])
+
+
 def test_no_config_json(tiny):
     refused(CheckpointError, tiny, named=["config.json", "model="])
 

@@ -72,6 +72,9 @@ def test_links_stay_inside(tmp_path):
         ("absolute.json", secret),
         ("loop", "."),
         ("broken.json", "nothing"),
+        ("itself.json", "itself.json"),
+        ("folder/itself", "itself"),
+        ("around.json", "folder/../around.json"),
         ("folder/up.txt", "../../secret.txt"),
     ):
         (folder / name).symlink_to(target)

@@ -503,6 +503,14 @@ HALF_A_JOB = (
     ),
     Mutation(
         "B11",
+        "links that go in circles are no end of a save",
+        "core/quantport/checkpoint/companions.py",
+        "target = Path(os.path.realpath(child))",
+        "target = child.resolve(strict=True)",
+        ("core/test_save_files.py::test_links_stay_inside",),
+    ),
+    Mutation(
+        "B11",
         "the architecture is that of the model",
         "core/quantport/loading/save_model.py",
         'config["architectures"] = [type(model).__name__]',
@@ -644,6 +652,14 @@ HALF_A_JOB = (
         "if not floats:",
         "if True:",
         ("core/checkpoint/test_checkpoint_gguf.py::test_floats_are_told_from_codes",),
+    ),
+    Mutation(
+        "B13",
+        "a path that cannot be is an error in three parts",
+        "core/quantport/loading/locate.py",
+        "except (OSError, RuntimeError) as error:",
+        "except KeyboardInterrupt as error:",
+        ("core/test_load_errors.py::test_a_path_that_cannot_be",),
     ),
     Mutation(
         "B13",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
 from fnmatch import fnmatch
@@ -49,7 +50,7 @@ def _files(folder: Path, roots: list[Path], inside: str) -> Iterator[tuple[str, 
     for child in children:
         if any(fnmatch(child.name, pattern) for pattern in _OF_WEIGHTS):
             continue
-        target = child.resolve()
+        target = Path(os.path.realpath(child))  # where links go in circles, that name
         if child.is_symlink() and not (target.is_file() and any(map(target.is_relative_to, roots))):
             warnings.warn(f"not copied: {child}, a link to {target}", UserWarning, stacklevel=5)
         elif target.is_file():

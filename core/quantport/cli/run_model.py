@@ -247,7 +247,8 @@ def quantize(request: Request, out: Path, overwrite: bool, max_shard_size: str, 
 
 def _writable(out: Path, overwrite: bool, source: Path) -> None:
     asked = f"write {out}"
-    if out.resolve() in (source.resolve(), *source.resolve().parents):
+    read = Path(os.path.realpath(source))
+    if Path(os.path.realpath(out)) in (read, *read.parents):
         raise SaveError(asked, f"the checkpoint that is read is there: {source}", "another directory")
     try:
         check_free(out, overwrite)

@@ -70,8 +70,15 @@ def locate(source: object) -> Path:
         )
     path = Path(source)
     text = str(source)
-    if path.exists() or text.count("/") != 1 or text.startswith((".", "/", "~")):
-        return path.expanduser()
+    try:
+        if path.exists() or text.count("/") != 1 or text.startswith((".", "/", "~")):
+            expanded = path.expanduser()
+            expanded.exists()
+            return expanded
+    except (OSError, RuntimeError) as error:  # a name that is too long, a folder of others, no such user
+        raise CheckpointError(
+            f"open the checkpoint {text[:100]}", f"{type(error).__name__}: {str(error)[:200]}", "another path"
+        ) from error
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
