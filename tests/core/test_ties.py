@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import pytest
 import torch
 from core_models import DENSE, made, same_state, write
 from core_references import check_parts, randn
+from core_tiny import tiny_model
 from core_transformers import checkpoint, close, kept_alike, of_transformers, outputs, tiny
+from safetensors.torch import load_file
 from torch import nn
 
 import quantport
 from quantport.checkpoint import Checkpoint
 from quantport.errors import CheckpointError, ConfigError
 from quantport.model.roles import SkipCode
+from quantport.model.tied_weights import undecided_tie
 from quantport.modules import QuantLinear
 
 TIED = {"llama": {"tie_word_embeddings": True}, "qwen2": {"tie_word_embeddings": True}}
@@ -109,19 +113,50 @@ def test_ends_that_are_not_tied_may_have_schemes_of_their_own(tmp_path):
         assert planned.after == model.quantport_plan.after
 
 
-def test_one_of_several_ties(tmp_path):
-    """T5 ties three to ``shared``; its class says so, whatever the configuration."""
-    model = tiny("t5")
-    head = another(model.shared.weight)
-    folder = checkpoint(tmp_path / "c", model, lm_head__weight=head)
-    with pytest.warns(UserWarning, match=r"lm_head\.weight is stored with other values"):
+@pytest.mark.parametrize("target", ["lm_head", "encoder.embed_tokens", "decoder.embed_tokens"])
+def test_one_of_several_ties(target, tmp_path):
+    """T5 ties three to ``shared``; its class says so, whatever the configuration. It is said once."""
+    model, name = tiny("t5"), f"{target}.weight"
+    other = another(model.shared.weight)
+    folder = checkpoint(tmp_path / "c", model, **{name.replace(".", "__"): other})
+    (said,) = quantport.plan(folder, "int8_weight_only").warnings
+    assert said.startswith(f"{target} is tied to shared by the configuration")
+    with pytest.warns(UserWarning, match=f"{name} is stored with other values"):
         loaded = quantport.load(folder, "int8_weight_only")
-    assert loaded.encoder.embed_tokens.weight is loaded.shared.weight is loaded.decoder.embed_tokens.weight
+    tied = {"lm_head", "encoder.embed_tokens", "decoder.embed_tokens"} - {target}
+    assert all(loaded.get_submodule(path).weight is loaded.shared.weight for path in tied)
     assert kept_alike(loaded, of_transformers(folder))
-    assert torch.equal(loaded.lm_head.weight, head)
-    with pytest.warns(UserWarning, match="lm_head"):
-        again = quantport.load(quantport.save(loaded, tmp_path / "q"))
+    assert torch.equal(loaded.get_parameter(name), other)
+    again = quantport.load(quantport.save(loaded, tmp_path / "q"))
     same_state(again, loaded)
+
+
+SHARED, ENCODER, HEAD = "model.shared", "model.encoder.embed_tokens", "lm_head"
+BESIDE = {
+    "bert": ("BertForMaskedLM", {"cls.predictions.decoder": "bert.embeddings.word_embeddings"}, ""),
+    "roberta": ("RobertaForMaskedLM", {"lm_head.decoder": "roberta.embeddings.word_embeddings"}, ""),
+    "bart": ("BartForConditionalGeneration", {ENCODER: SHARED, HEAD: SHARED}, ""),
+    "to each other": ("BartForConditionalGeneration", {ENCODER: HEAD}, SHARED),
+}
+
+
+@pytest.mark.parametrize("case", BESIDE)
+def test_the_plan_names_the_ties_of_the_model_itself(case, tmp_path):
+    """Not of the largest embedding: that may be one of positions."""
+    name, ties, absent = BESIDE[case]
+    model = tiny_model(name)
+    model.save_pretrained(tmp_path)
+    state = {n: t for n, t in load_file(tmp_path / "model.safetensors").items() if n != f"{absent}.weight"}
+    for i, path in enumerate(sorted({*ties, *ties.values()} - {absent})):
+        weight = model.get_submodule(path).weight
+        state[f"{path}.weight"] = randn(*weight.shape, seed=i).to(weight.dtype)
+    write(tmp_path, state)
+    planned = quantport.plan(tmp_path, "int8_weight_only")
+    assert sorted(planned.warnings) == sorted(undecided_tie(a, b) for a, b in ties.items())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loaded = quantport.load(tmp_path, "int8_weight_only").quantport_plan
+    assert planned.after == loaded.after
 
 
 def test_the_plan_counts_a_head_that_may_be_another_weight(tmp_path):

@@ -66,11 +66,23 @@ COMPUTES_SOMETHING_ELSE = (
     ),
     Mutation(
         "A1",
-        "the default of a class counts",
-        "core/quantport/loading/skeleton.py",
-        'return bool(getattr(made, "tie_word_embeddings", False))',
-        "return False",
-        ("core/test_ties.py::test_the_plan_counts_a_head_that_may_be_another_weight",),
+        "the plan names the ties of the model itself",
+        "core/quantport/loading/plan_model.py",
+        "both = _stored_ties(said_ties(model), set(names.values()))",
+        "both = _stored_ties({}, set(names.values()))",
+        (
+            "core/test_ties.py::test_the_plan_names_the_ties_of_the_model_itself",
+            "core/test_ties.py::test_the_plan_counts_a_head_that_may_be_another_weight",
+            "core/test_ties.py::test_one_of_several_ties",
+        ),
+    ),
+    Mutation(
+        "A1",
+        "a weight that is not tied is said to be so once",
+        "core/quantport/loading/settle_ties.py",
+        "if not quantized:",
+        "if True:",
+        ("core/test_ties.py::test_one_of_several_ties",),
     ),
     Mutation(
         "A2",

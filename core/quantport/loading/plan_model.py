@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -22,12 +22,12 @@ from quantport.loading.fill_model import module_path
 from quantport.loading.locate import Source, named, open_checkpoint
 from quantport.loading.place_tensors import HeldDtypes, leave_in_fp32, main_dtype, place_tensors
 from quantport.loading.renamed import renamed
-from quantport.loading.skeleton import Factory, build, ties_its_head
+from quantport.loading.skeleton import Factory, build
 from quantport.loading.swap_modules import match_modules
 from quantport.model.beyond_config import beyond_config
 from quantport.model.fused_projections import with_cuts
 from quantport.model.layers import Layer, find_layers, find_renamed_experts
-from quantport.model.tied_weights import from_config, said_ties, untie
+from quantport.model.tied_weights import from_config, said_ties, undecided_tie, untie
 from quantport.planning.plan import Plan, make_plan
 from quantport.plugins.registry import Registry, default_registry
 from quantport.scheme.catalog import Schemes
@@ -140,27 +140,36 @@ def _layers_in(
     """The layers of a checkpoint as the model has them, and what is open; where Transformers cannot build the
     model, as names, shapes and ``config.json`` say.
     """
-    layers, undecided = checkpoint.layers(), ""
+    layers = checkpoint.layers()
     directory, tensors = checkpoint.source.directory, checkpoint.source.tensors
     held = dtype or main_dtype(layers, config, target)
-    if ties_its_head(config, directory):
-        layers, undecided = from_config(layers)
-    open_questions: tuple[str, ...] = (undecided,) if undecided else ()
     try:
         model, names = build(directory, factory, held, tensors)
     except CheckpointError as error:
         if factory is not None:
             raise
+        layers, undecided = from_config(layers, config)
         if config:  # which ``load`` would build the model from
-            open_questions += (f"planned by names and shapes alone: {error.found}",)
+            undecided += (f"planned by names and shapes alone: {error.found}",)
         wide = [replace(x, held_dtype=held) if x.dtype is torch.float64 else x for x in layers]
-        return [with_cuts(layer, config) for layer in beyond_config(wide, config)], open_questions
-    for tied in [name for name in said_ties(model) if undecided and name in names.values()]:
+        return [with_cuts(layer, config) for layer in beyond_config(wide, config)], undecided
+    both = _stored_ties(said_ties(model), set(names.values()))
+    for tied in both:
         untie(model, tied)
+    undecided = tuple(undecided_tie(*pair) for pair in both.items())
     layers = find_renamed_experts(layers, names, tensors)
     dtypes = HeldDtypes(model, held, factory=factory is not None)
     placed = place_tensors(layers, model, names, dtypes, copies={})
-    return match_modules(placed, model, partial(module_path, names)), open_questions
+    return match_modules(placed, model, partial(module_path, names)), undecided
+
+
+def _stored_ties(said: Mapping[str, str], stored: Container[str]) -> dict[str, str]:
+    """The parameters that a model ties to another one, or with another one to a third, where a checkpoint
+    stores both.
+    """
+    first: dict[str, str] = {}
+    kept = {a: first.setdefault(b, b if b in stored else a) for a, b in said.items() if a in stored}
+    return {a: b for a, b in kept.items() if a != b}
 
 
 def warn(texts: Iterable[str]) -> None:

@@ -77,10 +77,11 @@ def settle_ties(
             copies[stored[target]] = kept
         else:
             untie(model, target)
-            untied.append(
-                f"{target} is stored with other values than {other}: they are not tied, although "
-                "the configuration says so"
-            )
+            if not quantized:  # else as it was saved, and said then
+                untied.append(
+                    f"{target} is stored with other values than {other}: they are not tied, although "
+                    "the configuration says so"
+                )
     for group in tied_groups(model):
         held = [stored[name] for name in group if name in stored and stored[name] not in copies]
         for tensor in held[1:]:

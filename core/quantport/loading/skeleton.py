@@ -132,22 +132,6 @@ def _without_weights(base: Any) -> Iterator[None]:
         base.init_weights = init_weights
 
 
-def ties_its_head(config: Mapping[str, Any], directory: Path) -> bool:
-    """Whether a configuration ties the output head to the embedding: as ``config.json`` says, or as its class
-    in Transformers does where that is silent (Gemma publishes no such key).
-    """
-    text = config.get("text_config")
-    parts = (config, text if isinstance(text, Mapping) else {})
-    said = [bool(part["tie_word_embeddings"]) for part in parts if "tie_word_embeddings" in part]
-    if said or not config:
-        return any(said)
-    try:
-        made = importlib.import_module("transformers").AutoConfig.from_pretrained(directory)
-    except Exception:  # not installed, or a configuration that it does not know: ``load`` says so
-        return False
-    return bool(getattr(made, "tie_word_embeddings", False))
-
-
 def _rename(model: Any, names: Mapping[str, Any]) -> dict[str, str]:
     """Applies the renamings that Transformers keeps for checkpoints of this architecture (experts are fused
     by us).

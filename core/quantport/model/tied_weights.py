@@ -52,25 +52,34 @@ def said_ties(model: nn.Module) -> dict[str, str]:
     return out
 
 
-def from_config(layers: Iterable[Layer]) -> tuple[list[Layer], str]:
-    """Ties the layers of a checkpoint whose configuration ties its head, for planning without a model.
+def undecided_tie(target: str, other: str) -> str:
+    """What only loading can settle: a weight that is stored beside the one that it is tied to is one with it
+    where the bytes are equal, and another where they are not. Until then it counts as another.
+    """
+    a, b = target.removesuffix(".weight"), other.removesuffix(".weight")
+    return (
+        f"{a} is tied to {b} by the configuration, and stored beside it: one weight if load finds equal "
+        "bytes, else what is stored is used; it is counted as another weight here"
+    )
+
+
+def from_config(layers: Iterable[Layer], config: Mapping[str, Any]) -> tuple[list[Layer], tuple[str, ...]]:
+    """Ties the layers of a checkpoint whose ``config.json`` ties its head, for planning without a model.
 
     Returns:
-        The layers, and what only loading can settle: a head that is stored beside the embedding is one weight
-        with it where the bytes are equal, and another where they are not. Until then it counts as another.
+        The layers, and what is undecided of them.
     """
     out = list(layers)
+    text = config.get("text_config")
+    parts = (config, text if isinstance(text, Mapping) else {})
     tables = [x for x in out if x.role is Role.EMBEDDING and x.opt_in]
-    if not tables:
-        return out, ""
+    if not tables or not any(part.get("tie_word_embeddings") for part in parts):
+        return out, ()
     table = max(tables, key=lambda x: x.weights[0][1])
     heads = [x.name for x in out if x.role is Role.HEAD and x.opt_in]
     if not heads:
-        return [replace(x, tied=("lm_head",)) if x is table else x for x in out], ""
-    return out, (
-        f"{', '.join(heads)} is tied to {table.name} by the configuration, and stored beside it: one weight "
-        "if load finds equal bytes, else the stored head is used; it is counted as another weight here"
-    )
+        return [replace(x, tied=("lm_head",)) if x is table else x for x in out], ()
+    return out, tuple(undecided_tie(head, table.name) for head in heads)
 
 
 def untie(model: nn.Module, target: str) -> None:
