@@ -1,8 +1,8 @@
 """int8 weights as they are stored: nothing to pack.
 
-int8 activations, and few rows of 16-bit ones, go through compiled kernels. Many rows of the latter, and
-all without numba, go through oneDNN's int8 matmul behind ``torch._int_mm`` where its sums are exact, and elsewhere
-through fp32 matmuls over panels of the weight, whose products of bytes are exact too.
+int8 activations, and few rows of 16-bit ones, go through compiled kernels. Many rows of the latter, and all
+without numba, go through oneDNN's int8 matmul behind ``torch._int_mm`` where its sums are exact, and
+elsewhere through fp32 matmuls over panels of the weight, whose products of bytes are exact too.
 
 oneDNN's prepacked linear is faster above a few rows, but its packing (``onednn.qlinear_prepack``) is a scalar
 loop of several seconds per GB, which no load can afford.
