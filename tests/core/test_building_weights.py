@@ -76,7 +76,7 @@ def test_a_load_fills_none_either(path, name, monkeypatch):
 @pytest.mark.parametrize("call", [quantport.load, quantize_checkpoint], ids=lambda f: f.__name__)
 def test_no_garbage_is_looked_for_among_fresh_tasks(call, tmp_path, monkeypatch):
     looked, tasks = [], ModelFiller.tasks
-    monkeypatch.setattr(ModelFiller, "tasks", lambda self: looked.append(gc.isenabled()) or tasks(self))
+    monkeypatch.setattr(ModelFiller, "tasks", lambda *to: looked.append(gc.isenabled()) or tasks(*to))
     place = () if call is quantport.load else (tmp_path / "out",)
     call(DENSE, *place, "int8")
     assert (looked, gc.isenabled()) == ([False], True)

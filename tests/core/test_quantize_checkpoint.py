@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -17,9 +18,12 @@ from torch import nn
 
 import quantport
 from quantport.checkpoint import Checkpoint
+from quantport.checkpoint.shard import ShardWriter
 from quantport.errors import BudgetError, CheckpointError, ConfigError, SaveError
-from quantport.loading import quantize_checkpoint
+from quantport.loading import fill_model, quantize_checkpoint, weight_tasks
+from quantport.loading.save_model import write_model
 from quantport.modules import QuantModule
+from quantport.planning import memory
 from quantport.plugins.registry import Registry
 
 module = sys.modules[quantize_checkpoint.__module__]
@@ -50,9 +54,7 @@ CASES = [
 
 @pytest.mark.filterwarnings("ignore:.*of the bytes of matrices are quantized:UserWarning")
 @pytest.mark.parametrize(("path", "options"), CASES, ids=str)
-@pytest.mark.parametrize("window", [0, 1 << 20], ids=["one module", "several"])
-def test_the_bytes_of_load_and_save(path, options, window, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "BUDGET", window)
+def test_the_bytes_of_load_and_save(path, options, tmp_path):
     plan = quantize_checkpoint(path, tmp_path / "streamed", max_shard_bytes=1_000_000, **options)
     model = quantport.load(path, **options)
     quantport.save(model, tmp_path / "saved", max_shard_bytes=1_000_000)
@@ -76,27 +78,59 @@ def test_any_module(tmp_path):
         assert checkpoint.tensors["norm.weight"].dtype is torch.float32
 
 
-def test_what_was_filled_is_emptied_again(tmp_path, monkeypatch):
-    """Never are more modules full than fit the window: with none, one at a time."""
-    monkeypatch.setattr(module, "BUDGET", 0)
-    full, models, empty = [], [], module._Batches._empty
+@pytest.mark.parametrize(
+    ("path", "config"),
+    [(DENSE, {"scheme": "int8"}), (MOE, {"scheme": "int4_g32"}), (MOE, {"linear": "int8", "moe": None})],
+    ids=["dense", "experts", "experts that stay"],
+)
+def test_no_weight_is_ever_whole(path, config, tmp_path, monkeypatch):
+    """What is written comes in steps, and the model stays empty: only what is in flight is in memory."""
+    quantport.save(quantport.load(path, config=config), tmp_path / "saved")
+    step, pieces, models, write_piece = 32 << 10, {}, [], ShardWriter.write
+    for found in (memory, weight_tasks):
+        monkeypatch.setattr(found, "STEP", step)
+    monkeypatch.setattr(fill_model, "SLAB", step)
 
-    def is_full(one):
-        kept = any(not p.is_meta for p in one.parameters(recurse=False))
-        return kept or bool(isinstance(one, QuantModule) and one._buffer_names)
+    def written(self, asked, name, tensor):
+        pieces.setdefault(name, []).append(tensor.nbytes)
+        write_piece(self, asked, name, tensor)
 
-    def emptied(self, prefix, one, kept):
-        full.append(sum(map(is_full, models[0].modules())))
-        empty(self, prefix, one, kept)
+    def streamed(model, *args, **options):
+        models.append(model)
+        return write_model(model, *args, **options)
 
-    def factory():
-        models.append(Tiny())
-        return models[0]
+    monkeypatch.setattr(ShardWriter, "write", written)
+    monkeypatch.setattr(module, "write_model", streamed)
+    quantize_checkpoint(path, tmp_path / "streamed", config=config)
+    same_files(tmp_path / "streamed", tmp_path / "saved")
+    assert max(map(max, pieces.values())) <= step
+    assert max(map(sum, pieces.values())) > 4 * step
+    assert all(parameter.is_meta or not parameter.numel() for parameter in models[0].parameters())
+    assert not any(m._buffer_names for m in models[0].modules() if isinstance(m, QuantModule))
 
-    monkeypatch.setattr(module._Batches, "_empty", emptied)
-    quantize_checkpoint(write(tmp_path / "c", made()), tmp_path / "out", "int8", model=factory)
-    assert max(full) == 1
-    assert not any(map(is_full, models[0].modules()))
+
+def test_a_tensor_without_elements_is_written_too(tmp_path):
+    class Empty(Tiny):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("none", torch.zeros(0, 3, dtype=torch.float32, device="cpu"))
+
+    none = torch.zeros(0, 3, dtype=torch.float32, device="cpu")
+    folder = write(tmp_path / "c", {**made().state_dict(), "none": none})
+    quantize_checkpoint(folder, tmp_path / "streamed", "int8", model=Empty)
+    quantport.save(quantport.load(folder, "int8", model=Empty), tmp_path / "saved")
+    same_files(tmp_path / "streamed", tmp_path / "saved")
+
+
+def test_a_disk_that_is_full_in_the_middle_says_so(tmp_path, monkeypatch):
+    def full(self, asked, name, tensor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(ShardWriter, "write", full)
+    with pytest.raises(SaveError) as caught:
+        quantize_checkpoint(DENSE, tmp_path / "out", "int8")
+    check_parts(caught.value, "the disk is full")
+    nothing_left(tmp_path)
 
 
 class Tied(nn.Module):
@@ -110,8 +144,7 @@ class Tied(nn.Module):
 
 
 @pytest.mark.parametrize("stored", [["first"], ["last"], ["first", "last"]], ids="-".join)
-def test_what_is_tied_is_written_once_whatever_it_is_stored_under(stored, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "BUDGET", 0)
+def test_what_is_tied_is_written_once_whatever_it_is_stored_under(stored, tmp_path):
     weight = torch.randn(16, 32, dtype=torch.bfloat16, device="cpu")
     tensors = {"middle.weight": torch.randn(32, 32, dtype=torch.bfloat16, device="cpu")}
     folder = write(tmp_path / "c", {**tensors, **{f"{name}.weight": weight.clone() for name in stored}})
@@ -123,13 +156,13 @@ def test_what_is_tied_is_written_once_whatever_it_is_stored_under(stored, tmp_pa
 def test_files_that_change_meanwhile_leave_nothing(tmp_path, monkeypatch):
     folder = write(tmp_path / "c", made())
     os.utime(folder / "model.safetensors", ns=(10**18, 10**18))  # clocks of file systems are coarse
-    empty = module._Batches._empty
+    finish = ShardWriter.finish
 
-    def emptied(self, prefix, one, kept):
+    def finished(self):
         os.utime(folder / "model.safetensors")
-        empty(self, prefix, one, kept)
+        finish(self)
 
-    monkeypatch.setattr(module._Batches, "_empty", emptied)
+    monkeypatch.setattr(ShardWriter, "finish", finished)
     with pytest.raises(CheckpointError) as caught:
         quantize_checkpoint(folder, tmp_path / "out", "int8", model=Tiny)
     check_parts(caught.value, "model.safetensors")

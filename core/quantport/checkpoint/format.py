@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantport.checkpoint.shard import Stream, TensorLayout
+from quantport.checkpoint.shard import Fill, Stream, TensorLayout
 from quantport.checkpoint.source import Rows, TensorSource
 from quantport.errors import SaveError
 from quantport.model.layers import Layer, Part
@@ -161,7 +161,7 @@ class CheckpointFormat(ABC):
         self,
         directory: str | os.PathLike[str],
         layers: Mapping[str, SavedLayer],
-        tensors: Stream | Callable[[Set[str]], Stream],
+        tensors: Stream | Fill,
         *,
         layout: TensorLayout | None = None,
         config: Mapping[str, Any] | None = None,

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Mapping, Set
 from functools import cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
@@ -22,7 +22,7 @@ from quantport.checkpoint.format import (
     Recognized,
     SavedLayer,
 )
-from quantport.checkpoint.shard import Stream, TensorLayout
+from quantport.checkpoint.shard import Fill, Stream, TensorLayout, Write
 from quantport.checkpoint.source import TensorSource
 from quantport.checkpoint.writer import save_tensors
 from quantport.errors import CheckpointError
@@ -64,7 +64,7 @@ class QuantportFormat(CheckpointFormat):
         self,
         directory: str | os.PathLike[str],
         layers: Mapping[str, SavedLayer],
-        tensors: Stream | Callable[[Set[str]], Stream],
+        tensors: Stream | Fill,
         *,
         layout: TensorLayout | None = None,
         config: Mapping[str, Any] | None = None,
@@ -174,14 +174,17 @@ class _Quantized(Recognized):
         return {key: self.source.read(name) for key, name in keys.items()}
 
 
-def _renamed(
-    tensors: Stream | Callable[[Set[str]], Stream], names: Mapping[str, str]
-) -> Stream | Callable[[Set[str]], Stream]:
-    """A stream, or the function that gives one, under other names."""
+def _renamed(tensors: Stream | Fill, names: Mapping[str, str]) -> Stream | Fill:
+    """A stream, or the function that writes one, under other names."""
     if not callable(tensors):
         return _under(tensors, names)
-    own, give = {new: old for old, new in names.items()}, tensors
-    return lambda missing: _under(give({own.get(name, name) for name in missing}), names)
+    own, fill = {new: old for old, new in names.items()}, tensors
+
+    def renamed(missing: Set[str], write: Write) -> None:
+        absent = {own.get(name, name) for name in missing}
+        fill(absent, lambda name, tensor: write(names.get(name, name), tensor))
+
+    return renamed
 
 
 def _under(tensors: Stream, names: Mapping[str, str]) -> Stream:

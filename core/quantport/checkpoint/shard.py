@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from types import TracebackType
 
@@ -22,13 +22,19 @@ TensorLayout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 Stream = Iterable[tuple[str, Tensor]]
 """Names and tensors, one after the other."""
 
+Write = Callable[[str, Tensor], None]
+"""Writes a tensor, or the next piece of it; several threads may call it."""
+
+Fill = Callable[[Set[str], Write], None]
+"""Writes every tensor of some names, and may write others of the layout with them."""
+
 PIECE = 16 << 20  # bytes of a tensor on an accelerator that are on the host at a time
 _TAGS = {dtype: tag for tag, dtype in DTYPES.items()}
 
 
 class ShardWriter:
     """A file that has another name until it is whole. Each tensor may come in several pieces, one after the
-    other along its first dimension, and between pieces of others.
+    other along its first dimension or along the rows of its matrices, and between pieces of others.
 
     Args:
         path: Of the file once it is whole; it must not be there.
@@ -67,7 +73,9 @@ class ShardWriter:
             raise SaveError(
                 f"{asked}, tensor {name!r}", found, "each tensor once, in the order of the layout"
             )
-        if tensor.dtype is not dtype or tensor.shape[1:] != shape[1:]:
+        # rows of one matrix of several are a piece too
+        within = len(shape) - tensor.dim()
+        if tensor.dtype is not dtype or within < 0 or tensor.shape[1:] != shape[within + 1 :]:
             found = f"{list(tensor.shape)} {tensor.dtype}"
             raise SaveError(f"{asked}, tensor {name!r}", found, f"{list(shape)} {dtype}, as announced")
         self._file.seek(self._next[name])

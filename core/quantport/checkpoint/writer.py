@@ -7,16 +7,17 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from threading import Lock
 from typing import NoReturn
 
 import torch
 
 from quantport.checkpoint.header import DTYPES
 from quantport.checkpoint.partial import WHOLE, appearing, sync
-from quantport.checkpoint.shard import ShardWriter, Stream, TensorLayout, cut_layout, nbytes
+from quantport.checkpoint.shard import Fill, ShardWriter, Stream, TensorLayout, cut_layout, nbytes
 from quantport.errors import QuantportError, SaveError
 
 _WRITABLE = frozenset(DTYPES.values())
@@ -25,7 +26,7 @@ _RESERVED = (".safetensors", ".safetensors.index.json")
 
 def save_tensors(
     directory: str | os.PathLike[str],
-    tensors: Stream | Callable[[Set[str]], Stream],
+    tensors: Stream | Fill,
     *,
     layout: TensorLayout | None = None,
     metadata: Mapping[str, str] | None = None,
@@ -44,7 +45,7 @@ def save_tensors(
         tensors: Names and tensors, one after the other, on any device, of a dtype that safetensors knows. A
             tensor that shares memory with another one is written once for each name. With ``layout`` a tensor
             may come in pieces along its first dimension, each under its name; or this is a function that
-            gives them, called with the names that are still to be written.
+            writes them, called with the names that are still to be written and what writes one.
         layout: Shape and dtype of every tensor by name, in the order of the files. Many files are open at a
             time where the stream has another order.
         metadata: Free text for ``__metadata__`` of each shard; ``format`` is ``"pt"`` if not given
@@ -61,7 +62,7 @@ def save_tensors(
     """
     target = Path(directory)
     asked = f"save a checkpoint to {target}"
-    try:
+    with _refusing(asked, target):
         if max_shard_bytes < 1:
             raise SaveError(asked, f"max_shard_bytes={max_shard_bytes}", "a positive number of bytes")
         texts = _checked_metadata(asked, metadata or {})
@@ -75,10 +76,6 @@ def save_tensors(
             else:
                 shards.stream(layout, tensors, max_shard_bytes)
             shards.finish()
-    except QuantportError:
-        raise
-    except Exception as error:
-        _refuse(asked, target, error)
     return target
 
 
@@ -89,9 +86,7 @@ class _Shards:
         self._asked, self._directory, self._metadata = asked, directory, metadata
         self._written: list[TensorLayout] = []
 
-    def stream(
-        self, layout: TensorLayout, tensors: Stream | Callable[[Set[str]], Stream], limit: int
-    ) -> None:
+    def stream(self, layout: TensorLayout, tensors: Stream | Fill, limit: int) -> None:
         """Writes tensors as they come."""
         for name, (_, dtype) in layout.items():
             _check_dtype(f"{self._asked}, tensor {name!r}", dtype)
@@ -101,20 +96,30 @@ class _Shards:
         missing = set(place)
         self._check_space(sum(nbytes(*layout[name]) for name in missing))
         open_files: dict[int, ShardWriter] = {}
-        with ExitStack() as stack:
-            for name, tensor in _pull(self._asked, tensors(missing) if callable(tensors) else tensors):
-                _check(self._asked, name, tensor)
-                i = place.get(name)
-                if i is None:
-                    found = "a name that was not announced"
-                    raise SaveError(f"{self._asked}, tensor {name!r}", found, "the tensors of the layout")
+        one_at_a_time = Lock()
+
+        def write(name: str, tensor: torch.Tensor) -> None:
+            _check(self._asked, name, tensor)
+            i = place.get(name)
+            if i is None:
+                found = "a name that was not announced"
+                raise SaveError(f"{self._asked}, tensor {name!r}", found, "the tensors of the layout")
+            with one_at_a_time, _refusing(self._asked, self._directory):
                 if i not in open_files:
                     file = ShardWriter(self._path(i), self._written[i], self._metadata)
                     open_files[i] = stack.enter_context(file)
                 open_files[i].write(self._asked, name, tensor)
                 if not open_files[i].missing:
                     open_files[i].finish()
-                del tensor  # while the stream makes the next one, nothing holds this one
+
+        with ExitStack() as stack:
+            if callable(tensors):
+                with _of_the_stream(self._asked):
+                    tensors(missing, write)
+            else:
+                for name, tensor in _pull(self._asked, tensors):
+                    write(name, tensor)
+                    del tensor  # while the stream makes the next one, nothing holds this one
             lost = [name for i in absent for name in (open_files[i].missing if i in open_files else place)]
             if lost:
                 found = f"a stream that ends before {lost[0]!r} is whole"
@@ -201,19 +206,27 @@ def _check_dtype(asked: str, dtype: torch.dtype) -> None:
         raise SaveError(asked, f"dtype {dtype}", f"a dtype of the safetensors format: {known}")
 
 
+@contextmanager
+def _of_the_stream(asked: str) -> Iterator[None]:
+    """Says of an error that it is none of writing."""
+    try:
+        yield
+    except QuantportError:
+        raise
+    except Exception as error:
+        found = f"the stream of tensors raised {type(error).__name__}: {error}"
+        raise SaveError(asked, found, "a stream of (name, tensor) that ends well") from error
+
+
 def _pull(asked: str, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
     """Iterates a stream, so that what it raises is told apart from what writing raises."""
     stream = iter(tensors)
     while True:
-        try:
-            name, tensor = next(stream)
-        except StopIteration:
-            return
-        except QuantportError:
-            raise
-        except Exception as error:
-            found = f"the stream of tensors raised {type(error).__name__}: {error}"
-            raise SaveError(asked, found, "a stream of (name, tensor) that ends well") from error
+        with _of_the_stream(asked):
+            try:
+                name, tensor = next(stream)
+            except StopIteration:
+                return
         yield name, tensor
         del tensor
 
@@ -265,8 +278,18 @@ def _write(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
+@contextmanager
+def _refusing(asked: str, target: Path) -> Iterator[None]:
+    """Raises SaveError for what the file system raises."""
+    try:
+        yield
+    except QuantportError:
+        raise
+    except Exception as error:
+        _refuse(asked, target, error)
+
+
 def _refuse(asked: str, target: Path, error: Exception) -> NoReturn:
-    """Raises SaveError for what the file system raised."""
     code = error.errno if isinstance(error, OSError) else None
     found, suggestion = f"{type(error).__name__}: {error}", "see the cause above"
     if code in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):

@@ -9,8 +9,12 @@ import torch
 from torch import Tensor
 
 from quantport.checkpoint import Rows, TensorSource
+from quantport.loading.destination import Put
 
-SLAB = 16 << 20  # bytes of source pages that copying one tensor holds
+SLAB = 16 << 20  # bytes of a tensor that are read at a time
+HELD = (
+    3  # slabs that copying one tensor holds at most: with the one that is read, that cast to twice its bytes
+)
 _CHECKED = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -52,20 +56,22 @@ class ValueRange:
         return ""
 
 
-def copy_into(source: TensorSource, target: Tensor, name: str, slab: int = SLAB) -> ValueRange:
-    """Copies a tensor, giving the pages of each slab back before the next is read; returns what it saw."""
+def copy_tensor(source: TensorSource, put: Put, name: str, slab: int = SLAB) -> ValueRange:
+    """Puts a tensor somewhere slab by slab, giving the pages of each back before the next is read; returns
+    what it saw.
+    """
     seen = ValueRange()
     for rows in slabs(source.tensors[name].shape, source.tensors[name].nbytes, slab):
         values = source.read(name, rows)
         seen.add(values)
-        target[... if rows is None else rows].copy_(values)
+        put(values)
         source.release(name, rows)
     return seen
 
 
 def slabs(shape: tuple[int, ...], size: int, slab: int) -> Iterator[Rows | None]:
     """Rows of a tensor, or of each matrix of a 3-D one: the experts of a layer may be larger than any
-    slab.
+    slab. Of a tensor without elements one slab, if any, that has none.
     """
     if not shape:
         yield None
@@ -77,4 +83,4 @@ def slabs(shape: tuple[int, ...], size: int, slab: int) -> Iterator[Rows | None]
 
 def _rows(count: int, size: int, slab: int) -> Iterator[slice]:
     step = max(1, slab * count // max(1, size))
-    return (slice(i, min(i + step, count)) for i in range(0, count, step))
+    return (slice(i, min(i + step, count)) for i in range(0, max(1, count), step))

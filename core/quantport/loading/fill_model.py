@@ -1,29 +1,34 @@
-"""Fills a model that was built on meta: empty quantized modules take their places, and tasks fill them and
-everything else from the checkpoint.
+"""Fills a model that was built on meta: empty quantized modules take their places, and tasks read them and
+everything else from the checkpoint, into the model or another `Destination`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from quantport.checkpoint import Recognized
 from quantport.errors import CheckpointError, WeightError
-from quantport.loading.copy_tensors import SLAB, copy_into
+from quantport.loading.copy_tensors import HELD, SLAB, copy_tensor
+from quantport.loading.destination import Destination, IntoModel, Put
 from quantport.loading.executor import Task
 from quantport.loading.place_tensors import HeldDtypes
 from quantport.loading.swap_modules import by_module, make_module, module_at, swap_modules
 from quantport.loading.take_over import take_over_tasks
-from quantport.loading.weight_tasks import quantize_tasks
+from quantport.loading.weight_tasks import Take, quantize_tasks
 from quantport.model.layers import Layer, TensorLike
 from quantport.model.patterns import compile_pattern
 from quantport.modules import QuantModule
 from quantport.planning.plan import Plan, Step
 from quantport.plugins.registry import Registry
+
+# what experts are fused into, and the projections of each expert in it
+_FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
 class ModelFiller:
@@ -55,10 +60,15 @@ class ModelFiller:
         self.buffers = {name for name, _ in model.named_buffers()}
         self.layer_names = {name: s.layer.name for s in plan.steps for name in _tensors(s.layer)}
         self.warnings: list[str] = []
-        self.device, self.slab = plan.device.torch_device, min(SLAB, plan.budget)
+        self.device, self.slab = plan.device.torch_device, min(SLAB, plan.budget // HELD)
 
-    def tasks(self) -> list[Task]:
-        """One task for each weight and for each other tensor, in the order of the files."""
+    def tasks(self, to: Destination | None = None) -> list[Task]:
+        """One task for each weight and for each other tensor, in the order of the files.
+
+        Args:
+            to: Where what they read goes; into the model by default.
+        """
+        to = to or IntoModel(self.model, self.device)
         out: list[Task] = []
         new: dict[str, nn.Module] = {}
         used = {name for s in self.plan.steps if not s.layer.loaded for name in _tensors(s.layer)}
@@ -67,51 +77,58 @@ class ModelFiller:
             module = new[path] = make_module(
                 steps, self.model.get_submodule(path), self.dtypes.dtype, self.registry
             )
-            weights = quantized.get(steps[0].layer.home)
+            weights, take = quantized.get(steps[0].layer.home), partial(to.weight, path, module)
             tasks = (
-                [task for step in steps for task in self._quantize_tasks(step, module)]
+                [task for step in steps for task in self._quantize_tasks(step, module, take)]
                 if weights is None
                 else take_over_tasks(module, weights, self.source, self.device, self.plan.budget)
             )
             out += [task._replace(module=path) for task in tasks]
             used |= _tensors(steps[0].layer)
-        for step in self.plan.steps:
-            fused = any(p.expert is not None for ps in step.layer.parts.values() for p in ps)
-            if not step.choice and step.layer.experts and not fused and step.layer.loaded:
-                path = self._path(step.layer)
-                out += [task._replace(module=path) for task in self._fuse_tasks(step.layer)]
-                used |= _tensors(step.layer)
+        for layer in self._to_fuse():
+            path = self._path(layer)
+            out += [task._replace(module=path) for task in self._fuse_tasks(layer, to)]
+            used |= _tensors(layer)
         swap_modules(self.model, new)
         for name, info in self.source.tensors.items():
             if name not in used:
-                _check_place(self.model, self.names[name], info)
-                path = self.names[name].rpartition(".")[0]
-                need = min(self.slab, info.nbytes)
-                out.append(Task(name, info.nbytes, partial(self._copy, name), need, path))
+                own = self.names[name]
+                _check_place(self.model, own, info)
+                dtype = self.dtypes.of(own, info.dtype)
+                task = self._copy_task((name,), partial(to.tensor, own, info.shape, dtype), dtype)
+                out.append(task._replace(module=own.rpartition(".")[0]))
         order = {name: i for i, name in enumerate(self.source.tensors)}
         return sorted(out, key=lambda t: order[t.name])
 
-    def _fuse_tasks(self, layer: Layer) -> Iterable[Task]:
-        """Fills the fused 3-D weights of experts that stay in 16 bits from the tensors of each expert."""
-        module = self.model.get_submodule(self._path(layer))
-        rows = {
-            "gate_proj": ("gate_up_proj", 0),
-            "up_proj": ("gate_up_proj", layer.weights[0][1]),
-            "down_proj": ("down_proj", 0),
-        }
-        for name in ("gate_up_proj", "down_proj"):
-            old = module._parameters[name]
-            assert old is not None  # why_not_experts checked it
-            empty = torch.empty(old.shape, dtype=layer.held_dtype or layer.dtype, device=self.device)
-            module._parameters[name] = nn.Parameter(empty, requires_grad=False)
-        for projection, n, k in layer.weights:
-            target, start = rows[projection]
-            fused = module._parameters[target]
-            assert fused is not None  # set above
-            for e, part in enumerate(layer.parts[projection]):
-                size = n * k * layer.dtype.itemsize
-                run = partial(self._copy_into, fused.data[e, start : start + n], part.tensor)
-                yield Task(part.tensor, size, run, min(self.slab, size))
+    def _to_fuse(self) -> Iterator[Layer]:
+        """Experts that stay in 16 bits, of which the checkpoint has each and the model all in one."""
+        for step in self.plan.steps:
+            layer = step.layer
+            fused = any(p.expert is not None for ps in layer.parts.values() for p in ps)
+            if not step.choice and layer.experts and not fused and layer.loaded:
+                yield layer
+
+    def _fuse_tasks(self, layer: Layer, to: Destination) -> Iterator[Task]:
+        """Fills the fused 3-D weights of experts from the tensors of each expert, one after the other."""
+        for name, projections in _FUSED.items():
+            experts = zip(*(layer.parts[projection] for projection in projections), strict=True)
+            tensors = [part.tensor for parts in experts for part in parts]
+            fused, dtype = f"{self._path(layer)}.{name}", layer.held_dtype or layer.dtype
+            shape = tuple(self.model.get_parameter(fused).shape)  # why_not_experts checked it
+            yield self._copy_task(tensors, partial(to.tensor, fused, shape, dtype), dtype)
+
+    def _copy_task(
+        self, tensors: Sequence[str], taken: Callable[[], AbstractContextManager[Put]], dtype: torch.dtype
+    ) -> Task:
+        """Copies the tensors that make up one of the model."""
+
+        def run() -> None:
+            with taken() as put:
+                for name in tensors:
+                    self._copy(name, put, dtype)
+
+        sizes = [self.source.tensors[name].nbytes for name in tensors]
+        return Task(tensors[0], sum(sizes), run, HELD * min(self.slab, max(sizes)))
 
     def with_warnings(self) -> Plan:
         """The plan, with what the tasks have found to warn of."""
@@ -120,17 +137,21 @@ class ModelFiller:
     def held(self) -> dict[str, torch.dtype]:
         """Dtype that each tensor which is loaded and not quantized gets, by its name in the model."""
         absent = {name for s in self.plan.steps if not s.layer.loaded for name in _tensors(s.layer)}
-        return {
+        held = {
             self.names[name]: self.dtypes.of(self.names[name], info.dtype)
             for name, info in self.source.tensors.items()
             if name not in absent
         }
+        for layer in self._to_fuse():
+            held |= {f"{self._path(layer)}.{name}": layer.held_dtype or layer.dtype for name in _FUSED}
+        return held
 
-    def _quantize_tasks(self, step: Step, module: QuantModule) -> Iterable[Task]:
+    def _quantize_tasks(self, step: Step, module: QuantModule, take: Take) -> Iterable[Task]:
         target, nonfinite = self.plan.device, self.plan.config.nonfinite
         return quantize_tasks(
             step,
             module,
+            take,
             self.checkpoint.read,
             nonfinite,
             self.registry.backends[target.kind].quantize_weight,
@@ -138,26 +159,19 @@ class ModelFiller:
             storage_only_dtypes=target.arch.storage_only_dtypes,
         )
 
-    def _copy(self, name: str) -> None:
-        info = self.source.tensors[name]
-        dtype = self.dtypes.of(self.names[name], info.dtype)
-        target = torch.empty(info.shape, dtype=dtype, device=self.device)
-        self._copy_into(target, name)
-        _assign(self.model, self.names[name], target)
-
-    def _copy_into(self, target: Tensor, name: str) -> None:
+    def _copy(self, name: str, put: Put, dtype: torch.dtype) -> None:
         """Copies a tensor that stays.
 
         Raises:
             WeightError: its values collapse in the dtype that it is held in.
         """
-        seen = copy_into(self.source, target, name, self.slab)
-        lost = seen.lost_in(target.dtype)
+        seen = copy_tensor(self.source, put, name, self.slab)
+        lost = seen.lost_in(dtype)
         own = self.layer_names.get(name, name)  # a format need not list what is no weight
         if lost and not any(compile_pattern(p).match(own) for p in self.plan.config.cast):
             stored = self.source.tensors[name].dtype
             suggestion = f"dtype=torch.float32, or config={{'cast': [{own!r}]}} to have it so"
-            raise WeightError(f"hold {name} ({stored}) in {target.dtype}", lost, suggestion)
+            raise WeightError(f"hold {name} ({stored}) in {dtype}", lost, suggestion)
         buffer = self.names[name] in self.buffers
         if seen.nan or not (seen.finite or buffer):  # masks are buffers, and full of -inf
             self.warnings.append(f"{name} holds {'NaN' if seen.nan else 'Inf'}, and stays as it is stored")
@@ -209,18 +223,3 @@ def module_path(names: Mapping[str, str], layer: Layer) -> str:
     # ``weight``; in a saved fused layer, ``q_proj.weight``
     inside = part.tensor.removeprefix(f"{layer.name}.")
     return renamed.removesuffix(f".{inside}") if inside != part.tensor else renamed.rpartition(".")[0]
-
-
-def _assign(model: nn.Module, name: str, value: Tensor) -> None:
-    """Sets a parameter or buffer by name; names that the model does not have are left to ``_finish``."""
-    path, _, leaf = name.rpartition(".")
-    module = module_at(model, path)
-    if module is None:
-        return
-    if leaf in module._parameters:
-        old = module._parameters[leaf]
-        module._parameters[leaf] = nn.Parameter(
-            value, old is not None and old.requires_grad and value.is_floating_point()
-        )
-    elif leaf in module._buffers:
-        module._buffers[leaf] = value

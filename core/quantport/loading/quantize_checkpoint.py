@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Set
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from quantport.checkpoint import Checkpoint, unchanged
+from quantport.checkpoint.shard import Write
 from quantport.errors import CheckpointError
 from quantport.loading.build_context import collecting_later
+from quantport.loading.destination import Put
 from quantport.loading.executor import Progress, Task, run_tasks
 from quantport.loading.load_model import Prepared, fits, prepared, tie_weights
 from quantport.loading.locate import Source
 from quantport.loading.plan_model import refuse_quantized, warn
 from quantport.loading.renamed import renamed
-from quantport.loading.save_model import SHARD, Saved, layout_of, modules_to_save, tensors_of, write_model
-from quantport.loading.settle_ties import tie_again
+from quantport.loading.save_model import SHARD, layout_of, modules_to_save, write_model
 from quantport.modules import QuantModule
-from quantport.planning.memory import BUDGET
+from quantport.numerics.by_rows import QuantizedRows
 from quantport.planning.plan import Plan
 
 
@@ -40,8 +42,8 @@ def quantize_checkpoint(
     max_shard_bytes: int = SHARD,
     **options: Any,
 ) -> Plan:
-    """Writes what ``save(load(...))`` writes, byte for byte, a few modules at a time: neither the 16-bit nor
-    the quantized model is ever in memory.
+    """Writes what ``save(load(...))`` writes, byte for byte, some rows of a few weights at a time: nothing
+    large is ever in memory.
 
     Where it was killed, the same call goes on after the last whole shard, on the same machine. Nothing is
     quantized before it is sure that the disk has room for it.
@@ -66,9 +68,8 @@ def quantize_checkpoint(
     with prepared(path_or_id, scheme, num_tokens=num_tokens, progress=progress, **options) as made:
         refuse_quantized(made.filler.checkpoint)
         with collecting_later():
-            batches = _Batches(made, made.filler.tasks(), progress, workers)
-        peak = batches.most + made.plan.budget
-        fits(made.plan, f"quantize {made.plan.source} on {made.plan.device}", peak)
+            stream = _Stream(made, progress, workers)
+        fits(made.plan, f"quantize {made.plan.source} on {made.plan.device}", made.plan.budget)
         warn(made.plan.warnings)
         made.model.quantport_plan = made.plan  # type: ignore[assignment]  # a note on the model, as of ``load``
         if made.cache:
@@ -76,8 +77,8 @@ def quantize_checkpoint(
         write_model(
             made.model,
             directory,
-            batches.tensors,
-            batches.layout,
+            stream.fill,
+            stream.layout,
             overwrite=overwrite,
             max_shard_bytes=max_shard_bytes,
             resume=_resume(made),
@@ -87,104 +88,71 @@ def quantize_checkpoint(
     return decided
 
 
-class _Batches:
-    """Fills a model module by module, as many at a time as fit a window, and empties each when it is written.
+class _Stream:
+    """Quantizes a checkpoint into files that are written meanwhile: a `Destination` that keeps nothing.
 
     Attributes:
         layout: Shape and dtype of every tensor that is written.
-        most: Most bytes of quantized and other tensors that are held at a time.
     """
 
-    def __init__(
-        self, made: Prepared, tasks: Sequence[Task], progress: Progress | None, workers: int | None
-    ) -> None:
+    def __init__(self, made: Prepared, progress: Progress | None, workers: int | None) -> None:
         self._made, self._progress, self._workers = made, progress, workers
+        tasks = made.filler.tasks(self)
         tie_weights(made.model)
         # what is tied is saved with the first module that has it, whatever it is stored under
-        self._names_of = {group[0]: group for group in made.groups}
-        first = {name: group[0] for group in made.groups for name in group}
-        dtypes = {first.get(name, name): dtype for name, dtype in made.filler.held().items()}
-        homes = {stored: first[name] for stored, name in made.filler.names.items() if name in first}
+        self._first = {name: group[0] for group in made.groups for name in group}
+        self._filled = {self._first.get(name, name): dtype for name, dtype in made.filler.held().items()}
         self._tasks: dict[str, list[Task]] = {}
         modules = dict(made.model.named_modules())
         for task in tasks:
-            stays = task.name in homes and not isinstance(modules.get(task.module), QuantModule)
-            home = homes[task.name].rpartition(".")[0] if stays else task.module
+            home, name = task.module, made.filler.names[task.name]
+            if name in self._first and not isinstance(modules.get(home), QuantModule):
+                home = self._first[name].rpartition(".")[0]
             self._tasks.setdefault(home, []).append(task)
-        # held, so that no tensor which comes later is taken for one of these
         self._modules = list(modules_to_save(made.model))
-        self.layout = layout_of(self._modules, dtypes)
-        self._refuse_incomplete(dtypes)
-        sizes = [self._size(prefix, module, kept) for prefix, module, kept in self._modules]
-        self.most = min(sum(sizes), max(BUDGET, *sizes))
+        self.layout = layout_of(self._modules, self._filled)
+        self._refuse_incomplete()
 
-    def tensors(self, missing: Set[str]) -> Iterator[tuple[str, Tensor]]:
-        """Those that are missing, and others of the same modules; checks in the end that no file changed."""
+    def fill(self, missing: Set[str], write: Write) -> None:
+        """Writes what is missing, module by module; checks in the end that no file changed."""
+        self._missing, self._write = missing, write
+        tasks: list[Task] = []
+        for prefix, module, kept in self._modules:
+            if not missing.isdisjoint(self._names(prefix, module, kept)):
+                tasks += self._tasks.get(prefix[:-1], ())
         with unchanged(self._made.filler.source):
-            yield from self._batches(missing)
+            for prefix, _, kept in self._modules:
+                for name, tensor in kept.items():
+                    if prefix + name not in self._filled:
+                        self._put(prefix + name, tensor.detach())
+            run_tasks(tasks, self._progress, self._workers, self._made.plan.budget)
 
-    def _batches(self, missing: Set[str]) -> Iterator[tuple[str, Tensor]]:
-        batch: list[Saved] = []
-        size, done = 0, 0
-        wanted = [some for some in self._modules if missing & self._names(*some)]
-        total = sum(task.size for prefix, _, _ in wanted for task in self._tasks.get(prefix[:-1], ()))
-        for some in [*wanted, None]:
-            own = 0 if some is None else self._size(*some)
-            if batch and (some is None or size + own > BUDGET):
-                done += self._fill([prefix[:-1] for prefix, _, _ in batch], done, total)
-                for prefix, module, kept in batch:
-                    now = {name: getattr(module, name) for name in kept}
-                    for name, tensor in tensors_of(prefix, module, now):
-                        if name in missing:
-                            yield name, tensor
-                    del now
-                    self._empty(prefix, module, kept)
-                batch, size = [], 0
-            if some is not None:
-                batch.append(some)
-                size += own
+    def weight(self, path: str, module: QuantModule, name: str, steps: Iterator[QuantizedRows]) -> None:
+        """Writes the rows of a weight as they are quantized."""
+        for key, tensor in module.stored_names(name, steps):
+            self._put(f"{path}.{key}", tensor)
 
-    def _fill(self, paths: Sequence[str], done: int, total: int) -> int:
-        """Runs the tasks of some modules, and forgets them with what they hold; returns the bytes read."""
-        tasks = [task for path in paths for task in self._tasks.pop(path, ())]
-        run_tasks(tasks, self._after(done, total), self._workers, self._made.plan.budget)
-        tie_again(self._made.model, self._made.groups)
-        return sum(task.size for task in tasks)
+    @contextmanager
+    def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Put]:
+        """Writes what is put."""
+        saved = self._first.get(name, name)
+        yield lambda values: self._put(saved, values.to(dtype))
 
-    def _after(self, done: int, total: int) -> Progress | None:
-        report = self._progress
-        if report is None:
-            return None
-        return lambda some, _total, name: report(done + some, total, name)
+    def _put(self, name: str, tensor: Tensor) -> None:
+        if name in self._missing:
+            self._write(name, tensor)
 
     def _names(self, prefix: str, module: nn.Module, kept: Mapping[str, Tensor]) -> set[str]:
         stored = module.stored_layout() if isinstance(module, QuantModule) else ()
         return {prefix + name for name in (*kept, *(name for name, _, _ in stored))}
 
-    def _size(self, prefix: str, module: nn.Module, kept: Mapping[str, Tensor]) -> int:
-        specs = [self.layout[name] for name in self._names(prefix, module, kept)]
-        return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in specs)
-
-    def _empty(self, prefix: str, module: nn.Module, kept: dict[str, Tensor]) -> None:
-        """Lets go of the weights and parameters of a module, and of those that are tied to them."""
-        if isinstance(module, QuantModule):
-            module.forget()
-        for name in kept.keys() & module._parameters.keys():
-            empty = nn.Parameter(torch.empty_like(kept[name], device="meta"), requires_grad=False)
-            kept[name] = module._parameters[name] = empty
-            for tied in self._names_of.get(prefix + name, ()):
-                path, _, leaf = tied.rpartition(".")
-                parameters = self._made.model.get_submodule(path)._parameters
-                if parameters.get(leaf) is not None:
-                    parameters[leaf] = empty
-
-    def _refuse_incomplete(self, filled: Mapping[str, torch.dtype]) -> None:
+    def _refuse_incomplete(self) -> None:
         """Refuses parameters that nothing fills."""
         lost = [
             prefix + name
             for prefix, module, kept in self._modules
             for name, tensor in kept.items()
-            if tensor.is_meta and prefix + name not in filled
+            if tensor.is_meta and prefix + name not in self._filled
         ]
         if lost:
             raise CheckpointError(

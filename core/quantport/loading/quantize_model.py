@@ -85,7 +85,9 @@ def quantize_(
     for name, steps in by_module(decided.steps, lambda layer: layer.home).items():
         module = new[name] = make_module(steps, model.get_submodule(name), steps[0].layer.dtype, registry)
         for step in steps:
-            tasks += quantize_tasks(step, module, read, decided.config.nonfinite, fast, owned=True)
+            tasks += quantize_tasks(
+                step, module, module.set_steps, read, decided.config.nonfinite, fast, owned=True
+            )
     run_tasks(tasks, progress, budget=decided.budget)
     swap_modules(model, new)
     if cache:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from quantport.checkpoint import KVCacheConfig, QuantportFormat, SavedLayer, companions
-from quantport.checkpoint.shard import Stream, TensorLayout
+from quantport.checkpoint.shard import Fill, Stream, TensorLayout
 from quantport.errors import SaveError
 from quantport.kvcache import default_of
 from quantport.loading.arguments import require_module
@@ -62,7 +62,7 @@ def save(
 def write_model(
     model: nn.Module,
     directory: str | os.PathLike[str],
-    tensors: Stream | Callable[[Set[str]], Stream],
+    tensors: Stream | Fill,
     layout: TensorLayout,
     *,
     overwrite: bool,
@@ -178,14 +178,9 @@ def layout_of(modules: Iterable[Saved], dtypes: Mapping[str, torch.dtype] | None
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for prefix, module, kept in modules_to_save(model):
-        yield from tensors_of(prefix, module, kept)
-
-
-def tensors_of(prefix: str, module: nn.Module, kept: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """The stored tensors of a quantized module, large weights some rows at a time, and what it keeps."""
-    if isinstance(module, QuantModule):
-        yield from ((prefix + name, tensor) for name, tensor in module.stored_rows(STEP))
-    yield from ((prefix + name, tensor.detach()) for name, tensor in kept.items())
+        if isinstance(module, QuantModule):  # large weights some rows at a time
+            yield from ((prefix + name, tensor) for name, tensor in module.stored_rows(STEP))
+        yield from ((prefix + name, tensor.detach()) for name, tensor in kept.items())
 
 
 def modules_to_save(model: nn.Module) -> Iterator[Saved]:

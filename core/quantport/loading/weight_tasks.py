@@ -21,12 +21,14 @@ from quantport.planning.plan import Step
 from quantport.scheme import Scheme
 
 Fast = Callable[[Tensor, Scheme], StoredWeight | None]
+Take = Callable[[str, Iterator[QuantizedRows]], None]
 Reader = Callable[[Part], tuple[Tensor, Callable[[], None]]]
 
 
 def quantize_tasks(
     step: Step,
     module: QuantModule,
+    take: Take,
     read: Reader,
     nonfinite: str,
     fast: Fast,
@@ -38,7 +40,8 @@ def quantize_tasks(
 
     Args:
         step: The layer, or the piece of a layer.
-        module: Takes the weights.
+        module: Whose weights they are.
+        take: Takes each weight by its name in the module, as ``module.set_steps`` does.
         read: Gives the 16-bit tensor of a part, and what to call when it has been used.
         nonfinite: ``error`` or ``zero``.
         fast: ``Backend.quantize_weight`` of the device.
@@ -63,7 +66,7 @@ def quantize_tasks(
         steps = quantize_on(
             rows, layer.dtype, spec, name, nonfinite, fast, device, storage_only_dtypes, kernel
         )
-        module.set_steps(weight, steps)
+        take(weight, steps)
 
     for weight, n, k in layer.each:
         part, kernel = layer.part(weight), None if layer.experts else module.kernel_of(weight)

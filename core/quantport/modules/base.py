@@ -111,10 +111,6 @@ class QuantModule(EmptyWeight):
         for name, stored_weight in stored.items():
             self.set_weight(name, stored_weight)
 
-    def forget(self) -> None:
-        """Lets go of every weight: the module is as before they were set."""
-        self._rebind(self.kernel, self.others)
-
     def _rebind(self, kernel: Kernel, others: Mapping[str, Kernel]) -> None:
         """Takes other kernels, for which every weight must be packed and set anew."""
         for key in dict.fromkeys(key for keys in self._buffer_names.values() for key in keys):
@@ -215,13 +211,18 @@ class QuantModule(EmptyWeight):
         for name, spec in self.specs.items():
             if name not in self._buffer_names:
                 continue
-            dims = shard_dims(spec.scheme, 0)
-            for start, _, stored_weight in unpack_steps(
-                self.kernel_of(name), self.packed(name), spec, elements
-            ):
-                for key, tensor in stored_weight.items():
-                    if start == 0 or dims[key] is not None:  # what all rows share comes once
-                        yield f"{name}.{key}".lstrip("."), tensor
+            steps = unpack_steps(self.kernel_of(name), self.packed(name), spec, elements)
+            yield from self.stored_names(name, steps)
+
+    def stored_names(self, name: str, steps: Iterable[QuantizedRows]) -> Iterator[tuple[str, Tensor]]:
+        """Every stored tensor of the rows of one weight under its name in the state dict; what all rows share
+        comes once.
+        """
+        dims = shard_dims(self.specs[name].scheme, 0)
+        for start, _, stored_weight in steps:
+            for key, tensor in stored_weight.items():
+                if start == 0 or dims[key] is not None:
+                    yield f"{name}.{key}".lstrip("."), tensor
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -154,14 +154,14 @@ RESUMED = """
     from quantport.checkpoint import save_tensors
     target, key, stop = sys.argv[1], sys.argv[2], int(sys.argv[3])
     layout = {f"w{i}": ((64, 64), torch.float32) for i in range(4)}
-    def stream(missing):
+    def fill(missing, write):
         print(*sorted(missing), flush=True)
         for i, name in enumerate(layout):
             if i == stop:
                 os.kill(os.getpid(), signal.SIGKILL)
             if name in missing:
-                yield name, torch.full((64, 64), float(i))
-    save_tensors(target, stream, layout=layout, max_shard_bytes=1, files={"x.json": b"{}"}, resume=key)
+                write(name, torch.full((64, 64), float(i)))
+    save_tensors(target, fill, layout=layout, max_shard_bytes=1, files={"x.json": b"{}"}, resume=key)
 """
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Set
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -39,21 +40,28 @@ MIXED = {
 @pytest.mark.parametrize("limit", [1, 60, 1000])
 @pytest.mark.parametrize("order", [list(MIXED), list(reversed(MIXED))], ids=["in order", "in another order"])
 def test_a_layout_gives_the_same_files(tmp_path: Path, limit: int, order: list[str]) -> None:
-    """Also in pieces and in another order; and safetensors itself reads them."""
+    """Also in pieces, in another order and from several threads; and safetensors itself reads them."""
 
-    def pieces() -> Iterator[tuple[str, torch.Tensor]]:
-        for name in order:
-            tensor = MIXED[name]
-            yield from (
-                (name, part) for part in (tensor.split(2) if tensor.dim() and tensor.numel() else [tensor])
-            )
+    def pieces(name: str) -> Iterator[tuple[str, torch.Tensor]]:
+        tensor = MIXED[name]
+        whole = not tensor.dim() or not tensor.numel()
+        matrices = tensor if tensor.dim() == 3 else [tensor]
+        yield from ((name, part) for m in matrices for part in ([m] if whole else m.split(2)))
+
+    def fill(missing: Set[str], write: Callable[[str, torch.Tensor], None]) -> None:
+        assert missing == set(order)
+        with ThreadPoolExecutor(3) as pool:
+            list(pool.map(lambda name: [write(*piece) for piece in pieces(name)], order))
 
     save_tensors(tmp_path / "gathered", MIXED.items(), max_shard_bytes=limit)
-    save_tensors(tmp_path / "streamed", pieces(), layout=layout_of(MIXED), max_shard_bytes=limit)
+    streamed = (piece for name in order for piece in pieces(name))
+    save_tensors(tmp_path / "streamed", streamed, layout=layout_of(MIXED), max_shard_bytes=limit)
+    save_tensors(tmp_path / "filled", fill, layout=layout_of(MIXED), max_shard_bytes=limit)
     names = only(tmp_path / "gathered")
-    assert only(tmp_path / "streamed") == names
-    for name in names:
-        assert (tmp_path / "gathered" / name).read_bytes() == (tmp_path / "streamed" / name).read_bytes()
+    for other in ("streamed", "filled"):
+        assert only(tmp_path / other) == names
+        for name in names:
+            assert (tmp_path / "gathered" / name).read_bytes() == (tmp_path / other / name).read_bytes()
     loaded = {k: t for f in (tmp_path / "streamed").glob("*.safetensors") for k, t in load_file(f).items()}
     assert set(loaded) == set(MIXED)
     for name, tensor in MIXED.items():
