@@ -19,6 +19,7 @@ import llvmlite.binding as llvm
 
 from quantport_cpu.jit import (
     block_encode,
+    decode,
     encode,
     gemm_int8,
     gemv_blocks,
@@ -57,6 +58,8 @@ def kernels(whole: bool) -> Iterator[tuple[str, Kernel]]:
         return
     yield from {
         "gemm_int8.prepare": gemm_int8.prepare_kernel(),
+        "decode.fp8": decode.fp8_kernel,
+        "decode.int4": decode.int4_kernel(64),
         "int_digits": int_digits.kernel,
         "repack": repack.kernel,
         "least_squares": least_squares.kernel,

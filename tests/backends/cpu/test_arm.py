@@ -82,6 +82,9 @@ CALLS = {
     "gemv_bytes.int8": lambda: small_batch.int8(X, (W * 40).to(torch.int8)),
     "gemm_int8": int8_int8,
     "gemm_int8.prepare": int8_int8,
+    "decode.fp8": lambda: small_batch.decode_fp8(
+        W.to(torch.float8_e4m3fn).view(torch.uint8), None, 0, torch.empty(64, 320, dtype=torch.bfloat16)
+    ),
     "int_digits": lambda: small_batch.int8(X, (W * 40).to(torch.int8)),
     "gemv_int4": int4,
     "gemv_blocks.nf4": lambda: blocks("nf4")(),

@@ -273,6 +273,57 @@ def test_gguf(shape: tuple[int, int], name: str, m: int) -> None:
     close(small_batch.gguf(x, blocks, name), x, gguf.dequantize(blocks, element, k))
 
 
+@pytest.mark.parametrize("name", [*sorted(GGUF_BYTES), "mxfp4", "nf4", "fp6", "mxfp8"])
+def test_panels_of_bf16_are_those_of_fp32_rounded(name: str) -> None:
+    n, k, scheme = 37, 512, BUILTIN[name]
+    fp32, bf16 = torch.empty(n, k), torch.empty(n, k, dtype=torch.bfloat16)
+    if name in GGUF_BYTES:
+        blocks = gguf_blocks(name, n, k)
+        for panel in (fp32, bf16):
+            small_batch.decode_gguf(blocks, name, panel)
+    else:
+        stored, quant = numerics.quantize_weight(torch.randn(n, k).bfloat16(), scheme), scheme.weight
+        codes, scale = stored.get("weight", stored.get("weight_packed")), stored["weight_scale"]
+        assert codes is not None
+        weight = small_batch.Blocks(
+            quant.format, quant.scale, quant.group_size, codes.view(torch.uint8), scale, None, k
+        )
+        for panel in (fp32, bf16):
+            small_batch.decode(weight, panel)
+    assert fp32.abs().max() > 0
+    assert torch.equal(bf16, fp32.bfloat16())
+
+
+@pytest.mark.parametrize("shape", [(1, 7), (129, 704), (300, 1056)], ids=str)
+@pytest.mark.parametrize("name", ["fp8_per_channel", "fp8_per_block"])
+def test_panels_of_fp8(shape: tuple[int, int], name: str) -> None:
+    (n, k), stored = shape, numerics.quantize_weight(torch.randn(shape).bfloat16(), BUILTIN[name])
+    codes, scale = stored["weight"], stored["weight_scale"] if name == "fp8_per_block" else None
+    want = codes.float() / 256
+    if scale is not None:
+        want *= scale.repeat_interleave(128, 0)[:n].repeat_interleave(128, 1)[:, :k]
+    for first in range(0, n, 60):
+        panel = torch.empty(min(60, n - first), k, dtype=torch.bfloat16)
+        small_batch.decode_fp8(codes.view(torch.uint8), scale, first, panel)
+        assert torch.equal(panel, want[first : first + len(panel)].bfloat16())
+
+
+@pytest.mark.parametrize("block", [64, 32])
+@pytest.mark.parametrize("name", ["int4_weight_only", "int4_weight_only_g32", "int4_mse"])
+def test_panels_of_int4(name: str, block: int) -> None:
+    n, k, scheme = 192, 384, BUILTIN[name]
+    stored, group = numerics.quantize_weight(torch.randn(n, k).bfloat16(), scheme), scheme.weight.group_size
+    pairs = torch.zeros(k // group, n, 2, dtype=torch.bfloat16)
+    pairs[..., 0] = stored["weight_scale"].t()
+    if scheme.weight.zero_point:
+        pairs[..., 1] = stored["weight_zero"].t()
+    packed = quantize.pack_int4(stored["weight_packed"], block, n, k)
+    want, panel = numerics.dequantize_weight(stored, scheme, k), torch.empty(k, 128, dtype=torch.bfloat16)
+    got = small_batch.decode_int4(packed, pairs, group, block, 64, panel).t()
+    torch.testing.assert_close(got.float(), want[64:].float(), rtol=2.0**-8, atol=2.0**-12)
+    assert scheme.weight.zero_point or torch.equal(got, want[64:].bfloat16())
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_nonfinite_activations_stay_nonfinite(bad: float) -> None:
     x = torch.ones(2, 64)

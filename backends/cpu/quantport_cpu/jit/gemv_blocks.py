@@ -21,6 +21,7 @@ from quantport_cpu.jit.simd import F16, F32, I8, I16, I32, I64, Simd, Value, cgu
 
 STEP = 32  # weights of one row in one step
 OUTER = 512  # columns of an outer scale
+FP32, BF16 = 0, -1  # in place of a number of rows: the weights are written as such
 E8M0, E4M3, F32_SCALE, DUAL = 0, 1, 2, 3  # how scales are stored
 # By bits of a code: lanes hold every second column, every fourth, or all of them in turn.
 INTERLEAVE = {4: 2, 6: 4, 8: 1}
@@ -116,7 +117,7 @@ def tile(
         simd.store(simd.reduce_lanes(simd.b.load(sums[r * n_m + m])), address)
 
 
-@inline(types.void, 6, 7, 8)
+@inline(types.void, 6, 7, 8, 9)
 def decode_row(
     simd: Simd,
     w: Value,
@@ -128,8 +129,9 @@ def decode_row(
     n_format: int,
     n_kind: int,
     n_group: int,
+    n_bytes: int,
 ) -> None:
-    """One weight row as fp32, columns in order."""
+    """One weight row, columns in order, in ``n_bytes``: 4 as fp32, 2 as bf16."""
     values = simd.load(F32, 16, table)
     turn = INTERLEAVE[element_of(n_format).bits]
     order = [i % turn * (STEP // turn) + i // turn for i in range(STEP)]
@@ -137,7 +139,8 @@ def decode_row(
         factor = lane_scales(simd, scale, outer, column, n_kind, n_group)
         here = _codes_address(simd, w, column, n_format)
         lanes = [simd.b.fmul(v, factor) for v in decode_codes(simd, here, values, n_format)]
-        simd.store(simd.shuffle(lanes[0], lanes[1], order), simd.at(out, simd.b.mul(column, I64(4))))
+        store = simd.store if n_bytes == 4 else simd.store_bf16
+        store(simd.shuffle(lanes[0], lanes[1], order), simd.at(out, simd.b.mul(column, I64(n_bytes))))
 
 
 def _body(n_format: int, n_kind: int, n_group: int, bits: int) -> Any:
@@ -150,14 +153,16 @@ def _body(n_format: int, n_kind: int, n_group: int, bits: int) -> Any:
             block = next_block(frame)
             if block >= block_count(frame):
                 break
-            for row in range(block * span, min(n, block * span + span), 1 if m == 0 else 2):
+            for row in range(block * span, min(n, block * span + span), 1 if m <= 0 else 2):
                 here, s, o = w + row * stride, scale + row * scale_stride, outer + row * outer_stride
                 step = stride if row + 1 < n else 0
                 s_step, o_step = (scale_stride, outer_stride) if row + 1 < n else (0, 0)
                 y = out + 4 * row
                 # fmt: off
-                if m == 0:
-                    decode_row(here, k, s, o, table, out + 4 * k * row, n_format, n_kind, n_group)
+                if m == FP32:
+                    decode_row(here, k, s, o, table, out + 4 * k * row, n_format, n_kind, n_group, 4)
+                elif m == BF16:
+                    decode_row(here, k, s, o, table, out + 2 * k * row, n_format, n_kind, n_group, 2)
                 elif m == 1:
                     tile(
                         x, x_stride, here, step, k, s, s_step, o, o_step, table, y, out_stride,
@@ -183,7 +188,8 @@ def _body(n_format: int, n_kind: int, n_group: int, bits: int) -> Any:
 def kernel(name: str, kind: int, group: int) -> Kernel:
     """The kernel of one format. A block is ``span`` weight rows.
 
-    With no rows of x, the weights themselves are written. Words: x, its stride, weights, n, k, scales, their
-    stride, outer scales, their stride, table, out, rows of x, span, stride of out.
+    In place of rows of x it takes ``FP32`` or ``BF16``: then the weights themselves are written. Words: x,
+    its stride, weights, n, k, scales, their stride, outer scales, their stride, table, out, rows of x, span,
+    stride of out.
     """
     return Kernel(_body(NUMBERS[name], kind, group, ELEMENTS[name].bits))

@@ -12,6 +12,7 @@ from typing import Any
 from numba.core import types
 
 from quantport.backend import once
+from quantport_cpu.jit.gemv_blocks import BF16, FP32
 from quantport_cpu.jit.gemv_bytes import PREFETCH_AHEAD
 from quantport_cpu.jit.parallel_for import Kernel, block_count, next_block
 from quantport_cpu.jit.scalars import words
@@ -146,14 +147,15 @@ def tile(
         simd.store(simd.reduce_lanes(total), simd.at(out, simd.b.mul(out_stride, I64(m))))
 
 
-@inline(types.void, 3)
-def decode_row(simd: Simd, w: Value, blocks: Value, out: Value, n_type: int) -> None:
-    """One weight row as fp32."""
+@inline(types.void, 3, 4)
+def decode_row(simd: Simd, w: Value, blocks: Value, out: Value, n_type: int, n_bytes: int) -> None:
+    """One weight row, in ``n_bytes``: 4 as fp32, 2 as bf16."""
     with cgutils.for_range_slice(simd.b, I64(0), blocks, I64(1), I64) as (b, _):
         block = simd.at(w, simd.b.mul(b, I64(BYTES[n_type])))
-        to = simd.at(out, simd.b.mul(b, I64(4 * COLUMNS[n_type])))
+        to = simd.at(out, simd.b.mul(b, I64(n_bytes * COLUMNS[n_type])))
+        store = simd.store if n_bytes == 4 else simd.store_bf16
         for i, run in enumerate(_runs(simd, block, n_type)):
-            simd.store(run.weights(simd), simd.at(to, 4 * LANES * i))
+            store(run.weights(simd), simd.at(to, n_bytes * LANES * i))
 
 
 def _body(n_type: int, size: int, columns: int) -> Any:
@@ -166,8 +168,10 @@ def _body(n_type: int, size: int, columns: int) -> Any:
                 break
             for row in range(block * span, min(n, block * span + span)):
                 here, y = w + row * blocks * size, out + 4 * row
-                if m == 0:
-                    decode_row(here, blocks, out + 4 * columns * blocks * row, n_type)
+                if m == FP32:
+                    decode_row(here, blocks, out + 4 * columns * blocks * row, n_type, 4)
+                elif m == BF16:
+                    decode_row(here, blocks, out + 2 * columns * blocks * row, n_type, 2)
                 elif m == 1:
                     tile(x, x_stride, here, blocks, y, out_stride, n_type, 1)
                 elif m == 2:
@@ -192,8 +196,8 @@ def _body(n_type: int, size: int, columns: int) -> Any:
 def kernel(name: str) -> Kernel:
     """The kernel of one block type. A block of the loop is ``span`` weight rows.
 
-    With no rows of x, the weights themselves are written. Words: x, its stride, weights, n, blocks of a
-    row, out, its stride, rows of x, span.
+    In place of rows of x it takes ``FP32`` or ``BF16``: then the weights themselves are written. Words: x,
+    its stride, weights, n, blocks of a row, out, its stride, rows of x, span.
     """
     number = NUMBERS[name]
     return Kernel(_body(number, BYTES[number], COLUMNS[number]))

@@ -100,6 +100,13 @@ class Simd:
         """Stores a vector or a single value."""
         self.b.store(value, self.b.inttoptr(address, ir.PointerType(value.type)), align=1)
 
+    def store_bf16(self, value: Value, address: Value) -> None:
+        """Stores fp32 as bf16, rounded to nearest even; they are finite."""
+        bits = self.bitcast(value, I32)
+        odd = self.int_op("and_", self.int_op("lshr", bits, 16), 1)
+        rounded = self.b.add(self.int_op("add", bits, 0x7FFF), odd)
+        self.store(self.narrow(self.int_op("lshr", rounded, 16), I16), address)
+
     def widen(self, value: Value, kind: Any, signed: bool = False) -> Value:
         """Integers to wider integers."""
         return (self.b.sext if signed else self.b.zext)(value, ir.VectorType(kind, value.type.count))

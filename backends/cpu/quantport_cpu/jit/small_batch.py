@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from quantport.backend import BackendError, once
+from quantport_cpu.jit import decode as decoding
 from quantport_cpu.jit import gemm_int8, gemv_blocks, gemv_bytes, gemv_gguf, gemv_int4, int_digits
 from quantport_cpu.jit.elements import ELEMENTS
 from quantport_cpu.jit.memory import Array, array, constants
@@ -97,6 +98,32 @@ def scales_of_128_blocks(scale: Tensor | None, n: int, k: int) -> tuple[Array, i
         return _ONE, 0, 0, k
     columns = -(-k // 128)
     return array(scale, torch.float32, -(-n // 128), columns), 4, 4 * columns, 128
+
+
+def decode_fp8(codes: Tensor, scale: Tensor | None, first: int, out: Tensor) -> Tensor:
+    """Writes rows of e4m3fn weights over 256 to ``out``, bf16 ``[rows, K]``.
+
+    Args:
+        codes: int8 or uint8 ``[N, K]``, contiguous: the whole weight.
+        scale: fp32 ``[ceil(N/128), ceil(K/128)]``, contiguous, or None for scales that the caller multiplies.
+        first: The first row.
+        out: The panel.
+    """
+    (n, k), count = codes.shape, len(out)
+    scales, step, stride, chunk = scales_of_128_blocks(scale, n, k)
+    decoding.fp8_kernel(
+        count,
+        array(codes[first : first + count], codes.dtype, count, k),
+        k,
+        chunk,
+        scales,
+        step,
+        stride,
+        first,
+        array(out, torch.bfloat16, count, k),
+        threads=threads_for(out.numel()),
+    )
+    return out
 
 
 def int8(x: Tensor, codes: Tensor) -> Tensor:
@@ -206,6 +233,33 @@ def int4(x: Tensor, packed: Tensor, pairs: Tensor, group: int) -> Tensor:
     return out if rows == m else out[:m]
 
 
+def decode_int4(packed: Tensor, pairs: Tensor, group: int, block: int, first: int, out: Tensor) -> Tensor:
+    """Writes int4 weights in ATen's layout to ``out``, bf16 ``[K', channels]``: columns down.
+
+    Args:
+        packed: uint8 ``[N, K'/2]``, contiguous: the whole weight.
+        pairs: bf16 ``[K'/group, N, 2]``, contiguous: the scale, and the offset that is added.
+        group: Columns that share a scale.
+        block: Channels of a block of the layout: 64 or 32.
+        first: The first channel, and
+        out: the panel: multiples of ``block``.
+    """
+    (n, half_k), channels = packed.shape, out.shape[1]
+    rows, whole = packed[first : first + channels], array(pairs, torch.bfloat16, half_k * 2 // group, n, 2)
+    decoding.int4_kernel(block)(
+        channels // block,
+        array(rows, torch.uint8, channels, half_k),
+        2 * half_k,
+        group,
+        whole.at(4 * first, whole.size - 4 * first),
+        4 * n,
+        array(out, torch.bfloat16, 2 * half_k, channels),
+        2 * channels,
+        threads=threads_for(out.numel()),
+    )
+    return out
+
+
 class Blocks(NamedTuple):
     """A weight in a small float or a code book.
 
@@ -261,7 +315,7 @@ def blocks(x: Tensor, weight: Blocks) -> Tensor:
 
 
 def decode(weight: Blocks, out: Tensor) -> Tensor:
-    """Writes the weight over ``unit`` to ``out`` fp32 ``[N, K]``."""
+    """Writes the weight over ``unit`` to ``out`` ``[N, K]``, fp32 or bf16."""
     _run_blocks(weight, None, out, 4)
     return out
 
@@ -285,14 +339,15 @@ def _run_blocks(weight: Blocks, x: Array | None, out: Tensor, span: int) -> None
         0 if outer is None else array(outer, torch.float32, n, outers),
         4 * outers,
         _value_table(name),
-        array(out, torch.float32, rows, n if x else k),
-        rows if x else 0,
+        array(out, out.dtype, rows, n if x else k),
+        rows if x else _DECODED[out.dtype],
         span,
         4 * n,
         threads=threads_for(n * k),
     )
 
 
+_DECODED = {torch.float32: gemv_blocks.FP32, torch.bfloat16: gemv_blocks.BF16}
 # How scales of a format are stored.
 _SCALES = {
     "e8m0": (gemv_blocks.E8M0, torch.uint8),
@@ -332,14 +387,14 @@ def gguf(x: Tensor, blocks: Tensor, name: str) -> Tensor:
 
 
 def decode_gguf(blocks: Tensor, name: str, out: Tensor) -> Tensor:
-    """Writes a weight in blocks of GGUF to ``out`` fp32 ``[N, columns of the blocks]``."""
+    """Writes a weight in blocks of GGUF to ``out`` ``[N, columns of the blocks]``, fp32 or bf16."""
     n, k = blocks.shape[0], gguf_columns(blocks, name)
-    _run_gguf(blocks, name, None, array(out, torch.float32, n, k), 0)
+    _run_gguf(blocks, name, None, array(out, out.dtype, n, k), _DECODED[out.dtype])
     return out
 
 
 def _run_gguf(blocks: Tensor, name: str, x: Array | None, out: Array, rows: int) -> None:
-    """Writes to ``out`` the products of ``rows`` rows of x, or, without x, the weight."""
+    """Writes to ``out`` the products of ``rows`` rows of x, or, without x, the weight as ``rows`` says."""
     (n, size), k, span = blocks.shape, gguf_columns(blocks, name), _SPAN if x else 4
     gemv_gguf.kernel(name)(
         -(-n // span),

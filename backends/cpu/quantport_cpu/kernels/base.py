@@ -24,6 +24,7 @@ from quantport.backend import (
     find_tuned,
     loop_over_groups,
 )
+from quantport_cpu.features import usable_features
 from quantport_cpu.jit import why_unavailable
 from quantport_cpu.jit.jobs import Job
 from quantport_cpu.kernels.scratch import scratch
@@ -31,7 +32,7 @@ from quantport_cpu.kernels.scratch import scratch
 TINY = torch.finfo(torch.float32).tiny
 COMPILED_MAX_ROWS = 64  # up to this many rows, compiled kernels of small batches beat decoding a whole block
 _SMALL_BATCH = 8  # rows that they take at a time
-_PANEL_ROWS = 128  # 2 MiB of fp32 at K = 4096
+PANEL_ROWS = {torch.float32: 128, torch.bfloat16: 256}  # 2 MiB at K = 4096
 
 
 def split_rows(x: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
@@ -58,21 +59,33 @@ def has_fast_dots() -> bool:
     return host_target().dot_bits > 0
 
 
-def multiply_by_panels(x: Tensor, n: int, decode: Callable[[int, Tensor], Tensor]) -> Tensor:
-    """Multiplies by a weight that is decoded to fp32 in panels of rows, which stay in cache.
+@cache
+def has_bf16_dots() -> bool:
+    """Whether torch multiplies bf16 here by instructions made for it, and not by those of fp32."""
+    return bool({"avx512_bf16", "amx_bf16"} & usable_features())
+
+
+def multiply_by_panels(x: Tensor, n: int, columns: int, decode: Callable[[int, Tensor], Tensor]) -> Tensor:
+    """Multiplies by a weight that is decoded in panels of rows, which stay in cache.
+
+    Panels are fp32, or bf16 where activations are and the processor multiplies it: then weights are rounded
+    once more, and so are the products.
 
     Args:
-        x: Activations, fp32 ``[M, K]``.
+        x: Activations ``[M, K]``.
         n: Rows of the weight.
-        decode: Writes the rows from a first one on into ``[rows, K]``, and returns them.
+        columns: Columns of the weight, from K on: those beyond it count for nothing.
+        decode: Writes the rows from a first one on into ``[rows, columns]``, and returns them.
 
     Returns:
         fp32 ``[M, N]``.
     """
+    dtype = torch.bfloat16 if x.dtype is torch.bfloat16 and has_bf16_dots() else torch.float32
+    x = torch.nn.functional.pad(x.to(dtype), (0, columns - x.shape[1]))
     y = torch.empty(x.shape[0], n, dtype=torch.float32, device=x.device)
-    for r in range(0, n, _PANEL_ROWS):
-        panel = scratch(x, torch.float32, min(_PANEL_ROWS, n - r), x.shape[1])
-        y[:, r : r + _PANEL_ROWS] = torch.mm(x, decode(r, panel).t())
+    for r in range(0, n, PANEL_ROWS[dtype]):
+        panel = scratch(x, dtype, min(PANEL_ROWS[dtype], n - r), columns)
+        y[:, r : r + len(panel)] = torch.mm(x, decode(r, panel).t())
     return y
 
 

@@ -1,7 +1,7 @@
 """Small floats and code books with block scales: MX, NVFP4, dual scale, NF4, FP4 and FP6, weight-only.
 
 Weights stay as they are stored. Few rows of activations are multiplied in one pass over the codes; for many,
-panels of rows that stay in cache are decoded to fp32.
+panels of rows that stay in cache are decoded.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class CpuBlocks(CpuStacked):
             y = small_batch.blocks(x, weight) if rows else x.new_zeros(0, spec.n, dtype=torch.float32)
         else:
             y = multiply_by_panels(
-                x.float(), spec.n, lambda r, panel: small_batch.decode(weight.rows(r, len(panel)), panel)
+                x, spec.n, spec.k, lambda r, panel: small_batch.decode(weight.rows(r, len(panel)), panel)
             )
         if (unit := small_batch.unit(weight)) != 1:
             y.mul_(unit)

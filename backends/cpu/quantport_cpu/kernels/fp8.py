@@ -19,6 +19,7 @@ from quantport_cpu.kernels.base import (
     CpuGrouped,
     RowRange,
     jobs_and_weights,
+    multiply_by_panels,
     scales_by_row,
     select_weights,
     split_rows,
@@ -61,7 +62,7 @@ class CpuFp8WeightOnly(CpuGrouped):
         elif not blocks and rows <= _SMALL_BATCH:
             y = self._small_batch(x.float(), codes.view(torch.int8))
         else:
-            y = self._large_batch(x.float(), codes.view(torch.int8), scale, blocks)
+            y = self._large_batch(x, codes.view(torch.int8), scale, blocks)
         if not blocks:
             y.mul_(scale.view(-1))
         return (y if bias is None else y.add_(bias)).to(x.dtype)
@@ -99,16 +100,18 @@ class CpuFp8WeightOnly(CpuGrouped):
         return torch.ldexp(out, exponent + 8)
 
     def _large_batch(self, x: Tensor, codes: Tensor, scale: Tensor, blocks: int) -> Tensor:
-        """A matmul for each row block of the weight as fp32, times the scales of 128x128 blocks."""
-        n, k = codes.shape
-        out = torch.empty(x.shape[0], n, dtype=torch.float32, device=x.device)
-        for r in range(0, n, _BLOCK_ROWS):
-            half = _halves(codes[r : r + _BLOCK_ROWS])
-            weight = scratch(codes, torch.float32, *half.shape).copy_(half)
+        """A matmul for each panel of the weight, times the scales of 128x128 blocks."""
+
+        def decode(r: int, panel: Tensor) -> Tensor:
+            if panel.dtype is torch.bfloat16 and not why_unavailable():
+                from quantport_cpu.jit import small_batch
+
+                return small_batch.decode_fp8(codes, scale if blocks else None, r, panel)
+            panel.copy_(_halves(codes[r : r + len(panel)]))
             if blocks:
-                rows = scale[r // blocks : (r + half.shape[0] + blocks - 1) // blocks]
-                wide = rows.repeat_interleave(blocks, 1)[:, :k]
-                for i, row in enumerate(wide):
-                    weight[i * blocks : (i + 1) * blocks].mul_(row)
-            out[:, r : r + _BLOCK_ROWS] = torch.mm(x, weight.t())
-        return out.mul_(256)
+                rows = scale[r // blocks : (r + len(panel) + blocks - 1) // blocks]
+                for i, row in enumerate(rows.repeat_interleave(blocks, 1)[:, : codes.shape[1]]):
+                    panel[i * blocks : (i + 1) * blocks].mul_(row)
+            return panel
+
+        return multiply_by_panels(x, codes.shape[0], codes.shape[1], decode).mul_(256)

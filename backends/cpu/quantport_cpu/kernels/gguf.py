@@ -1,7 +1,7 @@
 """GGUF blocks, weight-only: q4_0, q8_0, q4_k, q5_k and q6_k.
 
 Weights stay as they are stored. Few rows of activations are multiplied in one pass over the blocks; for many,
-panels of rows that stay in cache are decoded to fp32.
+panels of rows that stay in cache are decoded.
 """
 
 from __future__ import annotations
@@ -40,10 +40,11 @@ class CpuGguf(CpuStacked):
         elif rows <= _SMALL_BATCH:
             y = small_batch.gguf(x, blocks, name)
         else:
-            values = small_batch.padded_fp32(x, rows, small_batch.gguf_columns(blocks, name))
+            columns = small_batch.gguf_columns(blocks, name)
             y = multiply_by_panels(
-                values,
+                x,
                 spec.n,
+                columns,
                 lambda r, panel: small_batch.decode_gguf(blocks[r : r + len(panel)], name, panel),
             )
         return (y if bias is None else y.add_(bias)).to(x.dtype)

@@ -24,14 +24,17 @@ from quantport.backend import (
 from quantport_cpu.jit import why_unavailable
 from quantport_cpu.kernels.base import (
     COMPILED_MAX_ROWS,
+    PANEL_ROWS,
     CpuGrouped,
     RowRange,
+    has_bf16_dots,
     has_fast_dots,
     jobs_and_weights,
     select_weights,
     split_rows,
 )
 from quantport_cpu.kernels.int8 import PER_TOKEN, quantize_per_token
+from quantport_cpu.kernels.scratch import scratch
 
 _GROUPS = (32, 64, 128, 256)  # columns that share a scale, as ATen's kernel takes them
 
@@ -198,6 +201,13 @@ class CpuInt4(CpuGrouped):
             from quantport_cpu.jit import small_batch
 
             y = split_rows(x, lambda part: small_batch.int4(part, packed[0], packed[1], group))
+        elif (
+            x.shape[0] > COMPILED_MAX_ROWS
+            and x.dtype is torch.bfloat16
+            and has_bf16_dots()
+            and not why_unavailable()
+        ):
+            y = self._by_panels(x, packed, group)
         else:
             # it wants scales in the dtype of the activations; under autocast those may be FP16, which has not
             # the range of BF16 scales
@@ -205,6 +215,18 @@ class CpuInt4(CpuGrouped):
             pairs = packed[1].to(wide)
             y = torch.ops.aten._weight_int4pack_mm_for_cpu(x.to(wide), packed[0], group, pairs)
         return y if n == spec.n else y[:, : spec.n].contiguous()
+
+    def _by_panels(self, x: Tensor, packed: Packed, group: int) -> Tensor:
+        """Multiplies by panels of channels that are decoded to bf16: bf16 ``[M, N]``."""
+        from quantport_cpu.jit import small_batch
+
+        (codes, pairs), n = packed, packed[0].shape[0]
+        y = x.new_empty(x.shape[0], n)
+        for r in range(0, n, PANEL_ROWS[x.dtype]):
+            panel = scratch(x, x.dtype, x.shape[1], min(PANEL_ROWS[x.dtype], n - r))
+            small_batch.decode_int4(codes, pairs, group, block_rows(), r, panel)
+            y[:, r : r + panel.shape[1]] = torch.mm(x, panel)
+        return y
 
 
 class CpuInt4Int8(CpuInt4):

@@ -24,6 +24,7 @@ from quantport_cpu.kernels.base import (
     TINY,
     CpuGrouped,
     RowRange,
+    has_bf16_dots,
     has_fast_dots,
     jobs_and_weights,
     multiply_by_panels,
@@ -72,8 +73,9 @@ def can_int_mm(weight: Tensor) -> bool:
 
 
 def matmul_by_panels(x: Tensor, weight: Tensor) -> Tensor:
-    """fp32 ``x @ weight.T`` for fp32 ``[M, K]`` and int8 ``[N, K]``."""
-    return multiply_by_panels(x, weight.shape[0], lambda r, panel: panel.copy_(weight[r : r + len(panel)]))
+    """fp32 ``x @ weight.T`` for ``[M, K]``, and int8 ``[N, K]``."""
+    n, k = weight.shape
+    return multiply_by_panels(x, n, k, lambda r, panel: panel.copy_(weight[r : r + len(panel)]))
 
 
 def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,7 +158,7 @@ class CpuInt8(_Int8):
 
 
 class CpuInt8WeightOnly(_Int8):
-    """W8A16: few rows by a compiled kernel or ATen's, many by three exact int8 matmuls, or by fp32 ones.
+    """W8A16: few rows by a compiled kernel or ATen's, many by bf16, by three exact int8 matmuls, or by fp32.
 
     For int8 matmuls each row becomes 23-bit integers, that is three balanced base-256 digits: the low three
     bytes of the integer + 0x808080, each less 128.
@@ -174,7 +176,7 @@ class CpuInt8WeightOnly(_Int8):
         is_for_aten = x.shape[0] <= _ATEN_ROWS and x.dtype is torch.bfloat16 and spec.k % 16 == 0
         y = self.multiply_small_batch(x, weight)
         if y is None:
-            y = self._by_aten(x, weight) if is_for_aten else self._large_batch(x.float(), weight)
+            y = self._by_aten(x, weight) if is_for_aten else self._large_batch(x, weight)
         y = y.mul_(channel.view(-1))
         return (y if bias is None else y.add_(bias)).to(x.dtype)
 
@@ -184,9 +186,9 @@ class CpuInt8WeightOnly(_Int8):
         return y.float()
 
     def _large_batch(self, x: Tensor, weight: Tensor) -> Tensor:
-        if not can_int_mm(weight):
+        if not can_int_mm(weight) or (x.dtype is torch.bfloat16 and has_bf16_dots()):
             return matmul_by_panels(x, weight)
-        m, k = x.shape
+        (m, k), x = x.shape, x.float()
         scale = x.abs().amax(-1, keepdim=True).div_(_FULL_SCALE).clamp_min_(TINY)
         digits = (x / scale).round_().add_(_DIGIT_ZERO).to(torch.int32).view(torch.uint8).view(m, k, 4)
         rows = digits.permute(2, 0, 1)[:3].reshape(3 * m, k).bitwise_xor_(128).view(torch.int8)
