@@ -38,7 +38,8 @@ pytestmark = [
 if not jit.why_unavailable():
     import machine_code
 
-    from quantport_cpu.jit import parallel_for, quantize, small_batch
+    from quantport_cpu.jit import grouped_small_batch, parallel_for, quantize, small_batch
+    from quantport_cpu.jit.jobs import Job
     from quantport_cpu.jit.memory import Array
 
 X = torch.randn(3, 320, generator=torch.Generator().manual_seed(5))
@@ -64,7 +65,8 @@ def gguf(name: str) -> Any:
 
 def int8_int8() -> Tensor:
     token, channel = torch.rand(3, 1), torch.rand(64, 1)
-    return small_batch.int8_int8((X * 40).to(torch.int8), token, (W * 40).to(torch.int8), channel)
+    q, codes = ((v * 40).to(torch.int8) for v in (X, W))
+    return grouped_small_batch.int8_int8(q, token, [Job(0, 3, 0, 0)], [codes], [channel], 64)
 
 
 def int4() -> Any:

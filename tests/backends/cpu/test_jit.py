@@ -20,7 +20,8 @@ UNAVAILABLE = jit.why_unavailable()
 pytestmark = pytest.mark.skipif(bool(UNAVAILABLE), reason=UNAVAILABLE or "numba is installed")
 
 if not UNAVAILABLE:
-    from quantport_cpu.jit import parallel_for, quantize, small_batch
+    from quantport_cpu.jit import grouped_small_batch, parallel_for, quantize, small_batch
+    from quantport_cpu.jit.jobs import Job
 
 DECLINED = {"bf16", "int4_hqq"}  # the reference quantizes them
 
@@ -209,23 +210,41 @@ def test_int8(shape: tuple[int, int], m: int) -> None:
     close(small_batch.int8(x * 1e-30, codes), x * 1e-30, codes)
 
 
-@pytest.mark.parametrize("m", [1, 2, 3, 4, 9])
+def int8_codes(*shape: int) -> Tensor:
+    return torch.randint(-128, 128, shape, dtype=torch.int8)
+
+
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 7, 9])
 @pytest.mark.parametrize("shape", [(1, 7), (5, 64), (130, 704), (3, (1 << 16) + 5)], ids=str)
 def test_int8_times_int8_is_exact(shape: tuple[int, int], m: int) -> None:
-    (n, k), high = shape, 128
-    q = torch.randint(-high, high, (m, k), dtype=torch.int8)
-    codes = torch.randint(-high, high, shape, dtype=torch.int8)
+    n, q, codes = shape[0], int8_codes(m, shape[1]), int8_codes(*shape)
     token, channel = torch.rand(m, 1) + 0.1, torch.rand(n, 1) + 0.1
     sums = (q.double() @ codes.double().t()).float()
-    assert torch.equal(small_batch.int8_int8(q, token, codes, channel), sums * token * channel.t())
-    assert torch.equal(small_batch.int8_int8(q, token, codes, channel[:1]), sums * token * channel[0])
+    for scales in (channel, channel[:1]):
+        got = grouped_small_batch.int8_int8(q, token, [Job(0, m, 0, 0)], [codes], [scales], n)
+        assert torch.equal(got, sums * token * scales.t())
+
+
+def test_int8_times_int8_in_groups() -> None:
+    """Rows and columns of a group, and no others."""
+    q, token, weights = int8_codes(9, 100), torch.rand(9, 1), [int8_codes(40, 100) for _ in range(3)]
+    channels = [torch.rand(40, 1) for _ in weights]
+    jobs = [Job(0, 1, 2, 0), Job(0, 1, 1, 40), Job(1, 8, 0, 40), Job(8, 9, 1, 0)]
+    got = grouped_small_batch.int8_int8(q, token, jobs, weights, channels, 80)
+    for start, stop, weight, column in jobs:
+        sums = (q[start:stop].double() @ weights[weight].double().t()).float()
+        want = sums * token[start:stop] * channels[weight].t()
+        assert torch.equal(got[start:stop, column : column + 40], want)
 
 
 @pytest.mark.parametrize("weight", [-128, 127])
 def test_no_sum_of_int8_overflows(weight: int) -> None:
     q = torch.full((2, 1 << 20), -128, dtype=torch.int8)
     codes = torch.full((3, 1 << 20), weight, dtype=torch.int8)
-    got = small_batch.int8_int8(q, torch.ones(2, 1), codes, torch.ones(1, 1))
+    one = torch.ones(1, 1)
+    got = grouped_small_batch.int8_int8(
+        q, one.expand(2, 1).contiguous(), [Job(0, 2, 0, 0)], [codes], [one], 3
+    )
     assert torch.equal(got, torch.full((2, 3), float(-128 * weight << 20)))
 
 

@@ -20,8 +20,8 @@ from quantport_cpu.jit.simd import F32, I8, I16, I32, I64, Simd, Value, cgutils,
 from quantport_cpu.jit.target import host_target
 
 CHUNK = 1 << 16  # columns: 255 * 127 * CHUNK < 2**31
-STEP = 64  # activations are padded with zeros to a multiple of it
-ROWS = 4  # of activations, to a multiple of which they are padded where they are more than two
+JOB_BYTES = 56  # seven words
+STEP = 64  # columns of activations are padded with zeros to a multiple of it
 
 
 def activation_bytes() -> int:
@@ -137,31 +137,30 @@ def tile(
 
 def _body(n_rows: int) -> Any:
     def rows(frame):
-        x, x_stride, token, sums, m = words(frame, 2, 5)
-        w, n, k, channel, channel_step = words(frame, 7, 5)
-        out, out_stride, span = words(frame, 12, 3)
+        table, blocks_per_job, x_stride, n, k = words(frame, 2, 5)
+        channel_step, out_stride, span = words(frame, 7, 3)
         while True:
             block = next_block(frame)
             if block >= block_count(frame):
                 break
-            for row in range(block * span, min(n, block * span + span), n_rows):
-                here, scale, y, count = (
-                    w + row * k,
-                    channel + row * channel_step,
-                    out + 4 * row,
-                    min(n_rows, n - row),
-                )
+            x, token, sums, w, channel, out, m = words(table + JOB_BYTES * (block // blocks_per_job), 0, 7)
+            first = block % blocks_per_job * span
+            for row in range(first, min(n, first + span), n_rows):
+                here, scale, y = w + row * k, channel + row * channel_step, out + 4 * row
+                count, i = min(n_rows, n - row), 0
                 # fmt: off
-                if m == 1:
-                    tile(x, x_stride, token, sums, here, count, k, scale, channel_step, y, out_stride, 1)
-                elif m == 2:
-                    tile(x, x_stride, token, sums, here, count, k, scale, channel_step, y, out_stride, 2)
-                else:
-                    for i in range(0, m, 4):
-                        tile(
-                            x + i * x_stride, x_stride, token + 4 * i, sums + 4 * i, here, count, k, scale,
-                            channel_step, y + i * out_stride, out_stride, 4,
-                        )
+                while i < m:
+                    left, at, to = m - i, x + i * x_stride, y + i * out_stride
+                    t, total = token + 4 * i, sums + 4 * i
+                    if left >= 4:
+                        tile(at, x_stride, t, total, here, count, k, scale, channel_step, to, out_stride, 4)
+                        i += 4
+                    elif left >= 2:
+                        tile(at, x_stride, t, total, here, count, k, scale, channel_step, to, out_stride, 2)
+                        i += 2
+                    else:
+                        tile(at, x_stride, t, total, here, count, k, scale, channel_step, to, out_stride, 1)
+                        i += 1
                 # fmt: on
 
     return rows
@@ -169,10 +168,12 @@ def _body(n_rows: int) -> Any:
 
 @once
 def kernel() -> Kernel:
-    """The kernel. A block is ``span`` weight rows, a multiple of ``weight_rows()``.
+    """The kernel, over jobs: rows of x and the weight that they are multiplied by. A block is ``span`` rows
+    of the weight of a job, a multiple of ``weight_rows()``.
 
-    Words: x as ``prepare_kernel`` writes it, its stride, scales of tokens, sums of tokens, rows of x,
-    weights, n, k, scales of channels, bytes from one to the next, out, its stride, span.
+    Words: jobs, blocks of a job, stride of x, n, k, bytes from one scale of a channel to the next, stride of
+    out, span. Words of a job: x as ``prepare_kernel`` writes it, scales of tokens, sums of tokens, weights,
+    scales of channels, out, rows of x.
     """
     return Kernel(_body(weight_rows()))
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from quantport.backend import BackendError
+from quantport_cpu.jit import gemm_int8
 from quantport_cpu.jit.gemv_bytes import STEP, fp8_rows, int8_rows
 from quantport_cpu.jit.gemv_int4 import BLOCK, int4_rows
 from quantport_cpu.jit.jobs import Job
@@ -98,6 +99,64 @@ def int8(x: Tensor, jobs: Sequence[Job], codes: Sequence[Tensor], width: int) ->
         3 * columns,
         n,
         k,
+        4 * width,
+        _SPAN,
+        threads=threads_for(n * k * len(jobs)),
+    )
+    return out
+
+
+def int8_int8(
+    q: Tensor,
+    token: Tensor,
+    jobs: Sequence[Job],
+    codes: Sequence[Tensor],
+    channels: Sequence[Tensor],
+    width: int,
+) -> Tensor:
+    """int8 activations times int8 weights, any number of rows: exact sums, times both scales in fp32.
+
+    Args:
+        q: int8 ``[M, K]``, contiguous.
+        token: fp32 ``[M, 1]``, contiguous.
+        jobs: Which rows meet which weight.
+        codes: int8 ``[N, K]``, contiguous.
+        channels: fp32 ``[N, 1]`` of each weight, or ``[1, 1]`` for one scale of all; contiguous.
+        width: Columns of the result.
+
+    Returns:
+        fp32 ``[M, width]``.
+    """
+    (m, k), (n, _) = q.shape, codes[0].shape
+    columns, size = -(-k // STEP) * STEP, gemm_int8.activation_bytes()
+    dtype, out = torch.int8 if size == 1 else torch.int16, empty_fp32(q, m, width)
+    x = array(q.new_empty(m, columns, dtype=dtype), dtype, m, columns)
+    sums, tokens = array(q.new_empty(m, dtype=torch.int32), torch.int32, m), array(token, torch.float32, m, 1)
+    gemm_int8.prepare_kernel()(
+        m, array(q, torch.int8, m, k), k, x, columns, sums, threads=threads_for(q.numel())
+    )
+    to, stride, scales = array(out, torch.float32, m, width), size * columns, channels[0].shape[0]
+    lines = table(
+        (
+            x.at(stride * a, stride * (b - a)),
+            tokens.at(4 * a, 4 * (b - a)),
+            sums.at(4 * a, 4 * (b - a)),
+            array(codes[w], torch.int8, n, k),
+            array(channels[w], torch.float32, scales, 1),
+            _output_part(to, width, a, b, c, n),
+            b - a,
+        )
+        for a, b, w, c in jobs
+    )
+    blocks = -(-n // _SPAN)
+    gemm_int8.kernel()(
+        blocks * len(jobs),
+        lines,
+        blocks,
+        stride,
+        n,
+        k,
+        4 if scales > 1 else 0,
         4 * width,
         _SPAN,
         threads=threads_for(n * k * len(jobs)),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from quantport.backend import BackendError, once
 from quantport_cpu.jit import decode as decoding
-from quantport_cpu.jit import gemm_int8, gemv_blocks, gemv_bytes, gemv_gguf, gemv_int4, int_digits
+from quantport_cpu.jit import gemv_blocks, gemv_bytes, gemv_gguf, gemv_int4, int_digits
 from quantport_cpu.jit.elements import ELEMENTS
 from quantport_cpu.jit.memory import Array, array, constants
 from quantport_cpu.jit.parallel_for import threads_for
@@ -153,48 +153,6 @@ def int8(x: Tensor, codes: Tensor) -> Tensor:
         rows,
         _SPAN,
         threads=threads_for(n * k),
-    )
-    return out if rows == m else out[:m]
-
-
-def int8_int8(q: Tensor, token: Tensor, codes: Tensor, channel: Tensor) -> Tensor:
-    """int8 activations times int8 weights: exact sums, times the scales of tokens and channels in fp32.
-
-    Args:
-        q: int8 ``[M, K]``, contiguous, M from 1.
-        token: fp32 ``[M, 1]``, contiguous.
-        codes: int8 ``[N, K]``, contiguous.
-        channel: fp32 ``[N, 1]``, or ``[1, 1]`` for one scale of all; contiguous.
-
-    Returns:
-        fp32 ``[M, N]``.
-    """
-    (m, k), n = q.shape, codes.shape[0]
-    rows = m if m <= 2 else -(-m // gemm_int8.ROWS) * gemm_int8.ROWS
-    width, size = -(-k // gemm_int8.STEP) * gemm_int8.STEP, gemm_int8.activation_bytes()
-    dtype = torch.int8 if size == 1 else torch.int16
-    x, sums = q.new_empty(rows, width, dtype=dtype), q.new_empty(rows, dtype=torch.int32)
-    threads, out = threads_for(n * k), empty_fp32(q, rows, n)
-    prepared, totals = array(x, dtype, rows, width), array(sums, torch.int32, rows)
-    gemm_int8.prepare_kernel()(m, array(q, torch.int8, m, k), k, prepared, width, totals)
-    if rows > m:
-        token = torch.nn.functional.pad(token, (0, 0, 0, rows - m))
-    gemm_int8.kernel()(
-        -(-n // _SPAN),
-        prepared,
-        width * size,
-        array(token, torch.float32, rows, 1),
-        totals,
-        rows,
-        array(codes, torch.int8, n, k),
-        n,
-        k,
-        array(channel, torch.float32, channel.shape[0], 1),
-        4 if channel.shape[0] > 1 else 0,
-        array(out, torch.float32, rows, n),
-        4 * n,
-        _SPAN,
-        threads=threads,
     )
     return out if rows == m else out[:m]
 

@@ -10,6 +10,7 @@ loop of several seconds per GB, which no load can afford.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -19,6 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from quantport.backend import Packed, Quant, Reason, Refusal, Request, Scheme, WeightSpec, aten, once
 from quantport_cpu.features import usable_features
 from quantport_cpu.jit import why_unavailable
+from quantport_cpu.jit.jobs import Job
 from quantport_cpu.kernels.base import (
     COMPILED_MAX_ROWS,
     TINY,
@@ -90,8 +92,6 @@ def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Int8(CpuGrouped):
-    max_grouped_rows = COMPILED_MAX_ROWS  # up to so many rows of a group, one launch beats a matmul for each
-
     def serves(self, scheme: Scheme) -> bool:
         quant = scheme.weight
         return (
@@ -103,7 +103,7 @@ class _Int8(CpuGrouped):
         )
 
     def small_group_rows(self, spec: WeightSpec) -> int:
-        return 0 if why_unavailable() else self.max_grouped_rows if has_fast_dots() else _COMPILED_ROWS
+        return 0 if why_unavailable() else COMPILED_MAX_ROWS if has_fast_dots() else _COMPILED_ROWS
 
     def run_small_groups(
         self, x: Tensor, groups: Sequence[RowRange], stack: Packed, spec: WeightSpec, shared: int
@@ -129,7 +129,6 @@ class CpuInt8(_Int8):
     """W8A8: per-token dynamic activations, exact products, scales in fp32."""
 
     name = "cpu.int8"
-    max_grouped_rows = 32
     tolerance = 2.0**-7
     quantizes_activations = True
 
@@ -139,11 +138,18 @@ class CpuInt8(_Int8):
     def reasons_against(self, request: Request) -> Sequence[Reason]:
         return aten.native_reason(request, "int8", Refusal.NOT_OFFERED)  # it would run, and win nothing
 
+    def small_group_rows(self, spec: WeightSpec) -> int:
+        return 0 if why_unavailable() else sys.maxsize
+
     def run_small_groups(
         self, x: Tensor, groups: Sequence[RowRange], stack: Packed, spec: WeightSpec, shared: int
     ) -> Tensor:
+        from quantport_cpu.jit import grouped_small_batch
+
         q, token = quantize_per_token(x)  # once for all weights that share the rows
-        return super().run_small_groups(q.float(), groups, stack, spec, shared).mul_(token)
+        jobs, weights = jobs_and_weights(groups, shared, spec.n)
+        codes, channels = (select_weights(part, weights) for part in stack)
+        return grouped_small_batch.int8_int8(q, token, jobs, codes, channels, shared * spec.n)
 
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
         weight, channel = packed
@@ -151,9 +157,10 @@ class CpuInt8(_Int8):
         if why_unavailable() or not x.shape[0]:
             y = matmul(q, weight).mul_(token).mul_(channel.view(-1))
         else:
-            from quantport_cpu.jit import small_batch
+            from quantport_cpu.jit import grouped_small_batch
 
-            y = small_batch.int8_int8(q, token, weight, channel)
+            jobs = [Job(0, x.shape[0], 0, 0)]
+            y = grouped_small_batch.int8_int8(q, token, jobs, [weight], [channel], spec.n)
         return (y if bias is None else y.add_(bias)).to(x.dtype)
 
 
