@@ -17,12 +17,14 @@ from quantport_cpu.jit.gemv_bytes import PREFETCH_AHEAD
 from quantport_cpu.jit.parallel_for import Kernel, block_count, next_block
 from quantport_cpu.jit.scalars import words
 from quantport_cpu.jit.simd import F16, F32, I8, I32, I64, Simd, Value, cgutils, inline
+from quantport_cpu.jit.target import host_target
 
 Q4_0, Q8_0, Q4_K, Q5_K, Q6_K = range(5)
 NUMBERS = {"q4_0": Q4_0, "q8_0": Q8_0, "q4_k": Q4_K, "q5_k": Q5_K, "q6_k": Q6_K}
 COLUMNS = (32, 32, 256, 256, 256)  # of a block
 BYTES = (18, 34, 144, 176, 210)
 LANES = 16
+TILE_M = 4
 
 
 class _Run:
@@ -106,45 +108,62 @@ def _runs_q6_k(simd: Simd, block: Value) -> Iterator[_Run]:
     """Two halves of four runs of 32; 16 columns share a scale; codes are stored plus 32."""
     d = simd.splat(_half(simd, simd.at(block, 208)), LANES)
     steps = simd.b.fmul(simd.int_to_float(_codes(simd, simd.at(block, 192), signed=True)), d)
-    lows = simd.b.fmul(steps, simd.splat(-32.0, LANES, F32))
     for run in range(16):
         half, part, i = run // 8, run % 8 // 2, LANES * (run % 2)
         low = _nibbles(simd, simd.at(block, 64 * half + 32 * (part % 2) + i), part >= 2)
         high = _bits(simd, simd.at(block, 128 + 32 * half + i), 2 * part, 2)
-        step, offset = (simd.shuffle(v, v, [run] * LANES) for v in (steps, lows))
-        yield _Run(simd.b.or_(low, high), step, offset)
+        step = simd.shuffle(steps, steps, [run] * LANES)
+        yield _Run(simd.b.or_(low, high), step, simd.b.fmul(step, simd.splat(-32.0, LANES, F32)))
 
 
-@inline(types.void, 6, 7)
+def tile_rows(n_type: int) -> int:
+    """Weight rows of a tile, which share up to ``TILE_M`` rows of x: as many as 32 registers of 512 bits hold
+    with their scales, or 16 of 256.
+    """
+    return 1 if host_target().pair_bits < 512 else 2 if n_type == Q6_K else 4
+
+
+@inline(types.void, 7, 8)
 def tile(
     simd: Simd,
     x: Value,
     x_stride: Value,
     w: Value,
+    count: Value,
     blocks: Value,
     out: Value,
     out_stride: Value,
     n_type: int,
     n_m: int,
 ) -> None:
-    """One weight row times ``n_m`` rows of x."""
-    chains = max(1, 4 // n_m)
-    sums = [simd.variables(simd.splat(0.0, LANES, F32), chains) for _ in range(n_m)]
+    """``count`` weight rows, up to ``tile_rows``, times ``n_m`` rows of x.
+
+    In place of rows that are not there the last one is multiplied again.
+    """
+    last, size = simd.b.sub(count, I64(1)), simd.b.mul(blocks, I64(BYTES[n_type]))
+    index = [
+        simd.b.select(simd.b.icmp_signed("<", I64(r), last), I64(r), last) for r in range(tile_rows(n_type))
+    ]
+    rows = [simd.at(w, simd.b.mul(size, i)) for i in index]
+    sums = [simd.variables(simd.splat(0.0, LANES, F32), n_m) for _ in rows]
     with cgutils.for_range_slice(simd.b, I64(0), blocks, I64(1), I64) as (b, _):
-        block = simd.at(w, simd.b.mul(b, I64(BYTES[n_type])))
-        xs = simd.at(x, simd.b.mul(b, I64(4 * COLUMNS[n_type])))
-        for at in range(0, BYTES[n_type], 64):
-            simd.prefetch(simd.at(block, PREFETCH_AHEAD + at))
-        for i, run in enumerate(_runs(simd, block, n_type)):
-            weights = run.weights(simd)
-            for m, parts in enumerate(sums):
-                row = simd.at(xs, simd.b.mul(x_stride, I64(m)))
-                total = parts[i % chains]
-                values = simd.load(F32, LANES, simd.at(row, 4 * LANES * i))
-                simd.b.store(simd.intrinsic("fma", weights, values, simd.b.load(total)), total)
-    for m, parts in enumerate(sums):
-        total = simd.sum([simd.b.load(part) for part in parts])
-        simd.store(simd.reduce_lanes(total), simd.at(out, simd.b.mul(out_stride, I64(m))))
+        offset = simd.b.mul(b, I64(BYTES[n_type]))
+        here = [simd.at(row, offset) for row in rows]
+        for block in here:
+            for at in range(0, BYTES[n_type], 64):
+                simd.prefetch(simd.at(block, PREFETCH_AHEAD + at))
+        column = simd.at(x, simd.b.mul(b, I64(4 * COLUMNS[n_type])))
+        xs = [simd.at(column, simd.b.mul(x_stride, I64(m))) for m in range(n_m)]
+        for i, runs in enumerate(zip(*(_runs(simd, block, n_type) for block in here), strict=True)):
+            values = [simd.load(F32, LANES, simd.at(row, 4 * LANES * i)) for row in xs]
+            for run, totals in zip(runs, sums, strict=True):
+                weights = run.weights(simd)
+                for value, total in zip(values, totals, strict=True):
+                    simd.b.store(simd.intrinsic("fma", weights, value, simd.b.load(total)), total)
+    for i, totals in zip(index, sums, strict=True):
+        for m, total in enumerate(totals):
+            address = simd.at(simd.at(out, simd.b.shl(i, I64(2))), simd.b.mul(out_stride, I64(m)))
+            simd.store(simd.reduce_lanes(simd.b.load(total)), address)
 
 
 @inline(types.void, 3, 4)
@@ -158,7 +177,7 @@ def decode_row(simd: Simd, w: Value, blocks: Value, out: Value, n_type: int, n_b
             store(run.weights(simd), simd.at(to, n_bytes * LANES * i))
 
 
-def _body(n_type: int, size: int, columns: int) -> Any:
+def _body(n_type: int, size: int, columns: int, n_rows: int) -> Any:
     def rows(frame):
         x, x_stride, w, n, blocks = words(frame, 2, 5)
         out, out_stride, m, span = words(frame, 7, 4)
@@ -166,28 +185,24 @@ def _body(n_type: int, size: int, columns: int) -> Any:
             block = next_block(frame)
             if block >= block_count(frame):
                 break
-            for row in range(block * span, min(n, block * span + span)):
-                here, y = w + row * blocks * size, out + 4 * row
+            for row in range(block * span, min(n, block * span + span), 1 if m <= 0 else n_rows):
+                here, y, count = w + row * blocks * size, out + 4 * row, min(n_rows, n - row)
                 if m == FP32:
                     decode_row(here, blocks, out + 4 * columns * blocks * row, n_type, 4)
                 elif m == BF16:
                     decode_row(here, blocks, out + 2 * columns * blocks * row, n_type, 2)
-                elif m == 1:
-                    tile(x, x_stride, here, blocks, y, out_stride, n_type, 1)
-                elif m == 2:
-                    tile(x, x_stride, here, blocks, y, out_stride, n_type, 2)
-                else:
-                    for i in range(0, m, 4):
-                        tile(
-                            x + i * x_stride,
-                            x_stride,
-                            here,
-                            blocks,
-                            y + i * out_stride,
-                            out_stride,
-                            n_type,
-                            4,
-                        )
+                i = 0
+                while i < m:
+                    at, to = x + i * x_stride, y + i * out_stride
+                    if m - i >= TILE_M:
+                        tile(at, x_stride, here, count, blocks, to, out_stride, n_type, TILE_M)
+                        i += TILE_M
+                    elif m - i >= 2:
+                        tile(at, x_stride, here, count, blocks, to, out_stride, n_type, 2)
+                        i += 2
+                    else:
+                        tile(at, x_stride, here, count, blocks, to, out_stride, n_type, 1)
+                        i += 1
 
     return rows
 
@@ -200,4 +215,4 @@ def kernel(name: str) -> Kernel:
     its stride, weights, n, blocks of a row, out, its stride, rows of x, span.
     """
     number = NUMBERS[name]
-    return Kernel(_body(number, BYTES[number], COLUMNS[number]))
+    return Kernel(_body(number, BYTES[number], COLUMNS[number], tile_rows(number)))

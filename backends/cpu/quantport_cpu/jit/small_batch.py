@@ -338,10 +338,9 @@ def gguf(x: Tensor, blocks: Tensor, name: str) -> Tensor:
         fp32 ``[M, N]``.
     """
     m, n, k = x.shape[0], blocks.shape[0], gguf_columns(blocks, name)
-    rows = m if m <= 2 else -(-m // 4) * 4
-    values, out = padded_fp32(x, rows, k), empty_fp32(x, rows, n)
-    _run_gguf(blocks, name, array(values, torch.float32, rows, k), array(out, torch.float32, rows, n), rows)
-    return out if rows == m else out[:m]
+    values, out = padded_fp32(x, m, k), empty_fp32(x, m, n)
+    _run_gguf(blocks, name, array(values, torch.float32, m, k), array(out, torch.float32, m, n), m)
+    return out
 
 
 def decode_gguf(blocks: Tensor, name: str, out: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from quantport.backend import Packed, Reason, Request, Scheme, WeightSpec
 from quantport_cpu.kernels.base import CpuStacked, multiply_by_panels, why_unavailable_on
 
-_SMALL_BATCH = 16  # up to this many rows, multiplying blocks beats decoding panels
+_SMALL_BATCH = 32  # up to this many rows, multiplying blocks beats decoding panels
 
 
 class CpuGguf(CpuStacked):
