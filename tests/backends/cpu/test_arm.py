@@ -64,9 +64,8 @@ def gguf(name: str) -> Any:
 
 
 def int8_int8() -> Tensor:
-    token, channel = torch.rand(3, 1), torch.rand(64, 1)
-    q, codes = ((v * 40).to(torch.int8) for v in (X, W))
-    return grouped_small_batch.int8_int8(q, token, [Job(0, 3, 0, 0)], [codes], [channel], 64)
+    rows, codes = grouped_small_batch.quantized_int8(X.bfloat16()), (W * 40).to(torch.int8)
+    return grouped_small_batch.int8_int8(rows, [Job(0, 3, 0, 0)], [codes], [torch.ones(64, 1)], 64)
 
 
 def int4() -> Any:

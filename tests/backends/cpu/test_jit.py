@@ -219,10 +219,27 @@ def int8_codes(*shape: int) -> Tensor:
 def test_int8_times_int8_is_exact(shape: tuple[int, int], m: int) -> None:
     n, q, codes = shape[0], int8_codes(m, shape[1]), int8_codes(*shape)
     token, channel = torch.rand(m, 1) + 0.1, torch.rand(n, 1) + 0.1
-    sums = (q.double() @ codes.double().t()).float()
+    sums, rows = (q.double() @ codes.double().t()).float(), grouped_small_batch.prepared_int8(q, token)
     for scales in (channel, channel[:1]):
-        got = grouped_small_batch.int8_int8(q, token, [Job(0, m, 0, 0)], [codes], [scales], n)
+        got = grouped_small_batch.int8_int8(rows, [Job(0, m, 0, 0)], [codes], [scales], n)
         assert torch.equal(got, sums * token * scales.t())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(1, 5), (3, 704), (33, 1024)], ids=str)
+def test_activations_are_quantized_and_multiplied_as_the_reference_does(
+    shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    x = torch.randn(shape).to(dtype) * torch.logspace(-30, 3, shape[0])[:, None].to(dtype)
+    x[-1, 0] = 0
+    q, token = numerics.quantize(x, Quant("int8", (1, 0)))
+    codes = int8_codes(17, shape[1])
+    want = (q.double() @ codes.double().t()).float() * token
+    job = [Job(0, len(x), 0, 0)]
+    got = grouped_small_batch.int8_int8(
+        grouped_small_batch.quantized_int8(x), job, [codes], [torch.ones(1, 1)], 17
+    )
+    assert torch.equal(got, want)
 
 
 def test_int8_times_int8_in_groups() -> None:
@@ -230,7 +247,8 @@ def test_int8_times_int8_in_groups() -> None:
     q, token, weights = int8_codes(9, 100), torch.rand(9, 1), [int8_codes(40, 100) for _ in range(3)]
     channels = [torch.rand(40, 1) for _ in weights]
     jobs = [Job(0, 1, 2, 0), Job(0, 1, 1, 40), Job(1, 8, 0, 40), Job(8, 9, 1, 0)]
-    got = grouped_small_batch.int8_int8(q, token, jobs, weights, channels, 80)
+    rows = grouped_small_batch.prepared_int8(q, token)
+    got = grouped_small_batch.int8_int8(rows, jobs, weights, channels, 80)
     for start, stop, weight, column in jobs:
         sums = (q[start:stop].double() @ weights[weight].double().t()).float()
         want = sums * token[start:stop] * channels[weight].t()
@@ -241,10 +259,8 @@ def test_int8_times_int8_in_groups() -> None:
 def test_no_sum_of_int8_overflows(weight: int) -> None:
     q = torch.full((2, 1 << 20), -128, dtype=torch.int8)
     codes = torch.full((3, 1 << 20), weight, dtype=torch.int8)
-    one = torch.ones(1, 1)
-    got = grouped_small_batch.int8_int8(
-        q, one.expand(2, 1).contiguous(), [Job(0, 2, 0, 0)], [codes], [one], 3
-    )
+    rows = grouped_small_batch.prepared_int8(q, torch.ones(2, 1))
+    got = grouped_small_batch.int8_int8(rows, [Job(0, 2, 0, 0)], [codes], [torch.ones(1, 1)], 3)
     assert torch.equal(got, torch.full((2, 3), float(-128 * weight << 20)))
 
 

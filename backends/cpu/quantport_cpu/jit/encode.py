@@ -162,6 +162,16 @@ def _encode_run(source, to, count, scale, inverse, kind):
 
 
 @njit(error_model="numpy")
+def quantize_int8_row(source, k, to, scales, row, half_range):
+    """Quantizes one row of bf16 to int8 with one scale, ``scales[row]``."""
+    bits = as_bits(as_float(largest_magnitude(source, k) << 16) / half_range)
+    if bits == 0:
+        bits = 0x34000000  # 2**-23
+    store_uint32(scales, row, bits)
+    _encode_run(source, to, k, as_float(bits), np.float32(1.0) / as_float(bits), INT8)
+
+
+@njit(error_model="numpy")
 def clear_row_tail(to, k, stride):
     """Zeroes the nibbles past k of an int4 row."""
     if k & 1:

@@ -8,14 +8,16 @@ are added in pairs. Either way sums of ``CHUNK`` columns fit in int32, and those
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 from numba.core import types
 
 from quantport.backend import once
+from quantport_cpu.jit.encode import quantize_int8_row
 from quantport_cpu.jit.gemv_bytes import PREFETCH_AHEAD
 from quantport_cpu.jit.parallel_for import Kernel, block_count, next_block
-from quantport_cpu.jit.scalars import store_uint32, words
+from quantport_cpu.jit.scalars import as_float, store_uint32, words
 from quantport_cpu.jit.simd import F32, I8, I16, I32, I64, Simd, Value, cgutils, inline
 from quantport_cpu.jit.target import host_target
 
@@ -24,11 +26,13 @@ JOB_BYTES = 56  # seven words
 STEP = 64  # columns of activations are padded with zeros to a multiple of it
 
 
+@cache
 def activation_bytes() -> int:
     """Bytes of an activation in memory: 1 with VNNI, else 2."""
     return 1 if host_target().dot_bits else 2
 
 
+@cache
 def weight_rows() -> int:
     """Weight rows of a tile: its sums must fit in 32 registers of 512 bits, or in 16 of 256 or 128."""
     return 4 if host_target().pair_bits == 512 else 2
@@ -201,21 +205,26 @@ def prepare_row(simd: Simd, codes: Value, to: Value, k: Value, width: Value, n_b
 
 def _prepare_body(n_bytes: int) -> Any:
     def rows(frame):
-        codes, k, to, width, sums = words(frame, 2, 5)
+        codes, codes_stride, k, to, width, sums = words(frame, 2, 6)
+        source, source_stride, scales, half_range = words(frame, 8, 4)
         while True:
             row = next_block(frame)
             if row >= block_count(frame):
                 break
-            total = prepare_row(codes + row * k, to + row * width * n_bytes, k, width, n_bytes)
-            store_uint32(sums, row, total)
+            here = codes + row * codes_stride
+            if source != 0:
+                quantize_int8_row(source + row * source_stride, k, here, scales, row, as_float(half_range))
+            store_uint32(sums, row, prepare_row(here, to + row * width * n_bytes, k, width, n_bytes))
 
     return rows
 
 
 @once
 def prepare_kernel() -> Kernel:
-    """Brings int8 activations into the form that ``kernel`` reads. A block is a row.
+    """Brings activations into the form that ``kernel`` reads: quantizes bf16, where there are some, to int8
+    codes first. A block is a row.
 
-    Words: codes, k, to, columns there (a multiple of ``STEP``), sums int32.
+    Words: codes (of one byte they may be where they go), their stride, k, where they go, columns there (a
+    multiple of ``STEP``), sums int32; bf16 or 0, its stride, scales, bits of the half range.
     """
     return Kernel(_prepare_body(activation_bytes()))

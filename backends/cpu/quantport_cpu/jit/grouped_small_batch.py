@@ -7,22 +7,26 @@ one job, so threads share the work of all jobs evenly, whatever the number of ro
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from quantport.backend import BackendError
+from quantport.backend import BackendError, Quant, numerics
 from quantport_cpu.jit import gemm_int8
 from quantport_cpu.jit.gemv_bytes import STEP, fp8_rows, int8_rows
 from quantport_cpu.jit.gemv_int4 import BLOCK, int4_rows
 from quantport_cpu.jit.jobs import Job
-from quantport_cpu.jit.memory import Array, array, table
+from quantport_cpu.jit.memory import Array, array, array_of_rows, table
 from quantport_cpu.jit.parallel_for import Kernel, block_count, next_block, threads_for
+from quantport_cpu.jit.quantize_rows import fp32_bits, scratch_bytes
 from quantport_cpu.jit.scalars import words
 from quantport_cpu.jit.small_batch import empty_fp32, padded_fp32, scales_of_128_blocks, split_into_digits
 
 _SPAN = 32  # weight rows that a thread takes at a time; it divides the 128 rows of a block of scales
 _MAX_JOB_ROWS = 8
+PER_TOKEN = Quant("int8", (1, 0))
+_HALF_RANGE = fp32_bits(PER_TOKEN.element.half_range)
 
 
 def fp8(
@@ -106,19 +110,59 @@ def int8(x: Tensor, jobs: Sequence[Job], codes: Sequence[Tensor], width: int) ->
     return out
 
 
+class Int8Rows(NamedTuple):
+    """Activations as ``gemm_int8.kernel`` reads them.
+
+    Attributes:
+        values: Their codes ``[M, columns]``, padded with zeros to a multiple of 64.
+        scales: fp32 ``[M]``.
+        sums: Of the codes of each row, int32 ``[M]``.
+        columns: Columns with the padding.
+    """
+
+    values: Array
+    scales: Array
+    sums: Array
+    columns: int
+
+
+def quantized_int8(x: Tensor) -> Int8Rows:
+    """Activations ``[M, K]``, any floating dtype, with a scale for each row: of bf16 in one launch."""
+    if x.dtype is torch.bfloat16 and x.stride(1) == 1:
+        return _int8_rows(x, None, torch.empty(x.shape[0], dtype=torch.float32, device=x.device))
+    q, token = numerics.quantize(x, PER_TOKEN)
+    return prepared_int8(q, token)
+
+
+def prepared_int8(q: Tensor, token: Tensor) -> Int8Rows:
+    """Activations that are quantized: int8 ``[M, K]`` and fp32 ``[M, 1]``, contiguous."""
+    return _int8_rows(q, q, token.view(-1))
+
+
+def _int8_rows(x: Tensor, q: Tensor | None, scales: Tensor) -> Int8Rows:
+    (m, k), size = x.shape, gemm_int8.activation_bytes()
+    columns = -(-k // STEP) * STEP
+    values, sums = scratch_bytes(x, m * columns * size), scratch_bytes(x, 4 * m)
+    tokens = array(scales, torch.float32, m)
+    source: tuple[Array | int, int] = (0, 0)
+    if q is not None:
+        codes, stride = array(q, torch.int8, m, k), k
+    else:
+        codes, stride = values if size == 1 else scratch_bytes(x, m * columns), columns
+        source = (array_of_rows(x, torch.bfloat16, m, k), 2 * x.stride(0))
+    gemm_int8.prepare_kernel()(
+        m, codes, stride, k, values, columns, sums, *source, tokens, _HALF_RANGE, threads=threads_for(m * k)
+    )
+    return Int8Rows(values, tokens, sums, columns)
+
+
 def int8_int8(
-    q: Tensor,
-    token: Tensor,
-    jobs: Sequence[Job],
-    codes: Sequence[Tensor],
-    channels: Sequence[Tensor],
-    width: int,
+    x: Int8Rows, jobs: Sequence[Job], codes: Sequence[Tensor], channels: Sequence[Tensor], width: int
 ) -> Tensor:
     """int8 activations times int8 weights, any number of rows: exact sums, times both scales in fp32.
 
     Args:
-        q: int8 ``[M, K]``, contiguous.
-        token: fp32 ``[M, 1]``, contiguous.
+        x: ``[M, K]``.
         jobs: Which rows meet which weight.
         codes: int8 ``[N, K]``, contiguous.
         channels: fp32 ``[N, 1]`` of each weight, or ``[1, 1]`` for one scale of all; contiguous.
@@ -127,20 +171,18 @@ def int8_int8(
     Returns:
         fp32 ``[M, width]``.
     """
-    (m, k), (n, _) = q.shape, codes[0].shape
-    columns, size = -(-k // STEP) * STEP, gemm_int8.activation_bytes()
-    dtype, out = torch.int8 if size == 1 else torch.int16, empty_fp32(q, m, width)
-    x = array(q.new_empty(m, columns, dtype=dtype), dtype, m, columns)
-    sums, tokens = array(q.new_empty(m, dtype=torch.int32), torch.int32, m), array(token, torch.float32, m, 1)
-    gemm_int8.prepare_kernel()(
-        m, array(q, torch.int8, m, k), k, x, columns, sums, threads=threads_for(q.numel())
+    m, (n, k) = x.scales.size // 4, codes[0].shape
+    stride, scales, out = (
+        gemm_int8.activation_bytes() * x.columns,
+        len(channels[0]),
+        empty_fp32(codes[0], m, width),
     )
-    to, stride, scales = array(out, torch.float32, m, width), size * columns, channels[0].shape[0]
+    to = array(out, torch.float32, m, width)
     lines = table(
         (
-            x.at(stride * a, stride * (b - a)),
-            tokens.at(4 * a, 4 * (b - a)),
-            sums.at(4 * a, 4 * (b - a)),
+            x.values.at(stride * a, stride * (b - a)),
+            x.scales.at(4 * a, 4 * (b - a)),
+            x.sums.at(4 * a, 4 * (b - a)),
             array(codes[w], torch.int8, n, k),
             array(channels[w], torch.float32, scales, 1),
             _output_part(to, width, a, b, c, n),

@@ -146,21 +146,21 @@ class CpuInt8(_Int8):
     ) -> Tensor:
         from quantport_cpu.jit import grouped_small_batch
 
-        q, token = quantize_per_token(x)  # once for all weights that share the rows
+        rows = grouped_small_batch.quantized_int8(x)  # once for all weights that share them
         jobs, weights = jobs_and_weights(groups, shared, spec.n)
         codes, channels = (select_weights(part, weights) for part in stack)
-        return grouped_small_batch.int8_int8(q, token, jobs, codes, channels, shared * spec.n)
+        return grouped_small_batch.int8_int8(rows, jobs, codes, channels, shared * spec.n)
 
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
         weight, channel = packed
-        q, token = quantize_per_token(x)
         if why_unavailable() or not x.shape[0]:
+            q, token = quantize_per_token(x)
             y = matmul(q, weight).mul_(token).mul_(channel.view(-1))
         else:
             from quantport_cpu.jit import grouped_small_batch
 
-            jobs = [Job(0, x.shape[0], 0, 0)]
-            y = grouped_small_batch.int8_int8(q, token, jobs, [weight], [channel], spec.n)
+            rows, jobs = grouped_small_batch.quantized_int8(x), [Job(0, x.shape[0], 0, 0)]
+            y = grouped_small_batch.int8_int8(rows, jobs, [weight], [channel], spec.n)
         return (y if bias is None else y.add_(bias)).to(x.dtype)
 
 
