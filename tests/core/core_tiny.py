@@ -103,8 +103,13 @@ def inputs_for(model: nn.Module) -> dict[str, Tensor]:
 
 
 def output_of(model: Any) -> Tensor:
-    """The first tensor of what the model returns for ``inputs_for``: logits, or hidden states."""
+    """The first tensor of what the model returns for ``inputs_for``: logits, or hidden states. What a forward
+    draws at random, such as the patches that are masked, is the same in all calls.
+    """
+    torch.manual_seed(3)
     with torch.no_grad():
-        out = model(**inputs_for(model))
+        out = model(
+            **{k: x.to(model.dtype) if x.is_floating_point() else x for k, x in inputs_for(model).items()}
+        )
     tensors = (value for value in out.to_tuple() if isinstance(value, Tensor))
     return next(tensors).float()

@@ -54,6 +54,41 @@ def test_experts_that_stay_are_rows_with_their_reason(name, tmp_path):
         assert others["bytes_before"] < sum(p.nbytes for p in stacks.values()) / 8
 
 
+class Buffers(nn.Module):
+    """A matrix that is a buffer, and one that no file holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(32, 32)
+        self.register_buffer("slopes", torch.ones(4, 8))
+        self.register_buffer("mask", torch.ones(64, 64), persistent=False)
+
+
+class Backwards(nn.Module):
+    """The head comes first, whose weight is stored as that of the embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.lm_head, self.up = nn.Linear(32, 20, bias=False), nn.Linear(32, 32)
+        self.embed_tokens = nn.Embedding(20, 32)
+        self.lm_head.weight = self.embed_tokens.weight
+        self.all_tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}
+
+
+@pytest.mark.parametrize("name", [Buffers, Backwards, "XLMRobertaForMaskedLM", "CamembertForCausalLM"])
+def test_memory_and_file_have_the_same_rows(name, tmp_path):
+    if isinstance(name, str):
+        model, factory = tiny_model(name), None
+        model.save_pretrained(tmp_path)
+    else:
+        model, factory = made(name), name
+        write(tmp_path, {n: t for n, t in model.state_dict().items() if n != "lm_head.weight"})
+    stored, held = quantport.plan(tmp_path, SCHEME, model=factory), quantport.plan(model, SCHEME)
+    for plan in (held, quantport.quantize_(model, SCHEME)):
+        assert (plan.before, plan.after) == (stored.before, stored.after)
+        assert sorted(rows(plan)) == sorted(rows(stored))
+
+
 @IGNORED
 @pytest.mark.parametrize("name", ["GraniteMoeForCausalLM", "GraniteMoeSharedForCausalLM"])
 def test_experts_that_the_file_calls_otherwise_are_quantized_all_the_same(name, tmp_path):

@@ -26,7 +26,10 @@ _VALUES = 8 * MAX_TENSORS
 _LONG_NUMBER = re.compile(rf"\d{{{MAX_DIGITS + 1},}}")
 _EXPERT = re.compile(r"(?:^|\.)experts\.(\d+)(?=\.|$)")
 _FUSED_EXPERTS = re.compile(r"(?:^|\.)experts(?=\.|$)")
-_LAYERS = re.compile(r"(?:^|_)(?:layers?|blocks|depth)$")
+# counts of modules; of lists, each number: ``depths`` of Swin, ``attention_types`` of GPT-Neo
+_LAYERS = re.compile(
+    r"(?:^|_)(?:layers?|blocks?|depths?|stages?|repeats?|hidden_groups|group_num|attention_types)$"
+)
 
 
 def within(asked: str, what: str, value: float, limit: int) -> None:
@@ -105,12 +108,15 @@ def check_json_depth(value: object, asked: str) -> None:
         level, depth = [x for values in inner for x in values if type(x) in (dict, list)], depth + 1
 
 
-def _items(value: object) -> Iterator[tuple[str, Any]]:
-    """Every key and value of nested objects; the nesting is bounded by `check_json_depth`."""
+def _items(value: object, under: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key and value of nested objects, what is in a list under the key of that; the nesting is bounded
+    by `check_json_depth`.
+    """
     if isinstance(value, Mapping):
         for key, inner in value.items():
-            yield str(key), inner
-            yield from _items(inner)
+            yield from _items(inner, str(key))
     elif isinstance(value, list):
         for inner in value:
-            yield from _items(inner)
+            yield from _items(inner, under)
+    else:
+        yield under, value

@@ -27,7 +27,7 @@ from quantport.loading.swap_modules import match_modules
 from quantport.model.beyond_config import beyond_config
 from quantport.model.fused_projections import with_cuts
 from quantport.model.layers import Layer, find_layers, find_renamed_experts
-from quantport.model.tied_weights import from_config, said_ties, undecided_tie, untie
+from quantport.model.tied_weights import from_config, own_parameters, said_ties, undecided_tie, untie
 from quantport.planning.plan import Plan, make_plan
 from quantport.plugins.registry import Registry, default_registry
 from quantport.scheme.catalog import Schemes
@@ -124,7 +124,14 @@ def _layers_of(
     model: nn.Module, config: Mapping[str, Any], target: Device, dtype: torch.dtype | None
 ) -> list[Layer]:
     """The layers of a module."""
-    layers = find_layers(dict(model.named_parameters()))
+    buffers = {
+        f"{path}.{name}".lstrip("."): buffer
+        for path, module in model.named_modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    }
+    stored = (layer for layer in find_layers(buffers) if layer.kind == "other")
+    layers = [*find_layers(own_parameters(model)), *stored]
     dtypes = HeldDtypes(model, dtype or main_dtype(layers, config, target))
     left = [leave_in_fp32(layer, model, f"{layer.name}.weight", dtypes) for layer in layers]
     return match_modules(left, model, partial(module_path, {}))

@@ -18,6 +18,7 @@ from quantport.loading.renamed import renamed
 from quantport.loading.swap_modules import by_module, make_module, swap_modules
 from quantport.loading.weight_tasks import quantize_tasks, select
 from quantport.model.layers import Part
+from quantport.model.tied_weights import own_parameters
 from quantport.modules import QuantModule
 from quantport.planning.plan import Plan
 from quantport.plugins.registry import Registry, default_registry
@@ -73,7 +74,7 @@ def quantize_(
     refuse_nothing(decided)
     warn(decided.warnings)
     cache = default_cache(model, decided.config.kv_cache_dtype, decided.config.kv_cache_skip_layers)
-    params = dict(model.named_parameters())
+    params = own_parameters(model)
 
     def read(part: Part) -> tuple[Tensor, Callable[[], None]]:
         # nothing to release: the caller owns the tensor

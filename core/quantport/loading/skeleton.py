@@ -143,8 +143,11 @@ def _rename(model: Any, names: Mapping[str, Any]) -> dict[str, str]:
     renamings = [t for t in transforms if not isinstance(t, loading.WeightConverter)]
     known = model.state_dict()
     out = {}
-    for name in names:
+    for name in sorted(names, key=loading.dot_natural_key):  # some renamings depend on those before
         out[name], _ = loading.rename_source_key(name, renamings, [], model.base_model_prefix, known)
+        if out[name] not in known and name in known:
+            out[name] = name
+            continue
         converter = next((c for c in converters if c.rename_source_key(out[name])[1] is not None), None)
         if converter is not None and not _fuses_experts(converter):
             operations = ", ".join(type(o).__name__ for o in converter.operations)

@@ -52,6 +52,17 @@ def said_ties(model: nn.Module) -> dict[str, str]:
     return out
 
 
+def own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Each parameter of a model once: one that is tied under the name of that which it is tied to, as it is
+    stored.
+    """
+    said, every = said_ties(model), list(model.named_parameters(remove_duplicate=False))
+    names: dict[int, str] = {}
+    for name, parameter in sorted(every, key=lambda item: item[0] in said):
+        names.setdefault(id(parameter), name)
+    return {name: parameter for name, parameter in every if names[id(parameter)] == name}
+
+
 def undecided_tie(target: str, other: str) -> str:
     """What only loading can settle: a weight that is stored beside the one that it is tied to is one with it
     where the bytes are equal, and another where they are not. Until then it counts as another.
