@@ -876,6 +876,14 @@ HOSTILE = (
     ),
     Mutation(
         "C15",
+        "labels of a configuration are bounded",
+        "core/quantport/checkpoint/limits.py",
+        'within(asked, f"as {key}", value, MAX_LABELS)',
+        "pass",
+        ("core/checkpoint/test_checkpoint_limits.py::test_layers_and_experts_of_a_configuration",),
+    ),
+    Mutation(
+        "C15",
         "the size of JSON is bounded",
         "core/quantport/checkpoint/json.py",
         'limits.within(asked, "bytes of JSON", size, limits.MAX_JSON_BYTES)',

@@ -15,6 +15,7 @@ from quantport.model.layers import TensorLike
 MAX_TENSORS = 500_000
 MAX_EXPERTS = 16_384  # of one layer
 MAX_LAYERS = 10_000
+MAX_LABELS = 1_000_000  # of a classifier: Transformers makes a name for each
 MAX_DIGITS = 9  # of a number in the name of a tensor
 MAX_NAME = 1000  # characters of the name of a tensor
 MAX_NUMBER = 2**64  # a whole number of config.json
@@ -83,6 +84,8 @@ def check_config(config: Mapping[str, Any], asked: str) -> None:
             within(asked, f"as {key}", value, MAX_EXPERTS)
         elif _LAYERS.search(key):
             within(asked, f"as {key}", value, MAX_LAYERS)
+        elif key == "num_labels":
+            within(asked, f"as {key}", value, MAX_LABELS)
 
 
 def check_json_text(raw: bytes, asked: str) -> None:

@@ -100,6 +100,7 @@ def test_numbers_without_end_in_a_name(tmp_path, name):
         ({"depths": [2, 10**9]}, "1,000,000,000 as depths"),
         ({"backbone_config": {"num_block_repeats": [[10**5]]}}, "100,000 as num_block_repeats"),
         ({"attention_types": [[["global", "local"], 10**8]]}, "100,000,000 as attention_types"),
+        ({"text_config": {"num_labels": 10**8}}, "100,000,000 as num_labels"),
         ({"inner_group_num": 10**6}, "1,000,000 as inner_group_num"),
         ({"hidden_size": 10**4000}, "as hidden_size"),
         ({"text_config": {"head_dim": -(10**30)}}, "as head_dim"),
