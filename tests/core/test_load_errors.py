@@ -11,6 +11,8 @@ import pytest
 import torch
 from core_models import DENSE, MOE, Moe, Tiny, made, write
 from core_references import check_parts
+from core_transformers import checkpoint
+from core_transformers import tiny as tiny_of_transformers
 from torch import nn
 
 import quantport
@@ -217,6 +219,9 @@ def test_not_enough_memory_is_predicted(tiny):
         ("int8", {"fallback": "no"}, ConfigError, ["fallback", "reference"]),
         ("int8", {"dtype": torch.int8}, QuantportError, ["int8", "bfloat16"]),
         ("int8", {"dtype": torch.float64}, QuantportError, ["float64", "bfloat16"]),
+        ("int8", {"workers": 0}, ConfigError, ["workers=0", "number of threads"]),
+        ("int8", {"workers": "all"}, ConfigError, ["workers='all'"]),
+        ("int8", {"workers": 1.5}, ConfigError, ["workers=1.5"]),
         ("int8", {"dtype": "bfloat17"}, QuantportError, ["bfloat17", "bfloat16"]),
     ],
 )
@@ -285,6 +290,14 @@ CONFIG = json.loads((DENSE / "config.json").read_text())
 )
 def test_config_json_that_nobody_can_build(tmp_path, text, named):
     refused(CheckpointError, write(tmp_path / "c", made(), config__json=text), named=named)
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", '"x"', "", '{"a":' * 5000])
+def test_generation_config_json_that_nobody_can_read(tmp_path, text):
+    folder = checkpoint(tmp_path / "c", tiny_of_transformers("llama"))
+    (folder / "generation_config.json").write_text(text)
+    refused(CheckpointError, folder, named=["Transformers says", "model="])
+    assert "planned by names" in quantport.plan(folder, "int8").warnings[-1]
 
 
 def test_a_factory_that_makes_something_else(tiny):

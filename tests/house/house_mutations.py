@@ -884,6 +884,14 @@ HOSTILE = (
     ),
     Mutation(
         "C15",
+        "what Transformers says of generation_config.json is an error in three parts",
+        "core/quantport/loading/skeleton.py",
+        "model.generation_config = transformers.GenerationConfig.from_pretrained(directory)",
+        "model.generation_config = transformers.GenerationConfig()",
+        ("core/test_load_errors.py::test_generation_config_json_that_nobody_can_read",),
+    ),
+    Mutation(
+        "C15",
         "the size of JSON is bounded",
         "core/quantport/checkpoint/json.py",
         'limits.within(asked, "bytes of JSON", size, limits.MAX_JSON_BYTES)',

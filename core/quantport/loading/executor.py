@@ -135,9 +135,9 @@ def run_tasks(
     Raises:
         BudgetError: one task alone needs more.
     """
-    if workers is not None and workers < 1:
+    if workers is not None and not (isinstance(workers, int) and workers > 0):
         raise ConfigError(
-            f"workers={workers}", "not a number of threads", "1 or more; by default the number of cores"
+            f"workers={workers!r}", "not a number of threads", "1 or more; by default the number of cores"
         )
     count = workers or (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -100,11 +100,11 @@ def _transformers(
         say("building the model")
         with building(), _without_weights(transformers.PreTrainedModel):
             model = cls._from_config(config, dtype=dtype)
+        if (directory / "generation_config.json").exists() and model.can_generate():
+            model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
     except Exception as error:  # Transformers raises a zoo of types on a config that it cannot build
         found = f"Transformers says {type(error).__name__}: {error}"
         raise CheckpointError(f"build the model of {directory}", found, suggestion) from error
-    if (directory / "generation_config.json").exists() and model.can_generate():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
     model.name_or_path = str(directory)
     return model.eval(), _rename(model, names)
 
