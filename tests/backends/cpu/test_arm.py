@@ -38,7 +38,7 @@ pytestmark = [
 if not jit.why_unavailable():
     import machine_code
 
-    from quantport_cpu.jit import grouped_small_batch, parallel_for, quantize, small_batch
+    from quantport_cpu.jit import gguf_batch, grouped_small_batch, parallel_for, quantize, small_batch
     from quantport_cpu.jit.jobs import Job
     from quantport_cpu.jit.memory import Array
 
@@ -60,7 +60,7 @@ def blocks(name: str) -> Any:
 def gguf(name: str) -> Any:
     """A call of the kernel for few rows of one block type."""
     stored = numerics.quantize_weight(W.bfloat16(), BUILTIN[name])
-    return lambda: small_batch.gguf(X, stored["weight_blocks"], name)
+    return lambda: gguf_batch.multiply(X, stored["weight_blocks"], name)
 
 
 def int8_int8() -> Tensor:

@@ -20,7 +20,7 @@ UNAVAILABLE = jit.why_unavailable()
 pytestmark = pytest.mark.skipif(bool(UNAVAILABLE), reason=UNAVAILABLE or "numba is installed")
 
 if not UNAVAILABLE:
-    from quantport_cpu.jit import grouped_small_batch, parallel_for, quantize, small_batch
+    from quantport_cpu.jit import gguf_batch, grouped_small_batch, parallel_for, quantize, small_batch
     from quantport_cpu.jit.jobs import Job
 
 DECLINED = {"bf16", "int4_hqq"}  # the reference quantizes them
@@ -293,9 +293,9 @@ def gguf_blocks(name: str, rows: int, columns: int) -> Tensor:
 @pytest.mark.parametrize("name", sorted(GGUF_BYTES))
 def test_blocks_of_gguf_decode_to_the_values_of_the_reference(name: str) -> None:
     blocks = gguf_blocks(name, 37, 1500)
-    got = torch.empty(37, small_batch.gguf_columns(blocks, name))
+    got = torch.empty(37, gguf_batch.columns_of(blocks, name))
     want = gguf.dequantize(blocks, BUILTIN[name].weight.element, got.shape[1])
-    assert torch.equal(small_batch.decode_gguf(blocks, name, got), want)
+    assert torch.equal(gguf_batch.decode(blocks, name, got), want)
 
 
 @pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 8, 17])
@@ -305,7 +305,7 @@ def test_gguf(shape: tuple[int, int], name: str, m: int) -> None:
     (n, k), element = shape, BUILTIN[name].weight.element
     blocks = gguf_blocks(name, n, k)
     x = torch.randn(m, k).bfloat16()
-    close(small_batch.gguf(x, blocks, name), x, gguf.dequantize(blocks, element, k))
+    close(gguf_batch.multiply(x, blocks, name), x, gguf.dequantize(blocks, element, k))
 
 
 @pytest.mark.parametrize("name", [*sorted(GGUF_BYTES), "mxfp4", "nf4", "fp6", "mxfp8"])
@@ -315,7 +315,7 @@ def test_panels_of_bf16_are_those_of_fp32_rounded(name: str) -> None:
     if name in GGUF_BYTES:
         blocks = gguf_blocks(name, n, k)
         for panel in (fp32, bf16):
-            small_batch.decode_gguf(blocks, name, panel)
+            gguf_batch.decode(blocks, name, panel)
     else:
         stored, quant = numerics.quantize_weight(torch.randn(n, k).bfloat16(), scheme), scheme.weight
         codes, scale = stored.get("weight", stored.get("weight_packed")), stored["weight_scale"]

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from quantport.backend import BackendError, once
 from quantport_cpu.jit import decode as decoding
-from quantport_cpu.jit import gemv_blocks, gemv_bytes, gemv_gguf, gemv_int4, int_digits
+from quantport_cpu.jit import gemv_blocks, gemv_bytes, gemv_int4, int_digits
 from quantport_cpu.jit.elements import ELEMENTS
 from quantport_cpu.jit.memory import Array, array, constants
 from quantport_cpu.jit.parallel_for import threads_for
 
 MAX_ROWS = 8
 _ONE = constants((1.0,))
-_SPAN = 32  # weight rows that a thread takes at a time; it divides the 128 rows of a block of scales
+SPAN = 32  # weight rows that a thread takes at a time; it divides the 128 rows of a block of scales
 
 
 def padded_fp32(x: Tensor, rows: int, columns: int) -> Tensor:
@@ -69,7 +69,7 @@ def fp8(x: Tensor, codes: Tensor, scale: Tensor | None = None) -> Tensor:
     out = empty_fp32(x, rows, n)
     scales, step, stride, chunk = scales_of_128_blocks(scale, n, k)
     gemv_bytes.fp8_kernel(
-        -(-n // _SPAN),
+        -(-n // SPAN),
         array(values, torch.float32, *values.shape),
         4 * values.shape[1],
         array(codes, torch.uint8, n, k),
@@ -82,7 +82,7 @@ def fp8(x: Tensor, codes: Tensor, scale: Tensor | None = None) -> Tensor:
         array(out, torch.float32, rows, n),
         4 * n,
         rows,
-        _SPAN,
+        SPAN,
         threads=threads_for(n * k),
     )
     return out if rows == m else out[:m]
@@ -141,7 +141,7 @@ def int8(x: Tensor, codes: Tensor) -> Tensor:
     planes, scale, _ = split_into_digits(x, rows, columns, 0)
     out = empty_fp32(x, rows, n)
     gemv_bytes.int8_kernel(
-        -(-n // _SPAN),
+        -(-n // SPAN),
         planes,
         3 * columns,
         scale,
@@ -151,7 +151,7 @@ def int8(x: Tensor, codes: Tensor) -> Tensor:
         array(out, torch.float32, rows, n),
         4 * n,
         rows,
-        _SPAN,
+        SPAN,
         threads=threads_for(n * k),
     )
     return out if rows == m else out[:m]
@@ -268,7 +268,7 @@ def blocks(x: Tensor, weight: Blocks) -> Tensor:
     if turn > 1:
         values = values.view(rows, -1, gemv_blocks.STEP // turn, turn).transpose(2, 3).contiguous()
     out = empty_fp32(x, rows, n)
-    _run_blocks(weight, array(values.view(rows, weight.k), torch.float32, rows, weight.k), out, _SPAN)
+    _run_blocks(weight, array(values.view(rows, weight.k), torch.float32, rows, weight.k), out, SPAN)
     return out if rows == m else out[:m]
 
 
@@ -298,14 +298,14 @@ def _run_blocks(weight: Blocks, x: Array | None, out: Tensor, span: int) -> None
         4 * outers,
         _value_table(name),
         array(out, out.dtype, rows, n if x else k),
-        rows if x else _DECODED[out.dtype],
+        rows if x else DECODED[out.dtype],
         span,
         4 * n,
         threads=threads_for(n * k),
     )
 
 
-_DECODED = {torch.float32: gemv_blocks.FP32, torch.bfloat16: gemv_blocks.BF16}
+DECODED = {torch.float32: gemv_blocks.FP32, torch.bfloat16: gemv_blocks.BF16}
 # How scales of a format are stored.
 _SCALES = {
     "e8m0": (gemv_blocks.E8M0, torch.uint8),
@@ -318,54 +318,6 @@ _SCALES = {
 def _value_table(name: str) -> Array:
     """The values of a 4-bit format; zeros for others."""
     return constants(ELEMENTS[name].values or (0.0,) * 16)
-
-
-def gguf_columns(blocks: Tensor, name: str) -> int:
-    """Columns of a weight in whole blocks of GGUF, uint8 ``[N, bytes]``."""
-    number = gemv_gguf.NUMBERS[name]
-    return blocks.shape[1] // gemv_gguf.BYTES[number] * gemv_gguf.COLUMNS[number]
-
-
-def gguf(x: Tensor, blocks: Tensor, name: str) -> Tensor:
-    """x times a weight in blocks of GGUF.
-
-    Args:
-        x: ``[M, K]``, M from 1, K up to the columns of the blocks, any floating dtype.
-        blocks: uint8 ``[N, bytes]``, contiguous.
-        name: The block type.
-
-    Returns:
-        fp32 ``[M, N]``.
-    """
-    m, n, k = x.shape[0], blocks.shape[0], gguf_columns(blocks, name)
-    values, out = padded_fp32(x, m, k), empty_fp32(x, m, n)
-    _run_gguf(blocks, name, array(values, torch.float32, m, k), array(out, torch.float32, m, n), m)
-    return out
-
-
-def decode_gguf(blocks: Tensor, name: str, out: Tensor) -> Tensor:
-    """Writes a weight in blocks of GGUF to ``out`` ``[N, columns of the blocks]``, fp32 or bf16."""
-    n, k = blocks.shape[0], gguf_columns(blocks, name)
-    _run_gguf(blocks, name, None, array(out, out.dtype, n, k), _DECODED[out.dtype])
-    return out
-
-
-def _run_gguf(blocks: Tensor, name: str, x: Array | None, out: Array, rows: int) -> None:
-    """Writes to ``out`` the products of ``rows`` rows of x, or, without x, the weight as ``rows`` says."""
-    (n, size), k, span = blocks.shape, gguf_columns(blocks, name), _SPAN if x else 4
-    gemv_gguf.kernel(name)(
-        -(-n // span),
-        x or 0,
-        4 * k,
-        array(blocks, torch.uint8, n, size),
-        n,
-        size // gemv_gguf.BYTES[gemv_gguf.NUMBERS[name]],
-        out,
-        4 * n,
-        rows,
-        span,
-        threads=threads_for(n * k),
-    )
 
 
 def split_into_digits(x: Tensor, rows: int, columns: int, group: int) -> tuple[Array, Array, Array]:

@@ -32,19 +32,19 @@ class CpuGguf(CpuStacked):
         return [Reason(reason)] if reason else []
 
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
-        from quantport_cpu.jit import small_batch
+        from quantport_cpu.jit import gguf_batch
 
         (blocks,), name, rows = packed, spec.scheme.weight.format, x.shape[0]
         if not rows:
             y = x.new_zeros(0, spec.n, dtype=torch.float32)
         elif rows <= _SMALL_BATCH:
-            y = small_batch.gguf(x, blocks, name)
+            y = gguf_batch.multiply(x, blocks, name)
         else:
-            columns = small_batch.gguf_columns(blocks, name)
+            columns = gguf_batch.columns_of(blocks, name)
             y = multiply_by_panels(
                 x,
                 spec.n,
                 columns,
-                lambda r, panel: small_batch.decode_gguf(blocks[r : r + len(panel)], name, panel),
+                lambda r, panel: gguf_batch.decode(blocks[r : r + len(panel)], name, panel),
             )
         return (y if bias is None else y.add_(bias)).to(x.dtype)
