@@ -192,11 +192,26 @@ def test_plan_of_a_group_can_be_pasted_as_a_pattern():
             )
 
 
-def test_plan_warns_of_slow_paths_and_names_a_faster_one():
+def test_plan_warns_of_slow_paths_and_names_those_of_unknown_speed():
     text = ask("plan", DENSE, "--scheme", "fp8_per_tensor", "--device", "rocm:gfx90a").stdout
     assert "warning: " in text
     assert "slower than BF16" in text
-    assert "faster here" in text
+    assert "nobody measured the speed of int8" in text
+
+
+@pytest.mark.parametrize(
+    ("scheme", "on", "said"),
+    [
+        ("int8", "cuda:sm_90", "unknown, nobody measured it here; `quantport bench --scheme int8 --size"),
+        ("fp8_per_channel", "cuda:sm_80", "fp8_per_channel as W8A16 by cuda.triton_weight_only"),
+        ("int8", "rocm:gfx90a", "unknown, nobody measured it here"),
+        ("fp8_per_tensor", "rocm:gfx90a", "slower than BF16: it writes and reads"),
+    ],
+)
+def test_plan_says_the_speed_or_that_it_is_unknown(scheme, on, said):
+    (text,) = json.loads(ask("plan", DENSE, "--scheme", scheme, "--device", on, "--json").stdout)["speed"]
+    assert said in text
+    assert ("unknown" in text) == ("quantport bench" in text)
 
 
 def test_plan_lets_the_device_choose():

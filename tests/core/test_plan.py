@@ -240,6 +240,13 @@ def test_the_fastest_of_equals_wins_and_slow_is_said():
     assert "no scheme is faster here" in step.note
     int4 = FakeKernel("k.int4", accepts=lambda r: r.weight.scheme.name == "int4_weight_only", speed=4.0)
     assert "faster here: int4_weight_only (4.0x)" in planned(linears("a"), "int8", (slow, int4)).steps[0].note
+    slow_of_8_bits = FakeKernel(
+        "k.8", accepts=lambda r: r.weight.scheme.name != "int4_weight_only", quantizes=True, speed=0.5
+    )
+    unknown = FakeKernel("k.unknown", accepts=lambda r: r.weight.scheme.name == "int4_weight_only")
+    assert "nobody measured the speed of int4_weight_only here" in (
+        planned(linears("a"), "int8", (slow_of_8_bits, unknown)).steps[0].note
+    )
     known = FakeKernel("k.known", quantizes=True, slow="it copies")
     assert "slower than BF16: it copies" in planned(linears("a"), "int8", (known,)).steps[0].note
 

@@ -33,21 +33,55 @@ def planned(layers, config="int8", kernels=(DEQUANTIZE,), on=None, **options):
     return make_plan(layers, QuantConfig.parse(config, BUILTIN), on or device(), kernels, BUILTIN, **options)
 
 
-def test_best_scheme_says_why():
-    fp8 = FakeKernel(
-        "k.fp8", accepts=lambda r: r.weight.scheme.weight.format == "e4m3fn", quantizes=True, speed=1.7
+def only(scheme, **about):
+    """A kernel of one scheme."""
+    quantizes = BUILTIN[scheme].activation is not None
+    return FakeKernel(
+        f"k.{scheme}", accepts=lambda r: r.weight.scheme.name == scheme, quantizes=quantizes, **about
     )
-    int8 = FakeKernel("k.int8", accepts=lambda r: r.weight.scheme.name == "int8", quantizes=True, speed=2.5)
-    name, why = best_scheme(device(), (fp8, int8, DEQUANTIZE), BUILTIN)
-    assert name == "fp8_per_channel"
-    assert all(word in why for word in ("W8A8", "k.fp8", "1.7x BF16", "declared"))
-    name, why = best_scheme(device(), (int8, DEQUANTIZE), BUILTIN)
-    assert name == "int8"
-    assert "passed over: fp8_per_channel is weight_only" in why
-    slow = FakeKernel("k.slow", accepts=lambda r: r.weight.scheme.name == "int8", quantizes=True, speed=0.4)
-    name, why = best_scheme(device(), (slow, DEQUANTIZE), BUILTIN)
-    assert name == "int8_weight_only"
-    assert "int8 is native, slower than BF16" in why
+
+
+@pytest.mark.parametrize(
+    ("kernels", "expected", "words"),
+    [
+        (
+            (only("fp8_per_channel", speed=1.7), only("int8", speed=2.5)),
+            "int8",
+            ("W8A8 by k.int8", "speed: 2.50x BF16 at 1 row [declared]", "fastest of 2 near-lossless"),
+        ),
+        (
+            (only("fp8_per_channel"), only("int8_weight_only", speed=1.2)),
+            "int8_weight_only",
+            ("speed: 1.20x BF16", "fastest of 1 "),
+        ),
+        (
+            (only("int8"), only("int8_weight_only")),
+            "int8",
+            (
+                "speed: unknown",
+                "fewest bytes of the near-lossless schemes that are native",
+                "nobody measured",
+            ),
+        ),
+        (
+            (only("int8", speed=0.4), only("fp8_weight_only")),
+            "fp8_weight_only",
+            ("speed: unknown", "those measured are slower than BF16"),
+        ),
+        ((only("int8", speed=0.4),), "int8_weight_only", ("speed: unknown", "that are dequantize here")),
+    ],
+    ids=["fastest", "measured-before-unknown", "none-measured", "unknown-before-slower", "not-native"],
+)
+def test_the_device_chooses_by_speed_bytes_and_quality(kernels, expected, words):
+    name, why = best_scheme(device(), (*kernels, DEQUANTIZE), BUILTIN)
+    assert name == expected
+    for word in (f"{name}: ", "memory: 50% of 16 bits", "quality: near-lossless (KL", *words):
+        assert word in why
+    assert "not faster" not in why
+
+
+def test_a_plan_without_a_scheme_says_why():
+    int8 = only("int8", speed=2.5)
     plan = planned(linears("a"), None, (int8, DEQUANTIZE))
     assert ({s.layer.name: s.requested_scheme for s in plan.steps}, plan.why.startswith("int8:")) == (
         {"a": "int8"},

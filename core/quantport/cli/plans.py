@@ -7,9 +7,10 @@ from typing import Any
 
 from quantport.cli.page import Column, Grid, Page, size
 from quantport.model.patterns import compile_pattern
+from quantport.model.roles import Role
 from quantport.planning.fit import advice, shortage
 from quantport.planning.plan import Plan, Step
-from quantport.planning.select_kernel import Choice
+from quantport.planning.select_kernel import Choice, speed_text
 
 OTHERS = "other tensors (norms, biases)"
 _COLUMNS = (
@@ -44,6 +45,8 @@ def plan_page(plan: Plan) -> Page:
         page.say(text)
     if plan.why:
         page.say(f"scheme chosen for this device: {plan.why}")
+    for text in page.data["speed"]:
+        page.say(f"speed: {text}")
     for text in page.data["quality"]:
         page.say(f"quality: {text}")
     for text in page.data["kept"]:
@@ -156,6 +159,7 @@ def _summary(plan: Plan, named: Sequence[tuple[str, Sequence[Step]]]) -> dict[st
     return {
         "fallback": plan.config.fallback,
         "groups": [_group_dict(name, steps) for name, steps in named],
+        "speed": _speed(plan),
         "quality": _quality(plan),
         "kept": _told(kept, lambda step: [step.note]),
         "reasons": _reasons(plan),
@@ -164,6 +168,30 @@ def _summary(plan: Plan, named: Sequence[tuple[str, Sequence[Step]]]) -> dict[st
             *_told([(name, steps) for name, steps in named if steps[0].slow], lambda step: [step.note]),
         ],
     }
+
+
+def _speed(plan: Plan) -> list[str]:
+    """How fast each scheme is as it runs here; and what measures it where nobody did, at the largest of these
+    layers.
+    """
+    alike: dict[tuple[str, ...], list[Step]] = {}
+    for step in plan.quantized:
+        if step.choice and (step.layer.role is not Role.EMBEDDING or step.layer.tied):
+            known = speed_text(step.choice, plan.num_tokens)
+            about = (step.scheme, step.choice.precision, step.choice.kernel, known)
+            alike.setdefault(about, []).append(step)
+    out = []
+    for (name, precision, kernel, known), steps in alike.items():
+        choice, (_, n, k) = steps[0].choice, max(_shapes(steps), key=lambda shape: shape[1] * shape[2])
+        unknown = choice and choice.speed is None and not choice.slow
+        how = f"; `quantport bench --scheme {name} --size {n} {k}` measures it" if unknown else ""
+        count = f"{len(steps)} layer{'s' * (len(steps) > 1)}"
+        out.append(f"{name} as {precision} by {kernel} ({count}): {known}{how}")
+    return out
+
+
+def _shapes(steps: Sequence[Step]) -> list[tuple[str, int, int]]:
+    return [shape for step in steps for shape in step.layer.weights]
 
 
 def _quality(plan: Plan) -> list[str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Any
 
@@ -29,6 +29,7 @@ from quantport.planning.select_kernel import (
     Choice,
     best_scheme,
     choice_dict,
+    faster_text,
     select_embedding_kernel,
     select_kernel,
 )
@@ -377,19 +378,8 @@ class _Planner:
         choice = select_kernel(requests, self.kernels, self.config.fallback)
         if not choice.slow:
             return choice, ""
-        faster = self._faster(requests[0])
-        advice = f"faster here: {faster}" if faster else "no scheme is faster here"
+        advice = faster_text(requests[0], self.kernels, self.schemes)
         return choice, f"slower than BF16: {choice.slow}; {advice}"
-
-    def _faster(self, request: Request) -> str:
-        """The fastest scheme that beats BF16 for this shape, with its speed."""
-        best, name = 1.0, ""
-        for scheme in self.schemes.values():
-            weight = replace(request.weight, scheme=scheme)
-            speed = select_kernel(replace(request, weight=weight), self.kernels).speed
-            if speed is not None and speed > best:
-                best, name = speed, scheme.name
-        return f"{name} ({best:.1f}x)" if name else ""
 
     def _requests(self, layer: Layer, scheme: Scheme) -> list[Request]:
         """What each weight of a layer needs of a kernel."""

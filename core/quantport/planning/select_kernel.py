@@ -153,39 +153,79 @@ def _reasons(request: Request, verdicts: Sequence[Verdict]) -> tuple[str, ...]:
     return tuple(dict.fromkeys([summary, *of_kernels]))
 
 
+# Of those whose scales are per row, which take weights of any shape; the first of equals wins.
+_CANDIDATES = ("fp8_per_channel", "int8", "int8_weight_only", "fp8_weight_only")
+_LAST_RESORT = "int8_weight_only"
+
+
 def best_scheme(
     device: Device, kernels: Sequence[Kernel], schemes: Schemes, num_tokens: int = 1
 ) -> tuple[str, str]:
-    """Picks the scheme for a device when nobody names one: measured to be near-lossless on a real model,
-    native, and not slower than BF16.
+    """Picks the scheme for a device when nobody names one: the fastest of those that are near-lossless on a
+    real model and run as asked; where nobody measured their speed, the native one with the fewest bytes.
 
     Returns:
-        ``(scheme name, why)``.
+        ``(scheme name, why)``: its speed, its memory and its quality.
     """
-    order = ("fp8_per_channel", "int8", "fp8_weight_only", "int8_weight_only")
-    passed_over: list[str] = []
-    for name in order:
-        quality = measured_quality(schemes[name])
-        if quality is None or quality.quality_class is not QualityClass.NEAR_LOSSLESS:
-            passed_over.append(f"{name} has {quality or 'no measured quality'}")
-            continue
-        choice = select_kernel(
+    choices = {
+        name: select_kernel(
             Request(WeightSpec(schemes[name], 4096, 4096), "linear", device, device.arch.compute, num_tokens),
             kernels,
         )
-        if choice.status is Status.NATIVE and not choice.slow:
-            speed = "" if choice.speed is None else f", {choice.speed:.1f}x BF16"
-            evidence = choice.claim.evidence if choice.claim else Evidence.DECLARED
-            passed = f" (passed over: {'; '.join(passed_over)})" if passed_over else ""
-            return name, f"{name}: {choice.precision} by {choice.kernel}{speed} [{evidence}]{passed}"
-        passed_over.append(
-            f"{name} is {choice.status}" + (f", slower than BF16: {choice.slow}" if choice.slow else "")
-        )
-    return (
-        "int8_weight_only",
-        "int8_weight_only: half the bytes and near-lossless; nothing here is faster than BF16 "
-        f"({'; '.join(passed_over)})",
+        for name in _CANDIDATES
+    }
+    pool = {
+        name: choice
+        for name, choice in choices.items()
+        if choice.precision == schemes[name].precision
+        and (quality := measured_quality(schemes[name]))
+        and quality.quality_class is QualityClass.NEAR_LOSSLESS
+    } or {_LAST_RESORT: choices[_LAST_RESORT]}
+
+    def rank(name: str) -> tuple[float, ...]:
+        choice = pool[name]
+        order = (bool(choice.slow), _RANK.get(choice.status, len(_RANK)), choice.speed is None)
+        return (*order, -(choice.speed or 0), schemes[name].bytes(4096, 4096))
+
+    name = min(pool, key=rank)
+    best = pool[name]
+    measured = sum(choice.speed is not None for choice in pool.values())
+    if best.speed is not None:
+        why = f"the fastest of {measured} near-lossless schemes measured here"
+    else:
+        speeds = "those measured are slower than BF16" if measured else "nobody measured their speed"
+        why = f"the fewest bytes of the near-lossless schemes that are {best.status} here; {speeds}"
+    memory = schemes[name].bytes(4096, 4096) / (2 * 4096 * 4096)
+    return name, (
+        f"{name}: {best.precision} by {best.kernel}; speed: {speed_text(best, num_tokens)}; "
+        f"memory: {memory:.0%} of 16 bits; quality: {measured_quality(schemes[name]) or 'not known'}; {why}"
     )
+
+
+def speed_text(choice: Choice, num_tokens: int) -> str:
+    """What is known of the speed of a choice, for people; nothing is ``unknown``."""
+    if choice.speed is not None:
+        evidence = choice.claim.evidence if choice.claim else Evidence.DECLARED
+        return f"{choice.speed:.2f}x BF16 at {num_tokens} {'row' if num_tokens == 1 else 'rows'} [{evidence}]"
+    return f"slower than BF16: {choice.slow}" if choice.slow else "unknown, nobody measured it here"
+
+
+def faster_text(request: Request, kernels: Sequence[Kernel], schemes: Schemes) -> str:
+    """The scheme that was measured fastest for a shape where it beats BF16; else what is not known, for
+    people.
+    """
+    choices = {
+        name: select_kernel(replace(request, weight=replace(request.weight, scheme=scheme)), kernels)
+        for name, scheme in schemes.items()
+    }
+    name = max(choices, key=lambda name: choices[name].speed or 0)
+    if (speed := choices[name].speed or 0) > 1:
+        return f"faster here: {name} ({speed:.1f}x)"
+    unknown = [name for name, choice in choices.items() if choice.speed is None and not choice.slow]
+    if not unknown:
+        return "no scheme is faster here"
+    more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+    return f"nobody measured the speed of {', '.join(unknown[:3])}{more} here"
 
 
 def select_embedding_kernel(
