@@ -18,6 +18,7 @@ from quantport.kernels.base import (
     WeightSpec,
 )
 from quantport.kernels.grouped import GroupedKernel, loop_over_groups
+from quantport.kernels.own_speeds import cache_folder
 from quantport.kernels.tuned import Tuned, find_tuned
 from quantport.kernels.verdict import (
     Accepted,
@@ -73,6 +74,7 @@ __all__ = [
     "Verdict",
     "WeightSpec",
     "aten",
+    "cache_folder",
     "find_tuned",
     "hookimpl",
     "loop_over_groups",

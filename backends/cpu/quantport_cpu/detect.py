@@ -55,6 +55,10 @@ class CpuBackend(Backend):
 
         return quantize_weight(weight, scheme)
 
+    def measured_with(self) -> Mapping[str, object]:
+        """Whether the compiled kernels run."""
+        return {"compiled": not why_unavailable()}
+
     def advice(self) -> Sequence[str]:
         """Names the reason when the compiled kernels are missing."""
         reason = why_unavailable()

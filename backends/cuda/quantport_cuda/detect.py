@@ -11,7 +11,7 @@ from torch import Tensor
 from quantport.backend import Arch, Backend, Device, Kernel, Scheme, StoredWeight
 from quantport_cuda.capabilities import ARCHS, arch_of
 from quantport_cuda.products import PRODUCTS
-from quantport_triton import evidence
+from quantport_triton import available, evidence, version
 from quantport_triton.launch import target_of
 from quantport_triton.weights import quantize_weight
 
@@ -77,6 +77,10 @@ class CudaBackend(Backend):
         if evidence.refusals(self.kind, target_of(weight.device), "quantize", scheme.name):
             return None
         return quantize_weight(weight, scheme)
+
+    def measured_with(self) -> Mapping[str, object]:
+        """The version of Triton, where it is installed."""
+        return {} if available() else {"triton": ".".join(map(str, version()))}
 
     def advice(self) -> Sequence[str]:
         """What is missing to use a GPU: a driver, a torch for it, code for its architecture, or Triton."""

@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from quantport.backend import Claim, Kernel, Request, Tuned, find_tuned
 from quantport_triton import available
 
@@ -13,9 +16,10 @@ class Measured(Kernel):
     """Comes before a kernel among the bases of a class: what was measured is said before what it says."""
 
     def _tuned(self, request: Request) -> Tuned | None:
-        if not request.device.simulated and available():
+        tuned = find_tuned("quantport_cuda", self.name, request)
+        if tuned and _made_with(tuned).get("triton") and not request.device.simulated and available():
             return None  # measured with Triton, which also quantizes for the kernels of torch
-        return find_tuned("quantport_cuda", self.name, request)
+        return tuned
 
     def speed(self, request: Request) -> float | None:
         """The measured speed, else what the kernel itself says."""
@@ -28,8 +32,13 @@ class Measured(Kernel):
         tuned = self._tuned(request)
         if tuned is None:
             return super().claim(request)  # type: ignore[safe-super]  # of the kernel that follows among the bases
-        run = tuned.table["run"]
-        return tuned.claim(tuned.table["results"], f", torch {run['torch']}, triton {run['triton']}")
+        made_with = _made_with(tuned)
+        versions = "".join(f", {name} {made_with[name]}" for name in ("torch", "triton") if name in made_with)
+        return tuned.claim(tuned.table.get("results", ""), versions)
+
+
+def _made_with(tuned: Tuned) -> Mapping[str, Any]:
+    return {**tuned.table, **tuned.table["run"]}
 
 
 def measured(kernel: type[Kernel]) -> type[Kernel]:

@@ -7,23 +7,28 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+import quantport
 from quantport import numerics
 from quantport.cli.page import Column, Grid, Page, progress
 from quantport.device import Device
 from quantport.errors import BudgetError, ConfigError, DeviceError
 from quantport.kernels.base import Request, WeightSpec
+from quantport.kernels.own_speeds import save_own
 from quantport.modules import QuantLinear
 from quantport.planning.select_kernel import Choice, select_kernel
 from quantport.plugins.registry import default_registry
 from quantport.scheme import Scheme
 
 COLD = 320 << 20  # bytes of copies that one rotates through, so that no cache keeps a weight
+ROWS_OF_ERROR = 16
 MOST = 4096  # copies: of weights that are smaller still, a row says that they were warm
 Call = Callable[[int, Tensor], object]
 
@@ -110,7 +115,8 @@ def bench(
         The machine, and ``results``, for each: seconds, ``vs_bf16`` and ``vs_prepacked`` (speed-up over
             ``F.linear``,
         and over the device's own prepacked BF16 where it has one), and ``of_limit`` (share of the time that
-        reading the weight once would take; None of a row nobody can run).
+        reading the weight once would take; None of a row nobody can run), and
+            ``error`` (largest relative error against the reference).
 
     Raises:
         DeviceError: the device is simulated.
@@ -195,12 +201,22 @@ class _Bench:
         """
         out: list[dict[str, Any]] = []
         made: dict[str, list[QuantLinear]] = {}
+        error: float | None = None
         for m in rows:
             choice = self.choice(scheme, m)
             if choice.kernel and choice.kernel not in made:
                 made = {choice.kernel: self.layers(scheme, choice.kernel)}
+                error = self.error(scheme, made[choice.kernel][0])
             out.append(self.row(scheme, m, choice, made.get(choice.kernel)))
+            out[-1]["error"] = error if choice.kernel else None
         return out
+
+    def error(self, scheme: Scheme, layer: QuantLinear) -> float:
+        """The largest relative error of a layer against the reference."""
+        x = torch.randn(ROWS_OF_ERROR, self.size[1], dtype=torch.float32, device=self.device).to(self.dtype)
+        effective = scheme if layer.kernel.quantizes_activations else scheme.weight_only
+        expected = numerics.linear(x, layer.stored_weight(), effective).float()
+        return ((layer(x).float() - expected).abs().max() / expected.abs().max()).item()
 
     def baseline(self, rows: int) -> list[QuantLinear]:
         """Copies of the device's prepacked BF16 layer; none where its BF16 is ``F.linear`` itself."""
@@ -242,6 +258,32 @@ class _Bench:
         }
 
 
+def save(found: dict[str, Any]) -> Path:
+    """Adds what `bench` measured to the user's own measurements, which the plan prefers; speeds are relative
+    to the faster of ``F.linear`` and the device's own prepacked BF16.
+
+    Raises:
+        SaveError: they cannot be written.
+    """
+    target, date = (
+        default_registry().device(found["device"].partition(" ")[0]),
+        f"{datetime.now(timezone.utc):%Y-%m-%d}",
+    )
+    kernels: dict[str, dict[str, Any]] = {}
+    for r in found["results"]:
+        if not r["kernel"]:
+            continue
+        row = {"error": r["error"], "speeds": {}, "date": date}
+        row = kernels.setdefault(r["kernel"], {}).setdefault(r["scheme"], row)
+        baselines = [r["vs_bf16"], r["vs_prepacked"] if r["scheme"] != "bf16" else None]
+        row["speeds"][str(r["rows"])] = round(min(x for x in baselines if x is not None), 3)
+    versions = {"version": quantport.__version__, "torch": torch.__version__}
+    run = {"device": target.name, "date": date, "threads": found["threads"], **versions}
+    made_with = default_registry().backends[target.kind].measured_with()
+    table = {**made_with, "run": run, "shape": [found["n"], found["k"]], "kernels": kernels}
+    return save_own(target, table)
+
+
 def bench_page(found: dict[str, Any]) -> Page:
     """Ratios against BF16, one row for each scheme and number of rows."""
     numbers = (
@@ -265,6 +307,8 @@ def bench_page(found: dict[str, Any]) -> Page:
         "F.linear in BF16"
     )
     page = Page(found, [Grid(columns, rows, title)], "quantport bench")
+    if path := found.get("saved"):
+        page.say(f"saved: {path}; the plan prefers it with {found['threads']} threads")
     if found["quick"]:
         page.say("quick: few copies and rounds; these are no measurements", "warn")
     elif any(r["seconds"] and not r["cold"] for r in found["results"]):

@@ -22,6 +22,7 @@ from quantport.cli.options import (
     form,
     read_config,
 )
+from quantport.errors import ConfigError
 
 
 @command
@@ -151,6 +152,9 @@ def bench(
     quick: Annotated[
         bool, typer.Option("--quick", help="Few copies and rounds: shows that it runs, measures nothing.")
     ] = False,
+    save: Annotated[
+        bool, typer.Option("--save", help="Keep the speeds for this machine: the plan chooses by them.")
+    ] = False,
     style: FormatOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -159,10 +163,15 @@ def bench(
     Examples:
         quantport bench
         quantport bench --scheme int8 --scheme int4 --num-tokens 1 --num-tokens 16
+        quantport bench --scheme int8 --save   (plan, load and run prefer it to the measurements that ship)
         quantport bench --size 512 512 --quick   (a smoke test, not a measurement)
     """
     from quantport.cli import bench_linear, page
 
     chosen = form(style, as_json)
+    if save and quick:
+        raise ConfigError("--save with --quick", "--quick measures nothing", "one of them")
     found = bench_linear.bench(schemes, device, size, tuple(num_tokens or (1, 16, 128)), quick)
+    if save:
+        found["saved"] = str(bench_linear.save(found))
     page.emit(bench_linear.bench_page(found), chosen)

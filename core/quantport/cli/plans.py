@@ -184,7 +184,7 @@ def _speed(plan: Plan) -> list[str]:
     for (name, precision, kernel, known), steps in alike.items():
         choice, (_, n, k) = steps[0].choice, max(_shapes(steps), key=lambda shape: shape[1] * shape[2])
         unknown = choice and choice.speed is None and not choice.slow
-        how = f"; `quantport bench --scheme {name} --size {n} {k}` measures it" if unknown else ""
+        how = f"; `quantport bench --scheme {name} --size {n} {k} --save` measures it" if unknown else ""
         count = f"{len(steps)} layer{'s' * (len(steps) > 1)}"
         out.append(f"{name} as {precision} by {kernel} ({count}): {known}{how}")
     return out

@@ -21,6 +21,7 @@ from importlib.resources import files
 from typing import Any
 
 from quantport.kernels.base import Request
+from quantport.kernels.own_speeds import own_table
 from quantport.kernels.verdict import Claim, Evidence, Measurement
 
 SMALLEST = 16  # a layer with fewer elements than the measured one by this factor has no known speed
@@ -35,12 +36,14 @@ class Tuned:
         table: The whole file, with what a room adds to it.
         error: Largest relative error against the reference.
         speeds: Number of tokens -> speed relative to BF16.
+        date: When, where it is not the date of the whole table.
     """
 
     file: str
     table: Mapping[str, Any]
     error: float
     speeds: Mapping[int, float]
+    date: str = ""
 
     def speed(self, request: Request) -> float | None:
         """The speed relative to BF16 at the nearest number of tokens, on a log scale.
@@ -57,12 +60,16 @@ class Tuned:
         """The claim that a request was measured.
 
         Args:
-            results: The page of the results, for people.
+            results: The page of the results, for people; the user's own have none but their file.
             built_with: What the kernel was compiled by, as it stands after the commit.
         """
         run = self.table["run"]
-        device, date, commit = run["device"], run["date"], run["commit"]
-        where = f"{device}, {date}, commit {commit}{built_with}, relative error {self.error:.1e}"
+        device, date = run["device"], self.date or run["date"]
+        if "commit" in run:
+            commit, made_of = run["commit"], f"commit {run['commit']}"
+        else:  # the user's own
+            results, commit, made_of = self.file, run["version"], f"quantport {run['version']}"
+        where = f"{device}, {date}, {made_of}{built_with}, relative error {self.error:.1e}"
         proof = Measurement(self.file, device, date, commit)
         return Claim(Evidence.MEASURED, f"{results} ({where})", proof)
 
@@ -75,7 +82,8 @@ def tuned_table(package: str, arch: str) -> Mapping[str, Any]:
 
 
 def find_tuned(package: str, kernel: str, request: Request) -> Tuned | None:
-    """What a package measured of a kernel with the scheme of a request, on its architecture.
+    """What was measured of a kernel with the scheme of a request, on its architecture: by the user on this
+    device, else by the package.
 
     Args:
         package: The package of the room.
@@ -83,9 +91,10 @@ def find_tuned(package: str, kernel: str, request: Request) -> Tuned | None:
         request: The request.
     """
     arch, scheme = request.device.arch.name, request.weight.scheme.name
-    table = tuned_table(package, arch)
-    row = table.get("kernels", {}).get(kernel, {}).get(scheme)
-    if row is None:
-        return None
-    speeds = {int(num_tokens): float(speed) for num_tokens, speed in row.get("speeds", {}).items()}
-    return Tuned(f"{package}/tuned/{arch}.json", table, row["error"], speeds)
+    shipped = (f"{package}/tuned/{arch}.json", tuned_table(package, arch))
+    for file, table in (own_table(request.device), shipped):
+        row = table.get("kernels", {}).get(kernel, {}).get(scheme)
+        if row is not None:
+            speeds = {int(num_tokens): float(speed) for num_tokens, speed in row["speeds"].items()}
+            return Tuned(file, table, row["error"], speeds, row.get("date", ""))
+    return None

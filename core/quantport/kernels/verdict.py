@@ -96,10 +96,10 @@ class Measurement:
 
     Attributes:
         file: Its path from a package that is installed (``quantport_cpu/tuned/x86_vnni.json``), or from
-            the root of the sources.
+            the root of the sources; absolute where the user measured.
         device: Name of the device, as in the file.
         date: When, as in the file.
-        commit: Of the sources that were measured, as in the file.
+        commit: Of the sources that were measured, or their version, as in the file.
     """
 
     file: str

@@ -90,6 +90,12 @@ class Backend(ABC):
         """
         return None
 
+    def measured_with(self) -> Mapping[str, object]:
+        """Returns what a table of speeds that are measured now says beside the numbers, as JSON: what its
+        kernels ask of it before they believe it.
+        """
+        return {}
+
     def advice(self) -> Sequence[str]:
         """Returns what is missing for hardware that can be seen but not used, with the command that
         mends it.

@@ -20,26 +20,12 @@ from typing import Any
 import llvmlite
 import numba
 
+from quantport.backend import cache_folder
 from quantport_cpu.jit.elements import ELEMENTS
 from quantport_cpu.jit.target import Target
 
 _MAGIC = b"quantport machine code 1\n"
 _MAX_ENTRIES = 8  # entries of one kernel, for other processors or older sources; the oldest goes first
-
-
-def folder() -> Path:
-    """Where entries are: ``QUANTPORT_CACHE_DIR``, or ``quantport`` in the user's cache.
-
-    Raises:
-        OSError: this user has no home.
-    """
-    configured = os.environ.get("QUANTPORT_CACHE_DIR")
-    if configured:
-        return Path(configured)
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quantport"
-    except RuntimeError as error:
-        raise OSError(str(error)) from None
 
 
 def captured(body: Callable[..., Any]) -> tuple[Any, ...]:
@@ -97,7 +83,7 @@ def read(name: str) -> bytes | None:
     if not are_sources_unchanged():
         return None
     try:
-        content = (folder() / name).read_bytes()
+        content = (cache_folder() / name).read_bytes()
     except OSError:
         return None
     start = len(_MAGIC) + 32
@@ -113,7 +99,7 @@ def write(name: str, code: bytes) -> None:
     if not are_sources_unchanged():
         return
     with contextlib.suppress(OSError):
-        entries = folder()
+        entries = cache_folder()
         entries.mkdir(parents=True, exist_ok=True, mode=0o700)
         handle, temporary = tempfile.mkstemp(dir=entries, prefix=".")
         try:

@@ -107,8 +107,9 @@ class CpuKernel(Kernel):
 
     def _tuned(self, request: Request) -> Tuned | None:
         tuned = find_tuned("quantport_cpu", self.name, request)
-        if tuned and tuned.table.get("compiled") and not request.device.simulated and why_unavailable():
-            return None  # measured with compiled kernels, which this machine lacks
+        compiled = tuned.table.get("compiled") if tuned else None
+        if compiled is not None and not request.device.simulated and compiled is bool(why_unavailable()):
+            return None  # measured with compiled kernels, which this machine lacks, or without them
         return tuned
 
     def speed(self, request: Request) -> float | None:
