@@ -4,6 +4,7 @@ scheme.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import time
@@ -18,6 +19,7 @@ from quantport.config import QuantConfig
 from quantport.errors import CheckpointError, UnsupportedError
 from quantport.kernels.verdict import Status
 from quantport.model.layers import find_layers
+from quantport.planning.decode_step import head_share
 from quantport.planning.plan import best_scheme, make_plan
 from quantport.plugins.registry import default_registry
 from quantport.scheme.catalog import BUILTIN
@@ -135,6 +137,48 @@ def test_every_scheme_plans_on_every_architecture(kind):
             ), choice
             assert choice.claim is not None
             assert choice.reasons or choice.status is Status.NATIVE
+
+
+@pytest.mark.parametrize(
+    ("tensors", "config", "expected"),
+    [
+        ({"lm_head.weight": (100, 64)}, "int8", ("lm_head", 100 * 64 * 2, False)),
+        (
+            {"lm_head.weight": (100, 64)},
+            {"scheme": "int8", "targets": {"lm_head": "int8"}},
+            ("lm_head", 100 * 64 + 4 * 100, False),
+        ),
+        (
+            {
+                "lm_head.weight": (100, 64),
+                "m.experts.gate_up_proj": (2, 64, 64),
+                "m.experts.down_proj": (2, 64, 32),
+            },
+            "int8",
+            ("lm_head", 100 * 64 * 2, True),
+        ),
+    ],
+    ids=["kept", "quantized", "experts"],
+)
+def test_the_share_of_the_output_head(tensors, config, expected):
+    """An embedding is looked up: it counts for nothing."""
+    shapes = {"a.weight": (64, 64), "model.embed_tokens.weight": (100, 64), **tensors}
+    plan = planned(find_layers({name: Shape(shape) for name, shape in shapes.items()}), config)
+    found = head_share(plan)
+    assert (found.layer, found.bytes, found.at_least) == expected
+    others = sum(
+        step.after for name, step in plan.by_layer.items() if name not in ("lm_head", "model.embed_tokens")
+    )
+    assert found.step_bytes == others + found.bytes
+    assert f"{found.share:.0%} of the bytes" in str(found)
+    assert ("at least" in str(found)) == found.at_least
+
+
+def test_a_tied_embedding_is_the_head_and_some_models_have_none():
+    table, linear = find_layers({"model.embed_tokens.weight": Shape((100, 64)), "a.weight": Shape((64, 64))})
+    tied = head_share(planned([dataclasses.replace(table, tied=("lm_head",)), linear]))
+    assert (tied.layer, tied.bytes) == ("model.embed_tokens", 100 * 64 * 2)
+    assert head_share(planned([table, linear])) is None
 
 
 def test_a_plan_is_a_value():

@@ -216,7 +216,7 @@ class _Bench:
         x = torch.randn(ROWS_OF_ERROR, self.size[1], dtype=torch.float32, device=self.device).to(self.dtype)
         effective = scheme if layer.kernel.quantizes_activations else scheme.weight_only
         expected = numerics.linear(x, layer.stored_weight(), effective).float()
-        return ((layer(x).float() - expected).abs().max() / expected.abs().max()).item()
+        return float((layer(x).float() - expected).abs().max() / expected.abs().max())
 
     def baseline(self, rows: int) -> list[QuantLinear]:
         """Copies of the device's prepacked BF16 layer; none where its BF16 is ``F.linear`` itself."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from quantport.cli.page import Column, Grid, Page, size
 from quantport.model.patterns import compile_pattern
 from quantport.model.roles import Role
+from quantport.planning.decode_step import head_share
 from quantport.planning.fit import advice, shortage
 from quantport.planning.plan import Plan, Step
 from quantport.planning.select_kernel import Choice, speed_text
@@ -43,6 +45,8 @@ def plan_page(plan: Plan) -> Page:
     page.say(f"{totals}, peak while loading at most {size(plan.peak)}, {quantized} layers quantized")
     if text := _kv_line(plan):
         page.say(text)
+    if head := head_share(plan):
+        page.say(f"output head: {head}")
     if plan.why:
         page.say(f"scheme chosen for this device: {plan.why}")
     for text in page.data["speed"]:
@@ -159,6 +163,7 @@ def _summary(plan: Plan, named: Sequence[tuple[str, Sequence[Step]]]) -> dict[st
     return {
         "fallback": plan.config.fallback,
         "groups": [_group_dict(name, steps) for name, steps in named],
+        "head": {**asdict(head), "share": head.share} if (head := head_share(plan)) else None,
         "speed": _speed(plan),
         "quality": _quality(plan),
         "kept": _told(kept, lambda step: [step.note]),
