@@ -8,6 +8,7 @@ from quantport import numerics
 from quantport.device import Arch, Device
 from quantport.errors import BackendError, DeviceError, QuantportError
 from quantport.kernels import aten
+from quantport.kernels.allocate import empty_weight
 from quantport.kernels.base import (
     Kernel,
     Packed,
@@ -75,6 +76,7 @@ __all__ = [
     "WeightSpec",
     "aten",
     "cache_folder",
+    "empty_weight",
     "find_tuned",
     "hookimpl",
     "loop_over_groups",

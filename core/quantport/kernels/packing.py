@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import chain
 
-import torch
 from torch import Tensor
 
 from quantport.errors import BackendError, WeightError
+from quantport.kernels.allocate import empty_weight
 from quantport.kernels.base import Kernel, Packed, PackedLayout, PackedTensor, StoredWeight, WeightSpec
 from quantport.numerics.by_rows import QuantizedRows, join_steps, rows_of_step
 from quantport.numerics.elements import bits
@@ -105,7 +105,7 @@ def _whole(expected: PackedTensor, part: Tensor) -> Tensor:
     """Room for all rows of what some rows were packed into; that itself where all rows share it."""
     if expected.rows is None:
         return part
-    return torch.empty(expected.shape, dtype=expected.dtype, device=part.device)
+    return empty_weight(expected.shape, expected.dtype, part.device)
 
 
 def _places(kernel: Kernel, spec: WeightSpec, row: int) -> list[tuple[int | None, int]]:

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from quantport.kernels.allocate import empty_weight
 from quantport.loading.swap_modules import module_at
 from quantport.modules import QuantModule
 from quantport.numerics.by_rows import QuantizedRows
@@ -53,7 +54,7 @@ class IntoModel:
     @contextmanager
     def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Put]:
         """Keeps it as the parameter or buffer of that name, once it is whole."""
-        target = torch.empty(shape, dtype=dtype, device=self._device)
+        target = empty_weight(shape, dtype, self._device)
         left = target.view(-1)
 
         def put(values: Tensor) -> None:

@@ -10,7 +10,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from quantport.backend import Quant, Scheme, numerics, once
+from quantport.backend import Quant, Scheme, empty_weight, numerics, once
 from quantport_cpu.jit import block_encode, gguf, kquants, least_squares, q6k, search
 from quantport_cpu.jit.memory import Array, array, array_of_rows, constants
 
@@ -116,7 +116,7 @@ def empty_stored(weight: Tensor, scheme: Scheme) -> dict[str, Tensor]:
     """Uninitialized tensors of ``scheme.layout``."""
     n, k = weight.shape
     return {
-        name: torch.empty(shape, dtype=dtype, device=weight.device)
+        name: empty_weight(shape, dtype, weight.device)
         for name, (shape, dtype) in scheme.layout(n, k).items()
     }
 
