@@ -1,25 +1,29 @@
 """Peak memory and wall time of loading and quantizing a 4 GB sharded BF16 checkpoint, of a mere read and copy, and of peers.
 
 Each case runs in a process of its own, the cases in turn; times are medians over rounds. The peak is the largest resident set
-(VmHWM) minus the resident set after imports. Writes ``benchmarks/results/load.md``.
+(VmHWM) minus the resident set after imports. Writes ``benchmarks/results/load.md``; with ``--small`` only its line on a model of
+5,000 small layers.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from common import markdown, write
+from common import RESULTS, describe, markdown, write
 
 HIDDEN, MIDDLE, VOCAB = 4096, 11008, 32000
 GIB = 1 << 30
+SMALL = "Small layers, 64 x 64: "  # begins their line of the page
 CASES = ("read+copy", "int8", "int4_weight_only", "fp8_per_tensor", "fp8_per_channel", "fp8_per_block")
 PEERS = (
     "transformers BF16",
@@ -151,6 +155,42 @@ def peer(case: str, directory: Path, transformers: object) -> None:
     AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16, quantization_config=config)
 
 
+def small_layers(count: int, rounds: int = 9) -> str:
+    """CPU time of all threads that loading many small layers takes over building their modules, in a line of the page."""
+    import quantport
+    from quantport.checkpoint import save_tensors
+    from quantport.loading.build_context import building
+
+    def make() -> torch.nn.Module:
+        layers = (torch.nn.Linear(64, 64, bias=False, dtype=torch.bfloat16) for _ in range(count))
+        return torch.nn.ModuleDict({f"l{i}": layer for i, layer in enumerate(layers)})
+
+    def build() -> object:
+        with building():
+            return make()
+
+    weights = ((f"l{i}.weight", torch.randn(64, 64).bfloat16()) for i in range(count))
+    with tempfile.TemporaryDirectory() as tmp:
+        folder = save_tensors(Path(tmp) / "m", weights)
+        calls = (lambda: quantport.load(folder, "int8", model=make), build)
+        taken = [[cpu_seconds(call) for call in calls] for _ in range(rounds + 1)][1:]  # the first compiles
+    load, built = map(min, zip(*taken, strict=True))
+    mark, run = "✅" if load - built <= 1 else "❌", describe()
+    return (
+        f"{SMALL}{load - built:.2f} s of CPU time over the {built:.2f} s of building {count:,} of them in `int8`, all threads, "
+        f"least of {rounds} {mark} (must reach: 1 s; {run['device']}, {run['date']}, commit {run['commit']})."
+    )
+
+
+def cpu_seconds(call: Callable[[], object]) -> float:
+    gc.collect()
+    start = time.process_time()
+    made = call()
+    seconds = time.process_time() - start
+    del made
+    return seconds
+
+
 def child(case: str, directory: Path) -> dict[str, float] | str:
     code = subprocess.run(
         [sys.executable, __file__, "--case", case, "--dir", str(directory)],
@@ -170,7 +210,13 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=9, help="9 layers are 4.1 GB")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--small", action="store_true", help="only the line on small layers")
     args = parser.parse_args()
+    if args.small:
+        page = (RESULTS / "load.md").read_text(encoding="utf-8").splitlines()
+        kept = [line for line in page if not line.startswith(SMALL)]
+        write("load.md", "\n".join([*kept, small_layers(5000), ""]))
+        return
     if args.case:
         print(json.dumps(run_case(args.case, args.dir)))
         return
@@ -223,6 +269,7 @@ def report(by_case: dict[str, list[dict[str, float]]], failed: dict[str, str], s
         f"Checkpoint of {size / 1e9:.2f} GB, page cache warm. Must reach: at most 1.5x of read+copy; peak at most quantized + 25% or + 512 MiB.",
         "Imports are not timed. Peers ran once each; they load through Transformers, which keeps file pages mapped (they count as resident here, as for ours).",
         *(f"- {case}: did not run here ({why})" for case, why in failed.items()),
+        small_layers(5000),
     ]
     write("load.md", markdown("Loading a 4 GB BF16 checkpoint on the CPU", columns, rows, notes))
 

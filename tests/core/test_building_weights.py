@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import gc
 import threading
-import time
+from functools import partial
 
 import pytest
 import torch
@@ -15,9 +15,10 @@ from core_models import DENSE, MOE, same_bits
 from test_building import MODELS, config_of
 
 import quantport
+from quantport.errors import WeightError
 from quantport.loading import quantize_checkpoint
 from quantport.loading.build_context import building
-from quantport.loading.executor import Task, run_tasks
+from quantport.loading.executor import SHARES, TOGETHER, Gate, Task, run_tasks
 from quantport.loading.fill_model import ModelFiller
 from quantport.loading.skeleton import _without_weights
 
@@ -97,20 +98,39 @@ def test_another_thread_fills_its_weights_meanwhile():
     assert 0.015 < weight.std() < 0.025, "the range of the configuration; torch's own is 1"
 
 
-def test_what_a_load_fills_is_counted_once_for_each_tensor():
-    """With progress, which once looked at all tensors each time that one was done."""
+@pytest.mark.parametrize("workers", [1, 3])
+def test_small_tasks_take_turns_together(workers, monkeypatch):
+    """As many turns for eight thousand as for one thousand, in order, and each is reported."""
+    turns, admit = [], Gate.admit
+    monkeypatch.setattr(Gate, "admit", lambda self, turn: turns.append(len(turn)) or admit(self, turn))
 
-    def seconds(count):
-        tasks = [Task(str(i), 1, lambda: None) for i in range(count)]
-        best = []
-        for _ in range(3):
-            start = time.process_time()
-            run_tasks(tasks, lambda *_: None, workers=1)
-            best.append(time.process_time() - start)
-        return min(best)
+    def run(count, need, budget=None):
+        turns.clear()
+        ran, told = [], []
+        tasks = [Task(str(i), 1, partial(ran.append, i), need) for i in range(count)]
+        run_tasks(tasks, lambda done, _, name: told.append((done, name)), workers, budget)
+        assert sorted(ran) == list(range(count)) == sorted(int(name) for _, name in told)
+        assert [done for done, _ in told] == list(range(1, count + 1))
+        return len(turns)
 
-    seconds(100)
-    assert seconds(8000) < 3 * 8 * seconds(1000)
+    for count in (1000, 8000):
+        assert SHARES * workers <= run(count, 1) <= SHARES * workers + 10
+    assert run(SHARES, 1) == SHARES, "few take turns alone"
+    assert run(1000, TOGETHER) == 1000, "so do large ones"
+    assert run(1000, 10, budget=40 * workers) >= 250, "and where many are a large part of the budget"
+
+
+@pytest.mark.parametrize("error", [WeightError("a", "b", "c"), KeyboardInterrupt()], ids=repr)
+def test_what_ends_a_load_ends_the_turn_that_it_comes_in(error):
+    ran = []
+
+    def fails():
+        raise error
+
+    tasks = [Task(str(i), 1, fails if i == 2 else partial(ran.append, i)) for i in range(SHARES * 100)]
+    with pytest.raises(type(error)):
+        run_tasks(tasks, workers=1)
+    assert ran == [0, 1]
 
 
 def test_a_load_says_what_it_does_before_the_first_tensor():

@@ -21,6 +21,8 @@ import torch
 from quantport.errors import BudgetError, ConfigError
 from quantport.loading.threads import one_native_thread
 
+TOGETHER = 16 << 20  # bytes that small tasks need which run one after the other in one turn
+SHARES = 16  # turns for each worker, at least: none waits long for the last of another
 LOOK = 0.5  # seconds: an interrupt that comes just before Python waits is seen when it ends to wait
 PAUSE = (
     0.005  # seconds between looks at what is finished: a thread that wakes for each takes time from others
@@ -66,32 +68,31 @@ class Gate:
         self._freed = threading.Condition()
 
     @contextmanager
-    def admit(self, task: Task) -> Iterator[None]:
-        """Inside, the bytes of a task count.
+    def admit(self, turn: Sequence[Task]) -> Iterator[None]:
+        """Inside, the bytes of a turn count: of all its tasks, since what one has freed is loose.
 
         Raises:
-            BudgetError: it can never fit.
-            CancelledError: the gate was shut before it fitted.
+            BudgetError: they can never fit.
+            CancelledError: the gate was shut before they fitted.
         """
-        if task.need > self.budget:
-            found = f"{task.name} alone needs {task.need / 1e6:.1f} MB"
-            raise BudgetError(
-                f"stream within {self.budget / 1e6:.1f} MB", found, f"budget={task.need} or more"
-            )
+        need = sum(task.need for task in turn)
+        if need > self.budget:
+            found = f"{turn[0].name} alone needs {need / 1e6:.1f} MB"
+            raise BudgetError(f"stream within {self.budget / 1e6:.1f} MB", found, f"budget={need} or more")
         with self._turn, self._freed:
-            self._freed.wait_for(lambda: not self.opened.locked() or self.used + task.need <= self.budget)
+            self._freed.wait_for(lambda: not self.opened.locked() or self.used + need <= self.budget)
             if not self.opened.locked():
                 raise CancelledError
-            if self.used + self.loose + task.need > self.budget:
+            if self.used + self.loose + need > self.budget:
                 give_back()
                 self.loose = 0
-            self.used += task.need
+            self.used += need
         try:
             yield
         finally:
             with self._freed:
-                self.used -= task.need
-                self.loose += task.need
+                self.used -= need
+                self.loose += need
                 self._freed.notify_all()
 
     def wake(self) -> None:
@@ -146,15 +147,30 @@ def run_tasks(
     pool = ThreadPoolExecutor(count, "quantport", initializer=one_native_thread)
     try:
         with gate.opened:
-            _wait({pool.submit(_quiet, task, gate): task for task in tasks}, progress)
+            turns = _turns(tasks, count, gate.budget)
+            _wait({pool.submit(_quiet, turn, gate): turn for turn in turns}, progress)
     finally:
         gate.wake()
         pool.shutdown(wait=True, cancel_futures=True)
         give_back()
 
 
-def _wait(futures: Mapping[Future[None], Task], progress: Progress | None) -> None:
-    total, done = sum(t.size for t in futures.values()), 0
+def _turns(tasks: Sequence[Task], workers: int, budget: int) -> Iterator[list[Task]]:
+    """What runs one after the other: to take turns for each costs as much as to quantize a small weight."""
+    most, room = max(1, len(tasks) // (SHARES * workers)), min(TOGETHER, budget // workers)
+    turn, need = list[Task](), 0
+    for task in tasks:
+        if turn and (len(turn) == most or need + task.need > room):
+            yield turn
+            turn, need = [], 0
+        turn.append(task)
+        need += task.need
+    if turn:
+        yield turn
+
+
+def _wait(futures: Mapping[Future[None], Sequence[Task]], progress: Progress | None) -> None:
+    total, done = sum(task.size for turn in futures.values() for task in turn), 0
     finished: SimpleQueue[Future[None]] = SimpleQueue()
     for future in futures:  # not ``wait``, which looks at all of them each time that one is done
         future.add_done_callback(finished.put)
@@ -163,9 +179,10 @@ def _wait(futures: Mapping[Future[None], Task], progress: Progress | None) -> No
         for future in _next(finished):
             future.result()
             left -= 1
-            done += futures[future].size
-            if progress:
-                progress(done, total, futures[future].name)
+            for task in futures[future]:
+                done += task.size
+                if progress:
+                    progress(done, total, task.name)
         if left:
             time.sleep(PAUSE)
 
@@ -181,6 +198,9 @@ def _next(finished: SimpleQueue[Future[None]]) -> Iterator[Future[None]]:
             yield finished.get_nowait()
 
 
-def _quiet(task: Task, gate: Gate) -> None:
-    with gate.admit(task), torch.no_grad():
-        task.run()
+def _quiet(turn: Sequence[Task], gate: Gate) -> None:
+    with gate.admit(turn), torch.no_grad():
+        for task in turn:
+            if not gate.opened.locked():
+                raise CancelledError
+            task.run()

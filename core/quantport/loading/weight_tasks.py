@@ -54,14 +54,7 @@ def quantize_tasks(
 
     def run(part: Part, weight: str) -> None:
         spec = module.specs[weight]
-
-        @contextmanager
-        def rows(start: int, stop: int) -> Iterator[Tensor]:
-            tensor, release = read(part if stop - start == spec.n else some_rows(part, start, stop))
-            yield tensor
-            del tensor
-            release()
-
+        rows = partial(_rows, read, part, spec.n)
         name, kernel = f"{layer.home}.{weight}".rstrip("."), module.kernel_of(weight)
         steps = quantize_on(
             rows, layer.dtype, spec, name, nonfinite, fast, device, storage_only_dtypes, kernel
@@ -102,11 +95,7 @@ def quantize_on(
     """
     dtypes = (dtype, *(stored for _, stored in spec.scheme.layout(spec.n, spec.k).values()))
     on_host = device is not None and not storage_only_dtypes.isdisjoint(dtypes)
-
-    @contextmanager
-    def rows(start: int, stop: int) -> Iterator[Tensor]:
-        with read(start, stop) as values:
-            yield values.detach().to(device) if device and not on_host else values.detach()
+    rows = partial(_on, None if on_host else device, read)
 
     def quantize(values: Tensor, scheme: Scheme) -> StoredWeight:
         return numerics.quantize_weight(values, scheme, name, nonfinite, None if on_host else fast)
@@ -121,6 +110,22 @@ def quantize_on(
     if not on_host:
         return steps
     return (part._replace(stored={key: t.to(device) for key, t in part.stored.items()}) for part in steps)
+
+
+@contextmanager
+def _rows(read: Reader, part: Part, n: int, start: int, stop: int) -> Iterator[Tensor]:
+    """Rows of a weight of ``n`` rows, released after the block."""
+    tensor, release = read(part if stop - start == n else some_rows(part, start, stop))
+    yield tensor
+    del tensor
+    release()
+
+
+@contextmanager
+def _on(device: torch.device | None, read: ReadRows, start: int, stop: int) -> Iterator[Tensor]:
+    """Rows on a device; where they are for None."""
+    with read(start, stop) as values:
+        yield values.detach().to(device) if device else values.detach()
 
 
 def some_rows(part: Part, start: int, stop: int) -> Part:

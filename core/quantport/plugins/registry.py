@@ -243,20 +243,21 @@ class Registry:
         Raises:
             BackendError: no loaded backend has it.
         """
-        table = self._by_name()
+        table = self._by_name
         if name not in table:
             raise BackendError(f"kernel {name!r}", "no loaded backend has it", one_of(name, table))
         return table[name]
 
     def identifies(self, kernel: Kernel, scheme: Scheme) -> bool:
         """Whether the names of a kernel and a scheme find the same ones here."""
-        known = self._by_name().get(kernel.name)
+        known = self._by_name.get(kernel.name)
         return (
             type(known) is type(kernel)
             and scheme.name in self.schemes
             and self.schemes[scheme.name] == scheme
         )
 
+    @once_property
     def _by_name(self) -> dict[str, Kernel]:
         return {k.name: k for kernels in self._kernels.values() for k in kernels}
 
