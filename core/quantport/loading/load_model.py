@@ -146,37 +146,38 @@ def prepared(
                 progress(0, total, what)
 
         say("reading headers")
-        layers = checkpoint.layers()
-        if checkpoint.quantized():
-            refuse_weights(checkpoint, scheme, config)
-            parsed = as_stored(checkpoint, layers, parsed, registry.schemes)
-        compute, source = dtype or main_dtype(layers, described, target), checkpoint.source
-        built, names = build(source.directory, model, compute, source.tensors, say)
-        say("choosing kernels")
-        layers = find_renamed_experts(layers, names, source.tensors)
-        dtypes = HeldDtypes(built, compute, factory=model is not None)
-        ties = settle_ties(built, checkpoint, layers, names, dtypes)
-        layers = place_tensors(layers, built, names, dtypes, ties.copies, checkpoint.quantized())
-        layers = match_modules(layers, built, partial(module_path, names))
-        _homeless(built, layers, named(path_or_id))
-        _placed(layers, checkpoint)
-        cache = default_cache(built, parsed.kv_cache_dtype, parsed.kv_cache_skip_layers)
-        decided = make_plan(
-            layers,
-            parsed,
-            target,
-            registry.kernels(target.kind),
-            registry.schemes,
-            source=named(path_or_id),
-            num_tokens=num_tokens,
-            dtype=compute,
-            kv=kv_shape(described),
-            budget=budget,
-            warnings=ties.warnings,
-        )
-        refuse_nothing(decided)
-        groups = tied_groups(built)
-        filler = ModelFiller(checkpoint, built, decided, names, dtypes, registry)
+        with collecting_later():
+            layers = checkpoint.layers()
+            if checkpoint.quantized():
+                refuse_weights(checkpoint, scheme, config)
+                parsed = as_stored(checkpoint, layers, parsed, registry.schemes)
+            compute, source = dtype or main_dtype(layers, described, target), checkpoint.source
+            built, names = build(source.directory, model, compute, source.tensors, say)
+            say("choosing kernels")
+            layers = find_renamed_experts(layers, names, source.tensors)
+            dtypes = HeldDtypes(built, compute, factory=model is not None)
+            ties = settle_ties(built, checkpoint, layers, names, dtypes)
+            layers = place_tensors(layers, built, names, dtypes, ties.copies, checkpoint.quantized())
+            layers = match_modules(layers, built, partial(module_path, names))
+            _homeless(built, layers, named(path_or_id))
+            _placed(layers, checkpoint)
+            cache = default_cache(built, parsed.kv_cache_dtype, parsed.kv_cache_skip_layers)
+            decided = make_plan(
+                layers,
+                parsed,
+                target,
+                registry.kernels(target.kind),
+                registry.schemes,
+                source=named(path_or_id),
+                num_tokens=num_tokens,
+                dtype=compute,
+                kv=kv_shape(described),
+                budget=budget,
+                warnings=ties.warnings,
+            )
+            refuse_nothing(decided)
+            groups = tied_groups(built)
+            filler = ModelFiller(checkpoint, built, decided, names, dtypes, registry)
         yield Prepared(built, decided, filler, cache, groups)
 
 
