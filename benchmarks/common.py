@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -38,8 +39,9 @@ def describe() -> dict[str, str]:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
     )
+    restricted = os.environ.get("NUMBA_CPU_NAME")  # by ci/as-cpu
     return {
-        "device": cpu_name(),
+        "device": cpu_name() + (f", restricted to what a {restricted} has" if restricted else ""),
         "date": date.today().isoformat(),
         "commit": commit.stdout.strip(),
         "torch": torch.__version__,
