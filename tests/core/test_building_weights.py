@@ -140,7 +140,8 @@ def test_what_ends_a_load_ends_the_turn_that_it_comes_in(error):
     tasks = [Task(str(i), 1, fails if i == 2 else partial(ran.append, i)) for i in range(SHARES * 100)]
     with pytest.raises(type(error)):
         run_tasks(tasks, workers=1)
-    assert ran == [0, 1]
+    turn = set(range(100))  # others may begin before the error is seen
+    assert turn & set(ran) == {0, 1}
 
 
 def test_a_load_says_what_it_does_before_the_first_tensor():

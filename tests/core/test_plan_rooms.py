@@ -174,6 +174,30 @@ def test_the_share_of_the_output_head(tensors, config, expected):
     assert ("at least" in str(found)) == found.at_least
 
 
+@pytest.mark.parametrize(
+    ("shape", "budget", "prepacked"),
+    [
+        ((1000, 4096), None, True),
+        ((1000, 4096), "4MB", False),
+        ((50_000, 4096), None, True),
+        ((128_256, 16_384), None, False),
+        ((256_000, 8192), None, False),
+    ],
+)
+def test_a_layer_that_stays_is_prepacked_where_that_fits_the_budget(shape, budget, prepacked):
+    """It is packed as a whole, beside what is read."""
+
+    class Whole(FakeKernel):
+        def packed_layout(self, spec):
+            return None
+
+    kernels = (DEQUANTIZE, Whole("k.bf16", accepts=lambda r: r.weight.scheme.name == "bf16", speed=2.0))
+    plan = planned(linears("lm_head", shape=shape), kernels=kernels, budget=budget)
+    choice = plan.by_layer["lm_head"].choice
+    assert (choice.kernel if choice else "") == ("k.bf16" if prepacked else "")
+    assert plan.budget == (4_000_000 if budget else 512 << 20)
+
+
 def test_a_tied_embedding_is_the_head_and_some_models_have_none():
     table, linear = find_layers({"model.embed_tokens.weight": Shape((100, 64)), "a.weight": Shape((64, 64))})
     tied = head_share(planned([dataclasses.replace(table, tied=("lm_head",)), linear]))

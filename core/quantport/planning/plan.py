@@ -233,7 +233,7 @@ def make_plan(
         raise ConfigError(f"dtype={dtype!r}", found, "torch.bfloat16, torch.float16 or torch.float32")
     requested_budget = parse_budget(budget)
     default, why = best_scheme(device, kernels, schemes, num_tokens) if needs_default(config) else (None, "")
-    planner = _Planner(config, device, kernels, schemes, num_tokens, dtype)
+    planner = _Planner(config, device, kernels, schemes, num_tokens, dtype, requested_budget or BUDGET)
     steps = tuple(planner.step(assignment) for assignment in resolve(list(layers), config, default))
     # refuses a layer that the model does not have
     kv_summary(kv, config.kv_cache_dtype, config.kv_cache_skip_layers)
@@ -292,6 +292,7 @@ class _Planner:
     schemes: Schemes
     num_tokens: int
     dtype: torch.dtype | None
+    budget: int
     choices: dict[object, tuple[Choice, str]] = field(default_factory=dict)
 
     def step(self, assignment: Assignment) -> Step:
@@ -330,15 +331,20 @@ class _Planner:
 
     def _prepacked(self, layer: Layer) -> Choice | None:
         """The prepacked BF16 kernel for a linear layer that stays, where the device has one that was measured
-        faster.
+        faster, and packing it fits the budget: it is packed as a whole.
         """
         skipped = layer.skip_reason is not None and not (layer.opt_in and layer.role is not Role.EMBEDDING)
         if layer.kind != "linear" or skipped:
             return None
         if layer.dtype is not torch.bfloat16 or self.dtype not in (None, torch.bfloat16):
             return None
-        choice = select_kernel(self._requests(layer, self.schemes["bf16"]), self.kernels)
-        return choice if choice.speed is not None and choice.speed >= 1 else None
+        requests = self._requests(layer, self.schemes["bf16"])
+        choice = select_kernel(requests, self.kernels)
+        if choice.speed is None or choice.speed < 1:
+            return None
+        kernel = next(kernel for kernel in self.kernels if kernel.name == choice.kernel)
+        peak = max(peak_with(kernel, request.weight, layer.dtype) for request in requests)
+        return choice if peak <= self.budget else None
 
     def _dense_experts(self, layer: Layer) -> Choice:
         """The 16-bit kernel for experts or projections that stay, inside a layer whose other weights are
