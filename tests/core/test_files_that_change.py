@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -131,8 +132,7 @@ def test_a_file_that_is_only_read_and_linked_is_no_change(tmp_path, monkeypatch)
     def busy(self, name, rows=None):
         file.read_bytes()
         file.chmod(0o600)
-        link = file.with_suffix(".link")
-        link.unlink(missing_ok=True)
+        link = file.with_suffix(f".{threading.get_ident()}")  # several read at a time
         os.link(file, link)
         link.unlink()
         return read(self, name, rows)

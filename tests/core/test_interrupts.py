@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from contextlib import contextmanager
 
 import pytest
@@ -174,3 +175,28 @@ def test_on_linux_nothing_of_the_process_is_set(monkeypatch):
         pytest.skip("OpenMP of torch is looked up by name in Linux's loader")
     monkeypatch.setattr(torch, "set_num_threads", lambda n: pytest.fail(f"set to {n}"))
     quantport.load(MOE, "int8", workers=2)
+
+
+@pytest.mark.parametrize("nth", [1, 2])
+def test_an_interrupt_while_a_thread_starts_waits_for_what_it_runs(monkeypatch, nth):
+    """The pool does not know that thread: what it writes to would be taken away under it."""
+    start, left, ran = threading.Thread.start, [nth], []
+
+    def interrupted(thread):
+        start(thread)
+        left[0] -= 1
+        if not left[0]:
+            begun.wait(5)
+            raise KeyboardInterrupt
+
+    def run():
+        begun.set()
+        time.sleep(0.1)
+        ran.append(threading.current_thread().name)
+
+    begun = threading.Event()
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_tasks([Task(str(i), 1, run) for i in range(4)], workers=2)
+    assert ran, "what was running has ended"
+    assert not [thread for thread in threading.enumerate() if thread.name in ran]

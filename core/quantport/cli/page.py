@@ -281,7 +281,8 @@ def progress(title: str, unit: str = "bytes") -> Iterator[Callable[[int, int, st
         task = bar.add_task(title, total=None)
 
         def report(done: int, total: int, name: str) -> None:
-            bar.update(task, completed=done, total=total, description=title if done else f"{title}: {name}")
+            said = title if done else f"{title}: {name}"  # shown at once: what follows may not let go of Python
+            bar.update(task, completed=done, total=total, description=said, refresh=not done)
 
         yield report
 

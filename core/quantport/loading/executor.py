@@ -144,7 +144,13 @@ def run_tasks(
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
     gate = Gate(sys.maxsize if budget is None else budget)
-    pool = ThreadPoolExecutor(count, "quantport", initializer=one_native_thread)
+    started: list[threading.Thread] = []
+
+    def begin() -> None:
+        started.append(threading.current_thread())
+        one_native_thread()
+
+    pool = ThreadPoolExecutor(count, "quantport", initializer=begin)
     try:
         with gate.opened:
             turns = _turns(tasks, count, gate.budget)
@@ -152,6 +158,8 @@ def run_tasks(
     finally:
         gate.wake()
         pool.shutdown(wait=True, cancel_futures=True)
+        for thread in started:  # the pool does not know one during whose start an interrupt came
+            thread.join()
         give_back()
 
 
