@@ -202,7 +202,7 @@ def test_an_error_in_a_terminal_is_wrapped_under_its_part():
 @unix
 @pytest.mark.slow
 def test_a_terminal_sees_progress(tmp_path):
-    code, text = terminal("quantize", DENSE, tmp_path / "out", "--scheme", "int8")
+    code, text = terminal("quantize", DENSE, tmp_path / "out", "--scheme", "int8", COLUMNS="400")
     assert code == 0
     assert "quantizing into" in text
     assert "importing Transformers" in text

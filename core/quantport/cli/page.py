@@ -281,7 +281,7 @@ def progress(title: str, unit: str = "bytes") -> Iterator[Callable[[int, int, st
         task = bar.add_task(title, total=None)
 
         def report(done: int, total: int, name: str) -> None:
-            said = title if done else f"{title}: {name}"  # shown at once: what follows may not let go of Python
+            said = title if done else f"{title}: {name}"  # shown at once: imports keep the bar from its turn
             bar.update(task, completed=done, total=total, description=said, refresh=not done)
 
         yield report
