@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -189,14 +190,14 @@ def test_an_interrupt_while_a_thread_starts_waits_for_what_it_runs(monkeypatch, 
             begun.wait(5)
             raise KeyboardInterrupt
 
-    def run():
+    def run(task):
         begun.set()
-        time.sleep(0.1)
+        time.sleep(0.1 * (1 + 3 * task))  # the second thread is the last to end
         ran.append(threading.current_thread().name)
 
     begun = threading.Event()
     monkeypatch.setattr(threading.Thread, "start", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run_tasks([Task(str(i), 1, run) for i in range(4)], workers=2)
+        run_tasks([Task(str(i), 1, partial(run, i)) for i in range(2)], workers=2)
     assert ran, "what was running has ended"
     assert not [thread for thread in threading.enumerate() if thread.name in ran]

@@ -213,7 +213,7 @@ def _of_the_stream(asked: str) -> Iterator[None]:
         yield
     except QuantportError:
         raise
-    except Exception as error:
+    except Exception as error:  # of whoever makes the tensors: it may raise anything
         found = f"the stream of tensors raised {type(error).__name__}: {error}"
         raise SaveError(asked, found, "a stream of (name, tensor) that ends well") from error
 
@@ -285,7 +285,7 @@ def _refusing(asked: str, target: Path) -> Iterator[None]:
         yield
     except QuantportError:
         raise
-    except Exception as error:
+    except Exception as error:  # safetensors and file systems of others raise more than OSError
         _refuse(asked, target, error)
 
 

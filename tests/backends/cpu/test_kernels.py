@@ -171,6 +171,6 @@ def test_the_largest_bytes_do_not_saturate(pair, rows):
     )
     expected = torch.full((rows, 48), float(704 * pair[0] * pair[1]))
     assert torch.equal(int8.matmul(x, weight), expected)
-    product = int8.CpuInt8().multiply_small_batch(x.float(), weight)
-    # a row is scaled, and scaled back
-    assert product is None or torch.allclose(product, expected, rtol=2.0**-22, atol=0)
+    spec = WeightSpec(default_registry().schemes["int8_weight_only"], 48, 704)
+    product = int8.CpuInt8WeightOnly().run(x.float(), (weight, torch.ones(1, 1)), None, spec)
+    assert torch.allclose(product, expected, rtol=2.0**-22, atol=0), "a row is scaled, and scaled back"

@@ -26,6 +26,7 @@ from quantport_cpu.jit.simd import F32, I8, I16, I32, I64, Simd, Value, inline
 
 FP8, INT8, INT4 = 0, 1, 2
 LANES = 32
+ZERO_SCALE = 0x34000000  # 2**-23, of zeros: bits of fp32
 # Between these scales the multiplications of ``quotient`` neither overflow nor lose bits.
 SAFE_SCALES = (2.0**-60, 2.0**60)
 
@@ -133,7 +134,7 @@ def _scales(scratch, blocks, out, first, half_range, is_bf16):
         if is_bf16:
             bits = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16 << 16
         if bits == 0:
-            bits = 0x34000000  # 2**-23
+            bits = ZERO_SCALE
         if is_bf16:
             store_uint16(out, first + c, bits >> 16)
         else:
@@ -166,7 +167,7 @@ def quantize_int8_row(source, k, to, scales, row, half_range):
     """Quantizes one row of bf16 to int8 with one scale, ``scales[row]``."""
     bits = as_bits(as_float(largest_magnitude(source, k) << 16) / half_range)
     if bits == 0:
-        bits = 0x34000000  # 2**-23
+        bits = ZERO_SCALE
     store_uint32(scales, row, bits)
     _encode_run(source, to, k, as_float(bits), np.float32(1.0) / as_float(bits), INT8)
 

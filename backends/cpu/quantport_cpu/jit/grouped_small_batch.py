@@ -12,11 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from quantport.backend import BackendError, Quant, numerics
+from quantport.backend import BackendError, numerics
 from quantport_cpu.jit import gemm_int8
 from quantport_cpu.jit.gemv_bytes import STEP, fp8_rows, int8_rows
 from quantport_cpu.jit.gemv_int4 import BLOCK, int4_rows
-from quantport_cpu.jit.jobs import Job
+from quantport_cpu.jit.jobs import PER_TOKEN, Job
 from quantport_cpu.jit.memory import Array, array, array_of_rows, table
 from quantport_cpu.jit.parallel_for import Kernel, block_count, next_block, threads_for
 from quantport_cpu.jit.quantize_rows import fp32_bits, scratch_bytes
@@ -25,7 +25,6 @@ from quantport_cpu.jit.small_batch import empty_fp32, padded_fp32, scales_of_128
 
 _SPAN = 32  # weight rows that a thread takes at a time; it divides the 128 rows of a block of scales
 _MAX_JOB_ROWS = 8
-PER_TOKEN = Quant("int8", (1, 0))
 _HALF_RANGE = fp32_bits(PER_TOKEN.element.half_range)
 
 

@@ -1,8 +1,12 @@
-"""The unit of work of ``grouped_small_batch``; importing it imports no numba."""
+"""The unit of work of ``grouped_small_batch``, and its activations; importing it imports no numba."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
+
+from quantport.backend import Quant
+
+PER_TOKEN = Quant("int8", (1, 0))  # int8 activations
 
 
 class Job(NamedTuple):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from quantport.backend import Quant, Scheme, numerics
 from quantport_cpu.jit import encode, quantize_rows, repack
+from quantport_cpu.jit.jobs import PER_TOKEN
 from quantport_cpu.jit.memory import array, array_of_rows
 from quantport_cpu.jit.parallel_for import threads_for
 
@@ -90,12 +91,11 @@ def rows_int8(x: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         ``(codes int8 [M, K], scale fp32 [M, 1])``.
     """
-    quant = Quant("int8", (1, 0))
     if not _served(x):
-        return numerics.quantize(x, quant)
+        return numerics.quantize(x, PER_TOKEN)
     codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     scale = torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device)
-    _run(x, quant, codes, scale, threads_for(x.numel()))
+    _run(x, PER_TOKEN, codes, scale, threads_for(x.numel()))
     return codes, scale
 
 

@@ -22,6 +22,7 @@ from quantport.backend import (
     aten,
 )
 from quantport_cpu.jit import why_unavailable
+from quantport_cpu.jit.jobs import PER_TOKEN
 from quantport_cpu.kernels.base import (
     COMPILED_MAX_ROWS,
     PANEL_ROWS,
@@ -33,7 +34,7 @@ from quantport_cpu.kernels.base import (
     select_weights,
     split_rows,
 )
-from quantport_cpu.kernels.int8 import PER_TOKEN, quantize_per_token
+from quantport_cpu.kernels.int8 import quantize_per_token
 from quantport_cpu.kernels.scratch import scratch
 
 _GROUPS = (32, 64, 128, 256)  # columns that share a scale, as ATen's kernel takes them

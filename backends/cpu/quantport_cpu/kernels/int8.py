@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from quantport.backend import Packed, Quant, Reason, Refusal, Request, Scheme, WeightSpec, aten, once
+from quantport.backend import Packed, Reason, Refusal, Request, Scheme, WeightSpec, aten, once
 from quantport_cpu.features import usable_features
 from quantport_cpu.jit import why_unavailable
-from quantport_cpu.jit.jobs import Job
+from quantport_cpu.jit.jobs import PER_TOKEN, Job
 from quantport_cpu.kernels.base import (
     COMPILED_MAX_ROWS,
     TINY,
@@ -40,7 +40,6 @@ _MATRIX_VECTOR_ROWS = 3  # a matrix-vector call for each row beats one matmul
 _COMPILED_ROWS = 8  # the compiled kernel is fastest
 _COMPILED_ROWS_WITHOUT_INT_MM = 32  # it is, a few rows at a time, where the next best is fp32 panels
 _ATEN_ROWS = 16  # ATen's W8A16 kernel beats three int8 matmuls
-PER_TOKEN = Quant("int8", (1, 0))
 _DIGIT_ZERO = 0x808080  # 128 in each of three base-256 digits
 # The largest magnitude of a row as an integer; the margin keeps the rounding inside three digits.
 _FULL_SCALE = 2.0**22 * 0.98
@@ -92,6 +91,8 @@ def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Int8(CpuGrouped):
+    """int8 weights with a scale for each channel, or one."""
+
     def serves(self, scheme: Scheme) -> bool:
         quant = scheme.weight
         return (
@@ -101,28 +102,6 @@ class _Int8(CpuGrouped):
             and not quant.group_size
             and quant.scale == "fp32"
         )
-
-    def small_group_rows(self, spec: WeightSpec) -> int:
-        return 0 if why_unavailable() else COMPILED_MAX_ROWS if has_fast_dots() else _COMPILED_ROWS
-
-    def run_small_groups(
-        self, x: Tensor, groups: Sequence[RowRange], stack: Packed, spec: WeightSpec, shared: int
-    ) -> Tensor:
-        from quantport_cpu.jit import grouped_small_batch
-
-        jobs, weights = jobs_and_weights(groups, shared, spec.n)
-        codes = select_weights(stack[0], weights)
-        y = grouped_small_batch.int8(x, jobs, codes, shared * spec.n)
-        return y.mul_(scales_by_row(stack[1], weights, groups, spec.n))
-
-    def multiply_small_batch(self, x: Tensor, weight: Tensor) -> Tensor | None:
-        """fp32 ``x @ weight.T`` by the compiled kernel, or None where it is not the fastest or not there."""
-        most = _COMPILED_ROWS if int_mm_is_exact_and_fast() else _COMPILED_ROWS_WITHOUT_INT_MM
-        if why_unavailable() or not 0 < x.shape[0] <= most:
-            return None
-        from quantport_cpu.jit import small_batch
-
-        return split_rows(x, lambda part: small_batch.int8(part, weight))
 
 
 class CpuInt8(_Int8):
@@ -181,11 +160,33 @@ class CpuInt8WeightOnly(_Int8):
         weight, channel = packed
         # for other K, ATen reads past the end
         is_for_aten = x.shape[0] <= _ATEN_ROWS and x.dtype is torch.bfloat16 and spec.k % 16 == 0
-        y = self.multiply_small_batch(x, weight)
+        y = self._small_batch(x, weight)
         if y is None:
             y = self._by_aten(x, weight) if is_for_aten else self._large_batch(x, weight)
         y = y.mul_(channel.view(-1))
         return (y if bias is None else y.add_(bias)).to(x.dtype)
+
+    def small_group_rows(self, spec: WeightSpec) -> int:
+        return 0 if why_unavailable() else COMPILED_MAX_ROWS if has_fast_dots() else _COMPILED_ROWS
+
+    def run_small_groups(
+        self, x: Tensor, groups: Sequence[RowRange], stack: Packed, spec: WeightSpec, shared: int
+    ) -> Tensor:
+        from quantport_cpu.jit import grouped_small_batch
+
+        jobs, weights = jobs_and_weights(groups, shared, spec.n)
+        codes = select_weights(stack[0], weights)
+        y = grouped_small_batch.int8(x, jobs, codes, shared * spec.n)
+        return y.mul_(scales_by_row(stack[1], weights, groups, spec.n))
+
+    def _small_batch(self, x: Tensor, weight: Tensor) -> Tensor | None:
+        """fp32 ``x @ weight.T`` by the compiled kernel, or None where it is not the fastest or not there."""
+        most = _COMPILED_ROWS if int_mm_is_exact_and_fast() else _COMPILED_ROWS_WITHOUT_INT_MM
+        if why_unavailable() or not 0 < x.shape[0] <= most:
+            return None
+        from quantport_cpu.jit import small_batch
+
+        return split_rows(x, lambda part: small_batch.int8(part, weight))
 
     def _by_aten(self, x: Tensor, weight: Tensor) -> Tensor:
         """Without scales: ATen's are bf16, which would round them, so that it gets ones."""
