@@ -876,6 +876,22 @@ HOSTILE = (
     ),
     Mutation(
         "C15",
+        "positions of a configuration are bounded",
+        "core/quantport/checkpoint/limits.py",
+        'within(asked, f"as {key}", value, MAX_POSITIONS)',
+        "pass",
+        ("core/checkpoint/test_checkpoint_limits.py::test_layers_and_experts_of_a_configuration",),
+    ),
+    Mutation(
+        "C15",
+        "files of an index are bounded",
+        "core/quantport/checkpoint/layout.py",
+        'within(f"open the checkpoint {index_file}", "files named by the index", len(shards), MAX_FILES)',
+        "pass",
+        ("core/checkpoint/test_checkpoint_limits.py::test_an_index_of_very_many_files",),
+    ),
+    Mutation(
+        "C15",
         "labels of a configuration are bounded",
         "core/quantport/checkpoint/limits.py",
         'within(asked, f"as {key}", value, MAX_LABELS)',

@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from quantport.checkpoint.gguf_header import holds_floats
 from quantport.checkpoint.json import read_json
+from quantport.checkpoint.limits import MAX_FILES, within
 from quantport.errors import CheckpointError
 
 _STEMS = ("model", "diffusion_pytorch_model")
@@ -113,6 +114,7 @@ def _indexed(index_file: Path) -> Layout:
     """Reads an index and checks that each shard it names is a file of this directory."""
     weight_map = _weight_map(index_file)
     shards = sorted(set(weight_map.values()))
+    within(f"open the checkpoint {index_file}", "files named by the index", len(shards), MAX_FILES)
     for shard in shards:
         windows = PureWindowsPath(shard)
         if (

@@ -16,6 +16,8 @@ MAX_TENSORS = 500_000
 MAX_EXPERTS = 16_384  # of one layer
 MAX_LAYERS = 10_000
 MAX_LABELS = 1_000_000  # of a classifier: Transformers makes a name for each
+MAX_POSITIONS = 2**26  # tokens of context: models make tables with a row for each
+MAX_FILES = 20_000  # that an index names
 MAX_DIGITS = 9  # of a number in the name of a tensor
 MAX_NAME = 1000  # characters of the name of a tensor
 MAX_NUMBER = 2**64  # a whole number of config.json
@@ -31,6 +33,8 @@ _FUSED_EXPERTS = re.compile(r"(?:^|\.)experts(?=\.|$)")
 _LAYERS = re.compile(
     r"(?:^|_)(?:layers?|blocks?|depths?|stages?|repeats?|hidden_groups|group_num|attention_types)$"
 )
+
+_POSITIONS = re.compile(r"(?:^|_)(?:n_ctx|positions?|position_embeddings|seq_len|(?:seq|sequence)_length)$")
 
 
 def within(asked: str, what: str, value: float, limit: int) -> None:
@@ -70,7 +74,7 @@ def check_tensors(tensors: Mapping[str, TensorLike], asked: str) -> None:
 
 
 def check_config(config: Mapping[str, Any], asked: str) -> None:
-    """Checks the numbers in a ``config.json`` and its parts, those of layers and experts closely.
+    """Checks the numbers in a ``config.json`` and its parts, closely those that modules are made by.
 
     Raises:
         CheckpointError: names the key.
@@ -86,6 +90,8 @@ def check_config(config: Mapping[str, Any], asked: str) -> None:
             within(asked, f"as {key}", value, MAX_LAYERS)
         elif key == "num_labels":
             within(asked, f"as {key}", value, MAX_LABELS)
+        elif _POSITIONS.search(key):
+            within(asked, f"as {key}", value, MAX_POSITIONS)
 
 
 def check_json_text(raw: bytes, asked: str) -> None:

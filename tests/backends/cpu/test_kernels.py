@@ -162,6 +162,15 @@ def test_one_column_takes_another_route():
     assert torch.equal(int8.matmul(x, codes), x.float() @ codes.float().t())
 
 
+def test_sums_of_very_many_columns_do_not_overflow():
+    x, weight = (torch.full((n, 1 << 18), -128, dtype=torch.int8) for n in (40, 8))
+    expected = torch.full((40, 8), 2.0**32)
+    assert torch.equal(int8.matmul(x, weight), expected)
+    spec = WeightSpec(default_registry().schemes["int8_weight_only"], 8, 1 << 18)
+    product = int8.CpuInt8WeightOnly().run(x.float(), (weight, torch.ones(1, 1)), None, spec)
+    assert torch.allclose(product, expected, rtol=2.0**-22, atol=0)
+
+
 @pytest.mark.parametrize("rows", [1, 3, 8, 40])
 @pytest.mark.parametrize("pair", [(127, 127), (127, -128), (-128, -128), (-128, 127)])
 def test_the_largest_bytes_do_not_saturate(pair, rows):

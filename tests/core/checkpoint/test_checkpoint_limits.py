@@ -90,6 +90,13 @@ def test_numbers_without_end_in_a_name(tmp_path, name):
         plan(headers(tmp_path, {name.format("9" * 5000): entry("BF16", [2, 2], 0, 8)}))
 
 
+def test_an_index_of_very_many_files(tmp_path):
+    weight_map = {f"layers.{i}.weight": f"model-{i}.safetensors" for i in range(limits.MAX_FILES + 1)}
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    with refused(INDEX, f"at most {limits.MAX_FILES:,}", found="20,001 files named by the index"):
+        plan(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("config", "found"),
     [
@@ -101,6 +108,9 @@ def test_numbers_without_end_in_a_name(tmp_path, name):
         ({"backbone_config": {"num_block_repeats": [[10**5]]}}, "100,000 as num_block_repeats"),
         ({"attention_types": [[["global", "local"], 10**8]]}, "100,000,000 as attention_types"),
         ({"text_config": {"num_labels": 10**8}}, "100,000,000 as num_labels"),
+        ({"text_config": {"max_position_embeddings": 10**9}}, "1,000,000,000 as max_position_embeddings"),
+        ({"n_positions": 1e12}, "more than 67,108,864 as n_positions"),
+        ({"max_source_positions": 10**9}, "1,000,000,000 as max_source_positions"),
         ({"inner_group_num": 10**6}, "1,000,000 as inner_group_num"),
         ({"hidden_size": 10**4000}, "as hidden_size"),
         ({"text_config": {"head_dim": -(10**30)}}, "as head_dim"),

@@ -1,8 +1,9 @@
 """int8 weights as they are stored: nothing to pack.
 
-int8 activations, and few rows of 16-bit ones, go through compiled kernels. Many rows of the latter, and all
-without numba, go through oneDNN's int8 matmul behind ``torch._int_mm`` where its sums are exact, and
-elsewhere through fp32 matmuls over panels of the weight, whose products of bytes are exact too.
+int8 activations, and few rows of 16-bit ones, go through compiled kernels. Many rows of the latter, many of
+either with AMX, and all without numba, go through oneDNN's int8 matmul behind ``torch._int_mm`` where its
+sums are exact, and elsewhere through fp32 matmuls over panels of the weight, whose products of bytes are
+exact too.
 
 oneDNN's prepacked linear is faster above a few rows, but its packing (``onednn.qlinear_prepack``) is a scalar
 loop of several seconds per GB, which no load can afford.
@@ -28,6 +29,7 @@ from quantport_cpu.kernels.base import (
     RowRange,
     has_bf16_dots,
     has_fast_dots,
+    has_int8_tiles,
     jobs_and_weights,
     multiply_by_panels,
     scales_by_row,
@@ -38,8 +40,10 @@ from quantport_cpu.kernels.base import (
 # Up to so many rows:
 _MATRIX_VECTOR_ROWS = 3  # a matrix-vector call for each row beats one matmul
 _COMPILED_ROWS = 8  # the compiled kernel is fastest
+_COMPILED_ROWS_BESIDE_TILES = 16  # it is, with int8 activations
 _COMPILED_ROWS_WITHOUT_INT_MM = 32  # it is, a few rows at a time, where the next best is fp32 panels
 _ATEN_ROWS = 16  # ATen's W8A16 kernel beats three int8 matmuls
+_MAX_INT_MM_COLUMNS = 2**17 - 1  # 128 * 128 * that is below 2**31
 _DIGIT_ZERO = 0x808080  # 128 in each of three base-256 digits
 # The largest magnitude of a row as an integer; the margin keeps the rounding inside three digits.
 _FULL_SCALE = 2.0**22 * 0.98
@@ -70,7 +74,7 @@ def matmul(q: Tensor, weight: Tensor) -> Tensor:
 
 def can_int_mm(weight: Tensor) -> bool:
     """Whether to use ``torch._int_mm``, which misreads the strides of a weight with a single column."""
-    return weight.shape[1] > 1 and int_mm_is_exact_and_fast()
+    return 1 < weight.shape[1] <= _MAX_INT_MM_COLUMNS and int_mm_is_exact_and_fast()
 
 
 def matmul_by_panels(x: Tensor, weight: Tensor) -> Tensor:
@@ -118,7 +122,10 @@ class CpuInt8(_Int8):
         return aten.native_reason(request, "int8", Refusal.NOT_OFFERED)  # it would run, and win nothing
 
     def small_group_rows(self, spec: WeightSpec) -> int:
-        return 0 if why_unavailable() else sys.maxsize
+        if why_unavailable():
+            return 0
+        is_for_tiles = has_int8_tiles() and spec.k <= _MAX_INT_MM_COLUMNS
+        return _COMPILED_ROWS_BESIDE_TILES if is_for_tiles else sys.maxsize
 
     def run_small_groups(
         self, x: Tensor, groups: Sequence[RowRange], stack: Packed, spec: WeightSpec, shared: int
@@ -132,7 +139,7 @@ class CpuInt8(_Int8):
 
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
         weight, channel = packed
-        if why_unavailable() or not x.shape[0]:
+        if not 0 < x.shape[0] <= self.small_group_rows(spec):
             q, token = quantize_per_token(x)
             y = matmul(q, weight).mul_(token).mul_(channel.view(-1))
         else:
