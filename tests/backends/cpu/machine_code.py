@@ -21,6 +21,7 @@ from quantport_cpu.jit import (
     block_encode,
     decode,
     encode,
+    gemm_amx,
     gemm_int8,
     gemv_blocks,
     gemv_bytes,
@@ -37,6 +38,7 @@ from quantport_cpu.jit import (
     search,
 )
 from quantport_cpu.jit.parallel_for import Kernel
+from quantport_cpu.jit.target import host_target
 
 ARM = ("aarch64-linux-gnu", "generic", "+neon,+fp-armv8")
 
@@ -54,6 +56,8 @@ def kernels(whole: bool) -> Iterator[tuple[str, Kernel]]:
         "encode": encode.kernel,
         "q4_k": kquants.kernel("q4_k"),
     }.items()
+    if host_target().has(*gemm_amx.FEATURES):
+        yield "gemm_amx", gemm_amx.kernel
     if not whole:
         return
     yield from {

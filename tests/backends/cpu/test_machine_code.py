@@ -26,6 +26,12 @@ PROCESSORS = {
     "avx-vnni": ("alderlake", f"{X86},+avxvnni", {"vpdpbusd"}, {"vpmaddwd"}),
     "avx512": ("skylake-avx512", WIDE, {"vpmaddwd"}, {"vpdpbusd"}),
     "avx512-vnni": ("cascadelake", f"{WIDE},+avx512vnni", {"vpdpbusd"}, {"vpmaddwd"}),
+    "amx": (
+        "sapphirerapids",
+        f"{WIDE},+avx512vnni,+amx-tile,+amx-int8",
+        {"vpdpbusd"},
+        {"vpmaddwd"},
+    ),
     "arm": ("generic", "+neon", {"smull"}, {"vpmaddwd", "vpdpbusd"}),
 }
 CALLABLE = {"memcpy", "memmove", "memset"}
@@ -47,6 +53,10 @@ def check(processor: str, found: dict[str, dict]) -> None:
     assert wanted <= set(found["gemv_bytes.int8"]["instructions"])
     assert wanted <= set(found["gemv_int4"]["instructions"])
     assert wanted <= set(found["gemm_int8"]["instructions"])
+    # as often as the four sizes of a step need them: a tile that did not fit would be loaded twice
+    tiles = found.get("gemm_amx", {"instructions": {}})["instructions"]
+    counts = [tiles.get(name, 0) for name in ("tdpbssd", "tileloadd")]
+    assert counts == ([4 + 2 + 2 + 1, 4 + 3 + 3 + 2] if "amx" in features else [0, 0])
     multiply = "fmla" if processor == "arm" else "vfmadd231ps"
     for kernel, code in found.items():
         assert set(code["calls"]) <= CALLABLE, kernel
@@ -62,7 +72,7 @@ needs_x86 = pytest.mark.skipif(not is_x86, reason="numba compiles for x86 on an 
 
 
 @needs_x86
-@pytest.mark.parametrize("processor", ["avx2", "arm"])
+@pytest.mark.parametrize("processor", ["avx2", "amx", "arm"])
 def test_a_processor_gets_its_own_instructions(processor: str) -> None:
     check(processor, compiled(processor))
 

@@ -25,7 +25,7 @@ from quantport_cpu.jit.small_batch import empty_fp32, padded_fp32, scales_of_128
 
 _SPAN = 32  # weight rows that a thread takes at a time; it divides the 128 rows of a block of scales
 _MAX_JOB_ROWS = 8
-_HALF_RANGE = fp32_bits(PER_TOKEN.element.half_range)
+HALF_RANGE = fp32_bits(PER_TOKEN.element.half_range)
 
 
 def fp8(
@@ -54,7 +54,7 @@ def fp8(
             values.at(stride * a, stride * (b - a)),
             array(codes[w], torch.uint8, n, k),
             scales_of_128_blocks(scales[w] if scales else None, n, k)[0],
-            _output_part(to, width, a, b, c, n),
+            output_part(to, width, a, b, c, n),
             b - a,
         )
         for a, b, w, c in jobs
@@ -89,7 +89,7 @@ def int8(x: Tensor, jobs: Sequence[Job], codes: Sequence[Tensor], width: int) ->
             planes.at(3 * columns * a, 3 * columns * (b - a)),
             scale.at(4 * a, 4 * (b - a)),
             array(codes[w], torch.int8, n, k),
-            _output_part(to, width, a, b, c, n),
+            output_part(to, width, a, b, c, n),
             b - a,
         )
         for a, b, w, c in jobs
@@ -150,7 +150,7 @@ def _int8_rows(x: Tensor, q: Tensor | None, scales: Tensor) -> Int8Rows:
         codes, stride = values if size == 1 else scratch_bytes(x, m * columns), columns
         source = (array_of_rows(x, torch.bfloat16, m, k), 2 * x.stride(0))
     gemm_int8.prepare_kernel()(
-        m, codes, stride, k, values, columns, sums, *source, tokens, _HALF_RANGE, threads=threads_for(m * k)
+        m, codes, stride, k, values, columns, sums, *source, tokens, HALF_RANGE, threads=threads_for(m * k)
     )
     return Int8Rows(values, tokens, sums, columns)
 
@@ -184,7 +184,7 @@ def int8_int8(
             x.sums.at(4 * a, 4 * (b - a)),
             array(codes[w], torch.int8, n, k),
             array(channels[w], torch.float32, scales, 1),
-            _output_part(to, width, a, b, c, n),
+            output_part(to, width, a, b, c, n),
             b - a,
         )
         for a, b, w, c in jobs
@@ -221,7 +221,7 @@ def int4(
             scale.at(4 * a, 4 * (b - a)),
             array(packed[w], torch.uint8, n, k // 2),
             array(pairs[w], torch.bfloat16, groups, n, 2),
-            _output_part(to, width, a, b, c, n),
+            output_part(to, width, a, b, c, n),
             b - a,
         )
         for a, b, w, c in jobs
@@ -233,7 +233,7 @@ def int4(
     return out
 
 
-def _output_part(out: Array, width: int, start: int, stop: int, column: int, n: int) -> Array:
+def output_part(out: Array, width: int, start: int, stop: int, column: int, n: int) -> Array:
     """Where ``n`` columns of rows ``start`` to ``stop - 1`` begin, in an fp32 result of ``width`` columns."""
     if column < 0 or column + n > width:
         raise BackendError(

@@ -88,7 +88,9 @@ def table(lines: Iterable[Sequence[Array | int]]) -> Array:
     words = [word for line in lines for word in line]
     arrays = [w for w in words if isinstance(w, Array)]
     owner = (ctypes.c_int64 * len(words))(*(w.address if isinstance(w, Array) else w for w in words))
-    return Array(ctypes.addressof(owner), ctypes.sizeof(owner), (owner, arrays), has_memory(arrays))
+    return Array(
+        ctypes.addressof(owner), ctypes.sizeof(owner), (owner, arrays), has_memory(arrays), bool(arrays)
+    )
 
 
 def has_memory(words: Iterable[Any]) -> bool:

@@ -82,6 +82,16 @@ class Simd:
         """Lanes of ``a`` followed by ``b``, in this order."""
         return self.b.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(order)), list(order)))
 
+    def transposed(self, rows: Sequence[Value]) -> Sequence[Value]:
+        """The columns of a square matrix, given as its rows; their number is a power of two."""
+        size = len(rows)
+        half = size // 2
+        # interleaving row i with row i + half moves the bits of an element's place round by one
+        orders = [[i + side for i in range(at, at + half) for side in (0, size)] for at in (0, half)]
+        for _ in range(size.bit_length() - 1):
+            rows = [self.shuffle(rows[i], rows[i + half], order) for i in range(half) for order in orders]
+        return rows
+
     def at(self, address: Value, offset: Value = 0) -> Value:
         """``address + offset`` in bytes."""
         return self.b.add(address, offset if hasattr(offset, "type") else ir.Constant(I64, offset))

@@ -65,14 +65,6 @@ def has_bf16_dots() -> bool:
     return bool({"avx512_bf16", "amx_bf16"} & usable_features())
 
 
-@cache
-def has_int8_tiles() -> bool:
-    """Whether torch multiplies int8 matrices here by AMX tiles, which a compiled kernel of dot products does
-    not reach.
-    """
-    return "amx_int8" in usable_features()
-
-
 def multiply_by_panels(x: Tensor, n: int, columns: int, decode: Callable[[int, Tensor], Tensor]) -> Tensor:
     """Multiplies by a weight that is decoded in panels of rows, which stay in cache.
 

@@ -1,9 +1,8 @@
 """int8 weights as they are stored: nothing to pack.
 
-int8 activations, and few rows of 16-bit ones, go through compiled kernels. Many rows of the latter, many of
-either with AMX, and all without numba, go through oneDNN's int8 matmul behind ``torch._int_mm`` where its
-sums are exact, and elsewhere through fp32 matmuls over panels of the weight, whose products of bytes are
-exact too.
+int8 activations, and few rows of 16-bit ones, go through compiled kernels. Many rows of the latter, and all
+without numba, go through oneDNN's int8 matmul behind ``torch._int_mm`` where its sums are exact, and
+elsewhere through fp32 matmuls over panels of the weight, whose products of bytes are exact too.
 
 oneDNN's prepacked linear is faster above a few rows, but its packing (``onednn.qlinear_prepack``) is a scalar
 loop of several seconds per GB, which no load can afford.
@@ -29,7 +28,6 @@ from quantport_cpu.kernels.base import (
     RowRange,
     has_bf16_dots,
     has_fast_dots,
-    has_int8_tiles,
     jobs_and_weights,
     multiply_by_panels,
     scales_by_row,
@@ -40,7 +38,6 @@ from quantport_cpu.kernels.base import (
 # Up to so many rows:
 _MATRIX_VECTOR_ROWS = 3  # a matrix-vector call for each row beats one matmul
 _COMPILED_ROWS = 8  # the compiled kernel is fastest
-_COMPILED_ROWS_BESIDE_TILES = 16  # it is, with int8 activations
 _COMPILED_ROWS_WITHOUT_INT_MM = 32  # it is, a few rows at a time, where the next best is fp32 panels
 _ATEN_ROWS = 16  # ATen's W8A16 kernel beats three int8 matmuls
 _MAX_INT_MM_COLUMNS = 2**17 - 1  # 128 * 128 * that is below 2**31
@@ -122,32 +119,35 @@ class CpuInt8(_Int8):
         return aten.native_reason(request, "int8", Refusal.NOT_OFFERED)  # it would run, and win nothing
 
     def small_group_rows(self, spec: WeightSpec) -> int:
-        if why_unavailable():
-            return 0
-        is_for_tiles = has_int8_tiles() and spec.k <= _MAX_INT_MM_COLUMNS
-        return _COMPILED_ROWS_BESIDE_TILES if is_for_tiles else sys.maxsize
+        return 0 if why_unavailable() else sys.maxsize
 
     def run_small_groups(
         self, x: Tensor, groups: Sequence[RowRange], stack: Packed, spec: WeightSpec, shared: int
     ) -> Tensor:
-        from quantport_cpu.jit import grouped_small_batch
-
-        rows = grouped_small_batch.quantized_int8(x)  # once for all weights that share them
         jobs, weights = jobs_and_weights(groups, shared, spec.n)
         codes, channels = (select_weights(part, weights) for part in stack)
-        return grouped_small_batch.int8_int8(rows, jobs, codes, channels, shared * spec.n)
+        return _products(x, jobs, codes, channels, shared * spec.n)
 
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
         weight, channel = packed
-        if not 0 < x.shape[0] <= self.small_group_rows(spec):
+        if why_unavailable() or not x.shape[0]:
             q, token = quantize_per_token(x)
             y = matmul(q, weight).mul_(token).mul_(channel.view(-1))
         else:
-            from quantport_cpu.jit import grouped_small_batch
-
-            rows, jobs = grouped_small_batch.quantized_int8(x), [Job(0, x.shape[0], 0, 0)]
-            y = grouped_small_batch.int8_int8(rows, jobs, [weight], [channel], spec.n)
+            y = _products(x, [Job(0, x.shape[0], 0, 0)], [weight], [channel], spec.n)
         return (y if bias is None else y.add_(bias)).to(x.dtype)
+
+
+def _products(
+    x: Tensor, jobs: Sequence[Job], codes: Sequence[Tensor], channels: Sequence[Tensor], width: int
+) -> Tensor:
+    """int8 activations times int8 weights by compiled code, see ``grouped_small_batch.int8_int8``."""
+    from quantport_cpu.jit import amx_batch, grouped_small_batch
+
+    if amx_batch.takes(jobs, codes[0]):
+        return amx_batch.int8_int8(x, jobs, codes, channels, width)
+    rows = grouped_small_batch.quantized_int8(x)  # once for all weights that share them
+    return grouped_small_batch.int8_int8(rows, jobs, codes, channels, width)
 
 
 class CpuInt8WeightOnly(_Int8):
