@@ -64,25 +64,15 @@ def release(simd: Simd) -> None:
     _instruction(simd, "tilerelease")
 
 
-@inline(types.void, 9, 10)
-def multiply(
-    simd: Simd,
-    x: Value,
-    token: Value,
-    count: Value,
-    w: Value,
-    k: Value,
-    channel: Value,
-    channel_step: Value,
-    out: Value,
-    out_stride: Value,
-    n_w: int,
-    n_x: int,
-) -> None:
-    """``n_w`` times 16 weight rows by ``n_x`` times 16 tokens, with the scales of both.
+@inline(types.int64)
+def tile_buffer(simd: Simd) -> Value:
+    """Memory for four tiles."""
+    return simd.buffer(4 * TILE_BYTES)
 
-    ``count`` of the tokens are there.
-    """
+
+@inline(types.void, 4, 5)
+def multiply(simd: Simd, x: Value, w: Value, k: Value, sums: Value, n_w: int, n_x: int) -> None:
+    """Writes ``n_w`` times 16 weight rows by ``n_x`` times 16 tokens to ``sums``, tile by tile."""
     panel = simd.b.shl(k, I64(4))  # bytes of 16 tokens
     for i in range(n_w * n_x):
         _instruction(simd, "tilezero", I8(i))
@@ -97,25 +87,33 @@ def multiply(
             for j in range(n_x):
                 tiles = (I8(n_x * i + j), I8(_WEIGHTS + i), I8(_ACTIVATIONS + j))
                 _instruction(simd, "tdpbssd", *tiles)
-    sums = simd.buffer(TILE_BYTES)
-    for i in range(n_w):
-        for j in range(n_x):
-            _instruction(simd, "tilestored64", I8(n_x * i + j), _pointer(simd, sums), I64(STEP))
-            tokens = simd.load(F32, ROWS, simd.at(token, 4 * ROWS * j))
-            scaled = []
-            for r in range(ROWS):
-                value = simd.int_to_float(simd.load(I32, ROWS, simd.at(sums, STEP * r)))
-                scale = simd.load(F32, 0, simd.at(channel, simd.b.mul(channel_step, I64(ROWS * i + r))))
-                scaled.append(simd.b.fmul(simd.b.fmul(value, tokens), simd.splat(scale, ROWS)))
-            for r, row in enumerate(simd.transposed(scaled)):
-                simd.store(row, simd.at(sums, STEP * r))
-            left = simd.b.sub(count, I64(ROWS * j))
-            some = simd.b.select(simd.b.icmp_signed("<", left, I64(ROWS)), left, I64(ROWS))
-            start = simd.at(out, STEP * i)
-            with cgutils.for_range_slice(simd.b, I64(0), some, I64(1), I64) as (r, _):
-                row = simd.load(F32, ROWS, simd.at(sums, simd.b.shl(r, I64(6))))
-                place = simd.b.mul(simd.b.add(r, I64(ROWS * j)), out_stride)
-                simd.store(row, simd.at(start, place))
+    for i in range(n_w * n_x):
+        place = _pointer(simd, simd.at(sums, TILE_BYTES * i))
+        _instruction(simd, "tilestored64", I8(i), place, I64(STEP))
+
+
+@inline(types.void)
+def write_tile(
+    simd: Simd,
+    sums: Value,
+    token: Value,
+    count: Value,
+    channel: Value,
+    channel_step: Value,
+    out: Value,
+    out_stride: Value,
+) -> None:
+    """Writes 16 channels of ``count`` tokens, up to 16, with the scales of both; ``sums`` is overwritten."""
+    tokens, scaled = simd.load(F32, ROWS, token), []
+    for r in range(ROWS):
+        value = simd.int_to_float(simd.load(I32, ROWS, simd.at(sums, STEP * r)))
+        scale = simd.load(F32, 0, simd.at(channel, simd.b.mul(channel_step, I64(r))))
+        scaled.append(simd.b.fmul(simd.b.fmul(value, tokens), simd.splat(scale, ROWS)))
+    for r, row in enumerate(simd.transposed(scaled)):
+        simd.store(row, simd.at(sums, STEP * r))
+    with cgutils.for_range_slice(simd.b, I64(0), count, I64(1), I64) as (r, _):
+        row = simd.load(F32, ROWS, simd.at(sums, simd.b.shl(r, I64(6))))
+        simd.store(row, simd.at(out, simd.b.mul(r, out_stride)))
 
 
 def _multiply(frame):
@@ -124,6 +122,7 @@ def _multiply(frame):
     writes them, weights, scales of channels, out, rows of x.
     """
     table, blocks_per_job, n, k, channel_step, out_stride = words(frame, 2, 6)
+    sums = tile_buffer()
     configure()
     while True:
         block = next_block(frame)
@@ -131,17 +130,24 @@ def _multiply(frame):
             break
         x, token, w, channel, out, m = words(table + JOB_BYTES * (block // blocks_per_job), 0, 6)
         row = block % blocks_per_job * CHANNELS
-        here, scale, y = w + row * k, channel + row * channel_step, out + 4 * row
+        here, n_w = w + row * k, min(2, (n - row) // ROWS)
         for i in range(0, m, 2 * ROWS):
-            at, t, to, left = x + i * k, token + 4 * i, y + i * out_stride, m - i
-            if n - row >= CHANNELS and left > ROWS:
-                multiply(at, t, left, here, k, scale, channel_step, to, out_stride, 2, 2)
-            elif n - row >= CHANNELS:
-                multiply(at, t, left, here, k, scale, channel_step, to, out_stride, 2, 1)
-            elif left > ROWS:
-                multiply(at, t, left, here, k, scale, channel_step, to, out_stride, 1, 2)
+            at, n_x = x + i * k, 2 if m - i > ROWS else 1
+            if n_w == 2 and n_x == 2:
+                multiply(at, here, k, sums, 2, 2)
+            elif n_w == 2:
+                multiply(at, here, k, sums, 2, 1)
+            elif n_x == 2:
+                multiply(at, here, k, sums, 1, 2)
             else:
-                multiply(at, t, left, here, k, scale, channel_step, to, out_stride, 1, 1)
+                multiply(at, here, k, sums, 1, 1)
+            for tile in range(n_w * n_x):
+                r, t = row + ROWS * (tile // n_x), i + ROWS * (tile % n_x)
+                to, scale = out + 4 * r + t * out_stride, channel + r * channel_step
+                tokens = min(ROWS, m - t)
+                write_tile(
+                    sums + TILE_BYTES * tile, token + 4 * t, tokens, scale, channel_step, to, out_stride
+                )
     release()
 
 
