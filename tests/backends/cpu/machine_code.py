@@ -23,6 +23,7 @@ from quantport_cpu.jit import (
     encode,
     gemm_amx,
     gemm_int8,
+    gemv_bf16,
     gemv_blocks,
     gemv_bytes,
     gemv_gguf,
@@ -40,6 +41,11 @@ from quantport_cpu.jit import (
 from quantport_cpu.jit.parallel_for import Kernel
 from quantport_cpu.jit.target import host_target
 
+BRANCH = re.compile(r"j[a-z]+\s|b\.[a-z]+\s|cbn?z\s|tbn?z\s|b\s")
+MULTIPLY = re.compile(r"vpdpbusd|vpmadd|vfn?madd\d+ps|tdpbssd|fmla|smlal|smull|mul\s+v|sdot")
+SPILL = re.compile(
+    r"^v?mov[a-z0-9]*\s.*\(%r[sb]p.*%[xyz]mm|%[xyz]mm.*\(%r[sb]p|^(?:str|ldr|stp|ldp)\s+q.*\[(?:sp|x29)"
+)
 ARM = ("aarch64-linux-gnu", "generic", "+neon,+fp-armv8")
 
 
@@ -47,6 +53,7 @@ def kernels(whole: bool) -> Iterator[tuple[str, Kernel]]:
     """A kernel for each kind of code, or every kernel."""
     yield from {
         "gemm_int8": gemm_int8.kernel(),
+        "gemv_bf16": gemv_bf16.kernel(),
         "gemv_bytes.fp8": gemv_bytes.fp8_kernel,
         "gemv_bytes.int8": gemv_bytes.int8_kernel,
         "gemv_int4": gemv_int4.int4_kernel,
@@ -98,12 +105,38 @@ def retargeted(text: str, target: tuple[str, str, str]) -> str:
     return re.sub(r'target datalayout = ".*"', f'target datalayout = "{layout}"', text)
 
 
-def described(native: str) -> dict[str, object]:
-    """What the machine code calls, the widest registers that it names, and how often each instruction of
-    vectors is there.
+def instructions(native: str) -> list[str]:
+    """Labels and instructions of assembly, without comments and directives."""
+    lines = (line.split("#")[0].split("//")[0].strip() for line in native.splitlines())
+    return [line for line in lines if line and (line.endswith(":") or not line.startswith("."))]
+
+
+def inner_loops(native: str) -> Iterator[dict[str, int]]:
+    """The loops without branches that multiply vectors: how many instructions they have, how many of them
+    multiply, and how many move a vector to or from the stack.
     """
-    lines = [line.split("#")[0].split("//")[0].strip() for line in native.splitlines()]
-    code = [line for line in lines if line and not line.endswith(":") and not line.startswith(".")]
+    block: list[str] = []
+    label = ""
+    for line in instructions(native):
+        if line.endswith(":"):
+            block, label = [], line[:-1]
+            continue
+        block.append(line.removeprefix("{vex}").strip())
+        if not BRANCH.match(line):
+            continue
+        if line.split()[-1] == label:
+            multiplies = sum(bool(MULTIPLY.match(code)) for code in block)
+            spills = sum(bool(SPILL.search(code)) for code in block)
+            if multiplies:
+                yield {"instructions": len(block), "multiplies": multiplies, "spills": spills}
+        block, label = [], ""
+
+
+def described(native: str) -> dict[str, object]:
+    """What the machine code calls, the widest registers that it names, how often each instruction of vectors
+    is there, and its inner loops.
+    """
+    code = [line for line in instructions(native) if not line.endswith(":")]
     called = {
         m for line in code for m in re.findall(r"(?:movabsq\s+\$|\bbl\s+|callq?\s+\*?)([A-Za-z_]\w*)", line)
     }
@@ -111,6 +144,7 @@ def described(native: str) -> dict[str, object]:
     return {
         "calls": sorted(name for name in called if not name.startswith(("_ZN", "kernel"))),
         "zmm": any("%zmm" in line for line in code),
+        "loops": list(inner_loops(native)),
         "instructions": {word: words.count(word) for word in sorted(set(words))},
     }
 

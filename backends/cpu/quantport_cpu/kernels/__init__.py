@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from quantport.backend import Kernel, aten
-from quantport_cpu.kernels.bf16 import CpuBf16
+from quantport_cpu.kernels.bf16 import CpuBf16, CpuBf16AsFp32
 from quantport_cpu.kernels.blocks import CpuBlocks
 from quantport_cpu.kernels.fp8 import CpuFp8WeightOnly
 from quantport_cpu.kernels.gguf import CpuGguf
@@ -22,5 +22,6 @@ def kernels() -> tuple[Kernel, ...]:
         CpuBlocks(),
         CpuGguf(),
         CpuBf16(),
+        CpuBf16AsFp32(),
         *aten.portable(),
     )
