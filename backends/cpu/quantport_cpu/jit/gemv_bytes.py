@@ -14,10 +14,13 @@ from numba.core import types
 from quantport_cpu.jit.parallel_for import Kernel, block_count, next_block
 from quantport_cpu.jit.scalars import words
 from quantport_cpu.jit.simd import F16, F32, I8, I16, I32, I64, Simd, Value, cgutils, inline
+from quantport_cpu.jit.target import host_target
 
 TILE_ROWS = 2  # weight rows that one tile reads side by side
 STEP = 64  # weights of one row in one step; activations are padded to it
 PREFETCH_AHEAD = 8192  # bytes: past the page, where the processor's own prefetch ends
+LANES = (host_target().pair_bits or 128) // 32  # fp32 numbers of a register
+MAX_TILE_M = 8 if LANES == 16 else 4  # rows of x of a tile of fp8: its sums fit in the registers
 DIGIT_ZERO = 0x808080  # an activation of zero: 128 in each of its three base-256 digits
 
 
@@ -46,20 +49,17 @@ def output_addresses(
 def _fp8_step(simd: Simd, x: Value, x_stride: Value, weights: list[Value], sums: list[list[Value]]) -> None:
     """Adds 64 products to each of ``sums[row * M + m]``, which are lists of partial sums."""
     n_m = len(sums) // len(weights)
-    for part in (0, 32):
-        values = []
-        for address in weights:
-            half = e4m3_to_fp16(simd, simd.at(address, part))
-            quarters = [simd.shuffle(half, half, range(i, i + 16)) for i in (0, 16)]
-            values.append([simd.half_to_float(q) for q in quarters])
-        for m in range(n_m):
-            row = simd.at(x, simd.b.mul(x_stride, I64(m)))
-            for i in (0, 1):
-                xs = simd.load(F32, 16, simd.at(row, 4 * (part + 16 * i)))
-                for r in range(len(weights)):
+    rows = [simd.at(x, simd.b.mul(x_stride, I64(m))) for m in range(n_m)]
+    for part in range(0, STEP, 32):
+        halves = [e4m3_to_fp16(simd, simd.at(address, part)) for address in weights]
+        for i in range(0, 32, LANES):
+            values = [simd.half_to_float(simd.shuffle(h, h, range(i, i + LANES))) for h in halves]
+            for m, row in enumerate(rows):
+                xs = simd.load(F32, LANES, simd.at(row, 4 * (part + i)))
+                for r, value in enumerate(values):
                     parts = sums[r * n_m + m]
-                    variable = parts[(part // 16 + i) % len(parts)]
-                    simd.b.store(simd.intrinsic("fma", values[r][i], xs, simd.b.load(variable)), variable)
+                    variable = parts[(part + i) // LANES % len(parts)]
+                    simd.b.store(simd.intrinsic("fma", value, xs, simd.b.load(variable)), variable)
 
 
 @inline(types.void, 10)
@@ -81,7 +81,7 @@ def fp8_tile(
 
     ``w_stride`` 0 repeats the row.
     """
-    zero = simd.splat(0.0, 16, F32)
+    zero = simd.splat(0.0, LANES, F32)
     totals = simd.variables(zero, TILE_ROWS * n_m)
     sums = [simd.variables(zero, max(1, 4 // n_m)) for _ in totals]
     rows = [simd.at(w, simd.b.mul(w_stride, I64(r))) for r in range(TILE_ROWS)]
@@ -106,7 +106,7 @@ def fp8_tile(
         factor = simd.b.fmul(simd.load(F32, 0, simd.at(scale, index)), F32(256.0))
         for total, parts in zip(totals, sums, strict=True):
             value = simd.sum([simd.b.load(part) for part in parts])
-            simd.b.store(simd.intrinsic("fma", value, simd.splat(factor, 16), simd.b.load(total)), total)
+            simd.b.store(simd.intrinsic("fma", value, simd.splat(factor, LANES), simd.b.load(total)), total)
     for r, m, address in output_addresses(simd, out, out_stride, w_stride, n_m):
         simd.store(simd.reduce_lanes(simd.b.load(totals[r * n_m + m])), address)
 
@@ -117,17 +117,20 @@ def fp8_rows(x, x_stride, m, w, n, k, first, span, chunk, scale, scale_step, out
     for row in range(first, min(n, first + span), 2):
         stride = k if row + 1 < n else 0
         here, to, at, left = w + row * k, out + 4 * row, x, m
-        if left >= 8:
-            fp8_tile(at, x_stride, here, stride, k, chunk, scale, scale_step, to, out_stride, 8)
-            at, to, left = at + 8 * x_stride, to + 8 * out_stride, left - 8
-        if left >= 4:
-            fp8_tile(at, x_stride, here, stride, k, chunk, scale, scale_step, to, out_stride, 4)
-            at, to, left = at + 4 * x_stride, to + 4 * out_stride, left - 4
-        if left >= 2:
-            fp8_tile(at, x_stride, here, stride, k, chunk, scale, scale_step, to, out_stride, 2)
-            at, to, left = at + 2 * x_stride, to + 2 * out_stride, left - 2
-        if left >= 1:
-            fp8_tile(at, x_stride, here, stride, k, chunk, scale, scale_step, to, out_stride, 1)
+        while left > 0:
+            size = min(left, MAX_TILE_M)
+            # fmt: off
+            if size == 8:
+                fp8_tile(at, x_stride, here, stride, k, chunk, scale, scale_step, to, out_stride, 8)
+            elif size >= 4:
+                fp8_tile(at, x_stride, here, stride, k, chunk, scale, scale_step, to, out_stride, 4)
+            elif size >= 2:
+                fp8_tile(at, x_stride, here, stride, k, chunk, scale, scale_step, to, out_stride, 2)
+            else:
+                fp8_tile(at, x_stride, here, stride, k, chunk, scale, scale_step, to, out_stride, 1)
+            # fmt: on
+            size = 8 if size == 8 else 4 if size >= 4 else 2 if size >= 2 else 1
+            at, to, left = at + size * x_stride, to + size * out_stride, left - size
 
 
 def _fp8(frame):
