@@ -54,8 +54,8 @@ def kernels(whole: bool) -> Iterator[tuple[str, Kernel]]:
     yield from {
         "gemm_int8": gemm_int8.kernel(),
         "gemv_bf16": gemv_bf16.kernel(),
-        "gemv_bytes.fp8": gemv_bytes.fp8_kernel,
-        "gemv_bytes.int8": gemv_bytes.int8_kernel,
+        "gemv_bytes.fp8": gemv_bytes.kernel(gemv_bytes.E4M3),
+        "gemv_bytes.int8": gemv_bytes.kernel(gemv_bytes.INT8),
         "gemv_int4": gemv_int4.int4_kernel,
         "gemv_blocks.nf4": gemv_blocks.kernel("nf4", gemv_blocks.F32_SCALE, 64),
         "gemv_gguf.q4_k": gemv_gguf.kernel("q4_k"),
@@ -80,8 +80,6 @@ def kernels(whole: bool) -> Iterator[tuple[str, Kernel]]:
         "gguf.q4_0": gguf.kernel("q4_0"),
         "gguf.q8_0": gguf.kernel("q8_0"),
         "q5_k": kquants.kernel("q5_k"),
-        "grouped.fp8": grouped_small_batch.fp8_kernel,
-        "grouped.int8": grouped_small_batch.int8_kernel,
         "grouped.int4": grouped_small_batch.int4_kernel,
     }.items()
     yield from ((f"gemv_gguf.{name}", gemv_gguf.kernel(name)) for name in gemv_gguf.NUMBERS)

@@ -63,9 +63,12 @@ def gguf(name: str) -> Any:
     return lambda: gguf_batch.multiply(X, stored["weight_blocks"], name)
 
 
+ALL_ROWS = [Job(0, 3, 0, 0)]
+
+
 def int8_int8() -> Tensor:
     rows, codes = grouped_small_batch.quantized_int8(X.bfloat16()), (W * 40).to(torch.int8)
-    return grouped_small_batch.int8_int8(rows, [Job(0, 3, 0, 0)], [codes], [torch.ones(64, 1)], 64)
+    return grouped_small_batch.int8_int8(rows, ALL_ROWS, [codes], [torch.ones(64, 1)], 64)
 
 
 def int4() -> Any:
@@ -79,14 +82,15 @@ def quantizer(name: str) -> Any:
 
 
 CALLS = {
-    "gemv_bytes.fp8": lambda: small_batch.fp8(X, W.to(torch.float8_e4m3fn).view(torch.uint8)),
-    "gemv_bytes.int8": lambda: small_batch.int8(X, (W * 40).to(torch.int8)),
+    "gemv_bytes.fp8": lambda: grouped_small_batch.fp8(
+        X, ALL_ROWS, [W.to(torch.float8_e4m3fn).view(torch.uint8)], None, 64
+    ),
+    "gemv_bytes.int8": lambda: grouped_small_batch.int8(X, ALL_ROWS, [(W * 40).to(torch.int8)], 64),
     "gemm_int8": int8_int8,
     "gemm_int8.prepare": int8_int8,
     "decode.fp8": lambda: small_batch.decode_fp8(
         W.to(torch.float8_e4m3fn).view(torch.uint8), None, 0, torch.empty(64, 320, dtype=torch.bfloat16)
     ),
-    "int_digits": lambda: small_batch.int8(X, (W * 40).to(torch.int8)),
     "gemv_int4": int4,
     "gemv_blocks.nf4": lambda: blocks("nf4")(),
     "gemv_blocks.e2m3.0": lambda: blocks("mxfp6_e2m3")(),

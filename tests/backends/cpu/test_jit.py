@@ -37,6 +37,17 @@ CODED = served()
 SHAPES = [(1, 1), (1, 7), (3, 129), (129, 704)]
 
 
+def fp8(x: Tensor, codes: Tensor, scale: Tensor | None = None) -> Tensor:
+    """All rows times one weight."""
+    scales = None if scale is None else [scale]
+    return grouped_small_batch.fp8(x, [Job(0, len(x), 0, 0)], [codes], scales, len(codes))
+
+
+def int8(x: Tensor, codes: Tensor) -> Tensor:
+    """All rows times one weight."""
+    return grouped_small_batch.int8(x, [Job(0, len(x), 0, 0)], [codes], len(codes))
+
+
 def raw(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(torch.uint8)
 
@@ -181,7 +192,7 @@ def close(got: Tensor, x: Tensor, weight: Tensor) -> None:
 def test_every_fp8_code() -> None:
     codes = torch.arange(256, dtype=torch.int32).to(torch.uint8)
     values = codes.view(torch.float8_e4m3fn).float()
-    got = small_batch.fp8(torch.ones(1, 1), codes[:, None].contiguous())[0]
+    got = fp8(torch.ones(1, 1), codes[:, None].contiguous())[0]
     assert torch.equal(got, torch.where(values.isnan(), torch.sign(127.5 - codes) * 480, values))
 
 
@@ -198,16 +209,16 @@ def test_fp8(shape: tuple[int, int], m: int) -> None:
             if scheme.weight.group_size
             else stored["weight"].float()
         )
-        close(small_batch.fp8(x, stored["weight"].view(torch.uint8), scale), x, values)
+        close(fp8(x, stored["weight"].view(torch.uint8), scale), x, values)
 
 
-@pytest.mark.parametrize("m", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 8, 15])
 @pytest.mark.parametrize("shape", [(1, 7), (129, 704), (520, 1056)], ids=str)
 def test_int8(shape: tuple[int, int], m: int) -> None:
     codes = torch.randint(-128, 128, shape, dtype=torch.int8)
     x = torch.randn(m, shape[1]).bfloat16()
-    close(small_batch.int8(x, codes), x, codes)
-    close(small_batch.int8(x * 1e-30, codes), x * 1e-30, codes)
+    close(int8(x, codes), x, codes)
+    close(int8(x * 1e-30, codes), x * 1e-30, codes)
 
 
 def int8_codes(*shape: int) -> Tensor:
@@ -363,8 +374,8 @@ def test_nonfinite_activations_stay_nonfinite(bad: float) -> None:
     x = torch.ones(2, 64)
     x[1, 3] = bad
     for got in (
-        small_batch.int8(x, torch.ones(5, 64, dtype=torch.int8)),
-        small_batch.fp8(x, torch.full((5, 64), 0x38, dtype=torch.uint8)),
+        int8(x, torch.ones(5, 64, dtype=torch.int8)),
+        fp8(x, torch.full((5, 64), 0x38, dtype=torch.uint8)),
         small_batch.int4(
             x, torch.full((64, 32), 0x88, dtype=torch.uint8), torch.ones(2, 64, 2, dtype=torch.bfloat16), 32
         ),
@@ -380,6 +391,6 @@ def test_the_room_imports_no_numba() -> None:
 
 def test_threads_of_a_pool_and_of_openmp_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     x, codes = torch.randn(1, 512), torch.randint(0, 120, (1024, 512), dtype=torch.uint8)
-    want = small_batch.fp8(x, codes)
+    want = fp8(x, codes)
     monkeypatch.setattr(parallel_for, "_openmp_parallel", lambda: None)
-    assert torch.equal(small_batch.fp8(x, codes), want)
+    assert torch.equal(fp8(x, codes), want)

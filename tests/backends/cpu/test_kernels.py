@@ -22,8 +22,7 @@ def routes(request, monkeypatch):
     if request.param == "torch only":
         for module in (fp8, int4, int8):
             monkeypatch.setattr(module, "why_unavailable", lambda: "off")
-        for module in (int4, int8):
-            monkeypatch.setattr(module, "has_fast_dots", lambda: False)
+        monkeypatch.setattr(int4, "has_fast_dots", lambda: False)
     return request.param
 
 

@@ -41,6 +41,7 @@ if not UNAVAILABLE:
         store,
         target,
     )
+    from quantport_cpu.jit.jobs import Job
     from quantport_cpu.jit.memory import array
 
 SCHEMES = [s for s in BUILTIN.values() if s.name not in ("bf16", "int4_hqq")]
@@ -203,7 +204,7 @@ def test_a_part_of_memory_is_inside_of_it() -> None:
 
 def test_jobs_outside_of_the_activations_or_of_the_result_are_refused() -> None:
     codes = [torch.zeros(16, 64, dtype=torch.uint8)]
-    for job in (grouped_small_batch.Job(2, 6, 0, 0), grouped_small_batch.Job(0, 2, 0, 8)):
+    for job in (Job(2, 6, 0, 0), Job(0, 2, 0, 8)):
         with pytest.raises(BackendError):
             grouped_small_batch.fp8(torch.zeros(4, 64), [job], codes, None, 16)
         with pytest.raises(BackendError):
@@ -218,12 +219,6 @@ def test_a_panel_of_another_size_is_refused() -> None:
     )
     with pytest.raises(BackendError, match=r"\[32, 256\]"):
         small_batch.decode(weight, torch.empty(32, 32))
-
-
-@pytest.mark.parametrize("rows", [0, 9])
-def test_more_than_few_rows_are_refused(rows: int) -> None:
-    with pytest.raises(BackendError, match="M from 1 to 8"):
-        small_batch.fp8(torch.zeros(rows, 64), torch.zeros(16, 64, dtype=torch.uint8))
 
 
 def test_buffers_of_inference_mode_are_not_kept() -> None:
@@ -387,7 +382,11 @@ def test_forwards_beside_loads(model_folder: Path, threads: int) -> None:
     x, codes = torch.randn(5, 512), torch.randint(0, 120, (1024, 512), dtype=torch.uint8)
     before, started, stop = torch.get_num_threads(), threading.Event(), threading.Event()
     torch.set_num_threads(threads)
-    calls = [lambda: small_batch.fp8(x, codes), lambda: small_batch.int8(x, codes.view(torch.int8))]
+    jobs = [Job(0, 5, 0, 0)]
+    calls = [
+        lambda: grouped_small_batch.fp8(x, jobs, [codes], None, 1024),
+        lambda: grouped_small_batch.int8(x, jobs, [codes.view(torch.int8)], 1024),
+    ]
     expected = [call() for call in calls]
     try:
         with ThreadPoolExecutor(2) as beside:

@@ -1,4 +1,4 @@
-"""Generates the products of a small batch with weights of a byte each, e4m3fn or int8.
+"""Generates the products of a small batch with weights of a byte each, e4m3fn or int8, in fp32.
 
 Each weight is read once and decoded in registers. ``small_batch`` calls the kernels with tensors.
 """
@@ -7,21 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import chain
+from typing import Any
 
-from numba import njit
 from numba.core import types
 
+from quantport.backend import once
 from quantport_cpu.jit.parallel_for import Kernel, block_count, next_block
 from quantport_cpu.jit.scalars import words
 from quantport_cpu.jit.simd import F16, F32, I8, I16, I32, I64, Simd, Value, cgutils, inline
 from quantport_cpu.jit.target import host_target
 
+E4M3, INT8 = 0, 1
+UNIT = (256.0, 1.0)  # what decoded weights are divided by
+JOB_BYTES = 40  # five words
+SPAN = 32  # weight rows that a thread takes at a time; it divides the 128 rows of a block of scales
 TILE_ROWS = 2  # weight rows that one tile reads side by side
 STEP = 64  # weights of one row in one step; activations are padded to it
 PREFETCH_AHEAD = 8192  # bytes: past the page, where the processor's own prefetch ends
 LANES = (host_target().pair_bits or 128) // 32  # fp32 numbers of a register
-MAX_TILE_M = 8 if LANES == 16 else 4  # rows of x of a tile of fp8: its sums fit in the registers
-DIGIT_ZERO = 0x808080  # an activation of zero: 128 in each of its three base-256 digits
+MAX_TILE_M = 8 if LANES == 16 else 4  # rows of x of a tile: its sums fit in the registers
 
 
 def e4m3_to_fp16(simd: Simd, address: Value) -> Value:
@@ -46,24 +50,37 @@ def output_addresses(
             yield r, m, simd.at(simd.at(out, column), simd.b.mul(out_stride, I64(m)))
 
 
-def _fp8_step(simd: Simd, x: Value, x_stride: Value, weights: list[Value], sums: list[list[Value]]) -> None:
+def _decoded(simd: Simd, address: Value, n_format: int) -> Iterator[Value]:
+    """32 weights over ``UNIT``, ``LANES`` at a time."""
+    if n_format == INT8:
+        for i in range(0, 32, LANES):
+            codes = simd.load(I8, LANES, simd.at(address, i))
+            yield simd.int_to_float(simd.widen(codes, I32, signed=True))
+        return
+    halves = e4m3_to_fp16(simd, address)
+    for i in range(0, 32, LANES):
+        yield simd.half_to_float(simd.shuffle(halves, halves, range(i, i + LANES)))
+
+
+def _step(
+    simd: Simd, x: Value, x_stride: Value, weights: list[Value], sums: list[list[Value]], n_format: int
+) -> None:
     """Adds 64 products to each of ``sums[row * M + m]``, which are lists of partial sums."""
     n_m = len(sums) // len(weights)
     rows = [simd.at(x, simd.b.mul(x_stride, I64(m))) for m in range(n_m)]
     for part in range(0, STEP, 32):
-        halves = [e4m3_to_fp16(simd, simd.at(address, part)) for address in weights]
-        for i in range(0, 32, LANES):
-            values = [simd.half_to_float(simd.shuffle(h, h, range(i, i + LANES))) for h in halves]
+        decoded = zip(*(_decoded(simd, simd.at(w, part), n_format) for w in weights), strict=True)
+        for i, values in enumerate(decoded):
             for m, row in enumerate(rows):
-                xs = simd.load(F32, LANES, simd.at(row, 4 * (part + i)))
+                xs = simd.load(F32, LANES, simd.at(row, 4 * (part + LANES * i)))
                 for r, value in enumerate(values):
                     parts = sums[r * n_m + m]
-                    variable = parts[(part + i) // LANES % len(parts)]
+                    variable = parts[(part // LANES + i) % len(parts)]
                     simd.b.store(simd.intrinsic("fma", value, xs, simd.b.load(variable)), variable)
 
 
-@inline(types.void, 10)
-def fp8_tile(
+@inline(types.void, 10, 11)
+def tile(
     simd: Simd,
     x: Value,
     x_stride: Value,
@@ -75,6 +92,7 @@ def fp8_tile(
     scale_step: Value,
     out: Value,
     out_stride: Value,
+    n_format: int,
     n_m: int,
 ) -> None:
     """Two weight rows times ``n_m`` rows of x, with a scale for every ``chunk`` columns.
@@ -96,14 +114,14 @@ def fp8_tile(
             here = [simd.at(row, place) for row in rows]
             for address in here:
                 simd.prefetch(simd.at(address, PREFETCH_AHEAD))
-            _fp8_step(simd, simd.at(x, simd.b.mul(place, I64(4))), x_stride, here, sums)
+            _step(simd, simd.at(x, simd.b.mul(place, I64(4))), x_stride, here, sums, n_format)
         with simd.remainder(length, STEP) as (start, size):
             place = simd.b.add(begin, start)
             for row, bounce in zip(rows, bounces, strict=True):
                 simd.copy(bounce, simd.at(row, place), size)
-            _fp8_step(simd, simd.at(x, simd.b.mul(place, I64(4))), x_stride, bounces, sums)
+            _step(simd, simd.at(x, simd.b.mul(place, I64(4))), x_stride, bounces, sums, n_format)
         index = simd.b.mul(simd.b.sdiv(begin, chunk), scale_step)
-        factor = simd.b.fmul(simd.load(F32, 0, simd.at(scale, index)), F32(256.0))
+        factor = simd.b.fmul(simd.load(F32, 0, simd.at(scale, index)), F32(UNIT[n_format]))
         for total, parts in zip(totals, sums, strict=True):
             value = simd.sum([simd.b.load(part) for part in parts])
             simd.b.store(simd.intrinsic("fma", value, simd.splat(factor, LANES), simd.b.load(total)), total)
@@ -111,126 +129,43 @@ def fp8_tile(
         simd.store(simd.reduce_lanes(simd.b.load(totals[r * n_m + m])), address)
 
 
-@njit(error_model="numpy")
-def fp8_rows(x, x_stride, m, w, n, k, first, span, chunk, scale, scale_step, out, out_stride):
-    """``span`` weight rows from ``first`` on times ``m`` rows of x, at most 8, all with one row of scales."""
-    for row in range(first, min(n, first + span), 2):
-        stride = k if row + 1 < n else 0
-        here, to, at, left = w + row * k, out + 4 * row, x, m
-        while left > 0:
-            size = min(left, MAX_TILE_M)
-            # fmt: off
-            if size == 8:
-                fp8_tile(at, x_stride, here, stride, k, chunk, scale, scale_step, to, out_stride, 8)
-            elif size >= 4:
-                fp8_tile(at, x_stride, here, stride, k, chunk, scale, scale_step, to, out_stride, 4)
-            elif size >= 2:
-                fp8_tile(at, x_stride, here, stride, k, chunk, scale, scale_step, to, out_stride, 2)
-            else:
-                fp8_tile(at, x_stride, here, stride, k, chunk, scale, scale_step, to, out_stride, 1)
-            # fmt: on
-            size = 8 if size == 8 else 4 if size >= 4 else 2 if size >= 2 else 1
-            at, to, left = at + size * x_stride, to + size * out_stride, left - size
+def _body(n_format: int) -> Any:
+    def blocks(frame):
+        table, blocks_per_job, x_stride, n, k = words(frame, 2, 5)
+        scale_step, scale_stride, chunk, out_stride = words(frame, 7, 4)
+        while True:
+            block = next_block(frame)
+            if block >= block_count(frame):
+                break
+            job, first = table + JOB_BYTES * (block // blocks_per_job), block % blocks_per_job * SPAN
+            x, w, scales, out, left = words(job, 0, 5)
+            s = scales + (first >> 7) * scale_stride
+            while left > 0:
+                size = MAX_TILE_M if left >= MAX_TILE_M else 4 if left >= 4 else 2 if left >= 2 else 1
+                for row in range(first, min(n, first + SPAN), TILE_ROWS):
+                    stride = k if row + 1 < n else 0
+                    here, to = w + row * k, out + 4 * row
+                    # fmt: off
+                    if size == 8:
+                        tile(x, x_stride, here, stride, k, chunk, s, scale_step, to, out_stride, n_format, 8)
+                    elif size == 4:
+                        tile(x, x_stride, here, stride, k, chunk, s, scale_step, to, out_stride, n_format, 4)
+                    elif size == 2:
+                        tile(x, x_stride, here, stride, k, chunk, s, scale_step, to, out_stride, n_format, 2)
+                    else:
+                        tile(x, x_stride, here, stride, k, chunk, s, scale_step, to, out_stride, n_format, 1)
+                    # fmt: on
+                x, out, left = x + size * x_stride, out + size * out_stride, left - size
+
+    return blocks
 
 
-def _fp8(frame):
-    """A block is ``span`` weight rows, of one row of scales."""
-    x, x_stride, w, n, k = words(frame, 2, 5)
-    scale, scale_step, scale_stride, chunk = words(frame, 7, 4)
-    out, out_stride, m, span = words(frame, 11, 4)
-    while True:
-        block = next_block(frame)
-        if block >= block_count(frame):
-            break
-        first = block * span
-        scales = scale + (first >> 7) * scale_stride
-        fp8_rows(x, x_stride, m, w, n, k, first, span, chunk, scales, scale_step, out, out_stride)
+@once
+def kernel(n_format: int) -> Kernel:
+    """The kernel of one format, over jobs: rows of x and the weight that they are multiplied by. A block is
+    ``SPAN`` rows of the weight of a job.
 
-
-def _join_digits(simd: Simd, weight_sum: Value, digit_sums: list[Value]) -> Value:
-    """fp32 sum of products, from the exact sums of each digit and the sum of weights for their zero points.
-
-    All of them are variables with 16 partial sums.
+    Words: jobs, blocks of a job, stride of x, n, k, the bytes from one scale to the next and from row to row
+    of them, the columns of one, stride of out. Words of a job: x fp32, weights, scales, out, rows of x.
     """
-    weights, *sums = (
-        simd.reduce_lanes(simd.widen(simd.b.load(v), I64, signed=True)) for v in (weight_sum, *digit_sums)
-    )
-    value = simd.b.neg(simd.b.mul(weights, I64(DIGIT_ZERO)))
-    for d, digit in enumerate(sums):
-        value = simd.b.add(value, simd.b.shl(digit, I64(8 * d)))
-    return simd.b.sitofp(value, F32)
-
-
-@inline(types.void, 8)
-def int8_tile(
-    simd: Simd,
-    x: Value,
-    x_stride: Value,
-    x_scale: Value,
-    w: Value,
-    w_stride: Value,
-    k: Value,
-    out: Value,
-    out_stride: Value,
-    n_m: int,
-) -> None:
-    """Two weight rows times ``n_m`` rows of x, each as three planes of u8 digits with zero point 128."""
-    zero = simd.splat(0, 16, I32)
-    sums = simd.variables(zero, TILE_ROWS * n_m * 3)
-    weight_sums = simd.variables(zero, TILE_ROWS)
-    ones = simd.splat(0x01010101, 16, I32)
-    rows = [simd.at(w, simd.b.mul(w_stride, I64(r))) for r in range(TILE_ROWS)]
-    plane = simd.b.udiv(x_stride, I64(3))
-
-    def step(place: Value, weights: list[Value]) -> None:
-        values = [simd.load(I32, 16, address) for address in weights]
-        for value, variable in zip(values, weight_sums, strict=True):
-            simd.b.store(simd.dot4(simd.b.load(variable), ones, value), variable)
-        for md in range(3 * n_m):
-            digit = simd.load(I32, 16, simd.at(simd.at(x, place), simd.b.mul(plane, I64(md))))
-            for r, value in enumerate(values):
-                variable = sums[r * n_m * 3 + md]
-                simd.b.store(simd.dot4(simd.b.load(variable), digit, value), variable)
-
-    with simd.steps(k, STEP) as i:
-        here = [simd.at(row, i) for row in rows]
-        for address in here:
-            simd.prefetch(simd.at(address, PREFETCH_AHEAD))
-        step(i, here)
-    with simd.remainder(k, STEP) as (start, size):
-        bounces = [simd.buffer(STEP) for _ in rows]
-        for row, bounce in zip(rows, bounces, strict=True):
-            simd.copy(bounce, simd.at(row, start), size)
-        step(start, bounces)
-    for r, m, address in output_addresses(simd, out, out_stride, w_stride, n_m):
-        first = (r * n_m + m) * 3
-        value = _join_digits(simd, weight_sums[r], sums[first : first + 3])
-        simd.store(simd.b.fmul(value, simd.load(F32, 0, simd.at(x_scale, 4 * m))), address)
-
-
-@njit(error_model="numpy")
-def int8_rows(x, x_stride, x_scale, m, w, n, k, first, span, out, out_stride):
-    """``span`` weight rows from ``first`` on times ``m`` rows of x."""
-    for row in range(first, min(n, first + span), 2):
-        stride = k if row + 1 < n else 0
-        here, to, at, scale = w + row * k, out + 4 * row, x, x_scale
-        for _ in range(m >> 1):
-            int8_tile(at, x_stride, scale, here, stride, k, to, out_stride, 2)
-            at, scale, to = at + 2 * x_stride, scale + 8, to + 2 * out_stride
-        if m & 1:
-            int8_tile(at, x_stride, scale, here, stride, k, to, out_stride, 1)
-
-
-def _int8(frame):
-    """A block is ``span`` weight rows."""
-    x, x_stride, x_scale, w, n = words(frame, 2, 5)
-    k, out, out_stride, m, span = words(frame, 7, 5)
-    while True:
-        block = next_block(frame)
-        if block >= block_count(frame):
-            break
-        int8_rows(x, x_stride, x_scale, m, w, n, k, block * span, span, out, out_stride)
-
-
-fp8_kernel = Kernel(_fp8)
-int8_kernel = Kernel(_int8)
+    return Kernel(_body(n_format))

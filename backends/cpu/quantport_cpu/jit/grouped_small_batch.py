@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from quantport.backend import BackendError, numerics
-from quantport_cpu.jit import gemm_int8
-from quantport_cpu.jit.gemv_bytes import STEP, fp8_rows, int8_rows
+from quantport_cpu.jit import gemm_int8, gemv_bytes
+from quantport_cpu.jit.gemv_bytes import STEP
 from quantport_cpu.jit.gemv_int4 import BLOCK, int4_rows
 from quantport_cpu.jit.jobs import PER_TOKEN, Job
 from quantport_cpu.jit.memory import Array, array, array_of_rows, table
@@ -44,23 +44,39 @@ def fp8(
     Returns:
         fp32 ``[M, width]``.
     """
-    (m, _), (n, k) = x.shape, codes[0].shape
-    columns, jobs = -(-k // STEP) * STEP, _split_jobs(jobs)
+    return _bytes(gemv_bytes.E4M3, x, jobs, codes, scales, width)
+
+
+def int8(x: Tensor, jobs: Sequence[Job], codes: Sequence[Tensor], width: int) -> Tensor:
+    """int8 weights ``[N, K]``, as ``fp8`` without scales."""
+    return _bytes(gemv_bytes.INT8, x, jobs, codes, None, width)
+
+
+def _bytes(
+    n_format: int,
+    x: Tensor,
+    jobs: Sequence[Job],
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor] | None,
+    width: int,
+) -> Tensor:
+    (m, _), (n, k), dtype = x.shape, codes[0].shape, (torch.uint8, torch.int8)[n_format]
+    columns = -(-k // STEP) * STEP
     values, out = array(padded_fp32(x, m, columns), torch.float32, m, columns), empty_fp32(x, m, width)
     to, stride = array(out, torch.float32, m, width), 4 * columns
     _, step, scale_stride, chunk = scales_of_128_blocks(scales[0] if scales else None, n, k)
     lines = table(
         (
             values.at(stride * a, stride * (b - a)),
-            array(codes[w], torch.uint8, n, k),
+            array(codes[w], dtype, n, k),
             scales_of_128_blocks(scales[w] if scales else None, n, k)[0],
             output_part(to, width, a, b, c, n),
             b - a,
         )
         for a, b, w, c in jobs
     )
-    blocks = -(-n // _SPAN)
-    fp8_kernel(
+    blocks = -(-n // gemv_bytes.SPAN)
+    gemv_bytes.kernel(n_format)(
         blocks * len(jobs),
         lines,
         blocks,
@@ -71,39 +87,6 @@ def fp8(
         scale_stride,
         chunk,
         4 * width,
-        _SPAN,
-        threads=threads_for(n * k * len(jobs)),
-    )
-    return out
-
-
-def int8(x: Tensor, jobs: Sequence[Job], codes: Sequence[Tensor], width: int) -> Tensor:
-    """int8 weights, as ``fp8`` without scales."""
-    (m, _), (n, k) = x.shape, codes[0].shape
-    columns, jobs = -(-k // STEP) * STEP, _split_jobs(jobs)
-    planes, scale, _ = split_into_digits(x, m, columns, 0)
-    out = empty_fp32(x, m, width)
-    to = array(out, torch.float32, m, width)
-    lines = table(
-        (
-            planes.at(3 * columns * a, 3 * columns * (b - a)),
-            scale.at(4 * a, 4 * (b - a)),
-            array(codes[w], torch.int8, n, k),
-            output_part(to, width, a, b, c, n),
-            b - a,
-        )
-        for a, b, w, c in jobs
-    )
-    blocks = -(-n // _SPAN)
-    int8_kernel(
-        blocks * len(jobs),
-        lines,
-        blocks,
-        3 * columns,
-        n,
-        k,
-        4 * width,
-        _SPAN,
         threads=threads_for(n * k * len(jobs)),
     )
     return out
@@ -252,32 +235,6 @@ def _split_jobs(jobs: Sequence[Job]) -> list[Job]:
     ]
 
 
-def _fp8(frame):
-    """Words of a job: x fp32, codes, scales, out, rows."""
-    table, blocks_per_job, x_stride, n, k = words(frame, 2, 5)
-    scale_step, scale_stride, chunk, out_stride, span = words(frame, 7, 5)
-    while True:
-        block = next_block(frame)
-        if block >= block_count(frame):
-            break
-        job, first = table + 40 * (block // blocks_per_job), block % blocks_per_job * span
-        x, w, scale, out, m = words(job, 0, 5)
-        scale += (first >> 7) * scale_stride
-        fp8_rows(x, x_stride, m, w, n, k, first, span, chunk, scale, scale_step, out, out_stride)
-
-
-def _int8(frame):
-    """Words of a job: digits of x, their scales, codes, out, rows."""
-    table, blocks_per_job, x_stride, n, k, out_stride, span = words(frame, 2, 7)
-    while True:
-        block = next_block(frame)
-        if block >= block_count(frame):
-            break
-        job, first = table + 40 * (block // blocks_per_job), block % blocks_per_job * span
-        x, x_scale, w, out, m = words(job, 0, 5)
-        int8_rows(x, x_stride, x_scale, m, w, n, k, first, span, out, out_stride)
-
-
 def _int4(frame):
     """Words of a job: digits of x, their sums, their scales, nibbles, scales, out, rows."""
     table, blocks_per_job, n, k, group, out_stride = words(frame, 2, 6)
@@ -291,6 +248,4 @@ def _int4(frame):
         int4_rows(x, sums, x_scale, m, here, k, group, scales, 4 * n, to, out_stride)
 
 
-fp8_kernel = Kernel(_fp8)
-int8_kernel = Kernel(_int8)
 int4_kernel = Kernel(_int4)

@@ -6,12 +6,12 @@ import numpy as np
 from numba import njit
 from numba.core import types
 
-from quantport_cpu.jit.gemv_bytes import DIGIT_ZERO
 from quantport_cpu.jit.parallel_for import Kernel, block_count, next_block
 from quantport_cpu.jit.scalars import as_bits, as_float, store_uint32, words
 from quantport_cpu.jit.simd import F32, I8, I32, I64, Simd, Value, inline
 
 LANES = 64
+DIGIT_ZERO = 0x808080  # an activation of zero: 128 in each of its three base-256 digits
 # The largest magnitude as an integer; the margin keeps the rounding inside three digits.
 _FULL_SCALE = np.float32(2.0**22 * 0.98)
 _LEAST_MAXIMUM = np.float32(2.0**-100)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from quantport.backend import BackendError, once
 from quantport_cpu.jit import decode as decoding
-from quantport_cpu.jit import gemv_blocks, gemv_bytes, gemv_int4, int_digits
+from quantport_cpu.jit import gemv_blocks, gemv_int4, int_digits
 from quantport_cpu.jit.elements import ELEMENTS
 from quantport_cpu.jit.memory import Array, array, constants
 from quantport_cpu.jit.parallel_for import threads_for
@@ -52,42 +52,6 @@ def empty_fp32(x: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device=x.device)
 
 
-def fp8(x: Tensor, codes: Tensor, scale: Tensor | None = None) -> Tensor:
-    """e4m3fn weights, decoded exactly.
-
-    Args:
-        x: ``[M, K]``, M from 1 to 8, any floating dtype.
-        codes: uint8 ``[N, K]``, contiguous.
-        scale: fp32 ``[ceil(N/128), ceil(K/128)]``, contiguous, or None for scales that the caller multiplies.
-
-    Returns:
-        fp32 ``[M, N]``.
-    """
-    (m, k), n = small_batch_shape(x), codes.shape[0]
-    rows = 1 << (m - 1).bit_length()
-    values = padded_fp32(x, rows, -(-k // gemv_bytes.STEP) * gemv_bytes.STEP)
-    out = empty_fp32(x, rows, n)
-    scales, step, stride, chunk = scales_of_128_blocks(scale, n, k)
-    gemv_bytes.fp8_kernel(
-        -(-n // SPAN),
-        array(values, torch.float32, *values.shape),
-        4 * values.shape[1],
-        array(codes, torch.uint8, n, k),
-        n,
-        k,
-        scales,
-        step,
-        stride,
-        chunk,
-        array(out, torch.float32, rows, n),
-        4 * n,
-        rows,
-        SPAN,
-        threads=threads_for(n * k),
-    )
-    return out if rows == m else out[:m]
-
-
 def scales_of_128_blocks(scale: Tensor | None, n: int, k: int) -> tuple[Array, int, int, int]:
     """Scales of 128x128 blocks for a kernel; a single one for the whole weight where there are none.
 
@@ -124,37 +88,6 @@ def decode_fp8(codes: Tensor, scale: Tensor | None, first: int, out: Tensor) -> 
         threads=threads_for(out.numel()),
     )
     return out
-
-
-def int8(x: Tensor, codes: Tensor) -> Tensor:
-    """int8 weights with 16-bit activations.
-
-    Args:
-        x: ``[M, K]``, M from 1 to 8, any floating dtype.
-        codes: int8 ``[N, K]``, contiguous.
-
-    Returns:
-        fp32 ``[M, N]``, without the scales of the channels.
-    """
-    (m, k), n = small_batch_shape(x), codes.shape[0]
-    rows, columns = m + (m > 1 and m % 2), -(-k // gemv_bytes.STEP) * gemv_bytes.STEP
-    planes, scale, _ = split_into_digits(x, rows, columns, 0)
-    out = empty_fp32(x, rows, n)
-    gemv_bytes.int8_kernel(
-        -(-n // SPAN),
-        planes,
-        3 * columns,
-        scale,
-        array(codes, torch.int8, n, k),
-        n,
-        k,
-        array(out, torch.float32, rows, n),
-        4 * n,
-        rows,
-        SPAN,
-        threads=threads_for(n * k),
-    )
-    return out if rows == m else out[:m]
 
 
 def int4(x: Tensor, packed: Tensor, pairs: Tensor, group: int) -> Tensor:

@@ -30,7 +30,8 @@ from quantport_cpu.jit.jobs import Job
 from quantport_cpu.kernels.scratch import scratch
 
 TINY = torch.finfo(torch.float32).tiny
-COMPILED_MAX_ROWS = 64  # up to this many rows, compiled kernels of small batches beat decoding a whole block
+COMPILED_MAX_ROWS = 64  # up to this many rows, compiled kernels of small batches beat decoding panels
+_COMPILED_MAX_ROWS_WITH_BF16 = 32  # where the processor multiplies panels of bf16
 _SMALL_BATCH = 8  # rows that they take at a time
 PANEL_ROWS = {torch.float32: 256, torch.bfloat16: 256}  # 4 and 2 MiB at K = 4096
 
@@ -87,6 +88,11 @@ def multiply_by_panels(x: Tensor, n: int, columns: int, decode: Callable[[int, T
         panel = scratch(x, dtype, min(PANEL_ROWS[dtype], n - r), columns)
         y[:, r : r + len(panel)] = torch.mm(x, decode(r, panel).t())
     return y
+
+
+def compiled_max_rows() -> int:
+    """Up to how many rows of 16-bit activations compiled kernels of small batches are fastest."""
+    return _COMPILED_MAX_ROWS_WITH_BF16 if has_bf16_dots() else COMPILED_MAX_ROWS
 
 
 class RowRange(NamedTuple):

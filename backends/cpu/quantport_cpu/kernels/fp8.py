@@ -13,16 +13,16 @@ from torch import Tensor
 
 from quantport.backend import Packed, Reason, Request, Scheme, WeightSpec
 from quantport_cpu.jit import why_unavailable
+from quantport_cpu.jit.jobs import Job
 from quantport_cpu.kernels.base import (
-    COMPILED_MAX_ROWS,
     TINY,
     CpuGrouped,
     RowRange,
+    compiled_max_rows,
     jobs_and_weights,
     multiply_by_panels,
     scales_by_row,
     select_weights,
-    split_rows,
 )
 from quantport_cpu.kernels.scratch import scratch
 
@@ -55,10 +55,11 @@ class CpuFp8WeightOnly(CpuGrouped):
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
         codes, scale = packed
         blocks, rows = spec.scheme.weight.group_size, x.shape[0]
-        if 0 < rows <= COMPILED_MAX_ROWS and not why_unavailable():
-            from quantport_cpu.jit import small_batch
+        if 0 < rows <= compiled_max_rows() and not why_unavailable():
+            from quantport_cpu.jit import grouped_small_batch
 
-            y = split_rows(x, lambda part: small_batch.fp8(part, codes, scale if blocks else None))
+            jobs = [Job(0, rows, 0, 0)]
+            y = grouped_small_batch.fp8(x, jobs, [codes], [scale] if blocks else None, spec.n)
         elif not blocks and rows <= _SMALL_BATCH:
             y = self._small_batch(x.float(), codes.view(torch.int8))
         else:
@@ -68,7 +69,7 @@ class CpuFp8WeightOnly(CpuGrouped):
         return (y if bias is None else y.add_(bias)).to(x.dtype)
 
     def small_group_rows(self, spec: WeightSpec) -> int:
-        return 0 if why_unavailable() else COMPILED_MAX_ROWS
+        return 0 if why_unavailable() else compiled_max_rows()
 
     def run_small_groups(
         self, x: Tensor, groups: Sequence[RowRange], stack: Packed, spec: WeightSpec, shared: int

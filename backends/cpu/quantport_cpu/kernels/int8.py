@@ -22,24 +22,20 @@ from quantport_cpu.features import usable_features
 from quantport_cpu.jit import why_unavailable
 from quantport_cpu.jit.jobs import PER_TOKEN, Job
 from quantport_cpu.kernels.base import (
-    COMPILED_MAX_ROWS,
     TINY,
     CpuGrouped,
     RowRange,
+    compiled_max_rows,
     has_bf16_dots,
-    has_fast_dots,
     jobs_and_weights,
     multiply_by_panels,
     scales_by_row,
     select_weights,
-    split_rows,
 )
 
 # Up to so many rows:
 _MATRIX_VECTOR_ROWS = 3  # a matrix-vector call for each row beats one matmul
-_COMPILED_ROWS = 8  # the compiled kernel is fastest
-_COMPILED_ROWS_WITHOUT_INT_MM = 32  # it is, a few rows at a time, where the next best is fp32 panels
-_ATEN_ROWS = 16  # ATen's W8A16 kernel beats three int8 matmuls
+_ROWS_BEFORE_INT_MM = 16  # the compiled kernel, or ATen's, beats three int8 matmuls
 _MAX_INT_MM_COLUMNS = 2**17 - 1  # 128 * 128 * that is below 2**31
 _DIGIT_ZERO = 0x808080  # 128 in each of three base-256 digits
 # The largest magnitude of a row as an integer; the margin keeps the rounding inside three digits.
@@ -62,16 +58,16 @@ def int_mm_is_exact_and_fast() -> bool:
 
 def matmul(q: Tensor, weight: Tensor) -> Tensor:
     """fp32 ``q @ weight.T`` for int8 ``[M, K]`` and ``[N, K]``: products are exact, and so are int32 sums."""
-    if not can_int_mm(weight):
+    if not can_int_mm(weight.shape[1]):
         return matmul_by_panels(q.float(), weight)
     if 1 < q.shape[0] <= _MATRIX_VECTOR_ROWS:
         return torch.cat([torch._int_mm(row, weight.t()) for row in q.split(1)]).float()
     return torch._int_mm(q, weight.t()).float()
 
 
-def can_int_mm(weight: Tensor) -> bool:
-    """Whether to use ``torch._int_mm``, which misreads the strides of a weight with a single column."""
-    return 1 < weight.shape[1] <= _MAX_INT_MM_COLUMNS and int_mm_is_exact_and_fast()
+def can_int_mm(k: int) -> bool:
+    """Whether to use ``torch._int_mm`` for K columns; it misreads the strides of a single one."""
+    return 1 < k <= _MAX_INT_MM_COLUMNS and int_mm_is_exact_and_fast()
 
 
 def matmul_by_panels(x: Tensor, weight: Tensor) -> Tensor:
@@ -166,15 +162,22 @@ class CpuInt8WeightOnly(_Int8):
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
         weight, channel = packed
         # for other K, ATen reads past the end
-        is_for_aten = x.shape[0] <= _ATEN_ROWS and x.dtype is torch.bfloat16 and spec.k % 16 == 0
-        y = self._small_batch(x, weight)
-        if y is None:
-            y = self._by_aten(x, weight) if is_for_aten else self._large_batch(x, weight)
+        is_for_aten = x.shape[0] <= _ROWS_BEFORE_INT_MM and x.dtype is torch.bfloat16 and spec.k % 16 == 0
+        if 0 < x.shape[0] <= self.small_group_rows(spec):
+            from quantport_cpu.jit import grouped_small_batch
+
+            y = grouped_small_batch.int8(x, [Job(0, x.shape[0], 0, 0)], [weight], spec.n)
+        elif is_for_aten:
+            y = self._by_aten(x, weight)
+        else:
+            y = self._large_batch(x, weight)
         y = y.mul_(channel.view(-1))
         return (y if bias is None else y.add_(bias)).to(x.dtype)
 
     def small_group_rows(self, spec: WeightSpec) -> int:
-        return 0 if why_unavailable() else COMPILED_MAX_ROWS if has_fast_dots() else _COMPILED_ROWS
+        if why_unavailable():
+            return 0
+        return _ROWS_BEFORE_INT_MM if self._splits_into_digits(spec.k) else compiled_max_rows()
 
     def run_small_groups(
         self, x: Tensor, groups: Sequence[RowRange], stack: Packed, spec: WeightSpec, shared: int
@@ -186,14 +189,10 @@ class CpuInt8WeightOnly(_Int8):
         y = grouped_small_batch.int8(x, jobs, codes, shared * spec.n)
         return y.mul_(scales_by_row(stack[1], weights, groups, spec.n))
 
-    def _small_batch(self, x: Tensor, weight: Tensor) -> Tensor | None:
-        """fp32 ``x @ weight.T`` by the compiled kernel, or None where it is not the fastest or not there."""
-        most = _COMPILED_ROWS if int_mm_is_exact_and_fast() else _COMPILED_ROWS_WITHOUT_INT_MM
-        if why_unavailable() or not 0 < x.shape[0] <= most:
-            return None
-        from quantport_cpu.jit import small_batch
-
-        return split_rows(x, lambda part: small_batch.int8(part, weight))
+    @staticmethod
+    def _splits_into_digits(k: int) -> bool:
+        """Whether many rows go through three int8 matmuls, and not through bf16."""
+        return not has_bf16_dots() and can_int_mm(k)
 
     def _by_aten(self, x: Tensor, weight: Tensor) -> Tensor:
         """Without scales: ATen's are bf16, which would round them, so that it gets ones."""
@@ -201,7 +200,7 @@ class CpuInt8WeightOnly(_Int8):
         return y.float()
 
     def _large_batch(self, x: Tensor, weight: Tensor) -> Tensor:
-        if not can_int_mm(weight) or (x.dtype is torch.bfloat16 and has_bf16_dots()):
+        if not self._splits_into_digits(weight.shape[1]):
             return matmul_by_panels(x, weight)
         (m, k), x = x.shape, x.float()
         scale = x.abs().amax(-1, keepdim=True).div_(_FULL_SCALE).clamp_min_(TINY)
