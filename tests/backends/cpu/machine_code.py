@@ -42,7 +42,15 @@ from quantport_cpu.jit.parallel_for import Kernel
 from quantport_cpu.jit.target import host_target
 
 BRANCH = re.compile(r"j[a-z]+\s|b\.[a-z]+\s|cbn?z\s|tbn?z\s|b\s")
-MULTIPLY = re.compile(r"vpdpbusd|vpmadd|vfn?madd\d+ps|tdpbssd|fmla|smlal|smull|mul\s+v|sdot")
+# instructions that multiply vectors, and the bits of one of the products that they add
+MULTIPLY = {"vpdpbusd": 8, "vpmaddwd": 16, "vpmaddubsw": 8, "sdot": 8, "fmla": 32, "smull": 32, "smlal": 32}
+MULTIPLY |= {
+    f"vf{sign}m{how}{order}ps": 32
+    for sign in ("", "n")
+    for how in ("add", "sub")
+    for order in (132, 213, 231)
+}
+TILE_PRODUCTS = 16 * 16 * 64  # of tdpbssd
 SPILL = re.compile(
     r"^v?mov[a-z0-9]*\s.*\(%r[sb]p.*%[xyz]mm|%[xyz]mm.*\(%r[sb]p|^(?:str|ldr|stp|ldp)\s+q.*\[(?:sp|x29)"
 )
@@ -109,9 +117,18 @@ def instructions(native: str) -> list[str]:
     return [line for line in lines if line and (line.endswith(":") or not line.startswith("."))]
 
 
+def products(code: str) -> int:
+    """How many products an instruction adds to sums."""
+    name = code.split()[0]
+    if name == "tdpbssd":
+        return TILE_PRODUCTS
+    bits = 512 if "%zmm" in code else 256 if "%ymm" in code else 128
+    return bits // MULTIPLY[name] if name in MULTIPLY else 0
+
+
 def inner_loops(native: str) -> Iterator[dict[str, int]]:
-    """The loops without branches that multiply vectors: how many instructions they have, how many of them
-    multiply, and how many move a vector to or from the stack.
+    """The loops without branches that multiply vectors: their instructions, the products that they add, and
+    how many of the instructions move a vector to or from the stack.
     """
     block: list[str] = []
     label = ""
@@ -122,11 +139,10 @@ def inner_loops(native: str) -> Iterator[dict[str, int]]:
         block.append(line.removeprefix("{vex}").strip())
         if not BRANCH.match(line):
             continue
-        if line.split()[-1] == label:
-            multiplies = sum(bool(MULTIPLY.match(code)) for code in block)
+        count = sum(map(products, block))
+        if line.split()[-1] == label and count:
             spills = sum(bool(SPILL.search(code)) for code in block)
-            if multiplies:
-                yield {"instructions": len(block), "multiplies": multiplies, "spills": spills}
+            yield {"instructions": len(block), "products": count, "spills": spills}
         block, label = [], ""
 
 
