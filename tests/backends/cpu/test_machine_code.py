@@ -57,6 +57,11 @@ def check(processor: str, found: dict[str, dict]) -> None:
     counts = [tiles.get(name, 0) for name in ("tdpbssd", "tileloadd")]
     assert counts == ([4 + 2 + 2 + 1, 4 + 3 + 3 + 2] if "amx" in features else [0, 0])
     multiply = "fmla" if processor == "arm" else "vfmadd231ps"
+    for kernel in ("gemm_int8", "gemv_bf16", "gemv_bytes.fp8", "gemv_bytes.int8"):
+        loops = found[kernel]["loops"]
+        # every size of a tile; where 16 registers are just enough, LLVM may keep a constant on the stack
+        assert len(loops) >= 3, kernel
+        assert all(loop["spills"] <= 2 for loop in loops), (kernel, loops)
     for kernel, code in found.items():
         assert set(code["calls"]) <= CALLABLE, kernel
         assert not foreign & set(code["instructions"]), kernel

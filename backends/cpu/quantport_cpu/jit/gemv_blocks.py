@@ -14,11 +14,12 @@ from numba.core import types
 
 from quantport.backend import once
 from quantport_cpu.jit.elements import ELEMENTS, NUMBERS, element_of
-from quantport_cpu.jit.gemv_bytes import PREFETCH_AHEAD, TILE_ROWS, e4m3_to_fp16, output_addresses
+from quantport_cpu.jit.gemv_bytes import LANES, PREFETCH_AHEAD, e4m3_to_fp16, output_addresses
 from quantport_cpu.jit.parallel_for import Kernel, block_count, next_block
 from quantport_cpu.jit.scalars import words
 from quantport_cpu.jit.simd import F16, F32, I8, I16, I32, I64, Simd, Value, cgutils, inline
 
+TILE_ROWS = 2 if LANES == 16 else 1  # weight rows of a tile: its sums are vectors of 16
 STEP = 32  # weights of one row in one step
 OUTER = 512  # columns of an outer scale
 FP32, BF16 = 0, -1  # in place of a number of rows: the weights are written as such
@@ -95,7 +96,7 @@ def tile(
     n_group: int,
     n_m: int,
 ) -> None:
-    """Two weight rows times ``n_m`` rows of x. ``w_stride`` 0 repeats the row."""
+    """``TILE_ROWS`` weight rows times ``n_m`` rows of x. ``w_stride`` 0 repeats the row."""
     values = simd.load(F32, 16, table)
     sums = simd.variables(simd.splat(0.0, 16, F32), TILE_ROWS * n_m)
     rows = [simd.at(w, simd.b.mul(w_stride, I64(r))) for r in range(TILE_ROWS)]
@@ -113,7 +114,7 @@ def tile(
                     total = sums[r * n_m + m]
                     xs = simd.load(F32, 16, simd.at(row, 64 * i))
                     simd.b.store(simd.intrinsic("fma", weights[i], xs, simd.b.load(total)), total)
-    for r, m, address in output_addresses(simd, out, out_stride, w_stride, n_m):
+    for r, m, address in output_addresses(simd, out, out_stride, w_stride, TILE_ROWS, n_m):
         simd.store(simd.reduce_lanes(simd.b.load(sums[r * n_m + m])), address)
 
 
@@ -153,7 +154,7 @@ def _body(n_format: int, n_kind: int, n_group: int, bits: int) -> Any:
             block = next_block(frame)
             if block >= block_count(frame):
                 break
-            for row in range(block * span, min(n, block * span + span), 1 if m <= 0 else 2):
+            for row in range(block * span, min(n, block * span + span), 1 if m <= 0 else TILE_ROWS):
                 here, s, o = w + row * stride, scale + row * scale_stride, outer + row * outer_stride
                 step = stride if row + 1 < n else 0
                 s_step, o_step = (scale_stride, outer_stride) if row + 1 < n else (0, 0)

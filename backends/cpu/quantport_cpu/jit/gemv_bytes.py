@@ -38,13 +38,13 @@ def e4m3_to_fp16(simd: Simd, address: Value) -> Value:
 
 
 def output_addresses(
-    simd: Simd, out: Value, out_stride: Value, w_stride: Value, n_m: int
+    simd: Simd, out: Value, out_stride: Value, w_stride: Value, n_rows: int, n_m: int
 ) -> Iterator[tuple[int, int, Value]]:
     """Where a tile stores the product of weight row r and row m of x: ``(r, m, address)`` of each.
 
     Where ``w_stride`` is 0 the weight rows are the same one, and so are their columns.
     """
-    for r in range(TILE_ROWS):
+    for r in range(n_rows):
         column = simd.b.select(simd.b.icmp_signed("==", w_stride, I64(0)), I64(0), I64(4 * r))
         for m in range(n_m):
             yield r, m, simd.at(simd.at(out, column), simd.b.mul(out_stride, I64(m)))
@@ -125,7 +125,7 @@ def tile(
         for total, parts in zip(totals, sums, strict=True):
             value = simd.sum([simd.b.load(part) for part in parts])
             simd.b.store(simd.intrinsic("fma", value, simd.splat(factor, LANES), simd.b.load(total)), total)
-    for r, m, address in output_addresses(simd, out, out_stride, w_stride, n_m):
+    for r, m, address in output_addresses(simd, out, out_stride, w_stride, TILE_ROWS, n_m):
         simd.store(simd.reduce_lanes(simd.b.load(totals[r * n_m + m])), address)
 
 
