@@ -169,7 +169,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     dense = [torch.randn(N, K).mul_(0.02).bfloat16() for _ in range(COLD // (2 * N * K))]
-    schemes = [s for s in default_registry().schemes if s != "bf16"]
+    known = default_registry().schemes
+    schemes = [s for s in known if s != "bf16"] + [f"{s}:a8" for s in known if "a8" in known[s].options]
     tested = {name: ours(name, dense) for name in [*schemes, "bf16"]}
     others = {} if args.no_peers else peers(dense)
     buffer = torch.ones(COLD // 4)

@@ -204,7 +204,9 @@ def kernels_of(kind: str) -> str:
     """The kernels of a room, from their own words."""
     rows = []
     for kernel in default_registry().kernels(kind):
-        serves = [f"`{s.name}`" for s in default_registry().schemes.values() if kernel.serves(s)]
+        known = default_registry().schemes.values()
+        asked = [s for s in known if kernel.serves(s)] or [s.option(o) for s in known for o in s.options]
+        serves = [f"`{s.name}`" for s in asked if kernel.serves(s)]
         said = (inspect.getdoc(type(kernel)) or "").partition("\n\n")[0].replace("\n", " ")
         every = len(serves) == len(default_registry().schemes) - 1
         rows.append(

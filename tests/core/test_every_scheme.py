@@ -16,6 +16,8 @@ SCHEMES = [s.name for s in BUILTIN.values() if s.weight.format != "bf16"] + [
     "nf4:double",
     "mxfp4:floor",
     "mxfp4:hadamard",
+    "q4_k:a8",
+    "q8_0:a8",
 ]
 
 

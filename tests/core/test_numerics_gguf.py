@@ -1,4 +1,6 @@
-"""GGUF blocks against gguf-py, ggml's own Python: bytes of q4_0 and q8_0, values of every type."""
+"""GGUF blocks against gguf-py, ggml's own Python: bytes of q4_0 and q8_0, values of every type. Of q8_k it
+knows the size alone: its bytes are those of plain loops.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,10 @@ from quantport import numerics
 from quantport.errors import WeightError
 from quantport.numerics import gguf
 from quantport.scheme.catalog import BUILTIN
+from quantport.scheme.formats import FORMATS
 from quantport.scheme.scheme import GGUF_BYTES
 
-NAMES = tuple(GGUF_BYTES)
+NAMES = tuple(name for name in GGUF_BYTES if name in BUILTIN)
 # offsets of fp16 numbers
 HALVES = {
     "q4_0": (0,),
@@ -42,10 +45,47 @@ def same(found: Tensor, expected: np.ndarray) -> None:
     assert not wrong.any(), f"{wrong.sum()} of {wrong.size}"
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", GGUF_BYTES)
 def test_layout_is_that_of_ggml(name):
-    sizes = peer("gguf").GGML_QUANT_SIZES[kind(name)]
-    assert sizes == (BUILTIN[name].weight.element.block, GGUF_BYTES[name])
+    assert peer("gguf").GGML_QUANT_SIZES[kind(name)] == (FORMATS[name].block, GGUF_BYTES[name])
+
+
+def q8_k(row: np.ndarray) -> bytes:
+    """One block of 256 fp32, number by number."""
+    largest = np.float32(0)
+    for x in row:
+        if abs(x) > abs(largest):
+            largest = x
+    inverse = np.float32(-127) / largest if largest else np.float32(0)
+    if not np.isfinite(inverse):
+        inverse = np.float32(0)
+    codes = np.array([np.rint(x * inverse) for x in row]).astype(np.int8)
+    d = np.float32(1) / inverse if inverse else np.float32(0)
+    sums = codes.reshape(16, 16).sum(1, dtype=np.int16)
+    return np.float32(d).tobytes() + codes.tobytes() + sums.tobytes()
+
+
+@np.errstate(all="ignore")
+def test_bytes_of_q8_k():
+    """Ties to even; the first of two largest gives the sign; zeros; blocks too small for an inverse."""
+    steps = torch.arange(-128, 128) / 2
+    tops = (127.0, -127.0, 1.0, 3e38, 2.0**-100, 4e-37, 3e-37, 2.0**-149, 0.0, -0.0)
+    x = torch.stack([(steps / 63.5).clamp(-1, 1) * top for top in tops])
+    x = torch.cat((x, x.flip(1), x.abs(), normal(64, 256), normal(64, 256, spread=4)))
+    expected = np.frombuffer(b"".join(map(q8_k, x.numpy())), np.uint8)
+    found = gguf.quantize(x, FORMATS["q8_k"])
+    assert torch.equal(found.flatten(), torch.from_numpy(expected.copy()))
+    d, codes = expected.reshape(-1, 292)[:, :4].copy().view(np.float32), expected.reshape(-1, 292)[:, 4:260]
+    same(gguf.dequantize(found, FORMATS["q8_k"], 256), d * codes.view(np.int8).astype(np.float32))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_nan_or_an_inf_shows_in_the_output_of_its_token(name, bad):
+    scheme, x = BUILTIN[f"{name}:a8"], normal(3, 300)
+    x[1, 290] = bad
+    y = numerics.linear(x, numerics.quantize_weight(normal(4, 300), scheme), scheme)
+    assert y.isfinite().all(1).tolist() == [True, False, True]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -39,13 +41,36 @@ def test_an_alias_takes_options_and_they_add_up():
         ("mxfp4:even", "floor"),
         ("nf4:double:double", "hadamard"),
         ("mxfp9:floor", "mxfp"),
-        ("q4_k:hadamard", "no options"),
+        ("q4_k:hadamard", "a8"),
+        ("q4_k:a8:a8", "no options"),
+        ("int8:a8", "no options"),
+        ("int4_weight_only:a8", "hadamard"),
         ("mxfp4:", "floor"),
     ],
 )
 def test_a_wrong_option_is_told_what_works(asked, suggestion):
     with pytest.raises(ConfigError, match=suggestion):
         BUILTIN[asked]
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "activations"),
+    [
+        ("q4_0", "W4A8", "q8_0 per 1x32"),
+        ("q8_0", "W8A8", "q8_0 per 1x32"),
+        ("q4_k", "W4A8", "q8_k per 1x256"),
+        ("q5_k", "W5A8", "q8_k per 1x256"),
+        ("q6_k", "W6A8", "q8_k per 1x256"),
+    ],
+)
+def test_a8_changes_the_activations_and_no_stored_byte(name, precision, activations):
+    scheme = BUILTIN[f"{name}:a8"]
+    assert (scheme.precision, scheme.activations) == (precision, activations)
+    assert (scheme.weight, scheme.weight_only.activation) == (BUILTIN[name].weight, None)
+    layer = nn.Sequential(nn.Linear(300, 48)).bfloat16()
+    quantport.quantize_(layer, scheme.name, fallback="reference")
+    (told,) = json.loads(layer.quantport_plan.to_json())["layers"]
+    assert (told["asked"], told["precision"], told["activations"]) == (scheme.name, precision, activations)
 
 
 def test_a_rotated_layer_computes_what_its_weight_says():

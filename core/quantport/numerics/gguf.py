@@ -1,8 +1,8 @@
-"""GGUF block types as weight formats: q4_0, q8_0, q4_k, q5_k, q6_k.
+"""GGUF block types of weights, q4_0, q8_0, q4_k, q5_k, q6_k, and of activations, q8_0 and q8_k.
 
 Layouts: ggml ``ggml-common.h``. A weight ``[n, k]`` is stored as uint8 ``[n, ceil(k / block) * bytes]``; a
-short last block is filled with zeros (a GGUF file itself wants k to be a multiple of the block). q4_0 and
-q8_0 are quantized as ggml's reference does, byte for byte; any filling of the K types is valid, and
+short last block is filled with zeros (a GGUF file itself wants k to be a multiple of the block). q4_0, q8_0
+and q8_k are quantized as ggml's reference does, byte for byte; any filling of the other K types is valid, and
 ``kquants`` fills them by least squares.
 """
 
@@ -42,10 +42,12 @@ def dequantize(blocks: Tensor, element: Format, k: int) -> Tensor:
 
 
 def scales(blocks: Tensor, element: Format) -> Tensor:
-    """The fp16 scale of every block ``[r, 1]``, of q4_k and q5_k that of its offsets too ``[r, 2]``, as
-    fp32; NaN or Inf where the weight held one.
+    """The scale of every block ``[r, 1]``, of q4_k and q5_k that of its offsets too ``[r, 2]``, as fp32;
+    NaN or Inf where the weight held one.
     """
     flat = blocks.reshape(-1, GGUF_BYTES[element.name])
+    if element.name == "q8_k":
+        return kquants.q8_k_scales(flat)
     start, end = {"q6_k": (208, 210), "q4_k": (0, 4), "q5_k": (0, 4)}.get(element.name, (0, 2))
     return kquants.halves(flat[:, start:end])
 
@@ -87,6 +89,7 @@ _QUANTIZE = {
     "q4_k": kquants.quantize_q4_k,
     "q5_k": kquants.quantize_q5_k,
     "q6_k": kquants.quantize_q6_k,
+    "q8_k": kquants.quantize_q8_k,
 }
 _DEQUANTIZE = {
     "q4_0": _dequantize_q4_0,
@@ -94,4 +97,5 @@ _DEQUANTIZE = {
     "q4_k": kquants.dequantize_q4_k,
     "q5_k": kquants.dequantize_q5_k,
     "q6_k": kquants.dequantize_q6_k,
+    "q8_k": kquants.dequantize_q8_k,
 }

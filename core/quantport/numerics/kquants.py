@@ -1,7 +1,8 @@
 """The K block types of GGUF: 256 elements in sub-blocks, whose scales are quantized once more.
 
-Layouts: ggml ``ggml-common.h`` (``block_q4_K``, ``block_q5_K``, ``block_q6_K``). Sub-block scales and offsets
-come from a search for least squared error; codes are computed last, with every scale as stored.
+Layouts: ggml ``ggml-common.h`` (``block_q4_K``, ``block_q5_K``, ``block_q6_K``, ``block_q8_K``). Sub-block
+scales and offsets come from a search for least squared error; codes are computed last, with every scale as
+stored. q8_k is for activations: one scale, and the rounding of ggml's ``quantize_row_q8_K_ref``.
 """
 
 from __future__ import annotations
@@ -142,3 +143,28 @@ def dequantize_q6_k(blocks: Tensor) -> Tensor:
     sc = blocks[:, 192:208].contiguous().view(torch.int8).float()
     value = (q.float() - 32).view(-1, 16, 16) * (halves(blocks[:, 208:]) * sc).unsqueeze(-1)
     return value.view(-1, 256)
+
+
+def quantize_q8_k(x: Tensor) -> Tensor:
+    """``[r, 256]`` to ``[r, 292]``: fp32 d, codes, their sums over 16. The first largest becomes code -127.
+
+    A block so small that -127 over its largest overflows is zeros, as one of zeros is.
+    """
+    extreme = x.gather(1, x.abs().argmax(1, keepdim=True))
+    inverse = torch.full_like(extreme, -127) / extreme
+    inverse = torch.where(torch.isfinite(inverse), inverse, 0.0)
+    d = _divide(torch.ones_like(inverse), inverse)
+    d = torch.where(torch.isfinite(x).all(1, keepdim=True), d, torch.nan)
+    q = (x * inverse).round_().to(torch.int8)
+    sums = q.view(-1, 16, 16).sum(-1, dtype=torch.int16)
+    return torch.cat([part.view(torch.uint8) for part in (d, q, sums)], 1)
+
+
+def dequantize_q8_k(blocks: Tensor) -> Tensor:
+    """The inverse: ``[r, 292]`` to fp32 ``[r, 256]``."""
+    return q8_k_scales(blocks) * blocks[:, 4:260].contiguous().view(torch.int8).float()
+
+
+def q8_k_scales(blocks: Tensor) -> Tensor:
+    """d of every block: fp32 ``[r, 1]``."""
+    return blocks[:, :4].contiguous().view(torch.float32)

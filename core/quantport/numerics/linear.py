@@ -174,5 +174,7 @@ def quantized_values(x: Tensor, quant: Quant | None) -> Tensor:
     """What is left of activations ``[M, K]`` after quantization: fp32; x itself where there is none."""
     if quant is None:
         return x
+    if quant.element.block:
+        return gguf.dequantize(gguf.quantize(x, quant.element), quant.element, x.shape[1])
     blocks = quantize_blocks(x, quant)
     return dequantize(blocks.codes, blocks.scale, quant, zero=blocks.zero, outer=blocks.outer)

@@ -253,7 +253,7 @@ def _tables() -> tuple[Scheme, ...]:
                 name,
                 Quant(name, (1, FORMATS[name].block)),
                 None,
-                f"GGUF {name.upper()} weights; 16-bit activations",
+                f"GGUF {name.upper()} weights; 16-bit activations, int8 with a8",
                 aliases,
             )
             for name, aliases in (

@@ -73,6 +73,7 @@ Q8_0 = Format("q8_0", 8, torch.uint8, -127, 127, block=32)
 Q4_K = Format("q4_k", 4, torch.uint8, 0, 15, block=256)
 Q5_K = Format("q5_k", 5, torch.uint8, 0, 31, block=256)
 Q6_K = Format("q6_k", 6, torch.uint8, -32, 31, block=256)
+Q8_K = Format("q8_k", 8, torch.uint8, -127, 127, block=256)
 
 FORMATS = {
     f.name: f
@@ -97,5 +98,6 @@ FORMATS = {
         Q4_K,
         Q5_K,
         Q6_K,
+        Q8_K,
     )
 }

@@ -57,8 +57,10 @@ class Quant:
     @property
     def unit(self) -> str:
         """What a matrix unit must multiply to run it natively: the element format, or the block format
-        (``mxfp4``, ``nvfp4``).
+        (``mxfp4``, ``nvfp4``); ``int8`` for the codes of GGUF blocks.
         """
+        if self.element.block:
+            return "int8"
         blocks = {E8M0.name: f"mxfp{self.element.bits}", "e4m3fn": "nvfp4"}
         return blocks.get(self.scale, self.format)
 

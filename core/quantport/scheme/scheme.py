@@ -14,9 +14,11 @@ from quantport.scheme.quant import RULES, SEARCHES, Quant, blocks_of
 from quantport.scheme.solver import Solver
 
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
-GGUF_BYTES = {"q4_0": 18, "q8_0": 34, "q4_k": 144, "q5_k": 176, "q6_k": 210}
+GGUF_BYTES = {"q4_0": 18, "q8_0": 34, "q4_k": 144, "q5_k": 176, "q6_k": 210, "q8_k": 292}
+# What ggml quantizes activations to, by the block of the weight. Source: ``ggml-cpu.c``, ``type_traits_cpu``.
+GGUF_ACTIVATIONS = {32: Quant("q8_0", (1, 32)), 256: Quant("q8_k", (1, 256))}
 ROTATION = 128
-OPTIONS = frozenset({*RULES, *SEARCHES, "nearest", "double", "hadamard"})  # names that no solver may take
+OPTIONS = frozenset({*RULES, *SEARCHES, "nearest", "double", "hadamard", "a8"})  # no solver may take these
 
 
 @dataclass(frozen=True)
@@ -76,10 +78,11 @@ class Scheme:
             if weight.element.bits == 4 and not weight.element.block and not self.rotation
             else ()
         )
-        return tuple(r for r in rules if r != weight.rule) + mse + double + hadamard
+        a8 = ("a8",) if weight.element.block and self.activation is None else ()
+        return tuple(r for r in rules if r != weight.rule) + mse + double + hadamard + a8
 
     def option(self, name: str) -> Scheme:
-        """The scheme with one option: another scale rule, ``mse``, ``double`` or ``hadamard``.
+        """The scheme with one option: another scale rule, ``mse``, ``double``, ``hadamard`` or ``a8``.
 
         Raises:
             ConfigError: the scheme has no such option.
@@ -90,6 +93,8 @@ class Scheme:
         weight, activation, rotation = self.weight, self.activation, self.rotation
         if name == "hadamard":
             rotation = ROTATION
+        elif name == "a8":
+            activation = GGUF_ACTIVATIONS[weight.element.block]
         elif name == "double":
             weight = replace(weight, scale_quant=True)
         else:

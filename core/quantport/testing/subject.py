@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import EntryPoint
@@ -62,6 +62,15 @@ def alone(backend: Backend) -> Registry:
     return Registry(points=(cast(EntryPoint, _Point(backend.kind, backend)),), only=())
 
 
+def with_kernels_of_their_own(schemes: Iterable[Scheme]) -> tuple[Scheme, ...]:
+    """These schemes, and those of their options that change what is multiplied, and so the kernel."""
+    return tuple(
+        some
+        for scheme in schemes
+        for some in (scheme, *(scheme.option(o) for o in scheme.options if o == "a8"))
+    )
+
+
 @dataclass(frozen=True)
 class Subject:
     """A backend under test.
@@ -79,7 +88,7 @@ class Subject:
     registry: Registry
     kind: str
     stand_in: str | None = "cpu"
-    schemes: tuple[Scheme, ...] = tuple(BUILTIN.values())
+    schemes: tuple[Scheme, ...] = with_kernels_of_their_own(BUILTIN.values())
     rows: tuple[int, ...] = cases.ROWS
     limit: float = 60.0
     record: list[Check] = field(default_factory=list, compare=False, repr=False)
@@ -100,7 +109,7 @@ class Subject:
             raise AssertionError(
                 f"no installed backend has kind {kind!r} (found: {', '.join(found.backends)}; {problems})"
             )
-        return cls(found, kind, stand_in, tuple(found.schemes.values()), limit=limit)
+        return cls(found, kind, stand_in, with_kernels_of_their_own(found.schemes.values()), limit=limit)
 
     def conclude(self, title: str, compared: int, findings: Sequence[str], notes: Sequence[str] = ()) -> None:
         """The end of every check: what was found, or what was compared.

@@ -22,6 +22,7 @@ from quantport_cpu.jit import (
     decode,
     encode,
     gemm_amx,
+    gemm_gguf,
     gemm_int8,
     gemv_bf16,
     gemv_blocks,
@@ -29,6 +30,7 @@ from quantport_cpu.jit import (
     gemv_gguf,
     gemv_int4,
     gguf,
+    gguf_rows,
     grouped_small_batch,
     int_digits,
     kquants,
@@ -52,7 +54,7 @@ MULTIPLY |= {
 }
 TILE_PRODUCTS = 16 * 16 * 64  # of tdpbssd
 SPILL = re.compile(
-    r"^v?mov[a-z0-9]*\s.*\(%r[sb]p.*%[xyz]mm|%[xyz]mm.*\(%r[sb]p|^(?:str|ldr|stp|ldp)\s+q.*\[(?:sp|x29)"
+    r"^v?mov[a-z0-9]*\s.*\(%rsp.*%[xyz]mm|%[xyz]mm.*\(%rsp|^(?:str|ldr|stp|ldp)\s+q.*\[(?:sp|x29)"
 )
 ARM = ("aarch64-linux-gnu", "generic", "+neon,+fp-armv8")
 
@@ -67,6 +69,7 @@ def kernels(whole: bool) -> Iterator[tuple[str, Kernel]]:
         "gemv_int4": gemv_int4.int4_kernel,
         "gemv_blocks.nf4": gemv_blocks.kernel("nf4", gemv_blocks.F32_SCALE, 64),
         "gemv_gguf.q4_k": gemv_gguf.kernel("q4_k"),
+        "gemm_gguf.q4_k": gemm_gguf.kernel("q4_k"),
         "block_encode.e2m1": block_encode.kernel("e2m1", 16, block_encode.E4M3, True),
         "encode": encode.kernel,
         "q4_k": kquants.kernel("q4_k"),
@@ -90,7 +93,10 @@ def kernels(whole: bool) -> Iterator[tuple[str, Kernel]]:
         "q5_k": kquants.kernel("q5_k"),
         "grouped.int4": grouped_small_batch.int4_kernel,
     }.items()
-    yield from ((f"gemv_gguf.{name}", gemv_gguf.kernel(name)) for name in gemv_gguf.NUMBERS)
+    for name, number in gemv_gguf.NUMBERS.items():
+        yield f"gemv_gguf.{name}", gemv_gguf.kernel(name)
+        yield f"gemm_gguf.{name}", gemm_gguf.kernel(name)
+        yield f"gguf_rows.{name}", gguf_rows.kernel(gemm_gguf.rows_kind(number), 2)
     for name in ("e2m1", "e3m2", "e2m3", "e4m3fn", "fp4", "nf4"):
         for scale, group in (
             (gemv_blocks.E8M0, 32),

@@ -63,6 +63,12 @@ def gguf(name: str) -> Any:
     return lambda: gguf_batch.multiply(X, stored["weight_blocks"], name)
 
 
+def gguf_int8(name: str) -> Any:
+    """A call of the kernels of one block type with int8 activations."""
+    stored = numerics.quantize_weight(W.bfloat16(), BUILTIN[name])
+    return lambda: gguf_batch.multiply_quantized(X.bfloat16(), stored["weight_blocks"], name)
+
+
 ALL_ROWS = [Job(0, 3, 0, 0)]
 
 
@@ -97,6 +103,11 @@ CALLS = {
     "gemv_gguf.q4_0": lambda: gguf("q4_0")(),
     "gemv_gguf.q5_k": lambda: gguf("q5_k")(),
     "gemv_gguf.q6_k": lambda: gguf("q6_k")(),
+    "gemm_gguf.q4_0": lambda: gguf_int8("q4_0")(),
+    "gemm_gguf.q5_k": lambda: gguf_int8("q5_k")(),
+    "gemm_gguf.q6_k": lambda: gguf_int8("q6_k")(),
+    "gguf_rows.q4_0": lambda: gguf_int8("q4_0")(),
+    "gguf_rows.q5_k": lambda: gguf_int8("q5_k")(),
     "encode": quantizer("fp8_per_block"),
     "least_squares": quantizer("int4_mse"),
     "q6_k": quantizer("q6_k"),

@@ -23,6 +23,7 @@ if not UNAVAILABLE:
     from quantport_cpu.jit import gguf_batch, grouped_small_batch, parallel_for, quantize, small_batch
     from quantport_cpu.jit.jobs import Job
 
+GGUF = sorted(name for name in GGUF_BYTES if name in BUILTIN)
 DECLINED = {"bf16", "int4_hqq"}  # the reference quantizes them
 
 
@@ -300,7 +301,7 @@ def gguf_blocks(name: str, rows: int, columns: int) -> Tensor:
     return blocks
 
 
-@pytest.mark.parametrize("name", sorted(GGUF_BYTES))
+@pytest.mark.parametrize("name", GGUF)
 def test_blocks_of_gguf_decode_to_the_values_of_the_reference(name: str) -> None:
     blocks = gguf_blocks(name, 37, 1500)
     got = torch.empty(37, gguf_batch.columns_of(blocks, name))
@@ -310,7 +311,7 @@ def test_blocks_of_gguf_decode_to_the_values_of_the_reference(name: str) -> None
 
 @pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 8, 17])
 @pytest.mark.parametrize("shape", [(1, 7), (129, 704), (520, 1024)], ids=str)
-@pytest.mark.parametrize("name", sorted(GGUF_BYTES))
+@pytest.mark.parametrize("name", GGUF)
 def test_gguf(shape: tuple[int, int], name: str, m: int) -> None:
     (n, k), element = shape, BUILTIN[name].weight.element
     blocks = gguf_blocks(name, n, k)
@@ -318,11 +319,11 @@ def test_gguf(shape: tuple[int, int], name: str, m: int) -> None:
     close(gguf_batch.multiply(x, blocks, name), x, gguf.dequantize(blocks, element, k))
 
 
-@pytest.mark.parametrize("name", [*sorted(GGUF_BYTES), "mxfp4", "nf4", "fp6", "mxfp8"])
+@pytest.mark.parametrize("name", [*GGUF, "mxfp4", "nf4", "fp6", "mxfp8"])
 def test_panels_of_bf16_are_those_of_fp32_rounded(name: str) -> None:
     n, k, scheme = 37, 512, BUILTIN[name]
     fp32, bf16 = torch.empty(n, k), torch.empty(n, k, dtype=torch.bfloat16)
-    if name in GGUF_BYTES:
+    if name in GGUF:
         blocks = gguf_blocks(name, n, k)
         for panel in (fp32, bf16):
             gguf_batch.decode(blocks, name, panel)

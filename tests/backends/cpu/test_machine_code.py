@@ -64,11 +64,26 @@ def check(processor: str, found: dict[str, dict]) -> None:
         assert all(loop["spills"] <= 2 for loop in loops), (kernel, loops)
     for kernel, code in found.items():
         assert set(code["calls"]) <= CALLABLE, kernel
-        assert not foreign & set(code["instructions"]), kernel
+        if kernel.startswith("gemm_gguf"):  # products of bytes are multiplied by scales of 16 bits
+            check_gguf(kernel.removeprefix("gemm_gguf."), processor, code)
+        else:
+            assert not foreign & set(code["instructions"]), kernel
         assert is_wide or not code["zmm"], kernel
         assert processor != "arm" or not code["foreign"], kernel
         if kernel.startswith(("gemv_b", "gemv_gguf")):
             assert multiply in code["instructions"], kernel
+
+
+# Of a loop for one row of activations: instructions for a block of one row of the weight, with AVX2.
+GGUF_BLOCK = {"q4_0": 19, "q8_0": 19, "q4_k": 84, "q5_k": 116, "q6_k": 101}
+
+
+def check_gguf(name: str, processor: str, code: dict) -> None:
+    """Products of bytes; a loop for each size of a tile, in which nothing but constants is on the stack."""
+    loops, words = code["loops"], set(code["instructions"])
+    assert processor == "arm" or {"vpmaddubsw", "vpmaddwd", "vpdpbusd"} & words, name
+    assert min(loop["instructions"] for loop in loops) <= GGUF_BLOCK[name] or processor != "avx2", name
+    assert max(loop["spills"] for loop in loops) <= 5 or processor != "avx2", name
 
 
 is_x86 = sys.platform == "linux" and os.uname().machine == "x86_64"

@@ -27,7 +27,7 @@ def _encode_q4_0(simd: Simd, x: Value, inverse: Value) -> Value:
     return simd.b.or_(low, simd.int_op("shl", high, 4))
 
 
-def _encode_q8_0(simd: Simd, x: Value, inverse: Value) -> Value:
+def encode_q8_0(simd: Simd, x: Value, inverse: Value) -> Value:
     """int8 codes; halves away from zero."""
     scaled = simd.b.fmul(x, inverse)
     size = simd.intrinsic("fabs", scaled)
@@ -63,7 +63,7 @@ def encode_block(simd: Simd, source: Value, to: Value, n_kind: int) -> None:
     stored = simd.b.bitcast(simd.b.fptrunc(d, F16), I16)
     stored = simd.b.select(simd.b.icmp_unsigned(">=", top, I32(0x7F800000)), I16(0x7E00), stored)
     simd.store(stored, to)
-    encode = _encode_q4_0 if n_kind == Q4_0 else _encode_q8_0
+    encode = _encode_q4_0 if n_kind == Q4_0 else encode_q8_0
     simd.store(encode(simd, x, simd.splat(inverse, BLOCK)), simd.at(to, 2))
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantport_cpu.jit import gemv_gguf
+from quantport_cpu.jit import gemm_gguf, gemv_gguf, gguf_rows
 from quantport_cpu.jit.memory import Array, array
 from quantport_cpu.jit.parallel_for import threads_for
+from quantport_cpu.jit.quantize_rows import scratch_bytes
 from quantport_cpu.jit.small_batch import DECODED, SPAN, empty_fp32, padded_fp32
 
 
@@ -32,6 +33,39 @@ def multiply(x: Tensor, blocks: Tensor, name: str) -> Tensor:
     values, out = padded_fp32(x, m, k), empty_fp32(x, m, n)
     _run(blocks, name, array(values, torch.float32, m, k), array(out, torch.float32, m, n), m)
     return out
+
+
+def multiply_quantized(x: Tensor, blocks: Tensor, name: str) -> Tensor:
+    """x, quantized as ggml does for this block type, times a weight in blocks of GGUF; arguments as for
+    ``multiply``.
+    """
+    m, (n, size), number = x.shape[0], blocks.shape, gemv_gguf.NUMBERS[name]
+    rows, out = quantized_rows(x, gemm_gguf.rows_kind(number)), empty_fp32(x, m, n)
+    gemm_gguf.kernel(name)(
+        -(-n // SPAN),
+        rows,
+        rows.size // m,
+        array(blocks, torch.uint8, n, size),
+        n,
+        size // gemv_gguf.BYTES[number],
+        array(out, torch.float32, m, n),
+        4 * n,
+        m,
+        SPAN,
+        threads=threads_for(n * columns_of(blocks, name)),
+    )
+    return out
+
+
+def quantized_rows(x: Tensor, kind: int) -> Array:
+    """Activations ``[M, K]``, any floating dtype, as ``gguf_rows`` writes them in one of its kinds."""
+    m, k = x.shape
+    if x.dtype is not torch.bfloat16 or not x.is_contiguous():
+        x = x.float().contiguous()
+    stride = -(-k // gguf_rows.COLUMNS[kind]) * gguf_rows.BLOCK_BYTES[kind]
+    rows, source = scratch_bytes(x, m * stride), array(x, x.dtype, m, k)
+    gguf_rows.kernel(kind, x.itemsize)(m, source, x.itemsize * k, k, rows, stride, threads=threads_for(m * k))
+    return rows
 
 
 def decode(blocks: Tensor, name: str, out: Tensor) -> Tensor:

@@ -100,15 +100,17 @@ def _dual(weight: Tensor, scheme: Scheme) -> dict[str, Tensor]:
     return stored
 
 
-def _gguf(weight: Tensor, scheme: Scheme) -> dict[str, Tensor]:
+def _gguf(weight: Tensor, scheme: Scheme) -> dict[str, Tensor] | None:
     name, stored, work = scheme.weight.format, empty_stored(weight, scheme), scratch_bytes(weight, 1024)
     (blocks_,) = _arrays(stored, weight, scheme)
     if name in gguf.BYTES:
         gguf.kernel(name)(*_source(weight), blocks_, work)
     elif name in kquants.BYTES:
         kquants.kernel(name)(*_source(weight), blocks_, trials(15 if name == "q4_k" else 31), work)
-    else:
+    elif name == "q6_k":
         q6k.kernel(*_source(weight), blocks_, work)
+    else:
+        return None
     return stored
 
 

@@ -184,9 +184,11 @@ class Simd:
         return self.dot_pairs(left, right)
 
     def dot_pairs(self, left: Value, right: Value) -> Value:
-        """As ``dot2``, for vectors of one register of the target: ``pair_bits``, or 128 bits without x86."""
-        bits = self.target.pair_bits
-        if bits:
+        """As ``dot2``, for vectors of one register of the target, of 256 bits or of ``pair_bits``; of any
+        without x86.
+        """
+        bits = 16 * left.type.count
+        if self.target.pair_bits:
             name = "llvm.x86.avx512.pmaddw.d.512" if bits == 512 else "llvm.x86.avx2.pmadd.wd"
             return self.call(name, ir.VectorType(I32, bits // 32), left, right)
         product = self.b.mul(self.widen(left, I32, signed=True), self.widen(right, I32, signed=True))
@@ -204,6 +206,13 @@ class Simd:
         even = self.dot2(self.int_op("and_", u, 255), self.int_op("ashr", self.int_op("shl", s, 8), 8))
         odd = self.dot2(self.int_op("lshr", u, 8), self.int_op("ashr", s, 8))
         return self.b.add(total, self.b.add(even, odd))
+
+    def dot_byte_pairs(self, unsigned: Value, signed: Value) -> Value:
+        """Sums of two neighbouring products u8 x s8: 32 lanes to 16 of int16, in which they must fit."""
+        if self.target.pair_bits:
+            return self.call("llvm.x86.avx2.pmadd.ub.sw", ir.VectorType(I16, 16), unsigned, signed)
+        product = self.b.mul(self.widen(unsigned, I16), self.widen(signed, I16, signed=True))
+        return self.b.add(*(self.shuffle(product, product, range(i, 32, 2)) for i in (0, 1)))
 
     def look_up(self, table: Value, index: Value) -> Value:
         """Entries of a table of 16 fp32, by the low four bits of 16 lanes of int32."""
@@ -223,6 +232,16 @@ class Simd:
         low, high = (self.call("llvm.x86.avx2.permps", table.type, table, index) for table in tables)
         is_high = self.b.icmp_signed("!=", self.int_op("and_", index, 8), self.splat(0, 8, I32))
         return self.b.select(is_high, high, low)
+
+    def in_order(self, value: Value) -> Value:
+        """The value, a register of the target, with everything that it needs computed here.
+
+        LLVM would add up a long chain in another order, and keep all of its terms, which do not fit.
+        """
+        if not self.target.pair_bits:
+            return value
+        nothing = ir.InlineAsm(ir.FunctionType(value.type, [value.type]), "", "=v,0", side_effect=True)
+        return self.b.call(nothing, [value])
 
     def variables(self, first: Value, count: int) -> list[Value]:
         """``count`` variables that start as ``first``; LLVM keeps them in registers."""

@@ -6,7 +6,7 @@ from quantport.backend import Kernel, aten
 from quantport_cpu.kernels.bf16 import CpuBf16, CpuBf16AsFp32
 from quantport_cpu.kernels.blocks import CpuBlocks
 from quantport_cpu.kernels.fp8 import CpuFp8WeightOnly
-from quantport_cpu.kernels.gguf import CpuGguf
+from quantport_cpu.kernels.gguf import CpuGguf, CpuGgufInt8
 from quantport_cpu.kernels.int4 import CpuInt4, CpuInt4Int8
 from quantport_cpu.kernels.int8 import CpuInt8, CpuInt8WeightOnly
 
@@ -20,6 +20,7 @@ def kernels() -> tuple[Kernel, ...]:
         CpuInt4Int8(),
         CpuInt4(),
         CpuBlocks(),
+        CpuGgufInt8(),
         CpuGguf(),
         CpuBf16(),
         CpuBf16AsFp32(),
