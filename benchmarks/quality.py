@@ -37,6 +37,11 @@ OPTIONS = (
     "fp4:double",
     "mxfp4_dualscale:floor",
     "mxfp4_dualscale:even",
+    "q4_0:a8",
+    "q8_0:a8",
+    "q4_k:a8",
+    "q5_k:a8",
+    "q6_k:a8",
 )
 PAIRS = (
     ("mxfp4_dualscale", "mxfp4"),

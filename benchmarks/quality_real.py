@@ -23,7 +23,7 @@ from real_model import NAME, WHEEL, prepare
 from transformers.utils import logging
 
 WINDOWS = 24
-FLATTERED = ("q4_k",)
+FLATTERED = ("q4_k", "q4_k:a8")
 """What finds again the grid that the weights were rounded to before, and so says nothing of other models."""
 RULES = {"floor", "even", "ceil", "rceil"}
 PACKAGED = ROOT / "core" / "quantport" / "scheme" / "measured_quality.json"
