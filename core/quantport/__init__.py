@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from quantport.config import QuantConfig
     from quantport.device import Device
     from quantport.errors import QuantportError
-    from quantport.kvcache import kv_cache
     from quantport.loading import load, plan, quantize_, save
+    from quantport.loading.kv_caches import kv_cache
     from quantport.planning.capability_matrix import matrix
     from quantport.plugins.registry import devices
     from quantport.scheme import Scheme
@@ -32,7 +32,7 @@ _HOMES = {
     "QuantportError": "quantport.errors",
     "Scheme": "quantport.scheme",
     "devices": "quantport.plugins.registry",
-    "kv_cache": "quantport.kvcache",
+    "kv_cache": "quantport.loading.kv_caches",
     "load": "quantport.loading",
     "matrix": "quantport.planning.capability_matrix",
     "plan": "quantport.loading",

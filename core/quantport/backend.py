@@ -34,6 +34,7 @@ from quantport.kernels.verdict import (
     Status,
     Verdict,
 )
+from quantport.kvcache.kernel import KVKernel
 from quantport.plugins.hookspecs import Backend, hookimpl
 from quantport.plugins.once import once
 from quantport.scheme import Quant, Scheme, Solver, Stats
@@ -53,6 +54,7 @@ __all__ = [
     "Evidence",
     "Format",
     "GroupedKernel",
+    "KVKernel",
     "Kernel",
     "MachineCode",
     "Measurement",

@@ -11,6 +11,7 @@ import warnings
 from importlib.metadata import EntryPoint
 
 import pytest
+import torch
 from core_fakes import FakeBackend, FakeKernel, arch, backend_plugin, device, plugin
 from core_models import DENSE
 from core_references import check_parts
@@ -153,6 +154,26 @@ def test_kernels_that_hang(good, stuck, monkeypatch):
 def test_detection_that_answers_nonsense(good, monkeypatch, found, named):
     bad = backend_plugin(monkeypatch, "zbad", FakeBackend("zbad", found=found))
     aside(good, bad, stage="detection", named=named)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "named"),
+    [
+        (lambda: sys.exit(1), "SystemExit"),
+        (lambda: "fused", "it gave 'fused'"),
+        (lambda: 1 / 0, "ZeroDivision"),
+    ],
+    ids=["exits", "text", "raises"],
+)
+def test_a_kv_kernel_that_is_none(good, monkeypatch, kernel, named):
+    backend = FakeBackend("zbad")
+    backend.kv_kernel = kernel
+    registry = Registry([good, backend_plugin(monkeypatch, "zbad", backend)])
+    with pytest.warns(RuntimeWarning, match="at KV kernel"):
+        assert registry.kv_kernel(torch.device("meta")) is None
+    assert registry._kv_kernels == {}
+    assert [(p.plugin, p.stage) for p in registry.problems] == [("zbad", "KV kernel")]
+    assert named in registry.problems[0].error
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,8 @@ from torch import nn
 import quantport
 from quantport.cli import compare
 from quantport.errors import ConfigError, QuantportError
-from quantport.kvcache import default_of
 from quantport.kvcache.layers import KVCache
+from quantport.loading.kv_caches import default_of
 
 transformers = pytest.importorskip("transformers")
 NAMES = ("fp8_e4m3", "fp8_e5m2", "int8", "int4")

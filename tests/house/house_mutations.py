@@ -442,7 +442,7 @@ COMPUTES_SOMETHING_ELSE = (
     Mutation(
         "A9",
         "a cache of fixed size is quantized",
-        "core/quantport/kvcache/default_cache.py",
+        "core/quantport/loading/kv_caches.py",
         "if passed_in is not None or made is None:",
         'if passed_in is not None or type(made).__name__ != "DynamicCache":',
         (

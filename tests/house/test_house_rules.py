@@ -89,6 +89,7 @@ DOORS = {
     "cli/app.py",
     "cli/bench_linear.py",
     "cli/doctor.py",
+    "loading/kv_caches.py",
     "loading/load_model.py",
     "loading/plan_model.py",
     "loading/quantize_model.py",

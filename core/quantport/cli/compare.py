@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from quantport.errors import ConfigError
-from quantport.kvcache import default_of
+from quantport.loading.kv_caches import default_of
 
 WINDOW = 256  # tokens: the context that perplexity is measured in
 ROUNDS = 3  # of timed generation for each model, in turns

@@ -4,6 +4,8 @@ imported on use.
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,58 +13,105 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from quantport.errors import ConfigError
-from quantport.kvcache.rows import CacheDtype, decode, encode
+from quantport.kvcache.kernel import KVKernel
+from quantport.kvcache.rows import CacheDtype, decode, encode, with_room
+from quantport.kvcache.stored_states import Stored, StoredStates
+
+FEW_TOKENS = 8  # new ones: more are a prompt, of which attention reads keys and values many times over
+Kernels = Callable[[torch.device], KVKernel | None]
 
 
 class KVLayer(DynamicLayer):  # type: ignore[misc]  # Transformers has no types
     """A layer that grows: ``keys`` and ``values`` are uint8 rows ``[batch, heads, tokens, row bytes]``.
 
-    Crop, reorder, repeat, select, offload and prefetch are inherited: they move whole rows.
+    Crop, reorder, repeat, select, offload and prefetch are inherited: they move whole rows. Quantized rows
+    have room behind them for more, into which the next ones are written.
 
     Args:
         kind: What elements become.
+        kernels: Finds what a device brings for quantized rows.
     """
 
-    def __init__(self, kind: CacheDtype) -> None:
+    def __init__(self, kind: CacheDtype, kernels: Kernels) -> None:
         super().__init__()
-        self.kind = kind
+        self.kind, self.kernels = kind, kernels
+        self._own = [(0, 0), (0, 0)]  # address and capacity of what keys and values were written into
+        self._returned: list[weakref.ref[StoredStates]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_returned": []}
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Takes shapes, dtype and device from the first states ``[batch, heads, tokens, head_dim]``."""
         self.dtype, self.device = key_states.dtype, key_states.device
         self.widths = key_states.shape[-1], value_states.shape[-1]
         self.keys, self.values = (self._empty(x) for x in (key_states, value_states))
+        quant = self.kind.quant
+        kernel = self.kernels(self.device) if quant else None
+        self.kernel = kernel if kernel and quant and kernel.serves(quant, *self.widths, self.dtype) else None
         self.is_initialized = True
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Appends, and returns all keys and values as they read back, the new ones too: chunks then make no
-        difference.
+        difference. Where the device attends to rows as they are stored, those of few new tokens are
+        ``StoredStates``.
 
         Raises:
             ConfigError: other batch size, heads, head size, dtype or device than the cache holds; nothing
                 was appended.
         """
         self._check(key_states, value_states)
-        new = encode(key_states, self.kind), encode(value_states, self.kind)
         if not self.is_initialized or self._held() != _form(key_states, value_states):
             self.lazy_initialization(key_states, value_states)
-        self._append(*new)
-        length = self.get_seq_length()
-        both = zip((self.keys, self.values), self.widths, strict=True)
-        keys, values = (decode(rows[:, :, :length], width, self.kind, self.dtype) for rows, width in both)
+        self._append(key_states.detach(), value_states.detach())
+        length, is_stored = self.get_seq_length(), 0 < key_states.shape[-2] <= FEW_TOKENS
+        keys, values = (
+            self._read(rows[:, :, :length], width, is_stored)
+            for rows, width in zip((self.keys, self.values), self.widths, strict=True)
+        )
         return keys, values
+
+    def _read(self, rows: Tensor, width: int, is_stored: bool) -> Tensor:
+        kernel = None if torch.compiler.is_compiling() else self.kernel
+        if kernel is None or not is_stored:
+            return decode(rows, width, self.kind, self.dtype)
+        states = StoredStates.make(Stored(rows, width, self.kind, kernel), self.dtype)
+        self._returned.append(weakref.ref(states))
+        return states
 
     def _empty(self, states: Tensor, tokens: int = 0) -> Tensor:
         row = self.kind.row_bytes(states.shape[-1], states.element_size())
         return torch.empty(*states.shape[:2], tokens, row, dtype=torch.uint8, device=states.device)
 
     def _append(self, keys: Tensor, values: Tensor) -> None:
-        self.keys, self.values = (
-            torch.cat((self.keys, keys), dim=-2),
-            torch.cat((self.values, values), dim=-2),
-        )
+        if self.kind.quant is None or torch.compiler.is_compiling():
+            new = encode(keys, self.kind), encode(values, self.kind)
+            self.keys, self.values = (
+                torch.cat(both, dim=-2) for both in zip((self.keys, self.values), new, strict=True)
+            )
+            return
+        start, both = self.get_seq_length(), (self.keys, self.values)
+        stop = start + keys.shape[-2]
+        buffers = [with_room(rows, own, stop) for rows, own in zip(both, self._own, strict=True)]
+        self._write((keys, values), [buffer[:, :, start:stop] for buffer in buffers], start)
+        self.keys, self.values = (buffer[:, :, :stop] for buffer in buffers)
+        self._own = [(buffer.data_ptr(), buffer.shape[2]) for buffer in buffers]
+
+    def _write(self, states: tuple[Tensor, Tensor], rows: Sequence[Tensor], start: int) -> None:
+        """Writes new rows over whatever lies there from token ``start`` on."""
+        alive = [before for before in (ref() for ref in self._returned) if before is not None]
+        for before in alive:
+            if before.shape[2] > start:
+                _ = before.dense  # read back before it is overwritten
+        self._returned = [weakref.ref(before) for before in alive if before.is_open]
+        quant = self.kind.quant
+        if self.kernel is None or quant is None or torch.compiler.is_compiling():
+            for x, to in zip(states, rows, strict=True):
+                to.copy_(encode(x, self.kind))
+        else:
+            self.kernel.encode(states, (rows[0], rows[1]), quant)
 
     def _held(self) -> dict[str, Any]:
         batch, heads = self.keys.shape[:2]
@@ -97,11 +146,12 @@ class FixedKVLayer(KVLayer):
 
     Args:
         kind: What elements become.
+        kernels: Finds what a device brings for quantized rows.
         max_length: Tokens that it holds at most; ``KVCache`` refuses more.
     """
 
-    def __init__(self, kind: CacheDtype, max_length: int) -> None:
-        super().__init__(kind)
+    def __init__(self, kind: CacheDtype, kernels: Kernels, max_length: int) -> None:
+        super().__init__(kind, kernels)
         self.max_length, self.length = max_length, 0
 
     def _empty(self, states: Tensor, tokens: int = 0) -> Tensor:
@@ -109,7 +159,8 @@ class FixedKVLayer(KVLayer):
 
     def _append(self, keys: Tensor, values: Tensor) -> None:
         stop = self.length + keys.shape[-2]
-        self.keys[:, :, self.length : stop], self.values[:, :, self.length : stop] = keys, values
+        new = [rows[:, :, self.length : stop] for rows in (self.keys, self.values)]
+        self._write((keys, values), new, self.length)
         self.length = stop
 
     def get_seq_length(self) -> int:
@@ -152,7 +203,7 @@ class KVCache(Cache):  # type: ignore[misc]  # Transformers has no types
     def nbytes(self) -> int:
         """Bytes of keys and values held now, those allocated for later included."""
         tensors = (getattr(layer, name, None) for layer in self.layers for name in ("keys", "values"))
-        return sum(t.nbytes for t in tensors if t is not None)
+        return sum(t.untyped_storage().nbytes() for t in tensors if t is not None)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any

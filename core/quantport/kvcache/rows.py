@@ -24,6 +24,7 @@ from quantport.scheme import Quant
 from quantport.scheme.formats import BF16, E4M3FN, E5M2, INT4, INT8, Format
 
 SCALE = BF16.storage
+_LEAST_ROOM = 64  # tokens
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,29 @@ def decode(rows: Tensor, width: int, dtype: CacheDtype, out: torch.dtype) -> Ten
     if out is torch.float16:  # code -128 may lie half a step beyond the largest half
         wide.clamp_(torch.finfo(out).min, torch.finfo(out).max)
     return wide.to(out)
+
+
+def with_room(rows: Tensor, own: tuple[int, int], length: int) -> Tensor:
+    """Memory ``[batch, heads, capacity, row bytes]`` that begins with rows, for ``length`` tokens at least.
+
+    It is the memory in which they lie, if that is the caller's own and has room, else a copy with room for an
+    eighth more.
+
+    Args:
+        rows: ``[batch, heads, tokens, row bytes]``.
+        own: Address and capacity of what was returned before.
+        length: Tokens.
+    """
+    batch, heads, tokens, row = rows.shape
+    address, capacity = own
+    strides = (heads * capacity * row, capacity * row, row, 1)
+    if rows.data_ptr() == address and rows.stride() == strides and length <= capacity:
+        return rows.as_strided((batch, heads, capacity, row), strides)
+    capacity = length + max(_LEAST_ROOM, length // 8) if tokens else length
+    with torch.inference_mode(False):  # what is made inside could not be written outside of it
+        longer = torch.empty(batch, heads, capacity, row, dtype=rows.dtype, device=rows.device)
+        longer[:, :, :tokens] = rows
+    return longer
 
 
 def _widen(codes: Tensor, element: Format, work: torch.dtype) -> Tensor:

@@ -14,11 +14,11 @@ from torch import nn
 from quantport.checkpoint import Recognized, unchanged
 from quantport.device import Device
 from quantport.errors import BudgetError, CheckpointError, DeviceError
-from quantport.kvcache import default_cache, kv_shape
-from quantport.kvcache.default_cache import DefaultCache
+from quantport.kvcache import kv_shape
 from quantport.loading.build_context import as_usual, collecting_later
 from quantport.loading.executor import Progress, run_tasks
 from quantport.loading.fill_model import ModelFiller, module_path
+from quantport.loading.kv_caches import DefaultCache, default_cache
 from quantport.loading.locate import Source, named, open_checkpoint
 from quantport.loading.mark_configs import mark_configs
 from quantport.loading.place_tensors import HeldDtypes, main_dtype, place_tensors
@@ -161,7 +161,7 @@ def prepared(
             layers = match_modules(layers, built, partial(module_path, names))
             _homeless(built, layers, named(path_or_id))
             _placed(layers, checkpoint)
-            cache = default_cache(built, parsed.kv_cache_dtype, parsed.kv_cache_skip_layers)
+            cache = default_cache(built, parsed.kv_cache_dtype, parsed.kv_cache_skip_layers, registry)
             decided = make_plan(
                 layers,
                 parsed,

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from quantport.errors import ConfigError
-from quantport.kvcache import default_cache
 from quantport.loading.arguments import require_module
 from quantport.loading.executor import Progress, Task, run_tasks
+from quantport.loading.kv_caches import default_cache
 from quantport.loading.mark_configs import mark_configs
 from quantport.loading.plan_model import plan, refuse_nothing, warn
 from quantport.loading.renamed import renamed
@@ -73,7 +73,7 @@ def quantize_(
     )
     refuse_nothing(decided)
     warn(decided.warnings)
-    cache = default_cache(model, decided.config.kv_cache_dtype, decided.config.kv_cache_skip_layers)
+    cache = default_cache(model, decided.config.kv_cache_dtype, decided.config.kv_cache_skip_layers, registry)
     params = own_parameters(model)
 
     def read(part: Part) -> tuple[Tensor, Callable[[], None]]:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from quantport.checkpoint import KVCacheConfig, QuantportFormat, SavedLayer, companions
 from quantport.checkpoint.shard import Fill, Stream, TensorLayout
 from quantport.errors import SaveError
-from quantport.kvcache import default_of
 from quantport.loading.arguments import require_module
+from quantport.loading.kv_caches import default_of
 from quantport.modules import QuantEmbedding, QuantExperts, QuantModule
 from quantport.planning.memory import STEP
 

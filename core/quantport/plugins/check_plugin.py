@@ -14,6 +14,7 @@ from quantport.errors import BackendError, did_you_mean, shown
 from quantport.kernels import aten
 from quantport.kernels.base import Kernel
 from quantport.kernels.grouped import GroupedKernel
+from quantport.kvcache.kernel import KVKernel
 from quantport.plugins import hookspecs
 from quantport.plugins.hookspecs import Backend
 
@@ -152,6 +153,22 @@ def memory_of(backend: Backend, device: Device) -> tuple[int | None]:
     if memory is not None and (not isinstance(memory, int) or memory < 0):
         raise BackendError(f"memory of {device}", f"it gave {shown(memory)}", "bytes, or None")
     return (memory,)
+
+
+def kv_kernel_of(backend: Backend) -> KVKernel | None:
+    """What a backend brings for the quantized KV cache.
+
+    Raises:
+        BackendError: it is something else.
+    """
+    kernel = backend.kv_kernel()
+    if kernel is not None and not isinstance(kernel, KVKernel):
+        raise BackendError(
+            f"KV kernel of {backend.kind!r}",
+            f"it gave {shown(kernel)}",
+            "a quantport.backend.KVKernel, or None",
+        )
+    return kernel
 
 
 def check_kernels(kind: str, kernels: Sequence[Kernel], owners: Mapping[str, Kernel]) -> dict[str, Kernel]:

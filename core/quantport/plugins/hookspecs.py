@@ -29,6 +29,7 @@ from torch import Tensor
 from quantport.checkpoint.format import CheckpointFormat
 from quantport.device import Arch, Device
 from quantport.kernels.base import Kernel, StoredWeight
+from quantport.kvcache.kernel import KVKernel
 from quantport.numerics.solvers import Solver
 from quantport.scheme import Scheme
 
@@ -87,6 +88,12 @@ class Backend(ABC):
         Returns:
             The tensors of ``scheme.layout(n, k)``. Scales must be NaN or Inf where the weight holds NaN or
             Inf.
+        """
+        return None
+
+    def kv_kernel(self) -> KVKernel | None:
+        """Returns what makes rows of the quantized KV cache, and attends to them as they are stored; None
+        where torch's operators do. It is asked once, when somebody first makes such a cache.
         """
         return None
 

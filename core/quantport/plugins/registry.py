@@ -20,6 +20,7 @@ from quantport.checkpoint.recognize import BUILTIN_FORMATS
 from quantport.device import Device
 from quantport.errors import BackendError, ConfigError, DeviceError, one_of
 from quantport.kernels.base import Kernel
+from quantport.kvcache.kernel import KVKernel
 from quantport.numerics.solvers import Solver
 from quantport.plugins import hookspecs
 from quantport.plugins.check_plugin import (
@@ -28,6 +29,7 @@ from quantport.plugins.check_plugin import (
     check_backend,
     check_kernels,
     commands,
+    kv_kernel_of,
     members,
     memory_of,
     named,
@@ -236,6 +238,22 @@ class Registry:
     def kernels(self, kind: str) -> tuple[Kernel, ...]:
         """The kernels of one kind of device."""
         return self._kernels.get(kind, ())
+
+    @once_property
+    def _kv_kernels(self) -> dict[str, KVKernel]:
+        out: dict[str, KVKernel] = {}
+        for kind, backend in self.backends.items():
+            call = partial(kv_kernel_of, backend)
+            found = self._try(self._names[kind], "KV kernel", answer, call, self._seconds)
+            out |= {kind: found} if found else {}
+        return out
+
+    def kv_kernel(self, device: torch.device) -> KVKernel | None:
+        """What the backend of a torch device brings for the quantized KV cache; None for nothing."""
+        try:
+            return self._kv_kernels.get(self._of_torch(device).kind)
+        except DeviceError:  # as for meta tensors
+            return None
 
     def kernel(self, name: str) -> Kernel:
         """One kernel by name.

@@ -12,6 +12,7 @@ from torch import nn
 from quantport.errors import ConfigError
 from quantport.kvcache.rows import AUTO, cache_dtype
 from quantport.kvcache.size import skipped
+from quantport.plugins.registry import Registry, default_registry
 
 _HOOK = "_prepare_cache_for_generation"  # the place where generate makes its cache
 
@@ -23,6 +24,7 @@ def kv_cache(
     skip_layers: Sequence[int] = (),
     max_length: int | None = None,
     offloading: bool = False,
+    registry: Registry | None = None,
 ) -> Any:
     """Makes an empty quantized cache for ``model.generate(..., past_key_values=cache)`` or ``model(...,
     past_key_values=cache)``.
@@ -37,6 +39,7 @@ def kv_cache(
         skip_layers: Layers that stay in 16 bits; negative ones count from the last.
         max_length: Tokens to allocate at once; more are then refused. None grows as needed.
         offloading: As in Transformers: layers wait in host memory for their turn.
+        registry: Where the backends of devices come from; by default that of the process.
 
     Returns:
         A ``transformers.Cache``: growing, croppable and reorderable, empty.
@@ -61,11 +64,11 @@ def kv_cache(
             "a decoder",
         )
     plain = caches.DynamicCache(config=config.get_text_config(decoder=True), offloading=offloading)
-    return _quantized(plain, dtype, skip_layers, max_length)
+    return _quantized(plain, dtype, skip_layers, max_length, registry or default_registry())
 
 
 def _quantized(
-    plain: Any, dtype: str | None, skip_layers: Sequence[int], max_length: int | None = None
+    plain: Any, dtype: str | None, skip_layers: Sequence[int], max_length: int | None, registry: Registry
 ) -> Any:
     """Puts quantized layers in place of the full-attention layers of a fresh DynamicCache."""
     ours = importlib.import_module("quantport.kvcache.layers")
@@ -82,12 +85,16 @@ def _quantized(
             f"nothing to quantize: {found}",
             "fewer skip_layers, or dtype 'auto'",
         )
-    layers = list(plain.layers)
+    layers, kernels = list(plain.layers), registry.kv_kernel
     for (
         i
     ) in full:  # skipped ones are ours too, in 16 bits: the same checks, and a fixed size where one is asked
         wanted = AUTO if i in skip else kind
-        layers[i] = ours.KVLayer(wanted) if max_length is None else ours.FixedKVLayer(wanted, max_length)
+        layers[i] = (
+            ours.KVLayer(wanted, kernels)
+            if max_length is None
+            else ours.FixedKVLayer(wanted, kernels, max_length)
+        )
     return ours.KVCache(layers, max_length, plain.offloading)
 
 
@@ -110,15 +117,16 @@ class DefaultCache:
         model: The model.
         dtype: As ``kv_cache_dtype``.
         skip_layers: Layers that stay in 16 bits.
+        registry: Where the backends of devices come from.
 
     Raises:
         ConfigError: what ``kv_cache`` raises, or a model that does not generate with such a cache.
     """
 
-    def __init__(self, model: nn.Module, dtype: str, skip_layers: Sequence[int]) -> None:
+    def __init__(self, model: nn.Module, dtype: str, skip_layers: Sequence[int], registry: Registry) -> None:
         # weakly: a cycle would keep a deleted model until the garbage collector runs
         self._model = weakref.ref(model)
-        self.dtype, self.skip_layers = dtype, tuple(skip_layers)
+        self.dtype, self.skip_layers, self.registry = dtype, tuple(skip_layers), registry
         self.fresh()
         if not (
             hasattr(type(model), _HOOK) and getattr(model, "_supports_default_dynamic_cache", lambda: True)()
@@ -141,7 +149,7 @@ class DefaultCache:
 
     def fresh(self) -> Any:
         """An empty cache, for a forward call without ``generate``."""
-        return kv_cache(self.model, self.dtype, skip_layers=self.skip_layers)
+        return kv_cache(self.model, self.dtype, skip_layers=self.skip_layers, registry=self.registry)
 
     def __call__(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -161,9 +169,9 @@ class DefaultCache:
             length = max(getattr(layer, "max_cache_len", 0) for layer in made.layers)
             config = self.model.config.get_text_config(decoder=True)
             plain = caches.DynamicCache(config=config, offloading=made.offloading)
-            made = _quantized(plain, self.dtype, self.skip_layers, length)
+            made = _quantized(plain, self.dtype, self.skip_layers, length, self.registry)
         elif type(made) is caches.DynamicCache:
-            made = _quantized(made, self.dtype, self.skip_layers)
+            made = _quantized(made, self.dtype, self.skip_layers, None, self.registry)
         else:
             raise ConfigError(
                 f"generate with cache_implementation={generation_config.cache_implementation!r}",
@@ -177,9 +185,13 @@ class DefaultCache:
         setattr(self.model, _HOOK, self)
 
 
-def default_cache(model: nn.Module, dtype: str | None, skip_layers: Sequence[int]) -> DefaultCache | None:
+def default_cache(
+    model: nn.Module, dtype: str | None, skip_layers: Sequence[int], registry: Registry
+) -> DefaultCache | None:
     """The default to install on a model; None for 16 bits, which need none."""
-    return None if cache_dtype(dtype).quant is None else DefaultCache(model, str(dtype), skip_layers)
+    return (
+        None if cache_dtype(dtype).quant is None else DefaultCache(model, str(dtype), skip_layers, registry)
+    )
 
 
 def default_of(model: Any) -> DefaultCache | None:
