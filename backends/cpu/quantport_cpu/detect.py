@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from quantport.backend import Arch, Backend, Device, Kernel, Scheme, StoredWeight
+from quantport.backend import Arch, Backend, Device, Kernel, KVKernel, Scheme, StoredWeight
 from quantport_cpu.capabilities import ARCHS
 from quantport_cpu.features import Features, usable_features
 from quantport_cpu.jit import is_installed, why_unavailable
@@ -54,6 +54,14 @@ class CpuBackend(Backend):
         from quantport_cpu.jit.quantize import quantize_weight
 
         return quantize_weight(weight, scheme)
+
+    def kv_kernel(self) -> KVKernel | None:
+        """The compiled kernels, where numba is installed."""
+        if why_unavailable():
+            return None
+        from quantport_cpu.jit.kv_cache import CpuKVKernel
+
+        return CpuKVKernel()
 
     def measured_with(self) -> Mapping[str, object]:
         """Whether the compiled kernels run."""

@@ -34,6 +34,8 @@ from quantport_cpu.jit import (
     grouped_small_batch,
     int_digits,
     kquants,
+    kv_attention,
+    kv_encode,
     least_squares,
     machine,
     q6k,
@@ -72,6 +74,7 @@ def kernels(whole: bool) -> Iterator[tuple[str, Kernel]]:
         "gemm_gguf.q4_k": gemm_gguf.kernel("q4_k"),
         "block_encode.e2m1": block_encode.kernel("e2m1", 16, block_encode.E4M3, True),
         "encode": encode.kernel,
+        "kv_attention.int8": kv_attention.kernel("int8", 128, 128, 4),
         "q4_k": kquants.kernel("q4_k"),
     }.items()
     if host_target().has(*gemm_amx.FEATURES):
@@ -83,6 +86,7 @@ def kernels(whole: bool) -> Iterator[tuple[str, Kernel]]:
         "decode.fp8": decode.fp8_kernel,
         "decode.int4": decode.int4_kernel(64),
         "int_digits": int_digits.kernel,
+        "kv_encode": kv_encode.kernel("e5m2", 128, 64, kv_encode.BF16),
         "repack": repack.kernel,
         "least_squares": least_squares.kernel,
         "q6_k": q6k.kernel,
@@ -93,6 +97,8 @@ def kernels(whole: bool) -> Iterator[tuple[str, Kernel]]:
         "q5_k": kquants.kernel("q5_k"),
         "grouped.int4": grouped_small_batch.int4_kernel,
     }.items()
+    for name in ("e4m3fn", "e5m2", "int4"):
+        yield from ((f"kv_attention.{name}.{t}", kv_attention.kernel(name, 80, 128, t)) for t in (1, 2, 4))
     for name, number in gemv_gguf.NUMBERS.items():
         yield f"gemv_gguf.{name}", gemv_gguf.kernel(name)
         yield f"gemm_gguf.{name}", gemm_gguf.kernel(name)

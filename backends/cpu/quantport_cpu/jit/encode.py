@@ -79,7 +79,7 @@ def _encode_e4m3(simd: Simd, q: Value, sign: Value) -> Value:
     return simd.b.or_(code, simd.int_op("and_", simd.int_op("lshr", sign, 24), 0x80))
 
 
-def _encode_integers(simd: Simd, q: Value, low: float, high: float, offset: int) -> Value:
+def encode_integers(simd: Simd, q: Value, low: float, high: float, offset: int) -> Value:
     """fp32 to integers + offset in the low bits of int32 lanes: 1.5 * 2**23 leaves no room for a fraction."""
     lanes = q.type.count
     q = simd.intrinsic("minnum", q, simd.splat(high, lanes, F32))
@@ -108,9 +108,9 @@ def encode(
         if n_kind == FP8:
             codes = simd.narrow(_encode_e4m3(simd, q, wide), I8)
         elif n_kind == INT8:
-            codes = simd.narrow(_encode_integers(simd, q, -128.0, 127.0, 0), I8)
+            codes = simd.narrow(encode_integers(simd, q, -128.0, 127.0, 0), I8)
         else:
-            nibbles = simd.narrow(simd.int_op("and_", _encode_integers(simd, q, -8.0, 7.0, 8), 15), I8)
+            nibbles = simd.narrow(simd.int_op("and_", encode_integers(simd, q, -8.0, 7.0, 8), 15), I8)
             pairs = simd.bitcast(nibbles, I16, LANES // 2)
             codes = simd.narrow(simd.b.or_(pairs, simd.int_op("lshr", pairs, 4)), I8)
         simd.store(codes, to)

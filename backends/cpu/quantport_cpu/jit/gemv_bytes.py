@@ -28,13 +28,25 @@ LANES = (host_target().pair_bits or 128) // 32  # fp32 numbers of a register
 MAX_TILE_M = 8 if LANES == 16 else 4  # rows of x of a tile: its sums fit in the registers
 
 
-def e4m3_to_fp16(simd: Simd, address: Value) -> Value:
-    """32 e4m3fn codes as fp16 of value / 256, exactly.
+def fp8_to_fp16(simd: Simd, codes: Value, exponent: int) -> Value:
+    """Codes of e4m3fn or e5m2, by their exponent bits, as fp16 of value / ``fp8_factor``, exactly.
 
-    The exponent moves from bias 7 to bias 15; subnormals need nothing more.
+    The exponent moves from bias 7 to bias 15, where it is not 15 already; subnormals need nothing more.
     """
-    wide = simd.widen(simd.load(I8, 32, address), I16, signed=True)
-    return simd.bitcast(simd.int_op("and_", simd.int_op("shl", wide, 7), ~0x4000), F16)
+    if exponent == 5:
+        return simd.bitcast(simd.int_op("shl", simd.widen(codes, I16), 8), F16)
+    wide = simd.int_op("shl", simd.widen(codes, I16, signed=True), 7)
+    return simd.bitcast(simd.int_op("and_", wide, ~0x4000), F16)
+
+
+def fp8_factor(exponent: int) -> float:
+    """What the fp16 of ``fp8_to_fp16`` are to be multiplied by; 1 for formats that are no float."""
+    return 256.0 if exponent == 4 else 1.0
+
+
+def e4m3_to_fp16(simd: Simd, address: Value) -> Value:
+    """32 e4m3fn codes as fp16 of value / 256, exactly."""
+    return fp8_to_fp16(simd, simd.load(I8, 32, address), 4)
 
 
 def output_addresses(

@@ -73,6 +73,21 @@ def array_of_rows(tensor: Tensor, dtype: torch.dtype, count: int, size: int) -> 
     return _of(tensor)
 
 
+def array_of_heads(
+    tensor: Tensor, batch: int, heads: int, tokens: int, size: int
+) -> tuple[Array, tuple[int, int]]:
+    """The memory of uint8 ``[batch, heads, tokens, size]`` where the tokens of a head lie one behind the
+    other, and the bytes from batch to batch and from head to head.
+
+    Raises:
+        BackendError: as for ``array``.
+    """
+    shape, strides = (batch, heads, tokens, size), tensor.stride()
+    if tensor.dtype is not torch.uint8 or tensor.shape != shape or strides[2:] != (size, 1):
+        raise _wrong(tensor, f"{torch.uint8} {list(shape)} with contiguous heads")
+    return _of(tensor), (strides[0], strides[1])
+
+
 def constants(values: Sequence[float]) -> Array:
     """fp32 numbers in memory that torch does not know.
 

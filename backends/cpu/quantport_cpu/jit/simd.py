@@ -150,12 +150,17 @@ class Simd:
         kind = args[0].type
         return self.call(f"llvm.{name}.v{kind.count}{_NAMES[str(kind.element)]}", kind, *args)
 
+    def larger(self, a: Value, b: Value) -> Value:
+        """The larger of two fp32 in every lane; ``b`` where one is NaN."""
+        return self.b.select(self.b.fcmp_ordered(">", a, b), a, b)
+
     def reduce_lanes(self, value: Value, op: str = "add") -> Value:
-        """All lanes reduced to one by ``add`` or ``umax``; fp32 is added by halves."""
+        """All lanes reduced to one by ``add``, ``umax``, or for fp32 ``larger``; fp32 by halves."""
         kind = value.type
         while kind.element == F32 and value.type.count > 1:
             half = value.type.count // 2
-            value = self.b.fadd(*(self.shuffle(value, value, range(i, i + half)) for i in (0, half)))
+            halves = [self.shuffle(value, value, range(i, i + half)) for i in (0, half)]
+            value = self.larger(*halves) if op == "larger" else self.b.fadd(*halves)
         if kind.element == F32:
             return self.b.extract_element(value, ir.Constant(I32, 0))
         return self.call(

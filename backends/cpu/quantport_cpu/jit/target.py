@@ -63,6 +63,11 @@ class Target(NamedTuple):
         return self.pair_bits
 
     @property
+    def accumulators(self) -> int:
+        """How many sums of 16 fp32 stay in registers, beside what is added to them."""
+        return 16 if self.has(*AVX512) else 4
+
+    @property
     def missing(self) -> str:
         """Which instruction sets kernels need and it lacks, as a sentence; '' where they run."""
         lacking = [f.upper() for f in AVX2 if self.is_x86 and not self.has(f)]
