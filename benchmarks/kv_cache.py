@@ -127,21 +127,27 @@ def steps(tokens: int) -> list[list[object]]:
         for size in (None, tokens + 1) if name != "auto" else (tokens + 1,):
             label = "BF16" if name == "auto" else f"quantport {name}"
             caches[label + (", fixed size" if size else "")] = kv_cache(config, name, max_length=size)
-    for cache in caches.values():
+    caches["FP32, fixed size"] = kv_cache(config, "auto", max_length=tokens + 1)
+    dtypes = {name: torch.float32 if name.startswith("FP32") else torch.bfloat16 for name in caches}
+    for name, cache in caches.items():
         for layer in cache.layers:
-            layer.update(*states)
+            layer.update(*states.to(dtypes[name]))
 
-    def step(layers: Sequence[Any]) -> Callable[[int], object]:
+    def step(layers: Sequence[Any], dtype: torch.dtype) -> Callable[[int], object]:
+        q, new = query.to(dtype), one.to(dtype)
+
         def call(turn: int) -> None:
             layer = layers[turn % len(layers)]
-            sdpa_attention_forward(module, query, *layer.update(one, one), None)
+            sdpa_attention_forward(module, q, *layer.update(new, new), None)
             layer.crop(-1)
 
         return call
 
     memory = torch.ones(COLD_BYTES // 8, dtype=torch.int64)
     parts = memory.split(1 << 20)
-    calls: dict[str, Callable[[int], object]] = {name: step(c.layers) for name, c in caches.items()}
+    calls: dict[str, Callable[[int], object]] = {
+        name: step(c.layers, dtypes[name]) for name, c in caches.items()
+    }
     calls["memory"] = lambda turn: parts[turn % len(parts)].max()
     with torch.no_grad():
         times = interleaved(calls, rounds=15, seconds=0.03)
