@@ -38,7 +38,14 @@ pytestmark = [
 if not jit.why_unavailable():
     import machine_code
 
-    from quantport_cpu.jit import gguf_batch, grouped_small_batch, parallel_for, quantize, small_batch
+    from quantport_cpu.jit import (
+        gguf_batch,
+        grouped_small_batch,
+        int4_batch,
+        parallel_for,
+        quantize,
+        small_batch,
+    )
     from quantport_cpu.jit.jobs import Job
     from quantport_cpu.jit.memory import Array
 
@@ -77,10 +84,14 @@ def int8_int8() -> Tensor:
     return grouped_small_batch.int8_int8(rows, ALL_ROWS, [codes], [torch.ones(64, 1)], 64)
 
 
-def int4() -> Any:
-    """A call of the int4 kernel for few rows."""
-    packed = torch.randint(0, 256, (64, 160), dtype=torch.uint8, generator=torch.Generator().manual_seed(7))
-    return lambda: small_batch.int4(X, packed, torch.randn(5, 64, 2).bfloat16(), 64)
+def int4(run: Any) -> Any:
+    """A call over an int4 weight with offsets."""
+
+    def call() -> Any:
+        stored = numerics.quantize_weight(W.bfloat16(), BUILTIN["int4_mse"])
+        return run(int4_batch.Int4(*stored.values()), int4_batch.Layout(64, True))
+
+    return call
 
 
 def quantizer(name: str) -> Any:
@@ -97,7 +108,18 @@ CALLS = {
     "decode.fp8": lambda: small_batch.decode_fp8(
         W.to(torch.float8_e4m3fn).view(torch.uint8), None, 0, torch.empty(64, 320, dtype=torch.bfloat16)
     ),
-    "gemv_int4": int4,
+    "gemm_int4.split": int4(lambda _, layout: int4_batch.split(X, layout)),
+    "gemm_int4.offsets": int4(
+        lambda weight, layout: int4_batch.multiply(int4_batch.split(X, layout), ALL_ROWS, [weight], 64)
+    ),
+    "gemm_fp32.offsets": int4(
+        lambda weight, layout: int4_batch.multiply_fp32(X, ALL_ROWS, [weight], layout, 64)
+    ),
+    "decode.int4": int4(
+        lambda weight, layout: int4_batch.decode(
+            weight, 320, layout, torch.empty(64, 320, dtype=torch.bfloat16)
+        )
+    ),
     "gemv_blocks.nf4": lambda: blocks("nf4")(),
     "gemv_blocks.e2m3.0": lambda: blocks("mxfp6_e2m3")(),
     "gemv_gguf.q4_0": lambda: gguf("q4_0")(),
@@ -116,7 +138,6 @@ CALLS = {
     "row_maxima": quantizer("nvfp4"),
     "block_encode.e2m1": quantizer("nvfp4:mse"),
     "gguf.q4_0": quantizer("q4_0"),
-    "repack": lambda: quantize.pack_int4(torch.randint(-(2**31), 2**31, (100, 40)).int(), 64, 128, 384),
 }
 
 

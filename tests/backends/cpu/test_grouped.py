@@ -21,6 +21,8 @@ CASES = [
     (fp8.CpuFp8WeightOnly(), "fp8_per_tensor"),
     (fp8.CpuFp8WeightOnly(), "fp8_per_block"),
     (int4.CpuInt4(), "int4_weight_only"),
+    (int4.CpuInt4(), "int4_mse"),
+    (int4.CpuInt4Int8(), "int4_w4a8"),
 ]
 
 

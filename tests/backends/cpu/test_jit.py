@@ -14,7 +14,6 @@ from quantport.scheme import Quant, Scheme
 from quantport.scheme.catalog import BUILTIN
 from quantport.scheme.scheme import GGUF_BYTES
 from quantport_cpu import jit
-from quantport_cpu.kernels.int4 import pack_nibbles
 
 UNAVAILABLE = jit.why_unavailable()
 pytestmark = pytest.mark.skipif(bool(UNAVAILABLE), reason=UNAVAILABLE or "numba is installed")
@@ -166,23 +165,6 @@ def test_activations_per_token(shape: tuple[int, int], dtype: torch.dtype) -> No
         assert torch.equal(raw(got), raw(want))
 
 
-@pytest.mark.parametrize("block", [64, 32])
-@pytest.mark.parametrize(
-    "shape", [(1, 1, 32), (129, 704, 128), (70, 33, 32), (256, 1024, 128), (130, 72, 8)], ids=str
-)
-def test_pack_int4(shape: tuple[int, int, int], block: int) -> None:
-    n, k, group = shape
-    words = numerics.pack_int4(torch.randint(-8, 8, (n, k), dtype=torch.int8))
-    n_pad, k_pad = math.ceil(n / block) * block, math.ceil(k / group) * group
-    nibbles = torch.zeros(n_pad, k_pad // 2, dtype=torch.uint8)
-    have = words.view(torch.uint8)[:, : k_pad // 2]
-    nibbles[:n, : have.shape[1]] = have
-    for threads in (1, 2):
-        assert torch.equal(
-            quantize.pack_int4(words, block, n_pad, k_pad, threads), pack_nibbles(nibbles, block)
-        )
-
-
 def close(got: Tensor, x: Tensor, weight: Tensor) -> None:
     want = x.double() @ weight.double().t()
     assert got.dtype is torch.float32
@@ -275,21 +257,6 @@ def test_no_sum_of_int8_overflows(weight: int) -> None:
     assert torch.equal(got, torch.full((2, 3), float(-128 * weight << 20)))
 
 
-@pytest.mark.parametrize("m", [1, 2, 3, 4, 8])
-@pytest.mark.parametrize("name", ["int4_weight_only", "int4_weight_only_g32"])
-@pytest.mark.parametrize("shape", [(64, 128), (192, 704), (576, 1000)], ids=str)
-def test_int4(shape: tuple[int, int], name: str, m: int) -> None:
-    (n, k), scheme = shape, BUILTIN[name]
-    group = scheme.weight.group_size
-    stored = numerics.quantize_weight(torch.randn(n, k).bfloat16(), scheme)
-    k_pad = math.ceil(k / max(group, 64)) * max(group, 64)
-    pairs = torch.zeros(k_pad // group, n, 2, dtype=torch.bfloat16)
-    pairs[: math.ceil(k / group), :, 0] = stored["weight_scale"].t()
-    x = torch.randn(m, k).bfloat16() + 3  # a mean: the nibbles' offset must not cost digits
-    packed = quantize.pack_int4(stored["weight_packed"], 64, n, k_pad)
-    close(small_batch.int4(x, packed, pairs, group), x, numerics.dequantize_weight(stored, scheme, k))
-
-
 def gguf_blocks(name: str, rows: int, columns: int) -> Tensor:
     """Blocks of random bytes, with finite scales."""
     element = BUILTIN[name].weight.element
@@ -354,22 +321,6 @@ def test_panels_of_fp8(shape: tuple[int, int], name: str) -> None:
         assert torch.equal(panel, want[first : first + len(panel)].bfloat16())
 
 
-@pytest.mark.parametrize("block", [64, 32])
-@pytest.mark.parametrize("name", ["int4_weight_only", "int4_weight_only_g32", "int4_mse"])
-def test_panels_of_int4(name: str, block: int) -> None:
-    n, k, scheme = 192, 384, BUILTIN[name]
-    stored, group = numerics.quantize_weight(torch.randn(n, k).bfloat16(), scheme), scheme.weight.group_size
-    pairs = torch.zeros(k // group, n, 2, dtype=torch.bfloat16)
-    pairs[..., 0] = stored["weight_scale"].t()
-    if scheme.weight.zero_point:
-        pairs[..., 1] = stored["weight_zero"].t()
-    packed = quantize.pack_int4(stored["weight_packed"], block, n, k)
-    want, panel = numerics.dequantize_weight(stored, scheme, k), torch.empty(k, 128, dtype=torch.bfloat16)
-    got = small_batch.decode_int4(packed, pairs, group, block, 64, panel).t()
-    torch.testing.assert_close(got.float(), want[64:].float(), rtol=2.0**-8, atol=2.0**-12)
-    assert scheme.weight.zero_point or torch.equal(got, want[64:].bfloat16())
-
-
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_nonfinite_activations_stay_nonfinite(bad: float) -> None:
     x = torch.ones(2, 64)
@@ -377,9 +328,6 @@ def test_nonfinite_activations_stay_nonfinite(bad: float) -> None:
     for got in (
         int8(x, torch.ones(5, 64, dtype=torch.int8)),
         fp8(x, torch.full((5, 64), 0x38, dtype=torch.uint8)),
-        small_batch.int4(
-            x, torch.full((64, 32), 0x88, dtype=torch.uint8), torch.ones(2, 64, 2, dtype=torch.bfloat16), 32
-        ),
     ):
         assert torch.equal(got[0], torch.full_like(got[0], 64.0))
         assert not torch.isfinite(got[1]).any()

@@ -12,7 +12,7 @@ from quantport.kernels.verdict import Evidence, Measurement
 from quantport.plugins.registry import default_registry
 from quantport.scheme import Quant, Scheme
 from quantport_cpu.detect import CpuBackend
-from quantport_cpu.kernels import fp8, int4, int8, kernels
+from quantport_cpu.kernels import fp8, int8, kernels
 
 SCHEMES = [s for s in default_registry().schemes if s != "bf16"]
 
@@ -20,9 +20,8 @@ SCHEMES = [s for s in default_registry().schemes if s != "bf16"]
 @pytest.fixture(params=["compiled", "torch only"])
 def routes(request, monkeypatch):
     if request.param == "torch only":
-        for module in (fp8, int4, int8):
+        for module in (fp8, int8):
             monkeypatch.setattr(module, "why_unavailable", lambda: "off")
-        monkeypatch.setattr(int4, "has_fast_dots", lambda: False)
     return request.param
 
 
@@ -108,28 +107,6 @@ def test_a_scheme_that_nobody_has_is_left_alone_or_right(routes, scheme):
 
 def bits(tensor):
     return tensor.view(torch.uint8)
-
-
-def test_packing_is_the_same_with_and_without_compiled_code(monkeypatch):
-    scheme = default_registry().schemes["int4_weight_only_g32"]
-    spec, kernel = WeightSpec(scheme, 100, 200), int4.CpuInt4()
-    if kernel.reasons_against(Request(spec, "linear", default_registry().device("cpu"))):
-        pytest.skip("needs a processor with AVX2 or AVX-512")
-    stored = numerics.quantize_weight(torch.randn(100, 200).bfloat16(), scheme)
-    first = kernel.pack(stored, spec)
-    monkeypatch.setattr(int4, "why_unavailable", lambda: "off")
-    assert all(torch.equal(a, b) for a, b in zip(first, kernel.pack(stored, spec), strict=True))
-
-
-def test_packing_is_that_of_aten():
-    block = int4.block_rows()
-    if not block:
-        pytest.skip("needs a processor with AVX2 or AVX-512")
-    codes = torch.randint(0, 16, (2 * block, 64), dtype=torch.int32)
-    nibbles = (codes[:, 0::2] | codes[:, 1::2] << 4).to(torch.uint8)
-    expected = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-    assert torch.equal(int4.pack_nibbles(nibbles, block), expected)
-    assert torch.equal(int4.unpack_nibbles(expected, block), nibbles)
 
 
 def test_speed_and_claim_come_from_the_measurements(monkeypatch):

@@ -50,14 +50,15 @@ def check(processor: str, found: dict[str, dict]) -> None:
     """The instructions of a processor, and no others."""
     _, features, wanted, foreign = PROCESSORS[processor]
     is_wide = "avx512" in features
-    assert wanted <= set(found["gemv_int4"]["instructions"])
     assert wanted <= set(found["gemm_int8"]["instructions"])
+    bytes_ = {"vpmaddubsw"} if "vpmaddwd" in wanted else set()
+    assert wanted | bytes_ <= set(found["gemm_int4"]["instructions"])
     # as often as the four sizes of a step need them: a tile that did not fit would be loaded twice
     tiles = found.get("gemm_amx", {"instructions": {}})["instructions"]
     counts = [tiles.get(name, 0) for name in ("tdpbssd", "tileloadd")]
     assert counts == ([4 + 2 + 2 + 1, 4 + 3 + 3 + 2] if "amx" in features else [0, 0])
     multiply = "fmla" if processor == "arm" else "vfmadd231ps"
-    for kernel in ("gemm_int8", "gemv_bf16", "gemv_bytes.fp8", "gemv_bytes.int8"):
+    for kernel in ("gemm_int8", "gemm_int4", "gemv_bf16", "gemv_bytes.fp8", "gemv_bytes.int8"):
         loops = found[kernel]["loops"]
         # every size of a tile; where 16 registers are just enough, LLVM may keep a constant on the stack
         assert len(loops) >= 3, kernel
@@ -73,7 +74,7 @@ def check(processor: str, found: dict[str, dict]) -> None:
         if kernel.startswith("kv_attention") and not (processor == "arm" and kernel.endswith(".1")):
             # nine products are an exponential, once for a score: its constants may lie on the stack
             assert not any(loop["spills"] for loop in code["loops"] if loop["products"] % 9), kernel
-        if kernel.startswith(("gemv_b", "gemv_gguf", "kv_attention")):
+        if kernel.startswith(("gemv_b", "gemv_gguf", "gemm_int4", "gemm_fp32", "kv_attention")):
             assert multiply in code["instructions"], kernel
 
 

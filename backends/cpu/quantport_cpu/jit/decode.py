@@ -1,4 +1,4 @@
-"""Generates the decoding of weights to bf16, for a matmul of many rows: e4m3fn, and int4 in ATen's layout."""
+"""Generates the decoding of weights to bf16, for a matmul of many rows: e4m3fn, and int4."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import Any
 from numba.core import types
 
 from quantport.backend import once
+from quantport_cpu.jit.gemm_fp32 import decode_columns
 from quantport_cpu.jit.gemv_bytes import e4m3_to_fp16
 from quantport_cpu.jit.parallel_for import Kernel, block_count, next_block
 from quantport_cpu.jit.scalars import words
-from quantport_cpu.jit.simd import F32, I8, I32, I64, Simd, Value, cgutils, inline
+from quantport_cpu.jit.simd import F32, I64, Simd, Value, cgutils, inline
 
 LANES = 16
 BYTES = 32  # e4m3fn codes of one step
@@ -61,55 +62,24 @@ def _fp8(frame):
 fp8_kernel = Kernel(_fp8)
 
 
-@inline(types.void, 7)
-def int4_block(
-    simd: Simd,
-    w: Value,
-    k: Value,
-    group: Value,
-    pairs: Value,
-    pairs_stride: Value,
-    out: Value,
-    out_stride: Value,
-    n_block: int,
-) -> None:
-    """``n_block`` channels, columns down and channels across, as bf16."""
-    half = n_block // 2
-    with cgutils.for_range_slice(simd.b, I64(0), k, group, I64) as (begin, count):
-        line = simd.at(pairs, simd.b.mul(count, pairs_stride))
-        both = [simd.load(I32, LANES, simd.at(line, 4 * i)) for i in range(0, n_block, LANES)]
-        scales = [simd.bitcast(simd.int_op("shl", v, 16), F32) for v in both]
-        zeros = [simd.bitcast(simd.int_op("and_", v, -65536), F32) for v in both]
-        eight = simd.splat(-8.0, LANES, F32)
-        lows = [simd.intrinsic("fma", s, eight, z) for s, z in zip(scales, zeros, strict=True)]
-        with cgutils.for_range_slice(simd.b, begin, simd.b.add(begin, group), I64(1), I64) as (column, _):
-            source = simd.at(w, simd.b.mul(column, I64(half)))
-            to = simd.at(out, simd.b.mul(column, out_stride))
-            wide = [simd.widen(simd.load(I8, LANES, simd.at(source, i)), I32) for i in range(0, half, LANES)]
-            codes = [simd.int_op("and_", v, 15) for v in wide] + [simd.int_op("lshr", v, 4) for v in wide]
-            for i, (code, scale, low) in enumerate(zip(codes, scales, lows, strict=True)):
-                value = simd.intrinsic("fma", simd.int_to_float(code), scale, low)
-                simd.store_bf16(value, simd.at(to, 2 * LANES * i))
-
-
-def _int4_body(n_block: int) -> Any:
-    def blocks(frame):
-        w, k, group, pairs, pairs_stride = words(frame, 2, 5)
-        out, out_stride = words(frame, 7, 2)
+def _int4_body(group: int, n_zero: int) -> Any:
+    def rows(frame):
+        w, scale, zero, k, out, stride = words(frame, 2, 6)
+        codes_stride, scale_stride = (k + 7) // 8 * 4, (k + group - 1) // group * 2
         while True:
-            block = next_block(frame)
-            if block >= block_count(frame):
+            row = next_block(frame)
+            if row >= block_count(frame):
                 break
-            here, scales = w + block * (n_block >> 1) * k, pairs + 4 * n_block * block
-            int4_block(here, k, group, scales, pairs_stride, out + 2 * n_block * block, out_stride, n_block)
+            s, z = scale + row * scale_stride, zero + row * scale_stride
+            decode_columns(w + row * codes_stride, s, z, 0, k, out + row * stride, group, n_zero, 2)
 
-    return blocks
+    return rows
 
 
 @once
-def int4_kernel(block: int) -> Kernel:
-    """The kernel for int4 in blocks of 64 channels, or of 32.
+def int4_kernel(group: int, has_zero: bool) -> Kernel:
+    """The kernel for int4 as it is stored. A block is a row.
 
-    Words: weights, k, group, pairs of scale and offset, bytes from group to group of them, out, its stride.
+    Words: weights, scales, offsets or 0, k, out, its stride.
     """
-    return Kernel(_int4_body(block))
+    return Kernel(_int4_body(group, int(has_zero)))

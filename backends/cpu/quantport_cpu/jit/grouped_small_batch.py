@@ -1,6 +1,6 @@
 """Multiplies small groups of rows, each by weights of its own, in one launch.
 
-A job is one weight with up to 8 rows: five to seven words of a table. A block is a span of output channels of
+A job is one weight with some rows: a line of a table. A block is a span of output channels of
 one job, so threads share the work of all jobs evenly, whatever the number of rows of each.
 """
 
@@ -15,16 +15,13 @@ from torch import Tensor
 from quantport.backend import BackendError, numerics
 from quantport_cpu.jit import gemm_int8, gemv_bytes
 from quantport_cpu.jit.gemv_bytes import STEP
-from quantport_cpu.jit.gemv_int4 import BLOCK, int4_rows
 from quantport_cpu.jit.jobs import PER_TOKEN, Job
 from quantport_cpu.jit.memory import Array, array, array_of_rows, table
-from quantport_cpu.jit.parallel_for import Kernel, block_count, next_block, threads_for
+from quantport_cpu.jit.parallel_for import threads_for
 from quantport_cpu.jit.quantize_rows import fp32_bits, scratch_bytes
-from quantport_cpu.jit.scalars import words
-from quantport_cpu.jit.small_batch import empty_fp32, padded_fp32, scales_of_128_blocks, split_into_digits
+from quantport_cpu.jit.small_batch import empty_fp32, padded_fp32, scales_of_128_blocks
 
 _SPAN = 32  # weight rows that a thread takes at a time; it divides the 128 rows of a block of scales
-_MAX_JOB_ROWS = 8
 HALF_RANGE = fp32_bits(PER_TOKEN.element.half_range)
 
 
@@ -188,34 +185,6 @@ def int8_int8(
     return out
 
 
-def int4(
-    x: Tensor, jobs: Sequence[Job], packed: Sequence[Tensor], pairs: Sequence[Tensor], group: int, width: int
-) -> Tensor:
-    """int4 weights in ATen's layout for blocks of 64 channels, see ``small_batch.int4``."""
-    m, n, k = x.shape[0], packed[0].shape[0], 2 * packed[0].shape[1]
-    groups, jobs = k // group, _split_jobs(jobs)
-    planes, scale, sums = split_into_digits(x, m, k, group)
-    out = empty_fp32(x, m, width)
-    to = array(out, torch.float32, m, width)
-    lines = table(
-        (
-            planes.at(3 * k * a, 3 * k * (b - a)),
-            sums.at(48 * groups * a, 48 * groups * (b - a)),
-            scale.at(4 * a, 4 * (b - a)),
-            array(packed[w], torch.uint8, n, k // 2),
-            array(pairs[w], torch.bfloat16, groups, n, 2),
-            output_part(to, width, a, b, c, n),
-            b - a,
-        )
-        for a, b, w, c in jobs
-    )
-    blocks = n // BLOCK
-    int4_kernel(
-        blocks * len(jobs), lines, blocks, n, k, group, 4 * width, threads=threads_for(n * k * len(jobs))
-    )
-    return out
-
-
 def output_part(out: Array, width: int, start: int, stop: int, column: int, n: int) -> Array:
     """Where ``n`` columns of rows ``start`` to ``stop - 1`` begin, in an fp32 result of ``width`` columns."""
     if column < 0 or column + n > width:
@@ -225,27 +194,3 @@ def output_part(out: Array, width: int, start: int, stop: int, column: int, n: i
             "columns of the result",
         )
     return out.at(4 * (start * width + column), 4 * ((stop - start - 1) * width + n))
-
-
-def _split_jobs(jobs: Sequence[Job]) -> list[Job]:
-    return [
-        Job(a, min(a + _MAX_JOB_ROWS, j.stop), j.weight, j.column)
-        for j in jobs
-        for a in range(j.start, j.stop, _MAX_JOB_ROWS)
-    ]
-
-
-def _int4(frame):
-    """Words of a job: digits of x, their sums, their scales, nibbles, scales, out, rows."""
-    table, blocks_per_job, n, k, group, out_stride = words(frame, 2, 6)
-    while True:
-        block = next_block(frame)
-        if block >= block_count(frame):
-            break
-        job, b = table + 56 * (block // blocks_per_job), block % blocks_per_job
-        x, sums, x_scale, w, pairs, out, m = words(job, 0, 7)
-        here, scales, to = w + b * 32 * k, pairs + 256 * b, out + 256 * b
-        int4_rows(x, sums, x_scale, m, here, k, group, scales, 4 * n, to, out_stride)
-
-
-int4_kernel = Kernel(_int4)

@@ -1,4 +1,4 @@
-"""Quantizes BF16 weights and activations, and repacks int4, equal byte for byte to ``quantport.numerics``."""
+"""Quantizes BF16 weights and activations, equal byte for byte to ``quantport.numerics``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from quantport.backend import Quant, Scheme, numerics
-from quantport_cpu.jit import encode, quantize_rows, repack
+from quantport_cpu.jit import encode, quantize_rows
 from quantport_cpu.jit.jobs import PER_TOKEN
 from quantport_cpu.jit.memory import array, array_of_rows
 from quantport_cpu.jit.parallel_for import threads_for
@@ -47,39 +47,6 @@ def quantize_weight(weight: Tensor, scheme: Scheme) -> dict[str, Tensor] | None:
     codes, scale = stored.values()
     _run(weight, quant, codes, scale, 1)
     return stored
-
-
-def pack_int4(words: Tensor, block: int, n_pad: int, k_pad: int, threads: int = 1) -> Tensor:
-    """Rearranges int4 words into the layout of ``_convert_weight_to_int4pack_for_cpu``.
-
-    Args:
-        words: int32 ``[n, ceil(k/8)]`` with contiguous rows: the ``weight_packed`` of a checkpoint.
-        block: Channels of one block: 64, or 32.
-        n_pad: Channels of the result, a multiple of ``block``; those from n on are zero nibbles, as are
-            columns from k on.
-        k_pad: Columns of the result, even.
-        threads: Threads to use.
-
-    Returns:
-        uint8 ``[n_pad, k_pad/2]``: for each block and column, byte j holds channel j and, high, channel ``j +
-        block/2``.
-    """
-    n, size = words.shape
-    out = torch.empty(n_pad, k_pad // 2, dtype=torch.uint8, device=words.device)
-    blocks, width = n_pad // block, min(4 * size, k_pad // 2)
-    repack.kernel(
-        blocks,
-        array_of_rows(words, torch.int32, n, size),
-        4 * words.stride(0),
-        n,
-        width,
-        array(out, torch.uint8, n_pad, k_pad // 2),
-        k_pad,
-        block // 2,
-        quantize_rows.scratch_bytes(words, 1024 * blocks),
-        threads=threads,
-    )
-    return out
 
 
 def rows_int8(x: Tensor) -> tuple[Tensor, Tensor]:

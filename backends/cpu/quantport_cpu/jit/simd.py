@@ -78,6 +78,10 @@ class Simd:
         first = self.b.insert_element(ir.Constant(vector, ir.Undefined), lane, ir.Constant(I32, 0))
         return self.shuffle(first, first, [0] * lanes)
 
+    def constant(self, lanes: Sequence[float], kind: Any) -> Value:
+        """A vector of Python numbers."""
+        return ir.Constant(ir.VectorType(kind, len(lanes)), list(lanes))
+
     def shuffle(self, a: Value, b: Value, order: Sequence[int]) -> Value:
         """Lanes of ``a`` followed by ``b``, in this order."""
         return self.b.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(order)), list(order)))
@@ -106,16 +110,25 @@ class Simd:
         wide = self.widen(self.load(I16, lanes, address), I32)
         return self.bitcast(self.int_op("shl", wide, 16), F32)
 
+    def splat_bf16(self, address: Value, lanes: int) -> Value:
+        """The bf16 at an address in every lane, as fp32."""
+        twice = self.splat(self.load(I16, 0, address), 2 * lanes)
+        return self.bitcast(self.int_op("shl", self.bitcast(twice, I32, lanes), 16), F32)
+
     def store(self, value: Value, address: Value) -> None:
         """Stores a vector or a single value."""
         self.b.store(value, self.b.inttoptr(address, ir.PointerType(value.type)), align=1)
 
     def store_bf16(self, value: Value, address: Value) -> None:
         """Stores fp32 as bf16, rounded to nearest even; they are finite."""
+        self.store(self.narrow(self.bf16_bits(value), I16), address)
+
+    def bf16_bits(self, value: Value) -> Value:
+        """The bits of finite fp32 rounded to bf16, in the low half of int32."""
         bits = self.bitcast(value, I32)
         odd = self.int_op("and_", self.int_op("lshr", bits, 16), 1)
         rounded = self.b.add(self.int_op("add", bits, 0x7FFF), odd)
-        self.store(self.narrow(self.int_op("lshr", rounded, 16), I16), address)
+        return self.int_op("lshr", rounded, 16)
 
     def widen(self, value: Value, kind: Any, signed: bool = False) -> Value:
         """Integers to wider integers."""
@@ -166,6 +179,17 @@ class Simd:
         return self.call(
             f"llvm.vector.reduce.{op}.v{kind.count}{_NAMES[str(kind.element)]}", kind.element, value
         )
+
+    def reduce_each(self, values: Sequence[Value]) -> Value:
+        """The sum of the lanes of each fp32 vector: a vector of as many lanes as there are vectors."""
+        count, whole = len(values), list(values)
+        while len(whole) > 1:
+            both = range(2 * whole[0].type.count)
+            whole = [self.shuffle(a, b, both) for a, b in zip(whole[::2], whole[1::2], strict=True)]
+        total = whole[0]
+        while total.type.count > count:
+            total = self.b.fadd(*(self.shuffle(total, total, range(i, total.type.count, 2)) for i in (0, 1)))
+        return total
 
     def in_parts(self, op: Callable[..., Value], parts: int, *vectors: Value) -> Value:
         """An operation lane by lane on vectors that are cut into 1 or 2 parts."""

@@ -11,14 +11,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from quantport.backend import BackendError, once
+from quantport.backend import once
 from quantport_cpu.jit import decode as decoding
-from quantport_cpu.jit import gemv_blocks, gemv_int4, int_digits
+from quantport_cpu.jit import gemv_blocks
 from quantport_cpu.jit.elements import ELEMENTS
 from quantport_cpu.jit.memory import Array, array, constants
 from quantport_cpu.jit.parallel_for import threads_for
 
-MAX_ROWS = 8
 _ONE = constants((1.0,))
 SPAN = 32  # weight rows that a thread takes at a time; it divides the 128 rows of a block of scales
 
@@ -30,21 +29,6 @@ def padded_fp32(x: Tensor, rows: int, columns: int) -> Tensor:
     out = empty_fp32(x, rows, columns).zero_()
     out[: x.shape[0], : x.shape[1]] = x
     return out
-
-
-def small_batch_shape(x: Tensor) -> torch.Size:
-    """The shape ``[M, K]`` of a small batch.
-
-    Raises:
-        BackendError: it has no row, or more than ``MAX_ROWS``.
-    """
-    if x.dim() != 2 or not 0 < x.shape[0] <= MAX_ROWS:
-        raise BackendError(
-            "multiply few rows by a compiled kernel",
-            f"activations {list(x.shape)}",
-            f"[M, K] with M from 1 to {MAX_ROWS}",
-        )
-    return x.shape
 
 
 def empty_fp32(x: Tensor, *shape: int) -> Tensor:
@@ -85,67 +69,6 @@ def decode_fp8(codes: Tensor, scale: Tensor | None, first: int, out: Tensor) -> 
         stride,
         first,
         array(out, torch.bfloat16, count, k),
-        threads=threads_for(out.numel()),
-    )
-    return out
-
-
-def int4(x: Tensor, packed: Tensor, pairs: Tensor, group: int) -> Tensor:
-    """int4 weights in ATen's layout for blocks of 64 channels.
-
-    Args:
-        x: ``[M, K]``, M from 1 to 8, any floating dtype.
-        packed: uint8 ``[N, K'/2]``, contiguous; N a multiple of 64, K' of ``group`` and of 64, not below K.
-        pairs: bf16 ``[K'/group, N, 2]``, contiguous: the scale, and the offset that is added.
-        group: Columns that share a scale: 32 to 256, a multiple of 8.
-
-    Returns:
-        fp32 ``[M, N]``.
-    """
-    m, n, k = small_batch_shape(x)[0], packed.shape[0], 2 * packed.shape[1]
-    rows = m + (m > 1 and m % 2)
-    planes, scale, sums = split_into_digits(x, rows, k, group)
-    out = empty_fp32(x, rows, n)
-    gemv_int4.int4_kernel(
-        n // gemv_int4.BLOCK,
-        planes,
-        sums,
-        scale,
-        array(packed, torch.uint8, n, k // 2),
-        n,
-        k,
-        group,
-        array(pairs, torch.bfloat16, k // group, n, 2),
-        4 * n,
-        array(out, torch.float32, rows, n),
-        rows,
-        threads=threads_for(n * k),
-    )
-    return out if rows == m else out[:m]
-
-
-def decode_int4(packed: Tensor, pairs: Tensor, group: int, block: int, first: int, out: Tensor) -> Tensor:
-    """Writes int4 weights in ATen's layout to ``out``, bf16 ``[K', channels]``: columns down.
-
-    Args:
-        packed: uint8 ``[N, K'/2]``, contiguous: the whole weight.
-        pairs: bf16 ``[K'/group, N, 2]``, contiguous: the scale, and the offset that is added.
-        group: Columns that share a scale.
-        block: Channels of a block of the layout: 64 or 32.
-        first: The first channel, and
-        out: the panel: multiples of ``block``.
-    """
-    (n, half_k), channels = packed.shape, out.shape[1]
-    rows, whole = packed[first : first + channels], array(pairs, torch.bfloat16, half_k * 2 // group, n, 2)
-    decoding.int4_kernel(block)(
-        channels // block,
-        array(rows, torch.uint8, channels, half_k),
-        2 * half_k,
-        group,
-        whole.at(4 * first, whole.size - 4 * first),
-        4 * n,
-        array(out, torch.bfloat16, 2 * half_k, channels),
-        2 * channels,
         threads=threads_for(out.numel()),
     )
     return out
@@ -251,27 +174,3 @@ _SCALES = {
 def _value_table(name: str) -> Array:
     """The values of a 4-bit format; zeros for others."""
     return constants(ELEMENTS[name].values or (0.0,) * 16)
-
-
-def split_into_digits(x: Tensor, rows: int, columns: int, group: int) -> tuple[Array, Array, Array]:
-    """x as integers in base-256 digits, see ``int_digits``.
-
-    Args:
-        x: ``[M, K]``, any floating dtype.
-        rows: Rows of the result, from M on.
-        columns: Columns of the result, from K on; a multiple of 64.
-        group: Columns of a group, or 0 for no sums.
-
-    Returns:
-        The digits, uint8 ``[rows, 3, columns]``; the scale of each row, fp32 ``[rows]``; and the sums of each
-        group, int32 ``[rows, columns / group, 3, 4]``.
-    """
-
-    def empty(dtype: torch.dtype, *shape: int) -> Array:
-        return array(torch.empty(shape, dtype=dtype, device=x.device), dtype, *shape)
-
-    values = array(padded_fp32(x, rows, columns), torch.float32, rows, columns)
-    planes, scale = empty(torch.uint8, rows, 3, columns), empty(torch.float32, rows)
-    sums = empty(torch.int32, rows, columns // group if group else 0, 3, 4)
-    int_digits.kernel(rows, values, columns, planes, scale, group, sums, threads=threads_for(rows * columns))
-    return planes, scale, sums

@@ -32,15 +32,7 @@ from quantport_cpu.kernels.scratch import scratch
 TINY = torch.finfo(torch.float32).tiny
 COMPILED_MAX_ROWS = 64  # up to this many rows, compiled kernels of small batches beat decoding panels
 _COMPILED_MAX_ROWS_WITH_BF16 = 32  # where the processor multiplies panels of bf16
-_SMALL_BATCH = 8  # rows that they take at a time
 PANEL_ROWS = {torch.float32: 256, torch.bfloat16: 256}  # 4 and 2 MiB at K = 4096
-
-
-def split_rows(x: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
-    """Runs a kernel of small batches over any number of rows, a small batch at a time: fp32 ``[M, N]``."""
-    if x.shape[0] <= _SMALL_BATCH:
-        return run(x)
-    return torch.cat([run(part) for part in x.split(_SMALL_BATCH)])
 
 
 def why_unavailable_on(device: Device) -> str:
@@ -48,16 +40,6 @@ def why_unavailable_on(device: Device) -> str:
     if not device.simulated:
         return why_unavailable()
     return "the compiled kernels need AVX2, or 64-bit Arm" if device.arch.name == "generic" else ""
-
-
-@cache
-def has_fast_dots() -> bool:
-    """Whether compiled kernels run here, with an instruction that sums four products of bytes."""
-    if why_unavailable():
-        return False
-    from quantport_cpu.jit.target import host_target
-
-    return host_target().dot_bits > 0
 
 
 @cache
