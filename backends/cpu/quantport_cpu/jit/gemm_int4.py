@@ -27,7 +27,6 @@ from quantport_cpu.jit.simd import F32, I8, I16, I32, I64, Simd, Value, inline
 from quantport_cpu.jit.target import host_target
 
 DIGITS = 3  # of 16-bit activations
-TILE_M = 4  # rows of activations of a tile
 JOB_BYTES = 64  # eight words
 _LONGEST = 128  # columns of a span
 
@@ -54,6 +53,12 @@ def span_bytes(group: int, digits: int) -> int:
 def weight_rows() -> int:
     """Weight rows of a tile: what 32 registers of 512 bits hold, or 16."""
     return 2 if host_target().pair_bits == 512 else 1
+
+
+@cache
+def activation_rows() -> int:
+    """Rows of activations of a tile, beside its weight rows."""
+    return 4 if host_target().pair_bits else 2
 
 
 class _Dot:
@@ -262,7 +267,7 @@ def kernel(group: int, has_zero: bool, digits: int) -> Kernel:
     Words: jobs, blocks of a job, stride of x, n, k, stride of out, span. Words of a job: x as
     ``prepare_kernel`` writes it, fp32 scales of its rows, codes, scales, offsets or 0, out, rows of x.
     """
-    return Kernel(_body(group, int(has_zero), digits, weight_rows(), TILE_M))
+    return Kernel(_body(group, int(has_zero), digits, weight_rows(), activation_rows()))
 
 
 @inline(types.void, 4, 5)
