@@ -1,5 +1,5 @@
 # One target for each intent; the same for people and for CI.
-.PHONY: setup check test cpu nightly demo build bench quality gpu npu ipex docs models clean
+.PHONY: setup check test cpu nightly demo build bench decode quality gpu npu ipex docs models clean
 
 setup: ; @ci/setup
 check: setup ; @ci/check
@@ -9,10 +9,11 @@ nightly: setup ; @ci/nightly
 demo: setup ; @ci/demo
 build: setup ; @ci/build
 bench: setup ; @ci/bench
+decode: setup ; @ci/decode
 quality: setup ; @ci/quality
 gpu: ; @ci/gpu
 npu: ; @ci/npu
 ipex: ; @ci/ipex
 docs: setup ; @ci/docs
 models: setup ; @ci/models
-clean: ; @rm -rf .venv .venv-npu .venv-ipex dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean: ; @rm -rf .venv .venv-npu .venv-ipex .venv-llama .venv-openvino dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
