@@ -63,6 +63,7 @@ def kernels(whole: bool) -> Iterator[tuple[str, Kernel]]:
     """A kernel for each kind of code, or every kernel."""
     yield from {
         "gemm_int8": gemm_int8.kernel(),
+        "gemm_int8.row": gemm_int8.row_kernel(),
         "gemv_bf16": gemv_bf16.kernel(),
         "gemv_bytes.fp8": gemv_bytes.kernel(gemv_bytes.E4M3),
         "gemv_bytes.int8": gemv_bytes.kernel(gemv_bytes.INT8),

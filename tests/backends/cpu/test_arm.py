@@ -105,6 +105,9 @@ CALLS = {
     "gemv_bytes.int8": lambda: grouped_small_batch.int8(X, ALL_ROWS, [(W * 40).to(torch.int8)], 64),
     "gemm_int8": int8_int8,
     "gemm_int8.prepare": int8_int8,
+    "gemm_int8.row": lambda: grouped_small_batch.int8_row(
+        X[:1].bfloat16(), (W * 40).to(torch.int8), torch.ones(64, 1)
+    ),
     "decode.fp8": lambda: small_batch.decode_fp8(
         W.to(torch.float8_e4m3fn).view(torch.uint8), None, 0, torch.empty(64, 320, dtype=torch.bfloat16)
     ),

@@ -235,6 +235,22 @@ def test_activations_are_quantized_and_multiplied_as_the_reference_does(
     assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("shape", [(1, 5), (33, 704), (700, 1027), (3, (1 << 16) + 5)], ids=str)
+def test_a_row_in_one_launch_is_what_two_launches_make_of_it(shape: tuple[int, int], threads: int) -> None:
+    """Each thread quantizes it for itself."""
+    (n, k), before = shape, torch.get_num_threads()
+    x, codes, channel = torch.randn(1, k).bfloat16(), int8_codes(n, k), torch.rand(n, 1) + 0.1
+    torch.set_num_threads(threads)
+    try:
+        for scales, row in ((channel, x), (channel[:1], x), (channel, torch.zeros_like(x))):
+            rows = grouped_small_batch.quantized_int8(row)
+            want = grouped_small_batch.int8_int8(rows, [Job(0, 1, 0, 0)], [codes], [scales], n)
+            assert torch.equal(grouped_small_batch.int8_row(row, codes, scales), want.bfloat16())
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_int8_times_int8_in_groups() -> None:
     """Rows and columns of a group, and no others."""
     q, token, weights = int8_codes(9, 100), torch.rand(9, 1), [int8_codes(40, 100) for _ in range(3)]

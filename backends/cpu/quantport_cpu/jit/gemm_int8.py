@@ -21,6 +21,8 @@ from quantport_cpu.jit.scalars import as_float, store_uint32, words
 from quantport_cpu.jit.simd import F32, I8, I16, I32, I64, Simd, Value, cgutils, inline
 from quantport_cpu.jit.target import host_target
 
+SPAN = 32  # weight rows of a block of ``row_kernel``
+SLOT_WORD = 12  # of its frame: how many threads have taken their scratch
 CHUNK = 1 << 16  # columns: 255 * 127 * CHUNK < 2**31
 JOB_BYTES = 56  # seven words
 STEP = 64  # columns of activations are padded with zeros to a multiple of it
@@ -228,3 +230,53 @@ def prepare_kernel() -> Kernel:
     multiple of ``STEP``), sums int32; bf16 or 0, its stride, scales, bits of the half range.
     """
     return Kernel(_prepare_body(activation_bytes()))
+
+
+@inline(types.void)
+def store_outputs(simd: Simd, values: Value, to: Value, count: Value) -> None:
+    """Stores the first of ``SPAN`` fp32 as bf16, and rounds them where they lie."""
+    for i in range(0, SPAN, 16):
+        simd.store_bf16(simd.load(F32, 16, simd.at(values, 4 * i)), simd.at(values, 2 * i))
+    simd.copy(to, values, simd.b.shl(count, I64(1)))
+
+
+def slot_bytes(k: int) -> int:
+    """Bytes of scratch of each thread of ``row_kernel``: outputs, and activations as it quantizes and reads
+    them.
+    """
+    columns = -(-k // STEP) * STEP
+    return 4 * SPAN + STEP + columns * (1 + activation_bytes())
+
+
+def _row_body(n_rows: int, n_bytes: int) -> Any:
+    def row(frame):
+        x, k, w, n, channel, channel_step = words(frame, 2, 6)
+        out, scratch, slot_size, half_range = words(frame, 8, 4)
+        width = (k + STEP - 1) // STEP * STEP
+        y = scratch + next_block(frame + 8 * SLOT_WORD) * slot_size
+        token, total, values = y + 4 * SPAN, y + 4 * SPAN + 4, y + 4 * SPAN + STEP
+        codes = values + width * n_bytes
+        quantize_int8_row(x, k, codes, token, 0, as_float(half_range))
+        store_uint32(total, 0, prepare_row(codes, values, k, width, n_bytes))
+        while True:
+            block = next_block(frame)
+            if block >= block_count(frame):
+                break
+            first, last = block * SPAN, min(n, block * SPAN + SPAN)
+            for i in range(first, last, n_rows):
+                here, scale, to = w + i * k, channel + i * channel_step, y + 4 * (i - first)
+                tile(values, 0, token, total, here, min(n_rows, n - i), k, scale, channel_step, to, 0, 1)
+            store_outputs(y, out + 2 * first, last - first)
+
+    return row
+
+
+@once
+def row_kernel() -> Kernel:
+    """One row of bf16, which every thread quantizes for itself, times a weight: one launch. A block is
+    ``SPAN`` rows of the weight.
+
+    Words: the row, k, weight, n, scales of channels, bytes from one to the next, out in bf16, scratch,
+    ``slot_bytes``, bits of the half range, and 0.
+    """
+    return Kernel(_row_body(weight_rows(), activation_bytes()))

@@ -185,6 +185,38 @@ def int8_int8(
     return out
 
 
+def int8_row(x: Tensor, codes: Tensor, channel: Tensor) -> Tensor:
+    """One row of bf16 as int8 times an int8 weight, in one launch: as ``int8_int8``, rounded to bf16.
+
+    Args:
+        x: bf16 ``[1, K]``, contiguous.
+        codes: int8 ``[N, K]``, contiguous.
+        channel: fp32 ``[N, 1]``, or ``[1, 1]`` for one scale of all; contiguous.
+
+    Returns:
+        bf16 ``[1, N]``.
+    """
+    (n, k), scales = codes.shape, len(channel)
+    threads, slot = threads_for(n * k), gemm_int8.slot_bytes(k)
+    out, scratch = x.new_empty(1, n), codes.new_empty(threads * slot)
+    gemm_int8.row_kernel()(
+        -(-n // gemm_int8.SPAN),
+        array(x, torch.bfloat16, 1, k),
+        k,
+        array(codes, torch.int8, n, k),
+        n,
+        array(channel, torch.float32, scales, 1),
+        4 if scales > 1 else 0,
+        array(out, torch.bfloat16, 1, n),
+        array(scratch, torch.int8, threads * slot),
+        slot,
+        HALF_RANGE,
+        0,
+        threads=threads,
+    )
+    return out
+
+
 def output_part(out: Array, width: int, start: int, stop: int, column: int, n: int) -> Array:
     """Where ``n`` columns of rows ``start`` to ``stop - 1`` begin, in an fp32 result of ``width`` columns."""
     if column < 0 or column + n > width:

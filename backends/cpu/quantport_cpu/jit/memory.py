@@ -51,6 +51,9 @@ class Array(NamedTuple):
         return self._replace(address=self.address + offset, size=size)
 
 
+_new = tuple.__new__  # an Array without a call in Python: a small layer makes several
+
+
 def array(tensor: Tensor, dtype: torch.dtype, *shape: int) -> Array:
     """The memory of a contiguous tensor of this dtype and shape.
 
@@ -59,6 +62,8 @@ def array(tensor: Tensor, dtype: torch.dtype, *shape: int) -> Array:
     """
     if tensor.dtype is not dtype or tensor.shape != shape or not tensor.is_contiguous():
         raise _wrong(tensor, f"contiguous {dtype} {list(shape)}")
+    if type(tensor) is Tensor and tensor.is_cpu:
+        return _new(Array, (tensor.data_ptr(), tensor.nbytes, tensor, True, True))
     return _of(tensor)
 
 
@@ -114,7 +119,7 @@ def has_memory(words: Iterable[Any]) -> bool:
     Raises:
         BackendError: some tensors are fake and some are real: results would be whatever lay in fresh memory.
     """
-    kinds = {w.has_memory for w in words if isinstance(w, Array) and w.is_tensor}
+    kinds = {w.has_memory for w in words if type(w) is Array and w.is_tensor}
     if len(kinds) > 1:
         raise BackendError(
             "run a compiled kernel over tensors",

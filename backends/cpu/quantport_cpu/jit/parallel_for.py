@@ -9,6 +9,7 @@ that torch itself uses, so that the two do not contend for cores; elsewhere they
 from __future__ import annotations
 
 import ctypes
+import struct
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,9 @@ from quantport_cpu.jit.simd import I64, Simd, Value, inline
 from quantport_cpu.jit.target import host_target
 
 FRAME_WORDS = 16  # words of a frame
+_PACK = [
+    struct.Struct(f"{2 + count}q").pack_into for count in range(FRAME_WORDS - 1)
+]  # by number of arguments
 ONE_THREAD_ELEMENTS = 1 << 18  # below this many, one thread is enough
 
 Body = Callable[[Any], None]
@@ -66,6 +70,7 @@ class Kernel:
     def __init__(self, body: Body) -> None:
         self.body = body
         self._code: Code | None = None
+        self._frames: list[tuple[Any, int]] = []  # that no call uses now, and their addresses
 
     def _load(self) -> Code:
         name = store.key(self.body, host_target())
@@ -95,22 +100,29 @@ class Kernel:
         """
         if not has_memory(words):
             return
-        arguments = (w.address if isinstance(w, Array) else w for w in words)
-        frame = (ctypes.c_int64 * FRAME_WORDS)(0, blocks, *arguments)
-        address, code = ctypes.addressof(frame), self.code
+        code, arguments = self._code or self.code, [w.address if type(w) is Array else w for w in words]
+        try:
+            frame, address = self._frames.pop()
+        except IndexError:
+            frame = (ctypes.c_int64 * FRAME_WORDS)()
+            address = ctypes.addressof(frame)
+        _PACK[len(arguments)](frame, 0, 0, blocks, *arguments)
         if threads == 1 or blocks == 1:
             code.call(address)
-            return
-        openmp_parallel = _openmp_parallel()
-        if openmp_parallel is not None:
+        elif (openmp_parallel := _openmp_parallel()) is not None:
             openmp_parallel(code.address, address, threads, 0)
-            return
-        # An interrupt may end this call before theirs: each holds what it works on.
-        pool = _thread_pool(threads - 1)
-        others = [pool.submit(_call, code.call, address, frame, words) for _ in range(threads - 1)]
-        code.call(address)
-        for other in others:
-            other.result()
+        else:
+            _run_on_pool(code, address, threads, frame, words)
+        self._frames.append((frame, address))  # not one that an interrupt left to others
+
+
+def _run_on_pool(code: Code, address: int, threads: int, *held: object) -> None:
+    # An interrupt may end this call before theirs: each holds what it works on.
+    pool = _thread_pool(threads - 1)
+    others = [pool.submit(_call, code.call, address, *held) for _ in range(threads - 1)]
+    code.call(address)
+    for other in others:
+        other.result()
 
 
 def _call(call: Callable[[int], None], address: int, *_held: object) -> None:

@@ -129,6 +129,10 @@ class CpuInt8(_Int8):
         if why_unavailable() or not x.shape[0]:
             q, token = quantize_per_token(x)
             y = matmul(q, weight).mul_(token).mul_(channel.view(-1))
+        elif x.shape[0] == 1 and x.dtype is torch.bfloat16 and bias is None:
+            from quantport_cpu.jit import grouped_small_batch
+
+            return grouped_small_batch.int8_row(x, weight, channel)
         else:
             y = _products(x, [Job(0, x.shape[0], 0, 0)], [weight], [channel], spec.n)
         return (y if bias is None else y.add_(bias)).to(x.dtype)
