@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from quantport.config import QuantConfig
     from quantport.device import Device
     from quantport.errors import QuantportError
-    from quantport.loading import load, plan, quantize_, save
+    from quantport.loading import compile_decode, load, plan, quantize_, save
     from quantport.loading.kv_caches import kv_cache
     from quantport.planning.capability_matrix import matrix
     from quantport.plugins.registry import devices
@@ -31,6 +31,7 @@ _HOMES = {
     "QuantConfig": "quantport.config",
     "QuantportError": "quantport.errors",
     "Scheme": "quantport.scheme",
+    "compile_decode": "quantport.loading",
     "devices": "quantport.plugins.registry",
     "kv_cache": "quantport.loading.kv_caches",
     "load": "quantport.loading",
@@ -63,6 +64,7 @@ __all__ = [
     "QuantConfig",
     "QuantportError",
     "Scheme",
+    "compile_decode",
     "devices",
     "kv_cache",
     "load",

@@ -92,6 +92,12 @@ def test_run_compare_at_full_length(model):
     assert "perplexity" in ask("run", model, "--scheme", "int8", "--compare").stdout
 
 
+def test_run_compiled_without_a_compiler(small, monkeypatch):
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+    error = parts(ask("run", small, "--scheme", "int8", "--tokens", "2", "--compile", code=2))
+    assert "no C++ compiler" in error["found"]
+
+
 def test_quantize_then_run_the_result(small, tmp_path):
     out = tmp_path / "new" / "ümläut out"
     data = json.loads(ask("quantize", small, out, "--scheme", "int8", "--json").stdout)

@@ -49,6 +49,9 @@ def run(
     seed: Annotated[
         int, typer.Option("--seed", help="Seed of torch; greedy text does not depend on it.")
     ] = 0,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Compile the decode step: a minute once, then faster steps.")
+    ] = False,
     compare: Annotated[
         bool, typer.Option("--compare", help="Load BF16 too: perplexity, KL, top-1, bytes, tokens/s.")
     ] = False,
@@ -74,6 +77,7 @@ def run(
         quantport run examples/models/tiny-llama --scheme int8 --compare
         quantport run examples/models/tiny-llama --scheme int8 --kv-cache fp8 --compare
         quantport run MODEL --scheme int4 --prompt 'Once upon a time' --tokens 100 --no-chat
+        quantport run MODEL --scheme int4 --compile
         quantport run OUT --compare --baseline MODEL --text pages.txt   (OUT written by quantize)
     """
     from quantport.cli import run_model
@@ -88,7 +92,7 @@ def run(
             num_tokens,
             fallback.value if fallback else None,
         ),
-        run_model.Text(prompt, tokens, seed, chat),
+        run_model.Text(prompt, tokens, seed, chat, compiled),
         run_model.Comparison(text, windows, baseline) if compare else None,
         chosen,
     )

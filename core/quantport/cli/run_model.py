@@ -20,6 +20,7 @@ from quantport.cli.page import Column, Grid, emit, progress, size
 from quantport.cli.plans import plan_page
 from quantport.errors import CheckpointError, ConfigError, SaveError
 from quantport.loading import quantize_checkpoint
+from quantport.loading.compiled_step import MAX_LENGTH
 from quantport.loading.locate import locate
 from quantport.planning.memory import parse_size
 
@@ -53,12 +54,15 @@ class Request:
 
 @dataclass(frozen=True)
 class Text:
-    """What to generate; ``chat`` says whether to ask with the chat template, None where there is one."""
+    """What to generate; ``chat`` says whether to ask with the chat template, None where there is one, and
+    ``compiled`` whether by a compiled step.
+    """
 
     prompt: str
     tokens: int
     seed: int
     chat: bool | None = None
+    compiled: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,8 @@ def run(request: Request, text: Text, comparison: Comparison | None, form: str) 
         seconds = time.perf_counter() - start
         _generates(model)
         ids = ids.to(model.device)
+        if text.compiled:
+            quantport.compile_decode(model, max(ids.shape[1] + text.tokens, MAX_LENGTH))
         compare.warm_up(model, ids, text.tokens)
         out, rate = compare.timed(model, ids, text.tokens)
         written = _decode(tokenizer, out, ids, chat)
