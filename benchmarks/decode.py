@@ -27,7 +27,15 @@ from decode_models import MODELS, prepare, write_gguf
 
 QUICK = {
     "models": ["llama-1.1b", "smollm2-135m"],
-    "schemes": ["int8", f"int8{COMPILED}", "int4_w4a8", "int4_weight_only", "q4_k", "fp8_weight_only"],
+    "schemes": [
+        "int8",
+        f"int8{COMPILED}",
+        "int4_w4a8",
+        "int4_weight_only",
+        "q4_k",
+        "q4_k:a8",
+        "fp8_weight_only",
+    ],
     "peers": [
         "Transformers BF16",
         "Transformers FP32",
@@ -213,7 +221,7 @@ def contenders(args: argparse.Namespace, reference: str) -> list[str]:
     """Names in the order of the table: the reference, peers, schemes; those that are compared near each other."""
     from quantport.plugins.registry import default_registry
 
-    every = list(default_registry().schemes)
+    every = [*default_registry().schemes, *(f"{name}:a8" for name in ("q8_0", "q4_0", "q4_k", "q6_k"))]
     chosen = (
         args.schemes
         if args.schemes is not None

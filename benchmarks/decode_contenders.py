@@ -124,7 +124,7 @@ def of_transformers(model: Any, compiled: bool = False, is_ours: bool = False) -
 
         config = CompileConfig(mode="default", fullgraph=True)
         config._compile_all_devices = True  # the CPU too
-        options |= {"cache_implementation": "static", "compile_config": config}
+        options |= {"cache_implementation": "static", "max_cache_len": 1024, "compile_config": config}
 
     def generate(ids: list[int], tokens: int, on_token: OnToken) -> object:
         prompt = torch.tensor([ids])
