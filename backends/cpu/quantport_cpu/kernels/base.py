@@ -32,7 +32,7 @@ from quantport_cpu.kernels.scratch import scratch
 TINY = torch.finfo(torch.float32).tiny
 COMPILED_MAX_ROWS = 64  # up to this many rows, compiled kernels of small batches beat decoding panels
 _COMPILED_MAX_ROWS_WITH_BF16 = 32  # where the processor multiplies panels of bf16
-PANEL_ROWS = {torch.float32: 256, torch.bfloat16: 256}  # 4 and 2 MiB at K = 4096
+PANEL_ROWS = 256  # of a weight that is decoded: 4 MiB of fp32 at K = 4096
 
 
 def why_unavailable_on(device: Device) -> str:
@@ -66,8 +66,8 @@ def multiply_by_panels(x: Tensor, n: int, columns: int, decode: Callable[[int, T
     dtype = torch.bfloat16 if x.dtype is torch.bfloat16 and has_bf16_dots() else torch.float32
     x = torch.nn.functional.pad(x.to(dtype), (0, columns - x.shape[1]))
     y = torch.empty(x.shape[0], n, dtype=torch.float32, device=x.device)
-    for r in range(0, n, PANEL_ROWS[dtype]):
-        panel = scratch(x, dtype, min(PANEL_ROWS[dtype], n - r), columns)
+    for r in range(0, n, PANEL_ROWS):
+        panel = scratch(x, dtype, min(PANEL_ROWS, n - r), columns)
         y[:, r : r + len(panel)] = torch.mm(x, decode(r, panel).t())
     return y
 
@@ -91,7 +91,7 @@ class CpuKernel(Kernel):
     ``benchmarks/linear.py`` writes them to ``tuned/<arch>.json``, see ``Tuned``.
     """
 
-    made_of = "torch's CPU operators"
+    made_of = "compiled on the machine by numba, torch's CPU operators without it"
 
     def _tuned(self, request: Request) -> Tuned | None:
         tuned = find_tuned("quantport_cpu", self.name, request)

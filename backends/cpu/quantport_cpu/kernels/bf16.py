@@ -20,6 +20,7 @@ class CpuBf16(CpuKernel):
 
     name = "cpu.bf16"
     tolerance = 2.0**-6
+    made_of = "torch's CPU operators"
 
     def serves(self, scheme: Scheme) -> bool:
         return scheme.weight.format == "bf16"
