@@ -42,7 +42,7 @@ def cell(found: list[dict[str, int]] | None) -> str:
         return ""
     rates = sorted(64 * loop["instructions"] / loop["products"] for loop in found)
     spills = sum(loop["spills"] for loop in found)
-    text = f"{rates[0]:.1f}" if len(rates) == 1 else f"{rates[0]:.1f} to {rates[-1]:.1f}"
+    text = f"{rates[0]:.3g}" if len(rates) == 1 else f"{rates[0]:.3g} to {rates[-1]:.3g}"
     return f"{text}, {spills} on the stack" if spills else text
 
 
