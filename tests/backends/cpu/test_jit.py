@@ -19,7 +19,14 @@ UNAVAILABLE = jit.why_unavailable()
 pytestmark = pytest.mark.skipif(bool(UNAVAILABLE), reason=UNAVAILABLE or "numba is installed")
 
 if not UNAVAILABLE:
-    from quantport_cpu.jit import gguf_batch, grouped_small_batch, parallel_for, quantize, small_batch
+    from quantport_cpu.jit import (
+        gemv_bf16,
+        gguf_batch,
+        grouped_small_batch,
+        parallel_for,
+        quantize,
+        small_batch,
+    )
     from quantport_cpu.jit.jobs import Job
 
 GGUF = sorted(name for name in GGUF_BYTES if name in BUILTIN)
@@ -202,6 +209,15 @@ def test_int8(shape: tuple[int, int], m: int) -> None:
     x = torch.randn(m, shape[1]).bfloat16()
     close(int8(x, codes), x, codes)
     close(int8(x * 1e-30, codes), x * 1e-30, codes)
+
+
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 7, 33])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 7), (37, 704), (75, 2500)], ids=str)
+def test_bf16(shape: tuple[int, int], m: int) -> None:
+    weight, x = torch.randn(shape).bfloat16(), torch.randn(m, shape[1]).bfloat16()
+    close(gemv_bf16.multiply(x, weight), x, weight)
+    rows = weight[1:] if len(weight) > 1 else weight
+    assert torch.equal(gemv_bf16.multiply(x, rows), gemv_bf16.multiply(x, weight)[:, -len(rows) :])
 
 
 def int8_codes(*shape: int) -> Tensor:

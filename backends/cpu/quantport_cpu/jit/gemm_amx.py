@@ -157,11 +157,7 @@ kernel = Kernel(_multiply)
 @inline(types.void)
 def interleave_rows(simd: Simd, codes: Value, count: Value, k: Value, to: Value) -> None:
     """Writes ``count`` rows of codes, up to 16, as tiles; the last one in place of missing ones."""
-    last = simd.b.sub(count, I64(1))
-    rows = []
-    for r in range(ROWS):
-        index = simd.b.select(simd.b.icmp_signed("<", I64(r), last), I64(r), last)
-        rows.append(simd.at(codes, simd.b.mul(k, index)))
+    rows = [simd.at(codes, simd.b.mul(k, i)) for i in simd.rows_there(count, ROWS)]
     with cgutils.for_range_slice(simd.b, I64(0), k, I64(STEP), I64) as (column, _):
         values = [simd.load(I32, ROWS, simd.at(row, column)) for row in rows]
         tile = simd.at(to, simd.b.shl(column, I64(4)))

@@ -89,7 +89,7 @@ def _step_of_32(simd: Simd, codes: Value, n_type: int) -> Step:
         signed, correction = simd.load(I8, RUN, x), simd.load(I32, LANES, simd.at(x, RUN))
         if simd.target.dot_bits:
             u, s = (simd.bitcast(v, I32, LANES) for v in (unsigned, signed))
-            return simd.call("llvm.x86.avx512.vpdpbusd.256", u.type, correction, u, s)
+            return simd.dot_quads(correction, u, s)
         pairs = simd.dot_byte_pairs(unsigned, signed)
         return simd.b.add(correction, simd.dot_pairs(pairs, simd.splat(1, 2 * LANES, I16)))
 
@@ -208,11 +208,7 @@ def tile(
     In place of rows that are not there the last one is multiplied again.
     """
     kind = rows_kind(n_type)
-    last, size = simd.b.sub(count, I64(1)), simd.b.mul(blocks, I64(BYTES[n_type]))
-    index = [
-        simd.b.select(simd.b.icmp_signed("<", I64(r), last), I64(r), last) if r else I64(0)
-        for r in range(tile_rows())
-    ]
+    index, size = simd.rows_there(count, tile_rows()), simd.b.mul(blocks, I64(BYTES[n_type]))
     rows = [simd.at(w, simd.b.mul(size, i)) for i in index]
     results = [simd.variables(simd.splat(0.0, LANES, F32), n_m) for _ in rows]
     with cgutils.for_range_slice(simd.b, I64(0), blocks, I64(1), I64) as (b, _):
@@ -238,7 +234,7 @@ def tile(
                     simd.b.store(value, variable)
     for i, result in zip(index, results, strict=True):
         for m, total in enumerate(result):
-            address = simd.at(simd.at(out, simd.b.shl(i, I64(2))), simd.b.mul(out_stride, I64(m)))
+            address = simd.fp32_address(out, out_stride, I64(m), i)
             simd.store(simd.reduce_lanes(simd.b.load(total)), address)
 
 

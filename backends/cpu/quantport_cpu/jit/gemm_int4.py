@@ -13,7 +13,6 @@ from functools import cache, reduce
 from typing import Any
 
 import numpy as np
-from llvmlite import ir  # llvmlite has no types
 from numba import njit
 from numba.core import types
 
@@ -89,23 +88,13 @@ class _Dot:
         return total
 
     def _add(self, total: Value, unsigned: Sequence[Value], signed: Sequence[Value]) -> Value:
-        s, bits = self.simd, self.simd.target.dot_bits
-        if bits:
-            for u, v in zip(unsigned, signed, strict=True):
-                pair = (s.bitcast(a, I32, self.lanes) for a in (u, v))
-                total = s.call(f"llvm.x86.avx512.vpdpbusd.{bits}", total.type, total, *pair)
-            return total
-        short = reduce(s.b.add, map(self._pairs, unsigned, signed))
-        return s.b.add(total, s.dot_pairs(short, s.splat(1, 2 * self.lanes, I16)))
-
-    def _pairs(self, unsigned: Value, signed: Value) -> Value:
-        """Sums of two neighbouring products, as int16."""
         s = self.simd
-        if s.target.pair_bits:
-            name = "avx512.pmaddubs.w.512" if self.size == 64 else "avx2.pmadd.ub.sw"
-            return s.call(f"llvm.x86.{name}", ir.VectorType(I16, 2 * self.lanes), unsigned, signed)
-        product = s.b.mul(s.widen(unsigned, I16), s.widen(signed, I16, signed=True))
-        return s.b.add(*(s.shuffle(product, product, range(i, self.size, 2)) for i in (0, 1)))
+        if s.target.dot_bits:
+            for pair in zip(unsigned, signed, strict=True):
+                total = s.dot_quads(total, *(s.bitcast(a, I32, self.lanes) for a in pair))
+            return total
+        short = reduce(s.b.add, map(s.dot_byte_pairs, unsigned, signed))
+        return s.b.add(total, s.dot_pairs(short, s.splat(1, 2 * self.lanes, I16)))
 
 
 def _lane_scales(simd: Simd, address: Value, n_group: int) -> Value:
@@ -188,11 +177,8 @@ def tile(
     In place of rows that are not there the last one is multiplied again.
     """
     span, size = span_columns(n_group), span_bytes(n_group, n_digits)
-    last, n_rows, parts = simd.b.sub(count, I64(1)), weight_rows(), max(1, span // n_group)
-    index = [
-        simd.b.select(simd.b.icmp_signed("<", I64(r), last), I64(r), last) if r else I64(0)
-        for r in range(n_rows)
-    ]
+    n_rows, parts = weight_rows(), max(1, span // n_group)
+    index = simd.rows_there(count, n_rows)
     rows = [simd.at(w, simd.b.mul(w_stride, i)) for i in index]
     scales = [simd.at(scale, simd.b.mul(scale_stride, i)) for i in index]
     xs = [simd.at(x, simd.b.mul(x_stride, I64(m))) for m in range(n_m)]
@@ -222,7 +208,7 @@ def tile(
         for m in range(n_m):
             value = simd.reduce_lanes(simd.b.load(sums.totals[r * n_m + m]))
             value = simd.b.fmul(value, simd.load(F32, 0, simd.at(token, 4 * m)))
-            simd.store(value, simd.at(simd.at(out, simd.b.shl(i, I64(2))), simd.b.mul(out_stride, I64(m))))
+            simd.store(value, simd.fp32_address(out, out_stride, I64(m), i))
 
 
 def _body(group: int, n_zero: int, digits: int, n_rows: int, most: int) -> Callable[[Any], None]:

@@ -64,9 +64,7 @@ class _Dot:
     def add(self, total: Value, weights: Value, activations: Value) -> Value:
         """The sums with another step."""
         if self.vnni:
-            return self.simd.call(
-                f"llvm.x86.avx512.vpdpbusd.{self.vnni}", total.type, total, weights, activations
-            )
+            return self.simd.dot_quads(total, weights, activations)
         return self.simd.b.add(total, self.simd.dot_pairs(weights, activations))
 
 
@@ -92,11 +90,7 @@ def tile(
     """
     dot = _Dot(simd)
     zero, n_rows = simd.splat(0, dot.lanes, I32), weight_rows()
-    last = simd.b.sub(count, I64(1))
-    index = [
-        simd.b.select(simd.b.icmp_signed("<", I64(r), last), I64(r), last) if r else I64(0)
-        for r in range(n_rows)
-    ]
+    index = simd.rows_there(count, n_rows)
     rows = [simd.at(w, simd.b.mul(k, i)) for i in index]
     xs = [simd.at(x, simd.b.mul(x_stride, I64(m))) for m in range(n_m)]
     partial, totals = simd.variables(zero, n_rows * n_m), simd.variables(I64(0), n_rows * n_m)
@@ -137,7 +131,7 @@ def tile(
                 sum_of_x = simd.b.sext(simd.load(I32, 0, simd.at(sums, 4 * m)), I64)
                 value = simd.b.sub(value, simd.b.shl(sum_of_x, I64(7)))
             scaled = simd.b.fmul(simd.b.sitofp(value, F32), simd.load(F32, 0, simd.at(token, 4 * m)))
-            address = simd.at(simd.at(out, simd.b.shl(i, I64(2))), simd.b.mul(out_stride, I64(m)))
+            address = simd.fp32_address(out, out_stride, I64(m), i)
             simd.store(simd.b.fmul(scaled, scale), address)
 
 

@@ -55,8 +55,7 @@ def tile(
 
     In place of rows that are not there the last one is multiplied again.
     """
-    last, size = simd.b.sub(count, I64(1)), lanes()
-    index = [simd.b.select(simd.b.icmp_signed("<", I64(r), last), I64(r), last) for r in range(tile_rows())]
+    index, size = simd.rows_there(count, tile_rows()), lanes()
     rows = [simd.at(simd.at(w, simd.b.mul(w_stride, i)), simd.b.shl(begin, I64(1))) for i in index]
     xs = [simd.at(simd.at(x, simd.b.mul(x_stride, I64(m))), simd.b.shl(begin, I64(2))) for m in range(n_m)]
     is_first = simd.b.icmp_signed("==", begin, I64(0))
@@ -90,7 +89,7 @@ def tile(
     for i, by_row in zip(index, sums, strict=True):
         for m, totals in enumerate(by_row):
             value = simd.reduce_lanes(simd.sum([simd.b.load(total) for total in totals]))
-            address = simd.at(simd.at(out, simd.b.shl(i, I64(2))), simd.b.mul(out_stride, I64(m)))
+            address = simd.fp32_address(out, out_stride, I64(m), i)
             before = simd.b.select(is_first, F32(0.0), simd.load(F32, 0, address))
             simd.store(simd.b.fadd(before, value), address)
 

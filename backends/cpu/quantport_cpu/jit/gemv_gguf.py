@@ -140,10 +140,7 @@ def tile(
 
     In place of rows that are not there the last one is multiplied again.
     """
-    last, size = simd.b.sub(count, I64(1)), simd.b.mul(blocks, I64(BYTES[n_type]))
-    index = [
-        simd.b.select(simd.b.icmp_signed("<", I64(r), last), I64(r), last) for r in range(tile_rows(n_type))
-    ]
+    index, size = simd.rows_there(count, tile_rows(n_type)), simd.b.mul(blocks, I64(BYTES[n_type]))
     rows = [simd.at(w, simd.b.mul(size, i)) for i in index]
     sums = [simd.variables(simd.splat(0.0, LANES, F32), n_m) for _ in rows]
     with cgutils.for_range_slice(simd.b, I64(0), blocks, I64(1), I64) as (b, _):
@@ -162,7 +159,7 @@ def tile(
                     simd.b.store(simd.intrinsic("fma", weights, value, simd.b.load(total)), total)
     for i, totals in zip(index, sums, strict=True):
         for m, total in enumerate(totals):
-            address = simd.at(simd.at(out, simd.b.shl(i, I64(2))), simd.b.mul(out_stride, I64(m)))
+            address = simd.fp32_address(out, out_stride, I64(m), i)
             simd.store(simd.reduce_lanes(simd.b.load(total)), address)
 
 

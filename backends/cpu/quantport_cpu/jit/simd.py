@@ -100,6 +100,16 @@ class Simd:
         """``address + offset`` in bytes."""
         return self.b.add(address, offset if hasattr(offset, "type") else ir.Constant(I64, offset))
 
+    def rows_there(self, count: Value, most: int) -> list[Value]:
+        """Numbers of ``most`` rows: in place of those from ``count`` on, the last one that is there."""
+        last = self.b.sub(count, I64(1))
+        later = [I64(r) for r in range(1, most)]
+        return [I64(0), *(self.b.select(self.b.icmp_signed("<", r, last), r, last) for r in later)]
+
+    def fp32_address(self, base: Value, stride: Value, row: Value, column: Value) -> Value:
+        """Where an element of an fp32 matrix lies, whose rows are ``stride`` bytes apart."""
+        return self.at(self.at(base, self.b.shl(column, I64(2))), self.b.mul(stride, row))
+
     def load(self, kind: Any, lanes: int, address: Value) -> Value:
         """A vector, or a single value where ``lanes`` is 0."""
         kind = ir.VectorType(kind, lanes) if lanes else kind
@@ -191,30 +201,10 @@ class Simd:
             total = self.b.fadd(*(self.shuffle(total, total, range(i, total.type.count, 2)) for i in (0, 1)))
         return total
 
-    def in_parts(self, op: Callable[..., Value], parts: int, *vectors: Value) -> Value:
-        """An operation lane by lane on vectors that are cut into 1 or 2 parts."""
-        if parts == 1:
-            return op(*vectors)
-        halves = (
-            [self.shuffle(v, v, range(i * v.type.count // 2, (i + 1) * v.type.count // 2)) for v in vectors]
-            for i in (0, 1)
-        )
-        low, high = (op(*half) for half in halves)
-        return self.shuffle(low, high, range(2 * low.type.count))
-
-    def dot2(self, left: Value, right: Value) -> Value:
-        """Sums of two neighbouring products of int16: 32 lanes to 16 of int32.
+    def dot_pairs(self, left: Value, right: Value) -> Value:
+        """Sums of two neighbouring products of int16, as int32: 256 bits or ``pair_bits``; any without x86.
 
         Exact for all but two products of -32768 with itself.
-        """
-        bits = self.target.pair_bits
-        if bits:
-            return self.in_parts(self.dot_pairs, 512 // bits, left, right)
-        return self.dot_pairs(left, right)
-
-    def dot_pairs(self, left: Value, right: Value) -> Value:
-        """As ``dot2``, for vectors of one register of the target, of 256 bits or of ``pair_bits``; of any
-        without x86.
         """
         bits = 16 * left.type.count
         if self.target.pair_bits:
@@ -223,25 +213,24 @@ class Simd:
         product = self.b.mul(self.widen(left, I32, signed=True), self.widen(right, I32, signed=True))
         return self.b.add(*(self.shuffle(product, product, range(i, left.type.count, 2)) for i in (0, 1)))
 
-    def dot4(self, total: Value, unsigned: Value, signed: Value) -> Value:
-        """Adds to each of 16 int32 lanes four products u8 x s8, exactly. Bytes come as 16 int32."""
-        bits = self.target.dot_bits
-        if bits:
-            name, into = f"llvm.x86.avx512.vpdpbusd.{bits}", ir.VectorType(I32, bits // 32)
-            return self.in_parts(
-                lambda *parts: self.call(name, into, *parts), 512 // bits, total, unsigned, signed
-            )
-        u, s = (self.bitcast(v, I16, 32) for v in (unsigned, signed))
-        even = self.dot2(self.int_op("and_", u, 255), self.int_op("ashr", self.int_op("shl", s, 8), 8))
-        odd = self.dot2(self.int_op("lshr", u, 8), self.int_op("ashr", s, 8))
-        return self.b.add(total, self.b.add(even, odd))
+    def dot_quads(self, total: Value, unsigned: Value, signed: Value) -> Value:
+        """Adds to each int32 lane four products u8 x s8, exactly: 256 bits or ``dot_bits``.
+
+        Bytes come as int32.
+        """
+        name = f"llvm.x86.avx512.vpdpbusd.{32 * total.type.count}"
+        return self.call(name, total.type, total, unsigned, signed)
 
     def dot_byte_pairs(self, unsigned: Value, signed: Value) -> Value:
-        """Sums of two neighbouring products u8 x s8: 32 lanes to 16 of int16, in which they must fit."""
+        """Sums of two neighbouring products u8 x s8 as int16, in which they must fit: 256 bits or
+        ``pair_bits``; any without x86.
+        """
+        size = unsigned.type.count
         if self.target.pair_bits:
-            return self.call("llvm.x86.avx2.pmadd.ub.sw", ir.VectorType(I16, 16), unsigned, signed)
+            name = "avx512.pmaddubs.w.512" if size == 64 else "avx2.pmadd.ub.sw"
+            return self.call(f"llvm.x86.{name}", ir.VectorType(I16, size // 2), unsigned, signed)
         product = self.b.mul(self.widen(unsigned, I16), self.widen(signed, I16, signed=True))
-        return self.b.add(*(self.shuffle(product, product, range(i, 32, 2)) for i in (0, 1)))
+        return self.b.add(*(self.shuffle(product, product, range(i, size, 2)) for i in (0, 1)))
 
     def look_up(self, table: Value, index: Value) -> Value:
         """Entries of a table of 16 fp32, by the low four bits of 16 lanes of int32."""
@@ -250,7 +239,9 @@ class Simd:
             return self.call("llvm.x86.avx512.permvar.sf.512", table.type, table, index)
         if bits == 256:
             halves = [self.shuffle(table, table, range(i, i + 8)) for i in (0, 8)]
-            return self.in_parts(lambda part: self._look_up_two(halves, part), 2, index)
+            parts = (self.shuffle(index, index, range(i, i + 8)) for i in (0, 8))
+            low, high = (self._look_up_two(halves, part) for part in parts)
+            return self.shuffle(low, high, range(16))
         entries = ir.Constant(table.type, ir.Undefined)
         for lane in (ir.Constant(I32, i) for i in range(16)):
             place = self.b.and_(self.b.extract_element(index, lane), ir.Constant(I32, 15))
