@@ -1,4 +1,5 @@
 import math
+import os
 import subprocess
 import sys
 from importlib import import_module
@@ -368,6 +369,18 @@ def test_nonfinite_activations_stay_nonfinite(bad: float) -> None:
 def test_the_room_imports_no_numba() -> None:
     code = "import sys, quantport_cpu, quantport_cpu.jit; raise SystemExit('numba' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "kernel", ["gemv_bf16.kernel()", 'gemv_blocks.kernel("nf4", gemv_blocks.F32_SCALE, 64)']
+)
+def test_a_process_that_finds_its_only_kernel_in_the_cache(tmp_path, kernel: str) -> None:
+    code = f"from quantport_cpu.jit import {kernel.partition('.')[0]}; print({kernel}.code.address)"
+    for _ in range(2):
+        subprocess.run(
+            [sys.executable, "-c", code], env=os.environ | {"QUANTPORT_CACHE_DIR": str(tmp_path)}, check=True
+        )
+    assert list(tmp_path.iterdir())
 
 
 def test_threads_of_a_pool_and_of_openmp_agree(monkeypatch: pytest.MonkeyPatch) -> None:

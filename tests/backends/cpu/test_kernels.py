@@ -25,30 +25,36 @@ def routes(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize("name", SCHEMES)
-@pytest.mark.parametrize("rows", [1, 3, 9, 17, 70])
-def test_every_route_meets_the_reference(routes, name, rows):
-    scheme = default_registry().schemes[name]
-    spec = WeightSpec(scheme, 192, 320)
-    stored = numerics.quantize_weight(torch.randn(192, 320).bfloat16(), scheme)
-    x, bias = torch.randn(rows, 320).bfloat16(), torch.randn(192).bfloat16()
+def check_every_route(scheme, shape, rows):
+    """Every kernel of the room that serves a scheme meets the reference."""
+    (n, k), device = shape, default_registry().device("cpu")
+    spec = WeightSpec(scheme, n, k)
+    stored = numerics.quantize_weight(torch.randn(n, k).bfloat16(), scheme)
+    x, bias = torch.randn(rows, k).bfloat16(), torch.randn(n).bfloat16()
+    request = Request(spec, "linear", device)
     for kernel in kernels():
-        if (
-            not kernel.name.startswith("cpu.")
-            or kernel.verdict(Request(spec, "linear", default_registry().device("cpu"))).kernel == ""
-        ):
+        if not kernel.name.startswith("cpu.") or not kernel.verdict(request).kernel:
             continue
-        if not kernel.serves(scheme) or kernel.reasons_against(
-            Request(spec, "linear", default_registry().device("cpu"))
-        ):
+        if not kernel.serves(scheme) or kernel.reasons_against(request):
             continue
         packed = kernel.pack(stored, spec)
         assert all(torch.equal(bits(stored[k]), bits(v)) for k, v in kernel.unpack(packed, spec).items())
-        expected = numerics.linear(
-            x, stored, scheme if kernel.quantizes_activations else scheme.weight_only, bias
-        ).float()
+        wanted = scheme if kernel.quantizes_activations else scheme.weight_only
+        expected = numerics.linear(x, stored, wanted, bias).float()
         error = (kernel.run(x, packed, bias, spec).float() - expected).abs().max() / expected.abs().max()
         assert error <= kernel.tolerance, kernel.name
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("rows", [1, 3, 9, 17, 70])
+def test_every_route_meets_the_reference(routes, name, rows):
+    check_every_route(default_registry().schemes[name], (192, 320), rows)
+
+
+@pytest.mark.parametrize("name", [*SCHEMES, "bf16", "q4_0:a8", "q4_k:a8"])
+@pytest.mark.parametrize("rows", [1, 7, 33])
+def test_a_last_tile_that_is_not_full_over_many_columns(name, rows):
+    check_every_route(default_registry().schemes[name], (75, 2592), rows)
 
 
 TOKEN = Quant("int8", (1, 0))

@@ -15,6 +15,10 @@ import numba
 
 from quantport_cpu.jit.target import host_target
 
+# numba does it when it first compiles, which a process that finds its kernels in the cache never does
+llvm.initialize_native_target()
+llvm.initialize_native_asmprinter()
+
 ENTRY = "kernel"
 RUNTIME = ("memcpy", "memmove", "memset")
 
