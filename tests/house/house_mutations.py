@@ -918,9 +918,17 @@ HOSTILE = (
         "C15",
         "the values of JSON are counted before it is parsed",
         "core/quantport/checkpoint/json.py",
-        "limits.check_json_text(raw, asked)",
+        "limits.check_json_text(raw, asked, values)",
         "pass",
         ("core/checkpoint/test_checkpoint_limits.py::test_a_header_of_many_values_is_not_parsed",),
+    ),
+    Mutation(
+        "C15",
+        "the values of config.json are bounded more closely",
+        "core/quantport/checkpoint/json.py",
+        "config = read_json(path, values=limits.MAX_CONFIG_VALUES)",
+        "config = read_json(path)",
+        ("core/checkpoint/test_checkpoint_limits.py::test_a_configuration_of_very_many_values_is_not_parsed",),
     ),
     Mutation(
         "C15",

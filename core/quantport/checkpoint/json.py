@@ -22,18 +22,21 @@ def read_config(directory: Path) -> dict[str, Any]:
         CheckpointError: as `read_json`, or it claims more layers or experts than there can be.
     """
     path = directory / "config.json"
-    config = read_json(path)
+    config = read_json(path, values=limits.MAX_CONFIG_VALUES)
     limits.check_config(config, f"read {path}")
     return config
 
 
-def read_json(path: Path, asked: str = "", suggestion: str = "a JSON object") -> dict[str, Any]:
+def read_json(
+    path: Path, asked: str = "", suggestion: str = "a JSON object", values: int = limits.MAX_JSON_VALUES
+) -> dict[str, Any]:
     """Reads a JSON object from a file; an absent file is an empty one.
 
     Args:
         path: The file.
         asked: For errors; by default, reading it.
         suggestion: For errors.
+        values: At most so many, of objects and lists at any depth.
 
     Raises:
         CheckpointError: it cannot be read, is too large, or is no JSON object with each key once.
@@ -48,11 +51,17 @@ def read_json(path: Path, asked: str = "", suggestion: str = "a JSON object") ->
             raw = file.read(size + 1)
     except OSError as error:
         raise CheckpointError(asked, str(error), "a file that you may read") from error
-    return parse_object(raw, asked, "a file", suggestion, constants=True)
+    return parse_object(raw, asked, "a file", suggestion, constants=True, values=values)
 
 
 def parse_object(
-    raw: bytes, asked: str, what: str, suggestion: str, *, constants: bool = False
+    raw: bytes,
+    asked: str,
+    what: str,
+    suggestion: str,
+    *,
+    constants: bool = False,
+    values: int = limits.MAX_JSON_VALUES,
 ) -> dict[str, Any]:
     """Parses a JSON object in which each key is there once and every text is valid Unicode.
 
@@ -62,11 +71,12 @@ def parse_object(
         what: What it is the text of, for errors: ``a header``.
         suggestion: For errors.
         constants: Take ``NaN`` and ``Infinity``, as Python writes them.
+        values: At most so many, of objects and lists at any depth.
 
     Raises:
         CheckpointError: it is none, or beyond the limits.
     """
-    limits.check_json_text(raw, asked)
+    limits.check_json_text(raw, asked, values)
     try:
         text = raw.decode("utf-8")
         constant = None if constants else _refuse_constant

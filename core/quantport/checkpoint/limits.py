@@ -22,10 +22,11 @@ MAX_DIGITS = 9  # of a number in the name of a tensor
 MAX_NAME = 1000  # characters of the name of a tensor
 MAX_NUMBER = 2**64  # a whole number of config.json
 MAX_JSON_BYTES = 48_000_000  # config.json, the index, quantport.json
+MAX_CONFIG_VALUES = 250_000  # of config.json, which Transformers walks through several times
 MAX_HEADER_BYTES = 100_000_000  # as the safetensors library
 MAX_JSON_DEPTH = 64
+MAX_JSON_VALUES = 8 * MAX_TENSORS
 _CONTAINERS = 3 * MAX_TENSORS + 1000  # a tensor in a header is an object and two lists
-_VALUES = 8 * MAX_TENSORS
 _LONG_NUMBER = re.compile(rf"\d{{{MAX_DIGITS + 1},}}")
 _EXPERT = re.compile(r"(?:^|\.)experts\.(\d+)(?=\.|$)")
 _FUSED_EXPERTS = re.compile(r"(?:^|\.)experts(?=\.|$)")
@@ -94,14 +95,14 @@ def check_config(config: Mapping[str, Any], asked: str) -> None:
             within(asked, f"as {key}", value, MAX_POSITIONS)
 
 
-def check_json_text(raw: bytes, asked: str) -> None:
+def check_json_text(raw: bytes, asked: str, values: int = MAX_JSON_VALUES) -> None:
     """Checks, before it is parsed, how many values JSON can hold.
 
     Raises:
         CheckpointError: too many.
     """
     within(asked, "objects and lists in JSON", raw.count(b"{") + raw.count(b"["), _CONTAINERS)
-    within(asked, "values in JSON", raw.count(b","), _VALUES)
+    within(asked, "values in JSON", raw.count(b","), values)
 
 
 def check_json_depth(value: object, asked: str) -> None:

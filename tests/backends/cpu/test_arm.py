@@ -2,7 +2,8 @@
 to the bit.
 
 Each call of a kernel is recorded here, replayed by a C program with the kernel's object file for Arm linked
-in, under qemu. In the nightly target, where Debian's ``qemu-user-static`` and ``gcc-aarch64-linux-gnu`` are
+in, under qemu. Not so the kernels over tables of jobs, which hold addresses, and those whose operands lie, or
+are added up, as the vectors of the target have it: they are compiled for Arm only (`test_machine_code.py`). In the nightly target, where Debian's ``qemu-user-static`` and ``gcc-aarch64-linux-gnu`` are
 installed.
 """
 
@@ -40,13 +41,11 @@ if not jit.why_unavailable():
 
     from quantport_cpu.jit import (
         gguf_batch,
-        grouped_small_batch,
         int4_batch,
         parallel_for,
         quantize,
         small_batch,
     )
-    from quantport_cpu.jit.jobs import Job
     from quantport_cpu.jit.memory import Array
 
 X = torch.randn(3, 320, generator=torch.Generator().manual_seed(5))
@@ -76,14 +75,6 @@ def gguf_int8(name: str) -> Any:
     return lambda: gguf_batch.multiply_quantized(X.bfloat16(), stored["weight_blocks"], name)
 
 
-ALL_ROWS = [Job(0, 3, 0, 0)]
-
-
-def int8_int8() -> Tensor:
-    rows, codes = grouped_small_batch.quantized_int8(X.bfloat16()), (W * 40).to(torch.int8)
-    return grouped_small_batch.int8_int8(rows, ALL_ROWS, [codes], [torch.ones(64, 1)], 64)
-
-
 def int4(run: Any) -> Any:
     """A call over an int4 weight with offsets."""
 
@@ -99,24 +90,8 @@ def quantizer(name: str) -> Any:
 
 
 CALLS = {
-    "gemv_bytes.fp8": lambda: grouped_small_batch.fp8(
-        X, ALL_ROWS, [W.to(torch.float8_e4m3fn).view(torch.uint8)], None, 64
-    ),
-    "gemv_bytes.int8": lambda: grouped_small_batch.int8(X, ALL_ROWS, [(W * 40).to(torch.int8)], 64),
-    "gemm_int8": int8_int8,
-    "gemm_int8.prepare": int8_int8,
-    "gemm_int8.row": lambda: grouped_small_batch.int8_row(
-        X[:1].bfloat16(), (W * 40).to(torch.int8), torch.ones(64, 1)
-    ),
     "decode.fp8": lambda: small_batch.decode_fp8(
         W.to(torch.float8_e4m3fn).view(torch.uint8), None, 0, torch.empty(64, 320, dtype=torch.bfloat16)
-    ),
-    "gemm_int4.split": int4(lambda _, layout: int4_batch.split(X, layout)),
-    "gemm_int4.offsets": int4(
-        lambda weight, layout: int4_batch.multiply(int4_batch.split(X, layout), ALL_ROWS, [weight], 64)
-    ),
-    "gemm_fp32.offsets": int4(
-        lambda weight, layout: int4_batch.multiply_fp32(X, ALL_ROWS, [weight], layout, 64)
     ),
     "decode.int4": int4(
         lambda weight, layout: int4_batch.decode(

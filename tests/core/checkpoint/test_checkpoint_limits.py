@@ -124,6 +124,17 @@ def test_layers_and_experts_of_a_configuration(tmp_path, config, found):
         quantport.load(tmp_path, "int8", model=lambda: pytest.fail("built"), device="cpu")
 
 
+@pytest.mark.parametrize(
+    "config",
+    [{"x": [{}] * 250_002}, {"id2label": {str(i): "" for i in range(250_002)}}, {"x": {"y": [1] * 250_002}}],
+    ids=["objects", "labels", "numbers"],
+)
+def test_a_configuration_of_very_many_values_is_not_parsed(tmp_path, config):
+    (small(tmp_path) / "config.json").write_text(json.dumps(config))
+    with refused("config.json", f"at most {limits.MAX_CONFIG_VALUES:,}", found="250,001 values in JSON"):
+        plan(tmp_path)
+
+
 def test_a_configuration_of_a_real_model_is_within(tmp_path):
     config = {"num_hidden_layers": 128, "layer_norm_eps": 1e-5, "num_experts": 512, "time_step": float("inf")}
     (tmp_path / "config.json").write_text(json.dumps(config))
