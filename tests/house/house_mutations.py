@@ -928,7 +928,9 @@ HOSTILE = (
         "core/quantport/checkpoint/json.py",
         "config = read_json(path, values=limits.MAX_CONFIG_VALUES)",
         "config = read_json(path)",
-        ("core/checkpoint/test_checkpoint_limits.py::test_a_configuration_of_very_many_values_is_not_parsed",),
+        (
+            "core/checkpoint/test_checkpoint_limits.py::test_a_configuration_of_very_many_values_is_not_parsed",
+        ),
     ),
     Mutation(
         "C15",
