@@ -1,10 +1,9 @@
-"""The machine code for 64-bit Arm, run on an emulated core: what it writes is what this processor's writes,
-to the bit.
+"""The compiled kernels' machine code for Arm, run on an emulated core: each writes what it writes here, to the bit.
 
 Each call of a kernel is recorded here, replayed by a C program with the kernel's object file for Arm linked
-in, under qemu. Not so the kernels over tables of jobs, which hold addresses, and those whose operands lie, or
-are added up, as the vectors of the target have it: they are compiled for Arm only (`test_machine_code.py`). In the nightly target, where Debian's ``qemu-user-static`` and ``gcc-aarch64-linux-gnu`` are
-installed.
+in, under qemu. Two kinds of kernels are compiled for Arm only (`test_machine_code.py`): those over tables of
+jobs, which hold addresses, and those whose operands lie, or are added up, as the vectors of the target have
+it. In the nightly target, where Debian's ``qemu-user-static`` and ``gcc-aarch64-linux-gnu`` are installed.
 """
 
 from __future__ import annotations
