@@ -1,5 +1,4 @@
-"""The compiled kernels' machine code for Arm, run on an emulated core: each writes what it writes here, to the bit.
-
+"""Machine code for Arm, run on an emulated core: it writes what this processor writes, to the bit.
 Each call of a kernel is recorded here, replayed by a C program with the kernel's object file for Arm linked
 in, under qemu. Two kinds of kernels are compiled for Arm only (`test_machine_code.py`): those over tables of
 jobs, which hold addresses, and those whose operands lie, or are added up, as the vectors of the target have
