@@ -23,8 +23,9 @@ from quantport.modules.handles import BoundWeight, bind
 from quantport.modules.ops import run_linear
 from quantport.numerics import dequantize_weight, quantize_weight
 from quantport.numerics.sharding import alignment, join_shards, quantize_shard, shard_dims
-from quantport.planning.plan import Plan, Step, make_plan
+from quantport.planning.plan import Plan, make_plan
 from quantport.planning.select_kernel import Choice, select_kernel
+from quantport.planning.steps import Step
 from quantport.plugins.registry import Registry, default_registry
 from quantport.scheme import Quant, Scheme
 

@@ -162,8 +162,9 @@ def test_what_a_format_has_quantized_is_not_quantized_again(model, monkeypatch):
     for wrong in ({"scheme": "int8"}, {"config": {"scheme": "int8"}}):
         with pytest.raises(ConfigError, match="it is a toy checkpoint: quantized already"):
             quantport.load(source, model=Net, device="cpu", registry=knowing(Toy()), **wrong)
-    with pytest.raises(CheckpointError, match="toy quantized it already"):
-        quantport.plan(source, "int8", device="cpu", registry=knowing(Toy()))
+        with pytest.raises(ConfigError, match="it is a toy checkpoint: quantized already"):
+            quantport.plan(source, model=Net, device="cpu", registry=knowing(Toy()), **wrong)
+    assert all(s.stored for s in quantport.plan(source, device="cpu", registry=knowing(Toy())).quantized)
 
 
 def test_two_formats_that_recognize_one_checkpoint_are_named(model):

@@ -3,6 +3,7 @@ Hugging Face hub, and whatever formats plugins bring.
 """
 
 from quantport.checkpoint.companions import companions
+from quantport.checkpoint.decoded import Coded, CodedTensor
 from quantport.checkpoint.format import (
     CheckpointFormat,
     KVCacheConfig,
@@ -22,6 +23,8 @@ __all__ = [
     "BUILTIN_FORMATS",
     "Checkpoint",
     "CheckpointFormat",
+    "Coded",
+    "CodedTensor",
     "KVCacheConfig",
     "QuantizedWeight",
     "QuantportFormat",

@@ -32,12 +32,14 @@ class QuantizedWeight:
         read: Returns the tensors of ``scheme.layout(n, k)``; they may be views of what is stored.
         keys: For each of those tensors the stored one that it is, so that rows of it can be read; empty where
             ``read`` makes them of others.
+        size: Bytes that are read for it; None for those of ``tensors``.
     """
 
     scheme: Scheme
     tensors: tuple[str, ...]
     read: Callable[[], dict[str, Tensor]]
     keys: Mapping[str, str] = field(default_factory=dict)
+    size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,13 @@ class Recognized(ABC):
     Args:
         format_name: Name of the format.
         source: Its tensors.
+
+    Attributes:
+        converts: Whether ``read`` gives the values of quantized weights too, so that they can be quantized to
+            another scheme.
     """
+
+    converts = False
 
     def __init__(self, format_name: str, source: TensorSource) -> None:
         self.format_name, self.source = format_name, source
@@ -77,9 +85,14 @@ class Recognized(ABC):
     def quantized(self) -> Mapping[str, Mapping[str, QuantizedWeight]]:
         """The layers that are quantized already: layer name -> weight name of ``Layer.each`` -> weight.
 
-        Everything else then stays as it is stored. Empty for a checkpoint that is to be quantized.
+        They are kept as they are, and everything else stays as it is stored, unless another scheme is asked
+        for. Empty for a checkpoint that is to be quantized.
         """
         return {}
+
+    def notices(self) -> tuple[str, ...]:
+        """For people: what of the checkpoint is not used as it was meant."""
+        return ()
 
     def kv_cache(self) -> KVCacheConfig:
         """The KV cache that it was saved with."""

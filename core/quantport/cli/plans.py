@@ -11,8 +11,9 @@ from quantport.model.patterns import compile_pattern
 from quantport.model.roles import Role
 from quantport.planning.decode_step import head_share
 from quantport.planning.fit import advice, shortage
-from quantport.planning.plan import Plan, Step
+from quantport.planning.plan import Plan
 from quantport.planning.select_kernel import Choice, speed_text
+from quantport.planning.steps import Step
 
 OTHERS = "other tensors (norms, biases)"
 _COLUMNS = (

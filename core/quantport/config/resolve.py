@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -33,11 +34,13 @@ class Assignment:
         layer: The layer; or a piece of it, under a name of its own.
         scheme: Name of its scheme; None where it is left alone.
         skip_reason: Why it is left alone.
+        stored: Whether that is the scheme that the checkpoint stores it in, since nothing else was asked for.
     """
 
     layer: Layer
     scheme: str | None
     skip_reason: SkipReason | None = None
+    stored: bool = False
 
 
 class _Decision(NamedTuple):
@@ -55,13 +58,23 @@ def needs_default(config: QuantConfig) -> bool:
     )
 
 
-def resolve(layers: Sequence[Layer], config: QuantConfig, default_scheme: str | None) -> list[Assignment]:
+StoredSchemes = Mapping[str, Mapping[str, str]]
+"""Names of schemes that weights are stored in: ``Layer.home`` -> name of ``Layer.each`` -> scheme."""
+
+
+def resolve(
+    layers: Sequence[Layer],
+    config: QuantConfig,
+    default_scheme: str | None,
+    stored: StoredSchemes = MappingProxyType({}),
+) -> list[Assignment]:
     """Says which scheme each weight of a model gets, and why.
 
     Args:
         layers: The layers of the model.
         config: A checked configuration.
         default_scheme: Name of the scheme where the configuration names none.
+        stored: What is quantized already, which keeps its scheme where it is left alone.
 
     Returns:
         One assignment for most layers, in their order. For experts that differ, one for the rest, under the
@@ -74,7 +87,12 @@ def resolve(layers: Sequence[Layer], config: QuantConfig, default_scheme: str | 
     """
     with bounded():
         check_patterns(config, layers)
-        return [assignment for layer in layers for assignment in _assign(layer, config, default_scheme)]
+        return [
+            kept
+            for layer in layers
+            for assignment in _assign(layer, config, default_scheme)
+            for kept in _keep(assignment, stored.get(layer.home, {}))
+        ]
 
 
 def _assign(layer: Layer, config: QuantConfig, default: str | None) -> list[Assignment]:
@@ -89,6 +107,29 @@ def _assign(layer: Layer, config: QuantConfig, default: str | None) -> list[Assi
     if layer.experts and (config.ignore or config.targets):
         return _split_experts(layer, config, whole)
     return [Assignment(layer, *whole)]
+
+
+def _keep(assignment: Assignment, stored: Mapping[str, str]) -> Iterator[Assignment]:
+    """What is left alone, in the schemes that it is stored in; everything else as it was."""
+    layer = assignment.layer
+    if assignment.scheme or not stored:
+        yield assignment
+        return
+    # BF16 beside quantized weights is what was left alone
+    schemes = {w: stored[w] for w, _, _ in layer.each}
+    uniform = len(set(schemes.values())) == 1
+    kept = {
+        w: _Decision(s if uniform or s != "bf16" else None, assignment.skip_reason)
+        for w, s in schemes.items()
+    }
+    most = Counter(kept.values()).most_common(1)[0][0]
+    if uniform:
+        pieces = [replace(assignment, scheme=most.scheme)]
+    elif layer.only:
+        pieces = [Assignment(_piece(layer, f"{layer.home}.{w}", (w,)), *kept[w]) for w in kept]
+    else:
+        pieces = _pieces(layer, kept, most)
+    yield from (replace(piece, stored=piece.scheme is not None) for piece in pieces)
 
 
 def _component_of(layer: Layer, config: QuantConfig) -> str:
@@ -229,6 +270,11 @@ def _split_experts(layer: Layer, config: QuantConfig, whole: _Decision) -> list[
         expert = weight.partition(".")[0]
         names = (layer.name, f"{layer.name}.{expert}", f"{layer.name}.{weight}")
         decisions[weight] = _by_patterns(names, config) or whole
+    return _pieces(layer, decisions, whole)
+
+
+def _pieces(layer: Layer, decisions: Mapping[str, _Decision], whole: _Decision) -> list[Assignment]:
+    """Experts, each of whose weights gets what was decided for it; what most get is one piece."""
     if len({decision.scheme for decision in decisions.values()}) == 1:
         return [Assignment(layer, *next(iter(decisions.values())))]
     units = [(u, ws) for u, ws in _units(layer, decisions) if decisions[ws[0]].scheme != whole.scheme]
@@ -264,7 +310,7 @@ def _units(layer: Layer, decisions: Mapping[str, _Decision]) -> Iterator[tuple[s
 def _piece(layer: Layer, name: str, only: tuple[str, ...]) -> Layer:
     projections = {weight.partition(".")[2] for weight in only}
     weights = tuple(w for w in layer.weights if w[0] in projections)
-    return replace(layer, name=name, weights=weights, group=layer.name, only=only)
+    return replace(layer, name=name, weights=weights, group=layer.home, only=only)
 
 
 def check_patterns(config: QuantConfig, layers: Sequence[Layer]) -> None:

@@ -24,7 +24,8 @@ from quantport.loading.weight_tasks import Take, quantize_tasks
 from quantport.model.layers import Layer, TensorLike
 from quantport.model.patterns import compile_pattern
 from quantport.modules import QuantModule
-from quantport.planning.plan import Plan, Step
+from quantport.planning.plan import Plan
+from quantport.planning.steps import Step
 from quantport.plugins.registry import Registry
 
 # what experts are fused into, and the projections of each expert in it
@@ -68,26 +69,19 @@ class ModelFiller:
         Args:
             to: Where what they read goes; into the model by default.
         """
-        to = to or IntoModel(self.model, self.device)
-        out: list[Task] = []
+        into, out = to or IntoModel(self.model, self.device), list[Task]()
         new: dict[str, nn.Module] = {}
         used = {name for s in self.plan.steps if not s.layer.loaded for name in _tensors(s.layer)}
-        quantized = self.checkpoint.quantized()
         for path, steps in by_module(self.plan.steps, self._path).items():
             module = new[path] = make_module(
                 steps, self.model.get_submodule(path), self.dtypes.dtype, self.registry
             )
-            weights, take = quantized.get(steps[0].layer.home), partial(to.weight, path, module)
-            tasks = (
-                [task for step in steps for task in self._quantize_tasks(step, module, take)]
-                if weights is None
-                else take_over_tasks(module, weights, self.source, self.device, self.plan.budget)
-            )
-            out += [task._replace(module=path) for task in tasks]
+            for step in steps:
+                out += [task._replace(module=path) for task in self._weight_tasks(step, module, path, to)]
             used |= _tensors(steps[0].layer)
         for layer in self._to_fuse():
             path = self._path(layer)
-            out += [task._replace(module=path) for task in self._fuse_tasks(layer, to)]
+            out += [task._replace(module=path) for task in self._fuse_tasks(layer, into)]
             used |= _tensors(layer)
         swap_modules(self.model, new)
         for name, info in self.source.tensors.items():
@@ -95,7 +89,7 @@ class ModelFiller:
                 own = self.names[name]
                 _check_place(self.model, own, info)
                 dtype = self.dtypes.of(own, info.dtype)
-                task = self._copy_task((name,), partial(to.tensor, own, info.shape, dtype), dtype)
+                task = self._copy_task((name,), partial(into.tensor, own, info.shape, dtype), dtype)
                 out.append(task._replace(module=own.rpartition(".")[0]))
         order = {name: i for i, name in enumerate(self.source.tensors)}
         return sorted(out, key=lambda t: order[t.name])
@@ -145,6 +139,19 @@ class ModelFiller:
         for layer in self._to_fuse():
             held |= {f"{self._path(layer)}.{name}": layer.held_dtype or layer.dtype for name in _FUSED}
         return held
+
+    def _weight_tasks(
+        self, step: Step, module: QuantModule, path: str, to: Destination | None
+    ) -> Iterable[Task]:
+        """Fills a module, or a part of it, from codes or from values."""
+        take = partial(to.weight, path, module) if to else None
+        weights = self.checkpoint.quantized().get(step.layer.home)
+        if weights and (step.stored or not self.checkpoint.converts):
+            budget = self.plan.budget
+            return take_over_tasks(step, module, weights, self.source, take, self.device, budget)
+        if weights:  # which are decoded to fp32
+            step = replace(step, layer=replace(step.layer, dtype=torch.float32))
+        return self._quantize_tasks(step, module, take or module.set_steps)
 
     def _quantize_tasks(self, step: Step, module: QuantModule, take: Take) -> Iterable[Task]:
         target, nonfinite = self.plan.device, self.plan.config.nonfinite

@@ -26,7 +26,7 @@ from quantport.loading.plan_model import merge, refuse_nothing, warn
 from quantport.loading.renamed import renamed
 from quantport.loading.settle_ties import settle_ties, tie_again, tied_groups
 from quantport.loading.skeleton import Factory, build
-from quantport.loading.stored_config import as_stored, refuse_weights
+from quantport.loading.stored_config import stored_schemes, with_stored
 from quantport.loading.swap_modules import match_modules
 from quantport.model.layers import Layer, find_renamed_experts
 from quantport.model.roles import SkipCode
@@ -148,16 +148,17 @@ def prepared(
         say("reading headers")
         with collecting_later():
             layers = checkpoint.layers()
-            if checkpoint.quantized():
-                refuse_weights(checkpoint, scheme, config)
-                parsed = as_stored(checkpoint, layers, parsed, registry.schemes)
+            quantized = checkpoint.quantized()
+            if quantized:
+                parsed = with_stored(checkpoint, parsed, registry.schemes)
             compute, source = dtype or main_dtype(layers, described, target), checkpoint.source
             built, names = build(source.directory, model, compute, source.tensors, say)
             say("choosing kernels")
             layers = find_renamed_experts(layers, names, source.tensors)
             dtypes = HeldDtypes(built, compute, factory=model is not None)
             ties = settle_ties(built, checkpoint, layers, names, dtypes)
-            layers = place_tensors(layers, built, names, dtypes, ties.copies, checkpoint.quantized())
+            as_it_is = () if checkpoint.converts else quantized
+            layers = place_tensors(layers, built, names, dtypes, ties.copies, as_it_is)
             layers = match_modules(layers, built, partial(module_path, names))
             _homeless(built, layers, named(path_or_id))
             _placed(layers, checkpoint)
@@ -173,7 +174,8 @@ def prepared(
                 dtype=compute,
                 kv=kv_shape(described),
                 budget=budget,
-                warnings=ties.warnings,
+                warnings=(*checkpoint.notices(), *ties.warnings),
+                stored=stored_schemes(checkpoint, layers),
             )
             refuse_nothing(decided)
             groups = tied_groups(built)
@@ -208,8 +210,10 @@ def _homeless(model: nn.Module, layers: Sequence[Layer], source: object) -> None
 
 
 def _placed(layers: Iterable[Layer], checkpoint: Recognized) -> None:
-    """Refuses a quantized checkpoint whose quantized layers the model does not have."""
-    quantized = checkpoint.quantized()
+    """Refuses a quantized checkpoint whose quantized layers the model does not have, and that cannot be
+    decoded.
+    """
+    quantized = {} if checkpoint.converts else checkpoint.quantized()
     for layer in layers:
         if layer.name in quantized and layer.skip_reason and not layer.opt_in:
             raise CheckpointError(

@@ -13,6 +13,7 @@ from torch import nn
 
 from quantport.checkpoint import Recognized
 from quantport.config import QuantConfig
+from quantport.config.resolve import StoredSchemes
 from quantport.device import Device
 from quantport.errors import CheckpointError, ConfigError
 from quantport.kvcache import kv_shape
@@ -23,6 +24,7 @@ from quantport.loading.locate import Source, named, open_checkpoint
 from quantport.loading.place_tensors import HeldDtypes, leave_in_fp32, main_dtype, place_tensors
 from quantport.loading.renamed import renamed
 from quantport.loading.skeleton import Factory, build
+from quantport.loading.stored_config import stored_schemes, with_stored
 from quantport.loading.swap_modules import match_modules
 from quantport.model.beyond_config import beyond_config
 from quantport.model.fused_projections import with_cuts
@@ -93,6 +95,7 @@ def plan(
     registry = registry or default_registry()
     target = registry.with_memory_now(registry.device(device))
     parsed = merge(scheme, config, {"fallback": fallback}, registry.schemes)
+    stored: StoredSchemes = {}
     if isinstance(path_or_id, nn.Module):
         config_of: Any = getattr(path_or_id, "config", None)
         described = config_of.to_dict() if hasattr(config_of, "to_dict") else {}
@@ -100,9 +103,12 @@ def plan(
         open_questions: tuple[str, ...] = ()
     else:
         with as_usual(), open_checkpoint(path_or_id, registry, headers_only=True) as (checkpoint, described):
-            refuse_quantized(checkpoint)
             layers, open_questions = _layers_in(checkpoint, described, target, dtype, model)
             source = named(path_or_id)
+            if checkpoint.quantized():
+                parsed = with_stored(checkpoint, parsed, registry.schemes)
+                stored = stored_schemes(checkpoint, layers)
+                open_questions = (*checkpoint.notices(), *open_questions)
     kv = kv_shape(described)
     kernels, schemes = registry.kernels(target.kind), registry.schemes
     return make_plan(
@@ -117,6 +123,7 @@ def plan(
         kv=kv,
         budget=budget,
         warnings=open_questions,
+        stored=stored,
     )
 
 
@@ -166,7 +173,8 @@ def _layers_in(
     undecided = tuple(undecided_tie(*pair) for pair in both.items())
     layers = find_renamed_experts(layers, names, tensors)
     dtypes = HeldDtypes(model, held, factory=factory is not None)
-    placed = place_tensors(layers, model, names, dtypes, copies={})
+    as_it_is = () if checkpoint.converts else checkpoint.quantized()
+    placed = place_tensors(layers, model, names, dtypes, copies={}, quantized=as_it_is)
     return match_modules(placed, model, partial(module_path, names)), undecided
 
 
@@ -183,18 +191,6 @@ def warn(texts: Iterable[str]) -> None:
     """Warns the caller of ``load`` or ``quantize_`` of what who never looks at the plan has to know."""
     for text in texts:
         warnings.warn(text, UserWarning, stacklevel=4)
-
-
-def refuse_quantized(checkpoint: Recognized) -> None:
-    """Refuses to plan how to quantize what is quantized.
-
-    Raises:
-        CheckpointError: names the format.
-    """
-    if checkpoint.quantized():
-        suggestion = "quantport.load or `quantport run`, without a scheme"
-        found = f"{checkpoint.format_name} quantized it already"
-        raise CheckpointError(f"quantize {checkpoint.source.directory}", found, suggestion)
 
 
 def refuse_nothing(decided: Plan) -> None:

@@ -21,7 +21,7 @@ from quantport.loading.destination import Put
 from quantport.loading.executor import Progress, Task, run_tasks
 from quantport.loading.load_model import Prepared, fits, prepared, tie_weights
 from quantport.loading.locate import Source
-from quantport.loading.plan_model import refuse_quantized, warn
+from quantport.loading.plan_model import warn
 from quantport.loading.renamed import renamed
 from quantport.loading.save_model import SHARD, layout_of, modules_to_save, write_model
 from quantport.modules import QuantModule
@@ -49,7 +49,7 @@ def quantize_checkpoint(
     quantized before it is sure that the disk has room for it.
 
     Args:
-        path_or_id: As for ``load``; not quantized yet.
+        path_or_id: As for ``load``.
         directory: As for ``save``.
         scheme: As for ``load``.
         num_tokens: As for ``load``.
@@ -66,7 +66,6 @@ def quantize_checkpoint(
         QuantportError: as ``load`` and ``save``. Nothing is left behind.
     """
     with prepared(path_or_id, scheme, num_tokens=num_tokens, progress=progress, **options) as made:
-        refuse_quantized(made.filler.checkpoint)
         with collecting_later():
             stream = _Stream(made, progress, workers)
         fits(made.plan, f"quantize {made.plan.source} on {made.plan.device}", made.plan.budget)

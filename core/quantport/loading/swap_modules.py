@@ -29,7 +29,7 @@ from quantport.modules import (
     activation_name,
     why_not_experts,
 )
-from quantport.planning.plan import Step
+from quantport.planning.steps import Step
 from quantport.plugins.registry import Registry
 
 ModulePath = Callable[[Layer], str]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 import torch
@@ -12,32 +12,39 @@ from quantport.checkpoint import QuantizedWeight, TensorSource
 from quantport.kernels.base import WeightSpec
 from quantport.kernels.packing import layout_of
 from quantport.loading.executor import Task
+from quantport.loading.weight_tasks import Take
 from quantport.modules import QuantExperts, QuantModule
 from quantport.numerics.by_rows import QuantizedRows, stored_slices
 from quantport.planning.memory import step_rows
+from quantport.planning.steps import Step
 
 
 def take_over_tasks(
+    step: Step,
     module: QuantModule,
     weights: Mapping[str, QuantizedWeight],
     source: TensorSource,
+    take: Take | None,
     device: torch.device,
     budget: int,
-) -> Iterable[Task]:
+) -> Iterator[Task]:
     """One task for each weight: its bits are taken as they are, some rows at a time where they are stored as
     the layout has them.
 
     Args:
-        module: Takes the weights.
+        step: The layer, or the piece of a layer.
+        module: Whose weights they are.
         weights: Each weight by its name in the module.
         source: Where they are read.
+        take: Takes each weight by its name in the module, as ``module.set_steps`` does; None for the module
+            itself, which may keep what is read.
         device: Where to.
         budget: That of the plan: a weight of another format that needs more is read alone.
     """
-    for name, spec in module.specs.items():
-        weight, kernel = weights[name], module.kernel_of(name)
-        size = sum(source.tensors[tensor].nbytes for tensor in weight.tensors)
-        if weight.keys and kernel.keeps_layout and _may_stay(source, device):
+    for name, _, _ in step.layer.each:
+        spec, weight, kernel = module.specs[name], weights[name], module.kernel_of(name)
+        size = sum(source.tensors[t].nbytes for t in weight.tensors) if weight.size is None else weight.size
+        if take is None and weight.keys and kernel.keeps_layout and _may_stay(source, device):
             yield Task(weight.tensors[0], size, partial(_map, module, name, weight, source))
             continue
         layout = None if isinstance(module, QuantExperts) else layout_of(kernel, spec)
@@ -45,7 +52,7 @@ def take_over_tasks(
         whole = 0 if layout and rows < spec.n else size
         steps = partial(_steps, weight, spec, source, device, rows)
         need = min(budget, 2 * spec.scheme.bytes(rows, spec.k) + whole)
-        yield Task(weight.tensors[0], size, partial(_take, module, name, steps), need)
+        yield Task(weight.tensors[0], size, partial(_take, take or module.set_steps, name, steps), need)
 
 
 def _may_stay(source: TensorSource, device: torch.device) -> bool:
@@ -57,8 +64,8 @@ def _map(module: QuantModule, name: str, weight: QuantizedWeight, source: Tensor
     module.set_weight(name, {key: source.read(tensor) for key, tensor in weight.keys.items()})
 
 
-def _take(module: QuantModule, name: str, steps: Callable[[], Iterator[QuantizedRows]]) -> None:
-    module.set_steps(name, steps())
+def _take(take: Take, name: str, steps: Callable[[], Iterator[QuantizedRows]]) -> None:
+    take(name, steps())
 
 
 def _steps(

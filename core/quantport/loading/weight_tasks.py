@@ -17,7 +17,7 @@ from quantport.model.layers import Part
 from quantport.modules import QuantModule
 from quantport.numerics.by_rows import QuantizedRows, ReadRows, quantize_steps
 from quantport.planning.memory import STEP, peak_with, step_rows
-from quantport.planning.plan import Step
+from quantport.planning.steps import Step
 from quantport.scheme import Scheme
 
 Fast = Callable[[Tensor, Scheme], StoredWeight | None]

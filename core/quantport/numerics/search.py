@@ -45,18 +45,34 @@ def with_offset(x: Tensor, quant: Quant) -> tuple[Tensor, Tensor, Tensor]:
 
     Args:
         x: fp32 ``[R, C, g]``.
-        quant: int4 with rule ``mse`` or ``hqq``.
+        quant: int4, uint4 or int8 with rule ``mse`` or ``hqq``, or ``amax``: from the smallest to the largest
+            value and over zero, which is a code.
 
     Returns:
         Codes int8 ``[R, C, g]``, scale and zero ``[R, C]`` of ``quant.scale_dtype``.
     """
     low, high = x.amin(-1), x.amax(-1)
     top = quant.element.high - quant.element.low
+    if quant.rule == "amax":
+        return _over_range(x, low, high, quant)
     scale, zero = (least_squares_grid if quant.rule == "mse" else _hqq)(x, low, high, top)
     zero = (zero - quant.element.low * scale).to(quant.scale_dtype)
     scale = stored(scale, quant.scale)
     codes = (x - zero.float()[..., None]).div_(scale.float()[..., None])
     return encode(codes, quant.element), scale, zero
+
+
+def _over_range(x: Tensor, low: Tensor, high: Tensor, quant: Quant) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes on a grid from the smallest value to the largest that has a zero: its offset is a whole number of
+    scales, as the zero points of other quantizers are.
+    """
+    element = quant.element
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    scale = stored((high - low) / (element.high - element.low), quant.scale)
+    zero_point = torch.round(element.low - low / scale.float()).clamp_(element.low, element.high)
+    zero = (-zero_point * scale.float()).to(quant.scale_dtype)
+    codes = encode(x.div_(scale.float()[..., None]).round_().add_(zero_point[..., None]), element)
+    return codes, scale, zero
 
 
 def _codes(x: Tensor, low: Tensor, scale: Tensor, top: float) -> Tensor:

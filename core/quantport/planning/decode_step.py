@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from quantport.model.roles import Role
-from quantport.planning.plan import Plan, Step
+from quantport.planning.plan import Plan
+from quantport.planning.steps import Step
 
 
 @dataclass(frozen=True)

@@ -7,69 +7,29 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, cached_property
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from quantport.config import QuantConfig
-from quantport.config.resolve import Assignment, needs_default, resolve
+from quantport.config.resolve import StoredSchemes, needs_default, resolve
 from quantport.device import Device
-from quantport.errors import ConfigError, UnsupportedError
-from quantport.kernels.base import Kernel, Request, WeightSpec
-from quantport.kernels.verdict import Status
+from quantport.errors import ConfigError
+from quantport.kernels.base import Kernel, WeightSpec
 from quantport.kvcache import KVShape, kv_summary
-from quantport.model.fused_projections import split_projections
 from quantport.model.layers import FLOATS, Layer
-from quantport.model.roles import Role, SkipReason
 from quantport.planning.memory import BUDGET, parse_budget, peak_with, resolve_budget
 from quantport.planning.notices import notices
 from quantport.planning.select_kernel import (
-    Choice,
     best_scheme,
-    choice_dict,
-    faster_text,
-    select_embedding_kernel,
-    select_kernel,
 )
-from quantport.scheme import Scheme
+from quantport.planning.steps import Step, StepPlanner, step_dict
 from quantport.scheme.catalog import Schemes
 
 _WORTH_A_WARNING = 4 << 20  # bytes
-
-
-@dataclass(frozen=True)
-class Step:
-    """What happens to one layer.
-
-    Attributes:
-        layer: The layer.
-        requested_scheme: Name of the scheme that it shall have; None for a layer that stays in 16 bits.
-        choice: What it gets; None for a layer that stays as it is.
-        note: For people: why it stays, or why it is slower than BF16 and what would be faster.
-        before: Bytes of its weights in the checkpoint.
-        after: Bytes once loaded.
-        skip_reason: Why it stays in 16 bits; None for one that is quantized.
-    """
-
-    layer: Layer
-    requested_scheme: str | None
-    choice: Choice | None
-    note: str
-    before: int
-    after: int
-    skip_reason: SkipReason | None = None
-
-    @property
-    def scheme(self) -> str:
-        """Scheme of the module that runs it: ``bf16`` for a layer that stays, but prepacked."""
-        return self.requested_scheme or "bf16"
-
-    @property
-    def slow(self) -> bool:
-        """True when the chosen path is measured or known to be slower than BF16 for the expected tokens."""
-        return bool(self.requested_scheme and self.choice and self.choice.slow)
 
 
 @dataclass(frozen=True)
@@ -162,29 +122,12 @@ class Plan:
             "fits": self.fits,
             "kv_cache": self.kv_cache,
             "warnings": list(self.warnings),
-            "layers": [_step_dict(s) for s in self.steps if s.layer.is_matrix],
+            "layers": [step_dict(s) for s in self.steps if s.layer.is_matrix],
         }
 
     def to_json(self) -> str:
         """The plan as JSON text."""
         return json.dumps(self.to_dict(), indent=2)
-
-
-def _step_dict(step: Step) -> dict[str, Any]:
-    choice = step.choice
-    out: dict[str, Any] = {
-        "name": step.layer.name,
-        "kind": step.layer.kind,
-        "role": str(step.layer.role),
-        "skip_reason": str(step.skip_reason.code) if step.skip_reason else None,
-        "asked": step.requested_scheme,
-        "bytes_before": step.before,
-        "bytes_after": step.after,
-        "note": step.note,
-    }
-    if choice:
-        out |= {k: v for k, v in choice_dict(choice).items() if k != "verdicts"}
-    return out
 
 
 def make_plan(
@@ -200,6 +143,7 @@ def make_plan(
     kv: KVShape | None = None,
     budget: int | str | None = None,
     warnings: Iterable[str] = (),
+    stored: StoredSchemes = MappingProxyType({}),
 ) -> Plan:
     """Plans every layer. Pure: no registry, no hardware, no weights.
 
@@ -216,6 +160,7 @@ def make_plan(
         budget: Bytes (or ``"512MB"``) that the stream may hold beside the model; by default 512 MiB, or what
             the largest weight needs.
         warnings: What else is known of the checkpoint, for people.
+        stored: As for ``resolve``.
 
     Raises:
         BudgetError: a single weight needs more than ``budget``.
@@ -233,11 +178,13 @@ def make_plan(
         raise ConfigError(f"dtype={dtype!r}", found, "torch.bfloat16, torch.float16 or torch.float32")
     requested_budget = parse_budget(budget)
     default, why = best_scheme(device, kernels, schemes, num_tokens) if needs_default(config) else (None, "")
-    planner = _Planner(config, device, kernels, schemes, num_tokens, dtype, requested_budget or BUDGET)
-    steps = tuple(planner.step(assignment) for assignment in resolve(list(layers), config, default))
+    planner = StepPlanner(
+        config, device, kernels, schemes, num_tokens, dtype, requested_budget or BUDGET, stored
+    )
+    steps = tuple(planner.step(assignment) for assignment in resolve(list(layers), config, default, stored))
     # refuses a layer that the model does not have
     kv_summary(kv, config.kv_cache_dtype, config.kv_cache_skip_layers)
-    total = resolve_budget(requested_budget, _peaks(steps, schemes, kernels))
+    total = resolve_budget(requested_budget, _peaks(steps, schemes, kernels, stored))
     texts = (*warnings, *notices(step.layer for step in steps), *_mostly_kept(steps))
     return Plan(source, device, config, steps, num_tokens, why, kv, total, texts)
 
@@ -264,8 +211,10 @@ def _mostly_kept(steps: Iterable[Step]) -> Iterator[str]:
         )
 
 
-def _peaks(steps: Iterable[Step], schemes: Schemes, kernels: Sequence[Kernel]) -> dict[str, int]:
-    """Most bytes that are in flight while a weight of each layer is quantized."""
+def _peaks(
+    steps: Iterable[Step], schemes: Schemes, kernels: Sequence[Kernel], stored: StoredSchemes
+) -> dict[str, int]:
+    """Most bytes that are in flight while a weight of each layer is quantized; what is decoded is fp32."""
     by_name, peak = {kernel.name: kernel for kernel in kernels}, cache(peak_with)  # layers repeat
 
     return {
@@ -273,124 +222,10 @@ def _peaks(steps: Iterable[Step], schemes: Schemes, kernels: Sequence[Kernel]) -
             peak(
                 None if step.layer.experts else by_name[step.choice.kernel],
                 WeightSpec(schemes[step.scheme], n, k),
-                step.layer.dtype,
+                torch.float32 if step.layer.home in stored else step.layer.dtype,
             )
             for _, n, k in step.layer.weights
         )
         for step in steps
         if step.choice
     }
-
-
-@dataclass
-class _Planner:
-    """Makes the steps. Choices are kept, since the layers of a model repeat."""
-
-    config: QuantConfig
-    device: Device
-    kernels: Sequence[Kernel]
-    schemes: Schemes
-    num_tokens: int
-    dtype: torch.dtype | None
-    budget: int
-    choices: dict[object, tuple[Choice, str]] = field(default_factory=dict)
-
-    def step(self, assignment: Assignment) -> Step:
-        if assignment.scheme is None:
-            return self._skip(assignment.layer, assignment.skip_reason)
-        return self._quantize(assignment.layer, assignment.scheme)
-
-    def _skip(self, layer: Layer, reason: SkipReason | None) -> Step:
-        choice = self._dense_experts(layer) if layer.only else self._prepacked(layer)
-        note = str(reason or "")
-        if choice is None and layer.loaded and layer.held_dtype not in (None, layer.dtype):
-            note += f"; stored as {layer.dtype}, held in {layer.held_dtype}"
-        after = layer.held_bytes if choice is None else layer.bytes
-        return Step(layer, None, choice, note, layer.bytes, after, reason)
-
-    def _quantize(self, layer: Layer, scheme_name: str) -> Step:
-        if layer.kind == "other" or (layer.skip_reason and not layer.opt_in):
-            raise ConfigError(
-                f"scheme {scheme_name!r} for {layer.name}",
-                str(layer.skip_reason),
-                "name linear layers, experts, an lm_head or an embedding",
-            )
-        scheme = self.schemes[scheme_name]
-        layer, parts_note = split_projections(layer, scheme)
-        choice, kernel_note = self._choose(layer, scheme)
-        if choice.status is Status.UNSUPPORTED:
-            raise UnsupportedError(
-                f"{scheme_name} for {layer.name} on {self.device} with fallback={self.config.fallback!r}",
-                "; ".join(choice.reasons),
-                "fallback='weight_only' or 'reference', a *_weight_only scheme, or another device "
-                "(see `quantport matrix`)",
-            )
-        note = "; ".join(filter(None, (parts_note, kernel_note)))
-        after = sum(scheme.bytes(n, k) for _, n, k in layer.each)
-        return Step(layer, scheme_name, choice, note, layer.bytes, after)
-
-    def _prepacked(self, layer: Layer) -> Choice | None:
-        """The prepacked BF16 kernel for a linear layer that stays, where the device has one that was measured
-        faster, and packing it fits the budget: it is packed as a whole.
-        """
-        skipped = layer.skip_reason is not None and not (layer.opt_in and layer.role is not Role.EMBEDDING)
-        if layer.kind != "linear" or skipped:
-            return None
-        if layer.dtype is not torch.bfloat16 or self.dtype not in (None, torch.bfloat16):
-            return None
-        requests = self._requests(layer, self.schemes["bf16"])
-        choice = select_kernel(requests, self.kernels)
-        if choice.speed is None or choice.speed < 1:
-            return None
-        kernel = next(kernel for kernel in self.kernels if kernel.name == choice.kernel)
-        peak = max(peak_with(kernel, request.weight, layer.dtype) for request in requests)
-        return choice if peak <= self.budget else None
-
-    def _dense_experts(self, layer: Layer) -> Choice:
-        """The 16-bit kernel for experts or projections that stay, inside a layer whose other weights are
-        quantized.
-
-        Raises:
-            ConfigError: they are not stored in BF16, the one dtype that is kept there.
-            UnsupportedError: the device has no 16-bit kernel.
-        """
-        if layer.dtype is not torch.bfloat16:
-            raise ConfigError(
-                f"{layer.name} in 16 bits beside quantized experts",
-                f"it is stored as {layer.dtype}",
-                "a scheme for them, or null for the whole layer",
-            )
-        choice = select_kernel(self._requests(layer, self.schemes["bf16"]), self.kernels)
-        if choice.status is Status.UNSUPPORTED:
-            raise UnsupportedError(
-                f"{layer.name} in 16 bits on {self.device}", "; ".join(choice.reasons), "a scheme for it"
-            )
-        return choice
-
-    def _choose(self, layer: Layer, scheme: Scheme) -> tuple[Choice, str]:
-        """The choice for a layer, and a note on it; chosen once for all layers that are alike."""
-        is_table = layer.role is Role.EMBEDDING
-        key = (scheme.name, layer.kind, layer.weights, layer.dtype, layer.name if is_table else "")
-        if key not in self.choices:
-            choose = self._choose_embedding if is_table else self._choose_multiplied
-            self.choices[key] = choose(layer, self._requests(layer, scheme))
-        return self.choices[key]
-
-    def _choose_embedding(self, layer: Layer, requests: Sequence[Request]) -> tuple[Choice, str]:
-        fallback = self.config.fallback
-        return select_embedding_kernel(requests[0], self.kernels, fallback, layer.name, layer.tied)
-
-    def _choose_multiplied(self, layer: Layer, requests: Sequence[Request]) -> tuple[Choice, str]:
-        choice = select_kernel(requests, self.kernels, self.config.fallback)
-        if not choice.slow:
-            return choice, ""
-        advice = faster_text(requests[0], self.kernels, self.schemes)
-        return choice, f"slower than BF16: {choice.slow}; {advice}"
-
-    def _requests(self, layer: Layer, scheme: Scheme) -> list[Request]:
-        """What each weight of a layer needs of a kernel."""
-        dtype = self.dtype or (self.device.arch.compute if layer.dtype is torch.bfloat16 else layer.dtype)
-        return [
-            Request(WeightSpec(scheme, n, k), layer.kind, self.device, dtype, self.num_tokens)
-            for _, n, k in layer.weights
-        ]

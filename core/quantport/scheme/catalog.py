@@ -10,7 +10,7 @@ from quantport.errors import ConfigError
 from quantport.scheme import Quant, Scheme, Solver
 from quantport.scheme.formats import FORMATS
 from quantport.scheme.other_names import unknown_scheme
-from quantport.scheme.scheme import OPTIONS
+from quantport.scheme.scheme import OPTIONS, is_group_size
 
 _REMEMBERED = 1024  # names with options; there are endless ways to spell one
 
@@ -82,7 +82,13 @@ def _by_name(solvers: Iterable[Solver], schemes: Mapping[str, str]) -> Mapping[s
     for solver in solvers:
         nameless = not isinstance(solver.name, str) or solver.name.split() != [solver.name]
         others = {*OPTIONS, *by_name, *schemes}
-        if nameless or ":" in solver.name or solver.name in others or solver.name.lower() in others:
+        if (
+            nameless
+            or is_group_size(solver.name)
+            or ":" in solver.name
+            or solver.name in others
+            or solver.name.lower() in others
+        ):
             raise ConfigError(
                 f"solver {solver.name!r}",
                 "the name is that of an option, of a scheme or of another solver, or has a colon or a space",

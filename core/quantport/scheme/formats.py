@@ -54,6 +54,7 @@ class Format:
 
 
 FP32 = Format("fp32", 32, torch.float32, -3.4028234663852886e38, 3.4028234663852886e38)
+FP16 = Format("fp16", 16, torch.float16, -65504.0, 65504.0)
 BF16 = Format("bf16", 16, torch.bfloat16, -3.3895313892515355e38, 3.3895313892515355e38)
 E4M3FN = Format("e4m3fn", 8, torch.float8_e4m3fn, -448.0, 448.0, exponent=4, mantissa=3)
 E5M2 = Format("e5m2", 8, torch.float8_e5m2, -57344.0, 57344.0, exponent=5, mantissa=2)
@@ -79,6 +80,7 @@ FORMATS = {
     f.name: f
     for f in (
         FP32,
+        FP16,
         BF16,
         E4M3FN,
         E5M2,

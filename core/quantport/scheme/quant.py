@@ -9,6 +9,7 @@ import torch
 
 from quantport.scheme.formats import E8M0, FORMATS, Format
 
+SCALES = ("fp32", "fp16", "bf16")  # formats of scales that are numbers, not exponents or codes
 RULES = ("floor", "even", "even1", "ceil", "rceil")
 SEARCHES = ("mse", "hqq")
 
@@ -74,7 +75,7 @@ class Quant:
         """One level of scales from amax, without offsets: 8-bit and integer formats as compressed-tensors has
         them.
         """
-        return self == Quant(self.format, self.block_shape, self.scale) and self.scale in ("fp32", "bf16")
+        return self == Quant(self.format, self.block_shape, self.scale) and self.scale in SCALES
 
     def scale_shape(self, n: int, k: int) -> tuple[int, int]:
         """Shape of the scales of an [n, k] operand: one per block."""

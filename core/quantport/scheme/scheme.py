@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -10,7 +11,7 @@ import torch
 
 from quantport.errors import ConfigError, one_of
 from quantport.scheme.formats import BF16, E8M0
-from quantport.scheme.quant import RULES, SEARCHES, Quant, blocks_of
+from quantport.scheme.quant import RULES, SCALES, SEARCHES, Quant, blocks_of
 from quantport.scheme.solver import Solver
 
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -18,7 +19,11 @@ GGUF_BYTES = {"q4_0": 18, "q8_0": 34, "q4_k": 144, "q5_k": 176, "q6_k": 210, "q8
 # What ggml quantizes activations to, by the block of the weight. Source: ``ggml-cpu.c``, ``type_traits_cpu``.
 GGUF_ACTIVATIONS = {32: Quant("q8_0", (1, 32)), 256: Quant("q8_k", (1, 256))}
 ROTATION = 128
-OPTIONS = frozenset({*RULES, *SEARCHES, "nearest", "double", "hadamard", "a8"})  # no solver may take these
+OPTIONS = frozenset(
+    {*RULES, *SEARCHES, *SCALES, "nearest", "double", "hadamard", "a8", "asym", "channel", "tensor"}
+)  # no solver may take these, nor what `_GROUP` matches
+_GROUP = re.compile(r"g([1-9]\d{0,3})$")
+_BLOCKS = {"channel": (1, 0), "tensor": (0, 0)}
 
 
 @dataclass(frozen=True)
@@ -82,11 +87,22 @@ class Scheme:
         return tuple(r for r in rules if r != weight.rule) + mse + double + hadamard + a8
 
     def option(self, name: str) -> Scheme:
-        """The scheme with one option: another scale rule, ``mse``, ``double``, ``hadamard`` or ``a8``.
+        """The scheme with one option: another scale rule, ``mse``, ``double``, ``hadamard`` or ``a8``; or, as
+        checkpoints of others have them, blocks of another size (``g64``, ``channel``, ``tensor``), another
+        format of scales (``fp32``, ``fp16``, ``bf16``) or offsets (``asym``).
 
         Raises:
             ConfigError: the scheme has no such option.
         """
+        stored = self._stored_as(name)
+        if stored is not None:
+            return replace(
+                self,
+                name=f"{self.name}:{name}",
+                weight=stored,
+                aliases=(),
+                summary=f"{self.summary}; {name}",
+            )
         if name not in self.options:
             suggestion = one_of(name, self.options) if self.options else f"{self.name!r}: it has no options"
             raise ConfigError(f"option {name!r} of scheme {self.name!r}", "no such option", suggestion)
@@ -108,6 +124,21 @@ class Scheme:
             self, name=f"{self.name}:{name}", weight=weight, activation=activation, rotation=rotation
         )
         return replace(changed, aliases=(), summary=f"{self.summary}; {name}")
+
+    def _stored_as(self, option: str) -> Quant | None:
+        """The weight with blocks, scales or offsets as an option has them; None for other options."""
+        weight, group = self.weight, _GROUP.match(option)
+        if weight.element.block or weight.element is BF16 or weight.scale not in SCALES or weight.outer_block:
+            return None
+        if option in SCALES:
+            return replace(weight, scale=option)
+        if group and weight.block_shape[0] == 1:
+            return replace(weight, block_shape=(1, int(group[1])))
+        if option in _BLOCKS and not weight.element.codebook:
+            return replace(weight, block_shape=_BLOCKS[option])
+        if option == "asym" and weight.format in ("int4", "uint4", "int8") and not weight.zero_point:
+            return replace(weight, zero_point=True)
+        return None
 
     def solved_by(self, solver: Solver) -> Scheme:
         """The scheme, with codes and scales that another solver finds.
@@ -178,3 +209,8 @@ class Scheme:
 def packed_bytes(k: int, bits: int) -> int:
     """Bytes of ``k`` codes of 4 or 6 bits, in whole groups of two or four."""
     return math.ceil(k / 2) if bits == 4 else 3 * math.ceil(k / 4)
+
+
+def is_group_size(option: str) -> bool:
+    """Whether an option of a scheme names a group size, as ``g64``."""
+    return _GROUP.match(option) is not None

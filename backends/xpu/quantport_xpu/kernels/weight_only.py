@@ -14,6 +14,7 @@ from quantport.backend import (
     Packed,
     PackedLayout,
     PackedTensor,
+    Quant,
     Reason,
     Request,
     Scheme,
@@ -40,7 +41,7 @@ class XpuInt8Pack(Kernel):
     tolerance = 2.0**-7
 
     def serves(self, scheme: Scheme) -> bool:
-        return scheme.weight.format == "int8" and scheme.weight.block_shape == (1, 0)
+        return scheme.weight == Quant("int8", (1, 0))
 
     def reasons_against(self, request: Request) -> Sequence[Reason]:
         return operator_reason(request, self.name, "_weight_int8pack_mm", "2.10")

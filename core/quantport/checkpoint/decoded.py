@@ -1,0 +1,231 @@
+"""Checkpoints whose weights are stored as codes, read as if they were not: what a format names a
+`CodedTensor` looks like a weight in 16 bits to all that plan and quantize, and gives its codes to those who
+keep them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantport.checkpoint.format import KVCacheConfig, QuantizedWeight, Recognized
+from quantport.checkpoint.source import Rows, StoredTensor, TensorSource, VerifiedSource
+from quantport.errors import CheckpointError
+from quantport.model.layers import Layer, find_layers
+from quantport.numerics import dequantize_weight
+from quantport.numerics.by_rows import stored_slices
+from quantport.numerics.sharding import alignment
+from quantport.scheme import Scheme
+
+ReadCodes = Callable[[int | None, slice], Mapping[str, Tensor]]
+"""The tensors of ``scheme.layout`` for some rows of a matrix, or of a matrix of a stack."""
+
+
+@dataclass(frozen=True)
+class CodedTensor:
+    """A weight that a checkpoint stores as codes: a matrix ``[n, k]`` or a stack ``[experts, n, k]``.
+
+    Attributes:
+        shape: Of the weight.
+        dtype: In which a model holds it that does not quantize it.
+        scheme: What its numbers are.
+        tensors: The stored tensors that it is made of.
+        keys: For each key of ``scheme.layout`` the stored tensor that it is as it stands, of a matrix; empty
+            where ``read`` makes them.
+        read: Makes the tensors of ``scheme.layout`` for rows that begin and end with blocks of the scheme;
+            None where ``keys`` names them.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    scheme: Scheme
+    tensors: tuple[str, ...]
+    keys: Mapping[str, str] = field(default_factory=dict)
+    read: ReadCodes | None = None
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """What a source says of a coded tensor: the shape of the weight, and the bytes of its codes."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    nbytes: int
+
+
+class DecodedSource:
+    """A `TensorSource` in which coded tensors stand as weights, and the tensors that they are made of are not
+    listed; those can still be read.
+
+    Args:
+        source: Where everything is read.
+        coded: The coded tensors, by the name of the weight.
+        unlisted: Further stored tensors that are no part of the model.
+    """
+
+    def __init__(
+        self, source: TensorSource, coded: Mapping[str, CodedTensor], unlisted: Iterable[str] = ()
+    ) -> None:
+        self.source, self.coded = source, coded
+        self.mapped: bool = bool(getattr(source, "mapped", False))
+        first = {tensor.tensors[0]: name for name, tensor in coded.items()}
+        hidden = {name for tensor in coded.values() for name in tensor.tensors} | set(unlisted)
+        tensors: dict[str, StoredTensor] = {}
+        for name, info in source.tensors.items():
+            if name in first:
+                weight = coded[first[name]]
+                size = sum(source.tensors[part].nbytes for part in weight.tensors)
+                tensors[first[name]] = _Entry(weight.shape, weight.dtype, size)
+            elif name not in hidden:
+                tensors[name] = info
+        self.tensors: Mapping[str, StoredTensor] = MappingProxyType(tensors)
+
+    @property
+    def directory(self) -> Path:
+        """As of the source."""
+        return self.source.directory
+
+    @property
+    def files(self) -> Any:
+        """As of the source, which may have none."""
+        return getattr(self.source, "files", ())
+
+    def read(self, name: str, rows: Rows | None = None) -> Tensor:
+        """As `TensorSource.read`; the values of a coded tensor are fp32, exactly as its codes have them."""
+        tensor = self.coded.get(name)
+        if tensor is None:
+            return self.source.read(name, rows)
+        if len(tensor.shape) == 2:
+            assert not isinstance(rows, tuple)  # a matrix has no matrices
+            return self._values(name, tensor, None, rows or slice(None))
+        if isinstance(rows, tuple):
+            return self._values(name, tensor, *rows)
+        experts = range(*(rows or slice(None)).indices(tensor.shape[0]))
+        return torch.stack([self._values(name, tensor, e, slice(None)) for e in experts])
+
+    def stored(self, name: str, expert: int | None, rows: slice) -> dict[str, Tensor]:
+        """The tensors of the scheme's layout for rows ``[start, stop)`` that begin and end with its blocks.
+
+        Raises:
+            CheckpointError: they are not what the scheme stores.
+        """
+        tensor, k = self.coded[name], self.coded[name].shape[-1]
+        if tensor.read is not None:
+            stored = dict(tensor.read(expert, rows))
+        else:
+            parts = stored_slices(tensor.scheme, k, rows.start, rows.stop)
+            stored = {key: self.source.read(part, parts[key]) for key, part in tensor.keys.items()}
+        expected = tensor.scheme.layout(rows.stop - rows.start, k)
+        found = {key: (tuple(value.shape), value.dtype) for key, value in stored.items()}
+        if found != expected:
+            raise CheckpointError(
+                f"read {name} of {self.directory} as {tensor.scheme.name}",
+                _said(found),
+                f"{_said(expected)}: a checkpoint of this format",
+            )
+        return stored
+
+    def _values(self, name: str, tensor: CodedTensor, expert: int | None, rows: slice) -> Tensor:
+        n, k = tensor.shape[-2:]
+        start, stop, _ = rows.indices(n)
+        block = alignment(tensor.scheme, 0)
+        first, last = start // block * block, min(n, -(-stop // block) * block)
+        stored = self.stored(name, expert, slice(first, last))
+        return dequantize_weight(stored, tensor.scheme, k)[start - first : stop - first]
+
+    def release(self, name: str, rows: Rows | None = None) -> None:
+        """As `TensorSource.release`; of a coded tensor all that it is made of."""
+        tensor = self.coded.get(name)
+        if tensor is None:
+            self.source.release(name, rows)
+            return
+        for part in tensor.tensors:
+            self.source.release(part)
+
+    def verify(self) -> None:
+        """As `VerifiedSource.verify`, where the source can say."""
+        if isinstance(self.source, VerifiedSource):
+            self.source.verify()
+
+    def close(self) -> None:
+        """As `TensorSource.close`."""
+        self.source.close()
+
+
+def _said(layout: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> str:
+    return ", ".join(f"{key} {list(shape)} {dtype}" for key, (shape, dtype) in layout.items())
+
+
+class Coded(Recognized):
+    """A checkpoint of another quantizer: each of its weights can be kept as it is, or decoded and quantized
+    to another scheme.
+
+    Args:
+        format_name: Name of the format.
+        source: Its tensors.
+        coded: The weights that it stores as codes, by the names that they have in 16-bit checkpoints.
+        unlisted: Stored tensors that are no part of the model.
+        kv_cache: The KV cache that it asks for.
+        notices: For people: what of the checkpoint is not used as it was meant.
+    """
+
+    converts = True
+
+    def __init__(
+        self,
+        format_name: str,
+        source: TensorSource,
+        coded: Mapping[str, CodedTensor],
+        *,
+        unlisted: Iterable[str] = (),
+        kv_cache: KVCacheConfig | None = None,
+        notices: Iterable[str] = (),
+    ) -> None:
+        self.decoded = DecodedSource(source, coded, unlisted)
+        super().__init__(format_name, self.decoded)
+        self._kv_cache, self._notices = kv_cache or KVCacheConfig(), tuple(notices)
+
+    def layers(self) -> list[Layer]:
+        """As of a checkpoint in 16 bits."""
+        return self._layers
+
+    @cached_property
+    def _layers(self) -> list[Layer]:
+        return find_layers(self.source.tensors)
+
+    def quantized(self) -> Mapping[str, Mapping[str, QuantizedWeight]]:
+        """The layers all of whose weights are stored as codes."""
+        return self._quantized
+
+    @cached_property
+    def _quantized(self) -> dict[str, dict[str, QuantizedWeight]]:
+        out = {}
+        for layer in self._layers:
+            names = {part.tensor for parts in layer.parts.values() for part in parts}
+            if layer.kind != "other" and names <= self.decoded.coded.keys():
+                out[layer.name] = {weight: self._weight(layer, weight, n) for weight, n, _ in layer.each}
+        return out
+
+    def _weight(self, layer: Layer, weight: str, n: int) -> QuantizedWeight:
+        name, expert, start, _ = layer.part(weight)
+        tensor, first = self.decoded.coded[name], start or 0
+        read = partial(self.decoded.stored, name, expert, slice(first, first + n))
+        whole = expert is None and n == tensor.shape[0]
+        share = n / (tensor.shape[-2] * (tensor.shape[0] if expert is not None else 1))
+        size = round(share * self.source.tensors[name].nbytes)
+        return QuantizedWeight(tensor.scheme, (name,), read, tensor.keys if whole else {}, size)
+
+    def kv_cache(self) -> KVCacheConfig:
+        """As the format found it."""
+        return self._kv_cache
+
+    def notices(self) -> tuple[str, ...]:
+        """As the format found them."""
+        return self._notices

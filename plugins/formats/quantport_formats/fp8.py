@@ -1,0 +1,101 @@
+"""FP8 as DeepSeek, Qwen and Transformers' ``FineGrainedFP8Config`` store it: e4m3fn weights, and scales that
+values are multiplied by.
+
+Sources: ``weight_scale_inv`` per 128x128 block: DeepSeek-V3, ``inference/kernel.py``; a scale per tensor
+under ``weight_scale``, with ``input_scale``: AutoFP8, as vLLM's ``fp8.py`` reads it. Scales are fp32, the dtype
+of the model, or e8m0 exponents (``scale_fmt: ue8m0``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantport.checkpoint import CheckpointFormat, Coded, CodedTensor, Recognized, TensorSource
+from quantport.errors import CheckpointError
+from quantport.scheme.catalog import Schemes
+from quantport_formats.common import exponents, held_dtype, need, quant_method, quantizer_config
+
+_BLOCK = 128
+
+
+class Fp8(CheckpointFormat):
+    """``quant_method: fp8`` with ``weight_scale_inv`` or ``weight_scale`` beside each weight."""
+
+    name = "fp8"
+
+    def recognize(
+        self, source: TensorSource, config: Mapping[str, Any], schemes: Schemes
+    ) -> Recognized | None:
+        """As `CheckpointFormat.recognize`."""
+        weights = [name for name, info in source.tensors.items() if _holds_codes(name, info.dtype)]
+        if quant_method(config) != "fp8" or not weights:
+            return None
+        blocks = quantizer_config(config).get("weight_block_size")
+        if blocks not in (None, [_BLOCK, _BLOCK]):
+            raise CheckpointError(
+                f"read {source.directory} as fp8",
+                f"weight_block_size {blocks!r}",
+                f"blocks of {_BLOCK}x{_BLOCK}, or a scale for each tensor or row",
+            )
+        dtype = held_dtype(source, config)
+        coded = {name: self._weight(source, name, dtype, schemes) for name in weights}
+        static = sorted(n for n in source.tensors if n.removesuffix(".input_scale") + ".weight" in coded)
+        notices = (
+            [
+                f"{len(static)} static scales of activations ({static[0]}, ...) are not used: activations are "
+                "quantized per token"
+            ]
+            if static
+            else []
+        )
+        return Coded(self.name, source, coded, unlisted=static, notices=notices)
+
+    def _weight(self, source: TensorSource, name: str, dtype: torch.dtype, schemes: Schemes) -> CodedTensor:
+        shape, stem = tuple(source.tensors[name].shape), name.removesuffix(".weight")
+        blocks = f"{stem}.weight_scale_inv"
+        n, k = shape[-2:]
+        if blocks in source.tensors:
+            scheme, scale = schemes["fp8_per_block"], blocks
+            need(source, self.name, scale, (*shape[:-2], -(-n // _BLOCK), -(-k // _BLOCK)))
+        else:
+            scale = f"{stem}.weight_scale"
+            count = need(source, self.name, scale).shape
+            rows = count in ((n,), (n, 1)) and n > 1
+            if not rows:
+                need(source, self.name, scale, () if count == () else (1,) * len(count))
+            scheme = schemes["fp8_per_channel" if rows else "fp8_per_tensor"]
+        as_stored = source.tensors[scale].dtype is torch.float32 and blocks == scale and len(shape) == 2
+        keys = {"weight": name, "weight_scale": scale} if as_stored else {}
+        read = None if as_stored else partial(_read, source, name, scale, scheme.weight.block_shape)
+        return CodedTensor(shape, dtype, scheme, (name, scale), keys, read)
+
+
+def _holds_codes(name: str, dtype: torch.dtype) -> bool:
+    return name.endswith(".weight") and dtype is torch.float8_e4m3fn
+
+
+def _read(
+    source: TensorSource, name: str, scale: str, block: tuple[int, int], expert: int | None, rows: slice
+) -> dict[str, Tensor]:
+    """Codes of some rows, and their scales in fp32: ``[blocks down, blocks across]``."""
+    codes = source.read(name, rows if expert is None else (expert, rows))
+    some = (
+        rows
+        if block == (1, 0)
+        else slice(rows.start // block[0], -(-rows.stop // block[0]))
+        if block[0]
+        else None
+    )
+    if expert is None:
+        scales = source.read(scale, some)
+    else:
+        scales = source.read(scale, (expert, some or slice(None)))
+    return {
+        "weight": codes,
+        "weight_scale": exponents(scales).reshape(-1, scales.shape[-1] if block[1] else 1),
+    }

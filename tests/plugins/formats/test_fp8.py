@@ -1,0 +1,90 @@
+"""FP8 checkpoints as DeepSeek, Qwen and Transformers have them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from format_checks import Made, converts, keeps, overlays, quantizable, tiny
+
+import quantport
+from quantport.errors import CheckpointError
+
+
+def quantized(kind: str, scales: str, static: bool = False, dtype: torch.dtype = torch.float32) -> Made:
+    """By hand: ``value = code * scale`` in fp32."""
+    config, tensors = tiny(kind)
+    method = {"quant_method": "fp8", "activation_scheme": "static" if static else "dynamic"}
+    if scales == "block":
+        method["weight_block_size"] = [128, 128]
+    values = {}
+    for name in quantizable(tensors):
+        w, stem = tensors[name].float(), name.removesuffix(".weight")
+        n, k = w.shape
+        rows, columns = {"block": (128, 128), "row": (1, k), "tensor": (n, k)}[scales]
+        down, across = -(-n // rows), -(-k // columns)
+        padded = torch.nn.functional.pad(w, (0, across * columns - k, 0, down * rows - n))
+        blocks = padded.view(down, rows, across, columns)
+        scale = (blocks.abs().amax((1, 3)) / 448).to(dtype)
+        if dtype is torch.uint8:
+            exponent = torch.ceil(torch.log2(blocks.abs().amax((1, 3)) / 448)) + 127
+            scale, used = exponent.to(torch.uint8), torch.exp2(exponent - 127)
+        else:
+            used = scale.float()
+        spread = used.repeat_interleave(rows, 0).repeat_interleave(columns, 1)[:n, :k]
+        tensors[name] = (w / spread).to(torch.float8_e4m3fn)
+        values[name] = tensors[name].float() * spread
+        if scales == "block":
+            tensors[f"{stem}.weight_scale_inv"] = scale
+        else:
+            tensors[f"{stem}.weight_scale"] = scale if scales == "row" else scale.view(())
+        if static:
+            tensors[f"{stem}.input_scale"] = torch.tensor(0.1)
+    scheme = {"block": "fp8_per_block", "row": "fp8_per_channel", "tensor": "fp8_per_tensor"}[scales]
+    return Made({**config, "quantization_config": method}, tensors, values, scheme)
+
+
+CASES = {
+    "blocks": ("llama", "block"),
+    "experts": ("qwen3_moe", "block"),
+    "rows": ("llama", "row"),
+    "tensor": ("llama", "tensor"),
+    "experts per tensor": ("qwen3_moe", "tensor"),
+    "bf16 scales": ("llama", "block", False, torch.bfloat16),
+    "exponents": ("llama", "block", False, torch.uint8),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_it_is_kept_to_the_bit(case, tmp_path):
+    keeps(quantized(*case), tmp_path)
+
+
+@pytest.mark.parametrize("case", [CASES["blocks"], CASES["experts"], CASES["tensor"]])
+def test_it_becomes_another_scheme(case, tmp_path):
+    converts(quantized(*case), tmp_path)
+
+
+def test_what_was_left_is_quantized(tmp_path):
+    overlays(quantized("llama", "block"), tmp_path, "lm_head")
+
+
+def test_static_scales_of_activations_are_named(tmp_path):
+    folder = quantized("llama", "tensor", static=True).write(tmp_path)
+    with pytest.warns(UserWarning, match=r"7 static scales of activations .* are not used"):
+        quantport.load(folder, device="cpu")
+
+
+@pytest.mark.parametrize("damage", ["absent", "shape", "block"])
+def test_what_is_wrong_is_refused(damage, tmp_path):
+    made = quantized("llama", "block")
+    name = next(n for n in made.tensors if n.endswith("_scale_inv"))
+    if damage == "absent":
+        del made.tensors[name]
+    elif damage == "shape":
+        made.tensors[name] = torch.ones(3, 3)
+    else:
+        made.config["quantization_config"]["weight_block_size"] = [64, 64]
+    for call in (quantport.plan, quantport.load):
+        with pytest.raises(CheckpointError) as caught:
+            call(made.write(tmp_path), device="cpu")
+        assert "as fp8" in caught.value.asked
