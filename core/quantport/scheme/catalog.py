@@ -82,13 +82,8 @@ def _by_name(solvers: Iterable[Solver], schemes: Mapping[str, str]) -> Mapping[s
     for solver in solvers:
         nameless = not isinstance(solver.name, str) or solver.name.split() != [solver.name]
         others = {*OPTIONS, *by_name, *schemes}
-        if (
-            nameless
-            or is_group_size(solver.name)
-            or ":" in solver.name
-            or solver.name in others
-            or solver.name.lower() in others
-        ):
+        taken = solver.name in others or solver.name.lower() in others or is_group_size(solver.name)
+        if nameless or ":" in solver.name or taken:
             raise ConfigError(
                 f"solver {solver.name!r}",
                 "the name is that of an option, of a scheme or of another solver, or has a colon or a space",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 def quantizer_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """``quantization_config`` of ``config.json``, or that of the text model in it; empty where there is none."""
+    """``quantization_config`` of ``config.json``, or of the text model in it; empty where there is none."""
     text = config.get("text_config")
     for part in (config, text if isinstance(text, Mapping) else {}):
         found = part.get("quantization_config")
@@ -66,3 +66,15 @@ def exponents(scale: Tensor) -> Tensor:
         bits = scale.view(torch.uint8).to(torch.int32)
         return torch.where(bits == 0, 1 << 22, bits << 23).view(torch.float32)
     return scale.float()
+
+
+def without_static_scales(source: TensorSource, coded: Container[str]) -> dict[str, Any]:
+    """What `Coded` is told of ``input_scale`` and ``input_zero_point`` beside weights: they are named, and not
+    used.
+    """
+    ends = (".input_scale", ".input_zero_point")
+    static = [n for n in source.tensors if n.endswith(ends) and f"{n.rpartition('.')[0]}.weight" in coded]
+    if not static:
+        return {}
+    text = f"{len(static)} static scales of activations ({static[0]}, ...) are not used: activations are "
+    return {"unlisted": static, "notices": (text + "quantized for each token, as far as the scheme says",)}

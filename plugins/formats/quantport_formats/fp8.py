@@ -2,8 +2,8 @@
 values are multiplied by.
 
 Sources: ``weight_scale_inv`` per 128x128 block: DeepSeek-V3, ``inference/kernel.py``; a scale per tensor
-under ``weight_scale``, with ``input_scale``: AutoFP8, as vLLM's ``fp8.py`` reads it. Scales are fp32, the dtype
-of the model, or e8m0 exponents (``scale_fmt: ue8m0``).
+under ``weight_scale``, with ``input_scale``: AutoFP8, as vLLM's ``fp8.py`` reads it. Scales are fp32, the
+dtype of the model, or e8m0 exponents (``scale_fmt: ue8m0``).
 """
 
 from __future__ import annotations
@@ -18,7 +18,14 @@ from torch import Tensor
 from quantport.checkpoint import CheckpointFormat, Coded, CodedTensor, Recognized, TensorSource
 from quantport.errors import CheckpointError
 from quantport.scheme.catalog import Schemes
-from quantport_formats.common import exponents, held_dtype, need, quant_method, quantizer_config
+from quantport_formats.common import (
+    exponents,
+    held_dtype,
+    need,
+    quant_method,
+    quantizer_config,
+    without_static_scales,
+)
 
 _BLOCK = 128
 
@@ -44,16 +51,7 @@ class Fp8(CheckpointFormat):
             )
         dtype = held_dtype(source, config)
         coded = {name: self._weight(source, name, dtype, schemes) for name in weights}
-        static = sorted(n for n in source.tensors if n.removesuffix(".input_scale") + ".weight" in coded)
-        notices = (
-            [
-                f"{len(static)} static scales of activations ({static[0]}, ...) are not used: activations are "
-                "quantized per token"
-            ]
-            if static
-            else []
-        )
-        return Coded(self.name, source, coded, unlisted=static, notices=notices)
+        return Coded(self.name, source, coded, **without_static_scales(source, coded))
 
     def _weight(self, source: TensorSource, name: str, dtype: torch.dtype, schemes: Schemes) -> CodedTensor:
         shape, stem = tuple(source.tensors[name].shape), name.removesuffix(".weight")
@@ -84,18 +82,8 @@ def _read(
 ) -> dict[str, Tensor]:
     """Codes of some rows, and their scales in fp32: ``[blocks down, blocks across]``."""
     codes = source.read(name, rows if expert is None else (expert, rows))
-    some = (
-        rows
-        if block == (1, 0)
-        else slice(rows.start // block[0], -(-rows.stop // block[0]))
-        if block[0]
-        else None
-    )
-    if expert is None:
-        scales = source.read(scale, some)
-    else:
-        scales = source.read(scale, (expert, some or slice(None)))
-    return {
-        "weight": codes,
-        "weight_scale": exponents(scales).reshape(-1, scales.shape[-1] if block[1] else 1),
-    }
+    down, across = block
+    some = slice(rows.start // down, -(-rows.stop // down)) if down else None
+    scales = source.read(scale, some if expert is None else (expert, some or slice(None)))
+    columns = scales.shape[-1] if across else 1
+    return {"weight": codes, "weight_scale": exponents(scales).reshape(-1, columns)}

@@ -1,4 +1,4 @@
-"""What every format of others must do: keep the bits, say so in the plan, convert, overlay, and refuse damage.
+"""What every format of others must do: keep the bits, say so in the plan, convert, overlay, refuse damage.
 
 A format's test makes the stored tensors of one model, with the format's own library where that runs here, and
 says which values they stand for, decoded by that library or by hand.
@@ -36,9 +36,7 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
 
 
 def tiny(kind: str = "llama", **changes: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """``config.json`` and the BF16 tensors of a small model of Transformers, as files have them: experts one by
-    one.
-    """
+    """``config.json`` and the BF16 tensors of a small model, as files have them: experts alone."""
     config = {"llama": transformers.LlamaConfig, "qwen3_moe": transformers.Qwen3MoeConfig}[kind](
         **{**SIZES, **(EXPERTS if kind == "qwen3_moe" else {}), **changes}
     )
@@ -111,9 +109,7 @@ def held(model: torch.nn.Module) -> dict[str, tuple[str, Tensor]]:
 
 
 def keeps(made: Made, folder: Path) -> torch.nn.Module:
-    """Loads it as it is, and checks that every value is the format's own, to the last bit of fp32; returns the
-    model.
-    """
+    """Loads it as it is, and checks that each value is the format's own, to the last bit of fp32."""
     made.write(folder)
     planned = quantport.plan(folder, device="cpu")
     model = quantport.load(folder, device="cpu")
