@@ -69,7 +69,7 @@ def exponents(scale: Tensor) -> Tensor:
 
 
 def without_static_scales(source: TensorSource, coded: Container[str]) -> dict[str, Any]:
-    """What `Coded` is told of ``input_scale`` and ``input_zero_point`` beside weights: they are named, and not
+    """What `Coded` is told of ``input_scale`` and ``input_zero_point`` beside weights: they are named, not
     used.
     """
     ends = (".input_scale", ".input_zero_point")
