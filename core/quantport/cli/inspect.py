@@ -1,4 +1,4 @@
-"""Commands that look and tell: devices, matrix, plan and doctor. They change nothing."""
+"""Commands that look and tell: devices, matrix, inspect, plan and doctor. They change nothing."""
 
 from __future__ import annotations
 
@@ -68,6 +68,37 @@ def matrix(
         output.write(show.matrix_markdown(cells))
     else:
         page.emit(show.matrix_page(cells, detailed=bool(scheme or device) or chosen == "html"), chosen)
+
+
+@command
+def inspect(
+    model: Model,
+    device: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--device", "-d", help="What this device would do, found or not (cuda:sm_80); repeatable."
+        ),
+    ] = None,
+    style: FormatOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what a checkpoint is: its format, schemes, bits per weight, and what each device would do with it.
+
+    Reads headers only. Without --device: the devices that were found.
+
+    Examples:
+        quantport inspect MODEL
+        quantport inspect MODEL --device cuda:sm_80 --device cpu
+        quantport inspect MODEL --json
+    """
+    import quantport
+    from quantport.cli import contents, page
+
+    chosen = form(style, as_json)
+    targets = device or quantport.devices()
+    keep = {"linear": None, "moe": None}
+    plans = [quantport.plan(model, config=keep, device=target) for target in targets]
+    page.emit(contents.contents_page(plans), chosen)
 
 
 @command

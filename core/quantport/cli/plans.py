@@ -34,7 +34,7 @@ def plan_page(plan: Plan) -> Page:
     """Everything that a plan says; the data are those of the plan, with groups, reasons and warnings."""
     groups = group(plan.steps)
     names = [step.layer.name for step in plan.steps]
-    named = [(_pattern(steps, names), steps) for steps in groups]
+    named = [(group_name(steps, names), steps) for steps in groups]
     page = Page({**plan.to_dict(), **_summary(plan, named)}, title=f"quantport plan {plan.source}")
     page.blocks.append(
         Grid(_COLUMNS, [_row(name, steps) for name, steps in named], f"{plan.source} on {plan.device}")
@@ -42,8 +42,11 @@ def plan_page(plan: Plan) -> Page:
     page.say("")
     saved = 1 - plan.after / plan.before if plan.before else 0
     totals = f"total: {size(plan.before)} -> {size(plan.after)} ({saved:.0%} less)"
-    quantized = sum(step.requested_scheme != "bf16" for step in plan.quantized)
-    page.say(f"{totals}, peak while loading at most {size(plan.peak)}, {quantized} layers quantized")
+    stored = sum(step.stored for step in plan.quantized)
+    counts = f"{len(plan.quantized) - stored} layers quantized" + (
+        f", {stored} kept as stored" if stored else ""
+    )
+    page.say(f"{totals}, peak while loading at most {size(plan.peak)}, {counts}")
     if text := _kv_line(plan):
         page.say(text)
     if head := head_share(plan):
@@ -98,7 +101,7 @@ def group(steps: Sequence[Step]) -> list[list[Step]]:
     return list(out.values())
 
 
-def _pattern(steps: Sequence[Step], names: Sequence[str]) -> str:
+def group_name(steps: Sequence[Step], names: Sequence[str]) -> str:
     """The layers of a group as the glob that ``--ignore`` takes, where one names exactly them; else with what
     differs in braces.
     """

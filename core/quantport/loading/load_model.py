@@ -176,6 +176,7 @@ def prepared(
                 budget=budget,
                 warnings=(*checkpoint.notices(), *ties.warnings),
                 stored=stored_schemes(checkpoint, layers),
+                format_name=checkpoint.format_name,
             )
             refuse_nothing(decided)
             groups = tied_groups(built)

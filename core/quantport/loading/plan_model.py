@@ -96,6 +96,7 @@ def plan(
     target = registry.with_memory_now(registry.device(device))
     parsed = merge(scheme, config, {"fallback": fallback}, registry.schemes)
     stored: StoredSchemes = {}
+    format_name = ""
     if isinstance(path_or_id, nn.Module):
         config_of: Any = getattr(path_or_id, "config", None)
         described = config_of.to_dict() if hasattr(config_of, "to_dict") else {}
@@ -104,7 +105,7 @@ def plan(
     else:
         with as_usual(), open_checkpoint(path_or_id, registry, headers_only=True) as (checkpoint, described):
             layers, open_questions = _layers_in(checkpoint, described, target, dtype, model)
-            source = named(path_or_id)
+            source, format_name = named(path_or_id), checkpoint.format_name
             if checkpoint.quantized():
                 parsed = with_stored(checkpoint, parsed, registry.schemes)
                 stored = stored_schemes(checkpoint, layers)
@@ -124,6 +125,7 @@ def plan(
         budget=budget,
         warnings=open_questions,
         stored=stored,
+        format_name=format_name,
     )
 
 

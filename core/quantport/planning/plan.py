@@ -46,6 +46,7 @@ class Plan:
         kv_shape: What the KV cache keeps for each token; None where that is not known.
         budget: Bytes that the stream may hold beside the loaded model.
         warnings: For people: tensors that are not loaded or are converted, ties that are none.
+        format_name: Name of the format of the checkpoint; empty for a module.
     """
 
     source: str
@@ -57,6 +58,7 @@ class Plan:
     kv_shape: KVShape | None = None
     budget: int = BUDGET
     warnings: tuple[str, ...] = ()
+    format_name: str = ""
 
     @property
     def before(self) -> int:
@@ -111,6 +113,7 @@ class Plan:
         """Plain data for JSON: stable keys, no objects."""
         return {
             "source": self.source,
+            "format": self.format_name,
             "device": str(self.device),
             "rows": self.num_tokens,
             "why": self.why,
@@ -144,6 +147,7 @@ def make_plan(
     budget: int | str | None = None,
     warnings: Iterable[str] = (),
     stored: StoredSchemes = MappingProxyType({}),
+    format_name: str = "",
 ) -> Plan:
     """Plans every layer. Pure: no registry, no hardware, no weights.
 
@@ -161,6 +165,7 @@ def make_plan(
             the largest weight needs.
         warnings: What else is known of the checkpoint, for people.
         stored: As for ``resolve``.
+        format_name: Name of the format of the checkpoint.
 
     Raises:
         BudgetError: a single weight needs more than ``budget``.
@@ -186,7 +191,7 @@ def make_plan(
     kv_summary(kv, config.kv_cache_dtype, config.kv_cache_skip_layers)
     total = resolve_budget(requested_budget, _peaks(steps, schemes, kernels, stored))
     texts = (*warnings, *notices(step.layer for step in steps), *_mostly_kept(steps))
-    return Plan(source, device, config, steps, num_tokens, why, kv, total, texts)
+    return Plan(source, device, config, steps, num_tokens, why, kv, total, texts, format_name)
 
 
 def _mostly_kept(steps: Iterable[Step]) -> Iterator[str]:
