@@ -18,6 +18,8 @@ from quantport.checkpoint import (
     QuantizedWeight,
     QuantportFormat,
     Recognized,
+    SavedModel,
+    SaveTarget,
     TensorSource,
 )
 from quantport.errors import CheckpointError, ConfigError, SaveError
@@ -245,7 +247,7 @@ def test_what_nobody_recognizes_says_who_made_it(model):
 
 def test_a_format_that_is_only_read_says_so(tmp_path):
     with pytest.raises(SaveError, match="'toy' is only read"):
-        Toy().write(tmp_path / "x", {}, [])
+        Toy().write(SavedModel({}), [], None, SaveTarget(tmp_path / "x"))
 
 
 def test_ours_is_one_of_the_formats(model, tmp_path):

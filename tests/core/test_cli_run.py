@@ -111,7 +111,7 @@ def test_quantize_then_run_the_result(small, tmp_path):
 
 def test_compare_of_a_quantized_checkpoint_needs_its_original(small, tmp_path):
     out = tmp_path / "out"
-    ask("quantize", small, out, "--scheme", "int8", "--format", "markdown")
+    ask("quantize", small, out, "--scheme", "int8")
     error = parts(ask("run", out, "--compare", "--text", TEXT, code=2))
     assert "--baseline" in error["try"]
     assert "it is quantized itself" in parts(ask("run", out, "--compare", "--baseline", out, code=2))["found"]

@@ -10,12 +10,16 @@ from quantport.checkpoint.format import (
     QuantizedWeight,
     Recognized,
     SavedLayer,
+    SavedModel,
+    SaveTarget,
 )
 from quantport.checkpoint.header import TensorInfo
 from quantport.checkpoint.json import read_config, read_json
 from quantport.checkpoint.quantport_format import QuantportFormat
 from quantport.checkpoint.reader import Checkpoint
 from quantport.checkpoint.recognize import BUILTIN_FORMATS, open_source, recognize
+from quantport.checkpoint.rewritten import Rewrite, rewritten
+from quantport.checkpoint.shard import Fill, Stream, TensorLayout
 from quantport.checkpoint.source import Rows, StoredTensor, TensorSource, VerifiedSource, unchanged
 from quantport.checkpoint.writer import save_tensors
 
@@ -25,14 +29,20 @@ __all__ = [
     "CheckpointFormat",
     "Coded",
     "CodedTensor",
+    "Fill",
     "KVCacheConfig",
     "QuantizedWeight",
     "QuantportFormat",
     "Recognized",
+    "Rewrite",
     "Rows",
+    "SaveTarget",
     "SavedLayer",
+    "SavedModel",
     "StoredTensor",
+    "Stream",
     "TensorInfo",
+    "TensorLayout",
     "TensorSource",
     "VerifiedSource",
     "companions",
@@ -40,6 +50,7 @@ __all__ = [
     "read_config",
     "read_json",
     "recognize",
+    "rewritten",
     "save_tensors",
     "unchanged",
 ]

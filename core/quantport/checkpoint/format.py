@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from quantport.checkpoint.shard import Fill, Stream, TensorLayout
 from quantport.checkpoint.source import Rows, TensorSource
+from quantport.checkpoint.writer import save_tensors
 from quantport.errors import SaveError
 from quantport.model.layers import Layer, Part
 from quantport.scheme import Scheme
@@ -120,7 +120,7 @@ class SavedLayer:
     Attributes:
         kind: ``linear``, ``moe`` or ``embedding``.
         weights: Logical weights ``(name, n, k)``, as of ``Layer``.
-        schemes: Name of the scheme of each weight, in the order in which they are stored.
+        schemes: The scheme of each weight, in the order in which they are stored.
         experts: Number of experts, 0 for other layers.
         dtype: Activation dtype.
         tied: Names of other layers that share its weight.
@@ -128,10 +128,60 @@ class SavedLayer:
 
     kind: str
     weights: tuple[tuple[str, int, int], ...]
-    schemes: Mapping[str, str]
+    schemes: Mapping[str, Scheme]
     experts: int
     dtype: torch.dtype
     tied: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """A quantized model that is to be written, without its tensors.
+
+    Attributes:
+        layers: The quantized layers, by module path.
+        config: ``config.json``; None where it has none.
+        kept_linear: Module paths of the linear layers that are not quantized.
+        kv_cache: Its KV cache.
+        fallback: What it does where a device cannot run a scheme; None where that is not known.
+    """
+
+    layers: Mapping[str, SavedLayer]
+    config: Mapping[str, Any] | None = None
+    kept_linear: Sequence[str] = ()
+    kv_cache: KVCacheConfig = KVCacheConfig()
+    fallback: str | None = None
+
+
+@dataclass(frozen=True)
+class SaveTarget:
+    """Where a checkpoint goes; attributes as the arguments of `save_tensors`, ``files`` without
+    ``config.json``.
+    """
+
+    directory: str | os.PathLike[str]
+    files: Mapping[str, bytes | Path] = field(default_factory=dict)
+    overwrite: bool = False
+    max_shard_bytes: int = 5_000_000_000
+    resume: str = ""
+
+    def save(
+        self, tensors: Stream | Fill, layout: TensorLayout | None, files: Mapping[str, bytes | Path]
+    ) -> Path:
+        """Writes safetensors, and further files beside them.
+
+        Raises:
+            SaveError: as `save_tensors`.
+        """
+        return save_tensors(
+            self.directory,
+            tensors,
+            layout=layout,
+            max_shard_bytes=self.max_shard_bytes,
+            files={**self.files, **files},
+            overwrite=self.overwrite,
+            resume=self.resume,
+        )
 
 
 class CheckpointFormat(ABC):
@@ -171,42 +221,23 @@ class CheckpointFormat(ABC):
         """
 
     def write(
-        self,
-        directory: str | os.PathLike[str],
-        layers: Mapping[str, SavedLayer],
-        tensors: Stream | Fill,
-        *,
-        layout: TensorLayout | None = None,
-        config: Mapping[str, Any] | None = None,
-        kv_cache: KVCacheConfig | None = None,
-        fallback: str | None = None,
-        files: Mapping[str, bytes | Path] = MappingProxyType({}),
-        overwrite: bool = False,
-        max_shard_bytes: int = 5_000_000_000,
-        resume: str = "",
+        self, model: SavedModel, tensors: Stream | Fill, layout: TensorLayout | None, to: SaveTarget
     ) -> Path:
         """Writes a checkpoint that `recognize` takes.
 
         Args:
-            directory: As for `save_tensors`.
-            layers: The quantized layers, by module path.
+            model: What the model is beside its tensors.
             tensors: Every tensor, those of quantized layers as ``module.weight.key`` with the keys of
                 ``Scheme.layout``; pieces and a function as for `save_tensors`.
             layout: As for `save_tensors`.
-            config: ``config.json`` of the model; None where it has none.
-            kv_cache: The KV cache of the model.
-            fallback: What the model does where a device cannot run a scheme; None where that is not known.
-            files: As for `save_tensors`; without ``config.json``.
-            overwrite: As for `save_tensors`.
-            max_shard_bytes: As for `save_tensors`.
-            resume: As for `save_tensors`.
+            to: Where to; writes the files.
 
         Returns:
             The directory.
 
         Raises:
-            SaveError: as `save_tensors`; or the format is only read.
+            SaveError: as `save_tensors`; or the format is only read, or cannot hold a scheme.
         """
         raise SaveError(
-            f"save a checkpoint to {directory}", f"format {self.name!r} is only read", "'quantport'"
+            f"save a checkpoint to {to.directory}", f"format {self.name!r} is only read", "'quantport'"
         )

@@ -5,11 +5,9 @@ which layer has which scheme.
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from functools import cached_property, partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,11 +18,12 @@ from quantport.checkpoint.format import (
     KVCacheConfig,
     QuantizedWeight,
     Recognized,
-    SavedLayer,
+    SavedModel,
+    SaveTarget,
 )
-from quantport.checkpoint.shard import Fill, Stream, TensorLayout, Write
+from quantport.checkpoint.rewritten import Rewrite, rewritten
+from quantport.checkpoint.shard import Fill, Stream, TensorLayout
 from quantport.checkpoint.source import TensorSource
-from quantport.checkpoint.writer import save_tensors
 from quantport.errors import CheckpointError
 from quantport.model.layers import Layer, Part, find_layers
 from quantport.model.roles import Role, skipped_by_default
@@ -61,52 +60,29 @@ class QuantportFormat(CheckpointFormat):
         return _Quantized(self.name, source, read_record(source.directory / FILE), schemes)
 
     def write(
-        self,
-        directory: str | os.PathLike[str],
-        layers: Mapping[str, SavedLayer],
-        tensors: Stream | Fill,
-        *,
-        layout: TensorLayout | None = None,
-        config: Mapping[str, Any] | None = None,
-        kv_cache: KVCacheConfig | None = None,
-        fallback: str | None = None,
-        files: Mapping[str, bytes | Path] = MappingProxyType({}),
-        overwrite: bool = False,
-        max_shard_bytes: int = 5_000_000_000,
-        resume: str = "",
+        self, model: SavedModel, tensors: Stream | Fill, layout: TensorLayout | None, to: SaveTarget
     ) -> Path:
         """As `CheckpointFormat.write`."""
         from quantport.checkpoint.record import Record, entry_of
 
-        cache = kv_cache or KVCacheConfig()
         record = Record(
-            layers={name: entry_of(layer) for name, layer in layers.items()},
-            kv_cache_dtype=cache.dtype,
-            kv_cache_skip_layers=cache.skip_layers,
-            fallback=fallback,
+            layers={name: entry_of(layer) for name, layer in model.layers.items()},
+            kv_cache_dtype=model.kv_cache.dtype,
+            kv_cache_skip_layers=model.kv_cache.skip_layers,
+            fallback=model.fallback,
         )
         own = {FILE: record.model_dump_json(indent=1).encode()}
-        if config is not None:
-            marked = {**config, "quantization_config": MARK}
+        if model.config is not None:
+            marked = {**model.config, "quantization_config": MARK}
             own["config.json"] = json.dumps(marked, indent=2, sort_keys=True, default=str).encode()
         codes = [
             ".".join(filter(None, (name, weight, "weight")))
-            for name, layer in layers.items()
+            for name, layer in model.layers.items()
             for weight, scheme in layer.schemes.items()
-            if scheme != "bf16"
+            if scheme.name != "bf16"
         ]
-        renamed = {name: f"{name}_codes" for name in codes}
-        if layout is not None:
-            layout = {renamed.get(name, name): spec for name, spec in layout.items()}
-        return save_tensors(
-            directory,
-            _renamed(tensors, renamed),
-            layout=layout,
-            max_shard_bytes=max_shard_bytes,
-            files={**files, **own},
-            overwrite=overwrite,
-            resume=resume,
-        )
+        tensors, layout = rewritten(tensors, layout, {n: Rewrite(f"{n}_codes") for n in codes}, {})
+        return to.save(tensors, layout, own)
 
 
 class _Quantized(Recognized):
@@ -172,22 +148,3 @@ class _Quantized(Recognized):
 
     def _read(self, keys: Mapping[str, str]) -> dict[str, Tensor]:
         return {key: self.source.read(name) for key, name in keys.items()}
-
-
-def _renamed(tensors: Stream | Fill, names: Mapping[str, str]) -> Stream | Fill:
-    """A stream, or the function that writes one, under other names."""
-    if not callable(tensors):
-        return _under(tensors, names)
-    own, fill = {new: old for old, new in names.items()}, tensors
-
-    def renamed(missing: Set[str], write: Write) -> None:
-        absent = {own.get(name, name) for name in missing}
-        fill(absent, lambda name, tensor: write(names.get(name, name), tensor))
-
-    return renamed
-
-
-def _under(tensors: Stream, names: Mapping[str, str]) -> Stream:
-    for name, tensor in tensors:
-        yield names.get(name, name), tensor
-        del tensor  # while the stream makes the next one, nothing holds this one

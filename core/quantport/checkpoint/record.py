@@ -68,7 +68,8 @@ def read_record(path: Path) -> Record:
 
 def entry_of(layer: SavedLayer) -> Entry:
     """What the record says of a layer."""
-    most = Counter(layer.schemes.values()).most_common(1)[0][0]
+    schemes = {weight: scheme.name for weight, scheme in layer.schemes.items()}
+    most = Counter(schemes.values()).most_common(1)[0][0]
     return Entry.model_validate(
         {
             "scheme": most,
@@ -77,6 +78,6 @@ def entry_of(layer: SavedLayer) -> Entry:
             "experts": layer.experts,
             "tied": list(layer.tied),
             "dtype": str(layer.dtype).removeprefix("torch."),
-            "others": {name: scheme for name, scheme in layer.schemes.items() if scheme != most},
+            "others": {name: scheme for name, scheme in schemes.items() if scheme != most},
         }
     )

@@ -28,7 +28,7 @@ def contents_page(plans: Sequence[Plan]) -> Page:
     groups = [(group_name(steps, names), steps) for steps in group(first.steps)]
     weights = sum(step.layer.elements for step in first.steps)
     bits = 8 * first.before / weights if weights else 0.0
-    data = {
+    data: dict[str, Any] = {
         "source": first.source,
         "format": first.format_name,
         "bytes": first.before,

@@ -115,10 +115,18 @@ def quantize(
     max_shard_size: Annotated[
         str, typer.Option("--max-shard-size", help="Largest file: bytes, or a text such as 2GB.")
     ] = "5GB",
-    style: FormatOption = None,
-    as_json: JsonOption = False,
+    written: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            "-f",
+            help="Format of the checkpoint: quantport (every scheme), compressed-tensors, fp8...",
+        ),
+    ] = "quantport",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Write a quantized checkpoint that `quantport run` and `quantport.load` read back bit-identically.
+    """Write a quantized checkpoint that `quantport run` and `quantport.load` read back bit-identically; with
+    --format also one that vLLM and Transformers load without quantport.
 
     OUT appears complete or not at all. A few layers at a time are in memory. If it is killed, the same
     command goes on after the last whole file.
@@ -126,15 +134,15 @@ def quantize(
     Examples:
         quantport quantize MODEL OUT --scheme int8 --kv-cache fp8
         quantport quantize MODEL OUT --scheme int4 --ignore '*.down_proj' --overwrite
+        quantport quantize MODEL OUT --scheme int8 --format compressed-tensors
         quantport run OUT   (reads it back; it is quantized, so no --scheme)
     """
     from quantport.cli import run_model
 
-    chosen = form(style, as_json)
     settings = read_config(config, ignore, kv_cache)
     policy = fallback.value if fallback else None
     request = run_model.Request(model, scheme, device, settings, num_tokens, policy)
-    run_model.quantize(request, out, overwrite, max_shard_size, chosen)
+    run_model.quantize(request, out, overwrite, max_shard_size, written, "json" if as_json else "table")
 
 
 @command

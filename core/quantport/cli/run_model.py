@@ -13,12 +13,11 @@ from torch import Tensor
 
 import quantport
 from quantport.checkpoint.partial import check_free
-from quantport.checkpoint.quantport_format import is_quantport
 from quantport.cli import baseline, compare
 from quantport.cli.output import write
 from quantport.cli.page import Column, Grid, emit, progress, size
 from quantport.cli.plans import plan_page
-from quantport.errors import CheckpointError, ConfigError, SaveError
+from quantport.errors import ConfigError, SaveError
 from quantport.loading import quantize_checkpoint
 from quantport.loading.compiled_step import MAX_LENGTH
 from quantport.loading.locate import locate
@@ -223,17 +222,13 @@ def _generates(model: Any) -> None:
         raise ConfigError(f"run {type(model).__name__}", "it does not generate text", suggestion)
 
 
-def quantize(request: Request, out: Path, overwrite: bool, max_shard_size: str, form: str) -> None:
+def quantize(
+    request: Request, out: Path, overwrite: bool, max_shard_size: str, format_name: str, form: str
+) -> None:
     """Quantizes a checkpoint into a directory; what would refuse that in the end does so before the work."""
     limit = parse_size(max_shard_size, "--max-shard-size")
     source = locate(request.model)
     _writable(out, overwrite, source)
-    if is_quantport(source if source.is_dir() else source.parent):
-        raise CheckpointError(
-            f"quantize {source}",
-            "quantport wrote it: it is quantized already",
-            "its 16-bit original, or copy it",
-        )
     with progress(f"quantizing into {out}") as report:
         plan = quantize_checkpoint(
             request.model,
@@ -243,6 +238,7 @@ def quantize(request: Request, out: Path, overwrite: bool, max_shard_size: str, 
             overwrite=overwrite,
             max_shard_bytes=limit,
             progress=report,
+            format=format_name,
         )
     page = plan_page(plan)
     written = sum(f.stat().st_size for f in out.iterdir())

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantport.checkpoint import Checkpoint, unchanged
+from quantport.checkpoint import Checkpoint, CheckpointFormat, unchanged
 from quantport.checkpoint.shard import Write
 from quantport.errors import CheckpointError
 from quantport.loading.build_context import collecting_later
@@ -23,7 +23,14 @@ from quantport.loading.load_model import Prepared, fits, prepared, tie_weights
 from quantport.loading.locate import Source
 from quantport.loading.plan_model import warn
 from quantport.loading.renamed import renamed
-from quantport.loading.save_model import SHARD, layout_of, modules_to_save, write_model
+from quantport.loading.save_model import (
+    OWN,
+    SHARD,
+    format_named,
+    layout_of,
+    modules_to_save,
+    write_model,
+)
 from quantport.modules import QuantModule
 from quantport.numerics.by_rows import QuantizedRows
 from quantport.planning.plan import Plan
@@ -40,6 +47,7 @@ def quantize_checkpoint(
     workers: int | None = None,
     overwrite: bool = False,
     max_shard_bytes: int = SHARD,
+    format: str = OWN,  # noqa: A002  # as every library calls it
     **options: Any,
 ) -> Plan:
     """Writes what ``save(load(...))`` writes, byte for byte, some rows of a few weights at a time: nothing
@@ -57,6 +65,7 @@ def quantize_checkpoint(
         workers: As for ``load``.
         overwrite: As for ``save``.
         max_shard_bytes: As for ``save``.
+        format: As for ``save``.
         options: The other arguments of ``load``. What is written does not depend on ``device``.
 
     Returns:
@@ -65,6 +74,7 @@ def quantize_checkpoint(
     Raises:
         QuantportError: as ``load`` and ``save``. Nothing is left behind.
     """
+    to = format_named(format, options.get("registry"))
     with prepared(path_or_id, scheme, num_tokens=num_tokens, progress=progress, **options) as made:
         with collecting_later():
             stream = _Stream(made, progress, workers)
@@ -78,9 +88,10 @@ def quantize_checkpoint(
             directory,
             stream.fill,
             stream.layout,
+            to=to,
             overwrite=overwrite,
             max_shard_bytes=max_shard_bytes,
-            resume=_resume(made),
+            resume=_resume(made, to),
         )
     decided = made.filler.with_warnings()
     warn(decided.warnings[len(made.plan.warnings) :])
@@ -161,7 +172,7 @@ class _Stream:
             )
 
 
-def _resume(made: Prepared) -> str:
+def _resume(made: Prepared, to: CheckpointFormat) -> str:
     """Everything that the written bytes depend on; empty for tensors that are not in files."""
     source = made.filler.checkpoint.source
     if not isinstance(source, Checkpoint):
@@ -171,6 +182,7 @@ def _resume(made: Prepared) -> str:
     schemes = [[step.layer.name, step.requested_scheme] for step in made.plan.steps]
     settings = [
         import_module("quantport").__version__,
+        to.name,
         made.plan.config.nonfinite,
         str(made.filler.dtypes.dtype),
     ]

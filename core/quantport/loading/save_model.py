@@ -11,17 +11,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantport.checkpoint import KVCacheConfig, QuantportFormat, SavedLayer, companions
+from quantport.checkpoint import (
+    BUILTIN_FORMATS,
+    CheckpointFormat,
+    KVCacheConfig,
+    SavedLayer,
+    SavedModel,
+    SaveTarget,
+    companions,
+)
 from quantport.checkpoint.shard import Fill, Stream, TensorLayout
 from quantport.errors import SaveError
 from quantport.loading.arguments import require_module
 from quantport.loading.kv_caches import default_of
 from quantport.modules import QuantEmbedding, QuantExperts, QuantModule
 from quantport.planning.memory import STEP
+from quantport.plugins.registry import Registry, default_registry
 
 # of a configuration: where a model was loaded from, and how it was quantized before
 _DROPPED = ("_name_or_path", "quantization_config")
 SHARD = 5_000_000_000  # bytes
+OWN = "quantport"
 
 
 def save(
@@ -30,16 +40,21 @@ def save(
     *,
     overwrite: bool = False,
     max_shard_bytes: int = SHARD,
+    format: str = OWN,  # noqa: A002  # as every library calls it
+    registry: Registry | None = None,
 ) -> Path:
-    """Saves a quantized model: safetensors in the stored layout of each scheme, its configuration as it is
-    now, the files that lay beside the weights that it was loaded from, and ``quantport.json``. Written tensor
-    by tensor: what its kernel has packed in another layout is unpacked meanwhile.
+    """Saves a quantized model: its weights, its configuration as it is now, and the files that lay beside the
+    weights that it was loaded from. Written tensor by tensor: what its kernel has packed in another layout is
+    unpacked meanwhile.
 
     Args:
         model: A model with quantized layers.
         directory: Must not exist, or be empty, unless ``overwrite``.
         overwrite: Replace what is there.
         max_shard_bytes: Size of one file.
+        format: ``quantport`` holds every scheme; or another format that can be written, such as
+            ``compressed-tensors``, which others load, and which holds the schemes that it knows.
+        registry: Where formats come from; by default that of the process.
 
     Returns:
         The directory. It appears complete or not at all.
@@ -54,9 +69,24 @@ def save(
         directory,
         _tensors(model),
         layout_of(modules_to_save(model)),
+        to=format_named(format, registry),
         overwrite=overwrite,
         max_shard_bytes=max_shard_bytes,
     )
+
+
+def format_named(name: str, registry: Registry | None) -> CheckpointFormat:
+    """A format that can be written.
+
+    Raises:
+        SaveError: there is none of this name.
+    """
+    formats = {f.name: f for f in (*BUILTIN_FORMATS, *(registry or default_registry()).formats.values())}
+    writable = [n for n, f in formats.items() if type(f).write is not CheckpointFormat.write]
+    if name not in writable:
+        found = "a format that is only read" if name in formats else "no such format"
+        raise SaveError(f"save as format {name!r}", found, f"one of {', '.join(map(repr, writable))}")
+    return formats[name]
 
 
 def write_model(
@@ -65,6 +95,7 @@ def write_model(
     tensors: Stream | Fill,
     layout: TensorLayout,
     *,
+    to: CheckpointFormat,
     overwrite: bool,
     max_shard_bytes: int,
     resume: str = "",
@@ -76,6 +107,7 @@ def write_model(
         directory: As for `save`.
         tensors: As for `save_tensors`.
         layout: As for `save_tensors`.
+        to: Writes it.
         overwrite: As for `save`.
         max_shard_bytes: As for `save`.
         resume: As for `save_tensors`.
@@ -84,7 +116,7 @@ def write_model(
     # where others are quantized, a prepacked bf16 layer is saved as the plain layer that it was: prepacking
     # is this machine's
     layers = {
-        name: layer for name, layer in layers.items() if set(layer.schemes.values()) != {"bf16"}
+        name: layer for name, layer in layers.items() if {s.name for s in layer.schemes.values()} != {"bf16"}
     } or layers
     if not layers:
         raise SaveError(
@@ -99,19 +131,19 @@ def write_model(
         files |= companions(Path(source))
     if generation := _generation_config(model):
         files["generation_config.json"] = generation
-    return QuantportFormat().write(
-        directory,
+    saved = SavedModel(
         layers,
-        tensors,
-        layout=layout,
-        config=_config(model),
-        kv_cache=KVCacheConfig(cache.dtype, tuple(cache.skip_layers)) if cache else None,
-        fallback=decided.config.fallback if decided else None,
-        files=files,
-        overwrite=overwrite,
-        max_shard_bytes=max_shard_bytes,
-        resume=resume,
+        _config(model),
+        [name for name, module in model.named_modules() if type(module) is nn.Linear or _is_bf16(module)],
+        KVCacheConfig(cache.dtype, tuple(cache.skip_layers)) if cache else KVCacheConfig(),
+        decided.config.fallback if decided else None,
     )
+    return to.write(saved, tensors, layout, SaveTarget(directory, files, overwrite, max_shard_bytes, resume))
+
+
+def _is_bf16(module: nn.Module) -> bool:
+    """Whether a module is a linear layer that is only prepacked."""
+    return isinstance(module, QuantModule) and {s.scheme.name for s in module.specs.values()} == {"bf16"}
 
 
 def _config(model: nn.Module) -> dict[str, Any] | None:
@@ -152,7 +184,7 @@ def _saved_layer(module: QuantModule) -> SavedLayer:
     weights = tuple((name.rpartition(".")[2], s.n, s.k) for name, s in zip(names, specs, strict=True))
     kind = "moe" if experts else "embedding" if isinstance(module, QuantEmbedding) else "linear"
     tied = tuple(module.tied) if isinstance(module, QuantEmbedding) else ()
-    schemes = {name: spec.scheme.unsolved.name for name, spec in module.specs.items()}
+    schemes = {name: spec.scheme.unsolved for name, spec in module.specs.items()}
     return SavedLayer(kind, weights, schemes, experts, module.dtype, tied)
 
 

@@ -10,13 +10,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from quantport.checkpoint import CheckpointFormat, Coded, CodedTensor, Recognized, TensorSource
-from quantport.errors import CheckpointError
+from quantport.checkpoint import (
+    CheckpointFormat,
+    Coded,
+    CodedTensor,
+    Fill,
+    Recognized,
+    Rewrite,
+    SavedModel,
+    SaveTarget,
+    Stream,
+    TensorLayout,
+    TensorSource,
+    rewritten,
+)
+from quantport.errors import CheckpointError, SaveError
 from quantport.scheme.catalog import Schemes
 from quantport_formats.common import (
     exponents,
@@ -26,6 +40,7 @@ from quantport_formats.common import (
     quantizer_config,
     without_static_scales,
 )
+from quantport_formats.writing import config_json, written_weights
 
 _BLOCK = 128
 
@@ -52,6 +67,32 @@ class Fp8(CheckpointFormat):
         dtype = held_dtype(source, config)
         coded = {name: self._weight(source, name, dtype, schemes) for name in weights}
         return Coded(self.name, source, coded, **without_static_scales(source, coded))
+
+    def write(
+        self, model: SavedModel, tensors: Stream | Fill, layout: TensorLayout | None, to: SaveTarget
+    ) -> Path:
+        """As `CheckpointFormat.write`: layers of ``fp8_per_block`` whose sizes are multiples of 128.
+
+        Raises:
+            SaveError: a layer that the format cannot hold; as `save_tensors`.
+        """
+        asked = f"save a checkpoint to {to.directory} as fp8"
+        changes = {}
+        for path, weight, scheme, n, k in written_weights(asked, model.layers):
+            if scheme.name != "fp8_per_block" or n % _BLOCK or k % _BLOCK:
+                found = f"{path} [{n}, {k}] in scheme {scheme.name}"
+                suggestion = f"fp8_per_block for layers of multiples of {_BLOCK}, or format='quantport'"
+                raise SaveError(asked, found, suggestion)
+            changes[f"{weight}.weight_scale"] = Rewrite(f"{weight}.weight_scale_inv")
+        described = {
+            "quant_method": "fp8",
+            "activation_scheme": "dynamic",
+            "fmt": "e4m3",
+            "weight_block_size": [_BLOCK, _BLOCK],
+            "modules_to_not_convert": list(model.kept_linear),
+        }
+        tensors, layout = rewritten(tensors, layout, changes, {})
+        return to.save(tensors, layout, config_json(asked, model.config, described))
 
     def _weight(self, source: TensorSource, name: str, dtype: torch.dtype, schemes: Schemes) -> CodedTensor:
         shape, stem = tuple(source.tensors[name].shape), name.removesuffix(".weight")

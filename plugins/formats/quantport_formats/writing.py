@@ -1,0 +1,61 @@
+"""What the formats that are written share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from quantport.checkpoint import SavedLayer
+from quantport.errors import SaveError
+from quantport.scheme import Scheme
+
+
+class Written(NamedTuple):
+    """A quantized weight on its way into a checkpoint.
+
+    Attributes:
+        layer: Path of its module.
+        stem: What the names of its stored tensors begin with, which a key of ``Scheme.layout`` follows.
+        scheme: Its scheme.
+        n: Rows.
+        k: Columns.
+    """
+
+    layer: str
+    stem: str
+    scheme: Scheme
+    n: int
+    k: int
+
+
+def written_weights(asked: str, layers: Mapping[str, SavedLayer]) -> Iterator[Written]:
+    """Every quantized weight of a model whose layers are stored one by one.
+
+    Raises:
+        SaveError: an embedding, or a fused layer that is quantized in parts.
+    """
+    for path, layer in layers.items():
+        if layer.kind == "embedding" or (len(layer.weights) > 1 and not layer.experts):
+            kind = "a quantized embedding" if layer.kind == "embedding" else "a fused layer in parts"
+            raise SaveError(asked, f"{path}, {kind}", "format='quantport', which holds it")
+        shapes = {name: (n, k) for name, n, k in layer.weights}
+        for weight, scheme in layer.schemes.items():
+            n, k = shapes[weight.rpartition(".")[2] if layer.experts else "weight"]
+            stem = f"{path}.{weight}" if layer.experts else path
+            yield Written(path, stem, scheme, n, k)
+
+
+def config_json(
+    asked: str, config: Mapping[str, Any] | None, quantization: Mapping[str, Any]
+) -> dict[str, bytes | Path]:
+    """``config.json`` with a ``quantization_config``, as ``files`` of ``save_tensors``.
+
+    Raises:
+        SaveError: the model has no configuration.
+    """
+    if config is None:
+        raise SaveError(asked, "a model without config.json", "format='quantport'")
+    described = {**config, "quantization_config": quantization}
+    return {"config.json": json.dumps(described, indent=2, sort_keys=True, default=str).encode()}
