@@ -7,6 +7,7 @@ it is made.
 
 from __future__ import annotations
 
+import ast
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -14,12 +15,15 @@ from pathlib import Path
 
 import grimp
 
+from quantport.checkpoint import CheckpointFormat
 from quantport.device import Arch
 from quantport.planning.capability_matrix import Cell, matrix
 from quantport.plugins.registry import default_registry
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("cpu", "cuda", "xpu")  # whose pages list their kernels
+TESTS = ROOT / "tests" / "plugins" / "formats"
+WRITING = TESTS / "test_writing.py"
 MARKS = {"native": "✅", "weight_only": "🟡", "dequantize": "🟠", "reference": "🔵", "unsupported": "❌"}
 LEGEND = """\
 | mark | status | what you get |
@@ -259,14 +263,49 @@ def _short(part: str) -> str:
     return part.rpartition(".")[2]
 
 
+def formats() -> str:
+    """Every format of checkpoints, with the test of each thing that can be done with one."""
+    rows = []
+    for name, known in sorted(default_registry().formats.items()):
+        test = TESTS / f"test_{type(known).__module__.rpartition('.')[2]}.py"
+        tree = ast.parse(test.read_text(encoding="utf-8"))
+        does = [_test_that_calls(tree, test, call) for call in ("keeps", "converts", "overlays")]
+        if type(known).write is not CheckpointFormat.write:
+            written = _test_that_calls(ast.parse(WRITING.read_text(encoding="utf-8")), WRITING, name)
+        else:
+            written = "-"
+        library = next(
+            (ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign) and _is_checked_by(n)), ""
+        )
+        rows.append((f"`{name}`", inspect.getdoc(type(known)).splitlines()[0], *does, written, library))
+    return table(("format", "recognized by", "kept", "converted", "added to", "written", "checked by"), rows)
+
+
+def _is_checked_by(node: ast.Assign) -> bool:
+    return [ast.unparse(target) for target in node.targets] == ["CHECKED_BY"]
+
+
+def _test_that_calls(tree: ast.Module, path: Path, word: str) -> str:
+    """A link to the first test that calls a function, or names a format."""
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+            inside = list(ast.walk(node))
+            called = {n.func.id for n in inside if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
+            named = {n.value for n in inside if isinstance(n, ast.Constant)}
+            if word in called | named:
+                return f"[yes](../{path.relative_to(ROOT)} \"{node.name}\")"
+    return "no"
+
+
 def generated() -> dict[Path, str]:
     """Every file with generated parts, as it should be."""
-    architecture = ROOT / "docs" / "architecture.md"
+    architecture, checkpoints = ROOT / "docs" / "architecture.md", ROOT / "docs" / "checkpoints.md"
     readme, rooms = ROOT / "README.md", {kind: ROOT / "backends" / kind / "README.md" for kind in ROOMS}
     return {
         ROOT / "docs" / "matrix.md": matrix_page(),
         readme: put(readme, "matrix", readme_block()),
         architecture: put(architecture, "imports", house()),
+        checkpoints: put(checkpoints, "formats", formats()),
         **{room: put(room, "kernels", kernels_of(kind)) for kind, room in rooms.items()},
     }
 

@@ -16,7 +16,7 @@ generate = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(generate)
 
 
-PAGES = ["docs/matrix.md", "docs/architecture.md", "README.md"]
+PAGES = ["docs/matrix.md", "docs/architecture.md", "docs/checkpoints.md", "README.md"]
 
 
 @pytest.mark.parametrize("path", [*PAGES, *(f"backends/{kind}/README.md" for kind in generate.ROOMS)])

@@ -23,6 +23,22 @@ def test_a_room_is_complete(name):
     assert not [str(p.relative_to(house.ROOT)) for p in expected if not p.exists()]
 
 
+@pytest.mark.parametrize("folder", sorted((house.ROOT / "plugins").iterdir()), ids=lambda folder: folder.name)
+def test_a_room_of_plugins_is_complete(folder):
+    package = folder / f"quantport_{folder.name}"
+    expected = [folder / "README.md", package / "py.typed", package / "__init__.py"]
+    assert not [str(p.relative_to(house.ROOT)) for p in expected if not p.exists()]
+    assert house.entry_points("quantport.plugins").get(folder.name) == f"quantport_{folder.name}"
+
+
+def test_a_format_is_one_file_with_one_test():
+    package = house.ROOT / "plugins" / "formats" / "quantport_formats"
+    tests = house.ROOT / "tests" / "plugins" / "formats"
+    for path in package.glob("*.py"):
+        if any("(CheckpointFormat)" in line for line in path.read_text(encoding="utf-8").splitlines()):
+            assert (tests / f"test_{path.stem}.py").exists(), path.name
+
+
 @pytest.mark.parametrize("name", sorted(set(ROOMS) - house.NO_DEVICE))
 def test_a_room_runs_the_conformance_suite_of_its_own_kind(name):
     text = (house.ROOT / "tests" / "backends" / name / "test_conformance.py").read_text(encoding="utf-8")

@@ -93,6 +93,7 @@ DOORS = {
     "loading/load_model.py",
     "loading/plan_model.py",
     "loading/quantize_model.py",
+    "loading/save_model.py",
     "modules/base.py",
     "modules/handles.py",
     "planning/capability_matrix.py",

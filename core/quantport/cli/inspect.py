@@ -76,7 +76,7 @@ def inspect(
     device: Annotated[
         list[str] | None,
         typer.Option(
-            "--device", "-d", help="What this device would do, found or not (cuda:sm_80); repeatable."
+            "--device", "-d", help="What this device would do, found or not (KIND:ARCH); repeatable."
         ),
     ] = None,
     style: FormatOption = None,

@@ -59,7 +59,7 @@ def _rewrite(
         words = (n, -(-k // _PER_WORD)), torch.int32
         changes[f"{stem}.weight"] = Rewrite(f"{stem}.weight_packed", _packed_int8, words)
     if scheme.weight.format == "int4" or (scheme.weight.format == "int8" and scheme.activation is None):
-        further[f"{stem}.weight_shape"] = torch.tensor([n, k])
+        further[f"{stem}.weight_shape"] = torch.tensor([n, k], dtype=torch.int64, device="cpu")
     if scheme.weight.block_shape == (0, 0):
         one = (1,), torch.float32
         changes[f"{stem}.weight_scale"] = Rewrite(f"{stem}.weight_scale", lambda scale: scale.view(1), one)
