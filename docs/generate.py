@@ -275,7 +275,8 @@ def formats() -> str:
         else:
             written = "-"
         library = next(
-            (ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign) and _is_checked_by(n)), ""
+            (ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign) and _is_checked_by(n)),
+            "",
         )
         rows.append((f"`{name}`", inspect.getdoc(type(known)).splitlines()[0], *does, written, library))
     return table(("format", "recognized by", "kept", "converted", "added to", "written", "checked by"), rows)
@@ -293,7 +294,7 @@ def _test_that_calls(tree: ast.Module, path: Path, word: str) -> str:
             called = {n.func.id for n in inside if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
             named = {n.value for n in inside if isinstance(n, ast.Constant)}
             if word in called | named:
-                return f"[yes](../{path.relative_to(ROOT)} \"{node.name}\")"
+                return f'[yes](../{path.relative_to(ROOT)} "{node.name}")'
     return "no"
 
 

@@ -1,0 +1,76 @@
+"""Options of schemes that describe stored numbers: blocks, formats of scales, offsets."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from core_models import same_bits
+from hypothesis import given
+from hypothesis import strategies as st
+
+from quantport import numerics
+from quantport.errors import ConfigError
+from quantport.scheme import Quant
+from quantport.scheme.catalog import BUILTIN
+
+NAMED = {
+    "int4_weight_only:g64": Quant("int4", (1, 64), "bf16"),
+    "int4_weight_only:channel:fp16": Quant("int4", (1, 0), "fp16"),
+    "int4_weight_only:g32:fp32:asym": Quant("int4", (1, 32), "fp32", zero_point=True),
+    "int8_weight_only:g128:fp16": Quant("int8", (1, 128), "fp16"),
+    "fp8_per_channel:bf16": Quant("e4m3fn", (1, 0), "bf16"),
+    "int8:tensor": Quant("int8", (0, 0)),
+    "nf4:g128": Quant("nf4", (1, 128)),
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_name_says_what_is_stored(name):
+    scheme = BUILTIN[name]
+    assert (scheme.name, scheme.weight) == (name, NAMED[name])
+    assert scheme.activation == BUILTIN[name.split(":")[0]].activation
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mxfp4:g64",
+        "q4_0:fp32",
+        "nf4:asym",
+        "nf4:tensor",
+        "bf16:g32",
+        "int8:g0",
+        "int8:g99999",
+        "int8:g",
+        "nvfp4:fp16",
+    ],
+)
+def test_other_numbers_have_no_such_options(name):
+    with pytest.raises(ConfigError, match="no such option"):
+        BUILTIN[name]
+
+
+def test_by_hand():
+    """One group from -3 to 12: 15 steps of 1 from code -8, which stands for -3, so that 0 is code -5."""
+    w = torch.tensor([[-3.0, 0.0, 12.0, 4.4, 0.6, -0.4, 5.5, 6.5]])
+    stored = numerics.quantize_weight(w, BUILTIN["int4_weight_only:channel:fp32:asym"])
+    assert stored["weight_scale"].tolist() == [[1.0]]
+    assert stored["weight_zero"].tolist() == [[5.0]]
+    values = numerics.dequantize_weight(stored, BUILTIN["int4_weight_only:channel:fp32:asym"], 8)
+    assert values.tolist() == [[-3.0, 0.0, 12.0, 4.0, 1.0, 0.0, 6.0, 6.0]]
+
+
+@given(st.integers(0, 1000), st.sampled_from([2.0**-12, 1.0, 300.0]), st.sampled_from(["int4", "int8"]))
+def test_zero_is_a_code_and_offsets_are_zero_points_times_scales(seed, size, bits):
+    w = torch.randn(3, 96, generator=torch.Generator().manual_seed(seed)) * size
+    w[:, ::7] = 0
+    scheme = BUILTIN[f"{bits}_weight_only:g32:fp32:asym"]
+    stored = numerics.quantize_weight(w, scheme)
+    values = numerics.dequantize_weight(stored, scheme, 96)
+    assert not values[:, ::7].any()
+    scale, zero = stored["weight_scale"].double(), stored["weight_zero"].double()
+    points = (zero / scale).round()
+    assert same_bits((points * scale).float(), stored["weight_zero"])
+    wide = w.view(3, 3, 32)
+    steps = (wide.amax(-1).clamp(min=0) - wide.amin(-1).clamp(max=0)) / (15 if bits == "int4" else 255)
+    assert ((values - w).abs().view(3, 3, 32).amax(-1) <= steps * 1.01).all()
