@@ -1,4 +1,4 @@
-"""What is saved in formats of others: read back bit for bit, and loaded by Transformers, which knows nothing of
+"""What is saved in formats of others: read back bit for bit, and loaded by Transformers without
 quantport.
 """
 
