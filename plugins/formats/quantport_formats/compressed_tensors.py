@@ -9,17 +9,31 @@ in the dtype of the model, and the library rounds to it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from quantport.checkpoint import CheckpointFormat, Coded, CodedTensor, KVCacheConfig, Recognized, TensorSource
+from quantport.checkpoint import (
+    CheckpointFormat,
+    Coded,
+    CodedTensor,
+    Fill,
+    KVCacheConfig,
+    Recognized,
+    SavedModel,
+    SaveTarget,
+    Stream,
+    TensorLayout,
+    TensorSource,
+)
 from quantport.model.patterns import bounded
 from quantport.scheme import Scheme
 from quantport.scheme.catalog import Schemes
 from quantport_formats.common import held_dtype, quant_method, quantizer_config
 from quantport_formats.compressed_tensors_config import Args, Group, Groups
 from quantport_formats.compressed_tensors_weights import Weights
+from quantport_formats.compressed_tensors_write import write
 
 _CODES = (torch.int8, torch.float8_e4m3fn)
 _OF_WEIGHTS = (
@@ -44,6 +58,12 @@ class CompressedTensors(CheckpointFormat):
     """``quant_method: compressed-tensors`` over tensors that hold codes."""
 
     name = "compressed-tensors"
+
+    def write(
+        self, model: SavedModel, tensors: Stream | Fill, layout: TensorLayout | None, to: SaveTarget
+    ) -> Path:
+        """As `CheckpointFormat.write`, of the schemes that this format has."""
+        return write(model, tensors, layout, to)
 
     def recognize(
         self, source: TensorSource, config: Mapping[str, Any], schemes: Schemes
