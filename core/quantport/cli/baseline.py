@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 from quantport.checkpoint import read_config
 from quantport.checkpoint.quantport_format import is_quantport
 from quantport.errors import BudgetError, CheckpointError, ConfigError, QuantportError
+from quantport.loading.load_model import load as quantport_load
 from quantport.loading.locate import locate
+from quantport.loading.save_model import OWN
 
 
 def _transformers(asked: str) -> Any:
@@ -148,13 +150,22 @@ def positions(directory: Path) -> int | None:
     return most if isinstance(most, int) and most > 0 else None
 
 
+def is_decoded(model: Any, directory: Path) -> bool:
+    """Whether what a model is compared with is the checkpoint that it was loaded from, decoded."""
+    plan = model.quantport_plan
+    return plan.format_name not in ("plain", OWN) and Path(plan.source) == directory
+
+
 def load(model: Any, directory: Path) -> Any:
-    """Loads the 16-bit original beside its quantized model: the same class, dtype and device.
+    """Loads the 16-bit original beside its quantized model: the same class, dtype and device. Where only a
+    checkpoint of another quantizer is there, its weights in BF16.
 
     Raises:
         BudgetError: there is no room for both.
     """
     device = model.quantport_plan.device
+    if is_decoded(model, directory):
+        return quantport_load(directory, "bf16", device=device, dtype=model.dtype)
     needed = sum(f.stat().st_size for f in directory.glob("*.safetensors"))
     room = None if device.memory is None else device.memory - model.quantport_plan.after
     if room is not None and needed > room:

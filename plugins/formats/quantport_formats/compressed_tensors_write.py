@@ -35,6 +35,10 @@ def write(model: SavedModel, tensors: Stream | Fill, layout: TensorLayout | None
     groups: dict[Scheme, list[str]] = {}
     for path, stem, scheme, n, k in written_weights(asked, model.layers):
         _check(asked, scheme, experts=bool(model.layers[path].experts))
+        group = scheme.weight.group_size
+        if group and scheme.weight.block_shape[0] == 1 and k % group:
+            found = f"{path}, whose {k} columns are no whole groups of {group}"
+            raise SaveError(asked, found, "a group size that divides them, or format='quantport'")
         groups.setdefault(scheme, []).append(stem)
         _rewrite(stem, scheme, n, k, changes, further)
     tensors, layout = rewritten(tensors, layout, changes, further)

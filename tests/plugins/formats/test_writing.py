@@ -148,6 +148,12 @@ REFUSED = {
     "experts": ("nvfp4_weight_only", "compressed-tensors", "qwen3_moe", "experts in NVFP4"),
     "other": ("int8", "fp8", "llama", "in scheme int8"),
     "size": ("fp8_per_block", "fp8", "llama", "k_proj [64, 128]"),
+    "groups": (
+        "int4_weight_only:g256",
+        "compressed-tensors",
+        "llama",
+        "128 columns are no whole groups of 256",
+    ),
     "unknown": ("int8", "exl2", "llama", "no such format"),
 }
 
