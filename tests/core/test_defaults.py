@@ -138,6 +138,27 @@ def test_the_watch_can_fail(doubles):
         torch.arange(3, dtype=torch.int64) / 2
 
 
+@pytest.mark.parametrize(
+    "scheme", ["int8", "fp8_per_tensor", "fp8_per_block", "mxfp4", "nf4:double", "int4_mse"]
+)
+def test_a_process_that_flushes_subnormal_numbers(scheme):
+    """As a library does that is built for fast arithmetic, for the whole process."""
+
+    def quantized(flush):
+        model = made()
+        for parameter in model.parameters():
+            parameter.data = parameter.mul(2.0**-124)
+        if flush and not torch.set_flush_denormal(True):
+            pytest.skip("this processor cannot")
+        try:
+            quantport.quantize_(model, scheme)
+        finally:
+            torch.set_flush_denormal(False)
+        return model
+
+    same_state(quantized(flush=True), quantized(flush=False))
+
+
 @pytest.fixture(params=ROOMS)
 def room(request, monkeypatch):
     if request.param == "reference":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from core_fakes import Shape
-from core_models import made, same_state
+from core_models import made, same_state, write
 from core_tiny import tiny_model
 from torch import nn
 
@@ -43,6 +43,70 @@ def test_a_router_is_told_by_structure(experts, name):
     assert {found[other.removesuffix(".weight")] for other in OTHERS} == {Role.LINEAR}
 
 
+UNNAMED = {
+    "mlps": {
+        f"m.mlps.{e}.{p}.weight": s for e in range(6) for p, s in (("fc1", (48, 32)), ("fc2", (32, 48)))
+    },
+    "gated": {
+        f"m.ffns.{e}.{p}.weight": s
+        for e in range(6)
+        for p, s in (("w1", (48, 32)), ("w2", (32, 48)), ("w3", (48, 32)))
+    },
+    "sequences": {f"m.nets.{e}.net.{i}.weight": (32, 32) for e in range(6) for i in (0, 2)},
+    "linear": {f"m.list.{e}.{p}": s for e in range(6) for p, s in (("weight", (32, 32)), ("bias", (32,)))},
+}
+ROUTERS = {
+    "one": {"choose": (6, 32)},
+    "alone in its module": {"pick.wg": (6, 32)},
+    "two": {"pick.fc1": (16, 32), "pick.fc2": (6, 16)},
+    "three in any order": {"pick.out": (6, 8), "pick.mid": (8, 16), "pick.up": (16, 32)},
+    "a sequence": {"pick.0": (32, 32), "pick.2": (6, 32)},
+}
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("experts", [*EXPERTS, *UNNAMED])
+def test_routers_of_several_layers_and_experts_of_any_name(experts, router):
+    shapes = {**EXPERTS, **UNNAMED}[experts]
+    others = OTHERS if experts in EXPERTS else {n: s for n, s in OTHERS.items() if s != (6, 32)}
+    found = roles({**{f"m.{n}.weight": s for n, s in ROUTERS[router].items()}, **shapes, **others})
+    assert {found[f"m.{name}"] for name in ROUTERS[router]} == {Role.ROUTER}
+    kept = {role for name, role in found.items() if name.removeprefix("m.") not in ROUTERS[router]}
+    assert Role.ROUTER not in kept
+
+
+BLOCKS = {
+    f"m.layers.{i}.{p}.weight": (32, 32)
+    for i in range(6)
+    for p in ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down")
+}
+
+
+@pytest.mark.parametrize(
+    ("router", "beside"),
+    [
+        ({"choose": (6, 32)}, BLOCKS),
+        ({"choose": (6, 64)}, UNNAMED["mlps"]),
+        ({"choose": (5, 32)}, UNNAMED["mlps"]),
+        ({"pick.fc1": (16, 32), "pick.fc2": (5, 16)}, UNNAMED["mlps"]),
+        ({"pick.fc1": (16, 32), "pick.fc2": (6, 24)}, UNNAMED["mlps"]),
+        ({"pick.fc1": (16, 64), "pick.fc2": (6, 16)}, UNNAMED["mlps"]),
+        ({"pick.fc1": (16, 32), "pick.fc2": (6, 16), "pick.side": (16, 32)}, EXPERTS["fused"]),
+        ({"choose": (6, 32)}, {name: s for name, s in UNNAMED["mlps"].items() if "mlps.3" not in name}),
+        ({"choose": (6, 32)}, {**UNNAMED["mlps"], "m.mlps.3.fc2.weight": (32, 40)}),
+        ({"choose": (1, 32)}, {name: s for name, s in UNNAMED["mlps"].items() if "mlps.0" in name}),
+        ({"choose": (6, 32)}, {f"m.heads.{i}.{p}.weight": (8, 32) for i in range(6) for p in ("up", "gate")}),
+    ],
+    ids=[
+        *("blocks", "other inputs", "other number", "other outputs", "no chain", "other inputs of two"),
+        *("a layer beside", "a gap", "uneven", "one", "heads"),
+    ],
+)
+def test_what_is_no_router_beside_a_list(router, beside):
+    found = roles({**{f"m.{n}.weight": s for n, s in router.items()}, **beside})
+    assert {found[f"m.{name}"] for name in router} == {Role.LINEAR}
+
+
 @pytest.mark.parametrize("shape", [(5, 32), (12, 32), (1, 32)], ids=str)
 def test_another_number_of_outputs_is_no_router(shape):
     assert roles({"m.choose.weight": shape, **EXPERTS["fused"]})["m.choose"] is Role.LINEAR
@@ -65,6 +129,28 @@ def test_a_projection_of_an_mlp_is_no_router_whatever_it_is_called(name):
 
 
 SPARSE = {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1}
+
+
+class Unnamed(nn.Module):
+    """A router of two layers, beside experts that nothing calls so."""
+
+    def __init__(self):
+        super().__init__()
+        self.picker = nn.Sequential(nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 4))
+        self.ffns = nn.ModuleList(nn.Sequential(nn.Linear(32, 48), nn.Linear(48, 32)) for _ in range(4))
+        self.out = nn.Linear(32, 32)
+
+
+def test_a_router_of_several_layers_is_not_quantized(tmp_path):
+    def factory():
+        return nn.ModuleDict({"moe": Unnamed()})
+
+    model = made(factory)
+    loaded = quantport.load(write(tmp_path / "model", model), "int8_weight_only", model=factory)
+    quantport.quantize_(model, "int8_weight_only")
+    for done in (model, loaded):
+        assert all(type(done.moe.picker[i]) is nn.Linear for i in (0, 2))
+        assert all(isinstance(m, QuantLinear) for m in (*done.moe.ffns[3], done.moe.out))
 
 
 class Mixture(nn.Module):

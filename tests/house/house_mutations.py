@@ -278,6 +278,28 @@ COMPUTES_SOMETHING_ELSE = (
     ),
     Mutation(
         "A5",
+        "a router may have several layers",
+        "core/quantport/model/routers.py",
+        "if parent and parent not in lists and siblings[parent] > 1:",
+        "if False:",
+        (
+            "core/test_routers.py::test_routers_of_several_layers_and_experts_of_any_name[fused-two]",
+            "core/test_routers.py::test_a_router_of_several_layers_is_not_quantized",
+        ),
+    ),
+    Mutation(
+        "A5",
+        "experts are told by their place, too",
+        "core/quantport/model/routers.py",
+        "experts.setdefault(_parent(path), []).append(found)",
+        "pass",
+        (
+            "core/test_routers.py::test_routers_of_several_layers_and_experts_of_any_name[mlps-one]",
+            "core/test_routers.py::test_a_router_of_several_layers_is_not_quantized",
+        ),
+    ),
+    Mutation(
+        "A5",
         "a name helps",
         "core/quantport/model/roles.py",
         "if is_gate or any(",
@@ -322,10 +344,48 @@ COMPUTES_SOMETHING_ELSE = (
     Mutation(
         "A6",
         "branches that attributes rule out do not count",
-        "core/quantport/model/weight_reads.py",
+        "core/quantport/model/source_reader.py",
         "return None if value is None else bool(value)",
         "return None",
         ("core/test_weight_reads.py::test_what_counts_as_a_read",),
+    ),
+    Mutation(
+        "A6",
+        "a call is followed into what it calls",
+        "core/quantport/model/source_reader.py",
+        "out += self.reading.call(function, on, args, named, self.depth + 1)",
+        "pass",
+        (
+            "core/test_source_reads.py::test_a_detour_is_followed[Function]",
+            "core/test_source_reads.py::test_a_detour_is_followed[ByChild]",
+        ),
+    ),
+    Mutation(
+        "A6",
+        "a property is what its code gives",
+        "core/quantport/model/source_reader.py",
+        "if isinstance(value, property | cached_property):",
+        "if False:",
+        (
+            "core/test_source_reads.py::test_a_detour_is_followed[Property]",
+            "core/test_source_reads.py::test_a_detour_is_followed[Alias]",
+        ),
+    ),
+    Mutation(
+        "A6",
+        "a name that is put together may be any that it fits",
+        "core/quantport/model/source_reader.py",
+        "if isinstance(name, re.Pattern):",
+        "if False:",
+        ("core/test_source_reads.py::test_a_detour_is_followed[PutTogether]",),
+    ),
+    Mutation(
+        "A6",
+        "a method that one module has in the place of another counts",
+        "core/quantport/model/weight_reads.py",
+        "functions = [*classes.reading(cls, module), *classes.replaced(module)]",
+        "functions = classes.reading(cls, module)",
+        ("core/test_source_reads.py::test_a_detour_is_followed[Partial]",),
     ),
     Mutation(
         "A6",
@@ -384,6 +444,14 @@ COMPUTES_SOMETHING_ELSE = (
         "torch.set_default_dtype, torch.get_default_dtype = set_default_dtype, get_default_dtype",
         "pass",
         ("core/test_building.py::test_other_threads_see_their_defaults_while_models_are_built",),
+    ),
+    Mutation(
+        "A7",
+        "subnormal numbers count where the process flushes them",
+        "core/quantport/loading/executor.py",
+        "torch.set_flush_denormal(False)",
+        "pass",
+        ("core/test_defaults.py::test_a_process_that_flushes_subnormal_numbers",),
     ),
     Mutation(
         "A8",

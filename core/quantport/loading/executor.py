@@ -149,6 +149,7 @@ def run_tasks(
     def begin() -> None:
         started.append(threading.current_thread())
         one_native_thread()
+        torch.set_flush_denormal(False)  # a new thread has what the one that starts it has
 
     pool = ThreadPoolExecutor(count, "quantport", initializer=begin)
     try:

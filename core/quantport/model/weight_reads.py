@@ -8,208 +8,132 @@ the stand-in for the weight raises at the first forward.
 from __future__ import annotations
 
 import ast
-import inspect
-import operator
 import re
-import textwrap
-from collections.abc import Callable, Iterable, Iterator
-from types import CodeType, FunctionType
+from collections.abc import Iterator
+from functools import cached_property, partial
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 from torch import nn
 
-Path = tuple[str, ...]  # names of modules from the one whose code is read on; ``*`` is any item of a list
+from quantport.model.source_reader import Reading, Sources, unbound
 
-_HARMLESS = {"shape", "dtype", "device"}  # what a quantized layer answers
 # no part of a forward; one that the caller asks for, such as fusing projections, raises at the stand-in
 _SETUP = re.compile(r"__init__|__repr__|extra_repr|_?(init|reset|tie|resize|set|fuse|unfuse)(_|$)")
-_COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
-    ast.Eq: operator.eq,
-    ast.NotEq: operator.ne,
-    ast.Lt: operator.lt,
-    ast.LtE: operator.le,
-    ast.Gt: operator.gt,
-    ast.GtE: operator.ge,
-}
 
 
 def find_weight_reads(model: nn.Module) -> dict[nn.Module, str]:
     """Every module whose ``weight`` the code of another one takes -> the class of that other one."""
-    functions: dict[type, list[ast.FunctionDef]] = {}
-    out: dict[nn.Module, str] = {}
+    classes, out = _Classes(), dict[nn.Module, str]()
     for module in model.modules():
         cls = type(module)
-        if cls not in functions:
-            functions[cls] = list(_functions(cls))
-        for function in functions[cls]:
-            reads = _Reads(module, function)
-            for path in reads.paths:
-                out.update(dict.fromkeys(_at(module, path), cls.__name__))
+        functions = [*classes.reading(cls, module), *classes.replaced(module)]
+        if functions:
+            reading = Reading(module, classes.sources, _SETUP)
+            for function in functions:
+                reading.call(function, module)
+            out.update(dict.fromkeys(reading.found, cls.__name__))
     return out
 
 
-def _functions(cls: type) -> Iterator[ast.FunctionDef]:
-    """The methods of a class and its bases that speak of the ``weight`` of others, but for those that only
-    set up.
-    """
+class _Classes:
+    """The functions of classes that may take the weight of others; sources are parsed once."""
+
+    def __init__(self) -> None:
+        self.sources = Sources()
+        self._reading: dict[type, list[FunctionType]] = {}
+        self._takes: dict[type, bool] = {}
+
+    def reading(self, cls: type, module: nn.Module) -> list[FunctionType]:
+        """The methods of a class and its bases that may take the weight of others, but for those that only
+        set up. All of them where a module of this one takes that of what it is called with.
+        """
+        if any(self._takes_arguments(type(child)) for child in module.children()):
+            return [function for _, function in _methods(cls)]
+        if cls not in self._reading:
+            self._reading[cls] = list(self._functions(cls))
+        return self._reading[cls]
+
+    def replaced(self, module: nn.Module) -> Iterator[FunctionType]:
+        """Those that one module has in the place of methods of its class."""
+        for value in vars(module).values():
+            of_this = (isinstance(value, MethodType) and value.__self__ is module) or (
+                isinstance(value, partial) and value.args[:1] == (module,)
+            )
+            if of_this and (function := unbound(value)) and self._reads(function):
+                yield function
+
+    def _functions(self, cls: type) -> Iterator[FunctionType]:
+        methods = list(_methods(cls))
+        properties = (
+            name for base in cls.__mro__ for name, function in _properties(base) if self._reads(function)
+        )
+        reading = {name for name, function in methods if self._reads(function)} | set(properties)
+        for name, function in methods:
+            names = _names(function.__code__)
+            others = (function.__globals__.get(other) for other in names)
+            if (
+                self._reads(function)
+                or not reading.isdisjoint(names - {name})
+                or any(isinstance(other, FunctionType) and self._reads(other) for other in others)
+            ):
+                yield function
+
+    def _takes_arguments(self, cls: type) -> bool:
+        if cls not in self._takes:
+            forward = unbound(getattr(cls, "forward", None))
+            self._takes[cls] = bool(forward and self._reads(forward) and self._reads_arguments(forward))
+        return self._takes[cls]
+
+    def _reads(self, function: FunctionType) -> bool:
+        """Whether a function speaks of the ``weight`` of anything but its first argument."""
+        if "weight" not in _names(function.__code__):
+            return False
+        tree = self.sources.tree(function)
+        return tree is not None and any(
+            node.value == "weight" if isinstance(node, ast.Constant) else not _is_first(node, tree)
+            for node in _weights(tree)
+        )
+
+    def _reads_arguments(self, function: FunctionType) -> bool:
+        tree = self.sources.tree(function)
+        names = {argument.arg for argument in tree.args.args[1:]} if tree else set[str]()
+        return tree is not None and any(
+            isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in names
+            for node in _weights(tree)
+        )
+
+
+def _methods(cls: type) -> Iterator[tuple[str, FunctionType]]:
     for base in cls.__mro__:
-        for name, value in vars(base).items():
-            function = inspect.unwrap(value) if callable(value) else None
-            if not isinstance(function, FunctionType) or _SETUP.match(name):
-                continue
-            if not _mentions_weight(function.__code__):
-                continue
-            try:
-                tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-            except (OSError, SyntaxError):  # no source, or a lambda amid a statement
-                continue
-            method = tree.body[0]
-            if isinstance(method, ast.FunctionDef) and method.args.args and _reads_others(method):
-                yield method
+        for name, value in vars(base).items() if base is not nn.Module else ():  # which knows no layer
+            if not _SETUP.match(name) and (function := unbound(value)):
+                yield name, function
 
 
-def _mentions_weight(code: CodeType) -> bool:
-    inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
-    return "weight" in code.co_names or any(map(_mentions_weight, inner))
+def _properties(cls: type) -> Iterator[tuple[str, FunctionType]]:
+    for name, value in vars(cls).items():
+        getter = value.fget if isinstance(value, property) else getattr(value, "func", None)
+        if isinstance(value, property | cached_property) and isinstance(getter, FunctionType):
+            yield name, getter
 
 
-def _reads_others(method: ast.FunctionDef) -> bool:
-    own = method.args.args[0].arg
-    return any(
-        isinstance(node, ast.Attribute)
-        and node.attr == "weight"
-        and not (isinstance(node.value, ast.Name) and node.value.id == own)
-        for node in ast.walk(method)
-    )
+def _names(code: CodeType) -> set[str]:
+    """The names that code uses, and the texts that may be names."""
+    out = {*code.co_names, *(constant for constant in code.co_consts if isinstance(constant, str))}
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            out |= _names(constant)
+    return out
 
 
-def _at(module: nn.Module, path: Path) -> Iterable[nn.Module]:
-    """The modules at a path."""
-    reached = [module]
-    for name in path:
-        reached = [
-            child
-            for parent in reached
-            for child in (parent.children() if name == "*" else [parent._modules.get(name)])
-            if child is not None
-        ]
-    return reached
+def _weights(tree: ast.AST) -> Iterator[Any]:
+    for node in ast.walk(tree):
+        name = node.attr if isinstance(node, ast.Attribute) else getattr(node, "value", None)
+        if isinstance(node, ast.Attribute | ast.Constant) and name == "weight":
+            yield node
 
 
-class _Reads(ast.NodeVisitor):
-    """Finds the paths of the modules whose weight a method takes.
-
-    Branches that the attributes of the module rule out are left out, as those for tensor parallelism; whether
-    it trains is not known.
-    """
-
-    def __init__(self, module: nn.Module, function: ast.FunctionDef) -> None:
-        self.module, self.own_name = module, function.args.args[0].arg
-        self.local: dict[str, Path] = {self.own_name: ()}
-        self.paths: set[Path] = set()
-        self.visit(function)
-
-    def visit_Attribute(self, node: ast.Attribute) -> None:
-        if node.attr in _HARMLESS and self._weight_of(node.value):
-            return
-        if path := self._weight_of(node):
-            self.paths.add(path)
-        self.generic_visit(node)
-
-    def visit_Call(self, node: ast.Call) -> None:
-        asks = isinstance(node.func, ast.Name) and node.func.id in ("isinstance", "hasattr")
-        for child in (node.func, *node.args, *(keyword.value for keyword in node.keywords)):
-            if not (asks and self._weight_of(child)):
-                self.visit(child)
-
-    def visit_Compare(self, node: ast.Compare) -> None:
-        if not (self._weight_of(node.left) and isinstance(node.ops[0], ast.Is | ast.IsNot)):
-            self.generic_visit(node)
-
-    def visit_If(self, node: ast.If) -> None:
-        self._branch(node.test, node.body, node.orelse)
-
-    def visit_IfExp(self, node: ast.IfExp) -> None:
-        self._branch(node.test, [node.body], [node.orelse])
-
-    def visit_Assign(self, node: ast.Assign) -> None:
-        self.generic_visit(node)
-        for target in node.targets:
-            self._name(target, self._path(node.value))
-
-    def visit_For(self, node: ast.For) -> None:
-        self._name_items(node.target, node.iter)
-        self.generic_visit(node)
-
-    def visit_ListComp(self, node: ast.ListComp | ast.GeneratorExp) -> None:
-        for loop in node.generators:
-            self._name_items(loop.target, loop.iter)
-        self.generic_visit(node)
-
-    visit_GeneratorExp = visit_ListComp  # noqa: N815  # named by ast
-
-    def _branch(self, test: ast.expr, body: Iterable[ast.AST], orelse: Iterable[ast.AST]) -> None:
-        self.visit(test)
-        truth = self._truth(test)
-        for node in (*(body if truth is not False else ()), *(orelse if truth is not True else ())):
-            self.visit(node)
-
-    def _weight_of(self, node: ast.AST) -> Path | None:
-        """The path of the module whose weight this is; None for anything else, and for the own weight."""
-        if isinstance(node, ast.Attribute) and node.attr == "weight":
-            return self._path(node.value) or None
-        return None
-
-    def _path(self, node: ast.AST) -> Path | None:
-        """The path of the module that this is, as far as names say."""
-        if isinstance(node, ast.Name):
-            return self.local.get(node.id)
-        if isinstance(node, ast.Attribute | ast.Subscript):
-            inner = self._path(node.value)
-            if inner is None or (isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Slice)):
-                return inner
-            return (*inner, node.attr if isinstance(node, ast.Attribute) else "*")
-        return None
-
-    def _name_items(self, target: ast.expr, items: ast.expr) -> None:
-        """Names what a loop goes over: a list of modules, or ``enumerate`` of one."""
-        if isinstance(items, ast.Call) and isinstance(items.func, ast.Name) and items.func.id == "enumerate":
-            if isinstance(target, ast.Tuple) and items.args:
-                self._name_items(target.elts[-1], items.args[0])
-        elif (path := self._path(items)) is not None:
-            self._name(target, (*path, "*"))
-
-    def _name(self, target: ast.expr, path: Path | None) -> None:
-        if isinstance(target, ast.Name):
-            self.local.pop(target.id, None)
-            if path is not None:
-                self.local[target.id] = path
-
-    def _truth(self, test: ast.expr) -> bool | None:
-        """Whether a condition holds, as far as plain attributes of the module say; None where they do not."""
-        if isinstance(test, ast.BoolOp):
-            parts = [self._truth(value) for value in test.values]
-            decisive = isinstance(test.op, ast.Or)
-            if decisive in parts:
-                return decisive
-            return None if None in parts else not decisive
-        if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
-            inner = self._truth(test.operand)
-            return None if inner is None else not inner
-        if isinstance(test, ast.Compare) and len(test.ops) == 1:
-            compare = _COMPARISONS.get(type(test.ops[0]))
-            left, right = self._value(test.left), self._value(test.comparators[0])
-            return compare(left, right) if compare and None not in (left, right) else None
-        value = self._value(test)
-        return None if value is None else bool(value)
-
-    def _value(self, node: ast.expr) -> bool | float | None:
-        """A number or a flag among the attributes of the module (``self.config.rescale_every``), or None."""
-        value: Any = None
-        if isinstance(node, ast.Constant):
-            value = node.value
-        elif isinstance(node, ast.Attribute) and (path := self._path(node)) and "training" not in path:
-            value = self.module
-            for name in path:
-                value = getattr(value, name, None)
-        return value if isinstance(value, bool | int | float) else None
+def _is_first(node: ast.Attribute, tree: ast.FunctionDef) -> bool:
+    first = tree.args.args[0].arg if tree.args.args else ""
+    return isinstance(node.value, ast.Name) and node.value.id == first
