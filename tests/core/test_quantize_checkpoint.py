@@ -261,3 +261,10 @@ def test_another_scheme_or_a_changed_source_begins_anew(tmp_path):
     file = source / "model.safetensors"
     file.write_bytes(file.read_bytes())
     assert quantized(source, tmp_path / "two", "int8", -1) == total
+    quantized(source, tmp_path / "three", "int8", 2)
+    before = file.stat()
+    other = file.with_suffix(".other")
+    other.write_bytes(file.read_bytes())
+    os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))  # as of an archive or an image
+    os.replace(other, file)
+    assert quantized(source, tmp_path / "three", "int8", -1) == total

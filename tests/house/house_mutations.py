@@ -1244,11 +1244,57 @@ LARGE = (
     ),
     Mutation(
         "D19",
+        "a file that has the size and the time of another is another",
+        "core/quantport/loading/quantize_checkpoint.py",
+        "found.st_ino, found.st_ctime_ns",
+        "0, 0",
+        ("core/test_quantize_checkpoint.py::test_another_scheme_or_a_changed_source_begins_anew",),
+    ),
+    Mutation(
+        "D19",
+        "who is at a save is told by a lock, not by a pid",
+        "core/quantport/checkpoint/partial.py",
+        "    if fcntl is None:\n        return not _alive(pid)",
+        "    if True:\n        return not _alive(pid)",
+        (
+            "core/checkpoint/test_checkpoint_partial.py::test_a_killed_save_is_resumed_by_a_process_of_the_same_pid",
+            "core/checkpoint/test_checkpoint_partial.py::test_what_another_process_holds_is_not_touched",
+        ),
+    ),
+    Mutation(
+        "D19",
+        "a mount point is refused before anything is written",
+        "core/quantport/checkpoint/partial.py",
+        "if os.path.ismount(target):",
+        "if False:",
+        (
+            "core/checkpoint/test_checkpoint_partial.py"
+            "::test_a_mount_point_is_refused_before_anything_is_written",
+        ),
+    ),
+    Mutation(
+        "D19",
         "what does not fit is refused before it is quantized",
         "core/quantport/loading/quantize_checkpoint.py",
         'fits(made.plan, f"quantize {made.plan.source} on {made.plan.device}", made.plan.budget)',
         "pass",
         ("core/test_quantize_checkpoint.py::test_what_cannot_be_done_leaves_nothing",),
+    ),
+    Mutation(
+        "D20",
+        "pages of files that were read twice are at hand",
+        "backends/cpu/quantport_cpu/memory.py",
+        '("inactive_file", "active_file")',
+        '("inactive_file",)',
+        ("backends/cpu/test_memory_at_hand.py::test_pages_of_files_that_were_read_twice_are_at_hand",),
+    ),
+    Mutation(
+        "D20",
+        "a limit that slows down counts",
+        "backends/cpu/quantport_cpu/memory.py",
+        '("memory.max", "memory.high")',
+        '("memory.max",)',
+        ("backends/cpu/test_memory_at_hand.py::test_a_limit_that_only_slows_down_counts",),
     ),
     Mutation(
         "D20",

@@ -11,9 +11,12 @@ try:
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]  # a module elsewhere
 
-_LIMITS = {  # by the version of cgroups: limit, use, and the part of use that is given back under pressure
-    2: ("memory.max", "memory.current", "inactive_file"),
-    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+# By the version of cgroups: limits, use, and the parts of use that are given back under pressure: pages of files,
+# be they read once or twice, as ``MemAvailable`` counts them. A group at ``memory.high`` is slowed down until it
+# stands still.
+_LIMITS = {
+    2: (("memory.max", "memory.high"), "memory.current", ("inactive_file", "active_file")),
+    1: (("memory.limit_in_bytes",), "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")),
 }
 
 
@@ -49,11 +52,13 @@ def _of_container(proc: Path, cgroups: Path) -> Iterator[int]:
 
 
 def _left(group: Path, version: int) -> Iterator[int]:
-    limit, use, reclaimable = _LIMITS[version]
-    most, used = _read(group / limit).strip(), _read(group / use).strip()
-    if most.isdigit() and used.isdigit():
-        stat = dict(line.split() for line in _read(group / "memory.stat").splitlines())
-        yield max(0, int(most) - int(used) + int(stat.get(reclaimable, 0)))
+    limits, use, reclaimable = _LIMITS[version]
+    used = _read(group / use).strip()
+    for most in (_read(group / limit).strip() for limit in limits):
+        if most.isdigit() and used.isdigit():
+            stat = dict(line.split() for line in _read(group / "memory.stat").splitlines())
+            free = int(most) - int(used) + sum(int(stat.get(part, 0)) for part in reclaimable)
+            yield min(max(0, free), int(most))
 
 
 def _of_limits(proc: Path) -> Iterator[int]:

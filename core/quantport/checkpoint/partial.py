@@ -15,8 +15,14 @@ from platform import node
 
 from quantport.errors import SaveError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]  # a module elsewhere
+
 WHOLE = ".whole"  # of shards that are written to their end, and are on the disk
 _RESUME = ".resume"  # the file that says what is being saved: hidden, as no companion is
+_LOCK = ".lock"  # the file that a living save holds: a pid may be that of another process, after a restart
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin")
 
 
@@ -49,16 +55,51 @@ def appearing(directory: Path, *, overwrite: bool, resume: str = "") -> Iterator
     try:
         if left is None or not _take_over(left, partial):
             partial.mkdir()
-        if resume:
-            (partial / _RESUME).write_text(resume)
-        yield partial
-        (partial / _RESUME).unlink(missing_ok=True)
-        sync(partial)
-        _publish(partial, target, target.with_name(f".{target.name}.replaced-{mark}"), overwrite)
+        with _locked(partial):
+            if resume:
+                (partial / _RESUME).write_text(resume)
+            yield partial
+            (partial / _RESUME).unlink(missing_ok=True)
+            sync(partial)
+            _publish(partial, target, target.with_name(f".{target.name}.replaced-{mark}"), overwrite)
+        (target / _LOCK).unlink(missing_ok=True)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     sync(target.parent)
+
+
+@contextlib.contextmanager
+def _locked(partial: Path) -> Iterator[None]:
+    """Inside, other processes see that this one writes to a directory, whatever namespace they are in."""
+    lock = None
+    if fcntl is not None:
+        new = partial / f"{_LOCK}-new"
+        lock = new.open("wb")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.rename(new, partial / _LOCK)  # nobody sees it before it is held
+        except OSError:  # a file system without locks: there the pid decides
+            new.unlink()
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.close()
+
+
+def _abandoned(partial: Path, pid: int) -> bool:
+    """Whether no process writes to a directory of this machine any more."""
+    if fcntl is None:
+        return not _alive(pid)
+    try:
+        with (partial / _LOCK).open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return not _alive(pid)
+    except OSError:  # it is held, or is not ours
+        return False
+    return True
 
 
 def check_free(target: Path, overwrite: bool) -> None:
@@ -72,6 +113,9 @@ def check_free(target: Path, overwrite: bool) -> None:
         return
     if not target.is_dir():
         raise SaveError(asked, "a file of this name", "the path of a new or empty directory")
+    if os.path.ismount(target):
+        found = "a mount point, which the finished directory cannot replace"
+        raise SaveError(asked, found, "a new directory inside this mount point")
     names = os.listdir(target)
     if not names:
         return
@@ -110,11 +154,13 @@ def _remove_stale(target: Path, resume: str) -> Path | None:
     """
     same: Path | None = None
     pattern = re.compile(
-        re.escape(f".{target.name}.") + r"(partial|replaced)-(?P<host>\w+)-(?P<pid>\d+)-[0-9a-f]{8}"
+        re.escape(f".{target.name}.") + r"(partial|replaced)-(?P<mark>(?P<host>\w+)-(?P<pid>\d+)-[0-9a-f]{8})"
     )
     for found in sorted(target.parent.iterdir()):
         match = pattern.fullmatch(found.name)
-        if match is None or match["host"] != _host() or _alive(int(match["pid"])):
+        if match is None or match["host"] != _host():
+            continue
+        if not _abandoned(target.with_name(f".{target.name}.partial-{match['mark']}"), int(match["pid"])):
             continue
         if match[1] == "replaced" and not target.exists():
             os.rename(found, target)

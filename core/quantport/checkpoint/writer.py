@@ -170,9 +170,9 @@ class _Shards:
             _write(self._directory / "model.safetensors.index.json", text.encode("utf-8"))
 
     def _check_space(self, needed: int) -> None:
-        free = shutil.disk_usage(self._directory).free
-        if needed > free:
-            found = f"it takes {needed / 1e9:.2f} GB; {free / 1e9:.2f} GB are free there"
+        disk = shutil.disk_usage(self._directory)
+        if needed > disk.free and disk.total:  # some file systems in user space know no size
+            found = f"it takes {needed / 1e9:.2f} GB; {disk.free / 1e9:.2f} GB are free there"
             raise SaveError(self._asked, found, "free space on that disk, or save elsewhere")
 
     def _path(self, shard: int) -> Path:

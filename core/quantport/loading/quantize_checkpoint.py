@@ -178,7 +178,11 @@ def _resume(made: Prepared, to: CheckpointFormat) -> str:
     if not isinstance(source, Checkpoint):
         return ""
     files = [(Path(file).resolve(), os.stat(file)) for file in source.files]
-    stamps = [[str(file), found.st_size, found.st_mtime_ns] for file, found in files]
+    # times of an archive or of an image may be those of another file; when it came here is not
+    stamps = [
+        [str(file), found.st_size, found.st_mtime_ns, found.st_ino, found.st_ctime_ns]
+        for file, found in files
+    ]
     schemes = [[step.layer.name, step.requested_scheme] for step in made.plan.steps]
     settings = [
         import_module("quantport").__version__,

@@ -40,10 +40,11 @@ def test_the_system(machine: Path) -> None:
     assert (found(machine) or 0) > 0
 
 
-def two(folder: Path, limit: str, used: int, inactive: int = 0) -> None:
+def two(folder: Path, limit: str, used: int, inactive: int = 0, active: int = 0, high: str = "max") -> None:
     write(folder / "memory.max", f"{limit}\n")
+    write(folder / "memory.high", f"{high}\n")
     write(folder / "memory.current", f"{used}\n")
-    write(folder / "memory.stat", f"anon 7\ninactive_file {inactive}\n")
+    write(folder / "memory.stat", f"anon 7\ninactive_file {inactive}\nactive_file {active}\n")
 
 
 def test_cgroups_of_version_2(machine: Path) -> None:
@@ -58,13 +59,30 @@ def test_cgroups_of_version_2(machine: Path) -> None:
     assert found(machine) == 0
 
 
+def test_pages_of_files_that_were_read_twice_are_at_hand(machine: Path) -> None:
+    """As those of a checkpoint that was downloaded, checked and is loaded now."""
+    write(machine / "proc" / "self" / "cgroup", "0::/a\n")
+    two(machine / "cgroup" / "a", "5000", 4900, inactive=300, active=4000)
+    assert found(machine) == 4400
+    two(machine / "cgroup" / "a", "5000", 100, inactive=300, active=4000)  # the numbers are not of one moment
+    assert found(machine) == 5000
+
+
+def test_a_limit_that_only_slows_down_counts(machine: Path) -> None:
+    write(machine / "proc" / "self" / "cgroup", "0::/a\n")
+    two(machine / "cgroup" / "a", "max", 1000, high="3000")
+    assert found(machine) == 2000
+    two(machine / "cgroup" / "a", "2500", 1000, high="3000")
+    assert found(machine) == 1500
+
+
 def test_cgroups_of_version_1(machine: Path) -> None:
     write(machine / "proc" / "self" / "cgroup", "3:cpu,cpuacct:/x\n9:memory:/x\n0::/\n")
     group = machine / "cgroup" / "memory" / "x"
     write(group / "memory.limit_in_bytes", "9000\n")
     write(group / "memory.usage_in_bytes", "8000\n")
-    write(group / "memory.stat", "total_inactive_file 500\n")
-    assert found(machine) == 1500
+    write(group / "memory.stat", "total_inactive_file 500\ntotal_active_file 40\n")
+    assert found(machine) == 1540
 
 
 @pytest.mark.parametrize("path", ["/", "/../..", "/docker/1234"])

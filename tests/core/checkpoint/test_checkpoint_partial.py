@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -133,7 +134,10 @@ def test_kill_leaves_nothing_under_the_name_and_the_next_save_cleans_up(tmp_path
     killed(tmp_path / "m")
     (left,) = only(tmp_path)
     assert left.startswith(".m.partial-")
-    assert len(only(tmp_path / left)) == 2
+    assert [name for name in only(tmp_path / left) if name.endswith(".whole")] == [
+        ".shard-00001.whole",
+        ".shard-00002.whole",
+    ]
     save_tensors(tmp_path / "m", stream("a"))
     assert only(tmp_path) == ["m"]
 
@@ -221,6 +225,62 @@ def test_only_what_the_dead_left_for_this_name_is_removed(tmp_path: Path) -> Non
         (tmp_path / name / "shard-00001.tmp").write_text("x")
     save_tensors(tmp_path / "m", stream("a"))
     assert only(tmp_path) == sorted([*kept, "m"])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks there")
+@pytest.mark.parametrize("pid", [1, os.getpid()], ids=["another", "own"])
+def test_a_killed_save_is_resumed_by_a_process_of_the_same_pid(tmp_path: Path, pid: int) -> None:
+    """As in a container that is started again: there every process begins with the same number."""
+    names = ["w0", "w1", "w2", "w3"]
+    assert resumed(tmp_path / "m", "key", 3) == names
+    (left,) = only(tmp_path)
+    os.rename(tmp_path / left, tmp_path / f".m.partial-{_host()}-{pid}-00000000")
+    assert resumed(tmp_path / "m", "key", 4) == names[3:]
+    assert only(tmp_path) == ["m"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks there")
+def test_what_another_process_holds_is_not_touched(tmp_path: Path) -> None:
+    """Whatever its pid is here: a container has numbers of its own."""
+    with appearing(tmp_path / "m", overwrite=False, resume="key") as first:
+        moved = tmp_path / f".m.partial-{_host()}-{dead_pid()}-00000000"
+        os.rename(first, moved)
+        save_tensors(tmp_path / "m", stream("a"))
+        assert only(tmp_path) == [moved.name, "m"]
+        shutil.rmtree(tmp_path / "m")
+        os.rename(moved, first)
+    assert only(tmp_path) == ["m"]
+    assert only(tmp_path / "m") == []
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fcntl = pytest.importorskip("fcntl")
+
+    def refuse(*args: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    (tmp_path / f".m.partial-{_host()}-{dead_pid()}-00000000").mkdir()
+    save_tensors(tmp_path / "m", stream("a"))
+    assert only(tmp_path) == ["m"]
+    assert only(tmp_path / "m") == ["model.safetensors"]
+
+
+def test_a_mount_point_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "m").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "m")
+    with raises(SaveError, str(tmp_path / "m"), found="a mount point"):
+        save_tensors(tmp_path / "m", (pytest.fail(name) for name in "a"))
+    assert only(tmp_path) == ["m"]
+
+
+def test_a_disk_of_unknown_size_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 0))
+    layout = {"a": ((2,), torch.float32)}
+    save_tensors(tmp_path / "m", [("a", torch.ones(2))], layout=layout)
+    assert only(tmp_path) == ["m"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="one cannot ask for a pid there")
