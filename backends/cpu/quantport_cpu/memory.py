@@ -11,9 +11,9 @@ try:
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]  # a module elsewhere
 
-# By the version of cgroups: limits, use, and the parts of use that are given back under pressure: pages of files,
-# be they read once or twice, as ``MemAvailable`` counts them. A group at ``memory.high`` is slowed down until it
-# stands still.
+# By the version of cgroups: limits, use, and the parts of use that are given back under pressure: pages of
+# files, be they read once or twice, as ``MemAvailable`` counts them. A group at ``memory.high`` is slowed down
+# until it stands still.
 _LIMITS = {
     2: (("memory.max", "memory.high"), "memory.current", ("inactive_file", "active_file")),
     1: (("memory.limit_in_bytes",), "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")),
