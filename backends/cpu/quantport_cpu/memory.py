@@ -12,7 +12,7 @@ except ImportError:  # Windows
     resource = None  # type: ignore[assignment]  # a module elsewhere
 
 # By the version of cgroups: limits, use, and the parts of use that are given back under pressure: pages of
-# files, be they read once or twice, as ``MemAvailable`` counts them. A group at ``memory.high`` is slowed down
+# files, read once or twice, as ``MemAvailable`` counts them. A group at ``memory.high`` is slowed down
 # until it stands still.
 _LIMITS = {
     2: (("memory.max", "memory.high"), "memory.current", ("inactive_file", "active_file")),
