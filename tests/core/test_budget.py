@@ -19,12 +19,13 @@ from core_references import check_parts
 import quantport
 from quantport import numerics
 from quantport.checkpoint import Checkpoint
+from quantport.checkpoint.streaming import SMALL, Buffers
 from quantport.engine import default_registry
 from quantport.errors import BudgetError, ConfigError, WeightError
 from quantport.kernels.base import WeightSpec
 from quantport.loading import weight_tasks as loading_tasks
 from quantport.loading.copy_tensors import copy_tensor
-from quantport.loading.executor import Task, run_tasks
+from quantport.loading.executor import Gate, Task, run_tasks
 from quantport.planning.memory import parse_budget, peak_bytes
 from quantport.planning.plan import BUDGET
 from quantport.scheme.catalog import BUILTIN
@@ -117,6 +118,23 @@ def test_an_error_gives_its_bytes_back():
             budget=100,
         )
     assert tracer.now == 0
+
+
+def test_memory_that_waits_for_the_next_read_goes_where_there_is_no_room_beside_it():
+    """It is part of what a task has freed."""
+
+    def task(need):
+        return [Task("a", need, lambda: None, need)]
+
+    buffers, gate = Buffers(), Gate(100)
+    with gate.opened:
+        with gate.admit(task(60)):
+            lent = buffers.lend(SMALL)
+        del lent
+        with gate.admit(task(40)):
+            assert buffers._idle
+        with gate.admit(task(60)):
+            assert not buffers._idle
 
 
 def test_a_weight_that_cannot_fit_is_named_before_anything_is_read(monkeypatch):

@@ -1282,6 +1282,17 @@ LARGE = (
     ),
     Mutation(
         "D20",
+        "memory that waits for the next read is part of what was freed",
+        "core/quantport/loading/executor.py",
+        "    drop_idle()\n",
+        "",
+        (
+            "core/test_budget.py"
+            "::test_memory_that_waits_for_the_next_read_goes_where_there_is_no_room_beside_it",
+        ),
+    ),
+    Mutation(
+        "D20",
         "pages of files that were read twice are at hand",
         "backends/cpu/quantport_cpu/memory.py",
         '("inactive_file", "active_file")',

@@ -30,12 +30,13 @@ class Buffers:
     """Memory that tensors are read into, lent again once no tensor is left in it: to touch fresh pages costs
     as much as to read into them.
 
-    Idle buffers are what tasks of a load have freed, and a read that none of them fits drops them all: so
-    they add nothing to its budget.
+    Idle buffers are what tasks of a load have freed. A read that none of them fits drops them all; so does
+    `drop_idle` where the load gives back what it has freed. So they add nothing to its budget.
     """
 
     def __init__(self) -> None:
         self._idle: list[mmap.mmap] = []  # appended to by whichever thread drops a tensor, so without a lock
+        _ALL.append(weakref.ref(self, _ALL.remove))
 
     def lend(self, size: int) -> memoryview:
         """Returns writable memory of at least ``size`` bytes, taken back when nothing refers to the view."""
@@ -62,6 +63,17 @@ class Buffers:
     def _take_back(self, memory: mmap.mmap) -> None:
         if sum(map(len, self._idle)) + len(memory) <= IDLE:
             self._idle.append(memory)
+
+
+_ALL: list[weakref.ref[Buffers]] = []  # that of each open checkpoint
+
+
+def drop_idle() -> None:
+    """Gives the idle memory of all checkpoints back to the system."""
+    for reference in tuple(_ALL):
+        buffers = reference()
+        if buffers is not None:
+            buffers.drop()
 
 
 def _pages(size: int) -> mmap.mmap:

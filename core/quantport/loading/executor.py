@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 
+from quantport.checkpoint.streaming import drop_idle
 from quantport.errors import BudgetError, ConfigError
 from quantport.loading.threads import one_native_thread
 
@@ -111,7 +112,8 @@ def _trim() -> Callable[[int], int] | None:
 
 
 def give_back() -> None:
-    """Gives freed memory back to the system, where the C library can."""
+    """Gives freed memory back to the system, where the C library can; and what waits for the next read."""
+    drop_idle()
     trim = _trim()
     if trim:
         trim(0)
