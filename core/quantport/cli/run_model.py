@@ -142,12 +142,13 @@ def _compare(model: Any, against: Against, ids: Tensor, tokens: int) -> tuple[di
     with progress("comparing with BF16", "windows") as report:
         quality = compare.quality(model, base, against.windows.to(model.device), report)
     rates = compare.rates({"quantized": model, "bf16": base}, ids, tokens)
+    decoded = getattr(base, "quantport_plan", None)
     weights = {p.data_ptr(): p.nbytes for p in base.parameters()}
     measured = {
         **quality,
         "source": against.source,
         "bytes": made.after,
-        "bytes_bf16": sum(weights.values()),
+        "bytes_bf16": decoded.after if decoded else sum(weights.values()),
         "kv_cache": made.kv_cache,
         "tokens_per_second": rates["quantized"],
         "tokens_per_second_bf16": rates["bf16"],
