@@ -29,6 +29,7 @@ class Integers:
         source: The tensors.
         module: Whose weight it is.
         args: What they are.
+        spare_zeros: Whether symmetric ones have zero points too, all of them 0.
 
     Attributes:
         shape: ``(n, k)``.
@@ -47,7 +48,10 @@ class Integers:
         CheckpointError: a tensor is absent, or not what it should be.
     """
 
-    def __init__(self, format_name: str, source: TensorSource, module: str, args: Args) -> None:
+    def __init__(
+        self, format_name: str, source: TensorSource, module: str, args: Args, spare_zeros: bool = False
+    ) -> None:
+        self._spare_zeros = spare_zeros
         self._format, self._source, self._module, self._args = format_name, source, module, args
         self._packed = f"{module}.weight_packed" in source.tensors
         self.codes, self.scales = f"{module}.weight{'_packed' * self._packed}", f"{module}.weight_scale"
@@ -126,7 +130,7 @@ class Integers:
             packed = self._packed and not whole
             shape = [(words_for(n, self._args.bits), groups)] if packed else shapes
             wanted(self._source, self._format, self._zero, shape, [torch.int32 if packed else torch.int8])
-        elif self._zero in self._source.tensors:
+        elif self._zero in self._source.tensors and not self._spare_zeros:
             raise self._wrong(f"{self._zero} beside symmetric weights", "symmetric: false, or no zero points")
         if self._ordered:
             if self._args.strategy != "group":

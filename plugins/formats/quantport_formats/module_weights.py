@@ -1,4 +1,5 @@
-"""The weights of compressed-tensors: which scheme holds the numbers of each, and how they are read.
+"""The weights of compressed-tensors, ModelOpt and Quark, whose tensors are alike: which scheme holds the
+numbers of each, and how they are read.
 
 Codes of fewer bits than a scheme has are held in its codes, E2M3 in E4M3, scales of blocks once for each row
 of a block: all of that is exact.
@@ -7,6 +8,7 @@ of a block: all of that is exact.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -25,6 +27,23 @@ from quantport_formats.pieces import SCALES, Piece, matrix, piece, scheme_of, st
 _EXPONENTS = (torch.uint8, torch.float8_e8m0fnu)
 
 
+@dataclass(frozen=True)
+class Names:
+    """How a quantizer names what stands beside codes.
+
+    Attributes:
+        packed: Codes of 4-bit floats.
+        factor: The factor of NVFP4.
+        inverse: Whether that multiplies the scales of blocks, where ours divides them.
+        spare_zeros: Whether symmetric integers have zero points too, all of them 0.
+    """
+
+    packed: str = "weight_packed"
+    factor: str = "weight_global_scale"
+    inverse: bool = False
+    spare_zeros: bool = False
+
+
 class Weights:
     """Reads the weights of modules.
 
@@ -33,13 +52,22 @@ class Weights:
         source: The tensors.
         schemes: Every scheme.
         dtype: In which a model holds what is not quantized.
+        names: Of the tensors of a module.
 
     Attributes:
         notices: What is held in another way than it is stored.
     """
 
-    def __init__(self, format_name: str, source: TensorSource, schemes: Schemes, dtype: torch.dtype) -> None:
-        self._format, self._source, self._schemes, self._dtype = format_name, source, schemes, dtype
+    def __init__(
+        self,
+        format_name: str,
+        source: TensorSource,
+        schemes: Schemes,
+        dtype: torch.dtype,
+        names: Names | None = None,
+    ) -> None:
+        self._names = names or Names()
+        self.format_name, self.source, self._schemes, self._dtype = format_name, source, schemes, dtype
         self.notices: dict[str, None] = {}
 
     def read(self, module: str, group: Group) -> CodedTensor:
@@ -59,30 +87,31 @@ class Weights:
             return self._integers(module, group)
         if known is None or (weights.kind == "float" and not weights.symmetric):
             zero = "" if weights.symmetric else ", asymmetric"
-            raise self._wrong(
+            raise self.wrong(
                 f"{module} in {weights.kind}{weights.bits} per {weights.strategy}{zero}",
                 "integers of 1 to 8 bits per tensor, channel or group, or symmetric floats of 4, 6 or 8 bits",
             )
         return known(module, group)
 
-    def _wrong(self, found: str, suggestion: str) -> CheckpointError:
-        return CheckpointError(f"read {self._source.directory} as {self._format}", found, suggestion)
+    def wrong(self, found: str, suggestion: str) -> CheckpointError:
+        """The error of this checkpoint."""
+        return CheckpointError(f"read {self.source.directory} as {self.format_name}", found, suggestion)
 
     def _wanted(self, name: str, shape: tuple[int, ...], *dtypes: torch.dtype) -> torch.dtype:
-        return wanted(self._source, self._format, name, [shape], dtypes)
+        return wanted(self.source, self.format_name, name, [shape], dtypes)
 
     def _matrix(self, name: str, dtype: torch.dtype) -> tuple[int, int]:
         """Shape of a tensor of codes."""
-        info = need(self._source, self._format, name)
+        info = need(self.source, self.format_name, name)
         if len(info.shape) != 2 or info.dtype is not dtype or not all(info.shape):
-            raise self._wrong(
+            raise self.wrong(
                 f"{name} of shape {list(info.shape)}, dtype {info.dtype}", f"a matrix of {dtype}"
             )
         return info.shape[0], info.shape[1]
 
     def _integers(self, module: str, group: Group) -> CodedTensor:
         weights, inputs = group.weights, group.inputs
-        integers = Integers(self._format, self._source, module, weights)
+        integers = Integers(self.format_name, self.source, module, weights, self._names.spare_zeros)
         eight_bits = inputs is not None and (inputs.kind, inputs.bits) == ("int", 8)
         short = ("int4_weight_only", "int4_w4a8")[eight_bits]
         base = ("int8_weight_only", "int8")[eight_bits] if integers.wide else short
@@ -90,15 +119,13 @@ class Weights:
         self.notices |= dict.fromkeys(integers.notices)
         if integers.as_stored:
             keys = {integers.key: integers.codes, "weight_scale": integers.scales}
-            return stored_matrix(
-                self._source, integers.shape, self._dtype, scheme, keys, integers.tensors[2:]
-            )
+            return stored_matrix(self.source, integers.shape, self._dtype, scheme, keys, integers.tensors[2:])
         return matrix(integers.shape, self._dtype, scheme, integers.pieces(), integers.tensors)
 
     def _fp8(self, module: str, group: Group) -> CodedTensor:
         weights, name, scale = group.weights, f"{module}.weight", f"{module}.weight_scale"
         n, k = self._matrix(name, torch.float8_e4m3fn)
-        dtype = need(self._source, self._format, scale).dtype
+        dtype = need(self.source, self.format_name, scale).dtype
         if weights.group == 32 and (weights.exponents or dtype in _EXPONENTS):
             return self._mx(module, group, "mxfp8", name, (n, k))
         active = group.inputs is not None and (group.inputs.kind, group.inputs.bits) == ("float", 8)
@@ -109,41 +136,45 @@ class Weights:
             shapes = [(1,), (), (1, 1)] if tensor else [(n, 1), (n,)]
         elif weights.strategy in ("group", "block"):
             base, block = ("fp8_weight_only", "fp8_per_channel")[active], f"g{across}"
-            shapes = [(-(-n // down), -(-k // across))]
+            blocks = -(-n // down), -(-k // across)
+            shapes = [blocks, (blocks[0], 1, blocks[1], 1)]
             if (down, across) == (128, 128) and active:
                 base, block = "fp8_per_block", ""
         else:
-            raise self._wrong(f"{module} in float8 per {weights.strategy}", "tensor, channel, group or block")
-        wanted(self._source, self._format, scale, shapes, SCALES)
+            raise self.wrong(f"{module} in float8 per {weights.strategy}", "tensor, channel, group or block")
+        wanted(self.source, self.format_name, scale, shapes, SCALES)
         scheme = scheme_of(self._schemes, base, block)
         if weights.strategy != "block" or not block:
             keys = {"weight": name, "weight_scale": scale}
-            return stored_matrix(self._source, (n, k), self._dtype, scheme, keys)
+            return stored_matrix(self.source, (n, k), self._dtype, scheme, keys)
         self.notices[
             f"scales of blocks of {down}x{across} are held for each row of a block: no scheme has such blocks"
         ] = None
         pieces: dict[str, Piece] = {
-            "weight": piece(self._source, name),
-            "weight_scale": partial(_spread, self._source, scale, down),
+            "weight": piece(self.source, name),
+            "weight_scale": partial(_spread, self.source, scale, down),
         }
         return matrix((n, k), self._dtype, scheme, pieces, (name, scale))
 
     def _fp4(self, module: str, group: Group) -> CodedTensor:
-        name = f"{module}.weight_packed"
+        name = f"{module}.{self._names.packed}"
         n, columns = self._matrix(name, torch.uint8)
         if group.weights.group == 32:
             return self._mx(module, group, "mxfp4", name, (n, 2 * columns))
         if group.weights.group != 16:
-            raise self._wrong(
+            raise self.wrong(
                 f"{module} in groups of {group.weights.group} float4", "groups of 32 (MXFP4) or 16 (NVFP4)"
             )
-        k = 2 * columns
-        names = {key: f"{module}.{key}" for key in ("weight_packed", "weight_scale", "weight_global_scale")}
-        self._wanted(names["weight_scale"], (n, -(-k // 16)), torch.float8_e4m3fn)
-        factor = names["weight_global_scale"]
-        wanted(self._source, self._format, factor, [(1,), ()], [torch.float32])
-        base = "nvfp4" if _are_floats(group.inputs, 4) else "nvfp4_weight_only"
-        return stored_matrix(self._source, (n, k), self._dtype, self._schemes[base], names)
+        k, scale, factor = 2 * columns, f"{module}.weight_scale", f"{module}.{self._names.factor}"
+        self._wanted(scale, (n, -(-k // 16)), torch.float8_e4m3fn)
+        wanted(self.source, self.format_name, factor, [(1,), ()], [torch.float32])
+        scheme = self._schemes["nvfp4" if _are_floats(group.inputs, 4) else "nvfp4_weight_only"]
+        keys = {"weight_packed": name, "weight_scale": scale, "weight_global_scale": factor}
+        if not self._names.inverse:
+            return stored_matrix(self.source, (n, k), self._dtype, scheme, keys)
+        pieces = {key: piece(self.source, stored) for key, stored in keys.items()}
+        pieces["weight_global_scale"] = piece(self.source, factor, 0, torch.reciprocal)
+        return matrix((n, k), self._dtype, scheme, pieces, keys.values())
 
     def _mx(self, module: str, group: Group, base: str, name: str, shape: tuple[int, int]) -> CodedTensor:
         n, k = shape
@@ -155,11 +186,11 @@ class Weights:
             scheme = "mxfp4_w4a8"
         else:
             scheme = base if of_mx and _are_floats(inputs, int(base[-1])) else f"{base}_weight_only"
-        keys = {name.rpartition(".")[2]: name, "weight_scale": scale}
-        if self._source.tensors[scale].dtype is torch.uint8:
-            return stored_matrix(self._source, shape, self._dtype, self._schemes[scheme], keys)
-        pieces = {key: piece(self._source, stored) for key, stored in keys.items()}
-        pieces["weight_scale"] = piece(self._source, scale, 1, _bytes)
+        keys = {"weight" if base == "mxfp8" else "weight_packed": name, "weight_scale": scale}
+        if self.source.tensors[scale].dtype is torch.uint8:
+            return stored_matrix(self.source, shape, self._dtype, self._schemes[scheme], keys)
+        pieces = {key: piece(self.source, stored) for key, stored in keys.items()}
+        pieces["weight_scale"] = piece(self.source, scale, 1, _bytes)
         return matrix(shape, self._dtype, self._schemes[scheme], pieces, keys.values())
 
     def _mxfp6(self, module: str, group: Group) -> CodedTensor:
@@ -168,14 +199,14 @@ class Weights:
         k = columns // 3 * 4
         if columns % 3 or group.weights.group != 32:
             found = f"{module}: rows of {columns} bytes, groups of {group.weights.group}"
-            raise self._wrong(found, "whole threes of bytes, groups of 32 (MXFP6)")
+            raise self.wrong(found, "whole threes of bytes, groups of 32 (MXFP6)")
         self._wanted(scale, (n, -(-k // 32)), *_EXPONENTS)
         active = _are_floats(group.inputs, 8) and group.inputs is not None and group.inputs.group == 32
         scheme = self._schemes["mxfp8" if active else "mxfp8_weight_only"]
         self.notices["6-bit floats (E2M3) are held in 8 bits (E4M3), which has all of their values"] = None
         pieces = {
-            "weight": piece(self._source, name, 1, partial(_e2m3, k)),
-            "weight_scale": piece(self._source, scale, 1, _bytes),
+            "weight": piece(self.source, name, 1, partial(_e2m3, k)),
+            "weight_scale": piece(self.source, scale, 1, _bytes),
         }
         return matrix((n, k), self._dtype, scheme, pieces, (name, scale))
 
