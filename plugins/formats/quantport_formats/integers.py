@@ -129,7 +129,13 @@ class Integers:
         if not self._args.symmetric:
             packed = self._packed and not whole
             shape = [(words_for(n, self._args.bits), groups)] if packed else shapes
-            wanted(self._source, self._format, self._zero, shape, [torch.int32 if packed else torch.int8])
+            wanted(
+                self._source,
+                self._format,
+                self._zero,
+                shape,
+                [torch.int32, *([] if packed else [torch.int8])],
+            )
         elif self._zero in self._source.tensors and not self._spare_zeros:
             raise self._wrong(f"{self._zero} beside symmetric weights", "symmetric: false, or no zero points")
         if self._ordered:

@@ -172,6 +172,9 @@ class Weights:
         keys = {"weight_packed": name, "weight_scale": scale, "weight_global_scale": factor}
         if not self._names.inverse:
             return stored_matrix(self.source, (n, k), self._dtype, scheme, keys)
+        self.notices[
+            "factors of NVFP4 are held as reciprocals: values are within 2 units in the last place of fp32"
+        ] = None
         pieces = {key: piece(self.source, stored) for key, stored in keys.items()}
         pieces["weight_global_scale"] = piece(self.source, factor, 0, torch.reciprocal)
         return matrix((n, k), self._dtype, scheme, pieces, keys.values())
