@@ -17,6 +17,7 @@ from quantport.errors import CheckpointError, QuantportError
 from quantport.scheme.catalog import BUILTIN
 from quantport_formats.compressed_tensors import CompressedTensors
 
+CHECKED_BY = "compressed-tensors 0.20"
 # notices, which tests of their own look at
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 INT8 = preset("W8A8")

@@ -15,6 +15,8 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 import quantport
 from quantport.errors import CheckpointError
 
+CHECKED_BY = "Transformers 5.23"
+
 
 def made():
     config = transformers.GptOssConfig(

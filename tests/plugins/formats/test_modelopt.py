@@ -20,6 +20,7 @@ from quantport.errors import CheckpointError, QuantportError
 from quantport.scheme.catalog import BUILTIN
 from quantport_formats.modelopt import ModelOpt
 
+CHECKED_BY = "by hand; its values of NVFP4, FP8 and MXFP8 with nvidia-modelopt 0.47"
 # notices, which tests of their own look at
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

@@ -1,4 +1,4 @@
-"""MXFP8 of Transformers 5.23, by hand: ``value = code * 2 ** (exponent - 127)``."""
+"""MXFP8 of Transformers, decoded by it (5.23) and by hand: ``value = code * 2 ** (exponent - 127)``."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import pytest
 import torch
 from format_checks import EXPERTS, Made, converts, experts_of, keeps, overlays, quantizable, tiny
 from small_floats import mxfp8
+from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
 
 import quantport
 from quantport.errors import CheckpointError
+
+CHECKED_BY = "Transformers 5.23"
 
 
 def quantized(kind="llama", dtype=torch.uint8, stacked=False):
@@ -16,7 +19,10 @@ def quantized(kind="llama", dtype=torch.uint8, stacked=False):
     method = {"quant_method": "mxfp8", "weight_block_size": [1, 32], "scale_fmt": "ue8m0"}
     values = {}
     for name in quantizable(tensors):
-        codes, exponents, values[name] = mxfp8(tensors[name])
+        codes, exponents, by_hand = mxfp8(tensors[name])
+        scales = exponents.view(torch.float8_e8m0fnu)
+        values[name] = _dequantize_fp8_weight(codes, scales, [1, 32], torch.float32)
+        assert torch.equal(values[name], by_hand)
         tensors |= {name: codes, f"{name}_scale_inv": exponents.view(dtype)}
     if stacked:
         path = "model.layers.0.mlp.experts"

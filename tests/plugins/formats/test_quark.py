@@ -19,6 +19,7 @@ from quantport.errors import CheckpointError, QuantportError
 from quantport.scheme.catalog import BUILTIN
 from quantport_formats.quark import Quark
 
+CHECKED_BY = "by hand, after amd-quark 0.13"
 # notices, which tests of their own look at
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
