@@ -18,7 +18,7 @@ from quantport.kernels.base import (
     StoredWeight,
     WeightSpec,
 )
-from quantport.kernels.grouped import GroupedKernel, loop_over_groups
+from quantport.kernels.grouped import ACTIVATIONS, GroupedKernel, loop_over_groups
 from quantport.kernels.own_speeds import cache_folder
 from quantport.kernels.tuned import Tuned, find_tuned
 from quantport.kernels.verdict import (
@@ -43,6 +43,7 @@ from quantport.scheme.formats import FORMATS, Format
 Canonical = StoredWeight  # the name that it had
 
 __all__ = [
+    "ACTIVATIONS",
     "FORMATS",
     "Accepted",
     "Arch",

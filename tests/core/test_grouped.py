@@ -12,10 +12,11 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from quantport import numerics
+from quantport.errors import RoutingError
 from quantport.kernels.base import WeightSpec
 from quantport.kernels.grouped import GroupedKernel
 from quantport.kernels.verdict import Claim, Evidence
-from quantport.modules import QuantExperts
+from quantport.modules import QuantExperts, routing
 from quantport.plugins.registry import default_registry
 from quantport.scheme.catalog import BUILTIN
 
@@ -30,6 +31,7 @@ class Side(GroupedKernel):
     name = "side"
     tolerance = 2.0**-6
     gated = False
+    takes_tokens = False
 
     def __init__(self):
         self.launches = []
@@ -74,6 +76,20 @@ class Side(GroupedKernel):
         self.launches.append("gated")
         return self.run_grouped(F.silu(y[:, :WIDE]) * y[:, WIDE:], offsets, down, None, specs[1])
 
+    def run_token(self, x, experts, weights, gate_up, down, specs, activation):
+        if not self.takes_tokens:
+            return None
+        assert (len(x), activation, specs[0].n) == (1, "silu", WIDE)
+        self.launches.append(experts)
+        offsets = torch.tensor([0, 1])
+        y = torch.zeros(HIDDEN)
+        for expert, weight in zip(experts, weights[0], strict=True):
+            up, back = (tuple(t[expert : expert + 1] for t in stack) for stack in (gate_up, down))
+            rows = self.run_grouped(x, offsets, up, None, specs[0], 2)
+            between = F.silu(rows[:, :WIDE]) * rows[:, WIDE:]
+            y += weight * self.run_grouped(between, offsets, back, None, specs[1])[0].float()
+        return y[None].to(x.dtype)
+
 
 @pytest.fixture
 def kernel(monkeypatch):
@@ -115,6 +131,32 @@ def test_experts_of_several_kernels_have_a_stack_for_each_run(kernel):
     ]
     memory = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in module.buffers()}
     assert sum(memory.values()) == sum(t.nbytes for w in stored.values() for t in w.values())
+
+
+def test_a_token_goes_to_a_kernel_that_takes_it_whole(kernel):
+    """A single one, with all of its experts there; and none in a graph that wants a gradient."""
+    module, stored = build(kernel)
+    kernel.takes_tokens = True
+    x, index, weights = given(1)
+    with torch.no_grad():
+        y = module(x, index, weights)
+    assert kernel.launches[0] == index[0].tolist()
+    assert close(y, expected(stored, x, index, weights))
+    for experts in ([EXPERTS, 1], [-1, 1]):
+        kernel.launches.clear()
+        module(x, torch.tensor([experts]), weights[:, :2])
+        assert all(isinstance(launch, tuple) for launch in kernel.launches)
+    with pytest.raises(RoutingError, match="1 entries above it"):
+        module(x, torch.tensor([[EXPERTS + 1, 1]]), weights[:, :2])
+
+
+@pytest.mark.parametrize("experts", [1, 5])
+def test_few_slots_are_sorted_as_many_are(experts):
+    flat = torch.randint(-2, experts + 1, (200,))
+    few, (order, _, below) = routing._sort_few(flat, experts), routing._sorted(flat, experts)
+    assert few.bounds == below[: experts + 1].tolist() == few.offsets.tolist()
+    assert torch.equal(few.order, order[: few.bounds[-1]])
+    assert (few.order.dtype, few.offsets.dtype) == (order.dtype, below.dtype)
 
 
 def given(rows=7):

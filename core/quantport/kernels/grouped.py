@@ -7,9 +7,17 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from quantport.kernels.base import Kernel, Packed, WeightSpec
 from quantport.numerics import rotate
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
 
 
 class GroupedKernel(Kernel):
@@ -98,10 +106,38 @@ class GroupedKernel(Kernel):
             gate_up: The stack of gate and up of each expert.
             down: The stack of down of each expert.
             specs: Scheme and shape of gate and up, and of down.
-            activation: A name in ``quantport.modules.routing.ACTIVATIONS``.
+            activation: A name in ``ACTIVATIONS``.
 
         Returns:
             ``[T, K]`` in the dtype of ``x``, or None (the default): there is no such way for these.
+        """
+        return None
+
+    def run_token(
+        self,
+        x: Tensor,
+        experts: Sequence[int],
+        weights: Tensor,
+        gate_up: Packed,
+        down: Packed,
+        specs: tuple[WeightSpec, WeightSpec],
+        activation: str,
+    ) -> Tensor | None:
+        """The experts of a single token as a whole, ``sum_j weights[j] * down_j(activation(gate_j(x)) *
+        up_j(x))``, where that takes fewer launches than ``run_grouped`` twice. On the host only.
+
+        Args:
+            x: Activations ``[1, K]``, contiguous.
+            experts: The experts of the token, each of them there.
+            weights: ``[1, top_k]``, as many.
+            gate_up: The stack of gate and up of each expert.
+            down: The stack of down of each expert.
+            specs: Scheme and shape of gate and up, and of down; no scheme is rotated.
+            activation: A name in ``ACTIVATIONS``.
+
+        Returns:
+            ``[1, K]`` in the dtype of ``x``, the products of experts added in fp32, or None (the default):
+            there is no such way for these.
         """
         return None
 

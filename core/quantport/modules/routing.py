@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache, partial
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from quantport.errors import RoutingError, ShapeError
 from quantport.kernels.base import Packed
-from quantport.kernels.grouped import GroupedKernel, loop_over_groups, rotated
+from quantport.kernels.grouped import ACTIVATIONS, GroupedKernel, loop_over_groups, rotated
 from quantport.modules.expert_layout import ExpertLayout, Group, GroupWeights
 from quantport.modules.handles import BoundWeight
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-}
+_FEW_SLOTS = 256
 Multiply = Callable[[BoundWeight, Tensor, Packed, Tensor | None], Tensor]
 
 
@@ -83,6 +79,10 @@ def run_experts(
         raise ShapeError(
             f"run experts on {list(x.shape)}", f"experts of {hidden} inputs", "activations of that width"
         )
+    if len(x) == 1 and multiply is None and x.is_cpu:
+        one = _one_token(layout, x, index, weights, packed)
+        if one is not None:
+            return one
     on_device = layout.one_launch and multiply is None and not x.is_cpu
     routes = (_sort_on_device if on_device else _sort)(index.reshape(-1).long(), layout.experts)
     rows = x[routes.order // index.shape[1]]
@@ -103,21 +103,40 @@ def run_experts(
     return out.view(*index.shape, hidden).sum(1, dtype=torch.float32).to(x.dtype)
 
 
+def _whole(layout: ExpertLayout) -> GroupedKernel | None:
+    """The kernel that could compute experts as a whole, activation included."""
+    kernel = layout.gate_up[0].bound.kernel
+    if not layout.one_launch or not isinstance(kernel, GroupedKernel):
+        return None
+    first, last = layout.gate_up[0], layout.down[0]
+    if kernel.name != last.bound.kernel.name or first.shared != 2:
+        return None
+    return None if first.bound.spec.scheme.rotation else kernel
+
+
 def _gated(layout: ExpertLayout, x: Tensor, offsets: Tensor, packed: Sequence[GroupWeights]) -> Tensor | None:
     """The whole of the experts by a kernel that can do so, or None."""
-    first, last = layout.gate_up[0], layout.down[0]
-    kernel = first.bound.kernel
-    if (
-        not layout.one_launch
-        or not isinstance(kernel, GroupedKernel)
-        or kernel.name != last.bound.kernel.name
-    ):
-        return None
-    if first.shared != 2 or first.bound.spec.scheme.rotation or not len(x):
+    kernel = _whole(layout)
+    if kernel is None or not len(x):
         return None
     gate_up, down = packed
-    specs = first.bound.spec, last.bound.spec
+    specs = layout.gate_up[0].bound.spec, layout.down[0].bound.spec
     return kernel.run_gated(x, offsets, gate_up, down, specs, layout.activation)  # type: ignore[arg-type]  # stacks
+
+
+def _one_token(
+    layout: ExpertLayout, x: Tensor, index: Tensor, weights: Tensor, packed: Sequence[GroupWeights]
+) -> Tensor | None:
+    """The experts of one token by a kernel that can do so on the host, or None."""
+    kernel = _whole(layout)
+    if kernel is None:
+        return None
+    experts: list[int] = index[0].tolist()
+    if not experts or min(experts) < 0 or max(experts) >= layout.experts:
+        return None
+    gate_up, down = packed
+    specs = layout.gate_up[0].bound.spec, layout.down[0].bound.spec
+    return kernel.run_token(x, experts, weights, gate_up, down, specs, layout.activation)  # type: ignore[arg-type]  # stacks
 
 
 def _apply(
@@ -198,11 +217,26 @@ def _sort(flat: Tensor, experts: int) -> Routes:
     Raises:
         RoutingError: an entry is above the number of experts.
     """
+    if flat.is_cpu and flat.numel() <= _FEW_SLOTS:
+        return _sort_few(flat, experts)
     order, _, below = _sorted(flat, experts)
     bounds: list[int] = below.tolist()
     if bounds[-1] != flat.numel():
         raise _above(experts, f"{flat.numel() - bounds[-1]} entries")
     return Routes(order[: bounds[experts]], below[: experts + 1], bounds[: experts + 1])
+
+
+def _sort_few(flat: Tensor, experts: int) -> Routes:
+    """As ``_sort`` for a few slots on the host, where torch's operators take longer than Python."""
+    values = [experts if v < 0 else v for v in flat.tolist()]
+    wrong = sum(v > experts for v in values)
+    if wrong:
+        raise _above(experts, f"{wrong} entries")
+    counts = Counter(values)
+    bounds = [0, *accumulate(counts[e] for e in range(experts))]
+    order = sorted(range(len(values)), key=values.__getitem__)[: bounds[-1]]
+    offsets = torch.tensor(bounds, dtype=torch.int32, device=flat.device)
+    return Routes(torch.tensor(order, dtype=torch.int64, device=flat.device), offsets, bounds)
 
 
 def _sort_on_device(flat: Tensor, experts: int) -> Routes:

@@ -32,6 +32,7 @@ from quantport_cpu.jit import (
     gemv_gguf,
     gguf,
     gguf_rows,
+    int4_rows,
     kquants,
     kv_attention,
     kv_encode,
@@ -39,6 +40,7 @@ from quantport_cpu.jit import (
     machine,
     q6k,
     search,
+    token_experts,
 )
 from quantport_cpu.jit.parallel_for import Kernel
 from quantport_cpu.jit.target import host_target
@@ -63,12 +65,12 @@ def kernels(whole: bool) -> Iterator[tuple[str, Kernel]]:
     """A kernel for each kind of code, or every kernel."""
     yield from {
         "gemm_int8": gemm_int8.kernel(),
-        "gemm_int8.row": gemm_int8.row_kernel(),
+        "token.int8": token_experts.int8_kernel(),
         "gemv_bf16": gemv_bf16.kernel(),
         "gemv_bytes.fp8": gemv_bytes.kernel(gemv_bytes.E4M3),
         "gemv_bytes.int8": gemv_bytes.kernel(gemv_bytes.INT8),
         "gemm_int4": gemm_int4.kernel(128, False, 1),
-        "gemm_int4.digits": gemm_int4.kernel(128, False, gemm_int4.DIGITS),
+        "gemm_int4.digits": gemm_int4.kernel(128, False, int4_rows.DIGITS),
         "gemm_fp32": gemm_fp32.kernel(128, False),
         "gemv_blocks.nf4": gemv_blocks.kernel("nf4", gemv_blocks.F32_SCALE, 64),
         "gemv_gguf.q4_k": gemv_gguf.kernel("q4_k"),
@@ -86,9 +88,12 @@ def kernels(whole: bool) -> Iterator[tuple[str, Kernel]]:
         "gemm_int8.prepare": gemm_int8.prepare_kernel(),
         "decode.fp8": decode.fp8_kernel,
         "kv_encode": kv_encode.kernel("e5m2", 128, 64, kv_encode.BF16),
-        "gemm_int4.prepare": gemm_int4.prepare_kernel(128),
-        "gemm_int4.split": gemm_int4.digits_kernel(128),
-        "gemm_int4.offsets": gemm_int4.kernel(64, True, gemm_int4.DIGITS),
+        "gemm_int4.prepare": int4_rows.prepare_kernel(128),
+        "gemm_int4.split": int4_rows.digits_kernel(128),
+        "token.int4": token_experts.int4_kernel(128, False, 1),
+        "token.int4.digits": token_experts.int4_kernel(64, True, int4_rows.DIGITS),
+        "token.fp8": token_experts.bytes_kernel(gemv_bytes.E4M3),
+        "gemm_int4.offsets": gemm_int4.kernel(64, True, int4_rows.DIGITS),
         "gemm_fp32.offsets": gemm_fp32.kernel(64, True),
         "decode.int4": decode.int4_kernel(64, True),
         "least_squares": least_squares.kernel,

@@ -15,7 +15,7 @@ static int64_t number(void) {
 }
 
 int main(void) {
-    int64_t regions = number(), *sizes = calloc(regions, sizeof *sizes), frame[16] = {0};
+    int64_t regions = number(), *sizes = calloc(regions, sizeof *sizes), words_of[40] = {0}, *frame = words_of + 4;
     char **memory = calloc(regions, sizeof *memory);
     for (int64_t i = 0; i < regions; i++) {
         sizes[i] = number();

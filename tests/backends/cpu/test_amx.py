@@ -35,7 +35,7 @@ def expected(x: Tensor, weight: Tensor, channel: Tensor) -> Tensor:
 def test_products_are_exact(shape: tuple[int, int], m: int, dtype: torch.dtype) -> None:
     x, weight, channel = torch.randn(m, shape[1]).to(dtype), codes(*shape), torch.rand(shape[0], 1) + 0.1
     for scales in (channel, channel[:1]):
-        got = amx_batch.int8_int8(x, [Job(0, m, 0, 0)], [weight], [scales], shape[0])
+        got = amx_batch.int8_int8(x, [Job(0, m, 0, 0)], weight, scales, shape[0])
         assert torch.equal(got, expected(x, weight, scales))
 
 
@@ -43,7 +43,7 @@ def test_no_sum_overflows() -> None:
     x = torch.full((16, gemm_amx.MAX_COLUMNS), -1.0).bfloat16()
     weight = torch.full((16, gemm_amx.MAX_COLUMNS), -128, dtype=torch.int8)
     one = torch.ones(1, 1)
-    got = amx_batch.int8_int8(x, [Job(0, 16, 0, 0)], [weight], [one], 16)
+    got = amx_batch.int8_int8(x, [Job(0, 16, 0, 0)], weight, one, 16)
     assert torch.equal(got, expected(x, weight, one))
     assert (got > 0).all()
 
@@ -52,7 +52,7 @@ def test_rows_and_columns_of_a_group_and_no_others() -> None:
     x, weights = torch.randn(40, 128).bfloat16(), [codes(48, 128) for _ in range(3)]
     channels = [torch.rand(48, 1) for _ in weights]
     jobs = [Job(0, 5, 2, 0), Job(0, 5, 1, 48), Job(5, 38, 0, 48), Job(38, 40, 1, 0)]
-    got = amx_batch.int8_int8(x, jobs, weights, channels, 96)
+    got = amx_batch.int8_int8(x, jobs, torch.stack(weights), torch.stack(channels), 96)
     for start, stop, weight, column in jobs:
         want = expected(x[start:stop], weights[weight], channels[weight])
         assert torch.equal(got[start:stop, column : column + 48], want)
@@ -61,7 +61,7 @@ def test_rows_and_columns_of_a_group_and_no_others() -> None:
 def test_rows_of_a_wider_matrix() -> None:
     whole = torch.randn(20, 256).bfloat16()
     x, weight, one = whole[:, 64:192], codes(32, 128), torch.ones(1, 1)
-    got = amx_batch.int8_int8(x, [Job(0, 20, 0, 0)], [weight], [one], 32)
+    got = amx_batch.int8_int8(x, [Job(0, 20, 0, 0)], weight, one, 32)
     assert torch.equal(got, expected(x, weight, one))
 
 
@@ -72,7 +72,7 @@ def test_onednn_finds_its_tiles_as_it_left_them() -> None:
     before = [x @ square, torch._int_mm(weight, weight)]
     for _ in range(3):
         assert torch.equal(
-            amx_batch.int8_int8(x, [Job(0, 64, 0, 0)], [weight], [one], 512), expected(x, weight, one)
+            amx_batch.int8_int8(x, [Job(0, 64, 0, 0)], weight, one, 512), expected(x, weight, one)
         )
         assert torch.equal(x @ square, before[0])
         assert torch.equal(torch._int_mm(weight, weight), before[1])
@@ -98,4 +98,4 @@ def test_fake_tensors_are_not_touched() -> None:
 
     with FakeTensorMode():
         x, weight, one = torch.randn(64, 128).bfloat16(), codes(32, 128), torch.ones(1, 1)
-        assert amx_batch.int8_int8(x, [Job(0, 64, 0, 0)], [weight], [one], 32).shape == (64, 32)
+        assert amx_batch.int8_int8(x, [Job(0, 64, 0, 0)], weight, one, 32).shape == (64, 32)

@@ -64,7 +64,7 @@ def test_int8_activations_are_multiplied_exactly(
     token = torch.rand(m, 1) + 0.1
     want = (q.double() @ values(weight, k, group).t()).float() * token
     assert torch.equal(
-        int4_batch.multiply(int4_batch.prepared(q, token, Layout(*layout)), one(m), [weight], n), want
+        int4_batch.multiply(int4_batch.prepared(q, token, Layout(*layout)), one(m), weight, n), want
     )
 
 
@@ -76,12 +76,12 @@ def test_16_bit_activations(layout: tuple[int, bool], shape: tuple[int, int], dt
     for m in (1, 2, 4, 7):
         x = (torch.randn(m, k) + 3).to(dtype)  # a mean: the 8 of a stored code must not cost digits
         close(
-            int4_batch.multiply(int4_batch.split(x, Layout(*layout)), one(m), [weight], n),
+            int4_batch.multiply(int4_batch.split(x, Layout(*layout)), one(m), weight, n),
             x,
             values(weight, k, layout[0]),
         )
         close(
-            int4_batch.multiply_fp32(x, one(m), [weight], Layout(*layout), n), x, values(weight, k, layout[0])
+            int4_batch.multiply_fp32(x, one(m), weight, Layout(*layout), n), x, values(weight, k, layout[0])
         )
 
 
@@ -93,9 +93,9 @@ def test_no_sum_overflows(digit: int) -> None:
     q = torch.full((2, k), -128, dtype=torch.int8)
     rows = int4_batch.prepared(q, torch.ones(2, 1), Layout(128, False))
     want = torch.full((2, 3), float(-128 * digit * k))
-    assert torch.equal(int4_batch.multiply(rows, one(2), [weight], 3), want)
+    assert torch.equal(int4_batch.multiply(rows, one(2), weight, 3), want)
     x = torch.full((2, k), 3.0)
-    got = int4_batch.multiply(int4_batch.split(x, Layout(128, False)), one(2), [weight], 3)
+    got = int4_batch.multiply(int4_batch.split(x, Layout(128, False)), one(2), weight, 3)
     torch.testing.assert_close(got, torch.full((2, 3), 3.0 * digit * k), rtol=1e-4, atol=0)
 
 
@@ -116,10 +116,11 @@ def test_panels_are_those_of_the_reference(shape: tuple[int, int], layout: tuple
 def test_groups_of_rows_meet_their_own_weights() -> None:
     layout, weights = Layout(64, True), [stored(40, 100, 64, True, exponents=True) for _ in range(3)]
     q, token = torch.randint(-128, 128, (9, 100), dtype=torch.int8), torch.ones(9, 1)
+    stack = Int4(*map(torch.stack, zip(*weights, strict=True)))
     jobs = [Job(0, 1, 2, 0), Job(0, 1, 1, 40), Job(1, 8, 0, 40), Job(8, 9, 1, 0)]
     for got in (
-        int4_batch.multiply(int4_batch.prepared(q, token, layout), jobs, weights, 80),
-        int4_batch.multiply_fp32(q.float(), jobs, weights, layout, 80),
+        int4_batch.multiply(int4_batch.prepared(q, token, layout), jobs, stack, 80),
+        int4_batch.multiply_fp32(q.float(), jobs, stack, layout, 80),
     ):
         for start, stop, which, column in jobs:
             want = q[start:stop].double() @ values(weights[which], 100, 64).t()
@@ -134,8 +135,8 @@ def test_nonfinite_activations_stay_nonfinite(bad: float) -> None:
     want = values(weight, 64, 32).sum(1).float()
     layout = Layout(32, False)
     for got in (
-        int4_batch.multiply(int4_batch.split(x, layout), one(2), [weight], 5),
-        int4_batch.multiply_fp32(x, one(2), [weight], layout, 5),
+        int4_batch.multiply(int4_batch.split(x, layout), one(2), weight, 5),
+        int4_batch.multiply_fp32(x, one(2), weight, layout, 5),
     ):
         torch.testing.assert_close(got[0], want, rtol=1e-4, atol=0)
         assert not torch.isfinite(got[1]).any()

@@ -24,10 +24,12 @@ if not UNAVAILABLE:
         gemv_bf16,
         gguf_batch,
         grouped_small_batch,
+        int4_batch,
         parallel_for,
         quantize,
         small_batch,
     )
+    from quantport_cpu.jit.grouped_small_batch import Scales
     from quantport_cpu.jit.jobs import Job
 
 GGUF = sorted(name for name in GGUF_BYTES if name in BUILTIN)
@@ -47,13 +49,12 @@ SHAPES = [(1, 1), (1, 7), (3, 129), (129, 704)]
 
 def fp8(x: Tensor, codes: Tensor, scale: Tensor | None = None) -> Tensor:
     """All rows times one weight."""
-    scales = None if scale is None else [scale]
-    return grouped_small_batch.fp8(x, [Job(0, len(x), 0, 0)], [codes], scales, len(codes))
+    return grouped_small_batch.fp8(x, [Job(0, len(x), 0, 0)], codes, Scales(blocks=scale), len(codes))
 
 
 def int8(x: Tensor, codes: Tensor) -> Tensor:
     """All rows times one weight."""
-    return grouped_small_batch.int8(x, [Job(0, len(x), 0, 0)], [codes], len(codes))
+    return grouped_small_batch.int8(x, [Job(0, len(x), 0, 0)], codes, Scales(), len(codes))
 
 
 def raw(tensor: Tensor) -> Tensor:
@@ -232,7 +233,7 @@ def test_int8_times_int8_is_exact(shape: tuple[int, int], m: int) -> None:
     token, channel = torch.rand(m, 1) + 0.1, torch.rand(n, 1) + 0.1
     sums, rows = (q.double() @ codes.double().t()).float(), grouped_small_batch.prepared_int8(q, token)
     for scales in (channel, channel[:1]):
-        got = grouped_small_batch.int8_int8(rows, [Job(0, m, 0, 0)], [codes], [scales], n)
+        got = grouped_small_batch.int8_int8(rows, [Job(0, m, 0, 0)], codes, scales, n)
         assert torch.equal(got, sums * token * scales.t())
 
 
@@ -247,9 +248,39 @@ def test_activations_are_quantized_and_multiplied_as_the_reference_does(
     codes = int8_codes(17, shape[1])
     want = (q.double() @ codes.double().t()).float() * token
     rows = grouped_small_batch.quantized_int8(x)
-    got = grouped_small_batch.int8_int8(rows, [Job(0, len(x), 0, 0)], [codes], [torch.ones(1, 1)], 17)
-    assert torch.equal(rows.scales.owner, token.view(-1))
+    got = grouped_small_batch.int8_int8(rows, [Job(0, len(x), 0, 0)], codes, torch.ones(1, 1), 17)
     assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("m", [1, 3, 6])
+@pytest.mark.parametrize("shape", [(1, 5), (33, 704), (700, 1027)], ids=str)
+def test_rows_that_each_thread_reads_are_those_that_are_prepared(
+    shape: tuple[int, int], m: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounded results are those of fp32, rounded by torch."""
+    n, k = shape
+    x, codes, scales = torch.randn(m, k).bfloat16(), int8_codes(n, k), torch.rand(n, 1) + 0.1
+    layout, packed = int4_batch.Layout(64, True), torch.randint(-(1 << 31), 1 << 31, (n, -(-k // 8)))
+    offsets = torch.randn(2, n, -(-k // 64)).bfloat16()
+    int4, jobs = int4_batch.Int4(packed.int(), *offsets), [Job(0, m, 0, 0)]
+    bytes_ = codes.view(torch.uint8).bitwise_and(0x3F)
+
+    def products(dtype: torch.dtype) -> list[Tensor]:
+        int8_rows = grouped_small_batch.quantized_int8(x)
+        return [
+            grouped_small_batch.int8_int8(int8_rows, jobs, codes, scales, n, dtype),
+            grouped_small_batch.int8(x, jobs, codes, Scales(scales), n, dtype),
+            grouped_small_batch.fp8(x, jobs, bytes_, Scales(scales[:1]), n, dtype),
+            int4_batch.multiply(int4_batch.quantized(x, layout), jobs, int4, n, dtype),
+            int4_batch.multiply(int4_batch.split(x, layout), jobs, int4, n, dtype),
+        ]
+
+    by_each, rounded = products(torch.float32), products(torch.bfloat16)
+    for module in (grouped_small_batch, int4_batch):
+        monkeypatch.setattr(module, "is_read_by_each_thread", lambda *_: False)
+    for want, *found in zip(products(torch.float32), by_each, rounded, strict=True):
+        assert torch.equal(found[0], want)
+        assert torch.equal(found[1], want.bfloat16())
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -262,7 +293,7 @@ def test_a_row_in_one_launch_is_what_two_launches_make_of_it(shape: tuple[int, i
     try:
         for scales, row in ((channel, x), (channel[:1], x), (channel, torch.zeros_like(x))):
             rows = grouped_small_batch.quantized_int8(row)
-            want = grouped_small_batch.int8_int8(rows, [Job(0, 1, 0, 0)], [codes], [scales], n)
+            want = grouped_small_batch.int8_int8(rows, [Job(0, 1, 0, 0)], codes, scales, n)
             assert torch.equal(grouped_small_batch.int8_row(row, codes, scales), want.bfloat16())
     finally:
         torch.set_num_threads(before)
@@ -274,7 +305,7 @@ def test_int8_times_int8_in_groups() -> None:
     channels = [torch.rand(40, 1) for _ in weights]
     jobs = [Job(0, 1, 2, 0), Job(0, 1, 1, 40), Job(1, 8, 0, 40), Job(8, 9, 1, 0)]
     rows = grouped_small_batch.prepared_int8(q, token)
-    got = grouped_small_batch.int8_int8(rows, jobs, weights, channels, 80)
+    got = grouped_small_batch.int8_int8(rows, jobs, torch.stack(weights), torch.stack(channels), 80)
     for start, stop, weight, column in jobs:
         sums = (q[start:stop].double() @ weights[weight].double().t()).float()
         want = sums * token[start:stop] * channels[weight].t()
@@ -286,7 +317,7 @@ def test_no_sum_of_int8_overflows(weight: int) -> None:
     q = torch.full((2, 1 << 20), -128, dtype=torch.int8)
     codes = torch.full((3, 1 << 20), weight, dtype=torch.int8)
     rows = grouped_small_batch.prepared_int8(q, torch.ones(2, 1))
-    got = grouped_small_batch.int8_int8(rows, [Job(0, 2, 0, 0)], [codes], [torch.ones(1, 1)], 3)
+    got = grouped_small_batch.int8_int8(rows, [Job(0, 2, 0, 0)], codes, torch.ones(1, 1), 3)
     assert torch.equal(got, torch.full((2, 3), float(-128 * weight << 20)))
 
 

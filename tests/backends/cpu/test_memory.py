@@ -41,6 +41,7 @@ if not UNAVAILABLE:
         store,
         target,
     )
+    from quantport_cpu.jit.grouped_small_batch import Scales
     from quantport_cpu.jit.jobs import Job
     from quantport_cpu.jit.memory import array
 
@@ -203,12 +204,15 @@ def test_a_part_of_memory_is_inside_of_it() -> None:
 
 
 def test_jobs_outside_of_the_activations_or_of_the_result_are_refused() -> None:
-    codes = [torch.zeros(16, 64, dtype=torch.uint8)]
-    for job in (Job(2, 6, 0, 0), Job(0, 2, 0, 8)):
-        with pytest.raises(BackendError):
-            grouped_small_batch.fp8(torch.zeros(4, 64), [job], codes, None, 16)
-        with pytest.raises(BackendError):
-            grouped_small_batch.int8(torch.zeros(4, 64), [job], [codes[0].view(torch.int8)], 16)
+    x, codes = torch.zeros(4, 64), torch.zeros(3, 16, 64, dtype=torch.int8)
+    x8 = grouped_small_batch.quantized_int8(x.bfloat16())
+    for job in (Job(2, 6, 0, 0), Job(3, 3, 0, 0), Job(-1, 2, 0, 0), Job(0, 2, 0, 8), Job(0, 2, 3, 0)):
+        with pytest.raises(BackendError, match="rows, a weight and columns that are there"):
+            grouped_small_batch.fp8(x, [job], codes.view(torch.uint8), Scales(), 16)
+        with pytest.raises(BackendError, match="rows, a weight and columns that are there"):
+            grouped_small_batch.int8(x, [Job(0, 1, 0, 0), job], codes, Scales(), 16)
+        with pytest.raises(BackendError, match="rows, a weight and columns that are there"):
+            grouped_small_batch.int8_int8(x8, [job], codes, torch.ones(3, 1, 1), 16)
 
 
 def test_a_panel_of_another_size_is_refused() -> None:
@@ -384,8 +388,8 @@ def test_forwards_beside_loads(model_folder: Path, threads: int) -> None:
     torch.set_num_threads(threads)
     jobs = [Job(0, 5, 0, 0)]
     calls = [
-        lambda: grouped_small_batch.fp8(x, jobs, [codes], None, 1024),
-        lambda: grouped_small_batch.int8(x, jobs, [codes.view(torch.int8)], 1024),
+        lambda: grouped_small_batch.fp8(x, jobs, codes, Scales(), 1024),
+        lambda: grouped_small_batch.int8(x, jobs, codes.view(torch.int8), Scales(), 1024),
     ]
     expected = [call() for call in calls]
     try:

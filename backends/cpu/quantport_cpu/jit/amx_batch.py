@@ -11,7 +11,7 @@ from torch import Tensor
 from quantport.backend import numerics
 from quantport_cpu.jit import gemm_amx
 from quantport_cpu.jit.gemm_amx import CHANNELS, ROWS, STEP
-from quantport_cpu.jit.grouped_small_batch import HALF_RANGE, output_part
+from quantport_cpu.jit.grouped_small_batch import HALF_RANGE
 from quantport_cpu.jit.jobs import PER_TOKEN, Job
 from quantport_cpu.jit.memory import Array, array, array_of_rows, table
 from quantport_cpu.jit.parallel_for import threads_for
@@ -22,8 +22,8 @@ _MIN_ROWS = 4  # of a job; with fewer, products of rows are faster
 
 
 def takes(jobs: Sequence[Job], weight: Tensor) -> bool:
-    """Whether tiles multiply by weights of this shape ``[N, K]``, and are the fastest way for these jobs."""
-    (n, k), rows = weight.shape, sum(j.stop - j.start for j in jobs)
+    """Whether tiles multiply by weights ``[..., N, K]``, and are the fastest way for these jobs."""
+    (n, k), rows = weight.shape[-2:], sum(j.stop - j.start for j in jobs)
     is_whole = n % ROWS == 0 and k % STEP == 0 and k <= gemm_amx.MAX_COLUMNS
     return is_whole and rows >= _MIN_ROWS * len(jobs) and gemm_amx.is_usable()
 
@@ -42,25 +42,25 @@ class _Tiles(NamedTuple):
     first_block: Mapping[int, int]
 
 
-def int8_int8(
-    x: Tensor, jobs: Sequence[Job], codes: Sequence[Tensor], channels: Sequence[Tensor], width: int
-) -> Tensor:
+def int8_int8(x: Tensor, jobs: Sequence[Job], codes: Tensor, channels: Tensor, width: int) -> Tensor:
     """Quantizes activations to int8, with a scale for each row, and multiplies: exact sums, times both
     scales in fp32.
 
     Args:
         x: ``[M, K]``, any floating dtype.
         jobs: Which rows meet which weight.
-        codes: int8 ``[N, K]``, contiguous, of a shape that ``takes`` allows.
-        channels: fp32 ``[N, 1]`` of each weight, or ``[1, 1]`` for one scale of all; contiguous.
+        codes: int8 ``[..., N, K]``, contiguous, of a shape that ``takes`` allows: one weight, or several.
+        channels: fp32 ``[..., N, 1]``, or ``[..., 1, 1]`` for one scale of a weight; contiguous.
         width: Columns of the result.
 
     Returns:
         fp32 ``[M, width]``.
     """
-    (m, k), n, scales = x.shape, codes[0].shape[0], len(channels[0])
+    (m, k), (*several, n, _), scales = x.shape, codes.shape, channels.shape[-2]
     tiles, out = _tiles(x, jobs), empty_fp32(x, m, width)
     to = array(out, torch.float32, m, width)
+    weights = array(codes, torch.int8, *several, n, k)
+    factors = array(channels, torch.float32, *several, scales, 1)
 
     def line(job: Job) -> Sequence[Array | int]:
         first, rows = tiles.first_block[job.start], job.stop - job.start
@@ -68,9 +68,9 @@ def int8_int8(
         return (
             tiles.codes.at(start * k, padded * k),
             tiles.scales.at(4 * start, 4 * padded),
-            array(codes[job.weight], torch.int8, n, k),
-            array(channels[job.weight], torch.float32, scales, 1),
-            output_part(to, width, job.start, job.stop, job.column, n),
+            weights.at(job.weight * n * k, n * k),
+            factors.at(4 * job.weight * scales, 4 * scales),
+            to.at(4 * (job.start * width + job.column), 4 * ((rows - 1) * width + n)),
             rows,
         )
 

@@ -15,6 +15,7 @@ from numba.core import types
 
 from quantport.backend import once
 from quantport_cpu.jit.gemv_bytes import PREFETCH_AHEAD
+from quantport_cpu.jit.jobs import JOB_BYTES
 from quantport_cpu.jit.parallel_for import Kernel, block_count, next_block
 from quantport_cpu.jit.scalars import words
 from quantport_cpu.jit.simd import F32, I8, I16, I32, I64, Simd, Value, inline
@@ -24,7 +25,6 @@ COLUMNS = 1024
 ROWS = 4  # weight rows of a tile
 STEP = 32  # columns; activations are padded with zeros to a multiple of it
 _CHUNK = 128  # columns that are decoded in a step, at most
-JOB_BYTES = 56  # seven words
 
 
 @cache
@@ -143,7 +143,9 @@ def tile(
 
 def _body(group: int, n_zero: int, most: int) -> Callable[[Any], None]:
     def rows(frame):
-        table, blocks_per_job, x_stride, n, k, out_stride, span = words(frame, 2, 7)
+        table, blocks_per_job, weights, scales, zeros, n, k = words(frame, 2, 7)
+        values, x_stride, results, width, span = words(frame, 9, 5)
+        out_stride = 4 * width
         w_stride, scale_stride = (k + 7) // 8 * 4, (k + group - 1) // group * 2
         panel = panel_memory()
         while True:
@@ -151,7 +153,10 @@ def _body(group: int, n_zero: int, most: int) -> Callable[[Any], None]:
             if block >= block_count(frame):
                 break
             first = block % blocks_per_job * span
-            x, w, scale, zero, out, m = words(table + JOB_BYTES * (block // blocks_per_job), 0, 6)
+            start, end, number, left = words(table + JOB_BYTES * (block // blocks_per_job), 0, 4)
+            x, out, m = values + start * x_stride, results + start * out_stride + 4 * left, end - start
+            w, place = weights + number * n * w_stride, number * n * scale_stride
+            scale, zero = scales + place, zeros + place
             for column in range(0, k, COLUMNS):
                 stop = min(k, column + COLUMNS)
                 count = (stop - column + STEP - 1) // STEP * STEP
@@ -182,11 +187,9 @@ def _body(group: int, n_zero: int, most: int) -> Callable[[Any], None]:
 
 @once
 def kernel(group: int, has_zero: bool) -> Kernel:
-    """The kernel of one group size, over jobs: rows of x and the weight that they are multiplied by. A block
-    is ``span`` rows of the weight of a job.
+    """The kernel of one group size, over jobs. A block is ``span`` rows of the weight of a job.
 
-    Words: jobs, blocks of a job, stride of x, n, k, stride of out, span. Words of a job: x fp32, filled up
-    with zeros to a multiple of ``STEP``, codes, scales, offsets or 0, out, to which products are added, rows
-    of x.
+    Words: jobs, blocks of a job, codes, scales, offsets or 0, n, k, x fp32, filled up with zeros to a
+    multiple of ``STEP``, its stride, out, to which products are added, its columns, span.
     """
     return Kernel(_body(group, int(has_zero), tile_rows()))

@@ -1,7 +1,7 @@
 """Generates products of int8 activations with int4 weights as they are stored, exact inside a group.
 
 A byte holds a code of an even column and above it one of an odd column, both plus 8: u8 factors of a dot
-product once they are masked. Activations lie in the same order (``prepare_kernel``), together with what takes
+product once they are masked. Activations lie in the same order (``int4_rows``), together with what takes
 the 8 off: -8 times the sum of those that a lane multiplies, with which its integer sum starts. 16-bit
 activations are multiplied as integers of 23 bits in three base-256 digits, each of them int8.
 """
@@ -9,43 +9,24 @@ activations are multiplied as integers of 23 bits in three base-256 digits, each
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache, reduce
+from functools import cache
 from typing import Any
 
-import numpy as np
-from numba import njit
 from numba.core import types
 
 from quantport.backend import once
 from quantport_cpu.jit.encode import quantize_int8_row
+from quantport_cpu.jit.few_rows import SPAN, store_results, widen_row
 from quantport_cpu.jit.gemv_bytes import PREFETCH_AHEAD
-from quantport_cpu.jit.int_digits import split_row
-from quantport_cpu.jit.parallel_for import Kernel, block_count, next_block
-from quantport_cpu.jit.scalars import as_bits, as_float, store_uint32, words
+from quantport_cpu.jit.int4_rows import Dot, arrange_row, group_sums, span_bytes, span_columns, vector_bytes
+from quantport_cpu.jit.int_digits import LANES, split_row
+from quantport_cpu.jit.jobs import JOB_BYTES
+from quantport_cpu.jit.parallel_for import Kernel, block_count, next_block, take_slot
+from quantport_cpu.jit.scalars import as_float, words
 from quantport_cpu.jit.simd import F32, I8, I16, I32, I64, Simd, Value, inline
 from quantport_cpu.jit.target import host_target
 
-DIGITS = 3  # of 16-bit activations
-JOB_BYTES = 64  # eight words
-_LONGEST = 128  # columns of a span
-
-
-@cache
-def vector_bytes() -> int:
-    """Bytes of the vectors that the target multiplies: of weights, with two codes each."""
-    return (host_target().dot_bits or host_target().pair_bits or 128) // 8
-
-
-@cache
-def span_columns(group: int) -> int:
-    """Columns whose products are summed as integers: those of a group, or of several that share a vector."""
-    return max(2 * vector_bytes(), min(group, _LONGEST))
-
-
-@cache
-def span_bytes(group: int, digits: int) -> int:
-    """Bytes of the activations of a span: a vector with the sums of each lane, and the codes."""
-    return vector_bytes() + digits * span_columns(group)
+RESULTS = 4 * 4 * SPAN  # bytes of the results of a block, for the rows of a tile
 
 
 @cache
@@ -60,43 +41,6 @@ def activation_rows() -> int:
     return 4 if host_target().pair_bits else 2
 
 
-class _Dot:
-    """Dot products u8 x s8 of the target, over vectors of ``size`` bytes and int32 lanes.
-
-    Without VNNI the products of a span, below 2**11 each, are added in int16: at most 16 fall on a lane.
-    """
-
-    def __init__(self, simd: Simd, group: int) -> None:
-        self.simd, self.size, self.lanes = simd, vector_bytes(), vector_bytes() // 4
-        self.span = span_columns(group)
-
-    def sum(self, unsigned: Sequence[Value], digits: Value, n_digits: int, start: Value) -> Value:
-        """Adds the products of a span to ``start``.
-
-        ``unsigned`` are its vectors of weights, ``digits`` the address of the activations: the codes of each
-        digit after those of the higher one.
-        """
-        s, total = self.simd, None
-        for d in range(n_digits):
-            if total is not None:
-                total = s.int_op("shl", total, 8)
-            if d == n_digits - 1:
-                total = start if total is None else s.b.add(total, start)
-            places = range(d * self.span, (d + 1) * self.span, self.size)
-            codes = [s.load(I8, self.size, s.at(digits, i)) for i in places]
-            total = self._add(s.splat(0, self.lanes, I32) if total is None else total, unsigned, codes)
-        return total
-
-    def _add(self, total: Value, unsigned: Sequence[Value], signed: Sequence[Value]) -> Value:
-        s = self.simd
-        if s.target.dot_bits:
-            for pair in zip(unsigned, signed, strict=True):
-                total = s.dot_quads(total, *(s.bitcast(a, I32, self.lanes) for a in pair))
-            return total
-        short = reduce(s.b.add, map(s.dot_byte_pairs, unsigned, signed))
-        return s.b.add(total, s.dot_pairs(short, s.splat(1, 2 * self.lanes, I16)))
-
-
 def _lane_scales(simd: Simd, address: Value, n_group: int) -> Value:
     """The bf16 scale of each lane of a span as fp32."""
     lanes, parts = vector_bytes() // 4, max(1, span_columns(n_group) // n_group)
@@ -109,7 +53,7 @@ class _Tile:
     """fp32 sums of each weight row times each row of x, span by span."""
 
     def __init__(self, simd: Simd, n_rows: int, n_m: int, n_group: int, n_digits: int) -> None:
-        self.simd, self.dot, self.n_m = simd, _Dot(simd, n_group), n_m
+        self.simd, self.dot, self.n_m = simd, Dot(simd, n_group), n_m
         self.n_group, self.n_digits, self.lanes = n_group, n_digits, self.dot.lanes
         self.totals = simd.variables(simd.splat(0.0, self.lanes, F32), n_rows * n_m)
 
@@ -211,165 +155,86 @@ def tile(
             simd.store(value, simd.fp32_address(out, out_stride, I64(m), i))
 
 
+def slot_bytes(k: int, rows: int, stride: int, digits: int) -> int:
+    """Bytes of a slot of ``kernel``, with ``rows`` of activations, ``stride`` bytes each, that a thread
+    brings into spans.
+    """
+    if not rows:
+        return RESULTS
+    work = k if digits == 1 else (4 + digits) * -(-k // LANES) * LANES
+    return RESULTS + 4 * rows + rows * stride + work
+
+
 def _body(group: int, n_zero: int, digits: int, n_rows: int, most: int) -> Callable[[Any], None]:
+    results = RESULTS
+
     def rows(frame):
-        table, blocks_per_job, x_stride, n, k, out_stride, span = words(frame, 2, 7)
+        table, blocks_per_job, weights, scales, zeros, n, k = words(frame, 2, 7)
+        x, x_stride, sums_at, token, out, width, is_bf16 = words(frame, 9, 7)
+        source, source_stride, m, half_range = words(frame, 16, 4)
         stride, groups = (k + 7) // 8 * 4, (k + group - 1) // group
-        scale_stride = groups * 2
+        scale_stride, slot = groups * 2, take_slot(frame)
+        if source != 0:
+            token, x = slot + results, slot + results + 4 * m
+            work = x + m * x_stride
+            for i in range(m):
+                row, place = source + i * source_stride, x + i * x_stride
+                if digits == 1:
+                    quantize_int8_row(row, k, work, token, i, as_float(half_range))
+                    arrange_row(work, 0, k, place, group, 1)
+                    if n_zero:
+                        group_sums(work, 0, k, place + sums_at, group, 1)
+                else:
+                    columns = (k + 63) // 64 * 64
+                    wide = work + 3 * columns
+                    widen_row(row, wide, k, columns)
+                    split_row(wide, work, columns, token, i)
+                    arrange_row(work, columns, k, place, group, 3)
+                    if n_zero:
+                        group_sums(work, columns, k, place + sums_at, group, 3)
         while True:
             block = next_block(frame)
             if block >= block_count(frame):
                 break
-            job, first = table + JOB_BYTES * (block // blocks_per_job), block % blocks_per_job * span
-            x, token, w, scale, zero, out, m = words(job, 0, 7)
-            i = 0
-            while i < m:
-                at, t, left = x + i * x_stride, token + 4 * i, m - i
-                width = most if left >= most else 2 if left >= 2 else 1
-                for row in range(first, min(n, first + span), n_rows):
+            i, stop, number, column = words(table + JOB_BYTES * (block // blocks_per_job), 0, 4)
+            first = block % blocks_per_job * SPAN
+            last, w, p = min(n, first + SPAN), weights + number * n * stride, number * n * scale_stride
+            scale, zero = scales + p, zeros + p
+            while i < stop:
+                at, t, left = x + i * x_stride, token + 4 * i, stop - i
+                size = most if left >= most else 2 if left >= 2 else 1
+                place = i * width + column + first
+                to, step = (slot, 4 * SPAN) if is_bf16 else (out + 4 * place, 4 * width)
+                for row in range(first, last, n_rows):
                     here, s, z = w + row * stride, scale + row * scale_stride, zero + row * scale_stride
-                    y, c = out + 4 * row + i * out_stride, min(n_rows, n - row)
+                    y, c = to + 4 * (row - first), min(n_rows, n - row)
                     # fmt: off
-                    if width == most:
-                        tile(at, x_stride, t, here, stride, c, k, s, scale_stride, z, groups, y, out_stride,
+                    if size == most:
+                        tile(at, x_stride, t, here, stride, c, k, s, scale_stride, z, groups, y, step,
                              group, n_zero, digits, most)
-                    elif width == 2:
-                        tile(at, x_stride, t, here, stride, c, k, s, scale_stride, z, groups, y, out_stride,
+                    elif size == 2:
+                        tile(at, x_stride, t, here, stride, c, k, s, scale_stride, z, groups, y, step,
                              group, n_zero, digits, 2)
                     else:
-                        tile(at, x_stride, t, here, stride, c, k, s, scale_stride, z, groups, y, out_stride,
+                        tile(at, x_stride, t, here, stride, c, k, s, scale_stride, z, groups, y, step,
                              group, n_zero, digits, 1)
                     # fmt: on
-                i += width
+                if is_bf16:
+                    store_results(slot, size, out, place, width, last - first, True)
+                i += size
 
     return rows
 
 
 @once
 def kernel(group: int, has_zero: bool, digits: int) -> Kernel:
-    """The kernel of one group size, over jobs: rows of x and the weight that they are multiplied by. A block
-    is ``span`` rows of the weight of a job.
+    """The kernel of one group size, over jobs. A block is ``SPAN`` rows of the weight of a job.
 
-    Words: jobs, blocks of a job, stride of x, n, k, stride of out, span. Words of a job: x as
-    ``prepare_kernel`` writes it, fp32 scales of its rows, codes, scales, offsets or 0, out, rows of x.
+    Activations come as ``int4_rows`` writes them, or as a few rows of bf16, which every thread brings
+    into that form for itself; results are fp32 or bf16.
+
+    Words: jobs, blocks of a job, codes, scales, offsets or 0, n, k, activations, their stride, where in a row
+    the sums of its groups begin (0: none are needed), fp32 scales of the rows, out, its columns, whether it
+    is bf16; rows of bf16 or 0, their stride, their number, bits of the half range.
     """
     return Kernel(_body(group, int(has_zero), digits, weight_rows(), activation_rows()))
-
-
-@inline(types.void, 4, 5)
-def arrange_row(
-    simd: Simd, planes: Value, plane: Value, k: Value, to: Value, n_group: int, n_digits: int
-) -> None:
-    """Brings ``k`` int8 of each digit, the low one first, ``plane`` bytes apart, into spans.
-
-    The last span is filled up with zeros.
-    """
-    dot = _Dot(simd, n_group)
-    buffers, eights = [simd.buffer(dot.span) for _ in range(n_digits)], [simd.splat(8, dot.size, I8)]
-    sources = [simd.at(planes, simd.b.mul(plane, I64(d))) for d in reversed(range(n_digits))]
-
-    def move(digits: Sequence[Value], column: Value) -> None:
-        block = simd.b.mul(simd.b.udiv(column, I64(dot.span)), I64(span_bytes(n_group, n_digits)))
-        place = simd.at(to, block)
-        for d, source in enumerate(digits):
-            for i in range(0, dot.span, 2 * dot.size):
-                a, b = (simd.load(I8, dot.size, simd.at(source, i + j)) for j in (0, dot.size))
-                for parity in (0, 1):
-                    half = simd.shuffle(a, b, range(parity, 2 * dot.size, 2))
-                    simd.store(half, simd.at(place, dot.size * (1 + parity) + i + d * dot.span))
-        zero = simd.splat(0, dot.lanes, I32)
-        sums = dot.sum(eights * (dot.span // dot.size), simd.at(place, dot.size), n_digits, zero)
-        simd.store(simd.b.neg(sums), place)
-
-    with simd.steps(k, dot.span) as column:
-        move([simd.at(source, column) for source in sources], column)
-    with simd.remainder(k, dot.span) as (start, size):
-        for source, buffer in zip(sources, buffers, strict=True):
-            simd.copy(buffer, simd.at(source, start), size)
-        move(buffers, start)
-
-
-@inline(types.int64)
-def sum_of_codes(simd: Simd, codes: Value, count: Value) -> Value:
-    """The sum of ``count`` int8."""
-    (total,) = simd.variables(simd.splat(0, 16, I32), 1)
-    buffer = simd.buffer(16)
-
-    def add(address: Value) -> None:
-        wide = simd.widen(simd.load(I8, 16, address), I32, signed=True)
-        simd.b.store(simd.b.add(simd.b.load(total), wide), total)
-
-    with simd.steps(count, 16) as i:
-        add(simd.at(codes, i))
-    with simd.remainder(count, 16) as (start, size):
-        simd.copy(buffer, simd.at(codes, start), size)
-        add(buffer)
-    return simd.b.sext(simd.reduce_lanes(simd.b.load(total)), I64)
-
-
-@njit(error_model="numpy")
-def _group_sums(planes, plane, k, to, group, digits):
-    """The sums of the activations of each group as fp32, and zeros to a multiple of 16 groups."""
-    groups = (k + group - 1) // group
-    for g in range((groups + 15) // 16 * 16):
-        total = 0
-        for d in range(digits if g < groups else 0):
-            here = planes + d * plane + g * group
-            total += sum_of_codes(here, min(group, k - g * group)) << (8 * d)
-        store_uint32(to, g, as_bits(np.float32(total)))
-
-
-def _prepare_codes(group: int) -> Callable[[Any], None]:
-    def rows(frame):
-        codes, codes_stride, k, to, stride = words(frame, 2, 5)
-        sums_at, source, source_stride, scales, half_range = words(frame, 7, 5)
-        while True:
-            row = next_block(frame)
-            if row >= block_count(frame):
-                break
-            here, place = codes + row * codes_stride, to + row * stride
-            if source != 0:
-                quantize_int8_row(source + row * source_stride, k, here, scales, row, as_float(half_range))
-            arrange_row(here, 0, k, place, group, 1)
-            if sums_at:
-                _group_sums(here, 0, k, place + sums_at, group, 1)
-
-    return rows
-
-
-@once
-def prepare_kernel(group: int) -> Kernel:
-    """Brings activations into the form that ``kernel`` reads: quantizes bf16, where there are some, to int8
-    codes first. A block is a row.
-
-    Words: codes, their stride, k, where they go, its stride, where in a row the sums of its groups begin (0:
-    none are asked for); bf16 or 0, its stride, scales, bits of the half range.
-    """
-    return Kernel(_prepare_codes(group))
-
-
-def _prepare_digits(group: int) -> Callable[[Any], None]:
-    def rows(frame):
-        x, columns, k, digits = words(frame, 2, 4)
-        to, stride, sums_at, scales = words(frame, 6, 4)
-        while True:
-            row = next_block(frame)
-            if row >= block_count(frame):
-                break
-            here, place = digits + 3 * columns * row, to + row * stride
-            split_row(x + 4 * columns * row, here, columns, scales, row)
-            arrange_row(here, columns, k, place, group, 3)
-            if sums_at:
-                _group_sums(here, columns, k, place + sums_at, group, 3)
-
-    return rows
-
-
-@once
-def digits_kernel(group: int) -> Kernel:
-    """As ``prepare_kernel`` for 16-bit activations: each row becomes ``DIGITS`` int8 rows.
-
-    Words: x fp32, its columns (a multiple of 64), k, scratch for 3 bytes of each column of each row, where
-    they go, its stride, where the sums of groups begin or 0, scales.
-    """
-    return Kernel(_prepare_digits(group))

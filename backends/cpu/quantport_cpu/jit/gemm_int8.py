@@ -15,16 +15,17 @@ from numba.core import types
 
 from quantport.backend import once
 from quantport_cpu.jit.encode import quantize_int8_row
+from quantport_cpu.jit.few_rows import SPAN, store_results
 from quantport_cpu.jit.gemv_bytes import PREFETCH_AHEAD
-from quantport_cpu.jit.parallel_for import Kernel, block_count, next_block
+from quantport_cpu.jit.jobs import JOB_BYTES
+from quantport_cpu.jit.parallel_for import Kernel, block_count, next_block, take_slot
 from quantport_cpu.jit.scalars import as_float, store_uint32, words
 from quantport_cpu.jit.simd import F32, I8, I16, I32, I64, Simd, Value, cgutils, inline
 from quantport_cpu.jit.target import host_target
 
-SPAN = 32  # weight rows of a block of ``row_kernel``
-SLOT_WORD = 12  # of its frame: how many threads have taken their scratch
+TILE_M = 4  # rows of x of a tile
+RESULTS = 4 * TILE_M * SPAN  # bytes of the results of a block
 CHUNK = 1 << 16  # columns: 255 * 127 * CHUNK < 2**31
-JOB_BYTES = 56  # seven words
 STEP = 64  # columns of activations are padded with zeros to a multiple of it
 
 
@@ -135,49 +136,6 @@ def tile(
             simd.store(simd.b.fmul(scaled, scale), address)
 
 
-def _body(n_rows: int) -> Any:
-    def rows(frame):
-        table, blocks_per_job, x_stride, n, k = words(frame, 2, 5)
-        channel_step, out_stride, span = words(frame, 7, 3)
-        while True:
-            block = next_block(frame)
-            if block >= block_count(frame):
-                break
-            x, token, sums, w, channel, out, m = words(table + JOB_BYTES * (block // blocks_per_job), 0, 7)
-            first = block % blocks_per_job * span
-            for row in range(first, min(n, first + span), n_rows):
-                here, scale, y = w + row * k, channel + row * channel_step, out + 4 * row
-                count, i = min(n_rows, n - row), 0
-                # fmt: off
-                while i < m:
-                    left, at, to = m - i, x + i * x_stride, y + i * out_stride
-                    t, total = token + 4 * i, sums + 4 * i
-                    if left >= 4:
-                        tile(at, x_stride, t, total, here, count, k, scale, channel_step, to, out_stride, 4)
-                        i += 4
-                    elif left >= 2:
-                        tile(at, x_stride, t, total, here, count, k, scale, channel_step, to, out_stride, 2)
-                        i += 2
-                    else:
-                        tile(at, x_stride, t, total, here, count, k, scale, channel_step, to, out_stride, 1)
-                        i += 1
-                # fmt: on
-
-    return rows
-
-
-@once
-def kernel() -> Kernel:
-    """The kernel, over jobs: rows of x and the weight that they are multiplied by. A block is ``span`` rows
-    of the weight of a job, a multiple of ``weight_rows()``.
-
-    Words: jobs, blocks of a job, stride of x, n, k, bytes from one scale of a channel to the next, stride of
-    out, span. Words of a job: x as ``prepare_kernel`` writes it, scales of tokens, sums of tokens, weights,
-    scales of channels, out, rows of x.
-    """
-    return Kernel(_body(weight_rows()))
-
-
 @inline(types.int64, 4)
 def prepare_row(simd: Simd, codes: Value, to: Value, k: Value, width: Value, n_bytes: int) -> Value:
     """Copies ``k`` int8 to ``width`` integers of ``n_bytes``, the rest zeros; returns their sum."""
@@ -226,51 +184,62 @@ def prepare_kernel() -> Kernel:
     return Kernel(_prepare_body(activation_bytes()))
 
 
-@inline(types.void)
-def store_outputs(simd: Simd, values: Value, to: Value, count: Value) -> None:
-    """Stores the first of ``SPAN`` fp32 as bf16, and rounds them where they lie."""
-    for i in range(0, SPAN, 16):
-        simd.store_bf16(simd.load(F32, 16, simd.at(values, 4 * i)), simd.at(values, 2 * i))
-    simd.copy(to, values, simd.b.shl(count, I64(1)))
-
-
-def slot_bytes(k: int) -> int:
-    """Bytes of scratch of each thread of ``row_kernel``: outputs, and activations as it quantizes and reads
-    them.
-    """
+def slot_bytes(k: int, rows: int) -> int:
+    """Bytes of a slot of ``kernel``, with ``rows`` of activations that a thread quantizes."""
     columns = -(-k // STEP) * STEP
-    return 4 * SPAN + STEP + columns * (1 + activation_bytes())
+    return RESULTS + (8 * rows + rows * columns * activation_bytes() + columns if rows else 0)
 
 
-def _row_body(n_rows: int, n_bytes: int) -> Any:
-    def row(frame):
-        x, k, w, n, channel, channel_step = words(frame, 2, 6)
-        out, scratch, slot_size, half_range = words(frame, 8, 4)
-        width = (k + STEP - 1) // STEP * STEP
-        y = scratch + next_block(frame + 8 * SLOT_WORD) * slot_size
-        token, total, values = y + 4 * SPAN, y + 4 * SPAN + 4, y + 4 * SPAN + STEP
-        codes = values + width * n_bytes
-        quantize_int8_row(x, k, codes, token, 0, as_float(half_range))
-        store_uint32(total, 0, prepare_row(codes, values, k, width, n_bytes))
+def _body(n_rows: int, n_bytes: int) -> Any:
+    def rows(frame):
+        table, blocks_per_job, w, n, k, channel, channel_step, channels = words(frame, 2, 8)
+        x, x_stride, token, sums, out, width, is_bf16 = words(frame, 10, 7)
+        source, source_stride, count, half_range = words(frame, 17, 4)
+        slot = take_slot(frame)
+        if source != 0:
+            token, sums, x = slot + RESULTS, slot + RESULTS + 4 * count, slot + RESULTS + 8 * count
+            codes = x + count * x_stride
+            for i in range(count):
+                quantize_int8_row(source + i * source_stride, k, codes, token, i, as_float(half_range))
+                store_uint32(sums, i, prepare_row(codes, x + i * x_stride, k, x_stride // n_bytes, n_bytes))
         while True:
             block = next_block(frame)
             if block >= block_count(frame):
                 break
-            first, last = block * SPAN, min(n, block * SPAN + SPAN)
-            for i in range(first, last, n_rows):
-                here, scale, to = w + i * k, channel + i * channel_step, y + 4 * (i - first)
-                tile(values, 0, token, total, here, min(n_rows, n - i), k, scale, channel_step, to, 0, 1)
-            store_outputs(y, out + 2 * first, last - first)
+            i, stop, number, column = words(table + JOB_BYTES * (block // blocks_per_job), 0, 4)
+            first = block % blocks_per_job * SPAN
+            last = min(n, first + SPAN)
+            weight, scales = w + number * n * k, channel + number * channels
+            while i < stop:
+                left, at, t, total = stop - i, x + i * x_stride, token + 4 * i, sums + 4 * i
+                size = 4 if left >= 4 else 2 if left >= 2 else 1
+                place = i * width + column + first
+                to, stride = (slot, 4 * SPAN) if is_bf16 else (out + 4 * place, 4 * width)
+                for row in range(first, last, n_rows):
+                    here, scale, y = weight + row * k, scales + row * channel_step, to + 4 * (row - first)
+                    c = min(n_rows, n - row)
+                    if size == 4:
+                        tile(at, x_stride, t, total, here, c, k, scale, channel_step, y, stride, 4)
+                    elif size == 2:
+                        tile(at, x_stride, t, total, here, c, k, scale, channel_step, y, stride, 2)
+                    else:
+                        tile(at, x_stride, t, total, here, c, k, scale, channel_step, y, stride, 1)
+                if is_bf16:
+                    store_results(slot, size, out, place, width, last - first, True)
+                i += size
 
-    return row
+    return rows
 
 
 @once
-def row_kernel() -> Kernel:
-    """One row of bf16, which every thread quantizes for itself, times a weight: one launch. A block is
-    ``SPAN`` rows of the weight.
+def kernel() -> Kernel:
+    """The kernel, over jobs. A block is ``SPAN`` rows of the weight of a job.
 
-    Words: the row, k, weight, n, scales of channels, bytes from one to the next, out in bf16, scratch,
-    ``slot_bytes``, bits of the half range, and 0.
+    Activations come as ``prepare_kernel`` writes them, or as a few rows of bf16, which every thread quantizes
+    for itself; results are fp32 or bf16.
+
+    Words: jobs, blocks of a job, weights, n, k, scales of channels, bytes from one to the next and from
+    weight to weight, activations, their stride, their scales, their sums, out, its columns, whether it is
+    bf16; rows of bf16 or 0, their stride, their number, bits of the half range.
     """
-    return Kernel(_row_body(weight_rows(), activation_bytes()))
+    return Kernel(_body(weight_rows(), activation_bytes()))

@@ -12,20 +12,21 @@ from typing import Any
 from numba.core import types
 
 from quantport.backend import once
-from quantport_cpu.jit.parallel_for import Kernel, block_count, next_block
+from quantport_cpu.jit.few_rows import SPAN, scale_results, store_results, widen_row
+from quantport_cpu.jit.jobs import JOB_BYTES
+from quantport_cpu.jit.parallel_for import Kernel, block_count, next_block, take_slot
 from quantport_cpu.jit.scalars import words
 from quantport_cpu.jit.simd import F16, F32, I8, I16, I32, I64, Simd, Value, cgutils, inline
 from quantport_cpu.jit.target import host_target
 
 E4M3, INT8 = 0, 1
 UNIT = (256.0, 1.0)  # what decoded weights are divided by
-JOB_BYTES = 40  # five words
-SPAN = 32  # weight rows that a thread takes at a time; it divides the 128 rows of a block of scales
 TILE_ROWS = 2  # weight rows that one tile reads side by side
 STEP = 64  # weights of one row in one step; activations are padded to it
 PREFETCH_AHEAD = 8192  # bytes: past the page, where the processor's own prefetch ends
 LANES = (host_target().pair_bits or 128) // 32  # fp32 numbers of a register
 MAX_TILE_M = 8 if LANES == 16 else 4  # rows of x of a tile: its sums fit in the registers
+RESULTS = 4 * MAX_TILE_M * SPAN  # bytes of the results of a block
 
 
 def fp8_to_fp16(simd: Simd, codes: Value, exponent: int) -> Value:
@@ -141,43 +142,64 @@ def tile(
         simd.store(simd.reduce_lanes(simd.b.load(totals[r * n_m + m])), address)
 
 
+def slot_bytes(k: int, rows: int) -> int:
+    """Bytes of a slot of ``kernel``, with ``rows`` of activations that a thread widens."""
+    return RESULTS + 4 * rows * -(-k // STEP) * STEP
+
+
 def _body(n_format: int) -> Any:
     def blocks(frame):
-        table, blocks_per_job, x_stride, n, k = words(frame, 2, 5)
-        scale_step, scale_stride, chunk, out_stride = words(frame, 7, 4)
+        table, blocks_per_job, w, n, k, scales, scale_step = words(frame, 2, 7)
+        scale_stride, chunk, channel, channel_step, channels, x, x_stride = words(frame, 9, 7)
+        out, width, is_bf16, source, source_stride, count = words(frame, 16, 6)
+        slot = take_slot(frame)
+        if source != 0:
+            x = slot + RESULTS
+            for i in range(count):
+                widen_row(source + i * source_stride, x + i * x_stride, k, x_stride >> 2)
         while True:
             block = next_block(frame)
             if block >= block_count(frame):
                 break
-            job, first = table + JOB_BYTES * (block // blocks_per_job), block % blocks_per_job * SPAN
-            x, w, scales, out, left = words(job, 0, 5)
-            s = scales + (first >> 7) * scale_stride
-            while left > 0:
+            i, stop, number, column = words(table + JOB_BYTES * (block // blocks_per_job), 0, 4)
+            first = block % blocks_per_job * SPAN
+            last = min(n, first + SPAN)
+            weight, s = w + number * n * k, scales + (number * ((n + 127) >> 7) + (first >> 7)) * scale_stride
+            c = channel + number * channels + first * channel_step
+            while i < stop:
+                left, at = stop - i, x + i * x_stride
                 size = MAX_TILE_M if left >= MAX_TILE_M else 4 if left >= 4 else 2 if left >= 2 else 1
-                for row in range(first, min(n, first + SPAN), TILE_ROWS):
+                for row in range(first, last, TILE_ROWS):
                     stride = k if row + 1 < n else 0
-                    here, to = w + row * k, out + 4 * row
+                    here, to = weight + row * k, slot + 4 * (row - first)
                     # fmt: off
                     if size == 8:
-                        tile(x, x_stride, here, stride, k, chunk, s, scale_step, to, out_stride, n_format, 8)
+                        tile(at, x_stride, here, stride, k, chunk, s, scale_step, to, 4 * SPAN, n_format, 8)
                     elif size == 4:
-                        tile(x, x_stride, here, stride, k, chunk, s, scale_step, to, out_stride, n_format, 4)
+                        tile(at, x_stride, here, stride, k, chunk, s, scale_step, to, 4 * SPAN, n_format, 4)
                     elif size == 2:
-                        tile(x, x_stride, here, stride, k, chunk, s, scale_step, to, out_stride, n_format, 2)
+                        tile(at, x_stride, here, stride, k, chunk, s, scale_step, to, 4 * SPAN, n_format, 2)
                     else:
-                        tile(x, x_stride, here, stride, k, chunk, s, scale_step, to, out_stride, n_format, 1)
+                        tile(at, x_stride, here, stride, k, chunk, s, scale_step, to, 4 * SPAN, n_format, 1)
                     # fmt: on
-                x, out, left = x + size * x_stride, out + size * out_stride, left - size
+                for m in range(size):
+                    scale_results(slot + 4 * SPAN * m, c, channel_step, last - first)
+                store_results(slot, size, out, i * width + column + first, width, last - first, is_bf16)
+                i += size
 
     return blocks
 
 
 @once
 def kernel(n_format: int) -> Kernel:
-    """The kernel of one format, over jobs: rows of x and the weight that they are multiplied by. A block is
-    ``SPAN`` rows of the weight of a job.
+    """The kernel of one format, over jobs. A block is ``SPAN`` rows of the weight of a job.
 
-    Words: jobs, blocks of a job, stride of x, n, k, the bytes from one scale to the next and from row to row
-    of them, the columns of one, stride of out. Words of a job: x fp32, weights, scales, out, rows of x.
+    Activations come as fp32, filled up with zeros to a multiple of ``STEP``, or as a few rows of bf16, which
+    every thread widens for itself; results are fp32 or bf16.
+
+    Words: jobs, blocks of a job, weights, n, k, scales of blocks of columns, the bytes from one to the next
+    and from row to row of them, the columns of one, scales of channels, the bytes from one to the next
+    and from weight to weight, activations, their stride, out, its columns, whether it is bf16; rows of bf16
+    or 0, their stride, their number.
     """
     return Kernel(_body(n_format))

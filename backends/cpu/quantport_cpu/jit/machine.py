@@ -20,7 +20,7 @@ llvm.initialize_native_target()
 llvm.initialize_native_asmprinter()
 
 ENTRY = "kernel"
-RUNTIME = ("memcpy", "memmove", "memset")
+RUNTIME = ("memcpy", "memmove", "memset", "sched_yield")
 
 
 def target_machine(triple: str = "", name: str = "", features: str = "") -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable, Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -51,6 +52,7 @@ class Array(NamedTuple):
         return self._replace(address=self.address + offset, size=size)
 
 
+_HAS_MEMORY = itemgetter(Array._fields.index("has_memory"))
 _new = tuple.__new__  # an Array without a call in Python: a small layer makes several
 
 
@@ -113,13 +115,23 @@ def table(lines: Iterable[Sequence[Array | int]]) -> Array:
     )
 
 
+def integers(values: Iterable[int]) -> Array:
+    """A table of whole numbers, as int64."""
+    words = tuple(values)
+    owner = (ctypes.c_int64 * len(words))(*words)
+    return Array(ctypes.addressof(owner), ctypes.sizeof(owner), owner, is_tensor=False)
+
+
 def has_memory(words: Iterable[Any]) -> bool:
     """Whether kernels have something to run over.
 
     Raises:
         BackendError: some tensors are fake and some are real: results would be whatever lay in fresh memory.
     """
-    kinds = {w.has_memory for w in words if type(w) is Array and w.is_tensor}
+    arrays = [w for w in words if type(w) is Array]
+    if all(map(_HAS_MEMORY, arrays)):
+        return True
+    kinds = {w.has_memory for w in arrays if w.is_tensor}
     if len(kinds) > 1:
         raise BackendError(
             "run a compiled kernel over tensors",

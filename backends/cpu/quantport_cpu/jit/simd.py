@@ -282,6 +282,11 @@ class Simd:
         pointer = ir.PointerType(I8)
         cgutils.raw_memcpy(self.b, self.b.inttoptr(to, pointer), self.b.inttoptr(source, pointer), size, 1)
 
+    def pause(self) -> None:
+        """Tells an x86 that this thread waits in a loop."""
+        if self.target.pair_bits:
+            self.call("llvm.x86.sse2.pause", ir.VoidType())
+
     def prefetch(self, address: Value) -> None:
         """Prefetches a line of memory."""
         pointer = self.b.inttoptr(address, ir.PointerType(I8))

@@ -18,7 +18,7 @@ from quantport_cpu.jit.elements import ELEMENTS
 from quantport_cpu.jit.memory import Array, array, constants
 from quantport_cpu.jit.parallel_for import threads_for
 
-_ONE = constants((1.0,))
+ONE = constants((1.0,))
 SPAN = 32  # weight rows that a thread takes at a time; it divides the 128 rows of a block of scales
 
 
@@ -36,16 +36,17 @@ def empty_fp32(x: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device=x.device)
 
 
-def scales_of_128_blocks(scale: Tensor | None, n: int, k: int) -> tuple[Array, int, int, int]:
-    """Scales of 128x128 blocks for a kernel; a single one for the whole weight where there are none.
+def scales_of_128_blocks(scale: Tensor | None, *shape: int) -> tuple[Array, int, int, int]:
+    """Scales of 128x128 blocks of weights ``[..., N, K]`` for a kernel; a single one where there are none.
 
     Returns:
         The scales, the bytes from one to the next, the bytes from row to row, and the columns of a block.
     """
+    *several, n, k = shape
     if scale is None:
-        return _ONE, 0, 0, k
+        return ONE, 0, 0, k
     columns = -(-k // 128)
-    return array(scale, torch.float32, -(-n // 128), columns), 4, 4 * columns, 128
+    return array(scale, torch.float32, *several, -(-n // 128), columns), 4, 4 * columns, 128
 
 
 def decode_fp8(codes: Tensor, scale: Tensor | None, first: int, out: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import accumulate, pairwise
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ from quantport_cpu.features import usable_features
 from quantport_cpu.jit import why_unavailable
 from quantport_cpu.jit.jobs import Job
 from quantport_cpu.kernels.scratch import scratch
+
+if TYPE_CHECKING:
+    from quantport_cpu.jit.token_batch import Token
 
 TINY = torch.finfo(torch.float32).tiny
 COMPILED_MAX_ROWS = 64  # up to this many rows, compiled kernels of small batches beat decoding panels
@@ -141,6 +144,16 @@ class CpuStacked(GroupedKernel, CpuKernel):
         )
 
 
+def result_dtype(x: Tensor, bias: Tensor | None) -> torch.dtype:
+    """In what compiled code stores products: as asked, or in fp32 where more is done with them."""
+    return torch.bfloat16 if bias is None and x.dtype is torch.bfloat16 else torch.float32
+
+
+def with_bias(y: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Products and a bias in the dtype of the activations."""
+    return (y if bias is None else y.add_(bias)).to(dtype)
+
+
 class CpuGrouped(CpuStacked):
     """A kernel with compiled code that multiplies all small groups, gate and up together, in one launch."""
 
@@ -152,7 +165,30 @@ class CpuGrouped(CpuStacked):
     def run_small_groups(
         self, x: Tensor, groups: Sequence[RowRange], stack: Packed, spec: WeightSpec, shared: int
     ) -> Tensor:
-        """``run_grouped`` without bias for groups that cover all rows of ``x``: fp32 ``[M, shared * N]``."""
+        """``run_grouped`` without bias for groups that cover all rows of ``x``."""
+
+    def run_one(self, token: Token, gate_up: Packed, down: Packed, spec: WeightSpec) -> Tensor:
+        """The experts of one token by compiled code; the scheme is that of ``spec``."""
+        raise NotImplementedError
+
+    def run_token(
+        self,
+        x: Tensor,
+        experts: Sequence[int],
+        weights: Tensor,
+        gate_up: Packed,
+        down: Packed,
+        specs: tuple[WeightSpec, WeightSpec],
+        activation: str,
+    ) -> Tensor | None:
+        if x.dtype is not torch.bfloat16 or weights.dtype is not torch.bfloat16:
+            return None
+        if specs[0].scheme != specs[1].scheme or not all(map(self.small_group_rows, specs)):
+            return None
+        from quantport_cpu.jit.token_batch import Token
+
+        token = Token(x.contiguous(), experts, weights.contiguous(), specs[0].n, activation)
+        return self.run_one(token, gate_up, down, specs[0])
 
     def run_grouped(
         self,
@@ -169,12 +205,12 @@ class CpuGrouped(CpuStacked):
             return super().run_grouped(x, offsets, stack, bias, spec, shared)
         count = sum(b - a for _, a, b in groups)
         if count == x.shape[0]:
-            return self.run_small_groups(x, groups, stack, spec, shared).to(x.dtype)
+            return self.run_small_groups(x, groups, stack, spec, shared)
         rows = torch.cat([torch.arange(a, b, dtype=torch.int64, device=x.device) for _, a, b in groups])
         starts = accumulate((b - a for _, a, b in groups), initial=0)
         moved = [RowRange(g, start, start + b - a) for (g, a, b), start in zip(groups, starts, strict=False)]
         out = x.new_empty(x.shape[0], shared * spec.n)
-        out[rows] = self.run_small_groups(x[rows], moved, stack, spec, shared).to(x.dtype)
+        out[rows] = self.run_small_groups(x[rows], moved, stack, spec, shared)
         for g, (a, b) in enumerate(pairwise(bounds)):
             for j in range(shared if b - a > limit else 0):
                 weight = self.expert_view(stack, g, j)
@@ -182,41 +218,12 @@ class CpuGrouped(CpuStacked):
         return out
 
 
-def jobs_and_weights(groups: Sequence[RowRange], shared: int, columns: int) -> tuple[list[Job], list[int]]:
-    """The jobs of the compiled code, and the weights of a stack that they use.
+def jobs_of(groups: Sequence[RowRange], shared: int, columns: int) -> list[Job]:
+    """The jobs of the compiled code over a stack ``[groups, shared, ...]``.
 
     Args:
         groups: The groups.
         shared: Weights of each.
         columns: Columns of the result of one weight.
-
-    Returns:
-        The jobs, and the numbers of the weights in the stack; the weight of a job is an index of the latter.
     """
-    pairs = [(g, j) for g in groups for j in range(shared)]
-    jobs = [Job(g.start, g.stop, i, j * columns) for i, (g, j) in enumerate(pairs)]
-    return jobs, [shared * g.group + j for g, j in pairs]
-
-
-def select_weights(stacked: Tensor, weights: Sequence[int]) -> list[Tensor]:
-    """Those weights of a stack ``[groups, shared, ...]``, as views."""
-    flat = stacked.flatten(0, 1)
-    return [flat.select(0, i) for i in weights]
-
-
-def scales_by_row(scales: Tensor, weights: Sequence[int], groups: Sequence[RowRange], columns: int) -> Tensor:
-    """The scales of the output channels for each row of the activations: fp32 ``[M, shared * columns]``.
-
-    Args:
-        scales: ``[groups, shared, N, 1]`` of a stack, N being ``columns``, or 1 for one scale of a weight.
-        weights: The weights of these groups, by their number in the stack.
-        groups: The groups.
-        columns: Columns of the result of one weight.
-    """
-
-    def int64(values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=scales.device)
-
-    by_weight = scales.flatten(0, 1).flatten(1).index_select(0, int64(weights)).expand(-1, columns)
-    by_group, counts = by_weight.reshape(len(groups), -1), [g.stop - g.start for g in groups]
-    return by_group if max(counts) == 1 else by_group.repeat_interleave(int64(counts), 0)
+    return [Job(g.start, g.stop, shared * g.group + j, j * columns) for g in groups for j in range(shared)]

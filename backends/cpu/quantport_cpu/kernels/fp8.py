@@ -7,24 +7,28 @@ exponent moves from bias 7 to bias 15. ATen's own conversion is scalar, and its 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from quantport.backend import Packed, Reason, Request, Scheme, WeightSpec
 from quantport_cpu.jit import why_unavailable
-from quantport_cpu.jit.jobs import Job
+from quantport_cpu.jit.jobs import Job, all_rows
 from quantport_cpu.kernels.base import (
     TINY,
     CpuGrouped,
     RowRange,
     compiled_max_rows,
-    jobs_and_weights,
+    jobs_of,
     multiply_by_panels,
-    scales_by_row,
-    select_weights,
+    result_dtype,
+    with_bias,
 )
 from quantport_cpu.kernels.scratch import scratch
+
+if TYPE_CHECKING:
+    from quantport_cpu.jit.token_batch import Token
 
 _BLOCK_ROWS = 256
 _SMALL_BATCH = (
@@ -56,34 +60,45 @@ class CpuFp8WeightOnly(CpuGrouped):
         codes, scale = packed
         blocks, rows = spec.scheme.weight.group_size, x.shape[0]
         if 0 < rows <= compiled_max_rows() and not why_unavailable():
-            from quantport_cpu.jit import grouped_small_batch
-
-            jobs = [Job(0, rows, 0, 0)]
-            y = grouped_small_batch.fp8(x, jobs, [codes], [scale] if blocks else None, spec.n)
-        elif not blocks and rows <= _SMALL_BATCH:
+            y = self._products(x, all_rows(rows), packed, spec, spec.n, bias)
+            return with_bias(y, bias, x.dtype)
+        if not blocks and rows <= _SMALL_BATCH:
             y = self._small_batch(x.float(), codes.view(torch.int8))
         else:
             y = self._large_batch(x, codes.view(torch.int8), scale, blocks)
         if not blocks:
             y.mul_(scale.view(-1))
-        return (y if bias is None else y.add_(bias)).to(x.dtype)
+        return with_bias(y, bias, x.dtype)
 
     def small_group_rows(self, spec: WeightSpec) -> int:
         return 0 if why_unavailable() else compiled_max_rows()
 
+    def run_one(self, token: Token, gate_up: Packed, down: Packed, spec: WeightSpec) -> Tensor:
+        from quantport_cpu.jit import gemv_bytes, token_batch
+
+        has_blocks = spec.scheme.weight.group_size > 0
+        return token_batch.codes_of_a_byte(token, gate_up, down, gemv_bytes.E4M3, has_blocks)
+
     def run_small_groups(
         self, x: Tensor, groups: Sequence[RowRange], stack: Packed, spec: WeightSpec, shared: int
     ) -> Tensor:
-        from quantport_cpu.jit import grouped_small_batch
+        return self._products(x, jobs_of(groups, shared, spec.n), stack, spec, shared * spec.n).to(x.dtype)
 
-        jobs, weights = jobs_and_weights(groups, shared, spec.n)
-        blocks = spec.scheme.weight.group_size
-        codes, scales = (
-            select_weights(stack[0], weights),
-            select_weights(stack[1], weights) if blocks else None,
-        )
-        y = grouped_small_batch.fp8(x, jobs, codes, scales, shared * spec.n)
-        return y if blocks else y.mul_(scales_by_row(stack[1], weights, groups, spec.n))
+    @staticmethod
+    def _products(
+        x: Tensor,
+        jobs: Sequence[Job],
+        weights: Packed,
+        spec: WeightSpec,
+        width: int,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        from quantport_cpu.jit import grouped_small_batch
+        from quantport_cpu.jit.grouped_small_batch import Scales
+
+        codes, scale = weights
+        scales = Scales(blocks=scale) if spec.scheme.weight.group_size else Scales(channels=scale)
+        return grouped_small_batch.fp8(x, jobs, codes, scales, width, result_dtype(x, bias))
 
     def _small_batch(self, x: Tensor, codes: Tensor) -> Tensor:
         """Matrix-vector products of rows that are scaled into fp16 by a power of two.

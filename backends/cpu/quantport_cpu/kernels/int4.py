@@ -15,20 +15,22 @@ import torch
 from torch import Tensor
 
 from quantport.backend import Packed, Reason, Request, Scheme, WeightSpec, aten
-from quantport_cpu.jit.jobs import PER_TOKEN, Job
+from quantport_cpu.jit.jobs import PER_TOKEN, Job, all_rows
 from quantport_cpu.kernels.base import (
     CpuGrouped,
     RowRange,
     has_bf16_dots,
-    jobs_and_weights,
+    jobs_of,
     multiply_by_panels,
-    select_weights,
+    result_dtype,
     why_unavailable_on,
+    with_bias,
 )
 from quantport_cpu.kernels.int8 import quantize_per_token
 
 if TYPE_CHECKING:
     from quantport_cpu.jit.int4_batch import Int4, Layout
+    from quantport_cpu.jit.token_batch import Token
 
 _GROUPS = (32, 64, 128, 256)  # columns that share a scale
 _DIGIT_ROWS = 4  # up to this many 16-bit rows, integer dot products of their digits beat fp32
@@ -60,24 +62,36 @@ class CpuInt4(CpuGrouped):
         return self.panel_rows if has_bf16_dots() else sys.maxsize
 
     def multiply(
-        self, x: Tensor, jobs: Sequence[Job], weights: Sequence[Int4], layout: Layout, width: int
+        self,
+        x: Tensor,
+        jobs: Sequence[Job],
+        weight: Int4,
+        layout: Layout,
+        width: int,
+        bias: Tensor | None = None,
     ) -> Tensor:
-        """Multiplies rows by weights as the jobs say: fp32 ``[M, width]``."""
+        """Multiplies rows by weights as the jobs say: ``[M, width]``, fp32 or rounded. No bias is added."""
         from quantport_cpu.jit import int4_batch
 
         if max(j.stop - j.start for j in jobs) <= _DIGIT_ROWS:
-            return int4_batch.multiply(int4_batch.split(x, layout), jobs, weights, width)
-        return int4_batch.multiply_fp32(x, jobs, weights, layout, width)
+            rows = int4_batch.split(x, layout)
+            return int4_batch.multiply(rows, jobs, weight, width, result_dtype(x, bias))
+        return int4_batch.multiply_fp32(x, jobs, weight, layout, width)
+
+    def run_one(self, token: Token, gate_up: Packed, down: Packed, spec: WeightSpec) -> Tensor:
+        from quantport_cpu.jit import int4_rows, token_batch
+        from quantport_cpu.jit.int4_batch import Int4
+
+        digits = 1 if self.quantizes_activations else int4_rows.DIGITS
+        return token_batch.int4(token, Int4(*gate_up), Int4(*down), _layout(spec), digits)
 
     def run_small_groups(
         self, x: Tensor, groups: Sequence[RowRange], stack: Packed, spec: WeightSpec, shared: int
     ) -> Tensor:
         from quantport_cpu.jit import int4_batch
 
-        jobs, numbers = jobs_and_weights(groups, shared, spec.n)
-        parts = zip(*(select_weights(part, numbers) for part in stack), strict=True)
-        weights = [int4_batch.Int4(*p) for p in parts]
-        return self.multiply(x, jobs, weights, _layout(spec), shared * spec.n)
+        jobs, weight = jobs_of(groups, shared, spec.n), int4_batch.Int4(*stack)
+        return self.multiply(x, jobs, weight, _layout(spec), shared * spec.n).to(x.dtype)
 
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
         from quantport_cpu.jit import int4_batch
@@ -86,10 +100,10 @@ class CpuInt4(CpuGrouped):
         if not rows:
             y = x.new_zeros(0, spec.n, dtype=torch.float32)
         elif rows <= self.panel_rows or x.dtype is not torch.bfloat16 or not has_bf16_dots():
-            y = self.multiply(x, [Job(0, rows, 0, 0)], [weight], _layout(spec), spec.n)
+            y = self.multiply(x, all_rows(rows), weight, _layout(spec), spec.n, bias)
         else:
             y = self.by_panels(x, weight, spec)
-        return (y if bias is None else y.add_(bias)).to(x.dtype)
+        return with_bias(y, bias, x.dtype)
 
     def by_panels(self, x: Tensor, weight: Int4, spec: WeightSpec) -> Tensor:
         """Multiplies bf16 by panels of bf16: fp32 ``[M, N]``."""
@@ -117,11 +131,18 @@ class CpuInt4Int8(CpuInt4):
         return [*aten.native_reason(request, "int8"), *super().reasons_against(request)]
 
     def multiply(
-        self, x: Tensor, jobs: Sequence[Job], weights: Sequence[Int4], layout: Layout, width: int
+        self,
+        x: Tensor,
+        jobs: Sequence[Job],
+        weight: Int4,
+        layout: Layout,
+        width: int,
+        bias: Tensor | None = None,
     ) -> Tensor:
         from quantport_cpu.jit import int4_batch
 
-        return int4_batch.multiply(int4_batch.quantized(x, layout), jobs, weights, width)
+        rows = int4_batch.quantized(x, layout)
+        return int4_batch.multiply(rows, jobs, weight, width, result_dtype(x, bias))
 
     def by_panels(self, x: Tensor, weight: Int4, spec: WeightSpec) -> Tensor:
         q, token = quantize_per_token(x)  # bf16 holds these codes exactly

@@ -11,7 +11,9 @@ loop of several seconds per GB, which no load can afford.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,18 +22,21 @@ from torch.utils._python_dispatch import _disable_current_modes
 from quantport.backend import Packed, Reason, Refusal, Request, Scheme, WeightSpec, aten, once
 from quantport_cpu.features import usable_features
 from quantport_cpu.jit import why_unavailable
-from quantport_cpu.jit.jobs import PER_TOKEN, Job
+from quantport_cpu.jit.jobs import PER_TOKEN, Job, all_rows
 from quantport_cpu.kernels.base import (
     TINY,
     CpuGrouped,
     RowRange,
     compiled_max_rows,
     has_bf16_dots,
-    jobs_and_weights,
+    jobs_of,
     multiply_by_panels,
-    scales_by_row,
-    select_weights,
+    result_dtype,
+    with_bias,
 )
+
+if TYPE_CHECKING:
+    from quantport_cpu.jit.token_batch import Token
 
 # Up to so many rows:
 _MATRIX_VECTOR_ROWS = 3  # a matrix-vector call for each row beats one matmul
@@ -117,37 +122,48 @@ class CpuInt8(_Int8):
     def small_group_rows(self, spec: WeightSpec) -> int:
         return 0 if why_unavailable() else sys.maxsize
 
+    def run_one(self, token: Token, gate_up: Packed, down: Packed, spec: WeightSpec) -> Tensor:
+        from quantport_cpu.jit import token_batch
+
+        return token_batch.int8(token, gate_up, down)
+
     def run_small_groups(
         self, x: Tensor, groups: Sequence[RowRange], stack: Packed, spec: WeightSpec, shared: int
     ) -> Tensor:
-        jobs, weights = jobs_and_weights(groups, shared, spec.n)
-        codes, channels = (select_weights(part, weights) for part in stack)
-        return _products(x, jobs, codes, channels, shared * spec.n)
+        return _products(x, jobs_of(groups, shared, spec.n), stack, shared * spec.n).to(x.dtype)
 
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
         weight, channel = packed
         if why_unavailable() or not x.shape[0]:
             q, token = quantize_per_token(x)
             y = matmul(q, weight).mul_(token).mul_(channel.view(-1))
-        elif x.shape[0] == 1 and x.dtype is torch.bfloat16 and bias is None:
-            from quantport_cpu.jit import grouped_small_batch
-
-            return grouped_small_batch.int8_row(x, weight, channel)
+        elif x.shape[0] == 1 and bias is None and x.dtype is torch.bfloat16:
+            return _int8_row()(x, weight, channel)
         else:
-            y = _products(x, [Job(0, x.shape[0], 0, 0)], [weight], [channel], spec.n)
-        return (y if bias is None else y.add_(bias)).to(x.dtype)
+            y = _products(x, all_rows(x.shape[0]), packed, spec.n, bias)
+        return with_bias(y, bias, x.dtype)
+
+
+@cache
+def _int8_row() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    from quantport_cpu.jit.grouped_small_batch import int8_row
+
+    return int8_row
 
 
 def _products(
-    x: Tensor, jobs: Sequence[Job], codes: Sequence[Tensor], channels: Sequence[Tensor], width: int
+    x: Tensor, jobs: Sequence[Job], weights: Packed, width: int, bias: Tensor | None = None
 ) -> Tensor:
-    """int8 activations times int8 weights by compiled code, see ``grouped_small_batch.int8_int8``."""
+    """int8 activations times int8 weights by compiled code, see ``grouped_small_batch.int8_int8``; the bias
+    is not added yet.
+    """
     from quantport_cpu.jit import amx_batch, grouped_small_batch
 
-    if amx_batch.takes(jobs, codes[0]):
+    codes, channels = weights
+    if amx_batch.takes(jobs, codes):
         return amx_batch.int8_int8(x, jobs, codes, channels, width)
     rows = grouped_small_batch.quantized_int8(x)  # once for all weights that share them
-    return grouped_small_batch.int8_int8(rows, jobs, codes, channels, width)
+    return grouped_small_batch.int8_int8(rows, jobs, codes, channels, width, result_dtype(x, bias))
 
 
 class CpuInt8WeightOnly(_Int8):
@@ -168,30 +184,36 @@ class CpuInt8WeightOnly(_Int8):
         # for other K, ATen reads past the end
         is_for_aten = x.shape[0] <= _ROWS_BEFORE_INT_MM and x.dtype is torch.bfloat16 and spec.k % 16 == 0
         if 0 < x.shape[0] <= self.small_group_rows(spec):
-            from quantport_cpu.jit import grouped_small_batch
-
-            y = grouped_small_batch.int8(x, [Job(0, x.shape[0], 0, 0)], [weight], spec.n)
-        elif is_for_aten:
-            y = self._by_aten(x, weight)
+            y = self._products(x, all_rows(x.shape[0]), packed, spec.n, bias)
         else:
-            y = self._large_batch(x, weight)
-        y = y.mul_(channel.view(-1))
-        return (y if bias is None else y.add_(bias)).to(x.dtype)
+            y = self._by_aten(x, weight) if is_for_aten else self._large_batch(x, weight)
+            y = y.mul_(channel.view(-1))
+        return with_bias(y, bias, x.dtype)
 
     def small_group_rows(self, spec: WeightSpec) -> int:
         if why_unavailable():
             return 0
         return _ROWS_BEFORE_INT_MM if self._splits_into_digits(spec.k) else compiled_max_rows()
 
+    def run_one(self, token: Token, gate_up: Packed, down: Packed, spec: WeightSpec) -> Tensor:
+        from quantport_cpu.jit import gemv_bytes, token_batch
+
+        return token_batch.codes_of_a_byte(token, gate_up, down, gemv_bytes.INT8, False)
+
     def run_small_groups(
         self, x: Tensor, groups: Sequence[RowRange], stack: Packed, spec: WeightSpec, shared: int
     ) -> Tensor:
-        from quantport_cpu.jit import grouped_small_batch
+        return self._products(x, jobs_of(groups, shared, spec.n), stack, shared * spec.n).to(x.dtype)
 
-        jobs, weights = jobs_and_weights(groups, shared, spec.n)
-        codes = select_weights(stack[0], weights)
-        y = grouped_small_batch.int8(x, jobs, codes, shared * spec.n)
-        return y.mul_(scales_by_row(stack[1], weights, groups, spec.n))
+    @staticmethod
+    def _products(
+        x: Tensor, jobs: Sequence[Job], weights: Packed, width: int, bias: Tensor | None = None
+    ) -> Tensor:
+        from quantport_cpu.jit import grouped_small_batch
+        from quantport_cpu.jit.grouped_small_batch import Scales
+
+        scales = Scales(channels=weights[1])
+        return grouped_small_batch.int8(x, jobs, weights[0], scales, width, result_dtype(x, bias))
 
     @staticmethod
     def _splits_into_digits(k: int) -> bool:
