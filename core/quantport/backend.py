@@ -15,6 +15,7 @@ from quantport.kernels.base import (
     PackedLayout,
     PackedTensor,
     Request,
+    RowFunction,
     StoredWeight,
     WeightSpec,
 )
@@ -69,6 +70,7 @@ __all__ = [
     "Refusal",
     "Rejected",
     "Request",
+    "RowFunction",
     "Scheme",
     "Solver",
     "Stats",

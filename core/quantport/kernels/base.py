@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -28,6 +28,7 @@ from quantport.scheme import Scheme
 
 StoredWeight = dict[str, Tensor]
 Packed = tuple[Tensor, ...]
+RowFunction = Callable[[Tensor], Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -179,6 +180,20 @@ class Kernel(ABC):
         Returns:
             ``[M, N]`` in the dtype of ``x``.
         """
+
+    def row_function(self, packed: Packed, spec: WeightSpec) -> RowFunction | None:
+        """A function for a single row of activations, as ``run`` without a bias, which does once what
+        depends on the weight alone: for layers so small that the call takes as long as the product.
+
+        Args:
+            packed: What ``pack`` returned. The function finds out by itself if it has moved in memory.
+            spec: Scheme and shape; the scheme is not rotated.
+
+        Returns:
+            A function of ``[..., K]``, one row in all, that returns ``[..., N]`` in the dtype of it, or None
+            for what it does not take; or None (the default): there is no such function.
+        """
+        return None
 
     def apply(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
         """Runs on activations as the layer gets them: rotates them first where the scheme is rotated."""

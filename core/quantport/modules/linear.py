@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from quantport.kernels.base import Kernel, WeightSpec
+from quantport.kernels.base import Kernel, Packed, RowFunction, WeightSpec
 from quantport.modules import ops
 from quantport.modules.base import QuantModule
 from quantport.modules.weight_view import WeightView
@@ -39,9 +42,33 @@ class QuantLinear(QuantModule, nn.Linear):
         self.spec = spec
         self.register_parameter("bias", bias)
 
+    def bind(self, kernel: Kernel, others: Mapping[str, Kernel]) -> None:
+        """Takes another kernel, which reads the packed weight as it is."""
+        super().bind(kernel, others)
+        self._row: tuple[Packed | None, RowFunction | None] = None, None  # of which packed weight, and it
+
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``, in the dtype of ``x``."""
-        return ops.linear(self.bound[""], x, self.packed(), self._parameters["bias"])
+        packed, bias = self.packed(), self._parameters["bias"]
+        if bias is None and ops.is_plain_call(x):
+            of, function = self._row
+            if of is not packed:
+                function = self._find_row_function(packed)
+            y = None if function is None else function(x)
+            if y is not None:
+                return y
+        return ops.linear(self.bound[""], x, packed, bias)
+
+    def _find_row_function(self, packed: Packed) -> RowFunction | None:
+        rotates = bool(self.spec.scheme.rotation)
+        function = None if rotates else self.kernel.row_function(packed, self.spec)
+        self._row = packed, function
+        return function
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        del state["_row"]
+        return state
 
     @property
     def weight(self) -> WeightView:  # type: ignore[override]  # of nn.Linear it is a Parameter

@@ -65,6 +65,13 @@ def linear(bound: BoundWeight, x: Tensor, packed: Packed, bias: Tensor | None) -
     return y
 
 
+def is_plain_call(x: Tensor) -> bool:
+    """Whether a call is nothing but that: no graph is made, no gradient wanted, and no autocast on."""
+    if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
+        return False
+    return not (x.requires_grad and torch.is_grad_enabled())
+
+
 def is_autocast(x: Tensor) -> bool:
     """Whether autocast is on for the device of a tensor; there is none for tensors without data."""
     # one call decides where it is off: a question by device costs a text each time

@@ -77,6 +77,11 @@ def compare(kernel: Kernel, jobs: Sequence[Job], where: torch.device) -> str:
     for job in jobs:
         x, bias = job.x.to(where, copy=True), None if job.bias is None else job.bias.to(where, copy=True)
         wrong = _result(kernel.run(x, packed, bias, job.spec), job, where, kernel.tolerance)
+        if not wrong and bias is None and x.shape[0] == 1 and not job.spec.scheme.rotation:
+            function = kernel.row_function(packed, job.spec)
+            y = None if function is None else function(x)
+            wrong = "" if y is None else _result(y, job, where, kernel.tolerance)
+            wrong = wrong and f"row_function {wrong}"
         if wrong or not cases.same_bits(x, job.x):
             shape = (
                 f"[{job.spec.n}, {job.spec.k}] {x.dtype} x {x.shape[0]} rows, "

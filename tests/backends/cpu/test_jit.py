@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from quantport import numerics
+from quantport.kernels.base import Request, WeightSpec
 from quantport.numerics import gguf
 from quantport.numerics.scales import scale_values
+from quantport.plugins.registry import default_registry
 from quantport.scheme import Quant, Scheme
 from quantport.scheme.catalog import BUILTIN
 from quantport.scheme.scheme import GGUF_BYTES
@@ -283,20 +285,35 @@ def test_rows_that_each_thread_reads_are_those_that_are_prepared(
         assert torch.equal(found[1], want.bfloat16())
 
 
+ROW_SCHEMES = ("int8", "int8_weight_only", "fp8_per_block", "fp8_per_tensor", "fp8_weight_only")
+
+
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("shape", [(1, 5), (33, 704), (700, 1027), (3, (1 << 16) + 5)], ids=str)
-def test_a_row_in_one_launch_is_what_two_launches_make_of_it(shape: tuple[int, int], threads: int) -> None:
-    """Each thread quantizes it for itself."""
+@pytest.mark.parametrize("name", [*ROW_SCHEMES, "int4_w4a8", "int4_mse", "int4_weight_only_g32"])
+@pytest.mark.parametrize("shape", [(1, 5), (33, 704), (700, 1027)], ids=str)
+def test_the_function_for_a_row_is_the_kernel(name: str, shape: tuple[int, int], threads: int) -> None:
+    """To the bit; what it does not take, it leaves; a weight that has moved is not read where it was."""
     (n, k), before = shape, torch.get_num_threads()
-    x, codes, channel = torch.randn(1, k).bfloat16(), int8_codes(n, k), torch.rand(n, 1) + 0.1
+    spec, device = WeightSpec(BUILTIN[name], n, k), default_registry().device("cpu")
+    kernels = (each for each in default_registry().kernels("cpu") if each.serves(spec.scheme))
+    kernel = next(each for each in kernels if not each.reasons_against(Request(spec, "linear", device)))
+    packed = kernel.pack(numerics.quantize_weight(torch.randn(n, k).bfloat16(), spec.scheme), spec)
+    function = kernel.row_function(packed, spec)
+    assert function is not None
     torch.set_num_threads(threads)
     try:
-        for scales, row in ((channel, x), (channel[:1], x), (channel, torch.zeros_like(x))):
-            rows = grouped_small_batch.quantized_int8(row)
-            want = grouped_small_batch.int8_int8(rows, [Job(0, 1, 0, 0)], codes, scales, n)
-            assert torch.equal(grouped_small_batch.int8_row(row, codes, scales), want.bfloat16())
+        for x in (torch.randn(1, k).bfloat16(), torch.zeros(1, k).bfloat16()):
+            want = kernel.run(x, packed, None, spec)
+            assert torch.equal(function(x[:, None])[:, 0], want)
+            assert torch.equal(function(x[0]), want[0])
     finally:
         torch.set_num_threads(before)
+    every_other = torch.randn(1, 2 * k).bfloat16()[:, ::2]
+    for other in (x.float(), x.half(), x[:, 1:], x.expand(2, k), x.to("meta"), torch.nn.Parameter(x)):
+        assert function(other) is None
+    assert k == 1 or function(every_other) is None
+    packed[0].set_(packed[0].clone())
+    assert function(x) is None
 
 
 def test_int8_times_int8_in_groups() -> None:

@@ -21,9 +21,9 @@ from quantport_cpu.jit.jobs import PER_TOKEN, Job, all_rows, table
 from quantport_cpu.jit.memory import Array, array, array_of_rows
 from quantport_cpu.jit.parallel_for import threads_for
 from quantport_cpu.jit.quantize_rows import fp32_bits, scratch_bytes
+from quantport_cpu.jit.row_call import RowCall
 from quantport_cpu.jit.small_batch import ONE, padded_fp32, scales_of_128_blocks
 
-_ONE_ROW = table(all_rows(1), 1, 1, 1, 1)
 HALF_RANGE = fp32_bits(PER_TOKEN.element.half_range)
 
 
@@ -93,10 +93,7 @@ def _bytes(
     else:
         values = array(padded_fp32(x, m, columns), torch.float32, m, columns)
     slot = gemv_bytes.slot_bytes(k, m if source[0] else 0)
-    channels, each = ONE, 0
-    if scales.channels is not None:
-        each = scales.channels.shape[-2]
-        channels = array(scales.channels, torch.float32, *several, each, 1)
+    channels, each = _channels(scales, several)
     blocks, out = -(-n // SPAN), torch.empty(m, width, dtype=dtype, device=x.device)
     gemv_bytes.kernel(n_format)(
         blocks * len(jobs),
@@ -228,41 +225,57 @@ def int8_int8(
     return out
 
 
-def int8_row(x: Tensor, codes: Tensor, channel: Tensor) -> Tensor:
-    """One row of bf16 as int8 times one int8 weight, as ``int8_int8`` rounded to bf16: what a token needs,
-    with as little as possible around the launch.
+def int8_row(codes: Tensor, channel: Tensor) -> RowCall:
+    """``int8_int8`` for single rows of bf16 and one weight.
 
     Args:
-        x: bf16 ``[1, K]``, contiguous.
         codes: int8 ``[N, K]``, contiguous.
         channel: fp32 ``[N, 1]``, or ``[1, 1]`` for one scale of all; contiguous.
-
-    Returns:
-        bf16 ``[1, N]``.
     """
-    (n, k), scales, out = codes.shape, len(channel), x.new_empty(1, len(codes))
-    gemm_int8.kernel()(
+    (n, k), scales = codes.shape, len(channel)
+    before = (
+        table(all_rows(1), 1, 1, n, n),
         -(-n // SPAN),
-        _ONE_ROW,
-        1 << 62,  # one job
         array(codes, torch.int8, n, k),
         n,
         k,
         array(channel, torch.float32, scales, 1),
         4 if scales > 1 else 0,
-        0,
+        4 * scales,
         0,
         -(-k // STEP) * STEP * gemm_int8.activation_bytes(),
         0,
         0,
-        array(out, torch.bfloat16, 1, n),
-        n,
-        1,
-        array(x, torch.bfloat16, 1, k),
-        0,
-        1,
-        HALF_RANGE,
-        threads=threads_for(n * k),
-        slot=gemm_int8.slot_bytes(k, 1),
     )
-    return out
+    kernel, slot = gemm_int8.kernel(), gemm_int8.slot_bytes(k, 1)
+    return RowCall(kernel, (codes, channel), before, (2 * k, 1, HALF_RANGE), (n, k), -(-n // SPAN), slot)
+
+
+def bytes_row(n_format: int, codes: Tensor, scales: Scales) -> RowCall:
+    """``fp8`` or ``int8`` for single rows of bf16 and one weight."""
+    n, k = codes.shape
+    channels, each = _channels(scales, ())
+    before = (
+        table(all_rows(1), 1, 1, n, n),
+        -(-n // SPAN),
+        array(codes, (torch.uint8, torch.int8)[n_format], n, k),
+        n,
+        k,
+        *scales_of_128_blocks(scales.blocks, n, k),
+        channels,
+        4 if each > 1 else 0,
+        4 * each,
+        0,
+        4 * -(-k // STEP) * STEP,
+    )
+    kernel, slot = gemv_bytes.kernel(n_format), gemv_bytes.slot_bytes(k, 1)
+    held = [codes, *(t for t in scales if t is not None)]
+    return RowCall(kernel, held, before, (2 * k, 1), (n, k), -(-n // SPAN), slot)
+
+
+def _channels(scales: Scales, several: Sequence[int]) -> tuple[Array, int]:
+    """Scales of channels, and how many of them a weight has; a single one and 0 where there are none."""
+    if scales.channels is None:
+        return ONE, 0
+    each = scales.channels.shape[-2]
+    return array(scales.channels, torch.float32, *several, each, 1), each

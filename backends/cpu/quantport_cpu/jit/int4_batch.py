@@ -13,10 +13,11 @@ from quantport.backend import numerics
 from quantport_cpu.jit import decode as decoding
 from quantport_cpu.jit import gemm_fp32, gemm_int4, int4_rows
 from quantport_cpu.jit.few_rows import SPAN, is_read_by_each_thread
-from quantport_cpu.jit.jobs import PER_TOKEN, Job, table
+from quantport_cpu.jit.jobs import PER_TOKEN, Job, all_rows, table
 from quantport_cpu.jit.memory import Array, array, array_of_rows
 from quantport_cpu.jit.parallel_for import threads_for
 from quantport_cpu.jit.quantize_rows import fp32_bits, scratch_bytes
+from quantport_cpu.jit.row_call import RowCall
 from quantport_cpu.jit.small_batch import empty_fp32, padded_fp32
 
 _FP32_SPAN = 64  # weight rows that a thread takes at a time
@@ -206,6 +207,26 @@ def multiply(
         slot=slot,
     )
     return out
+
+
+def row(weight: Int4, layout: Layout, k: int, digits: int) -> RowCall:
+    """``multiply`` for single rows of ``k`` bf16, as integers of so many digits, and one weight."""
+    n, (stride, sums_at) = len(weight.codes), row_bytes(k, layout, digits)
+    blocks = -(-n // SPAN)
+    before = (
+        table(all_rows(1), 1, 1, n, n),
+        blocks,
+        *weight.arrays(k, layout.group),
+        n,
+        k,
+        0,
+        stride,
+        sums_at,
+        0,
+    )
+    kernel, slot = gemm_int4.kernel(*layout, digits), gemm_int4.slot_bytes(k, 1, stride, digits)
+    held = [part for part in weight if part is not None]
+    return RowCall(kernel, held, before, (2 * k, 1, _HALF_RANGE), (n, k), blocks, slot)
 
 
 def multiply_fp32(x: Tensor, jobs: Sequence[Job], weight: Int4, layout: Layout, width: int) -> Tensor:

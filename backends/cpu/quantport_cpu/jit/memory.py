@@ -69,6 +69,25 @@ def array(tensor: Tensor, dtype: torch.dtype, *shape: int) -> Array:
     return _of(tensor)
 
 
+def row_address(tensor: Tensor, size: int) -> int:
+    """Where ``size`` bf16 begin that are a whole contiguous tensor; 0 for any other, and for fake ones."""
+    if (
+        tensor.dtype is torch.bfloat16
+        and tensor.numel() == size
+        and tensor.shape[-1:] == (size,)
+        and type(tensor) is Tensor
+        and tensor.is_cpu
+        and tensor.is_contiguous()
+    ):
+        return tensor.data_ptr()
+    return 0
+
+
+def places(tensors: Iterable[Tensor]) -> list[int]:
+    """Where the memory of tensors begins: to find out whether it has moved."""
+    return [tensor.data_ptr() for tensor in tensors]
+
+
 def array_of_rows(tensor: Tensor, dtype: torch.dtype, count: int, size: int) -> Array:
     """The memory of ``count`` rows of ``size`` elements, each contiguous, ``tensor.stride(0)`` apart.
 

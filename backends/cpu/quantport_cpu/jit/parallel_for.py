@@ -13,7 +13,7 @@ from __future__ import annotations
 import ctypes
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -161,9 +161,13 @@ class Kernel:
             threads: Native threads that share the blocks.
             slot: Bytes of scratch for each of them.
         """
-        if not has_memory(words):
-            return
-        code, arguments = self._code or self.code, [w.address if type(w) is Array else w for w in words]
+        if has_memory(words):
+            arguments: Any = [w.address if type(w) is Array else w for w in words]
+            self.launch(blocks, arguments, threads, slot, words)
+
+    def launch(self, blocks: int, arguments: Sequence[int], threads: int, slot: int, held: object) -> None:
+        """As a call, over words with addresses: of memory that was checked, and that ``held`` keeps."""
+        code = self._code or self.code
         try:
             frame = self._frames.pop()
         except IndexError:
@@ -175,7 +179,7 @@ class Kernel:
         elif (openmp_parallel := _openmp_parallel()) is not None:
             openmp_parallel(code.address, address, threads, 0)
         else:
-            _run_on_pool(code, address, threads, frame, words)
+            _run_on_pool(code, address, threads, frame, held)
         self._frames.append(frame)  # not one that an interrupt left to others
 
 

@@ -144,6 +144,11 @@ class CpuStacked(GroupedKernel, CpuKernel):
         )
 
 
+def is_plain(packed: Packed) -> bool:
+    """Whether these are plain tensors with memory of their own here."""
+    return all(type(t) is Tensor and t.is_cpu for t in packed)
+
+
 def result_dtype(x: Tensor, bias: Tensor | None) -> torch.dtype:
     """In what compiled code stores products: as asked, or in fp32 where more is done with them."""
     return torch.bfloat16 if bias is None and x.dtype is torch.bfloat16 else torch.float32

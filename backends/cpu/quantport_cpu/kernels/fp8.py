@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from quantport.backend import Packed, Reason, Request, Scheme, WeightSpec
+from quantport.backend import Packed, Reason, Request, RowFunction, Scheme, WeightSpec
 from quantport_cpu.jit import why_unavailable
 from quantport_cpu.jit.jobs import Job, all_rows
 from quantport_cpu.kernels.base import (
@@ -20,6 +20,7 @@ from quantport_cpu.kernels.base import (
     CpuGrouped,
     RowRange,
     compiled_max_rows,
+    is_plain,
     jobs_of,
     multiply_by_panels,
     result_dtype,
@@ -28,6 +29,7 @@ from quantport_cpu.kernels.base import (
 from quantport_cpu.kernels.scratch import scratch
 
 if TYPE_CHECKING:
+    from quantport_cpu.jit.grouped_small_batch import Scales
     from quantport_cpu.jit.token_batch import Token
 
 _BLOCK_ROWS = 256
@@ -73,6 +75,14 @@ class CpuFp8WeightOnly(CpuGrouped):
     def small_group_rows(self, spec: WeightSpec) -> int:
         return 0 if why_unavailable() else compiled_max_rows()
 
+    def row_function(self, packed: Packed, spec: WeightSpec) -> RowFunction | None:
+        if why_unavailable() or not is_plain(packed):
+            return None
+        from quantport_cpu.jit import gemv_bytes, grouped_small_batch
+
+        scales = self._scales(packed[1], spec)
+        return grouped_small_batch.bytes_row(gemv_bytes.E4M3, packed[0], scales)
+
     def run_one(self, token: Token, gate_up: Packed, down: Packed, spec: WeightSpec) -> Tensor:
         from quantport_cpu.jit import gemv_bytes, token_batch
 
@@ -94,11 +104,15 @@ class CpuFp8WeightOnly(CpuGrouped):
         bias: Tensor | None = None,
     ) -> Tensor:
         from quantport_cpu.jit import grouped_small_batch
+
+        scales = CpuFp8WeightOnly._scales(weights[1], spec)
+        return grouped_small_batch.fp8(x, jobs, weights[0], scales, width, result_dtype(x, bias))
+
+    @staticmethod
+    def _scales(scale: Tensor, spec: WeightSpec) -> Scales:
         from quantport_cpu.jit.grouped_small_batch import Scales
 
-        codes, scale = weights
-        scales = Scales(blocks=scale) if spec.scheme.weight.group_size else Scales(channels=scale)
-        return grouped_small_batch.fp8(x, jobs, codes, scales, width, result_dtype(x, bias))
+        return Scales(blocks=scale) if spec.scheme.weight.group_size else Scales(channels=scale)
 
     def _small_batch(self, x: Tensor, codes: Tensor) -> Tensor:
         """Matrix-vector products of rows that are scaled into fp16 by a power of two.

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from quantport.backend import Packed, Reason, Request, Scheme, WeightSpec, aten
+from quantport.backend import Packed, Reason, Request, RowFunction, Scheme, WeightSpec, aten
+from quantport_cpu.jit import why_unavailable
 from quantport_cpu.jit.jobs import PER_TOKEN, Job, all_rows
 from quantport_cpu.kernels.base import (
     CpuGrouped,
     RowRange,
     has_bf16_dots,
+    is_plain,
     jobs_of,
     multiply_by_panels,
     result_dtype,
@@ -77,6 +79,14 @@ class CpuInt4(CpuGrouped):
             rows = int4_batch.split(x, layout)
             return int4_batch.multiply(rows, jobs, weight, width, result_dtype(x, bias))
         return int4_batch.multiply_fp32(x, jobs, weight, layout, width)
+
+    def row_function(self, packed: Packed, spec: WeightSpec) -> RowFunction | None:
+        if why_unavailable() or not is_plain(packed):
+            return None
+        from quantport_cpu.jit import int4_batch, int4_rows
+
+        digits = 1 if self.quantizes_activations else int4_rows.DIGITS
+        return int4_batch.row(int4_batch.Int4(*packed), _layout(spec), spec.k, digits)
 
     def run_one(self, token: Token, gate_up: Packed, down: Packed, spec: WeightSpec) -> Tensor:
         from quantport_cpu.jit import int4_rows, token_batch

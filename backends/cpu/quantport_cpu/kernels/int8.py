@@ -11,15 +11,14 @@ loop of several seconds per GB, which no load can afford.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from quantport.backend import Packed, Reason, Refusal, Request, Scheme, WeightSpec, aten, once
+from quantport.backend import Packed, Reason, Refusal, Request, RowFunction, Scheme, WeightSpec, aten, once
 from quantport_cpu.features import usable_features
 from quantport_cpu.jit import why_unavailable
 from quantport_cpu.jit.jobs import PER_TOKEN, Job, all_rows
@@ -29,6 +28,7 @@ from quantport_cpu.kernels.base import (
     RowRange,
     compiled_max_rows,
     has_bf16_dots,
+    is_plain,
     jobs_of,
     multiply_by_panels,
     result_dtype,
@@ -122,6 +122,13 @@ class CpuInt8(_Int8):
     def small_group_rows(self, spec: WeightSpec) -> int:
         return 0 if why_unavailable() else sys.maxsize
 
+    def row_function(self, packed: Packed, spec: WeightSpec) -> RowFunction | None:
+        if why_unavailable() or not is_plain(packed):
+            return None
+        from quantport_cpu.jit import grouped_small_batch
+
+        return grouped_small_batch.int8_row(*packed)
+
     def run_one(self, token: Token, gate_up: Packed, down: Packed, spec: WeightSpec) -> Tensor:
         from quantport_cpu.jit import token_batch
 
@@ -137,18 +144,9 @@ class CpuInt8(_Int8):
         if why_unavailable() or not x.shape[0]:
             q, token = quantize_per_token(x)
             y = matmul(q, weight).mul_(token).mul_(channel.view(-1))
-        elif x.shape[0] == 1 and bias is None and x.dtype is torch.bfloat16:
-            return _int8_row()(x, weight, channel)
         else:
             y = _products(x, all_rows(x.shape[0]), packed, spec.n, bias)
         return with_bias(y, bias, x.dtype)
-
-
-@cache
-def _int8_row() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    from quantport_cpu.jit.grouped_small_batch import int8_row
-
-    return int8_row
 
 
 def _products(
@@ -194,6 +192,14 @@ class CpuInt8WeightOnly(_Int8):
         if why_unavailable():
             return 0
         return _ROWS_BEFORE_INT_MM if self._splits_into_digits(spec.k) else compiled_max_rows()
+
+    def row_function(self, packed: Packed, spec: WeightSpec) -> RowFunction | None:
+        if why_unavailable() or not is_plain(packed):
+            return None
+        from quantport_cpu.jit import gemv_bytes, grouped_small_batch
+
+        scales = grouped_small_batch.Scales(channels=packed[1])
+        return grouped_small_batch.bytes_row(gemv_bytes.INT8, packed[0], scales)
 
     def run_one(self, token: Token, gate_up: Packed, down: Packed, spec: WeightSpec) -> Tensor:
         from quantport_cpu.jit import gemv_bytes, token_batch
