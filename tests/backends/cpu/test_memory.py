@@ -118,7 +118,7 @@ def test_fake_and_real_memory_do_not_meet() -> None:
     with fake_tensors():
         x = torch.empty(1, 64, device="cpu")
     with pytest.raises(BackendError, match="some of them are fake"):
-        parallel_for.Kernel(encode._quantize)(
+        parallel_for.Kernel(encode._body(encode.INT8))(
             1, array(x, torch.float32, 1, 64), array(codes, torch.int8, 8, 64)
         )
 
@@ -148,7 +148,7 @@ def test_a_tensor_subclass_is_refused() -> None:
 
 def test_a_kernel_takes_no_bare_tensor_and_no_address_of_one() -> None:
     with pytest.raises(TypeError):
-        encode.kernel(1, torch.zeros(4))
+        encode.kernel(encode.INT8)(1, torch.zeros(4))
     room = Path(jit.__file__).parents[1]
     assert [path.name for path in room.rglob("*.py") if "data_ptr" in path.read_text()] == ["memory.py"]
 
@@ -245,7 +245,7 @@ def test_a_kernel_is_compiled_once_by_many_threads(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(
         parallel_for.machine, "compile_object", lambda text: compiled.append(text) or made(text)
     )
-    kernel, found = parallel_for.Kernel(encode._quantize), []
+    kernel, found = parallel_for.Kernel(encode._body(encode.INT8)), []
     threads = [threading.Thread(target=lambda: found.append(kernel.code[1])) for _ in range(8)]
     for thread in threads:
         thread.start()
@@ -260,20 +260,20 @@ def test_a_kernel_is_compiled_once_by_many_threads(monkeypatch: pytest.MonkeyPat
 )
 def test_a_damaged_entry_is_compiled_again(damage, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("QUANTPORT_CACHE_DIR", str(tmp_path))
-    name = store.key(encode._quantize, target.host_target())
-    assert parallel_for.Kernel(encode._quantize).code
+    name = store.key(encode._body(encode.INT8), target.host_target())
+    assert parallel_for.Kernel(encode._body(encode.INT8)).code
     whole = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(damage(whole))
     assert store.read(name) is None
-    assert parallel_for.Kernel(encode._quantize).code
+    assert parallel_for.Kernel(encode._body(encode.INT8)).code
     assert store.read(name) is not None
 
 
 def test_a_whole_entry_is_not_compiled_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("QUANTPORT_CACHE_DIR", str(tmp_path))
-    assert parallel_for.Kernel(encode._quantize).code
+    assert parallel_for.Kernel(encode._body(encode.INT8)).code
     monkeypatch.setattr(parallel_for.machine, "assembly", lambda body: pytest.fail("compiled"))
-    assert parallel_for.Kernel(encode._quantize).code
+    assert parallel_for.Kernel(encode._body(encode.INT8)).code
 
 
 def test_without_a_folder_kernels_are_compiled_in_each_process(
@@ -281,7 +281,7 @@ def test_without_a_folder_kernels_are_compiled_in_each_process(
 ) -> None:
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("QUANTPORT_CACHE_DIR", str(tmp_path / "file" / "cache"))
-    assert parallel_for.Kernel(encode._quantize).code
+    assert parallel_for.Kernel(encode._body(encode.INT8)).code
 
 
 def test_a_user_without_a_home_has_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,9 +309,9 @@ def test_old_entries_of_a_kernel_go(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 def test_the_key_covers_every_source_and_the_processor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = store.key(encode._quantize, target.host_target())
-    assert store.key(encode._quantize, target.host_target()._replace(listed="+avx2")) != first
-    assert store.key(encode._quantize, target.host_target()._replace(name="another")) != first
+    first = store.key(encode._body(encode.INT8), target.host_target())
+    assert store.key(encode._body(encode.INT8), target.host_target()._replace(listed="+avx2")) != first
+    assert store.key(encode._body(encode.INT8), target.host_target()._replace(name="another")) != first
     assert store.key(least_squares._rows, target.host_target()) != first
     package = tmp_path / "jit"
     shutil.copytree(Path(store.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
@@ -322,7 +322,7 @@ def test_the_key_covers_every_source_and_the_processor(
             file.write("\n# another constant\n")
         assert store.sources(package) != before
     monkeypatch.setattr(store, "_IMPORTED", store.sources(package))
-    assert store.key(encode._quantize, target.host_target()) != first
+    assert store.key(encode._body(encode.INT8), target.host_target()) != first
 
 
 def test_the_key_covers_constants_of_other_packages(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -346,7 +346,7 @@ def test_code_of_edited_sources_is_not_kept(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setattr(store, "_IMPORTED", "another digest")
     assert store.read(entry.name) is None
     entry.unlink()
-    assert parallel_for.Kernel(encode._quantize).code
+    assert parallel_for.Kernel(encode._body(encode.INT8)).code
     assert list(tmp_path.iterdir()) == []
 
 

@@ -6,10 +6,13 @@ cache.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numba import njit
 from numba.core import types
 
+from quantport.backend import once
 from quantport_cpu.jit.parallel_for import Kernel, block_count, next_block
 from quantport_cpu.jit.scalars import (
     as_bits,
@@ -100,10 +103,11 @@ def encode(
     is_divide: int,
 ) -> None:
     """Codes of ``count`` bf16: a byte each, or for int4 a nibble each."""
-    scales, inverses = simd.splat(scale, LANES), simd.splat(inverse, LANES)
+    lanes = 8 if is_divide else LANES  # scales that must divide are rare: short code, which compiles sooner
+    scales, inverses = simd.splat(scale, lanes), simd.splat(inverse, lanes)
 
     def body(source: Value, to: Value) -> None:
-        wide = simd.int_op("shl", simd.widen(simd.load(I16, LANES, source), I32), 16)
+        wide = simd.int_op("shl", simd.widen(simd.load(I16, lanes, source), I32), 16)
         q = quotient(simd, simd.bitcast(wide, F32), scales, inverses, is_divide)
         if n_kind == FP8:
             codes = simd.narrow(_encode_e4m3(simd, q, wide), I8)
@@ -111,15 +115,15 @@ def encode(
             codes = simd.narrow(encode_integers(simd, q, -128.0, 127.0, 0), I8)
         else:
             nibbles = simd.narrow(simd.int_op("and_", encode_integers(simd, q, -8.0, 7.0, 8), 15), I8)
-            pairs = simd.bitcast(nibbles, I16, LANES // 2)
+            pairs = simd.bitcast(nibbles, I16, lanes // 2)
             codes = simd.narrow(simd.b.or_(pairs, simd.int_op("lshr", pairs, 4)), I8)
         simd.store(codes, to)
 
     half = I64(1 if n_kind == INT4 else 0)
-    with simd.steps(count, LANES) as i:
+    with simd.steps(count, lanes) as i:
         body(simd.at(source, simd.b.mul(i, I64(2))), simd.at(to, simd.b.lshr(i, half)))
-    with simd.remainder(count, LANES) as (start, length):
-        bounce, out = simd.buffer(2 * LANES), simd.buffer(LANES)
+    with simd.remainder(count, lanes) as (start, length):
+        bounce, out = simd.buffer(2 * lanes), simd.buffer(lanes)
         simd.copy(bounce, simd.at(source, simd.b.mul(start, I64(2))), simd.b.mul(length, I64(2)))
         body(bounce, out)
         size = simd.b.lshr(simd.b.add(length, half), half)
@@ -143,23 +147,13 @@ def _scales(scratch, blocks, out, first, half_range, is_bf16):
         store_uint32(scratch, 2 * blocks + c, as_bits(np.float32(1.0) / as_float(bits)))
 
 
-@njit(error_model="numpy")
+@njit(error_model="numpy", inline="always")
 def _encode_run(source, to, count, scale, inverse, kind):
-    safe = SAFE_SCALES[0] < scale < SAFE_SCALES[1]
-    if kind == FP8:
-        if safe:
-            encode(source, to, count, scale, inverse, FP8, 0)
-        else:
-            encode(source, to, count, scale, inverse, FP8, 1)
-    elif kind == INT8:
-        if safe:
-            encode(source, to, count, scale, inverse, INT8, 0)
-        else:
-            encode(source, to, count, scale, inverse, INT8, 1)
-    elif safe:
-        encode(source, to, count, scale, inverse, INT4, 0)
+    """As ``encode``; ``kind`` is a constant, so that one format is compiled and not all."""
+    if SAFE_SCALES[0] < scale < SAFE_SCALES[1]:
+        encode(source, to, count, scale, inverse, kind, 0)
     else:
-        encode(source, to, count, scale, inverse, INT4, 1)
+        encode(source, to, count, scale, inverse, kind, 1)
 
 
 @njit(error_model="numpy")
@@ -180,39 +174,46 @@ def clear_row_tail(to, k, stride):
     clear(to + ((k + 1) >> 1), stride - ((k + 1) >> 1))
 
 
-def _quantize(frame):
-    """A block is a panel of rows that share scales. Words: see ``quantize._run``."""
-    source, source_stride, n, k = words(frame, 2, 4)
-    rows, cols, to, to_stride = words(frame, 6, 4)
-    out, scratch, scratch_stride, kind, half_range = words(frame, 10, 5)
-    half_range = as_float(half_range)
-    blocks = (k + cols - 1) // cols
-    while True:
-        panel = next_block(frame)
-        if panel >= block_count(frame):
-            break
-        first, last, panel_scratch = (
-            panel * rows,
-            min(n, panel * rows + rows),
-            scratch + panel * scratch_stride,
-        )
-        clear(panel_scratch, 4 * blocks)
-        for row in range(first, last):
-            for c in range(blocks):
-                top = largest_magnitude(source + row * source_stride + 2 * c * cols, min(cols, k - c * cols))
-                store_uint32(panel_scratch, c, max(top, load_uint32(panel_scratch, c)))
-        _scales(panel_scratch, blocks, out, panel * blocks, half_range, kind == INT4)
-        for row in range(first, last):
-            base = to + row * to_stride
-            for c in range(blocks):
-                scale = as_float(load_uint32(panel_scratch, blocks + c))
-                inverse = as_float(load_uint32(panel_scratch, 2 * blocks + c))
-                start, count = c * cols, min(cols, k - c * cols)
-                here = source + row * source_stride + 2 * start
-                byte = start >> 1 if kind == INT4 else start
-                _encode_run(here, base + byte, count, scale, inverse, kind)
-            if kind == INT4:
-                clear_row_tail(base, k, to_stride)
+def _body(kind: int) -> Any:
+    def quantize(frame):
+        source, source_stride, n, k = words(frame, 2, 4)
+        rows, cols, to, to_stride = words(frame, 6, 4)
+        out, scratch, scratch_stride, half_range = words(frame, 10, 4)
+        half_range = as_float(half_range)
+        blocks = (k + cols - 1) // cols
+        while True:
+            panel = next_block(frame)
+            if panel >= block_count(frame):
+                break
+            first, last, panel_scratch = (
+                panel * rows,
+                min(n, panel * rows + rows),
+                scratch + panel * scratch_stride,
+            )
+            clear(panel_scratch, 4 * blocks)
+            for row in range(first, last):
+                for c in range(blocks):
+                    top = largest_magnitude(
+                        source + row * source_stride + 2 * c * cols, min(cols, k - c * cols)
+                    )
+                    store_uint32(panel_scratch, c, max(top, load_uint32(panel_scratch, c)))
+            _scales(panel_scratch, blocks, out, panel * blocks, half_range, kind == INT4)
+            for row in range(first, last):
+                base = to + row * to_stride
+                for c in range(blocks):
+                    scale = as_float(load_uint32(panel_scratch, blocks + c))
+                    inverse = as_float(load_uint32(panel_scratch, 2 * blocks + c))
+                    start, count = c * cols, min(cols, k - c * cols)
+                    here = source + row * source_stride + 2 * start
+                    byte = start >> 1 if kind == INT4 else start
+                    _encode_run(here, base + byte, count, scale, inverse, kind)
+                if kind == INT4:
+                    clear_row_tail(base, k, to_stride)
+
+    return quantize
 
 
-kernel = Kernel(_quantize)
+@once
+def kernel(kind: int) -> Kernel:
+    """The kernel of a format. A block is a panel of rows that share scales. Words: see ``quantize._run``."""
+    return Kernel(_body(kind))

@@ -83,7 +83,7 @@ def _run(x: Tensor, quant: Quant, codes: Tensor, scale: Tensor, threads: int) ->
     kind, scale_dtype, code_dtype = _KINDS[quant.format]
     width = math.ceil(k / 8) if quant.format == "int4" else k
     size = 12 * blocks  # bytes of scratch of one thread at a time
-    encode.kernel(
+    encode.kernel(kind)(
         panels,
         array_of_rows(x, torch.bfloat16, n, k),
         2 * x.stride(0),
@@ -96,7 +96,6 @@ def _run(x: Tensor, quant: Quant, codes: Tensor, scale: Tensor, threads: int) ->
         array(scale, scale_dtype, panels, blocks),
         quantize_rows.scratch_bytes(x, (panels if threads > 1 else 1) * size),
         size if threads > 1 else 0,
-        kind,
         quantize_rows.fp32_bits(quant.element.half_range),
         threads=threads,
     )
