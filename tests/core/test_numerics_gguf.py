@@ -1,4 +1,4 @@
-"""GGUF blocks against gguf-py, ggml's own Python: bytes of q4_0 and q8_0, values of every type. Of q8_k it
+"""GGUF blocks against gguf-py, ggml's own Python: bytes of types of 32, values of every type. Of q8_k it
 knows the size alone: its bytes are those of plain loops.
 """
 
@@ -19,9 +19,16 @@ from quantport.scheme.scheme import GGUF_BYTES
 
 NAMES = tuple(name for name in GGUF_BYTES if name in BUILTIN)
 # offsets of fp16 numbers
+OF_32 = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0")
+LOSS = {"q2_k": -13, "q3_k": -6, "q4_k": 0.7, "q5_k": 5, "q6_k": 10}  # against q4_0, dB; less is worse
 HALVES = {
     "q4_0": (0,),
+    "q4_1": (0, 2),
+    "q5_0": (0,),
+    "q5_1": (0, 2),
     "q8_0": (0,),
+    "q2_k": (80, 82),
+    "q3_k": (108,),
     "q4_k": (0, 2),
     "q5_k": (0, 2),
     "q6_k": (208,),
@@ -118,17 +125,18 @@ def test_values_of_our_own_blocks(name):
         )
 
 
-@pytest.mark.parametrize("name", ["q4_0", "q8_0"])
+@pytest.mark.parametrize("name", OF_32)
 @pytest.mark.parametrize("spread", [0.0, 2.0, 6.0], ids=str)
 def test_bytes_of_a_million_weights(name, spread):
-    x = normal(1024, 1024, spread=spread).clamp(-3e5, 3e5)
+    top = 6e4 if name in ("q4_1", "q5_1") else 3e5  # offsets are fp16 too
+    x = normal(1024, 1024, spread=spread).clamp(-top, top)
     expected = peer("gguf.quants").quantize(x.numpy(), kind(name))
     assert torch.equal(
         numerics.quantize_weight(x, BUILTIN[name])["weight_blocks"], torch.from_numpy(expected)
     )
 
 
-@pytest.mark.parametrize("name", ["q4_0", "q8_0"])
+@pytest.mark.parametrize("name", OF_32)
 def test_bytes_of_ties_zeros_and_small_numbers(name):
     """Halves round away from zero; the first of two largest magnitudes gives the sign; zeros; fp16 subnormals
     and below.
@@ -147,7 +155,7 @@ def test_bytes_of_ties_zeros_and_small_numbers(name):
     assert torch.equal(gguf.quantize(x, BUILTIN[name].weight.element), torch.from_numpy(expected))
 
 
-@pytest.mark.parametrize("name", ["q4_0", "q8_0"])
+@pytest.mark.parametrize("name", OF_32)
 def test_bytes_of_bit_patterns(name):
     """Everything between the largest scale that fp16 holds and the smallest fp32 whose inverse is finite."""
     x = patterns(1 << 20).nan_to_num(0, 0, 0).view(-1, 32)
@@ -158,9 +166,9 @@ def test_bytes_of_bit_patterns(name):
     assert torch.equal(gguf.quantize(x, BUILTIN[name].weight.element), torch.from_numpy(expected))
 
 
-@pytest.mark.parametrize("name", ["q4_k", "q5_k", "q6_k"])
+@pytest.mark.parametrize("name", ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k"])
 def test_quality_of_the_k_types(name):
-    """gguf-py has no quantizer of these. q4_0 at the same 4.5 bits is 0.7 dB worse; a bit more is
+    """gguf-py has no quantizer of these. q4_0 at the same 4.5 bits is 0.7 dB worse; a bit more or less is
     worth 5 dB.
     """
     x = normal(256, 1024, spread=0.3)
@@ -171,7 +179,7 @@ def test_quality_of_the_k_types(name):
             x.square().sum() / (numerics.dequantize_weight(stored, BUILTIN[scheme], 1024) - x).square().sum()
         )
 
-    assert error(name) - error("q4_0") > {"q4_k": 0.7, "q5_k": 5, "q6_k": 10}[name]
+    assert error(name) - error("q4_0") > LOSS[name]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -197,7 +205,7 @@ def test_a_scale_beyond_fp16_is_refused_as_such(name):
         assert "fp8_weight_only" in caught.value.suggestion
 
 
-@pytest.mark.parametrize("name", ["q4_k", "q5_k"])
+@pytest.mark.parametrize("name", ["q2_k", "q3_k", "q4_k", "q5_k"])
 @pytest.mark.parametrize("size", [1e-6, 1e-7, 1e-9])
 def test_scales_too_small_for_fp16_give_zeros_and_nothing_worse(name, size):
     """fp16 ends at 6e-8: a block whose scales vanish is all zero, never an offset without codes."""

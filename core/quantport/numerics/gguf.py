@@ -1,9 +1,9 @@
-"""GGUF block types of weights, q4_0, q8_0, q4_k, q5_k, q6_k, and of activations, q8_0 and q8_k.
+"""GGUF block types of weights, q4_0 to q8_0 and the K types q2_k to q6_k, and of activations, q8_0 and q8_k.
 
 Layouts: ggml ``ggml-common.h``. A weight ``[n, k]`` is stored as uint8 ``[n, ceil(k / block) * bytes]``; a
-short last block is filled with zeros (a GGUF file itself wants k to be a multiple of the block). q4_0, q8_0
-and q8_k are quantized as ggml's reference does, byte for byte; any filling of the other K types is valid, and
-``kquants`` fills them by least squares.
+short last block is filled with zeros (a GGUF file itself wants k to be a multiple of the block). Types of 32
+elements and q8_k are quantized as ggml's reference does, byte for byte; any filling of the other K types is
+valid, and ``kquants`` fills them by least squares.
 """
 
 from __future__ import annotations
@@ -18,6 +18,15 @@ from quantport.scheme.scheme import GGUF_BYTES
 
 CHUNK = 1 << 18
 LARGEST = 128 * 32  # of Q6_K: no value of any type is above its fp16 scale, or offset, times this
+_SCALES_AT = {  # where fp16 numbers are in a block; of the others at its start, and one
+    "q4_1": (0, 4),
+    "q5_1": (0, 4),
+    "q2_k": (80, 84),
+    "q3_k": (108, 110),
+    "q4_k": (0, 4),
+    "q5_k": (0, 4),
+    "q6_k": (208, 210),
+}
 
 
 def quantize(weight: Tensor, element: Format) -> Tensor:
@@ -42,31 +51,104 @@ def dequantize(blocks: Tensor, element: Format, k: int) -> Tensor:
 
 
 def scales(blocks: Tensor, element: Format) -> Tensor:
-    """The scale of every block ``[r, 1]``, of q4_k and q5_k that of its offsets too ``[r, 2]``, as fp32;
+    """The scale of every block ``[r, 1]``, of types with offsets those of the offsets too ``[r, 2]``, as fp32;
     NaN or Inf where the weight held one.
     """
     flat = blocks.reshape(-1, GGUF_BYTES[element.name])
     if element.name == "q8_k":
         return kquants.q8_k_scales(flat)
-    start, end = {"q6_k": (208, 210), "q4_k": (0, 4), "q5_k": (0, 4)}.get(element.name, (0, 2))
+    start, end = _SCALES_AT.get(element.name, (0, 2))
     return kquants.halves(flat[:, start:end])
 
 
-def _quantize_q4_0(x: Tensor) -> Tensor:
-    """Blocks of 32: fp16 d, then codes j (low nibble) and j + 16 (high). The largest magnitude becomes code
-    -8.
+def _centred(x: Tensor, top: int) -> tuple[Tensor, Tensor]:
+    """Codes 0..2 * top - 1 of ``[r, 32]``, and bytes of d: the largest magnitude becomes code 0, which is
+    -top times d.
     """
     extreme = x.gather(1, x.abs().argmax(1, keepdim=True))
-    d = extreme / -8
+    d = extreme / -top
     inverse = torch.where(d == 0, 0.0, 1 / d)
-    q = (x * inverse + 8.5).trunc().clamp_(0, 15).to(torch.uint8)
-    d = torch.where(torch.isfinite(x).all(1, keepdim=True), d, torch.nan)
-    return torch.cat((kquants.half_bytes(d), q[:, :16] | q[:, 16:] << 4), 1)
+    q = (x * inverse + (top + 0.5)).trunc().clamp_(0, 2 * top - 1).to(torch.uint8)
+    return q, kquants.half_bytes(_unless_finite(x, d))
+
+
+def _from_least(x: Tensor, top: int) -> tuple[Tensor, Tensor]:
+    """Codes 0..top of ``[r, 32]`` from the smallest value up, and bytes of d and of that value."""
+    least = x.amin(1, keepdim=True)
+    d = over(x.amax(1, keepdim=True) - least, top)
+    inverse = torch.where(d == 0, 0.0, 1 / d)
+    q = ((x - least) * inverse + 0.5).trunc().clamp_(0, top).to(torch.uint8)
+    return q, torch.cat((kquants.half_bytes(_unless_finite(x, d)), kquants.half_bytes(least)), 1)
+
+
+def _unless_finite(x: Tensor, d: Tensor) -> Tensor:
+    return torch.where(torch.isfinite(x).all(1, keepdim=True), d, torch.nan)
+
+
+def _pack_nibbles(q: Tensor) -> Tensor:
+    """Low nibbles of codes ``[r, 32]``: j low, j + 16 high."""
+    return q[:, :16] & 15 | q[:, 16:] << 4
+
+
+def _unpack_nibbles(packed: Tensor) -> Tensor:
+    return torch.cat((packed & 15, packed >> 4), 1)
+
+
+def _pack_fifth_bits(q: Tensor) -> Tensor:
+    """Bit 4 of codes ``[r, 32]``, eight to a byte, the first lowest."""
+    weights = 1 << torch.arange(8, dtype=torch.uint8, device=q.device)
+    return ((q >> 4).view(-1, 4, 8) * weights).sum(2, dtype=torch.uint8)
+
+
+def _unpack_fifth_bits(packed: Tensor) -> Tensor:
+    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    return (packed.unsqueeze(2) >> shifts & 1).view(-1, 32) << 4
+
+
+def _quantize_q4_0(x: Tensor) -> Tensor:
+    """Blocks of 32: fp16 d, then codes j (low nibble) and j + 16 (high)."""
+    q, d = _centred(x, 8)
+    return torch.cat((d, _pack_nibbles(q)), 1)
 
 
 def _dequantize_q4_0(blocks: Tensor) -> Tensor:
-    q = torch.cat((blocks[:, 2:] & 15, blocks[:, 2:] >> 4), 1)
-    return kquants.halves(blocks[:, :2]) * (q.float() - 8)
+    return kquants.halves(blocks[:, :2]) * (_unpack_nibbles(blocks[:, 2:]).float() - 8)
+
+
+def _quantize_q4_1(x: Tensor) -> Tensor:
+    """Blocks of 32: fp16 d, fp16 least value, then nibbles as q4_0 has them."""
+    q, d = _from_least(x, 15)
+    return torch.cat((d, _pack_nibbles(q)), 1)
+
+
+def _dequantize_q4_1(blocks: Tensor) -> Tensor:
+    return _add_least(_unpack_nibbles(blocks[:, 4:]), blocks)
+
+
+def _quantize_q5_0(x: Tensor) -> Tensor:
+    """Blocks of 32: fp16 d, 4 bytes of fifth bits, then nibbles as q4_0 has them."""
+    q, d = _centred(x, 16)
+    return torch.cat((d, _pack_fifth_bits(q), _pack_nibbles(q)), 1)
+
+
+def _dequantize_q5_0(blocks: Tensor) -> Tensor:
+    q = _unpack_nibbles(blocks[:, 6:]) | _unpack_fifth_bits(blocks[:, 2:6])
+    return kquants.halves(blocks[:, :2]) * (q.float() - 16)
+
+
+def _quantize_q5_1(x: Tensor) -> Tensor:
+    """Blocks of 32: fp16 d, fp16 least value, 4 bytes of fifth bits, then nibbles."""
+    q, d = _from_least(x, 31)
+    return torch.cat((d, _pack_fifth_bits(q), _pack_nibbles(q)), 1)
+
+
+def _dequantize_q5_1(blocks: Tensor) -> Tensor:
+    return _add_least(_unpack_nibbles(blocks[:, 8:]) | _unpack_fifth_bits(blocks[:, 4:8]), blocks)
+
+
+def _add_least(q: Tensor, blocks: Tensor) -> Tensor:
+    d, least = kquants.halves(blocks[:, :4]).split(1, 1)
+    return d * q.float() + least
 
 
 def _quantize_q8_0(x: Tensor) -> Tensor:
@@ -85,7 +167,12 @@ def _dequantize_q8_0(blocks: Tensor) -> Tensor:
 
 _QUANTIZE = {
     "q4_0": _quantize_q4_0,
+    "q4_1": _quantize_q4_1,
+    "q5_0": _quantize_q5_0,
+    "q5_1": _quantize_q5_1,
     "q8_0": _quantize_q8_0,
+    "q2_k": kquants.quantize_q2_k,
+    "q3_k": kquants.quantize_q3_k,
     "q4_k": kquants.quantize_q4_k,
     "q5_k": kquants.quantize_q5_k,
     "q6_k": kquants.quantize_q6_k,
@@ -93,7 +180,12 @@ _QUANTIZE = {
 }
 _DEQUANTIZE = {
     "q4_0": _dequantize_q4_0,
+    "q4_1": _dequantize_q4_1,
+    "q5_0": _dequantize_q5_0,
+    "q5_1": _dequantize_q5_1,
     "q8_0": _dequantize_q8_0,
+    "q2_k": kquants.dequantize_q2_k,
+    "q3_k": kquants.dequantize_q3_k,
     "q4_k": kquants.dequantize_q4_k,
     "q5_k": kquants.dequantize_q5_k,
     "q6_k": kquants.dequantize_q6_k,

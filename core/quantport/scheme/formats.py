@@ -70,7 +70,12 @@ UINT4 = Format("uint4", 4, torch.uint8, 0, 15)
 NF4 = Format("nf4", 4, torch.uint8, -1.0, 1.0)
 FP4 = Format("fp4", 4, torch.uint8, -1.0, 1.0)
 Q4_0 = Format("q4_0", 4, torch.uint8, -8, 7, block=32)
+Q4_1 = Format("q4_1", 4, torch.uint8, 0, 15, block=32)
+Q5_0 = Format("q5_0", 5, torch.uint8, -16, 15, block=32)
+Q5_1 = Format("q5_1", 5, torch.uint8, 0, 31, block=32)
 Q8_0 = Format("q8_0", 8, torch.uint8, -127, 127, block=32)
+Q2_K = Format("q2_k", 2, torch.uint8, 0, 3, block=256)
+Q3_K = Format("q3_k", 3, torch.uint8, -4, 3, block=256)
 Q4_K = Format("q4_k", 4, torch.uint8, 0, 15, block=256)
 Q5_K = Format("q5_k", 5, torch.uint8, 0, 31, block=256)
 Q6_K = Format("q6_k", 6, torch.uint8, -32, 31, block=256)
@@ -96,7 +101,12 @@ FORMATS = {
         NF4,
         FP4,
         Q4_0,
+        Q4_1,
+        Q5_0,
+        Q5_1,
         Q8_0,
+        Q2_K,
+        Q3_K,
         Q4_K,
         Q5_K,
         Q6_K,

@@ -89,7 +89,8 @@ MEANINGS: Mapping[str, str] = MappingProxyType(
         **dict.fromkeys(("mx_fp8", "mx-fp8"), "mxfp8"),
         **dict.fromkeys(("mx_fp4", "mx-fp4", "ocp_mx"), "mxfp4"),
         **dict.fromkeys(("q4_k_m", "q4_k_l", "iq4_xs", "iq4_nl"), "q4_k"),
-        **dict.fromkeys(("q5_k_m", "q5_0", "q5_1"), "q5_k"),
+        "q5_k_m": "q5_k",
+        **dict.fromkeys(("q3_k_m", "q3_k_l"), "q3_k"),
         **dict.fromkeys(("fp16", "float16", "half", "unquantized"), "bf16"),
     }
 )

@@ -15,7 +15,19 @@ from quantport.scheme.quant import RULES, SCALES, SEARCHES, Quant, blocks_of
 from quantport.scheme.solver import Solver
 
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
-GGUF_BYTES = {"q4_0": 18, "q8_0": 34, "q4_k": 144, "q5_k": 176, "q6_k": 210, "q8_k": 292}
+GGUF_BYTES = {
+    "q4_0": 18,
+    "q4_1": 20,
+    "q5_0": 22,
+    "q5_1": 24,
+    "q8_0": 34,
+    "q2_k": 84,
+    "q3_k": 110,
+    "q4_k": 144,
+    "q5_k": 176,
+    "q6_k": 210,
+    "q8_k": 292,
+}
 # What ggml quantizes activations to, by the block of the weight. Source: ``ggml-cpu.c``, ``type_traits_cpu``.
 GGUF_ACTIVATIONS = {32: Quant("q8_0", (1, 32)), 256: Quant("q8_k", (1, 256))}
 ROTATION = 128
