@@ -810,8 +810,8 @@ HALF_A_JOB = (
         "B13",
         "plan knows the modules that a factory makes",
         "core/quantport/loading/plan_model.py",
-        "model, names = build(directory, factory, held, tensors)",
-        "model, names = build(directory, None, held, tensors)",
+        "model, names = build(directory, factory, held, tensors, config=checkpoint.config())",
+        "model, names = build(directory, None, held, tensors, config=checkpoint.config())",
         ("core/test_arguments.py::test_a_plan_knows_the_modules_that_a_factory_makes",),
     ),
     Mutation(

@@ -17,7 +17,7 @@ from quantport.checkpoint.header import TensorInfo
 from quantport.checkpoint.json import read_config, read_json
 from quantport.checkpoint.quantport_format import QuantportFormat
 from quantport.checkpoint.reader import Checkpoint
-from quantport.checkpoint.recognize import BUILTIN_FORMATS, open_source, recognize
+from quantport.checkpoint.recognize import BUILTIN_FORMATS, open_by_format, open_source, recognize
 from quantport.checkpoint.rewritten import Rewrite, rewritten
 from quantport.checkpoint.shard import Fill, Stream, TensorLayout
 from quantport.checkpoint.source import Rows, StoredTensor, TensorSource, VerifiedSource, unchanged
@@ -46,6 +46,7 @@ __all__ = [
     "TensorSource",
     "VerifiedSource",
     "companions",
+    "open_by_format",
     "open_source",
     "read_config",
     "read_json",

@@ -220,7 +220,8 @@ class Coded(Recognized):
         whole = expert is None and n == tensor.shape[0]
         share = n / (tensor.shape[-2] * (tensor.shape[0] if expert is not None else 1))
         size = round(share * self.source.tensors[name].nbytes)
-        return QuantizedWeight(tensor.scheme, (name,), read, tensor.keys if whole else {}, size)
+        keys = tensor.keys if whole else {}
+        return QuantizedWeight(tensor.scheme, (name,), read, keys, size, self.decoded.source)
 
     def kv_cache(self) -> KVCacheConfig:
         """As the format found it."""

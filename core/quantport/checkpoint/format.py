@@ -33,6 +33,7 @@ class QuantizedWeight:
         keys: For each of those tensors the stored one that it is, so that rows of it can be read; empty where
             ``read`` makes them of others.
         size: Bytes that are read for it; None for those of ``tensors``.
+        source: Where ``keys`` are read; None for the source of the checkpoint.
     """
 
     scheme: Scheme
@@ -40,6 +41,7 @@ class QuantizedWeight:
     read: Callable[[], dict[str, Tensor]]
     keys: Mapping[str, str] = field(default_factory=dict)
     size: int | None = None
+    source: TensorSource | None = None
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,19 @@ class Recognized(ABC):
     def kv_cache(self) -> KVCacheConfig:
         """The KV cache that it was saved with."""
         return KVCacheConfig()
+
+    def config(self) -> Mapping[str, Any] | None:
+        """``config.json`` of the model, where the files of the tensors say it themselves; None where
+        ``config.json`` beside them is what counts.
+
+        Raises:
+            CheckpointError: it cannot be made of what they say.
+        """
+        return None
+
+    def pretrained(self) -> Mapping[str, str]:
+        """The arguments with which ``from_pretrained`` of Transformers finds its tokenizer."""
+        return {"pretrained_model_name_or_path": str(self.source.directory)}
 
     def fallback(self) -> str | None:
         """What it was saved to do where a device cannot run a scheme; None where it does not say."""

@@ -38,15 +38,36 @@ def open_source(
         CheckpointError: as `Checkpoint.open`.
     """
     failed: Failures = []
-    for known in () if holds_safetensors(path) else formats:
-        call = partial(known.open, path, headers_only=headers_only)
-        source = _guarded(known, f"open {path}", call, TensorSource, failed)
-        if source is not None:
-            return source, [other for other in formats if all(other is not bad for bad, _ in failed)]
+    source = None if holds_safetensors(path) else _open(path, formats, headers_only, failed)
+    if source is not None:
+        return source, [other for other in formats if all(other is not bad for bad, _ in failed)]
     try:
         return Checkpoint.open(path, headers_only=headers_only), formats
     except CheckpointError as error:
         raise _after(failed, error) from None
+
+
+def open_by_format(
+    path: Path, formats: Sequence[CheckpointFormat], *, headers_only: bool = False
+) -> TensorSource | None:
+    """Opens files that are no safetensors by the first format that has a reader for them; None where none has.
+
+    Raises:
+        CheckpointError: they are of that format, and malformed.
+    """
+    return None if holds_safetensors(path) else _open(path, formats, headers_only, [])
+
+
+def _open(
+    path: Path, formats: Sequence[CheckpointFormat], headers_only: bool, failed: Failures
+) -> TensorSource | None:
+    for known in formats:
+        call = partial(known.open, path, headers_only=headers_only)
+        source = _guarded(known, f"open {path}", call, TensorSource, failed)
+        if source is not None:
+            opened: TensorSource = source
+            return opened
+    return None
 
 
 def recognize(

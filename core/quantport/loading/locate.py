@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from quantport.checkpoint import (
     CheckpointFormat,
     Recognized,
     TensorSource,
+    open_by_format,
     open_source,
     read_config,
     recognize,
@@ -37,7 +38,7 @@ def open_checkpoint(
         headers_only: As for `Checkpoint.open`.
 
     Yields:
-        What it holds, and its ``config.json``.
+        What it holds, and its ``config.json``, or what its files say in place of that.
 
     Raises:
         CheckpointError: nothing is there, or no format recognizes it.
@@ -57,7 +58,27 @@ def _recognized(
     tensors: TensorSource, formats: Sequence[CheckpointFormat], schemes: Schemes
 ) -> tuple[Recognized, dict[str, Any]]:
     config = read_config(tensors.directory)
-    return recognize(tensors, config, schemes, formats), config
+    checkpoint = recognize(tensors, config, schemes, formats)
+    own = checkpoint.config()
+    return checkpoint, config if own is None else dict(own)
+
+
+def pretrained(path: Path, registry: Registry) -> Mapping[str, str]:
+    """The arguments with which ``from_pretrained`` of Transformers finds tokenizer and configuration.
+
+    Raises:
+        CheckpointError: the files are those of a format that has them inside, and malformed.
+    """
+    tensors = None
+    if not (path / "config.json").exists():
+        tensors = open_by_format(path, (*BUILTIN_FORMATS, *registry.formats.values()), headers_only=True)
+    if tensors is None:
+        return {"pretrained_model_name_or_path": str(path)}
+    try:
+        checkpoint, _ = _recognized(tensors, tuple(registry.formats.values()), registry.schemes)
+        return checkpoint.pretrained()
+    finally:
+        tensors.close()
 
 
 def locate(source: object) -> Path:

@@ -160,7 +160,7 @@ def _layers_in(
     directory, tensors = checkpoint.source.directory, checkpoint.source.tensors
     held = dtype or main_dtype(layers, config, target)
     try:
-        model, names = build(directory, factory, held, tensors)
+        model, names = build(directory, factory, held, tensors, config=checkpoint.config())
     except CheckpointError as error:
         if factory is not None:
             raise

@@ -23,6 +23,7 @@ def build(
     dtype: torch.dtype,
     names: Mapping[str, Any],
     say: Callable[[str], None] = lambda _: None,
+    config: Mapping[str, Any] | None = None,
 ) -> tuple[nn.Module, dict[str, str]]:
     """Builds the model on the meta device.
 
@@ -32,6 +33,7 @@ def build(
         dtype: Dtype of floating parameters.
         names: Tensor names of the checkpoint.
         say: Told what is done now, for people who wait.
+        config: Takes the place of ``config.json``.
 
     Returns:
         ``(model, names)``: the model in eval mode, and for each tensor of the checkpoint its name in the
@@ -43,13 +45,13 @@ def build(
     if factory is not None:
         say("building the model")
         return made_by(factory).eval(), {name: name for name in names}
-    if not (directory / "config.json").exists():
+    if config is None and not (directory / "config.json").exists():
         raise CheckpointError(
             f"build the model of {directory}",
             "no config.json",
             "pass model=, a function that makes the module",
         )
-    return _transformers(directory, dtype, names, say)
+    return _transformers(directory, dtype, names, say, config)
 
 
 def made_by(factory: Factory) -> nn.Module:
@@ -78,7 +80,11 @@ def made_by(factory: Factory) -> nn.Module:
 
 
 def _transformers(
-    directory: Path, dtype: torch.dtype, names: Mapping[str, Any], say: Callable[[str], None]
+    directory: Path,
+    dtype: torch.dtype,
+    names: Mapping[str, Any],
+    say: Callable[[str], None],
+    described: Mapping[str, Any] | None,
 ) -> tuple[nn.Module, dict[str, str]]:
     say("importing Transformers")
     try:
@@ -91,7 +97,10 @@ def _transformers(
         ) from None
     suggestion = "another version of Transformers, or model=, a function that makes the module"
     try:
-        config = transformers.AutoConfig.from_pretrained(directory)
+        if described is None:
+            config = transformers.AutoConfig.from_pretrained(directory)
+        else:
+            config = transformers.AutoConfig.for_model(**described)
         for part in (config, *(v for v in vars(config).values() if hasattr(v, "quantization_config"))):
             vars(part).pop("quantization_config", None)  # ours: the modules are placed by quantport
         cls = getattr(

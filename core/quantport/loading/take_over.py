@@ -44,8 +44,9 @@ def take_over_tasks(
     for name, _, _ in step.layer.each:
         spec, weight, kernel = module.specs[name], weights[name], module.kernel_of(name)
         size = sum(source.tensors[t].nbytes for t in weight.tensors) if weight.size is None else weight.size
-        if take is None and weight.keys and kernel.keeps_layout and _may_stay(source, device):
-            yield Task(weight.tensors[0], size, partial(_map, module, name, weight, source))
+        stored = weight.source or source
+        if take is None and weight.keys and kernel.keeps_layout and _may_stay(stored, device):
+            yield Task(weight.tensors[0], size, partial(_map, module, name, weight, stored))
             continue
         layout = None if isinstance(module, QuantExperts) else layout_of(kernel, spec)
         rows = step_rows(spec, module.dtype, layout) if weight.keys else spec.n
@@ -80,7 +81,7 @@ def _steps(
     for start in range(0, spec.n, rows):
         stop = min(start + rows, spec.n)
         some = stored_slices(spec.scheme, spec.k, start, stop)
-        stored = {key: _read(source, name, some[key], device) for key, name in weight.keys.items()}
+        stored = {key: _read(weight.source or source, name, some[key], device) for key, name in weight.keys.items()}
         yield QuantizedRows(start, stop, stored)
 
 

@@ -4,6 +4,7 @@ from quantport.backend import hookimpl
 from quantport.checkpoint import CheckpointFormat
 from quantport_formats.compressed_tensors import CompressedTensors
 from quantport_formats.fp8 import Fp8
+from quantport_formats.gguf import Gguf
 from quantport_formats.gpt_oss import GptOss
 from quantport_formats.modelopt import ModelOpt
 from quantport_formats.mxfp8 import Mxfp8
@@ -13,4 +14,4 @@ from quantport_formats.quark import Quark
 @hookimpl
 def quantport_checkpoint_formats() -> list[CheckpointFormat]:
     """Returns the formats. No two recognize one checkpoint."""
-    return [Fp8(), CompressedTensors(), GptOss(), ModelOpt(), Mxfp8(), Quark()]
+    return [Fp8(), CompressedTensors(), Gguf(), GptOss(), ModelOpt(), Mxfp8(), Quark()]
