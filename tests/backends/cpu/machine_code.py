@@ -108,8 +108,9 @@ def kernels(whole: bool) -> Iterator[tuple[str, Kernel]]:
         yield from ((f"kv_attention.{name}.{t}", kv_attention.kernel(name, 80, 128, t)) for t in (1, 2, 4))
     for name, number in gemv_gguf.NUMBERS.items():
         yield f"gemv_gguf.{name}", gemv_gguf.kernel(name)
-        yield f"gemm_gguf.{name}", gemm_gguf.kernel(name)
-        yield f"gguf_rows.{name}", gguf_rows.kernel(gemm_gguf.rows_kind(number), 2)
+        if name in gemm_gguf.TYPES:
+            yield f"gemm_gguf.{name}", gemm_gguf.kernel(name)
+            yield f"gguf_rows.{name}", gguf_rows.kernel(gemm_gguf.rows_kind(number), 2)
     for name in ("e2m1", "e3m2", "e2m3", "e4m3fn", "fp4", "nf4"):
         for scale, group in (
             (gemv_blocks.E8M0, 32),

@@ -34,7 +34,7 @@ if not UNAVAILABLE:
     from quantport_cpu.jit.grouped_small_batch import Scales
     from quantport_cpu.jit.jobs import Job
 
-GGUF = sorted(name for name in GGUF_BYTES if name in BUILTIN)
+GGUF = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k")
 DECLINED = {"bf16", "int4_hqq"}  # the reference quantizes them
 
 
@@ -344,7 +344,8 @@ def gguf_blocks(name: str, rows: int, columns: int) -> Tensor:
     size = GGUF_BYTES[name] * -(-columns // element.block)
     blocks = torch.randint(0, 256, (rows, size), dtype=torch.uint8)
     flat = blocks.view(-1, GGUF_BYTES[name])
-    scales = {"q6_k": [209], "q4_k": [1, 3], "q5_k": [1, 3]}.get(name, [1])
+    two = ("q4_1", "q5_1", "q4_k", "q5_k")
+    scales = [209] if name == "q6_k" else [1, 3] if name in two else [1]
     flat[:, scales] = torch.where(flat[:, scales] & 0x7C == 0x7C, 0x2A, flat[:, scales])
     return blocks
 

@@ -26,6 +26,7 @@ from quantport_cpu.jit.scalars import words
 from quantport_cpu.jit.simd import F16, F32, I8, I16, I32, I64, Simd, Value, cgutils, inline
 from quantport_cpu.jit.target import host_target
 
+TYPES = ("q4_0", "q8_0", "q4_k", "q5_k", "q6_k")
 LANES = 8
 RUN = 32  # columns of a sub-block of q4_k and q5_k, of a block of q4_0 and q8_0
 
@@ -267,7 +268,7 @@ def _body(n_type: int, size: int, n_rows: int) -> Any:
 
 @once
 def kernel(name: str) -> Kernel:
-    """The kernel of one block type, for any number of rows. A block of the loop is ``span`` weight rows.
+    """The kernel of one of ``TYPES``, for any number of rows. A block of the loop is ``span`` weight rows.
 
     Words: activations as ``gguf_rows`` writes them, their stride, weights, n, blocks of a row, out, its
     stride, rows of x, span.

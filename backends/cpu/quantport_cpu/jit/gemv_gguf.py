@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from llvmlite import ir
 from numba.core import types
 
 from quantport.backend import once
@@ -16,13 +17,23 @@ from quantport_cpu.jit.gemv_blocks import BF16, FP32
 from quantport_cpu.jit.gemv_bytes import PREFETCH_AHEAD
 from quantport_cpu.jit.parallel_for import Kernel, block_count, next_block
 from quantport_cpu.jit.scalars import words
-from quantport_cpu.jit.simd import F16, F32, I8, I32, I64, Simd, Value, cgutils, inline
+from quantport_cpu.jit.simd import F16, F32, I8, I16, I32, I64, Simd, Value, cgutils, inline
 from quantport_cpu.jit.target import host_target
 
-Q4_0, Q8_0, Q4_K, Q5_K, Q6_K = range(5)
-NUMBERS = {"q4_0": Q4_0, "q8_0": Q8_0, "q4_k": Q4_K, "q5_k": Q5_K, "q6_k": Q6_K}
-COLUMNS = (32, 32, 256, 256, 256)  # of a block
-BYTES = (18, 34, 144, 176, 210)
+Q4_0, Q8_0, Q4_K, Q5_K, Q6_K, Q4_1, Q5_0, Q5_1 = range(8)
+NUMBERS = {
+    "q4_0": Q4_0,
+    "q8_0": Q8_0,
+    "q4_k": Q4_K,
+    "q5_k": Q5_K,
+    "q6_k": Q6_K,
+    "q4_1": Q4_1,
+    "q5_0": Q5_0,
+    "q5_1": Q5_1,
+}
+COLUMNS = (32, 32, 256, 256, 256, 32, 32, 32)  # of a block
+BYTES = (18, 34, 144, 176, 210, 20, 22, 24)
+_LOWEST = {Q4_0: -8.0, Q5_0: -16.0}  # value of code 0, in steps; other types of 32 store it
 LANES = 16
 TILE_M = 4
 
@@ -78,10 +89,8 @@ def _scales(simd: Simd, block: Value) -> tuple[Value, Value]:
 
 def _runs(simd: Simd, block: Value, n_type: int) -> Iterator[_Run]:
     """The codes of a block, 16 columns after 16 columns."""
-    if n_type == Q4_0:
-        d = _half(simd, block)
-        step, low = simd.splat(d, LANES), simd.splat(simd.b.fmul(d, F32(-8.0)), LANES)
-        yield from (_Run(_nibbles(simd, simd.at(block, 2), high), step, low) for high in (False, True))
+    if n_type in (Q4_0, Q4_1, Q5_0, Q5_1):
+        yield from _runs_of_nibbles(simd, block, n_type)
     elif n_type == Q8_0:
         step = simd.splat(_half(simd, block), LANES)
         yield from (_Run(_codes(simd, simd.at(block, 2 + LANES * i), True), step, None) for i in (0, 1))
@@ -89,6 +98,25 @@ def _runs(simd: Simd, block: Value, n_type: int) -> Iterator[_Run]:
         yield from _runs_q6_k(simd, block)
     else:
         yield from _runs_with_offsets(simd, block, n_type)
+
+
+def _runs_of_nibbles(simd: Simd, block: Value, n_type: int) -> Iterator[_Run]:
+    """Types of 32 with 4 bits, and with 5, whose fifth bits are in four bytes before the nibbles."""
+    d, codes = _half(simd, block), BYTES[n_type] - LANES
+    lowest = _LOWEST.get(n_type)
+    low = _half(simd, simd.at(block, 2)) if lowest is None else simd.b.fmul(d, F32(lowest))
+    for high in (False, True):
+        values = _nibbles(simd, simd.at(block, codes), high)
+        if n_type in (Q5_0, Q5_1):
+            values = simd.b.or_(values, _fifth_bits(simd, simd.at(block, codes - 4 + 2 * high)))
+        yield _Run(values, simd.splat(d, LANES), simd.splat(low, LANES))
+
+
+def _fifth_bits(simd: Simd, address: Value) -> Value:
+    """16 bits, the lowest first, as bit 4 of int32."""
+    wide = simd.splat(simd.b.zext(simd.load(I16, 0, address), I32), LANES)
+    each = simd.b.lshr(wide, ir.Constant(wide.type, list(range(LANES))))
+    return simd.int_op("shl", simd.int_op("and_", each, 1), 4)
 
 
 def _runs_with_offsets(simd: Simd, block: Value, n_type: int) -> Iterator[_Run]:

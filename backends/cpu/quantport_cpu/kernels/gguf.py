@@ -1,4 +1,5 @@
-"""GGUF blocks: q4_0, q8_0, q4_k, q5_k and q6_k, with activations of 16 bits, or of 8 in blocks of their own.
+"""GGUF blocks: types of 32 and q4_k, q5_k and q6_k, with activations of 16 bits; of most of them with 8, in
+blocks of their own.
 
 Weights stay as they are stored. Few rows of 16-bit activations are multiplied in one pass over the blocks;
 for many, panels of rows that stay in cache are decoded. Those of 8 bits are multiplied as integers, block by
@@ -15,7 +16,8 @@ from torch import Tensor
 from quantport.backend import Packed, Reason, Refusal, Request, Scheme, WeightSpec, aten, numerics
 from quantport_cpu.kernels.base import CpuStacked, has_bf16_dots, multiply_by_panels, why_unavailable_on
 
-_TYPES = ("q4_0", "q8_0", "q4_k", "q5_k", "q6_k")
+_BY_INTEGERS = ("q4_0", "q8_0", "q4_k", "q5_k", "q6_k")
+_TYPES = (*_BY_INTEGERS, "q4_1", "q5_0", "q5_1")
 # Up to this many rows:
 _SMALL_BATCH = 32  # multiplying blocks beats decoding panels
 _EXACT_ROWS = 48  # products of integers beat those of bf16, where the processor has them
@@ -61,6 +63,8 @@ class CpuGgufInt8(CpuGguf):
     quantizes_activations = True
 
     def serves(self, scheme: Scheme) -> bool:
+        if scheme.weight.format not in _BY_INTEGERS:
+            return False
         return super().serves(scheme) and scheme.activation == scheme.weight_only.option("a8").activation
 
     def reasons_against(self, request: Request) -> Sequence[Reason]:
