@@ -57,7 +57,9 @@ def test_a_wrong_option_is_told_what_works(asked, suggestion):
     ("name", "precision", "activations"),
     [
         ("q4_0", "W4A8", "q8_0 per 1x32"),
+        ("q5_1", "W5A8", "q8_0 per 1x32"),
         ("q8_0", "W8A8", "q8_0 per 1x32"),
+        ("q2_k", "W2A8", "q8_k per 1x256"),
         ("q4_k", "W4A8", "q8_k per 1x256"),
         ("q5_k", "W5A8", "q8_k per 1x256"),
         ("q6_k", "W6A8", "q8_k per 1x256"),

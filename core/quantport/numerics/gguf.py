@@ -51,7 +51,7 @@ def dequantize(blocks: Tensor, element: Format, k: int) -> Tensor:
 
 
 def scales(blocks: Tensor, element: Format) -> Tensor:
-    """The scale of every block ``[r, 1]``, of types with offsets those of the offsets too ``[r, 2]``, as fp32;
+    """The scale of every block ``[r, 1]``, of types with offsets that of the offsets too ``[r, 2]``, in fp32:
     NaN or Inf where the weight held one.
     """
     flat = blocks.reshape(-1, GGUF_BYTES[element.name])
@@ -147,8 +147,8 @@ def _dequantize_q5_1(blocks: Tensor) -> Tensor:
 
 
 def _add_least(q: Tensor, blocks: Tensor) -> Tensor:
-    d, least = kquants.halves(blocks[:, :4]).split(1, 1)
-    return d * q.float() + least
+    both = kquants.halves(blocks[:, :4])
+    return both[:, :1] * q.float() + both[:, 1:]
 
 
 def _quantize_q8_0(x: Tensor) -> Tensor:

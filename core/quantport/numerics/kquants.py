@@ -13,7 +13,14 @@ from torch import Tensor
 from quantport.numerics.scales import over
 from quantport.numerics.search import fold, least_squares_grid
 
-FACTORS = (1.0, 0.95, 0.9, 0.85, 0.8, 1.05)  # tried scales without offsets, relative to the extreme of a sub-block
+FACTORS = (
+    1.0,
+    0.95,
+    0.9,
+    0.85,
+    0.8,
+    1.05,
+)  # tried scales without offsets, relative to the extreme of a sub-block
 
 
 def half_bytes(x: Tensor) -> Tensor:
@@ -94,7 +101,7 @@ def _unpack_pairs(b: Tensor) -> Tensor:
 
 
 def quantize_q2_k(x: Tensor) -> Tensor:
-    """``[r, 256]`` to ``[r, 84]``: 16 bytes of scales (low) and offsets (high), 64 bytes of codes, d, dmin."""
+    """``[r, 256]`` to ``[r, 84]``: 16 bytes of scales (low) and offsets (high), 64 of codes, d, dmin."""
     q, sc, m, d = _sub_blocks(x, 3, 16, 15)
     return torch.cat((sc | m << 4, _pack_pairs(q), d.view(torch.uint8)), 1)
 
@@ -160,7 +167,7 @@ def dequantize_q5_k(blocks: Tensor) -> Tensor:
 
 
 def _signed_sub_blocks(x: Tensor, top: int, most: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes -top..top - 1 of ``[r, 256]`` in sub-blocks of 16; scales -most..most - 1 ``[r, 16]``; fp16 d."""
+    """Codes -top..top - 1 of ``[r, 256]`` in sub-blocks of 16; scales -most..most - 1 ``[r, 16]``; d."""
     parts = x.view(-1, 16, 16)
     extreme = parts.gather(2, parts.abs().argmax(2, keepdim=True))
     best, scale = torch.zeros_like(extreme), torch.zeros_like(extreme)

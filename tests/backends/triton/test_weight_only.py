@@ -39,7 +39,7 @@ def error(y, x, stored, spec, bias=None):
 
 def test_it_is_for_every_format_but_those_of_gguf():
     left = {scheme.name for scheme in BUILTIN.values() if not KERNEL.serves(scheme)}
-    assert left == {"q4_0", "q8_0", "q4_k", "q5_k", "q6_k", "bf16"}
+    assert left == {name for name in BUILTIN if name.startswith("q")} | {"bf16"}
     assert {BUILTIN[name].weight.format for name in SCHEMES} == set(FORMATS)
 
 

@@ -60,7 +60,12 @@ nvfp4_weight_only      W    W    W   W   W   W
 nf4                    W    W    W   W   W   W
 fp4                    W    W    W   W   W   W
 q4_0                   d    d    d   d   d   d
+q4_1                   d    d    d   d   d   d
+q5_0                   d    d    d   d   d   d
+q5_1                   d    d    d   d   d   d
 q8_0                   d    d    d   d   d   d
+q2_k                   d    d    d   d   d   d
+q3_k                   d    d    d   d   d   d
 q4_k                   d    d    d   d   d   d
 q5_k                   d    d    d   d   d   d
 q6_k                   d    d    d   d   d   d
