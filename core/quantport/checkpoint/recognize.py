@@ -50,7 +50,7 @@ def open_source(
 def open_by_format(
     path: Path, formats: Sequence[CheckpointFormat], *, headers_only: bool = False
 ) -> TensorSource | None:
-    """Opens files that are no safetensors by the first format that has a reader for them; None where none has.
+    """Opens files that are no safetensors by the first format that has a reader for them; None without one.
 
     Raises:
         CheckpointError: they are of that format, and malformed.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,13 +42,18 @@ def hushed() -> Iterator[None]:
             logs.enable_progress_bar()
 
 
-def tokenizer(directory: Path) -> Any:
-    """The tokenizer of a checkpoint directory.
+def tokenizer(directory: Path, place: Mapping[str, str] | None = None) -> Any:
+    """The tokenizer of a checkpoint directory, or of a file that has one inside.
+
+    Args:
+        directory: Of the checkpoint, or the file.
+        place: The arguments with which Transformers finds it, where that takes more than the directory.
 
     Raises:
         CheckpointError: it has no config, or no tokenizer that can be read.
     """
-    if not (directory / "config.json").exists():
+    place = place or {"pretrained_model_name_or_path": str(directory)}
+    if len(place) == 1 and not (directory / "config.json").exists():
         found = (
             "no config.json there"
             if directory.is_dir()
@@ -61,7 +66,7 @@ def tokenizer(directory: Path) -> Any:
         )
     read_config(directory)  # its own error: Transformers blames the tokenizer
     try:
-        return _transformers(f"run {directory}").AutoTokenizer.from_pretrained(directory)
+        return _transformers(f"run {directory}").AutoTokenizer.from_pretrained(**place)
     except QuantportError:
         raise
     except Exception as error:  # Transformers and tokenizers raise a zoo of types, plain Exception among them
@@ -138,12 +143,13 @@ def sample(directory: Path, base: Path, text: Path | None) -> Sample:
         raise ConfigError(f"--text {path}", found, "a readable file of plain text in UTF-8") from None
 
 
-def positions(directory: Path) -> int | None:
+def positions(directory: Path, place: Mapping[str, str] | None = None) -> int | None:
     """The longest text that the model of a checkpoint takes, in tokens; None when its configuration does not
-    say.
+    say. Arguments as for `tokenizer`.
     """
     try:
-        config = _transformers(f"run {directory}").AutoConfig.from_pretrained(directory)
+        place = place or {"pretrained_model_name_or_path": str(directory)}
+        config = _transformers(f"run {directory}").AutoConfig.from_pretrained(**place)
     except Exception:  # loading says what is wrong with it
         return None
     most = getattr(config.get_text_config(), "max_position_embeddings", None)

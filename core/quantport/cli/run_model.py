@@ -20,8 +20,9 @@ from quantport.cli.plans import plan_page
 from quantport.errors import ConfigError, SaveError
 from quantport.loading import quantize_checkpoint
 from quantport.loading.compiled_step import MAX_LENGTH
-from quantport.loading.locate import locate
+from quantport.loading.locate import locate, pretrained
 from quantport.planning.memory import parse_size
+from quantport.plugins.registry import default_registry
 
 
 @dataclass(frozen=True)
@@ -88,10 +89,11 @@ def run(request: Request, text: Text, comparison: Comparison | None, form: str) 
     """Loads, generates and compares. In a terminal the text is shown before the rest is measured."""
     directory = locate(request.model)
     with baseline.hushed():
-        tokenizer = baseline.tokenizer(directory)
+        place = pretrained(directory, default_registry())
+        tokenizer = baseline.tokenizer(directory, place)
         chat = baseline.chats(tokenizer) if text.chat is None else text.chat
         ids = _prompt(tokenizer, text.prompt, chat)
-        positions = baseline.positions(directory)
+        positions = baseline.positions(directory, place)
         _fits(positions, ids, text.tokens)
         against = _prepare(comparison, directory, tokenizer, positions) if comparison else None
         torch.manual_seed(text.seed)

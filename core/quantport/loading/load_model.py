@@ -152,9 +152,7 @@ def prepared(
             if quantized:
                 parsed = with_stored(checkpoint, parsed, registry.schemes)
             compute, source = dtype or main_dtype(layers, described, target), checkpoint.source
-            built, names = build(
-                source.directory, model, compute, source.tensors, say, checkpoint.config()
-            )
+            built, names = build(source.directory, model, compute, source.tensors, say, checkpoint.config())
             say("choosing kernels")
             layers = find_renamed_experts(layers, names, source.tensors)
             dtypes = HeldDtypes(built, compute, factory=model is not None)

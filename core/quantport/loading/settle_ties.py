@@ -55,6 +55,7 @@ def settle_ties(
     quantized = checkpoint.quantized()
     codes = {tensor for weights in quantized.values() for w in weights.values() for tensor in w.tensors}
     stored = {names[tensor]: tensor for tensor in source.tensors if tensor not in codes}
+    placed = {names[tensor] for tensor in source.tensors}
     together = [{layer.name, *layer.tied} for layer in layers]
     first: dict[str, str] = {}  # weight that others are tied to -> the stored tensor that stands for them all
     copies: dict[str, str] = {}
@@ -66,7 +67,8 @@ def settle_ties(
 
     for target, other in said_ties(model).items():
         ends = {name.removesuffix(".weight") for name in (target, other)}
-        if ends & set(quantized) and not any(ends <= tied for tied in together):
+        has_own = target in placed or not checkpoint.converts
+        if ends & set(quantized) and has_own and not any(ends <= tied for tied in together):
             untie(model, target)  # as it was saved
         if target not in stored or ends & set(quantized):
             continue

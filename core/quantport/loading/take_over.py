@@ -81,7 +81,9 @@ def _steps(
     for start in range(0, spec.n, rows):
         stop = min(start + rows, spec.n)
         some = stored_slices(spec.scheme, spec.k, start, stop)
-        stored = {key: _read(weight.source or source, name, some[key], device) for key, name in weight.keys.items()}
+        stored = {
+            key: _read(weight.source or source, name, some[key], device) for key, name in weight.keys.items()
+        }
         yield QuantizedRows(start, stop, stored)
 
 

@@ -1,7 +1,7 @@
 """``config.json`` of a model, made of the metadata of its GGUF file, by Transformers' own table.
 
-Transformers' ``load_gguf_checkpoint`` (5.23) reads the same table; what that leaves out is added here: experts
-of Mixtral, widths of experts, heads that are not as wide as usual, and the scaling of positions.
+Transformers' ``load_gguf_checkpoint`` (5.23) reads the same table; what that leaves out is added here:
+experts of Mixtral, widths of experts, heads that are not as wide as usual, and the scaling of positions.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ _MORE = {
 }
 _MIXTRAL = {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"}
 _TOKENS = ("bos", "eos", "padding", "unknown")
-_WIDEST_GEMMA = 62  # layers of Gemma 3 27B, which alone divides scores by the root of its hidden size per head
+_WIDEST_GEMMA = (
+    62  # layers of Gemma 3 27B, which alone divides scores by the root of its hidden size per head
+)
 
 
 def config_of(source: GgufSource) -> dict[str, Any]:
@@ -39,7 +41,7 @@ def config_of(source: GgufSource) -> dict[str, Any]:
     """
     family, values = source.family, source.values
     out = _translated(source)
-    for key, name in {**_MORE, **(_MIXTRAL if family.experts else {})}.items():
+    for key, name in {**_MORE, **(_MIXTRAL if family.model_type == "mixtral" else {})}.items():
         found = values.get(f"{source.architecture}.{key}")
         if type(found) is int and found > 0:
             out.setdefault(name, found)
@@ -59,7 +61,12 @@ def config_of(source: GgufSource) -> dict[str, Any]:
             out[{"padding": "pad", "unknown": "unk"}.get(name, name) + "_token_id"] = number
     _of_positions(source, out)
     hidden, heads = out.get("hidden_size"), out.get("num_attention_heads")
-    if family.model_type == "gemma3_text" and out.get("num_hidden_layers") == _WIDEST_GEMMA and hidden and heads:
+    if (
+        family.model_type == "gemma3_text"
+        and out.get("num_hidden_layers") == _WIDEST_GEMMA
+        and hidden
+        and heads
+    ):
         out["query_pre_attn_scalar"] = hidden // heads
     limits.check_config(out, source.asked)
     return out
@@ -145,13 +152,13 @@ def notices(source: GgufSource, config: Mapping[str, Any] | None) -> tuple[str, 
         source: The files.
         config: What `config_of` makes of them; None where ``config.json`` says it.
     """
-    out = []
+    out: list[str] = []
     decoded: dict[str, int] = {}
     for weight in source.weights.values():
         if weight.is_decoded:
             decoded[weight.kind.name] = decoded.get(weight.kind.name, 0) + 1
-    for kind, count in sorted(decoded.items()):
-        out.append(f"{count} tensors of type {kind} are decoded to 16 bits: no scheme has their numbers")
+    for name, count in sorted(decoded.items()):
+        out.append(f"{count} tensors of type {name} are decoded to 16 bits: no scheme has their numbers")
     scaled = config is None or config.get("rope_scaling") or config.get("rope_parameters")
     kind = source.values.get(f"{source.architecture}.rope.scaling.type")
     if not scaled and (source.rope or kind not in (None, "none")):

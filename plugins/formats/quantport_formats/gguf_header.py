@@ -11,6 +11,7 @@ import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO, NoReturn
@@ -214,7 +215,7 @@ class _Reader:
                 )
             placed[name] = GgufTensor(shape, kind, base + offset, base + offset + size)
         ordered = sorted(placed.items(), key=lambda item: item[1].start)
-        for (before, first), (name, second) in zip(ordered, ordered[1:], strict=False):
+        for (before, first), (name, second) in pairwise(ordered):
             if second.start < first.end:
                 self.bad(f"tensors {before!r} and {name!r} overlap", "tensors side by side in the file")
         return MappingProxyType(dict(ordered))

@@ -1,7 +1,8 @@
 """Names of GGUF's tensors as Transformers has them, by architecture, and what is done to the tensors of one.
 
-Sources: ``gguf.get_tensor_name_map`` of gguf 0.19 (a test compares), and llama.cpp's ``convert_hf_to_gguf.py``:
-``LlamaModel.permute`` of the rows of q and k, and ``Gemma3Model.modify_tensors``, which adds one to norms.
+Sources: ``gguf.get_tensor_name_map`` of gguf 0.19 (a test compares), and llama.cpp's
+``convert_hf_to_gguf.py``: ``LlamaModel.permute`` of the rows of q and k, and ``Gemma3Model.modify_tensors``,
+which adds one to norms.
 """
 
 from __future__ import annotations
@@ -131,4 +132,6 @@ def place_of(name: str, family: Family) -> Place | None:
         return None
     layer, stem, leaf = int(match[1]), match[2], match[3]
     module = family.layers.get(stem) or family.experts.get(stem)
-    return module and Place(f"model.layers.{layer}.{module}.{leaf}", stem, layer, stem in family.experts)
+    if module is None:
+        return None
+    return Place(f"model.layers.{layer}.{module}.{leaf}", stem, layer, stem in family.experts)

@@ -69,7 +69,10 @@ def find_files(path: Path) -> tuple[Path, ...]:
     """
     asked = f"open the checkpoint {path}"
     if path.is_dir():
-        names = sorted(child for child in path.iterdir() if child.name.endswith(".gguf"))
+        try:
+            names = sorted(child for child in path.iterdir() if child.name.endswith(".gguf"))
+        except OSError:
+            return ()  # who opens it says why
         matches = {child: _SHARD.fullmatch(child.name) for child in names}
         models = {match["stem"] if match else child.name for child, match in matches.items()}
         if len(models) > 1:
@@ -207,7 +210,9 @@ class GgufSource:
         keys = ["attention.head_count"]
         if stem == "attn_k":
             keys.insert(0, "attention.head_count_kv")
-        found = next((v for k in keys if (v := self.values.get(f"{self.architecture}.{k}")) is not None), None)
+        found = next(
+            (v for k in keys if (v := self.values.get(f"{self.architecture}.{k}")) is not None), None
+        )
         if isinstance(found, list):
             found = found[layer] if layer < len(found) else None
         if type(found) is not int or found < 1 or shape[0] % (2 * found):
@@ -256,7 +261,7 @@ class GgufSource:
         size = weight.shape[0] // weight.heads
         start, stop = first // size * size, -(-last // size) * size
         stored = self._raw.read(name, slice(start, stop))
-        pairs = stored.unflatten(0, (-1, size // 2, 2))
+        pairs = stored.view(-1, size // 2, 2, *stored.shape[1:])
         return pairs.transpose(1, 2).flatten(0, 2)[first - start : last - start].contiguous()
 
     def release(self, name: str, rows: Rows | None = None) -> None:
@@ -276,7 +281,8 @@ def _decode(blocks: Tensor, kind: GgmlType, asked: str) -> Tensor:
     """Values of blocks, as the library has them: fp32."""
     quants: Any = library(asked, "gguf.quants")
     enum = library(asked, "gguf").GGMLQuantizationType
-    return torch.from_numpy(quants.dequantize(blocks.numpy(), enum[kind.name]).copy())
+    values: Tensor = torch.from_numpy(quants.dequantize(blocks.numpy(), enum[kind.name]).copy())
+    return values
 
 
 def library(asked: str, module: str = "gguf") -> Any:
