@@ -9,6 +9,8 @@ from format_checks import Made, converts, keeps, overlays, quantizable, tiny
 import quantport
 from quantport.errors import CheckpointError
 
+CHECKED_BY = "by hand"
+
 
 def quantized(kind: str, scales: str, static: bool = False, dtype: torch.dtype = torch.float32) -> Made:
     """By hand: ``value = code * scale`` in fp32."""
