@@ -35,17 +35,17 @@ class CodedTensor:
     Attributes:
         shape: Of the weight.
         dtype: In which a model holds it that does not quantize it.
-        scheme: What its numbers are.
+        scheme: What its numbers are; None where no scheme holds them: the weight can only be decoded.
         tensors: The stored tensors that it is made of.
         keys: For each key of ``scheme.layout`` the stored tensor that it is as it stands, of a matrix; empty
             where ``read`` makes them.
         read: Makes the tensors of ``scheme.layout`` for rows that begin and end with blocks of the scheme;
-            None where ``keys`` names them.
+            None where ``keys`` names them. Without a scheme it gives any rows, as fp32 ``weight``.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    scheme: Scheme
+    scheme: Scheme | None
     tensors: tuple[str, ...]
     keys: Mapping[str, str] = field(default_factory=dict)
     read: ReadCodes | None = None
@@ -117,6 +117,7 @@ class DecodedSource:
             CheckpointError: they are not what the scheme stores.
         """
         tensor, k = self.coded[name], self.coded[name].shape[-1]
+        assert tensor.scheme is not None  # `Coded.quantized` names no others
         if tensor.read is not None:
             stored = dict(tensor.read(expert, rows))
         else:
@@ -135,6 +136,9 @@ class DecodedSource:
     def _values(self, name: str, tensor: CodedTensor, expert: int | None, rows: slice) -> Tensor:
         n, k = tensor.shape[-2:]
         start, stop, _ = rows.indices(n)
+        if tensor.scheme is None:
+            assert tensor.read is not None
+            return tensor.read(expert, slice(start, stop))["weight"]
         block = alignment(tensor.scheme, 0)
         first, last = start // block * block, min(n, -(-stop // block) * block)
         stored = self.stored(name, expert, slice(first, last))
@@ -176,8 +180,6 @@ class Coded(Recognized):
         notices: For people: what of the checkpoint is not used as it was meant.
     """
 
-    converts = True
-
     def __init__(
         self,
         format_name: str,
@@ -188,7 +190,7 @@ class Coded(Recognized):
         kv_cache: KVCacheConfig | None = None,
         notices: Iterable[str] = (),
     ) -> None:
-        self.decoded = DecodedSource(source, coded, unlisted)
+        self.decoded, self.converts = DecodedSource(source, coded, unlisted), bool(coded)
         super().__init__(format_name, self.decoded)
         self._kv_cache, self._notices = kv_cache or KVCacheConfig(), tuple(notices)
 
@@ -201,21 +203,23 @@ class Coded(Recognized):
         return find_layers(self.source.tensors)
 
     def quantized(self) -> Mapping[str, Mapping[str, QuantizedWeight]]:
-        """The layers all of whose weights are stored as codes."""
+        """The layers all of whose weights are stored as codes that a scheme holds."""
         return self._quantized
 
     @cached_property
     def _quantized(self) -> dict[str, dict[str, QuantizedWeight]]:
         out = {}
+        kept = {name for name, tensor in self.decoded.coded.items() if tensor.scheme is not None}
         for layer in self._layers:
             names = {part.tensor for parts in layer.parts.values() for part in parts}
-            if layer.kind != "other" and names <= self.decoded.coded.keys():
+            if layer.kind != "other" and names <= kept:
                 out[layer.name] = {weight: self._weight(layer, weight, n) for weight, n, _ in layer.each}
         return out
 
     def _weight(self, layer: Layer, weight: str, n: int) -> QuantizedWeight:
         name, expert, start, _ = layer.part(weight)
         tensor, first = self.decoded.coded[name], start or 0
+        assert tensor.scheme is not None
         read = partial(self.decoded.stored, name, expert, slice(first, first + n))
         whole = expert is None and n == tensor.shape[0]
         share = n / (tensor.shape[-2] * (tensor.shape[0] if expert is not None else 1))

@@ -149,7 +149,7 @@ def prepared(
         with collecting_later():
             layers = checkpoint.layers()
             quantized = checkpoint.quantized()
-            if quantized:
+            if checkpoint.converts or quantized:
                 parsed = with_stored(checkpoint, parsed, registry.schemes)
             compute, source = dtype or main_dtype(layers, described, target), checkpoint.source
             built, names = build(source.directory, model, compute, source.tensors, say, checkpoint.config())

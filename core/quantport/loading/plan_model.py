@@ -106,7 +106,7 @@ def plan(
         with as_usual(), open_checkpoint(path_or_id, registry, headers_only=True) as (checkpoint, described):
             layers, open_questions = _layers_in(checkpoint, described, target, dtype, model)
             source, format_name = named(path_or_id), checkpoint.format_name
-            if checkpoint.quantized():
+            if checkpoint.converts or checkpoint.quantized():
                 parsed = with_stored(checkpoint, parsed, registry.schemes)
                 stored = stored_schemes(checkpoint, layers)
                 open_questions = (*checkpoint.notices(), *open_questions)

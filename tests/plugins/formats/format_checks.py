@@ -132,6 +132,11 @@ def converts(made: Made, folder: Path, scheme: str = "int8") -> None:
     model = quantport.load(folder, scheme, device="cpu")
     target = quantport.plan(folder, scheme, device="cpu")
     assert all(s.note.startswith("from ") for s in target.quantized if not s.stored)
+    is_made_of(made, model, scheme)
+
+
+def is_made_of(made: Made, model: torch.nn.Module, scheme: str) -> None:
+    """Checks that each weight of a model is what a scheme makes of the values of a checkpoint."""
     for name, (found, values) in held(model).items():
         if name in made.values:
             assert found == scheme
