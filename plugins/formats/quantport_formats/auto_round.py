@@ -65,7 +65,11 @@ class AutoRound(CheckpointFormat):
 def _settings(said: Mapping[str, Any], less_one: bool) -> Settings:
     """What holds for every layer."""
     extra = said.get("extra_config")
-    own = [entry for entry in extra.values() if isinstance(entry, Mapping)] if isinstance(extra, Mapping) else []
+    own = (
+        [entry for entry in extra.values() if isinstance(entry, Mapping)]
+        if isinstance(extra, Mapping)
+        else []
+    )
     symmetric = said.get("sym") is True and all(entry.get("sym", True) is True for entry in own)
     return Settings(
         bits=None if own else number(said, "auto-round", "bits"),

@@ -251,5 +251,7 @@ def test_any_configuration_is_read_or_refused(changes, two_layers):
 
 @pytest.fixture(scope="module")
 def two_layers(tmp_path_factory):
-    with contextlib.closing(Checkpoint.open(stored(4, 64, True).write(tmp_path_factory.mktemp("g")))) as source:
+    with contextlib.closing(
+        Checkpoint.open(stored(4, 64, True).write(tmp_path_factory.mktemp("g")))
+    ) as source:
         yield source
