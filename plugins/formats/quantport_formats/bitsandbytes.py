@@ -1,6 +1,6 @@
 """bitsandbytes: NF4 and FP4 of QLoRA, with scales that may be quantized themselves, and LLM.int8().
 
-4 bits: ``weight`` uint8 ``[n * k / 2, 1]``, the first code of a byte in its high bits; blocks of the flattened
+4 bits: ``weight`` uint8 ``[n * k / 2, 1]``, the first code of a byte in its high bits; blocks of the flat
 weight, whose scales are ``weight.absmax`` fp32, or uint8 with ``nested_absmax`` for 256 of them: ``scale =
 nested_quant_map[code] * nested_absmax + nested_offset``. The shape and the size of blocks stand only in
 ``weight.quant_state.bitsandbytes__nf4`` (or ``__fp4``), JSON as bytes, which is therefore read at once.
@@ -26,7 +26,6 @@ from quantport.checkpoint import CheckpointFormat, Coded, CodedTensor, Recognize
 from quantport.checkpoint.json import parse_object
 from quantport.errors import CheckpointError, shown
 from quantport.numerics.codebooks import codebook, lookup
-
 from quantport.scheme.catalog import Schemes
 from quantport_formats.common import held_dtype, need, quant_method
 
@@ -67,7 +66,7 @@ def _notices(four: list[_FourBits], coded: Mapping[str, CodedTensor], eight: int
         out.append(f"scales of {nested} weights, stored in 8 bits, are held in fp32, to the same values")
     if decoded:
         out.append(
-            f"{len(decoded)} weights ({decoded[0]}, ...) are decoded: blocks that share a scale reach over rows"
+            f"{len(decoded)} weights ({decoded[0]}, ...) are decoded: blocks of one scale reach over rows"
         )
     if eight:
         out.append(

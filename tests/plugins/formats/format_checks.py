@@ -78,6 +78,7 @@ class Made:
         schemes: The scheme that each of them is kept in, where it is not the same for all.
         scheme: The scheme that they are kept in.
         files: Further files.
+        metadata: ``__metadata__`` of the file.
     """
 
     config: dict[str, Any]
@@ -86,11 +87,13 @@ class Made:
     scheme: str = ""
     schemes: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
+    metadata: dict[str, str] = field(default_factory=dict)
 
     def write(self, folder: Path) -> Path:
         """Writes it as a folder of safetensors."""
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.contiguous() for k, v in self.tensors.items()}, folder / "model.safetensors")
+        contiguous = {k: v.contiguous() for k, v in self.tensors.items()}
+        save_file(contiguous, folder / "model.safetensors", self.metadata or None)
         (folder / "config.json").write_text(json.dumps(self.config), encoding="utf-8")
         for name, text in self.files.items():
             (folder / name).write_text(text, encoding="utf-8")

@@ -1,6 +1,6 @@
 """AutoRound checkpoints in each of its packings; that they are read as AutoRound does is checked with layers
 that its modules packed and multiplied (0.16.1: ``qlinear_torch_zp.py`` and ``qlinear_torch.py`` of
-``auto_round_extension/torch``; the values are the outputs for the unit matrix, in fp32), in
+``auto_round_extension/torch``; the values are the outputs for the unit matrix, in fp32, the first 16), in
 ``data/auto_round.safetensors``.
 """
 
@@ -94,7 +94,8 @@ def test_layers_that_autoround_packed(tmp_path):
             config = {"quantization_config": {**said, "packing_format": packing}}
             found = AutoRound().recognize(source, config, BUILTIN)
             assert found is not None
-            assert same_bits(found.source.read("x_proj.weight"), every[f"{case}.values"]), case
+            values = found.source.read("x_proj.weight")
+            assert same_bits(values[:16], every[f"{case}.values"]), case
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,9 @@ def stored(version: str, group: int, kind: str = "llama", dtype: torch.dtype = t
         else:
             count = -(-scales.shape[1] // 8) * 8
             parts = (words(codes.t(), 4).t(), words(widened(zeros, count).t(), 4).t(), widened(scales, count))
-        tensors |= {f"{stem}.{key}": part for key, part in zip(("qweight", "qzeros", "scales"), parts, strict=True)}
+        tensors |= {
+            f"{stem}.{key}": part for key, part in zip(("qweight", "qzeros", "scales"), parts, strict=True)
+        }
         values[name] = value
         block = "channel" if group in (-1, weight.shape[1]) else f"g{group}"
         schemes[name] = f"int4_weight_only:{block}:fp32:asym"

@@ -1,5 +1,6 @@
 """GPTQ checkpoints of both versions, made by hand; that the formulas are the library's is checked with layers
-that GPTQModel 7.7 packed and dequantized (``data/gptq.safetensors``).
+that GPTQModel 7.7 packed (``TorchLinear``), saved as either version and dequantized with scales in fp32, the
+first 16 rows: ``data/gptq.safetensors``.
 """
 
 from __future__ import annotations
@@ -154,7 +155,7 @@ def test_layers_of_other_bits(tmp_path):
 def test_layers_that_gptqmodel_packed(tmp_path):
     every = load_file(PACKED)
     cases = sorted({name.partition(".")[0] for name in every})
-    assert len(cases) == 12
+    assert len(cases) == 8
     for case in cases:
         bits, version = int(case[1]), "gptq_v2" if "v2" in case else "gptq"
         folder = tmp_path / case
@@ -166,7 +167,8 @@ def test_layers_that_gptqmodel_packed(tmp_path):
         with contextlib.closing(Checkpoint.open(folder)) as source:
             found = Gptq().recognize(source, {"quantization_config": said}, BUILTIN)
             assert found is not None
-            assert same_bits(found.source.read("x_proj.weight"), every[f"{case}.values"]), case
+            values = found.source.read("x_proj.weight")
+            assert same_bits(values[:16], every[f"{case}.values"]), case
             some = found.source.read("x_proj.weight", slice(3, 10))
             assert same_bits(some, every[f"{case}.values"][3:10]), case
 

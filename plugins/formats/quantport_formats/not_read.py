@@ -1,0 +1,61 @@
+"""Formats that are known and not read: whoever opens such a checkpoint is told what it is, and what to do.
+
+Sources: the documentation of Transformers (``quantization/overview``); vLLM's ``deepspeedfp.py``, which
+quantizes 16-bit weights while loading; msModelSlim, ``quant_model_description.json``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from quantport.checkpoint import CheckpointFormat, Recognized, TensorSource, read_json
+from quantport.errors import CheckpointError
+from quantport.scheme.catalog import Schemes
+from quantport_formats.common import quant_method
+
+_DESCRIPTION = "quant_model_description.json"
+_METHODS = {
+    "hqq": ("HQQ: codes with zero points that are no integers", "scheme='int4_hqq', of the 16-bit original"),
+    "quanto": (
+        "optimum-quanto: tensors of its own classes",
+        "scheme='int8_weight_only', of the 16-bit original",
+    ),
+    "eetq": (
+        "EETQ: codes in the order of its GPU kernels",
+        "scheme='int8_weight_only', of the 16-bit original",
+    ),
+    "deepspeedfp": (
+        "DeepSpeedFP: a configuration that says what to do while loading, over weights in 16 bits",
+        "scheme='fp6' or scheme='fp8_weight_only', and config.json without quantization_config",
+    ),
+    "aqlm": ("AQLM: additive code books", "scheme='int4_weight_only', of the 16-bit original"),
+    "vptq": ("VPTQ: vector code books", "scheme='int4_weight_only', of the 16-bit original"),
+    "spqr": ("SpQR: codes beside sparse outliers", "scheme='int4_weight_only', of the 16-bit original"),
+    "higgs": ("HIGGS: rotated vector code books", "scheme='int4:hadamard', of the 16-bit original"),
+    "bitnet": ("BitNet: ternary weights", "the 16-bit master weights of the model, where it has them"),
+}
+
+
+class NotRead(CheckpointFormat):
+    """Refuses HQQ, optimum-quanto, EETQ, DeepSpeedFP, AQLM, VPTQ, SpQR, HIGGS, BitNet and msModelSlim."""
+
+    name = "not-read"
+
+    def recognize(
+        self, source: TensorSource, config: Mapping[str, Any], schemes: Schemes
+    ) -> Recognized | None:
+        """Returns None.
+
+        Raises:
+            CheckpointError: it is a checkpoint of one of these formats.
+        """
+        found = _METHODS.get(quant_method(config))
+        types = read_json(source.directory / _DESCRIPTION)
+        kinds = sorted({kind for kind in types.values() if isinstance(kind, str) and kind.startswith("W")})
+        if found is None and kinds:
+            what = f"msModelSlim: {_DESCRIPTION} names {', '.join(kinds)}"
+            found = (what, "scheme='int8' (W8A8), or scheme='int4_w4a8' (W4A8), of the 16-bit original")
+        if found is None:
+            return None
+        raise CheckpointError(f"open the checkpoint {source.directory}", *found)
