@@ -224,7 +224,7 @@ class CheckpointFormat(ABC):
         """Says whether a checkpoint is of this format, from names, shapes and configuration alone.
 
         Args:
-            source: The tensors; none is read.
+            source: The tensors; none is read but what says in JSON what others are.
             config: ``config.json``; empty where there is none.
             schemes: Every scheme that is known.
 
