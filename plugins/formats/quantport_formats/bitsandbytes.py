@@ -119,7 +119,7 @@ class _FourBits:
 
     def _check_nested(self, state: str, said: Mapping[str, Any], blocks: int) -> None:
         offset, size = said.get("nested_offset"), said.get("nested_blocksize")
-        if type(offset) not in (int, float) or size != _NESTED_BLOCK:
+        if isinstance(offset, bool) or not isinstance(offset, int | float) or size != _NESTED_BLOCK:
             found = f"nested_offset {shown(offset)}, nested_blocksize {shown(size)}"
             raise _refusal(self.source, state, found, f"a number, and {_NESTED_BLOCK}")
         try:

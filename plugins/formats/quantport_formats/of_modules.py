@@ -52,6 +52,7 @@ def of_modules(
         for module in modules:
             group = group_of(module)
             weight = coded[f"{module}.weight"] = weights.read(module, group)
+            assert weight.scheme is not None  # `Weights.read` holds each in a scheme
             notices |= dict.fromkeys(of_activations(group, weight.scheme))
     used = {name for weight in coded.values() for name in weight.tensors}
     for name in weights.source.tensors:

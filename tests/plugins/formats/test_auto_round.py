@@ -26,6 +26,8 @@ from quantport.errors import CheckpointError
 from quantport.scheme.catalog import BUILTIN
 from quantport_formats.auto_round import AutoRound
 
+CHECKED_BY = "AutoRound 0.16.1"
+
 PACKED = Path(__file__).parent / "data" / "auto_round.safetensors"
 
 

@@ -27,6 +27,8 @@ from quantport.errors import CheckpointError
 from quantport.scheme.catalog import BUILTIN
 from quantport_formats.awq import Awq
 
+CHECKED_BY = "AutoAWQ 0.2.9"
+
 PACKED = Path(__file__).parent / "data" / "awq.safetensors"
 ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 

@@ -24,6 +24,8 @@ from quantport.errors import CheckpointError
 from quantport.scheme.catalog import BUILTIN
 from quantport_formats.bitsandbytes import Bitsandbytes
 
+CHECKED_BY = "bitsandbytes"
+
 STATE = "quant_state.bitsandbytes__"
 
 

@@ -27,6 +27,8 @@ from quantport.errors import CheckpointError
 from quantport.scheme.catalog import BUILTIN
 from quantport_formats.gptq import Gptq
 
+CHECKED_BY = "GPTQModel 7.7"
+
 PACKED = Path(__file__).parent / "data" / "gptq.safetensors"
 
 

@@ -34,6 +34,8 @@ from quantport.errors import CheckpointError
 from quantport.scheme.catalog import BUILTIN
 from quantport_formats.torchao import TorchAo
 
+CHECKED_BY = "torchao"
+
 ASYMMETRIC = {"granularity": PerGroup(32), "mapping_type": MappingType.ASYMMETRIC}
 CASES: dict[str, tuple[Any, str]] = {
     "int8": (Int8WeightOnlyConfig(version=2), "int8_weight_only:channel:fp32"),
