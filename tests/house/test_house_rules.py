@@ -89,6 +89,7 @@ DOORS = {
     "cli/app.py",
     "cli/bench_linear.py",
     "cli/doctor.py",
+    "cli/run_model.py",
     "loading/kv_caches.py",
     "loading/load_model.py",
     "loading/plan_model.py",

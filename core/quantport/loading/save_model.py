@@ -81,7 +81,8 @@ def format_named(name: str, registry: Registry | None) -> CheckpointFormat:
     Raises:
         SaveError: there is none of this name.
     """
-    formats = {f.name: f for f in (*BUILTIN_FORMATS, *(registry or default_registry()).formats.values())}
+    registry = registry or default_registry()
+    formats = {f.name: f for f in (*BUILTIN_FORMATS, *registry.formats.values())}
     writable = [n for n, f in formats.items() if type(f).write is not CheckpointFormat.write]
     if name not in writable:
         found = "a format that is only read" if name in formats else "no such format"
