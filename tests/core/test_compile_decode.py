@@ -39,7 +39,7 @@ def traced(model, max_length=64):
 @pytest.mark.parametrize("scheme", ["int8", "int4_weight_only"])
 @pytest.mark.parametrize("path", [DENSE, MOE], ids=lambda p: p.name)
 def test_the_same_tokens_from_one_graph_for_every_length(path, scheme):
-    model = quantport.load(path, scheme)
+    model = quantport.load(path, scheme, dtype=torch.float32)  # in BF16 two of the tokens have equal logits
     eager = [generate(model), generate(model, IDS[:, :7], 20)]
     traced(model)
     compiled = [generate(model), generate(model, IDS[:, :7], 20)]
