@@ -1,7 +1,7 @@
 """Three quantized checkpoints, of three libraries, each kept as it is, converted, and added to.
 
-Run it from the root of the repository: ``python examples/checkpoints/keep_convert_add.py DIRECTORY``. It needs
-``pip install 'quantport[transformers]' bitsandbytes torchao``.
+Run it from the root of the repository: ``python examples/checkpoints/keep_convert_add.py DIRECTORY``. It
+needs ``pip install 'quantport[transformers]' bitsandbytes torchao``.
 """
 
 from __future__ import annotations
