@@ -6,6 +6,7 @@ from importlib import import_module
 
 import pytest
 import torch
+from cpu_schemes import DECLINED
 from torch import Tensor
 
 from quantport import numerics
@@ -35,7 +36,6 @@ if not UNAVAILABLE:
     from quantport_cpu.jit.jobs import Job
 
 GGUF = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k")
-DECLINED = {"bf16", "int4_hqq"}  # the reference quantizes them
 
 
 def served() -> list[Scheme]:

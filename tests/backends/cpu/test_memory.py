@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cpu_schemes import DECLINED
 from torch import Tensor
 
 from quantport import numerics
@@ -45,7 +46,7 @@ if not UNAVAILABLE:
     from quantport_cpu.jit.jobs import Job
     from quantport_cpu.jit.memory import array
 
-SCHEMES = [s for s in BUILTIN.values() if s.name not in ("bf16", "int4_hqq")]
+SCHEMES = [s for s in BUILTIN.values() if s.name not in DECLINED]
 DEFAULTS = [torch.bfloat16, torch.float16, torch.float64]
 
 
