@@ -312,6 +312,7 @@ def test_json_is_stable_and_plain():
     data = json.loads(first.to_json())
     keys = [
         "source",
+        "format",
         "device",
         "rows",
         "why",

@@ -17,6 +17,8 @@ import quantport
 from quantport.cli import compare
 from quantport.scheme.catalog import BUILTIN
 
+UNMEASURED = {"q4_1", "q5_0", "q5_1", "q2_k", "q3_k"}  # which GGUF files hold; plans say "not known" of them
+
 ROOT = Path(__file__).parents[2]
 MODELS = ROOT / "examples" / "models"
 DATA = json.loads((ROOT / "benchmarks" / "results" / "quality.json").read_text(encoding="utf-8"))
@@ -51,9 +53,8 @@ def test_perplexity(scheme, bound):
 
 def test_every_scheme_has_a_complete_row():
     hadamard = {f"{s.name}:hadamard" for s in BUILTIN.values() if "hadamard" in s.options}
-    assert {*BUILTIN, *hadamard, "nvfp4:mse", "nf4:double", "fp4:double", "mxfp4:mse", "mxfp8:floor"} <= set(
-        ROWS
-    )
+    options = {"nvfp4:mse", "nf4:double", "fp4:double", "mxfp4:mse", "mxfp8:floor"}
+    assert {*BUILTIN, *hadamard, *options} - UNMEASURED <= set(ROWS)
     for row in DATA["rows"]:
         models = {"tiny-llama", "tiny-qwen3-moe"}
         assert set(row["models"]) == set(row["bits_in"]) == models
@@ -65,6 +66,8 @@ def test_every_scheme_has_a_complete_row():
 
 def test_the_table_is_of_the_schemes_as_they_are():
     for name, scheme in BUILTIN.items():
+        if name in UNMEASURED:
+            continue
         assert ROWS[name]["bits"] == pytest.approx(8 * scheme.bytes(4096, 4096) / 4096**2, abs=1e-3)
         assert ROWS[name]["precision"] == scheme.precision
 

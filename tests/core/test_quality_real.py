@@ -22,6 +22,7 @@ from quantport.scheme import Solver
 from quantport.scheme.catalog import BUILTIN
 from quantport.scheme.quality import NEAR_LOSSLESS, NOTICEABLE, Quality, QualityClass, measured_quality
 
+UNMEASURED = {"q4_1", "q5_0", "q5_1", "q2_k", "q3_k"}  # which GGUF files hold; plans say "not known" of them
 ROOT = Path(__file__).parents[2]
 DATA = json.loads((ROOT / "benchmarks" / "results" / "quality_real.json").read_text(encoding="utf-8"))
 ROWS = {row["name"]: row for row in DATA["rows"]}
@@ -41,7 +42,8 @@ def page():
 
 def test_every_scheme_and_option_was_measured():
     hadamard = {f"{s.name}:hadamard" for s in BUILTIN.values() if "hadamard" in s.options}
-    assert {*BUILTIN, *hadamard, "nvfp4:mse", "nf4:double", "fp4:double", "mxfp4:mse"} <= set(ROWS)
+    options = {"nvfp4:mse", "nf4:double", "fp4:double", "mxfp4:mse"}
+    assert {*BUILTIN, *hadamard, *options} - UNMEASURED <= set(ROWS)
     assert all(m["kl"] >= 0 and m["kl_se"] >= 0 for m in MEASURED.values())
     for name, row in ROWS.items():
         scheme = BUILTIN[name.removesuffix(":16")]
@@ -67,7 +69,7 @@ def test_look_up(name, page):
 
 def test_what_a_device_falls_back_to_was_measured():
     for scheme in BUILTIN.values():
-        assert measured_quality(scheme.weight_only) or scheme.name == "q4_k", scheme.name
+        assert measured_quality(scheme.weight_only) or scheme.name in UNMEASURED | {"q4_k"}, scheme.name
 
 
 class Mine(Solver):

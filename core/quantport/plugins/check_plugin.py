@@ -18,7 +18,7 @@ from quantport.kvcache.kernel import KVKernel
 from quantport.plugins import hookspecs
 from quantport.plugins.hookspecs import Backend
 
-COMMANDS = ("bench", "devices", "doctor", "matrix", "plan", "quantize", "run")
+COMMANDS = ("bench", "devices", "doctor", "inspect", "matrix", "plan", "quantize", "run")
 HOOKS = tuple(name for name in vars(hookspecs) if name.startswith("quantport_"))
 _UNORDERED = ("wrapper", "hookwrapper", "tryfirst", "trylast")
 # Attributes that authors may still set under the names that they had.

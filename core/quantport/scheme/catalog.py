@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
@@ -82,8 +82,7 @@ def _by_name(solvers: Iterable[Solver], schemes: Mapping[str, str]) -> Mapping[s
     for solver in solvers:
         nameless = not isinstance(solver.name, str) or solver.name.split() != [solver.name]
         others = {*OPTIONS, *by_name, *schemes}
-        taken = solver.name in others or solver.name.lower() in others or is_group_size(solver.name)
-        if nameless or ":" in solver.name or taken:
+        if nameless or ":" in solver.name or _is_taken(solver.name, others):
             raise ConfigError(
                 f"solver {solver.name!r}",
                 "the name is that of an option, of a scheme or of another solver, or has a colon or a space",
@@ -91,6 +90,10 @@ def _by_name(solvers: Iterable[Solver], schemes: Mapping[str, str]) -> Mapping[s
             )
         by_name[solver.name] = solver
     return MappingProxyType(by_name)
+
+
+def _is_taken(name: str, others: Container[str]) -> bool:
+    return name in others or name.lower() in others or is_group_size(name)
 
 
 def _fp8() -> tuple[Scheme, ...]:

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from quantport.checkpoint import CheckpointFormat, Recognized, TensorSource, read_json
+import torch
+
+from quantport.checkpoint import CheckpointFormat, Recognized, StoredTensor, TensorSource, read_json
 from quantport.errors import CheckpointError
 from quantport.scheme.catalog import Schemes
 from quantport_formats.common import quant_method
@@ -37,6 +39,13 @@ _METHODS = {
 }
 
 
+_ONLINE = ("deepspeedfp",)  # what says how to quantize weights in 16 bits
+
+
+def _is_codes(info: StoredTensor) -> bool:
+    return info.dtype in (torch.int8, torch.uint8, torch.int16, torch.int32) and len(info.shape) > 1
+
+
 class NotRead(CheckpointFormat):
     """Refuses HQQ, optimum-quanto, EETQ, DeepSpeedFP, AQLM, VPTQ, SpQR, HIGGS, BitNet and msModelSlim."""
 
@@ -50,7 +59,12 @@ class NotRead(CheckpointFormat):
         Raises:
             CheckpointError: it is a checkpoint of one of these formats.
         """
-        found = _METHODS.get(quant_method(config))
+        method = quant_method(config)
+        found = _METHODS.get(method)
+        if found is not None and method not in _ONLINE and not any(map(_is_codes, source.tensors.values())):
+            return None  # a stale configuration, which is refused as that
+        if found is not None:
+            found = (f"it is quantized already, quant_method {method!r}. {found[0]}", found[1])
         types = read_json(source.directory / _DESCRIPTION)
         kinds = sorted({kind for kind in types.values() if isinstance(kind, str) and kind.startswith("W")})
         if found is None and kinds:

@@ -24,6 +24,7 @@ def refused(made: Made, folder) -> CheckpointError:
 @pytest.mark.parametrize("method", _METHODS)
 def test_a_format_is_refused_by_name(method, tmp_path):
     config, tensors = tiny()
+    tensors["model.layers.0.mlp.up_proj.codes"] = torch.ones(4, 4, dtype=torch.uint8)
     made = Made({**config, "quantization_config": {"quant_method": method}}, tensors, {})
     error = refused(made, tmp_path)
     assert method in error.found.lower().replace("optimum-", "")
