@@ -268,7 +268,8 @@ def test_a_config_that_is_no_json(tmp_path):
 
 def test_quantize_of_what_is_quantized(small, tmp_path):
     ask("quantize", small, tmp_path / "once", "--scheme", "int8", "--json")
-    assert "already" in parts(ask("quantize", tmp_path / "once", tmp_path / "twice", code=2))["found"]
+    again = ask("quantize", tmp_path / "once", tmp_path / "twice", "--scheme", "nf4", code=2)
+    assert "already" in parts(again)["found"]
     assert not (tmp_path / "twice").exists()
 
 
