@@ -60,9 +60,9 @@ class NotRead(CheckpointFormat):
             CheckpointError: it is a checkpoint of one of these formats.
         """
         method = quant_method(config)
+        if method not in _ONLINE and not any(map(_is_codes, source.tensors.values())):
+            return None  # weights in 16 bits; a configuration over them is refused as stale
         found = _METHODS.get(method)
-        if found is not None and method not in _ONLINE and not any(map(_is_codes, source.tensors.values())):
-            return None  # a stale configuration, which is refused as that
         if found is not None:
             found = (f"it is quantized already, quant_method {method!r}. {found[0]}", found[1])
         types = read_json(source.directory / _DESCRIPTION)
