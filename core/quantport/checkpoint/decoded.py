@@ -6,7 +6,7 @@ keep them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from quantport.checkpoint.format import KVCacheConfig, QuantizedWeight, Recognized
+from quantport.checkpoint.plain_format import refuse_codes
 from quantport.checkpoint.source import Rows, StoredTensor, TensorSource, VerifiedSource
 from quantport.errors import CheckpointError
-from quantport.model.layers import Layer, find_layers
+from quantport.model.layers import Layer, Part, find_layers
 from quantport.numerics import dequantize_weight
 from quantport.numerics.by_rows import stored_slices
 from quantport.numerics.sharding import alignment
@@ -178,6 +179,9 @@ class Coded(Recognized):
         unlisted: Stored tensors that are no part of the model.
         kv_cache: The KV cache that it asks for.
         notices: For people: what of the checkpoint is not used as it was meant.
+
+    Raises:
+        CheckpointError: codes are left over.
     """
 
     def __init__(
@@ -192,6 +196,7 @@ class Coded(Recognized):
     ) -> None:
         self.decoded, self.converts = DecodedSource(source, coded, unlisted), bool(coded)
         super().__init__(format_name, self.decoded)
+        refuse_codes(self.decoded, f"read {source.directory} as {format_name}")
         self._kv_cache, self._notices = kv_cache or KVCacheConfig(), tuple(notices)
 
     def layers(self) -> list[Layer]:
@@ -200,21 +205,40 @@ class Coded(Recognized):
 
     @cached_property
     def _layers(self) -> list[Layer]:
-        return find_layers(self.source.tensors)
+        return [self._with_size(layer) for layer in find_layers(self.source.tensors)]
+
+    def _with_size(self, layer: Layer) -> Layer:
+        """A layer with the bytes of its codes, where it is stored as codes."""
+        names = {part.tensor for parts in layer.parts.values() for part in parts}
+        if not names <= self.decoded.coded.keys():
+            return layer
+        return replace(layer, stored_bytes=sum(self.source.tensors[name].nbytes for name in names))
 
     def quantized(self) -> Mapping[str, Mapping[str, QuantizedWeight]]:
-        """The layers all of whose weights are stored as codes that a scheme holds."""
+        """The layers all of whose weights are stored as codes that a scheme holds; of experts also each
+        projection of each, which may be a module of its own.
+        """
         return self._quantized
 
     @cached_property
     def _quantized(self) -> dict[str, dict[str, QuantizedWeight]]:
-        out = {}
-        kept = {name for name, tensor in self.decoded.coded.items() if tensor.scheme is not None}
+        out: dict[str, dict[str, QuantizedWeight]] = {}
         for layer in self._layers:
-            names = {part.tensor for parts in layer.parts.values() for part in parts}
-            if layer.kind != "other" and names <= kept:
-                out[layer.name] = {weight: self._weight(layer, weight, n) for weight, n, _ in layer.each}
+            parts = [part for parts in layer.parts.values() for part in parts]
+            if layer.kind != "other" and all(map(self._can_be_kept, parts)):
+                weights = {weight: self._weight(layer, weight, n) for weight, n, _ in layer.each}
+                out[layer.name] = weights
+                if layer.experts and layer.part(next(iter(weights))).expert is None:
+                    single = ((layer.part(name).tensor, weight) for name, weight in weights.items())
+                    out |= {name.removesuffix(".weight"): {"": weight} for name, weight in single}
         return out
+
+    def _can_be_kept(self, part: Part) -> bool:
+        """Whether a scheme holds a part as it is: its first row, of a fused weight, begins a block."""
+        tensor = self.decoded.coded.get(part.tensor)
+        if tensor is None or tensor.scheme is None:
+            return False
+        return (part.start or 0) % alignment(tensor.scheme, 0) == 0
 
     def _weight(self, layer: Layer, weight: str, n: int) -> QuantizedWeight:
         name, expert, start, _ = layer.part(weight)

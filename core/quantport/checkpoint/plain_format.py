@@ -86,6 +86,18 @@ def _method(config: Mapping[str, Any]) -> tuple[str, Any]:
     )
 
 
+def refuse_codes(source: TensorSource, asked: str) -> None:
+    """Refuses codes that a format has taken for weights in 16 bits, such as those of a second quantizer.
+
+    Raises:
+        CheckpointError: names the first.
+    """
+    codes = _first_codes(source)
+    if codes is not None:
+        found = f"{codes} ({source.tensors[codes].dtype}), codes that are part of no weight of this format"
+        raise CheckpointError(asked, found, "the complete checkpoint of one quantizer")
+
+
 def _first_codes(source: TensorSource) -> str | None:
     """The first tensor that holds codes, by its dtype and its place: a name alone is no mark."""
     return next((n for n, info in source.tensors.items() if _holds_codes(n, info, source.tensors)), None)

@@ -86,7 +86,7 @@ def find(directory: Path, baseline: str | None) -> Path:
             f"--compare of {directory}", found, "--baseline with the checkpoint that it was made from"
         )
     base = directory if baseline is None else locate(baseline)
-    if not (base / "config.json").exists():
+    if baseline is not None and not (base / "config.json").exists():
         raise ConfigError(
             f"--baseline {baseline}", "no config.json there", "the checkpoint directory of the 16-bit model"
         )

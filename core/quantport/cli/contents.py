@@ -64,9 +64,11 @@ def contents_page(plans: Sequence[Plan]) -> Page:
 
 
 def stored_as(step: Step) -> str:
-    """The scheme of a layer that is stored as codes; the dtype of others."""
-    dtype = str(step.layer.dtype).removeprefix("torch.")
-    return step.requested_scheme if step.stored and step.requested_scheme else dtype
+    """The scheme of a layer that is stored as codes, where one holds them; the dtype of others."""
+    if step.stored and step.requested_scheme:
+        return step.requested_scheme
+    coded = step.layer.stored_bytes is not None
+    return "codes, decoded" if coded else str(step.layer.dtype).removeprefix("torch.")
 
 
 def _group(name: str, steps: Sequence[Step]) -> dict[str, Any]:

@@ -74,6 +74,7 @@ class Layer:
         only: The weights of an experts layer that this piece of it holds (``3.down_proj``), where single
             experts or projections got another scheme than the rest; empty for all.
         held_dtype: Dtype that it is held in where it stays; None for that in which it is stored.
+        stored_bytes: Bytes of the codes that it is stored as; None where it is stored in ``dtype``.
     """
 
     name: str
@@ -89,6 +90,7 @@ class Layer:
     cuts: tuple[tuple[str, int], ...] = ()
     only: tuple[str, ...] = ()
     held_dtype: torch.dtype | None = None
+    stored_bytes: int | None = None
 
     @property
     def loaded(self) -> bool:
@@ -154,7 +156,7 @@ class Layer:
     @property
     def bytes(self) -> int:
         """Bytes of the weights as stored."""
-        return self.elements * self.dtype.itemsize
+        return self.elements * self.dtype.itemsize if self.stored_bytes is None else self.stored_bytes
 
     @property
     def held_bytes(self) -> int:

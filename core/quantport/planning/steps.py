@@ -117,11 +117,13 @@ class StepPlanner:
 
     def _skip(self, layer: Layer, reason: SkipReason | None) -> Step:
         choice = self._dense_experts(layer) if layer.only else self._prepacked(layer)
-        note = str(reason or "")
-        if choice is None and layer.loaded and layer.held_dtype not in (None, layer.dtype):
-            note += f"; stored as {layer.dtype}, held in {layer.held_dtype}"
-        after = layer.held_bytes if choice is None else layer.bytes
-        return Step(layer, None, choice, note, layer.bytes, after, reason)
+        held, how = layer.held_dtype or layer.dtype, ""
+        if layer.stored_bytes is not None and layer.loaded:
+            how = f"stored as codes, decoded to {held}"
+        elif choice is None and layer.loaded and held is not layer.dtype:
+            how = f"stored as {layer.dtype}, held in {held}"
+        note = "; ".join(filter(None, (str(reason or ""), how)))
+        return Step(layer, None, choice, note, layer.bytes, layer.held_bytes, reason)
 
     def _quantize(self, layer: Layer, scheme_name: str) -> Step:
         if layer.kind == "other" or (layer.skip_reason and not layer.opt_in):

@@ -10,6 +10,7 @@ Sources: AutoAWQ 0.2.9, ``modules/linear/gemm.py`` and ``gemv.py``, ``utils/pack
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -87,7 +88,7 @@ def read_awq(
     return Coded(format_name, source, coded, notices=(text,) if decoded else ())
 
 
-class _Layer:
+class _Layer(ABC):
     """One linear layer, as the shapes of its tensors say."""
 
     def __init__(self, format_name: str, source: TensorSource, stem: str, size: int | None) -> None:
@@ -99,12 +100,13 @@ class _Layer:
         if self.scale_dtype not in (torch.float16, torch.bfloat16, torch.float32):
             raise self._refusal(f"{self.scales} of {self.scale_dtype}", "scales that are floats")
 
+    @abstractmethod
     def _groups(self) -> Grouped:
-        raise NotImplementedError
+        """The groups, as the shapes of the tensors have them."""
 
+    @abstractmethod
     def _parts(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Codes, zero points and scales of some rows, as `Grouped.stored` takes them."""
-        raise NotImplementedError
 
     def coded(self, schemes: Schemes, dtype: torch.dtype) -> CodedTensor:
         names = (self.qweight, self.qzeros, self.scales)

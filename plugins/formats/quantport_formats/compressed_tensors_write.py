@@ -42,7 +42,7 @@ def write(model: SavedModel, tensors: Stream | Fill, layout: TensorLayout | None
         groups.setdefault(scheme, []).append(stem)
         _rewrite(stem, scheme, n, k, changes, further)
     tensors, layout = rewritten(tensors, layout, changes, further)
-    return to.save(tensors, layout, config_json(asked, model.config, _described(groups, model.kept_linear)))
+    return to.save(tensors, layout, config_json(asked, model, _described(groups, model.kept_linear)))
 
 
 def _check(asked: str, scheme: Scheme, *, experts: bool) -> None:

@@ -46,7 +46,7 @@ _BLOCK = 128
 
 
 class Fp8(CheckpointFormat):
-    """``quant_method: fp8`` with ``weight_scale_inv`` or ``weight_scale`` beside each weight."""
+    """``quant_method: fp8`` with ``weight_scale_inv`` or ``weight_scale``; experts alone or stacked."""
 
     name = "fp8"
 
@@ -54,10 +54,11 @@ class Fp8(CheckpointFormat):
         self, source: TensorSource, config: Mapping[str, Any], schemes: Schemes
     ) -> Recognized | None:
         """As `CheckpointFormat.recognize`."""
-        weights = [name for name, info in source.tensors.items() if _holds_codes(name, info.dtype)]
+        weights = [name for name, info in source.tensors.items() if info.dtype is torch.float8_e4m3fn]
         if quant_method(config) != "fp8" or not weights:
             return None
-        blocks = quantizer_config(config).get("weight_block_size")
+        said = quantizer_config(config)
+        blocks = said.get("weight_block_size")
         if blocks not in (None, [_BLOCK, _BLOCK]):
             raise CheckpointError(
                 f"read {source.directory} as fp8",
@@ -66,7 +67,11 @@ class Fp8(CheckpointFormat):
             )
         dtype = held_dtype(source, config)
         coded = {name: self._weight(source, name, dtype, schemes) for name in weights}
-        return Coded(self.name, source, coded, **without_static_scales(source, coded))
+        more = without_static_scales(source, coded)
+        if said.get("scale_fmt") == "ue8m0":
+            text = "scales of activations are fp32, not powers of two as scale_fmt ue8m0 asks for"
+            more["notices"] = (*more.get("notices", ()), text)
+        return Coded(self.name, source, coded, **more)
 
     def write(
         self, model: SavedModel, tensors: Stream | Fill, layout: TensorLayout | None, to: SaveTarget
@@ -92,17 +97,20 @@ class Fp8(CheckpointFormat):
             "modules_to_not_convert": list(model.kept_linear),
         }
         tensors, layout = rewritten(tensors, layout, changes, {})
-        return to.save(tensors, layout, config_json(asked, model.config, described))
+        return to.save(tensors, layout, config_json(asked, model, described))
 
     def _weight(self, source: TensorSource, name: str, dtype: torch.dtype, schemes: Schemes) -> CodedTensor:
-        shape, stem = tuple(source.tensors[name].shape), name.removesuffix(".weight")
-        blocks = f"{stem}.weight_scale_inv"
+        shape, blocks = tuple(source.tensors[name].shape), f"{name}_scale_inv"
+        if len(shape) not in (2, 3) or not all(shape):
+            found = f"codes of shape {list(shape)}"
+            suggestion = "a matrix, or a stack of matrices of experts"
+            raise CheckpointError(f"read {name} of {source.directory} as fp8", found, suggestion)
         n, k = shape[-2:]
         if blocks in source.tensors:
             scheme, scale = schemes["fp8_per_block"], blocks
             need(source, self.name, scale, (*shape[:-2], -(-n // _BLOCK), -(-k // _BLOCK)))
         else:
-            scale = f"{stem}.weight_scale"
+            scale = f"{name}_scale"
             count = need(source, self.name, scale).shape
             rows = count in ((n,), (n, 1)) and n > 1
             if not rows:
@@ -112,10 +120,6 @@ class Fp8(CheckpointFormat):
         keys = {"weight": name, "weight_scale": scale} if as_stored else {}
         read = None if as_stored else partial(_read, source, name, scale, scheme.weight.block_shape)
         return CodedTensor(shape, dtype, scheme, (name, scale), keys, read)
-
-
-def _holds_codes(name: str, dtype: torch.dtype) -> bool:
-    return name.endswith(".weight") and dtype is torch.float8_e4m3fn
 
 
 def _read(

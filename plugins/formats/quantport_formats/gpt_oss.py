@@ -60,7 +60,7 @@ class GptOss(CheckpointFormat):
         wanted(source, self.name, scales, [shape], [torch.uint8])
         read = partial(_read, source, (blocks, scales), schemes["mxfp4"], 2 * _BYTES * groups)
         weight = experts, 2 * _BYTES * groups, n
-        return CodedTensor(weight, dtype, schemes["bf16"], (blocks, scales), read=read)
+        return CodedTensor(weight, dtype, None, (blocks, scales), read=read)
 
 
 def _read(

@@ -78,8 +78,7 @@ class ModelOpt(CheckpointFormat):
         entry = {**entry, **_mapping(entry.get("quantization"))}
         layers = _mapping(entry.get("quantized_layers"))
         group_of = partial(_group_of, weights, entry.get("quant_algo"), layers)
-        coded = of_modules(weights, modules, group_of, _cache(entry))
-        return coded
+        return of_modules(weights, modules, group_of, _cache(weights, entry))
 
 
 def _wrote(source: TensorSource) -> bool:
@@ -105,13 +104,16 @@ def _group_of(weights: Weights, algorithm: Any, layers: Mapping[str, Any], modul
     return Group(str(named), (), *args, outputs=False)
 
 
-def _cache(entry: Mapping[str, Any]) -> Args | None:
+def _cache(weights: Weights, entry: Mapping[str, Any]) -> Args | None:
     """As ``kv_cache_quant_algo``, or ``kv_cache_scheme`` in ``config.json``."""
     named = entry.get("kv_cache_quant_algo") or entry.get("kv_cache_scheme")
-    if isinstance(named, str):
-        return _CACHES.get(named)
     scheme = _mapping(named)
-    return _FP8_TENSOR if (scheme.get("num_bits"), scheme.get("type")) == (8, "float") else None
+    known = _CACHES.get(named) if isinstance(named, str) else None
+    if (scheme.get("num_bits"), scheme.get("type")) == (8, "float"):
+        known = _FP8_TENSOR
+    if named and known is None:
+        weights.notices[f"the KV cache stays in 16 bits: {str(named)[:80]} is not known here"] = None
+    return known
 
 
 def _mapping(entry: Any) -> Mapping[str, Any]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from quantport.checkpoint import SavedLayer
+from quantport.checkpoint import SavedLayer, SavedModel
 from quantport.errors import SaveError
 from quantport.scheme import Scheme
 
@@ -47,15 +48,20 @@ def written_weights(asked: str, layers: Mapping[str, SavedLayer]) -> Iterator[Wr
             yield Written(path, stem, scheme, n, k)
 
 
-def config_json(
-    asked: str, config: Mapping[str, Any] | None, quantization: Mapping[str, Any]
-) -> dict[str, bytes | Path]:
-    """``config.json`` with a ``quantization_config``, as ``files`` of ``save_tensors``.
+def config_json(asked: str, model: SavedModel, quantization: Mapping[str, Any]) -> dict[str, bytes | Path]:
+    """``config.json`` with a ``quantization_config``, as ``files`` of ``save_tensors``. What the formats of
+    others have no place for is said.
 
     Raises:
         SaveError: the model has no configuration.
     """
-    if config is None:
+    if model.config is None:
         raise SaveError(asked, "a model without config.json", "format='quantport'")
-    described = {**config, "quantization_config": quantization}
+    lost = [f"the KV cache in {model.kv_cache.dtype}"] if model.kv_cache.dtype not in (None, "auto") else []
+    if model.fallback not in (None, "weight_only"):
+        lost.append(f"fallback={model.fallback!r}")
+    if lost:
+        text = f"{asked}: {' and '.join(lost)} is not written: say it again when it is loaded"
+        warnings.warn(text, UserWarning, stacklevel=5)
+    described = {**model.config, "quantization_config": quantization}
     return {"config.json": json.dumps(described, indent=2, sort_keys=True, default=str).encode()}

@@ -12,9 +12,11 @@ from quantport.errors import CheckpointError
 CHECKED_BY = "by hand"
 
 
-def quantized(kind: str, scales: str, static: bool = False, dtype: torch.dtype = torch.float32) -> Made:
-    """By hand: ``value = code * scale`` in fp32."""
-    config, tensors = tiny(kind)
+def quantized(
+    kind: str, scales: str, static: bool = False, dtype: torch.dtype = torch.float32, size: int = 128
+) -> Made:
+    """By hand: ``value = code * scale`` in fp32; ``size`` is that of experts."""
+    config, tensors = tiny(kind, **({"moe_intermediate_size": size} if kind == "qwen3_moe" else {}))
     method = {"quant_method": "fp8", "activation_scheme": "static" if static else "dynamic"}
     if scales == "block":
         method["weight_block_size"] = [128, 128]
@@ -74,6 +76,36 @@ def test_static_scales_of_activations_are_named(tmp_path):
     folder = quantized("llama", "tensor", static=True).write(tmp_path)
     with pytest.warns(UserWarning, match=r"7 static scales of activations .* are not used"):
         quantport.load(folder, device="cpu")
+
+
+@pytest.mark.parametrize("size", [128, 192])
+def test_stacked_experts(size, tmp_path):
+    """Kept where gate and up begin blocks; of 192 rows they share some, and are decoded."""
+    made = quantized("qwen3_moe", "block", size=size)
+    path = "model.layers.0.mlp.experts"
+    stacked = {}
+    for end in ("weight", "weight_scale_inv"):
+        new = end.removeprefix("weight")
+        parts = {
+            p: [made.tensors.pop(f"{path}.{e}.{p}_proj.{end}") for e in range(4)]
+            for p in ("gate", "up", "down")
+        }
+        both = [torch.cat(pair) for pair in zip(parts["gate"], parts["up"], strict=True)]
+        stacked[f"{path}.gate_up_proj{new}"] = torch.stack(both)
+        stacked[f"{path}.down_proj{new}"] = torch.stack(parts["down"])
+    if size == 192:
+        scales = stacked[f"{path}.gate_up_proj_scale_inv"]
+        stacked[f"{path}.gate_up_proj_scale_inv"] = scales[:, :3].contiguous()  # 384 rows are three blocks
+        made.values = {name: value for name, value in made.values.items() if ".experts." not in name}
+    made.tensors |= stacked
+    keeps(made, tmp_path)
+
+
+def test_scales_of_activations_that_are_powers_of_two_are_named(tmp_path):
+    made = quantized("llama", "block")
+    made.config["quantization_config"]["scale_fmt"] = "ue8m0"
+    with pytest.warns(UserWarning, match="not powers of two as scale_fmt ue8m0 asks for"):
+        quantport.load(made.write(tmp_path), device="cpu")
 
 
 @pytest.mark.parametrize("damage", ["absent", "shape", "block"])

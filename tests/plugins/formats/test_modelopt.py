@@ -173,6 +173,14 @@ def test_what_was_left_is_quantized(tmp_path):
     overlays(made("FP8"), tmp_path, "lm_head")
 
 
+def test_a_kv_cache_that_is_not_known_is_named(tmp_path):
+    checkpoint = made("FP8")
+    checkpoint.config["quantization_config"]["kv_cache_quant_algo"] = "FP8_AFFINE"
+    planned = quantport.plan(checkpoint.write(tmp_path), device="cpu")
+    assert "the KV cache stays in 16 bits: FP8_AFFINE is not known here" in planned.warnings
+    assert planned.config.kv_cache_dtype is None
+
+
 @pytest.mark.parametrize("spelling", ["kv_cache_quant_algo", "kv_cache_scheme"])
 def test_static_scales_and_the_cache_are_named(spelling, tmp_path):
     checkpoint = made("NVFP4")

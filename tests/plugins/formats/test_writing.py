@@ -141,6 +141,18 @@ def test_another_format_is_converted_on_the_way(tmp_path):
     assert {scheme.split(":")[0] for scheme, _ in held(found).values()} == {"int4_weight_only"}
 
 
+@pytest.mark.parametrize("name", ["compressed-tensors", "fp8"])
+def test_what_a_format_has_no_place_for_is_said(name, tmp_path):
+    config, tensors = tiny(**WHOLE)
+    base = Made(config, tensors, {}).write(tmp_path / "base")
+    settings = {"scheme": "fp8_per_block", "kv_cache_dtype": "fp8", "fallback": "reference"}
+    model = quantport.load(base, config=settings, device="cpu")
+    with pytest.warns(UserWarning, match="the KV cache in fp8.* and fallback='reference' is not written"):
+        quantport.save(model, tmp_path / "out", format=name)
+    quantport.save(model, tmp_path / "own")  # which has a place for both
+    assert quantport.load(tmp_path / "own", device="cpu").quantport_plan.config.fallback == "reference"
+
+
 REFUSED = {
     "scheme": ("nf4", "compressed-tensors", "llama", "scheme 'nf4'"),
     "activations": ("nvfp4", "compressed-tensors", "llama", "scheme 'nvfp4'"),

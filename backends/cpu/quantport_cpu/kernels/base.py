@@ -172,9 +172,9 @@ class CpuGrouped(CpuStacked):
     ) -> Tensor:
         """``run_grouped`` without bias for groups that cover all rows of ``x``."""
 
+    @abstractmethod
     def run_one(self, token: Token, gate_up: Packed, down: Packed, spec: WeightSpec) -> Tensor:
         """The experts of one token by compiled code; the scheme is that of ``spec``."""
-        raise NotImplementedError
 
     def run_token(
         self,
