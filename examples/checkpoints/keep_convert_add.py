@@ -29,7 +29,7 @@ def with_transformers(config: object, directory: Path) -> Path:
 
 
 def with_quantport(scheme: str, directory: Path) -> Path:
-    """Quantizes here, and saves for vLLM and Transformers."""
+    """Quantizes here, and saves so that Transformers loads it."""
     return quantport.save(quantport.load(MODEL, scheme), directory, format="compressed-tensors")
 
 

@@ -126,7 +126,7 @@ def quantize(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Write a quantized checkpoint that `quantport run` and `quantport.load` read back bit-identically; with
-    --format also one that vLLM and Transformers load without quantport.
+    --format also one that others load without quantport.
 
     OUT appears complete or not at all. A few layers at a time are in memory. If it is killed, the same
     command goes on after the last whole file.
