@@ -12,6 +12,7 @@ import quantport
 from quantport import numerics
 from quantport.checkpoint import CheckpointFormat, Coded, CodedTensor
 from quantport.errors import CheckpointError
+from quantport.loading.load_model import prepared
 from quantport.modules import QuantModule
 from quantport.scheme.catalog import BUILTIN
 
@@ -119,6 +120,25 @@ def test_what_no_scheme_holds_is_decoded_once(scheme):
 
 def test_nothing_is_quantized_that_nobody_asked_for():
     assert {s.layer.name for s in load(stored(made(Net), ("a",))).quantport_plan.quantized} == {"a"}
+
+
+def test_stored_tensors_of_another_shape_are_refused():
+    tensors = stored(made(Net), ("a",))
+    tensors["a.toy_scale"] = tensors["a.toy_scale"][:32]
+    for scheme in (None, "nf4"):
+        with pytest.raises(CheckpointError) as caught:
+            load(tensors, scheme)
+        assert "a.weight" in caught.value.asked
+        assert "weight_scale [32, 1]" in caught.value.found
+
+
+def test_what_is_decoded_is_counted_in_fp32():
+    needs = []
+    for tensors in (made(Net).state_dict(), stored(made(Net), LINEAR)):
+        options = {"model": Net, "device": "cpu", "registry": knowing(Toy())}
+        with prepared(Memory(tensors), "nf4", **options) as ready:
+            needs.append({task.module: task.need for task in ready.filler.tasks()}["a"])
+    assert needs[1] - needs[0] == 2 * 64 * 32  # two bytes more for each value
 
 
 @pytest.mark.parametrize(

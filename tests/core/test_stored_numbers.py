@@ -60,6 +60,15 @@ def test_by_hand():
     assert values.tolist() == [[-3.0, 0.0, 12.0, 4.0, 1.0, 0.0, 6.0, 6.0]]
 
 
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_group_of_one_sign_has_a_zero_too(sign):
+    scheme = BUILTIN["int4_weight_only:channel:fp32:asym"]
+    w = sign * torch.arange(8, 23).float()[None]  # 8 to 22: a grid of 15 steps from 0 has steps of 22 / 15
+    stored = numerics.quantize_weight(w, scheme)
+    assert stored["weight_scale"].item() == torch.tensor(22 / 15).item()
+    assert torch.equal(stored["weight_zero"], (8 if sign > 0 else -7) * stored["weight_scale"])
+
+
 @given(st.integers(0, 1000), st.sampled_from([2.0**-12, 1.0, 300.0]), st.sampled_from(["int4", "int8"]))
 def test_zero_is_a_code_and_offsets_are_zero_points_times_scales(seed, size, bits):
     w = torch.randn(3, 96, generator=torch.Generator().manual_seed(seed)) * size
