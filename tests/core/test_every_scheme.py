@@ -22,7 +22,7 @@ SCHEMES = [s.name for s in BUILTIN.values() if s.weight.format != "bf16"] + [
 
 
 QUICK = ("--tokens", "4", "--windows", "1", "--json")
-WORST = {4: 1.2, 8: 1.05}  # largest ratio of perplexities, by the bits of weights from which on it holds
+WORST = {2: 1.2, 8: 1.05}  # largest ratio of perplexities, by the bits of weights from which on it holds
 
 
 # Those that experts are quantized to here; in the nightly target, all.
@@ -48,4 +48,4 @@ def test_mxfp4_with_an_fp8_cache(model):
     data = json.loads(
         ask("run", model, "--scheme", "mxfp4", "--kv-cache", "fp8", "--compare", *QUICK).stdout
     )["compare"]
-    assert 0.95 < data["perplexity"] / data["perplexity_bf16"] < WORST[4]
+    assert 0.95 < data["perplexity"] / data["perplexity_bf16"] < WORST[2]

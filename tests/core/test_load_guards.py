@@ -100,5 +100,5 @@ def test_a_plan_prints_as_a_summary(folder):
 
 def test_a_checkpoint_of_ours_is_told_from_a_stranger(folder, tmp_path):
     quantport.save(quantport.load(folder, "int8", model=Model), tmp_path / "q")
-    with pytest.raises(QuantportError, match="quantport quantized it already"):
+    with pytest.raises(QuantportError, match="it is a quantport checkpoint: quantized already"):
         quantport.plan(tmp_path / "q", "int8")

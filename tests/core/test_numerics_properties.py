@@ -180,14 +180,12 @@ def test_reference_linear_against_float64(name, shape, dtype):
 
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_quantized_linear_is_near_the_full_one(name):
-    """4 bits within 25 percent of the norm, 5 and 6 within 8, 8 within 5: a wrong scale or nibble order is
-    far off.
-    """
+    """Within so much of the norm, by bits: a wrong scale or order of nibbles is far off."""
     scheme = BUILTIN[name]
     x, weight = randn(16, 512), randn(256, 512, seed=1)
     y = numerics.linear(x, numerics.quantize_weight(weight, scheme), scheme)
     full = x @ weight.t()
-    bound = {4: 0.15, 5: 0.08, 6: 0.08, 8: 0.05}[scheme.weight.element.bits]
+    bound = {2: 0.35, 3: 0.2, 4: 0.15, 5: 0.08, 6: 0.08, 8: 0.05}[scheme.weight.element.bits]
     if scheme.weight.format in ("e2m1", "fp4"):
         bound = 0.25
     assert (y - full).norm() / full.norm() < bound
