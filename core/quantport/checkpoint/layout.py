@@ -94,7 +94,7 @@ def find_layout(path: Path) -> Layout:
     if chosen is None and len(indexes) > 1:
         _bad(path, f"several indexes: {', '.join(indexes)}", "pass the path of one of them")
     if indexes:
-        return _indexed(path / (chosen or indexes[0]))
+        return indexed_layout(path / (chosen or indexes[0]))
     shards = [name for name in names if name.endswith(".safetensors")]
     if not shards:
         _no_safetensors(path, names)
@@ -104,13 +104,13 @@ def find_layout(path: Path) -> Layout:
 
 def _one_file(path: Path) -> Layout:
     if path.name.endswith(_INDEX):
-        return _indexed(path)
+        return indexed_layout(path)
     if path.suffix != ".safetensors":
         _no_safetensors(path, [path.name])
     return Layout(path.parent, (path,))
 
 
-def _indexed(index_file: Path) -> Layout:
+def indexed_layout(index_file: Path) -> Layout:
     """Reads an index and checks that each shard it names is a file of this directory."""
     weight_map = _weight_map(index_file)
     shards = sorted(set(weight_map.values()))

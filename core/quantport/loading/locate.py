@@ -18,7 +18,7 @@ from quantport.checkpoint import (
     read_config,
     recognize,
 )
-from quantport.checkpoint.layout import OTHER_WEIGHTS
+from quantport.checkpoint.layout import OTHER_WEIGHTS, holds_safetensors
 from quantport.errors import CheckpointError
 from quantport.plugins.registry import Registry
 from quantport.scheme.catalog import Schemes
@@ -105,7 +105,10 @@ def locate(source: object) -> Path:
     except ImportError:
         return path
     try:
-        return Path(snapshot_download(text, ignore_patterns=[f"*{suffix}" for suffix in OTHER_WEIGHTS]))
+        snapshot = Path(snapshot_download(text, ignore_patterns=[f"*{suffix}" for suffix in OTHER_WEIGHTS]))
+        if not holds_safetensors(snapshot):  # then what PyTorch wrote
+            snapshot_download(text, allow_patterns=["*pytorch_model*.bin", "*pytorch_model*.bin.index.json"])
+        return snapshot
     except Exception as error:  # the hub's many errors: network, name, permission
         raise CheckpointError(
             f"load {text!r}",

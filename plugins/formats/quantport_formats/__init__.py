@@ -13,6 +13,7 @@ from quantport_formats.gptq import Gptq
 from quantport_formats.modelopt import ModelOpt
 from quantport_formats.mxfp8 import Mxfp8
 from quantport_formats.not_read import NotRead
+from quantport_formats.pytorch import PyTorch
 from quantport_formats.quark import Quark
 from quantport_formats.torchao import TorchAo
 
@@ -32,6 +33,7 @@ def quantport_checkpoint_formats() -> list[CheckpointFormat]:
         ModelOpt(),
         Mxfp8(),
         NotRead(),
+        PyTorch(),
         Quark(),
         TorchAo(),
     ]

@@ -37,8 +37,9 @@ MADE = {
     "torchao": lambda: test_torchao.stored("int4 zeros"),
     "mxfp4": test_gpt_oss.made,
 }
-# `test_gguf_real.py` runs a GGUF file, which has its tokenizer inside; `test_not_read.py` has what is refused
-ELSEWHERE = ("gguf", "not-read")
+# `test_gguf_real.py` runs a GGUF file, which has its tokenizer inside; `test_not_read.py` has what is
+# refused, `test_pytorch.py` files that other formats recognize
+ELSEWHERE = ("gguf", "not-read", "pytorch")
 
 
 def ask(*words):
