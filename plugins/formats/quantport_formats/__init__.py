@@ -10,10 +10,12 @@ from quantport_formats.fp8 import Fp8
 from quantport_formats.gguf import Gguf
 from quantport_formats.gpt_oss import GptOss
 from quantport_formats.gptq import Gptq
+from quantport_formats.hqq import Hqq
 from quantport_formats.modelopt import ModelOpt
 from quantport_formats.mxfp8 import Mxfp8
 from quantport_formats.not_read import NotRead
 from quantport_formats.pytorch import PyTorch
+from quantport_formats.quanto import Quanto
 from quantport_formats.quark import Quark
 from quantport_formats.torchao import TorchAo
 
@@ -30,10 +32,12 @@ def quantport_checkpoint_formats() -> list[CheckpointFormat]:
         Gguf(),
         GptOss(),
         Gptq(),
+        Hqq(),
         ModelOpt(),
         Mxfp8(),
         NotRead(),
         PyTorch(),
+        Quanto(),
         Quark(),
         TorchAo(),
     ]

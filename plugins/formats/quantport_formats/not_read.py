@@ -18,11 +18,6 @@ from quantport_formats.common import quant_method
 
 _DESCRIPTION = "quant_model_description.json"
 _METHODS = {
-    "hqq": ("HQQ: codes with zero points that are no integers", "scheme='int4_hqq', of the 16-bit original"),
-    "quanto": (
-        "optimum-quanto: tensors of its own classes",
-        "scheme='int8_weight_only', of the 16-bit original",
-    ),
     "eetq": (
         "EETQ: codes in the order of its GPU kernels",
         "scheme='int8_weight_only', of the 16-bit original",
@@ -47,7 +42,7 @@ def _is_codes(info: StoredTensor) -> bool:
 
 
 class NotRead(CheckpointFormat):
-    """Refuses HQQ, optimum-quanto, EETQ, DeepSpeedFP, AQLM, VPTQ, SpQR, HIGGS, BitNet and msModelSlim."""
+    """Refuses EETQ, DeepSpeedFP, AQLM, VPTQ, SpQR, HIGGS, BitNet and msModelSlim."""
 
     name = "not-read"
 

@@ -13,8 +13,10 @@ import test_compressed_tensors
 import test_fp8
 import test_gpt_oss
 import test_gptq
+import test_hqq
 import test_modelopt
 import test_mxfp8
+import test_quanto
 import test_quark
 import test_torchao
 import transformers
@@ -36,6 +38,8 @@ MADE = {
     "bitsandbytes": test_bitsandbytes.four_bits,
     "torchao": lambda: test_torchao.stored("int4 zeros"),
     "mxfp4": test_gpt_oss.made,
+    "hqq": test_hqq.stored,
+    "quanto": test_quanto.stored,
 }
 # `test_gguf_real.py` runs a GGUF file, which has its tokenizer inside; `test_not_read.py` has what is
 # refused, `test_pytorch.py` files that other formats recognize
