@@ -12,6 +12,7 @@ from quantport_formats.gpt_oss import GptOss
 from quantport_formats.gptq import Gptq
 from quantport_formats.hqq import Hqq
 from quantport_formats.modelopt import ModelOpt
+from quantport_formats.msmodelslim import MsModelSlim
 from quantport_formats.mxfp8 import Mxfp8
 from quantport_formats.not_read import NotRead
 from quantport_formats.pytorch import PyTorch
@@ -34,6 +35,7 @@ def quantport_checkpoint_formats() -> list[CheckpointFormat]:
         Gptq(),
         Hqq(),
         ModelOpt(),
+        MsModelSlim(),
         Mxfp8(),
         NotRead(),
         PyTorch(),

@@ -1,7 +1,7 @@
 """Formats that are known and not read: whoever opens such a checkpoint is told what it is, and what to do.
 
 Sources: the documentation of Transformers (``quantization/overview``); vLLM's ``deepspeedfp.py``, which
-quantizes 16-bit weights while loading; msModelSlim, ``quant_model_description.json``.
+quantizes 16-bit weights while loading.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 
-from quantport.checkpoint import CheckpointFormat, Recognized, StoredTensor, TensorSource, read_json
+from quantport.checkpoint import CheckpointFormat, Recognized, StoredTensor, TensorSource
 from quantport.errors import CheckpointError
 from quantport.scheme.catalog import Schemes
 from quantport_formats.common import quant_method
 
-_DESCRIPTION = "quant_model_description.json"
 _METHODS = {
     "eetq": (
         "EETQ: codes in the order of its GPU kernels",
@@ -42,7 +41,7 @@ def _is_codes(info: StoredTensor) -> bool:
 
 
 class NotRead(CheckpointFormat):
-    """Refuses EETQ, DeepSpeedFP, AQLM, VPTQ, SpQR, HIGGS, BitNet and msModelSlim."""
+    """Refuses EETQ, DeepSpeedFP, AQLM, VPTQ, SpQR, HIGGS and BitNet."""
 
     name = "not-read"
 
@@ -58,13 +57,11 @@ class NotRead(CheckpointFormat):
         if method not in _ONLINE and not any(map(_is_codes, source.tensors.values())):
             return None  # weights in 16 bits; a configuration over them is refused as stale
         found = _METHODS.get(method)
-        if found is not None:
-            found = (f"it is quantized already, quant_method {method!r}. {found[0]}", found[1])
-        types = read_json(source.directory / _DESCRIPTION)
-        kinds = sorted({kind for kind in types.values() if isinstance(kind, str) and kind.startswith("W")})
-        if found is None and kinds:
-            what = f"msModelSlim: {_DESCRIPTION} names {', '.join(kinds)}"
-            found = (what, "scheme='int8' (W8A8), or scheme='int4_w4a8' (W4A8), of the 16-bit original")
         if found is None:
             return None
-        raise CheckpointError(f"open the checkpoint {source.directory}", *found)
+        what, suggestion = found
+        raise CheckpointError(
+            f"open the checkpoint {source.directory}",
+            f"it is quantized already, quant_method {method!r}. {what}",
+            suggestion,
+        )

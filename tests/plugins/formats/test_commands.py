@@ -15,6 +15,7 @@ import test_gpt_oss
 import test_gptq
 import test_hqq
 import test_modelopt
+import test_msmodelslim
 import test_mxfp8
 import test_quanto
 import test_quark
@@ -40,6 +41,7 @@ MADE = {
     "mxfp4": test_gpt_oss.made,
     "hqq": test_hqq.stored,
     "quanto": test_quanto.stored,
+    "msmodelslim": test_msmodelslim.stored,
 }
 # `test_gguf_real.py` runs a GGUF file, which has its tokenizer inside; `test_not_read.py` has what is
 # refused, `test_pytorch.py` files that other formats recognize

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from format_checks import Made, tiny
@@ -35,15 +33,3 @@ def test_schemes_that_are_named_exist():
     for _, suggestion in _METHODS.values():
         for name in suggestion.split("'")[1::2]:
             assert name in quantport.scheme.catalog.BUILTIN
-
-
-def test_msmodelslim_is_told_by_its_description(tmp_path):
-    config, tensors = tiny()
-    name = next(n for n in tensors if n.endswith("q_proj.weight"))
-    tensors[name] = torch.ones(tensors[name].shape, dtype=torch.int8)
-    tensors[f"{name}_scale"] = torch.ones(tensors[name].shape[0], 1)
-    description = {"model_quant_type": "W8A8_DYNAMIC", name: "W8A8_DYNAMIC", "lm_head.weight": "FLOAT"}
-    made = Made(config, tensors, {}, files={"quant_model_description.json": json.dumps(description)})
-    error = refused(made, tmp_path)
-    assert "msModelSlim" in error.found
-    assert "W8A8_DYNAMIC" in error.found
