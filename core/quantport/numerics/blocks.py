@@ -234,23 +234,30 @@ def dequantize(
     outer: Tensor | None = None,
 ) -> Tensor:
     """Returns ``code * scale (+ zero)`` as ``[n, k]``; computed in fp32 and rounded once to ``dtype``."""
-    n, k = codes.shape
     factor = scale_values(scale, quant.scale)
     if outer is not None and quant.scale != "e8m0":
         factor = factor / outer.view(-1, 1)
-    value = decode(codes, quant.element) * _spread(factor, n, k, quant.block_shape[0], quant.group_size)
+    value, block = decode(codes, quant.element).contiguous(), (quant.block_shape[0], quant.group_size)
+    _each_block(torch.Tensor.mul_, value, factor, *block)
     if zero is not None:
-        value += _spread(scale_values(zero, quant.scale), n, k, quant.block_shape[0], quant.group_size)
+        _each_block(torch.Tensor.add_, value, scale_values(zero, quant.scale), *block)
     if outer is not None and quant.scale == "e8m0":
         assert quant.outer_block
-        value *= _spread(outer, n, k, *quant.outer_block)
+        _each_block(torch.Tensor.mul_, value, outer, *quant.outer_block)
     return value.to(dtype)
 
 
-def _spread(factor: Tensor, n: int, k: int, rows: int, cols: int) -> Tensor:
-    """Repeats one value for each block over the elements of its block."""
-    wide = factor.repeat_interleave(cols or max(k, 1), 1)[:, :k]
-    return wide if rows == 1 else wide.repeat_interleave(rows or max(n, 1), 0)[:n]
+def _each_block(
+    change: Callable[[Tensor, Tensor], Tensor], value: Tensor, by: Tensor, rows: int, cols: int
+) -> None:
+    """Changes ``[n, k]`` in place by one number for each block of ``rows`` (0: all) by ``cols`` (0: all)."""
+    n, k = value.shape
+    rows, cols = rows or max(n, 1), cols or max(k, 1)
+    if n % rows == 0 and k % cols == 0:
+        change(value.view(n // rows, rows, k // cols, cols), by[:, None, :, None])
+    else:
+        wide = by.repeat_interleave(cols, 1)[:, :k]
+        change(value, wide if rows == 1 else wide.repeat_interleave(rows, 0)[:n])
 
 
 def check_finite(value: Tensor, name: str, weight: Tensor) -> None:
