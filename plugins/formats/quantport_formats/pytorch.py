@@ -137,7 +137,9 @@ def _info(file: str, name: object, value: object, records: Mapping[int, int]) ->
     base: int = getattr(value.untyped_storage(), "_checkpoint_offset", -1)
     start = base + int(value.storage_offset()) * value.itemsize
     end = start + value.numel() * value.itemsize
-    if end > records.get(base, -1):
+    if base not in records:
+        _bad(file, f"{name[:80]!r}, whose storage is not where the file says")
+    if end > records[base]:
         _bad(file, f"{name[:80]!r}, which ends after the record that holds it")
     return TensorInfo(name, value.dtype, tuple(value.shape), start, end, file)
 
