@@ -120,7 +120,7 @@ class DecodedSource:
         tensor, k = self.coded[name], self.coded[name].shape[-1]
         assert tensor.scheme is not None  # `Coded.quantized` names no others
         if tensor.read is not None:
-            stored = dict(tensor.read(expert, rows))
+            stored = {key: value.contiguous() for key, value in tensor.read(expert, rows).items()}
         else:
             parts = stored_slices(tensor.scheme, k, rows.start, rows.stop)
             stored = {key: self.source.read(part, parts[key]) for key, part in tensor.keys.items()}
@@ -225,7 +225,7 @@ class Coded(Recognized):
         out: dict[str, dict[str, QuantizedWeight]] = {}
         for layer in self._layers:
             parts = [part for parts in layer.parts.values() for part in parts]
-            if layer.kind != "other" and all(map(self._can_be_kept, parts)):
+            if layer.kind != "other" and all(self._can_be_kept(layer, part) for part in parts):
                 weights = {weight: self._weight(layer, weight, n) for weight, n, _ in layer.each}
                 out[layer.name] = weights
                 if layer.experts and layer.part(next(iter(weights))).expert is None:
@@ -233,10 +233,12 @@ class Coded(Recognized):
                     out |= {name.removesuffix(".weight"): {"": weight} for name, weight in single}
         return out
 
-    def _can_be_kept(self, part: Part) -> bool:
-        """Whether a scheme holds a part as it is: its first row, of a fused weight, begins a block."""
+    def _can_be_kept(self, layer: Layer, part: Part) -> bool:
+        """Whether a scheme holds a part as it is: its first row, of a fused weight, begins a block; and no
+        kernel orders the inputs of experts.
+        """
         tensor = self.decoded.coded.get(part.tensor)
-        if tensor is None or tensor.scheme is None:
+        if tensor is None or tensor.scheme is None or (layer.experts and tensor.scheme.ordered):
             return False
         return (part.start or 0) % alignment(tensor.scheme, 0) == 0
 

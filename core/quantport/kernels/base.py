@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import NamedTuple
 
@@ -204,6 +204,10 @@ class Kernel(ABC):
         return nonsense.
         """
         scheme = request.weight.scheme
+        if scheme.ordered and request.layer == "moe":
+            return _unrelated(self.name, "no kernel orders the inputs of experts")
+        if scheme.ordered:
+            return self.verdict(replace(request, weight=replace(request.weight, scheme=scheme.in_order)))
         if not self.serves(scheme):
             return _unrelated(self.name, f"it does not run {scheme.name}")
         if request.layer not in self.layers:

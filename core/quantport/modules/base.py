@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from quantport.errors import UnsupportedError, WeightError
 from quantport.kernels import aten
 from quantport.kernels.base import Kernel, Packed, Request, StoredWeight, WeightSpec
+from quantport.kernels.ordered import kernel_for
 from quantport.kernels.packing import check_stored, pack_steps, unpack_steps
 from quantport.modules import handles
 from quantport.modules.handles import BoundWeight
@@ -101,7 +102,8 @@ class QuantModule(EmptyWeight):
         """Takes other kernels, which read the packed weights as they are."""
         self.kernel, self.others = kernel, dict(others)
         self.bound = {
-            name: handles.bind(self.kernel_of(name), spec, self.registry) for name, spec in self.specs.items()
+            name: handles.bind(others.get(name, kernel), spec, self.registry)
+            for name, spec in self.specs.items()
         }
 
     def repack(self, kernel: Kernel, others: Mapping[str, Kernel] | None = None) -> None:
@@ -138,7 +140,7 @@ class QuantModule(EmptyWeight):
 
     def kernel_of(self, name: str) -> Kernel:
         """The kernel that runs a weight."""
-        return self.others.get(name, self.kernel)
+        return kernel_for(self.others.get(name, self.kernel), self.specs[name].scheme)
 
     @property
     def device(self) -> torch.device:
@@ -272,7 +274,9 @@ class QuantModule(EmptyWeight):
         if moves:
             kernel, others = self._kernels_for(device, dtype)
             packed = {
-                name: others.get(name, kernel).pack(self._moved(name, fn), self.specs[name])
+                name: kernel_for(others.get(name, kernel), self.specs[name].scheme).pack(
+                    self._moved(name, fn), self.specs[name]
+                )
                 for name in self._buffer_names
             }
         held = {key: self._buffers.pop(key) for key in list(self._buffers) if key.startswith("packed_")}

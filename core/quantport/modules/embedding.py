@@ -47,7 +47,7 @@ class QuantEmbedding(QuantModule):
         if torch.compiler.is_compiling():
             y: Tensor = torch.ops.quantport.embedding(ids, packed, self.bound[""].handle, self.dtype)
             return y
-        return look_up(self.kernel, ids, packed, self.spec, self.dtype)
+        return look_up(self.kernel_of(""), ids, packed, self.spec, self.dtype)
 
     @property
     def weight(self) -> WeightView:

@@ -14,6 +14,7 @@ from weakref import WeakValueDictionary
 
 from quantport.errors import BackendError
 from quantport.kernels.base import Kernel, WeightSpec
+from quantport.kernels.ordered import kernel_for
 from quantport.plugins.registry import Registry, default_registry
 
 
@@ -45,17 +46,18 @@ def bind(kernel: Kernel, spec: WeightSpec, registry: Registry) -> BoundWeight:
         spec: Scheme and shape.
         registry: Where the kernel comes from.
     """
+    runs = kernel_for(kernel, spec.scheme)
     content = f"{_quoted(kernel.name)}|{_quoted(spec.scheme.name)}|{spec.n}x{spec.k}"
     known = _PORTABLE.get(content)
-    if known is not None and known.kernel is kernel and known.spec == spec:
+    if known is not None and known.kernel is runs and known.spec == spec:
         return known
     if registry.is_default and registry.identifies(kernel, spec.scheme):
-        made = _PORTABLE[content] = BoundWeight(kernel, spec, content)
+        made = _PORTABLE[content] = BoundWeight(runs, spec, content)
         return made
     # The second is for a kernel that its registry does not hold, or holds no longer.
     for token in (registry.token, f"{registry.token}-{id(kernel):x}-{hash(spec):x}"):
-        held = _BY_TOKEN.setdefault(f"{content}|{token}", BoundWeight(kernel, spec, f"{content}|{token}"))
-        if held.kernel is kernel and held.spec == spec:
+        held = _BY_TOKEN.setdefault(f"{content}|{token}", BoundWeight(runs, spec, f"{content}|{token}"))
+        if held.kernel is runs and held.spec == spec:
             return held
     raise BackendError(f"bind {content}", "two schemes of this name", "a name of its own for each scheme")
 

@@ -61,7 +61,7 @@ class QuantLinear(QuantModule, nn.Linear):
 
     def _find_row_function(self, packed: Packed) -> RowFunction | None:
         rotates = bool(self.spec.scheme.rotation)
-        function = None if rotates else self.kernel.row_function(packed, self.spec)
+        function = None if rotates else self.kernel_of("").row_function(packed, self.spec)
         self._row = packed, function
         return function
 

@@ -18,6 +18,7 @@ from quantport.numerics.scales import scale_values
 from quantport.numerics.solvers import checked, solver_of
 from quantport.scheme import Quant, Scheme, Solver, Stats
 from quantport.scheme.formats import BF16
+from quantport.scheme.scheme import ORDER
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 Fast = Callable[[Tensor, Scheme], dict[str, Tensor] | None]
@@ -64,6 +65,11 @@ def quantize_weight(
         )
     if scheme.weight.element is BF16:
         return {"weight": weight.to(torch.bfloat16, copy=True)}
+    if scheme.ordered:
+        stored = quantize_weight(
+            weight, scheme.in_order, name, nonfinite, fast, reduce, solver=solver, stats=stats
+        )
+        return {**stored, ORDER: torch.arange(weight.shape[1], dtype=torch.int32, device=weight.device)}
     by_rule = solver is None and scheme.solver is None
     solver = solver or solver_of(scheme, reduce)
     if not by_rule:
@@ -119,7 +125,12 @@ def _bound(stored: dict[str, Tensor], scheme: Scheme) -> Tensor:
 def dequantize_weight(
     stored: dict[str, Tensor], scheme: Scheme, k: int, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Turns stored tensors back into values ``[n, k]``, rounded once to ``dtype``; a rotation is undone."""
+    """Turns stored tensors back into values ``[n, k]``, rounded once to ``dtype``; a rotation is undone, and
+    an order of columns.
+    """
+    if scheme.ordered:
+        plain = dequantize_weight(stored, scheme.in_order, k, dtype)
+        return torch.empty_like(plain).index_copy_(1, stored[ORDER].long(), plain)
     if scheme.rotation:
         plain = dequantize_weight(stored, replace(scheme, rotation=0), k)
         return rotate(plain, scheme.rotation).to(dtype)
@@ -163,8 +174,10 @@ def linear(x: Tensor, stored: dict[str, Tensor], scheme: Scheme, bias: Tensor | 
             f"a weight stored as {shapes}",
             "activations as wide as the weight",
         )
-    plain = replace(scheme, rotation=0)
-    weight = dequantize_weight(stored, plain, x.shape[1])
+    if scheme.ordered:
+        plain = {key: tensor for key, tensor in stored.items() if key != ORDER}
+        return linear(x.index_select(1, stored[ORDER]), plain, scheme.in_order, bias)
+    weight = dequantize_weight(stored, replace(scheme, rotation=0), x.shape[1])
     values = quantized_values(rotate(x, scheme.rotation), scheme.activation).float()
     with torch.autocast(x.device.type, enabled=False):  # fp32 means fp32
         return torch.nn.functional.linear(values, weight, None if bias is None else bias.float()).to(x.dtype)

@@ -139,6 +139,8 @@ def join_shards(shards: Sequence[dict[str, Tensor]], scheme: Scheme, dim: int) -
 def _refusal(shard: Tensor, scheme: Scheme, dim: int, name: str, whole: bool) -> QuantportError | None:
     """What is wrong with a shard, before any value of it is looked at."""
     asked = f"quantize a shard of {name} to {scheme.name}, split along dimension {dim}"
+    if scheme.ordered and dim == 1:
+        return ConfigError(asked, "columns in an order of the whole weight", f"{scheme.in_order.name}")
     if shard.dim() != 2 or shard.dtype not in numerics.FLOATS or not shard.numel():
         suggestion = "a matrix with elements, in bfloat16, float16 or float32"
         return WeightError(asked, f"shape {list(shard.shape)}, dtype {shard.dtype}", suggestion)

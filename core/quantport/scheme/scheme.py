@@ -31,8 +31,10 @@ GGUF_BYTES = {
 # What ggml quantizes activations to, by the block of the weight. Source: ``ggml-cpu.c``, ``type_traits_cpu``.
 GGUF_ACTIVATIONS = {32: Quant("q8_0", (1, 32)), 256: Quant("q8_k", (1, 256))}
 ROTATION = 128
+ORDER = "weight_order"  # the stored tensor of a scheme in activation order
+_ACTORDER = "actorder"
 OPTIONS = frozenset(
-    {*RULES, *SEARCHES, *SCALES, "nearest", "double", "hadamard", "a8", "asym", "channel", "tensor"}
+    {*RULES, *SEARCHES, *SCALES, "nearest", "double", "hadamard", "a8", "asym", "channel", "tensor", _ACTORDER}
 )  # no solver may take these, nor what `_GROUP` matches
 _GROUP = re.compile(r"g([1-9]\d{0,3})$")
 _BLOCKS = {"channel": (1, 0), "tensor": (0, 0)}
@@ -51,6 +53,7 @@ class Scheme:
         summary: One line for people.
         aliases: Other spellings, as vLLM, vLLM-Omni and others write them.
         rotation: Size of the Hadamard blocks along K that rotate weights and activations alike; 0 for none.
+        ordered: Whether columns are stored in another order than the inputs have, beside which it is stored.
         solver: Finds the codes and scales of the weight; None for the rule of ``weight``. What is stored and
             how it is multiplied do not depend on it.
     """
@@ -61,6 +64,7 @@ class Scheme:
     summary: str
     aliases: tuple[str, ...] = ()
     rotation: int = 0
+    ordered: bool = False
     solver: Solver | None = field(default=None, compare=False)  # its name is part of the scheme's
 
     @cached_property
@@ -101,7 +105,8 @@ class Scheme:
     def option(self, name: str) -> Scheme:
         """The scheme with one option: another scale rule, ``mse``, ``double``, ``hadamard`` or ``a8``; or, as
         checkpoints of others have them, blocks of another size (``g64``, ``channel``, ``tensor``), another
-        format of scales (``fp32``, ``fp16``, ``bf16``) or offsets (``asym``).
+        format of scales (``fp32``, ``fp16``, ``bf16``), offsets (``asym``) or columns in another order
+        (``actorder``).
 
         Raises:
             ConfigError: the scheme has no such option.
@@ -112,6 +117,7 @@ class Scheme:
                 self,
                 name=f"{self.name}:{name}",
                 weight=stored,
+                ordered=self.ordered or name == _ACTORDER,
                 aliases=(),
                 summary=f"{self.summary}; {name}",
             )
@@ -148,6 +154,8 @@ class Scheme:
             return replace(weight, block_shape=(1, int(group[1])))
         if option in _BLOCKS and not weight.element.codebook:
             return replace(weight, block_shape=_BLOCKS[option])
+        if option == _ACTORDER and not self.ordered:
+            return weight
         if option == "asym" and weight.format in ("int4", "uint4", "int8") and not weight.zero_point:
             return replace(weight, zero_point=True)
         return None
@@ -175,6 +183,16 @@ class Scheme:
         summaries.remove(self.solver.name)
         return replace(self, name=":".join(names), summary="; ".join(summaries), solver=None)
 
+    @cached_property
+    def in_order(self) -> Scheme:
+        """The scheme of the columns as they are stored."""
+        if not self.ordered:
+            return self
+        names, summaries = self.name.split(":"), self.summary.split("; ")
+        names.remove(_ACTORDER)
+        summaries.remove(_ACTORDER)
+        return replace(self, name=":".join(names), summary="; ".join(summaries), ordered=False)
+
     def layout(self, n: int, k: int) -> Layout:
         """Stored tensors of one weight ``[n, k]``: name -> (shape, dtype). Where compressed-tensors has the
         format, its layout.
@@ -184,7 +202,8 @@ class Scheme:
             ``weight_zero``
         (offsets), ``weight_global_scale`` [1] (what block scales were multiplied with, as in NVFP4),
         ``weight_outer_scale`` (a factor for each outer block), ``weight_scale_scale`` [n, 1] and
-        ``weight_scale_offset`` [1] (of quantized scales). GGUF: ``weight_blocks`` uint8 [n, bytes].
+        ``weight_scale_offset`` [1] (of quantized scales), ``weight_order`` [k] (the input that each stored
+        column is for). GGUF: ``weight_blocks`` uint8 [n, bytes].
         """
         quant, element = self.weight, self.weight.element
         if element is BF16:
@@ -211,6 +230,8 @@ class Scheme:
             out["weight_global_scale"] = ((1,), torch.float32)
         elif quant.outer_block:
             out["weight_outer_scale"] = (blocks_of(n, k, *quant.outer_block), torch.float32)
+        if self.ordered:
+            out[ORDER] = ((k,), torch.int32)
         return out
 
     def bytes(self, n: int, k: int) -> int:

@@ -57,6 +57,19 @@ def need(source: TensorSource, format_name: str, name: str, shape: tuple[int, ..
     return info
 
 
+def activation_order(index: Tensor, group: int) -> Tensor | None:
+    """The inputs of a layer by their groups, as a scheme in activation order stores its columns: int32
+    ``[k]``; None where a group has too few of them or too many.
+
+    Args:
+        index: The group of each input, int64 ``[k]``.
+        group: Inputs of a group.
+    """
+    order = index.argsort(stable=True)
+    groups = torch.arange(len(index), dtype=index.dtype, device="cpu") // group
+    return order.to(torch.int32) if torch.equal(index[order], groups) else None
+
+
 def exponents(scale: Tensor) -> Tensor:
     """fp32 values of scales that are stored as e8m0 exponents, as bytes or as ``float8_e8m0fnu``; those of
     other dtypes as they are, in fp32.

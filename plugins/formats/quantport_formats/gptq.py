@@ -23,7 +23,8 @@ from quantport.checkpoint import CheckpointFormat, Coded, CodedTensor, Recognize
 from quantport.errors import CheckpointError, shown
 from quantport.scheme import Scheme
 from quantport.scheme.catalog import Schemes
-from quantport_formats.common import held_dtype, need, quant_method, quantizer_config
+from quantport.scheme.scheme import ORDER
+from quantport_formats.common import activation_order, held_dtype, need, quant_method, quantizer_config
 from quantport_formats.grouped import BITS, Grouped, group_size, matrix, no_strays, number, unpacked
 
 _PARTS = (".qzeros", ".g_idx")
@@ -166,7 +167,9 @@ class _Layer:
 
     def coded(self, schemes: Schemes, dtype: torch.dtype) -> CodedTensor:
         names = (self.qweight, self.qzeros, self.scales, *((self.g_idx,) if self.has_order else ()))
-        scheme = self.groups.scheme(schemes, self.scale_dtype) if self.in_order else None
+        scheme = self.groups.scheme(schemes, self.scale_dtype)
+        if scheme and not self.in_order:
+            scheme = schemes[f"{scheme.name}:actorder"]
         read = partial(self._stored, scheme) if scheme else self._decoded
         return CodedTensor((self.groups.n, self.groups.k), dtype, scheme, names, read=read)
 
@@ -177,14 +180,7 @@ class _Layer:
 
     def _stored(self, scheme: Scheme, expert: int | None, rows: slice) -> Mapping[str, Tensor]:
         """The tensors of the scheme's layout for some rows."""
-        groups = self.groups
-        if self.has_order:
-            inputs = torch.arange(groups.k, dtype=torch.int32, device="cpu")
-            if not torch.equal(self.source.read(self.g_idx).to(torch.int32), inputs // groups.group):
-                raise self._refusal(
-                    f"{self.g_idx} in another order, of which the configuration says nothing",
-                    "desc_act: true in the configuration",
-                )
+        groups, order = self.groups, self._order() if self.has_order else None
         zeros, scales = self._zeros(rows), self.source.read(self.scales)[:, rows].t()
         if groups.symmetric and (zeros != groups.middle).any():
             raise self._refusal(
@@ -192,24 +188,36 @@ class _Layer:
                 "sym: false in the configuration",
             )
         words = self.source.read(self.qweight)[:, rows].t().contiguous()
-        if groups.symmetric and groups.bits == 4:  # these words are the layout's
+        if groups.symmetric and groups.bits == 4 and not scheme.ordered:  # these words are the layout's
             return {"weight_packed": words, "weight_scale": scales.contiguous()}
-        return groups.stored(scheme, unpacked(words, groups.bits), zeros, scales)
+        codes = unpacked(words, groups.bits)
+        if not scheme.ordered:
+            return groups.stored(scheme, codes, zeros, scales)
+        assert order is not None  # as its tensor is there
+        return {**groups.stored(scheme, codes[:, order], zeros, scales), ORDER: order}
+
+    def _order(self) -> Tensor:
+        """The inputs in the order of their groups."""
+        order = activation_order(self.source.read(self.g_idx).long(), self.groups.group)
+        if order is None:
+            size, groups = self.groups.group, self.groups.groups
+            raise self._refusal(f"{self.g_idx} of other groups", f"groups 0 to {groups - 1} of {size} inputs")
+        if self.in_order and (order.diff() < 0).any():
+            raise self._refusal(
+                f"{self.g_idx} in another order, of which the configuration says nothing",
+                "desc_act: true in the configuration",
+            )
+        return order
 
     def _decoded(self, expert: int | None, rows: slice) -> Mapping[str, Tensor]:
         """The values of some rows, in fp32."""
         groups, zeros = self.groups, self._zeros(rows)
         scales = self.source.read(self.scales)[:, rows].t().float()
         codes = unpacked(self.source.read(self.qweight)[:, rows].t(), groups.bits)
-        if self.in_order:
-            zeros, scales = groups.spread(zeros), groups.spread(scales)
-        else:
-            order = self.source.read(self.g_idx).long()
-            if order.min() < 0 or order.max() >= groups.groups:
-                raise self._refusal(
-                    f"{self.g_idx} up to {int(order.max())}, of {groups.groups} groups", "groups that exist"
-                )
-            zeros, scales = zeros[:, order], scales[:, order]
+        zeros, scales = groups.spread(zeros), groups.spread(scales)
+        if not self.in_order:
+            inputs = self._order().long().argsort()
+            zeros, scales = zeros[:, inputs], scales[:, inputs]
         return {"weight": (codes.to(torch.int32) - zeros.to(torch.int32)) * scales}
 
     def _zeros(self, rows: slice) -> Tensor:
@@ -228,7 +236,7 @@ def _notices(layers: list[_Layer], coded: Mapping[str, CodedTensor]) -> tuple[st
     if decoded:
         out.append(
             f"{len(decoded)} weights ({decoded[0]}, ...) are decoded to 16 bits, or to the scheme that is "
-            "asked for: their inputs are grouped out of order (desc_act), or their scales have 32 bits"
+            "asked for: their scales have 32 bits"
         )
     small = [layer for layer in layers if layer.groups.bits < 4]
     if small:

@@ -15,8 +15,9 @@ from torch import Tensor
 from quantport.checkpoint import TensorSource
 from quantport.errors import CheckpointError
 from quantport.numerics.packing import pack_int4
+from quantport.scheme.scheme import ORDER
 from quantport_formats.bit_streams import unpack, words_for
-from quantport_formats.common import need
+from quantport_formats.common import activation_order, need
 from quantport_formats.compressed_tensors_config import Args
 from quantport_formats.pieces import SCALES, Piece, piece, wanted
 
@@ -41,6 +42,7 @@ class Integers:
         block: Option of a scheme: what shares a scale.
         scale: Dtype of the scales as they are held.
         offsets: Whether zero points are held as offsets.
+        ordered: Whether they are in activation order.
         as_stored: Whether codes and scales are those of the layout.
         notices: What is held in another way than it is stored.
 
@@ -56,7 +58,7 @@ class Integers:
         self._packed = f"{module}.weight_packed" in source.tensors
         self.codes, self.scales = f"{module}.weight{'_packed' * self._packed}", f"{module}.weight_scale"
         self._zero, self._index = f"{module}.weight_zero_point", f"{module}.weight_g_idx"
-        self._ordered = self._index in source.tensors
+        self.ordered = self._index in source.tensors
         self.shape = self._shape()
         stored = self._checked()
         # products of a zero point and a scale are exact in fp32 unless the scale has all of its bits
@@ -65,10 +67,9 @@ class Integers:
         self.wide = args.bits > 4 or self._folded
         self.key = "weight" if self.wide else "weight_packed"
         self.scale = torch.float32 if self.wide or self.offsets else stored
-        groups = {"tensor": "tensor", "channel": "channel"}.get(args.strategy, f"g{args.group}")
-        self.block = "g1" if self._ordered else groups
+        self.block = {"tensor": "tensor", "channel": "channel"}.get(args.strategy, f"g{args.group}")
         alike = args.bits == 4 if self._packed and not self.wide else not self._packed and self.wide
-        self.as_stored = args.symmetric and alike and not self._ordered
+        self.as_stored = args.symmetric and alike and not self.ordered
         self.tensors = tuple(name for name in self._names() if name in source.tensors)
         self.notices = list(self._said(stored))
 
@@ -86,11 +87,6 @@ class Integers:
             yield f"{self._args.bits}-bit codes are held in {held} bits"
         if self.offsets and stored is torch.float32:
             yield "8-bit zero points with fp32 scales: values are within two roundings of fp32"
-        if self._ordered:
-            yield (
-                "weights in activation order are held with a scale for each value: convert them to another "
-                "scheme to save memory"
-            )
 
     def _shape(self) -> tuple[int, int]:
         info = need(self._source, self._format, self.codes)
@@ -138,7 +134,7 @@ class Integers:
             )
         elif self._zero in self._source.tensors and not self._spare_zeros:
             raise self._wrong(f"{self._zero} beside symmetric weights", "symmetric: false, or no zero points")
-        if self._ordered:
+        if self.ordered:
             if self._args.strategy != "group":
                 raise self._wrong(f"{self._index} without groups", "strategy group, or no such tensor")
             wanted(self._source, self._format, self._index, [(k,)], [torch.int32, torch.int64])
@@ -146,15 +142,18 @@ class Integers:
 
     def pieces(self) -> dict[str, Piece]:
         """What makes the tensors of the layout."""
-        out: dict[str, Piece] = {self.key: self._read_codes, "weight_scale": self._read_scales}
+        scales = piece(self._source, self.scales, self._args.strategy != "tensor")
+        out: dict[str, Piece] = {self.key: self._read_codes, "weight_scale": scales}
         if self.offsets:
             out["weight_zero"] = self._read_offsets
+        if self.ordered:
+            out[ORDER] = lambda _: self._order()
         return out
 
     def _read_codes(self, rows: slice) -> Tensor:
         bits, half = self._args.bits, 1 << self._args.bits - 1
         stored = self._source.read(self.codes, rows)
-        if self._packed and bits == 4 and not self.wide:
+        if self._packed and bits == 4 and not self.wide and not self.ordered:
             return stored
         codes = unpack(stored, bits, self.shape[1]).int() - half if self._packed else stored.int()
         if not self._packed and bits < 8 and codes.numel() and not -half <= codes.min() <= codes.max() < half:
@@ -162,19 +161,16 @@ class Integers:
                 f"{self.codes} has codes from {int(codes.min())} to {int(codes.max())}",
                 f"codes of {bits} bits",
             )
+        if self.ordered:
+            codes = codes[:, self._order()]
         if self._folded:
             codes = codes - self._over_columns(self._read_zeros(rows))
         return codes.to(torch.int8) if self.wide else pack_int4(codes.to(torch.int8))
 
-    def _read_scales(self, rows: slice) -> Tensor:
-        scale = piece(self._source, self.scales, self._args.strategy != "tensor")(rows)
-        return scale[:, self._groups()] if self._ordered else scale
-
     def _read_offsets(self, rows: slice) -> Tensor:
         zeros = self._read_zeros(rows)
         scale = piece(self._source, self.scales, self._args.strategy != "tensor")(rows).float()
-        offsets = -zeros.float() * scale.reshape(zeros.shape)
-        return offsets[:, self._groups()] if self._ordered else offsets
+        return -zeros.float() * scale.reshape(zeros.shape)
 
     def _read_zeros(self, rows: slice) -> Tensor:
         """Zero points of some rows: int32 ``[rows, groups]``."""
@@ -191,20 +187,16 @@ class Integers:
         return codes.int() - (1 << bits - 1)
 
     def _over_columns(self, zeros: Tensor) -> Tensor:
-        if self._ordered:
-            return zeros[:, self._groups()]
         return zeros.repeat_interleave(-(-self.shape[1] // zeros.shape[1]), 1)[:, : self.shape[1]]
 
-    def _groups(self) -> Tensor:
-        """The group of each column, in activation order.
+    def _order(self) -> Tensor:
+        """The columns in the order of their groups.
 
         Raises:
-            CheckpointError: one that is not there.
+            CheckpointError: a group that is not there, or is of another size.
         """
-        index = self._source.read(self._index).long()
-        count = self.shape[1] // self._args.group
-        if not 0 <= index.min() <= index.max() < count:
-            raise self._wrong(
-                f"{self._index} from {int(index.min())} to {int(index.max())}", f"groups 0 to {count - 1}"
-            )
-        return index
+        group, count = self._args.group, self.shape[1] // self._args.group
+        order = activation_order(self._source.read(self._index).long(), group)
+        if order is None:
+            raise self._wrong(f"{self._index} of other groups", f"groups 0 to {count - 1} of {group} columns")
+        return order

@@ -116,6 +116,8 @@ class Weights:
         short = ("int4_weight_only", "int4_w4a8")[eight_bits]
         base = ("int8_weight_only", "int8")[eight_bits] if integers.wide else short
         scheme = scheme_of(self._schemes, base, integers.block, integers.scale, integers.offsets)
+        if integers.ordered:
+            scheme = self._schemes[f"{scheme.name}:actorder"]
         self.notices |= dict.fromkeys(integers.notices)
         if integers.as_stored:
             keys = {integers.key: integers.codes, "weight_scale": integers.scales}

@@ -17,27 +17,51 @@ UNAVAILABLE = jit.why_unavailable()
 pytestmark = pytest.mark.skipif(bool(UNAVAILABLE), reason=UNAVAILABLE or "numba is installed")
 
 if not UNAVAILABLE:
-    from quantport_cpu.jit import int4_batch
+    from quantport_cpu.jit import factors, int4_batch
     from quantport_cpu.jit.int4_batch import Int4, Layout
     from quantport_cpu.jit.jobs import Job
 
-LAYOUTS = [(32, False), (64, True), (128, False), (256, True)]
+LAYOUTS = [
+    (32, False, torch.bfloat16),
+    (64, True, torch.bfloat16),
+    (128, False, torch.bfloat16),
+    (256, True, torch.bfloat16),
+    (32, True, torch.float32),
+    (64, False, torch.float16),
+    (128, True, torch.float32),
+    (128, True, torch.float16),
+    (1 << 30, False, torch.float16),
+    (1 << 30, True, torch.float32),
+]
+NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+Kind = tuple[int, bool, torch.dtype]
 SHAPES = [(1, 1), (3, 33), (37, 300), (66, 1100)]
 
 
-def stored(n: int, k: int, group: int, has_zero: bool, exponents: bool = False) -> Int4:
+def layout_of(group: int, has_zero: bool, dtype: torch.dtype) -> Layout:
+    return Layout(group, has_zero, factors.DTYPES.index(dtype))
+
+
+def stored(
+    n: int,
+    k: int,
+    group: int,
+    has_zero: bool,
+    dtype: torch.dtype = torch.bfloat16,
+    exponents: bool = False,
+) -> Int4:
     """A weight of random codes; with ``exponents`` scales are powers of two near each other."""
     codes = numerics.pack_int4(torch.randint(-8, 8, (n, k), dtype=torch.int8))
     shape = n, math.ceil(k / group)
     scale = 2.0 ** torch.randint(-2, 1, shape) if exponents else torch.randn(shape)
     zero = torch.randint(-8, 8, shape) / 4 if exponents else torch.randn(shape)
-    return Int4(codes, scale.bfloat16(), zero.bfloat16() if has_zero else None)
+    return Int4(codes, scale.to(dtype), zero.to(dtype) if has_zero else None)
 
 
 def values(weight: Int4, k: int, group: int) -> Tensor:
     """The weight in fp64."""
     scale, zero = (
-        0 if part is None else part.double().repeat_interleave(group, 1)[:, :k] for part in weight[1:]
+        0 if part is None else part.double().repeat_interleave(min(group, k), 1)[:, :k] for part in weight[1:]
     )
     return numerics.unpack_int4(weight.codes, k).double() * scale + zero
 
@@ -56,7 +80,7 @@ def close(got: Tensor, x: Tensor, weight: Tensor) -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_int8_activations_are_multiplied_exactly(
-    layout: tuple[int, bool], shape: tuple[int, int], m: int
+    layout: Kind, shape: tuple[int, int], m: int
 ) -> None:
     """Scales are powers of two: no sum in fp32 is rounded, in whatever order."""
     (n, k), group = shape, layout[0]
@@ -64,24 +88,24 @@ def test_int8_activations_are_multiplied_exactly(
     token = torch.rand(m, 1) + 0.1
     want = (q.double() @ values(weight, k, group).t()).float() * token
     assert torch.equal(
-        int4_batch.multiply(int4_batch.prepared(q, token, Layout(*layout)), one(m), weight, n), want
+        int4_batch.multiply(int4_batch.prepared(q, token, layout_of(*layout)), one(m), weight, n), want
     )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_16_bit_activations(layout: tuple[int, bool], shape: tuple[int, int], dtype: torch.dtype) -> None:
+def test_16_bit_activations(layout: Kind, shape: tuple[int, int], dtype: torch.dtype) -> None:
     (n, k), weight = shape, stored(*shape, *layout)
     for m in (1, 2, 4, 7):
         x = (torch.randn(m, k) + 3).to(dtype)  # a mean: the 8 of a stored code must not cost digits
         close(
-            int4_batch.multiply(int4_batch.split(x, Layout(*layout)), one(m), weight, n),
+            int4_batch.multiply(int4_batch.split(x, layout_of(*layout)), one(m), weight, n),
             x,
             values(weight, k, layout[0]),
         )
         close(
-            int4_batch.multiply_fp32(x, one(m), weight, Layout(*layout), n), x, values(weight, k, layout[0])
+            int4_batch.multiply_fp32(x, one(m), weight, layout_of(*layout), n), x, values(weight, k, layout[0])
         )
 
 
@@ -101,14 +125,15 @@ def test_no_sum_overflows(digit: int) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_panels_are_those_of_the_reference(shape: tuple[int, int], layout: tuple[int, bool]) -> None:
+def test_panels_are_those_of_the_reference(shape: tuple[int, int], layout: Kind) -> None:
     (n, k), weight = shape, stored(*shape, *layout)
     scheme = BUILTIN["int4_mse" if layout[1] else "int4_weight_only"]
-    scheme = replace(scheme, weight=replace(scheme.weight, block_shape=(1, layout[0])))
+    block = 0 if layout[0] > k else layout[0]
+    scheme = replace(scheme, weight=replace(scheme.weight, block_shape=(1, block), scale=NAMES[layout[2]]))
     names = ("weight_packed", "weight_scale", "weight_zero")
     tensors = {name: t for name, t in zip(names, weight, strict=True) if t is not None}
     panel = torch.empty(n, -(-k // 32) * 32, dtype=torch.bfloat16)
-    int4_batch.decode(weight, k, Layout(*layout), panel)
+    int4_batch.decode(weight, k, layout_of(*layout), panel)
     assert torch.equal(panel[:, :k], numerics.dequantize_weight(tensors, scheme, k, torch.bfloat16))
     assert torch.isfinite(panel).all()
 

@@ -165,14 +165,15 @@ def ordered(case):
         codes = (in_place.view(n, groups, -1) / state["weight_scale"].float()[..., None]).round().view(n, k)
         scale = state["weight_scale"].float()[:, checkpoint.tensors[f"{module}.weight_g_idx"].long()]
         checkpoint.values[name] = codes * scale + 0.0  # codes have no negative zero
-        checkpoint.schemes[name] = "int4_weight_only:g1"
+        checkpoint.schemes[name] = f"{CASES[case][2]}:actorder"
     return checkpoint
 
 
 def test_activation_order_is_kept_and_said(tmp_path):
     checkpoint = ordered("int4 g32")
     keeps(checkpoint, tmp_path / "a")
-    assert any("activation order" in text for text in quantport.plan(tmp_path / "a", device="cpu").warnings)
+    planned = {step.requested_scheme for step in quantport.plan(tmp_path / "a", device="cpu").quantized}
+    assert planned == {"int4_weight_only:g32:actorder"}
     converts(checkpoint, tmp_path / "b")
 
 
@@ -273,9 +274,9 @@ def test_wrong_values_are_refused_when_they_are_read(tmp_path):
     wide.tensors["model.layers.0.self_attn.q_proj.weight"][0, 0] = 100
     far = ordered("int4 g32")
     put(far.tensors, "weight_g_idx", torch.full((128,), 77, dtype=torch.int32))
-    for checkpoint, found in ((wide, "codes from -8 to 100"), (far, "from 77 to 77")):
+    for checkpoint, found in ((wide, "codes from -8 to 100"), (far, "of other groups")):
         with pytest.raises(CheckpointError, match=found):
-            quantport.load(checkpoint.write(tmp_path / found[-2:]), device="cpu")
+            quantport.load(checkpoint.write(tmp_path / found[-3:]), device="cpu")
 
 
 def test_a_configuration_over_weights_in_16_bits_is_stale(tmp_path):

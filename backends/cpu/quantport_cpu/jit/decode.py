@@ -7,6 +7,7 @@ from typing import Any
 from numba.core import types
 
 from quantport.backend import once
+from quantport_cpu.jit import factors
 from quantport_cpu.jit.gemm_fp32 import decode_columns
 from quantport_cpu.jit.gemv_bytes import e4m3_to_fp16
 from quantport_cpu.jit.parallel_for import Kernel, block_count, next_block
@@ -62,24 +63,26 @@ def _fp8(frame):
 fp8_kernel = Kernel(_fp8)
 
 
-def _int4_body(group: int, n_zero: int) -> Any:
+def _int4_body(group: int, n_zero: int, factor: int) -> Any:
+    factor_bytes = factors.BYTES[factor]
+
     def rows(frame):
         w, scale, zero, k, out, stride = words(frame, 2, 6)
-        codes_stride, scale_stride = (k + 7) // 8 * 4, (k + group - 1) // group * 2
+        codes_stride, scale_stride = (k + 7) // 8 * 4, (k + group - 1) // group * factor_bytes
         while True:
             row = next_block(frame)
             if row >= block_count(frame):
                 break
             s, z = scale + row * scale_stride, zero + row * scale_stride
-            decode_columns(w + row * codes_stride, s, z, 0, k, out + row * stride, group, n_zero, 2)
+            decode_columns(w + row * codes_stride, s, z, 0, k, out + row * stride, group, n_zero, factor, 2)
 
     return rows
 
 
 @once
-def int4_kernel(group: int, has_zero: bool) -> Kernel:
+def int4_kernel(group: int, has_zero: bool, factor: int) -> Kernel:
     """The kernel for int4 as it is stored. A block is a row.
 
     Words: weights, scales, offsets or 0, k, out, its stride.
     """
-    return Kernel(_int4_body(group, int(has_zero)))
+    return Kernel(_int4_body(group, int(has_zero), factor))

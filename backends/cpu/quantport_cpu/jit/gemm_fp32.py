@@ -14,6 +14,7 @@ from llvmlite.ir import ArrayType  # llvmlite has no types
 from numba.core import types
 
 from quantport.backend import once
+from quantport_cpu.jit import factors
 from quantport_cpu.jit.gemv_bytes import PREFETCH_AHEAD
 from quantport_cpu.jit.jobs import JOB_BYTES
 from quantport_cpu.jit.parallel_for import Kernel, block_count, next_block
@@ -50,15 +51,19 @@ def panel_memory(simd: Simd) -> Value:
 class _Decoder:
     """Writes 32 columns or more of one group as numbers of ``n_bytes``: 4 as fp32, 2 as bf16."""
 
-    def __init__(self, simd: Simd, n_bytes: int) -> None:
-        self.simd, self.n_bytes, self.lanes = simd, n_bytes, _lanes() if n_bytes == 4 else 16
+    def __init__(self, simd: Simd, n_bytes: int, n_factor: int) -> None:
+        self.simd, self.n_bytes, self.n_factor = simd, n_bytes, n_factor
+        self.lanes = _lanes() if n_bytes == 4 else 16
         self.shifts = simd.constant([4 * (i % 8) for i in range(self.lanes)], I32)
         self.codes = simd.constant([float(i - 8) for i in range(16)], F32)
 
     def write(self, source: Value, scale: Value, zero: Value | None, to: Value, size: int) -> None:
         """``size`` columns, with the scale at an address, and the offset if there is one."""
         s, lanes = self.simd, self.lanes
-        factor, offset = (s.splat(0.0, 16, F32) if a is None else s.splat_bf16(a, 16) for a in (scale, zero))
+        factor, offset = (
+            s.splat(0.0, 16, F32) if a is None else factors.spread(s, self.n_factor, 1, a, [0] * 16)
+            for a in (scale, zero)
+        )
         table = s.intrinsic("fma", self.codes, factor, offset)
         if self.n_bytes == 2:
             table = s.bitcast(s.bf16_bits(table), F32)
@@ -75,7 +80,7 @@ class _Decoder:
             s.store(value, s.at(to, self.n_bytes * i))
 
 
-@inline(types.void, 6, 7, 8)
+@inline(types.void, 6, 7, 8, 9)
 def decode_columns(
     simd: Simd,
     w: Value,
@@ -86,13 +91,14 @@ def decode_columns(
     to: Value,
     n_group: int,
     n_zero: int,
+    n_factor: int,
     n_bytes: int,
 ) -> None:
     """Columns ``first`` to ``stop`` of a weight row, and finite numbers up to a whole step."""
-    decoder, chunk, bounce = _Decoder(simd, n_bytes), min(n_group, _CHUNK), simd.buffer(STEP // 2)
+    decoder, chunk, bounce = _Decoder(simd, n_bytes, n_factor), min(n_group, _CHUNK), simd.buffer(STEP // 2)
 
     def decode(source: Value, column: Value, size: int) -> None:
-        group = simd.b.shl(simd.b.udiv(column, I64(n_group)), I64(1))
+        group = simd.b.mul(simd.b.udiv(column, I64(n_group)), I64(factors.BYTES[n_factor]))
         place = simd.at(to, simd.b.mul(simd.b.sub(column, first), I64(n_bytes)))
         offset = simd.at(zero, group) if n_zero else None
         decoder.write(source, simd.at(scale, group), offset, place, size)
@@ -141,12 +147,14 @@ def tile(
         simd.store(simd.b.fadd(simd.load(F32, n_rows, address), total), address)
 
 
-def _body(group: int, n_zero: int, most: int) -> Callable[[Any], None]:
+def _body(group: int, n_zero: int, factor: int, most: int) -> Callable[[Any], None]:
+    factor_bytes = factors.BYTES[factor]
+
     def rows(frame):
         table, blocks_per_job, weights, scales, zeros, n, k = words(frame, 2, 7)
         values, x_stride, results, width, span = words(frame, 9, 5)
         out_stride = 4 * width
-        w_stride, scale_stride = (k + 7) // 8 * 4, (k + group - 1) // group * 2
+        w_stride, scale_stride = (k + 7) // 8 * 4, (k + group - 1) // group * factor_bytes
         panel = panel_memory()
         while True:
             block = next_block(frame)
@@ -165,7 +173,8 @@ def _body(group: int, n_zero: int, most: int) -> Callable[[Any], None]:
                     for r in range(height):
                         s, z = scale + (row + r) * scale_stride, zero + (row + r) * scale_stride
                         to = panel + 4 * COLUMNS * r
-                        decode_columns(w + (row + r) * w_stride, s, z, column, stop, to, group, n_zero, 4)
+                        here = w + (row + r) * w_stride
+                        decode_columns(here, s, z, column, stop, to, group, n_zero, factor, 4)
                     i = 0
                     while i < m:
                         at, y = x + i * x_stride + 4 * column, out + i * out_stride + 4 * row
@@ -186,10 +195,10 @@ def _body(group: int, n_zero: int, most: int) -> Callable[[Any], None]:
 
 
 @once
-def kernel(group: int, has_zero: bool) -> Kernel:
-    """The kernel of one group size, over jobs. A block is ``span`` rows of the weight of a job.
+def kernel(group: int, has_zero: bool, factor: int) -> Kernel:
+    """The kernel of one group size and one dtype of scales (``factors``), over jobs. A block is ``span`` rows of the weight of a job.
 
     Words: jobs, blocks of a job, codes, scales, offsets or 0, n, k, x fp32, filled up with zeros to a
     multiple of ``STEP``, its stride, out, to which products are added, its columns, span.
     """
-    return Kernel(_body(group, int(has_zero), tile_rows()))
+    return Kernel(_body(group, int(has_zero), factor, tile_rows()))

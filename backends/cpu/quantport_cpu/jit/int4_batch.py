@@ -11,7 +11,7 @@ from torch import Tensor
 
 from quantport.backend import numerics
 from quantport_cpu.jit import decode as decoding
-from quantport_cpu.jit import gemm_fp32, gemm_int4, int4_rows
+from quantport_cpu.jit import factors, gemm_fp32, gemm_int4, int4_rows
 from quantport_cpu.jit.few_rows import SPAN, is_read_by_each_thread
 from quantport_cpu.jit.jobs import PER_TOKEN, Job, all_rows, table
 from quantport_cpu.jit.memory import Array, array, array_of_rows
@@ -30,10 +30,12 @@ class Layout(NamedTuple):
     Attributes:
         group: Columns that share a scale.
         has_zero: Whether they have offsets, which are added.
+        factor: The dtype of scales and offsets, as in ``factors``.
     """
 
     group: int
     has_zero: bool
+    factor: int = factors.BF16
 
 
 class Int4(NamedTuple):
@@ -41,7 +43,7 @@ class Int4(NamedTuple):
 
     Attributes:
         codes: int32 ``[..., N, ceil(K/8)]``, contiguous.
-        scale: bf16 ``[..., N, ceil(K/group)]``, contiguous.
+        scale: bf16, fp16 or fp32 ``[..., N, ceil(K/group)]``, contiguous.
         zero: Offsets that are added, as ``scale``, or None.
     """
 
@@ -60,11 +62,11 @@ class Int4(NamedTuple):
         part = slice(first, first + count)
         return Int4(self.codes[part], self.scale[part], None if self.zero is None else self.zero[part])
 
-    def arrays(self, k: int, group: int) -> tuple[Array, Array, Array | int]:
+    def arrays(self, k: int, layout: Layout) -> tuple[Array, Array, Array | int]:
         """The memory of each part, checked."""
-        rows, groups = self.codes.shape[:-1], -(-k // group)
-        zero = 0 if self.zero is None else array(self.zero, torch.bfloat16, *rows, groups)
-        scale = array(self.scale, torch.bfloat16, *rows, groups)
+        rows, groups, dtype = self.codes.shape[:-1], -(-k // layout.group), factors.DTYPES[layout.factor]
+        zero = 0 if self.zero is None else array(self.zero, dtype, *rows, groups)
+        scale = array(self.scale, dtype, *rows, groups)
         return array(self.codes, torch.int32, *rows, -(-k // 8)), scale, zero
 
 
@@ -189,7 +191,7 @@ def multiply(
         blocks * len(jobs),
         table(jobs, m, weights, n, width),
         blocks,
-        *weight.arrays(x.k, x.layout.group),
+        *weight.arrays(x.k, x.layout),
         n,
         x.k,
         x.values,
@@ -216,7 +218,7 @@ def row(weight: Int4, layout: Layout, k: int, digits: int) -> RowCall:
     before = (
         table(all_rows(1), 1, 1, n, n),
         blocks,
-        *weight.arrays(k, layout.group),
+        *weight.arrays(k, layout),
         n,
         k,
         0,
@@ -249,7 +251,7 @@ def multiply_fp32(x: Tensor, jobs: Sequence[Job], weight: Int4, layout: Layout, 
         blocks * len(jobs),
         table(jobs, m, weights, n, width),
         blocks,
-        *weight.arrays(k, layout.group),
+        *weight.arrays(k, layout),
         n,
         k,
         array(padded_fp32(x, m, columns), torch.float32, m, columns),
@@ -267,6 +269,6 @@ def decode(weight: Int4, k: int, layout: Layout, out: Tensor) -> Tensor:
     n, columns = out.shape
     to = array(out, torch.bfloat16, n, columns)
     decoding.int4_kernel(*layout)(
-        n, *weight.arrays(k, layout.group), k, to, 2 * columns, threads=threads_for(n * k)
+        n, *weight.arrays(k, layout), k, to, 2 * columns, threads=threads_for(n * k)
     )
     return out

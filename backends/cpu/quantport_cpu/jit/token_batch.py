@@ -86,7 +86,7 @@ def int4(token: Token, gate_up: Int4, down: Int4, layout: Layout, digits: int) -
     hidden, stride, words = token.x.shape[1], 0, list[Array | int]()
     for weight, k in ((gate_up, hidden), (down, token.wide)):
         row_bytes, sums_at = int4_batch.row_bytes(k, layout, digits)
-        words += [*weight.arrays(k, layout.group), sums_at]
+        words += [*weight.arrays(k, layout), sums_at]
         stride = max(stride, row_bytes)
     kernel = token_experts.int4_kernel(*layout, digits)
     return _run(kernel, token, stride, *words, stride + token_experts.MULTIPLE, HALF_RANGE)

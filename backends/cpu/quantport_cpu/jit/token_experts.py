@@ -242,17 +242,22 @@ def _int4_rows(source, k, to, stride, count, half_range, sums_at, group, digits)
 
 
 @njit(error_model="numpy", inline="always")
-def _int4_span(x, w, k, scales, zeros, number, n, first, last, to, group, n_zero, digits, n_rows):
+def _int4_span(x, w, k, scales, zeros, number, n, first, last, to, group, n_zero, factor, digits,
+               n_rows):
     """Rows ``first`` to ``last - 1`` of a weight of ``n`` times a row of ``_int4_rows``."""
     stride, groups = (k + 7) // 8 * 4, (k + group - 1) // group
+    scale_stride = groups * (4 if factor == 0 else 2)
     for row in range(first, last, n_rows):
         place, y, c = number * n + row, to + 4 * (row - first), min(n_rows, last - row)
-        here, s, z = w + place * stride, scales + 2 * place * groups, zeros + 2 * place * groups
+        here, s, z = w + place * stride, scales + place * scale_stride, zeros + place * scale_stride
         at = x + MULTIPLE
-        _int4_tile(at, 0, x, here, stride, c, k, s, 2 * groups, z, groups, y, 0, group, n_zero, digits, 1)
+        # fmt: off
+        _int4_tile(at, 0, x, here, stride, c, k, s, scale_stride, z, groups, y, 0,
+                   group, n_zero, digits, factor, 1)
+        # fmt: on
 
 
-def _int4_body(group: int, n_zero: int, digits: int, n_rows: int) -> Any:
+def _int4_body(group: int, n_zero: int, factor: int, digits: int, n_rows: int) -> Any:
     def experts(frame):
         chosen, top_k, factors, x, hidden, wide, table, between, out = words(frame, 2, 9)
         gate_up, up_scales, up_zeros, up_sums, down, down_scales, down_zeros, down_sums = words(frame, 11, 8)
@@ -267,7 +272,7 @@ def _int4_body(group: int, n_zero: int, digits: int, n_rows: int) -> Any:
             # fmt: off
             for i in range(2):
                 _int4_span(rows, gate_up, hidden, up_scales, up_zeros, 2 * expert + i, wide, first, last,
-                           slot + 4 * SPAN * i, group, n_zero, digits, n_rows)
+                           slot + 4 * SPAN * i, group, n_zero, factor, digits, n_rows)
             # fmt: on
             gate(slot, slot + 4 * SPAN, table, between + 2 * (job * wide + first), last - first)
             finish_block(frame)
@@ -282,7 +287,7 @@ def _int4_body(group: int, n_zero: int, digits: int, n_rows: int) -> Any:
                 (expert,) = words(chosen + 8 * i, 0, 1)
                 # fmt: off
                 _int4_span(rows + i * stride, down, wide, down_scales, down_zeros, expert, hidden, first,
-                           last, slot, group, n_zero, digits, n_rows)
+                           last, slot, group, n_zero, factor, digits, n_rows)
                 # fmt: on
                 add_weighted(slot, factors + 2 * i, sums)
             store_sums(sums, out, first, last)
@@ -292,11 +297,11 @@ def _int4_body(group: int, n_zero: int, digits: int, n_rows: int) -> Any:
 
 
 @once
-def int4_kernel(group: int, has_zero: bool, digits: int) -> Kernel:
+def int4_kernel(group: int, has_zero: bool, factor: int, digits: int) -> Kernel:
     """int4 weights in groups, as ``int8_kernel``; activations are int8, or integers of some digits.
 
     Words of this one: gate and up of all experts, their scales, their offsets or 0, where in a row of
     activations the sums of its groups begin or 0; down, likewise; bytes of a row of activations in a slot,
     bits of the half range.
     """
-    return Kernel(_int4_body(group, int(has_zero), digits, gemm_int4.weight_rows()))
+    return Kernel(_int4_body(group, int(has_zero), factor, digits, gemm_int4.weight_rows()))

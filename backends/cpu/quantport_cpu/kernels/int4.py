@@ -34,7 +34,9 @@ if TYPE_CHECKING:
     from quantport_cpu.jit.int4_batch import Int4, Layout
     from quantport_cpu.jit.token_batch import Token
 
-_GROUPS = (32, 64, 128, 256)  # columns that share a scale
+_GROUPS = (0, 32, 64, 128, 256)  # columns that share a scale; 0: all
+_SCALES = ("bf16", "fp16", "fp32")
+_ALL = 1 << 30  # columns of a group that is a whole row
 _DIGIT_ROWS = 4  # up to this many 16-bit rows, integer dot products of their digits beat fp32
 
 
@@ -52,7 +54,7 @@ class CpuInt4(CpuGrouped):
             quant.format == "int4"
             and quant.block_shape[0] == 1
             and quant.group_size in _GROUPS
-            and quant.scale == "bf16"
+            and quant.scale in _SCALES
             and not quant.outer_block
         )
 
@@ -160,6 +162,8 @@ class CpuInt4Int8(CpuInt4):
 
 
 def _layout(spec: WeightSpec) -> Layout:
+    from quantport_cpu.jit.factors import DTYPES
     from quantport_cpu.jit.int4_batch import Layout
 
-    return Layout(spec.scheme.weight.group_size, spec.scheme.weight.zero_point)
+    quant = spec.scheme.weight
+    return Layout(quant.group_size or _ALL, quant.zero_point, DTYPES.index(quant.scale_dtype))
