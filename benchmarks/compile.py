@@ -37,6 +37,7 @@ from quantport_triton.weights import quantize_weight
 FILE = Path(__file__).parents[1] / "backends/triton/quantport_triton/evidence/cuda.json"
 SHAPES = ((4096, 4096), (28672, 4096))  # of Llama-3.1-8B: out, in
 ROWS = (1, 16, 64, 512, 4096)
+STORED = ("int4_weight_only:g128:fp16", "int4_weight_only:g128:fp32:asym")  # of GPTQ and AWQ
 # Triton has no matrix instructions for them, and the code that it makes of ``tl.dot`` takes minutes to assemble.
 WITHOUT_DOT = ("sm_70", "sm_75")
 Entries = dict[str, dict[str, Any]]
@@ -123,8 +124,9 @@ def of_target(
     arch = host.backends["cuda"].archs[name]
     kernels = [k for k in host.kernels("cuda") if hasattr(k, "family")]
     known = host.schemes.values()
-    # Other options do not change the code.
+    # Other options do not change the code, but those that describe the numbers of others: of these, some.
     schemes = [*known, *(s.option("double") for s in known if "double" in s.options)]
+    schemes += [host.schemes[name] for name in STORED]
     work = {
         (k.family, s.name): (launches(k, s, arch), k.matrix) for k in kernels for s in schemes if k.serves(s)
     }

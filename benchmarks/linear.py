@@ -30,6 +30,7 @@ TARGETS = {
     "int4_weight_only": {1: 5.0, 16: 1.5, 128: 0.9},
     "fp8_weight_only": dict.fromkeys(ROWS, 0.9),
 }
+STORED = ("int4_weight_only:g128:fp16", "int4_weight_only:g128:fp32:asym")  # of GPTQ and AWQ
 Call = Callable[[int], object]
 
 
@@ -171,6 +172,7 @@ def main() -> None:
     dense = [torch.randn(N, K).mul_(0.02).bfloat16() for _ in range(COLD // (2 * N * K))]
     known = default_registry().schemes
     schemes = [s for s in known if s != "bf16"] + [f"{s}:a8" for s in known if "a8" in known[s].options]
+    schemes += STORED
     tested = {name: ours(name, dense) for name in [*schemes, "bf16"]}
     others = {} if args.no_peers else peers(dense)
     buffer = torch.ones(COLD // 4)

@@ -168,6 +168,14 @@ def _said(layout: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> str:
     return ", ".join(f"{key} {list(shape)} {dtype}" for key, (shape, dtype) in layout.items())
 
 
+def _parts(layer: Layer) -> list[Part]:
+    return [part for parts in layer.parts.values() for part in parts]
+
+
+def _is_ordered(tensor: CodedTensor | None) -> bool:
+    return tensor is not None and tensor.scheme is not None and tensor.scheme.ordered
+
+
 class Coded(Recognized):
     """A checkpoint of another quantizer: each of its weights can be kept as it is, or decoded and quantized
     to another scheme.
@@ -209,7 +217,7 @@ class Coded(Recognized):
 
     def _with_size(self, layer: Layer) -> Layer:
         """A layer with the bytes of its codes, where it is stored as codes."""
-        names = {part.tensor for parts in layer.parts.values() for part in parts}
+        names = {part.tensor for part in _parts(layer)}
         if not names <= self.decoded.coded.keys():
             return layer
         return replace(layer, stored_bytes=sum(self.source.tensors[name].nbytes for name in names))
@@ -224,7 +232,7 @@ class Coded(Recognized):
     def _quantized(self) -> dict[str, dict[str, QuantizedWeight]]:
         out: dict[str, dict[str, QuantizedWeight]] = {}
         for layer in self._layers:
-            parts = [part for parts in layer.parts.values() for part in parts]
+            parts = _parts(layer)
             if layer.kind != "other" and all(self._can_be_kept(layer, part) for part in parts):
                 weights = {weight: self._weight(layer, weight, n) for weight, n, _ in layer.each}
                 out[layer.name] = weights
@@ -238,7 +246,7 @@ class Coded(Recognized):
         kernel orders the inputs of experts.
         """
         tensor = self.decoded.coded.get(part.tensor)
-        if tensor is None or tensor.scheme is None or (layer.experts and tensor.scheme.ordered):
+        if tensor is None or tensor.scheme is None or (layer.experts and _is_ordered(tensor)):
             return False
         return (part.start or 0) % alignment(tensor.scheme, 0) == 0
 
@@ -258,5 +266,16 @@ class Coded(Recognized):
         return self._kv_cache
 
     def notices(self) -> tuple[str, ...]:
-        """As the format found them."""
-        return self._notices
+        """As the format found them, and which experts are decoded for their order."""
+        coded = self.decoded.coded
+        ordered = [
+            layer.name
+            for layer in self._layers
+            if layer.experts and any(_is_ordered(coded.get(part.tensor)) for part in _parts(layer))
+        ]
+        if not ordered:
+            return self._notices
+        return *self._notices, (
+            f"experts of {len(ordered)} layers ({ordered[0]}, ...) are decoded to 16 bits, or to the scheme "
+            "that is asked for: they are in activation order, and no kernel orders the inputs of experts"
+        )

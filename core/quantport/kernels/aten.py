@@ -138,9 +138,8 @@ class ScaledMM(Quantizing):
     def serves(self, scheme: Scheme) -> bool:
         weight, activation = scheme.weight, scheme.activation
         per_token = activation is not None and activation.block_shape == (1, 0)
-        return (
-            weight.format == "e4m3fn" and per_token and weight.block_shape[0] <= 1 and not weight.group_size
-        )
+        whole_rows = weight.block_shape[0] <= 1 and not weight.group_size
+        return weight.format == "e4m3fn" and weight.scale == "fp32" and per_token and whole_rows
 
     def reasons_against(self, request: Request) -> Sequence[Reason]:
         spec = request.weight
@@ -197,9 +196,9 @@ class IntMM(Quantizing):
     tolerance = 2.0**-7
 
     def serves(self, scheme: Scheme) -> bool:
-        return (
-            scheme.weight.format == "int8" and scheme.activation is not None and not scheme.weight.group_size
-        )
+        quant = scheme.weight
+        whole_rows = not quant.group_size and not quant.zero_point
+        return quant.format == "int8" and scheme.activation is not None and whole_rows
 
     def reasons_against(self, request: Request) -> Sequence[Reason]:
         spec = request.weight

@@ -66,10 +66,10 @@ def quantize_weight(
     if scheme.weight.element is BF16:
         return {"weight": weight.to(torch.bfloat16, copy=True)}
     if scheme.ordered:
-        stored = quantize_weight(
+        plain = quantize_weight(
             weight, scheme.in_order, name, nonfinite, fast, reduce, solver=solver, stats=stats
         )
-        return {**stored, ORDER: torch.arange(weight.shape[1], dtype=torch.int32, device=weight.device)}
+        return {**plain, ORDER: torch.arange(weight.shape[1], dtype=torch.int32, device=weight.device)}
     by_rule = solver is None and scheme.solver is None
     solver = solver or solver_of(scheme, reduce)
     if not by_rule:

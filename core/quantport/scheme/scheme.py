@@ -32,9 +32,10 @@ GGUF_BYTES = {
 GGUF_ACTIVATIONS = {32: Quant("q8_0", (1, 32)), 256: Quant("q8_k", (1, 256))}
 ROTATION = 128
 ORDER = "weight_order"  # the stored tensor of a scheme in activation order
-_ACTORDER = "actorder"
+_ORDERED = "actorder"
+_STORED = ("asym", "channel", "tensor", _ORDERED)
 OPTIONS = frozenset(
-    {*RULES, *SEARCHES, *SCALES, "nearest", "double", "hadamard", "a8", "asym", "channel", "tensor", _ACTORDER}
+    {*RULES, *SEARCHES, *SCALES, *_STORED, "nearest", "double", "hadamard", "a8"}
 )  # no solver may take these, nor what `_GROUP` matches
 _GROUP = re.compile(r"g([1-9]\d{0,3})$")
 _BLOCKS = {"channel": (1, 0), "tensor": (0, 0)}
@@ -117,7 +118,7 @@ class Scheme:
                 self,
                 name=f"{self.name}:{name}",
                 weight=stored,
-                ordered=self.ordered or name == _ACTORDER,
+                ordered=self.ordered or name == _ORDERED,
                 aliases=(),
                 summary=f"{self.summary}; {name}",
             )
@@ -154,7 +155,7 @@ class Scheme:
             return replace(weight, block_shape=(1, int(group[1])))
         if option in _BLOCKS and not weight.element.codebook:
             return replace(weight, block_shape=_BLOCKS[option])
-        if option == _ACTORDER and not self.ordered:
+        if option == _ORDERED and not self.ordered:
             return weight
         if option == "asym" and weight.format in ("int4", "uint4", "int8") and not weight.zero_point:
             return replace(weight, zero_point=True)
@@ -189,8 +190,8 @@ class Scheme:
         if not self.ordered:
             return self
         names, summaries = self.name.split(":"), self.summary.split("; ")
-        names.remove(_ACTORDER)
-        summaries.remove(_ACTORDER)
+        names.remove(_ORDERED)
+        summaries.remove(_ORDERED)
         return replace(self, name=":".join(names), summary="; ".join(summaries), ordered=False)
 
     def layout(self, n: int, k: int) -> Layout:

@@ -121,10 +121,10 @@ SPECIAL: dict[str, Callable[[int, int], Tensor]] = {
 
 
 def specials(scheme: Scheme) -> list[tuple[str, Callable[[int, int], Tensor]]]:
-    """The special weights that a scheme can hold: the fp16 scales of block types cannot hold huge ones; they
-    are refused.
+    """The special weights that a scheme can hold: fp16 scales, as block types have, cannot hold huge ones;
+    they are refused.
     """
-    small = scheme.weight.element.block > 0
+    small = scheme.weight.element.block > 0 or scheme.weight.scale == "fp16"
     return [(name, make) for name, make in SPECIAL.items() if not (small and name.startswith("huge"))]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, reduce
 from importlib.metadata import EntryPoint
 from threading import Thread
 from types import ModuleType
@@ -62,12 +62,21 @@ def alone(backend: Backend) -> Registry:
     return Registry(points=(cast(EntryPoint, _Point(backend.kind, backend)),), only=())
 
 
+_STORED = {"int4_weight_only": ("fp32:asym", "channel:fp16"), "int8": ("asym",)}
+
+
 def with_kernels_of_their_own(schemes: Iterable[Scheme]) -> tuple[Scheme, ...]:
-    """These schemes, and those of their options that change what is multiplied, and so the kernel."""
+    """These schemes, and those of their options that change what is multiplied, and so the kernel; and
+    numbers that checkpoints of others have.
+    """
     return tuple(
         some
         for scheme in schemes
-        for some in (scheme, *(scheme.option(o) for o in scheme.options if o == "a8"))
+        for some in (
+            scheme,
+            *(scheme.option(o) for o in scheme.options if o == "a8"),
+            *(reduce(Scheme.option, names.split(":"), scheme) for names in _STORED.get(scheme.name, ())),
+        )
     )
 
 

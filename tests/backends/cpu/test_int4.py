@@ -79,9 +79,7 @@ def close(got: Tensor, x: Tensor, weight: Tensor) -> None:
 @pytest.mark.parametrize("m", [1, 2, 4, 7])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_int8_activations_are_multiplied_exactly(
-    layout: Kind, shape: tuple[int, int], m: int
-) -> None:
+def test_int8_activations_are_multiplied_exactly(layout: Kind, shape: tuple[int, int], m: int) -> None:
     """Scales are powers of two: no sum in fp32 is rounded, in whatever order."""
     (n, k), group = shape, layout[0]
     weight, q = stored(n, k, *layout, exponents=True), torch.randint(-128, 128, (m, k), dtype=torch.int8)
@@ -105,7 +103,9 @@ def test_16_bit_activations(layout: Kind, shape: tuple[int, int], dtype: torch.d
             values(weight, k, layout[0]),
         )
         close(
-            int4_batch.multiply_fp32(x, one(m), weight, layout_of(*layout), n), x, values(weight, k, layout[0])
+            int4_batch.multiply_fp32(x, one(m), weight, layout_of(*layout), n),
+            x,
+            values(weight, k, layout[0]),
         )
 
 

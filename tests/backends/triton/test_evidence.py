@@ -29,7 +29,8 @@ from quantport_triton.weights import quantize_weight
 ROOT = Path(__file__).parents[3]
 HOST = Registry(only=["cuda"])
 TARGETS = evidence.read("cuda")["targets"]
-SCHEMES = [*HOST.schemes.values(), HOST.schemes["nf4:double"], HOST.schemes["fp4:double"]]
+OPTIONS = ("nf4:double", "fp4:double", "int4_weight_only:g128:fp16", "int4_weight_only:g128:fp32:asym")
+SCHEMES = [*HOST.schemes.values(), *(HOST.schemes[name] for name in OPTIONS)]
 NOT_COMPILED = {"outcome": "nobody compiled it", "kernels": {}}
 OUTCOMES = {"native", "up-cast", "no matrix instruction", "refused", "not compiled"}
 # The compiler's own words change with its version: with another one the file is not stale, it is about

@@ -16,7 +16,14 @@ from quantport_triton.tuned import tuned_kernel
 
 KERNEL = TritonWeightOnly("cuda")
 SCHEMES = [name for name, scheme in BUILTIN.items() if KERNEL.serves(scheme)]
-OPTIONS = ["nf4:double", "fp4:double", "mxfp4:floor", "nvfp4:mse", "int4_weight_only:hadamard"]
+STORED = [
+    "int4_weight_only:fp16",
+    "int4_weight_only:g32:fp32:asym",
+    "int4_weight_only:channel:fp32:asym",
+    "int8_weight_only:channel:fp32:asym",
+    "int8_weight_only:g64:fp16",
+]  # of checkpoints of others
+OPTIONS = [*STORED, "nf4:double", "fp4:double", "mxfp4:floor", "nvfp4:mse", "int4_weight_only:hadamard"]
 
 
 def weight(scheme, n, k, seed=0):
@@ -58,7 +65,7 @@ def test_the_values_of_a_weight_are_those_of_the_reference(scheme, n, k):
         assert torch.equal(values, numerics.dequantize_weight(stored, plain.scheme, k, dtype))
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", [*SCHEMES, *STORED])
 @pytest.mark.parametrize(("rows", "n", "k"), [(1, 72, 1056), (3, 33, 253), (17, 130, 264), (257, 65, 129)])
 def test_products_are_those_of_the_reference(scheme, rows, n, k):
     stored, packed, spec = weight(scheme, n, k)

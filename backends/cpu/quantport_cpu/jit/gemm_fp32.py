@@ -196,7 +196,8 @@ def _body(group: int, n_zero: int, factor: int, most: int) -> Callable[[Any], No
 
 @once
 def kernel(group: int, has_zero: bool, factor: int) -> Kernel:
-    """The kernel of one group size and one dtype of scales (``factors``), over jobs. A block is ``span`` rows of the weight of a job.
+    """The kernel of one group size and one dtype of scales (``factors``), over jobs. A block is ``span`` rows
+    of the weight of a job.
 
     Words: jobs, blocks of a job, codes, scales, offsets or 0, n, k, x fp32, filled up with zeros to a
     multiple of ``STEP``, its stride, out, to which products are added, its columns, span.

@@ -51,9 +51,7 @@ def _lane_scales(simd: Simd, address: Value, n_group: int, n_factor: int) -> Val
 class _Tile:
     """fp32 sums of each weight row times each row of x, span by span."""
 
-    def __init__(
-        self, simd: Simd, n_rows: int, n_m: int, n_group: int, n_digits: int, n_factor: int
-    ) -> None:
+    def __init__(self, simd: Simd, n_rows: int, n_m: int, n_group: int, n_digits: int, n_factor: int) -> None:
         self.simd, self.dot, self.n_m = simd, Dot(simd, n_group), n_m
         self.n_group, self.n_digits, self.n_factor = n_group, n_digits, n_factor
         self.lanes = self.dot.lanes
@@ -169,9 +167,7 @@ def slot_bytes(k: int, rows: int, stride: int, digits: int) -> int:
     return RESULTS + 4 * rows + rows * stride + work
 
 
-def _body(
-    group: int, n_zero: int, factor: int, digits: int, n_rows: int, most: int
-) -> Callable[[Any], None]:
+def _body(group: int, n_zero: int, factor: int, digits: int, n_rows: int, most: int) -> Callable[[Any], None]:
     results, factor_bytes = RESULTS, factors.BYTES[factor]
 
     def rows(frame):
@@ -234,7 +230,8 @@ def _body(
 
 @once
 def kernel(group: int, has_zero: bool, factor: int, digits: int) -> Kernel:
-    """The kernel of one group size and one dtype of scales (``factors``), over jobs. A block is ``SPAN`` rows of the weight of a job.
+    """The kernel of one group size and one dtype of scales (``factors``), over jobs. A block is ``SPAN`` rows
+    of the weight of a job.
 
     Activations come as ``int4_rows`` writes them, or as a few rows of bf16, which every thread brings
     into that form for itself; results are fp32 or bf16.

@@ -242,8 +242,7 @@ def _int4_rows(source, k, to, stride, count, half_range, sums_at, group, digits)
 
 
 @njit(error_model="numpy", inline="always")
-def _int4_span(x, w, k, scales, zeros, number, n, first, last, to, group, n_zero, factor, digits,
-               n_rows):
+def _int4_span(x, w, k, scales, zeros, number, n, first, last, to, group, n_zero, factor, digits, n_rows):
     """Rows ``first`` to ``last - 1`` of a weight of ``n`` times a row of ``_int4_rows``."""
     stride, groups = (k + 7) // 8 * 4, (k + group - 1) // group
     scale_stride = groups * (4 if factor == 0 else 2)

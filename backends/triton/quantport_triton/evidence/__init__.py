@@ -14,12 +14,15 @@ The outcome for a family of kernels, a scheme and an architecture is one of
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
 from typing import Any
 
 from quantport.backend import Claim, Evidence, MachineCode, Reason, Refusal
+
+_CHANGES_CODE = re.compile("double|channel|tensor|asym|fp32|fp16|bf16|g[0-9]+")
 
 
 @cache
@@ -34,13 +37,13 @@ def read(kind: str) -> Mapping[str, Any]:
 def entry_of(kind: str, arch: str, family: str, scheme: str) -> Mapping[str, Any] | None:
     """The entry of a kernel family and scheme on an architecture; None where it was never compiled.
 
-    Only options that change the code have entries: ``double``, and ``mse`` for ``quantize``.
+    Only options that change the code have entries: ``double``, those that describe stored numbers, and
+    ``mse`` for ``quantize``.
     """
     entries: Mapping[str, Mapping[str, Any]] = read(kind)["targets"].get(arch, {}).get(family, {})
     name, *options = scheme.split(":")
-    double = ["double"] if "double" in options else []
     search = ["mse"] if "mse" in options and family == "quantize" else []
-    return entries.get(":".join((name, *search, *double)))
+    return entries.get(":".join((name, *search, *filter(_CHANGES_CODE.fullmatch, options))))
 
 
 def refusals(kind: str, arch: str, family: str, scheme: str) -> tuple[Reason, ...]:

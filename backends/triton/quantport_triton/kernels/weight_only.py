@@ -29,10 +29,8 @@ class TritonWeightOnly(TritonKernel):
 
     def serves(self, scheme: Scheme) -> bool:
         quant = scheme.weight
-        whole_rows = quant.block_shape[0] <= 1 and not quant.group_size
-        return quant.format in FORMATS and (
-            whole_rows or (quant.block_shape[0] > 0 and quant.group_size % 8 == 0)
-        )
+        blocks = quant.block_shape[0] > 0 and quant.group_size % 8 == 0
+        return quant.format in FORMATS and (blocks or (quant.block_shape == (0, 0) and not quant.zero_point))
 
     def slow(self, request: Request) -> str:
         k, bits = request.weight.k, request.weight.scheme.weight.element.bits

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from quantport.backend import Packed, WeightSpec, numerics, once
 
 FORMATS = ("e4m3fn", "int8", "int4", "e2m1", "e2m3", "e3m2", "nf4", "fp4")
+_WHOLE_ROW = 1 << 30  # columns of a group that is a row with an offset; without one, scales come last
 
 
 class Stored(NamedTuple):
@@ -52,7 +53,7 @@ def stored(packed: Packed, spec: WeightSpec) -> Stored:
         "BITS": bits,
         "BYTES": word_bytes,
         "SCALE_ROWS": quant.block_shape[0],
-        "GROUP": quant.group_size,
+        "GROUP": quant.group_size or _WHOLE_ROW * quant.zero_point,
         "SCALE": "double" if quant.scale_quant else quant.scale,
         "OUTER": _outer(quant.outer_block, quant.group_size),
         "ZERO": quant.zero_point,
