@@ -35,7 +35,7 @@ def written_weights(asked: str, layers: Mapping[str, SavedLayer]) -> Iterator[Wr
     """Every quantized weight of a model whose layers are stored one by one.
 
     Raises:
-        SaveError: an embedding, or a fused layer that is quantized in parts.
+        SaveError: an embedding, a fused layer that is quantized in parts, or a weight in activation order.
     """
     for path, layer in layers.items():
         if layer.kind == "embedding" or (len(layer.weights) > 1 and not layer.experts):
@@ -44,6 +44,8 @@ def written_weights(asked: str, layers: Mapping[str, SavedLayer]) -> Iterator[Wr
         shapes = {name: (n, k) for name, n, k in layer.weights}
         for weight, scheme in layer.schemes.items():
             n, k = shapes[weight.rpartition(".")[2] if layer.experts else "weight"]
+            if scheme.ordered:
+                raise SaveError(asked, f"{path} in activation order", "format='quantport', which holds it")
             stem = f"{path}.{weight}" if layer.experts else path
             yield Written(path, stem, scheme, n, k)
 

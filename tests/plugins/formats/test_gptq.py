@@ -25,6 +25,7 @@ import quantport
 from quantport.checkpoint import Checkpoint
 from quantport.errors import CheckpointError
 from quantport.scheme.catalog import BUILTIN
+from quantport_cpu.jit import why_unavailable
 from quantport_formats.gptq import Gptq
 
 CHECKED_BY = "GPTQModel 7.7"
@@ -130,6 +131,15 @@ def test_inputs_out_of_order_are_kept_in_the_order_of_their_groups(case, tmp_pat
         with torch.no_grad():
             assert torch.equal(model(x).logits, again(x).logits)
         is_made_of(made, quantport.load(tmp_path, "int8", device="cpu"), "int8")
+
+
+@pytest.mark.skipif(bool(why_unavailable()), reason=why_unavailable() or "numba is installed")
+@pytest.mark.parametrize("case", [(4, 64, True), (4, 64, False), (4, -1, True), (4, 32, True, "gptq_v2")])
+@pytest.mark.parametrize("order", [False, True])
+def test_a_kernel_multiplies_what_is_kept(case, order, tmp_path):
+    planned = quantport.plan(stored(*case, order=order).write(tmp_path), device="cpu")
+    chosen = {(step.choice.kernel, str(step.choice.status)) for step in planned.quantized}
+    assert chosen == {("cpu.int4", "native")}
 
 
 def test_experts_out_of_order_are_decoded_by_name(tmp_path):
