@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -17,7 +17,6 @@ from quantport.kernels.base import (
     PackedLayout,
     PackedTensor,
     Request,
-    RowFunction,
     StoredWeight,
     WeightSpec,
 )
@@ -26,10 +25,11 @@ from quantport.scheme import Scheme
 from quantport.scheme.scheme import ORDER
 
 
-@cache
 def kernel_for(kernel: Kernel, scheme: Scheme) -> Kernel:
-    """What runs the weights of a scheme: the kernel itself, or one that orders its inputs first."""
-    return _Ordered(kernel) if scheme.ordered else kernel
+    """What runs the weights of a scheme: the kernel itself, or one that orders its inputs first, the same for
+    all modules.
+    """
+    return _ORDERED.setdefault(id(kernel), _Ordered(kernel)) if scheme.ordered else kernel
 
 
 class _Ordered(Kernel):
@@ -40,9 +40,6 @@ class _Ordered(Kernel):
         self.name, self.status, self.tolerance = kernel.name, kernel.status, kernel.tolerance
         self.numeric_deviation, self.layers = kernel.numeric_deviation, kernel.layers
         self.quantizes_activations = kernel.quantizes_activations
-
-    def serves(self, scheme: Scheme) -> bool:
-        return scheme.ordered and self.of.serves(scheme.in_order)
 
     def reasons_against(self, request: Request) -> Sequence[Reason]:
         return self.of.reasons_against(replace(request, weight=_in_order(request.weight)))
@@ -73,9 +70,9 @@ class _Ordered(Kernel):
         """As of the kernel; a rotation is one of ordered inputs."""
         return self.of.apply(x.index_select(1, packed[-1]), packed[:-1], bias, _in_order(spec))
 
-    def row_function(self, packed: Packed, spec: WeightSpec) -> RowFunction | None:
-        function, order = self.of.row_function(packed[:-1], _in_order(spec)), packed[-1]
-        return None if function is None else lambda x: function(x.index_select(-1, order))
+
+# By the identity of kernels, which they hold: as long as a module runs one.
+_ORDERED: WeakValueDictionary[int, _Ordered] = WeakValueDictionary()
 
 
 def _in_order(spec: WeightSpec) -> WeightSpec:
