@@ -23,7 +23,7 @@ from torch import Tensor
 
 import quantport
 from quantport.checkpoint import Checkpoint
-from quantport.errors import CheckpointError
+from quantport.errors import CheckpointError, SaveError
 from quantport.scheme.catalog import BUILTIN
 from quantport_cpu.jit import why_unavailable
 from quantport_formats.gptq import Gptq
@@ -131,6 +131,8 @@ def test_inputs_out_of_order_are_kept_in_the_order_of_their_groups(case, tmp_pat
         with torch.no_grad():
             assert torch.equal(model(x).logits, again(x).logits)
         is_made_of(made, quantport.load(tmp_path, "int8", device="cpu"), "int8")
+        with pytest.raises(SaveError, match="in activation order"):
+            quantport.save(model, tmp_path / "other", format="compressed-tensors")
 
 
 @pytest.mark.skipif(bool(why_unavailable()), reason=why_unavailable() or "numba is installed")
