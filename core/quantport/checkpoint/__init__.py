@@ -18,7 +18,7 @@ from quantport.checkpoint.json import read_config, read_json
 from quantport.checkpoint.quantport_format import QuantportFormat
 from quantport.checkpoint.reader import Checkpoint
 from quantport.checkpoint.recognize import BUILTIN_FORMATS, open_by_format, open_source, recognize
-from quantport.checkpoint.rewritten import Rewrite, rewritten
+from quantport.checkpoint.rewritten import Joined, Rewrite, rewritten
 from quantport.checkpoint.shard import Fill, Stream, TensorLayout
 from quantport.checkpoint.source import Rows, StoredTensor, TensorSource, VerifiedSource, unchanged
 from quantport.checkpoint.writer import save_tensors
@@ -30,6 +30,7 @@ __all__ = [
     "Coded",
     "CodedTensor",
     "Fill",
+    "Joined",
     "KVCacheConfig",
     "QuantizedWeight",
     "QuantportFormat",

@@ -42,6 +42,8 @@ class CodedTensor:
             where ``read`` makes them.
         read: Makes the tensors of ``scheme.layout`` for rows that begin and end with blocks of the scheme;
             None where ``keys`` names them. Without a scheme it gives any rows, as fp32 ``weight``.
+        values: The values of any rows, in fp32, where the format rounds them otherwise than the scheme; None
+            where they are the same.
     """
 
     shape: tuple[int, ...]
@@ -50,6 +52,7 @@ class CodedTensor:
     tensors: tuple[str, ...]
     keys: Mapping[str, str] = field(default_factory=dict)
     read: ReadCodes | None = None
+    values: Callable[[int | None, slice], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,8 @@ class DecodedSource:
     def _values(self, name: str, tensor: CodedTensor, expert: int | None, rows: slice) -> Tensor:
         n, k = tensor.shape[-2:]
         start, stop, _ = rows.indices(n)
+        if tensor.values is not None:
+            return tensor.values(expert, slice(start, stop))
         if tensor.scheme is None:
             assert tensor.read is not None
             return tensor.read(expert, slice(start, stop))["weight"]

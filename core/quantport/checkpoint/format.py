@@ -204,9 +204,11 @@ class CheckpointFormat(ABC):
 
     Attributes:
         name: Unique among the formats.
+        default: Whether ``auto`` writes it where it holds a model; of the first that does.
     """
 
     name: str
+    default: bool = False
 
     def open(self, path: Path, *, headers_only: bool = False) -> TensorSource | None:
         """Opens files of this format that are no safetensors; None for all others.
@@ -256,3 +258,7 @@ class CheckpointFormat(ABC):
         raise SaveError(
             f"save a checkpoint to {to.directory}", f"format {self.name!r} is only read", "'quantport'"
         )
+
+    def refusal(self, model: SavedModel) -> str | None:
+        """Why `write` refuses a model, or what of it would be lost; None where all of it comes back."""
+        return "it is only read"

@@ -4,7 +4,7 @@ shapes, and with further ones beside them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 
 import torch
@@ -32,11 +32,29 @@ class Rewrite:
         return tensor if self.convert is None else self.convert(tensor)
 
 
+@dataclass(frozen=True)
+class Joined:
+    """Tensors of one weight that are written as others, once all rows of all of them are there.
+
+    Attributes:
+        stem: What their names begin with, which a dot and a key of a layout follow.
+        given: Those that come.
+        written: Those that are in the file.
+        convert: Makes these of those, on the host.
+    """
+
+    stem: str
+    given: TensorLayout
+    written: TensorLayout
+    convert: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+
+
 def rewritten(
     tensors: Stream | Fill,
     layout: TensorLayout | None,
     changes: Mapping[str, Rewrite],
     further: Mapping[str, Tensor],
+    joined: Iterable[Joined] = (),
 ) -> tuple[Stream | Fill, TensorLayout | None]:
     """Tensors for `save_tensors`, changed.
 
@@ -45,37 +63,96 @@ def rewritten(
         layout: As for `save_tensors`.
         changes: By the name that a tensor is given under; others are written as they are.
         further: Small tensors that are written too.
+        joined: Weights that are held in whole before they are written.
     """
+    rewriter = _Rewriter(changes, joined)
     if layout is not None:
-        changed = {}
-        for name, spec in layout.items():
-            change = changes.get(name, Rewrite(name))
-            changed[change.name] = change.spec or spec
+        changed = rewriter.layout(layout)
         layout = {**changed, **{name: (tuple(t.shape), t.dtype) for name, t in further.items()}}
     if callable(tensors):
-        return _filled(tensors, changes, further), layout
-    return _streamed(tensors, changes, further), layout
+        return _filled(tensors, rewriter, further), layout
+    return _streamed(tensors, rewriter, further), layout
 
 
-def _streamed(tensors: Stream, changes: Mapping[str, Rewrite], further: Mapping[str, Tensor]) -> Stream:
+class _Rewriter:
+    def __init__(self, changes: Mapping[str, Rewrite], joined: Iterable[Joined]) -> None:
+        self._changes = changes
+        whole = [_Whole(weight) for weight in joined]
+        self._whole = {f"{w.of.stem}.{key}": (w, key) for w in whole for key in w.of.given}
+        given = {change.name: {name} for name, change in changes.items()}
+        for w in whole:
+            names = {f"{w.of.stem}.{key}" for key in w.of.given}
+            given |= {f"{w.of.stem}.{key}": names for key in w.of.written}
+        self._given = given
+
+    def layout(self, layout: TensorLayout) -> TensorLayout:
+        out: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        for name, spec in layout.items():
+            if name in self._whole:
+                of = self._whole[name][0].of
+                out |= {f"{of.stem}.{key}": made for key, made in of.written.items()}
+            else:
+                change = self._changes.get(name, Rewrite(name))
+                out[change.name] = change.spec or spec
+        return out
+
+    def given(self, written: str) -> Set[str]:
+        """The names under which what makes a written tensor comes."""
+        return self._given.get(written, {written})
+
+    def written(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """What a tensor, or the next rows of one, gives to write."""
+        if name in self._whole:
+            whole, key = self._whole[name]
+            for made, value in whole.add(key, tensor).items():
+                yield f"{whole.of.stem}.{made}", value
+        else:
+            change = self._changes.get(name, Rewrite(name))
+            yield change.name, change.rows(tensor)
+
+
+class _Whole:
+    """Holds the rows of a weight that have come."""
+
+    def __init__(self, of: Joined) -> None:
+        self.of = of
+        self._held: dict[str, Tensor] = {}
+        self._next = dict.fromkeys(of.given, 0)
+
+    def add(self, key: str, rows: Tensor) -> Mapping[str, Tensor]:
+        """Takes the next rows of a tensor; with the last of all it returns what is written, otherwise
+        nothing.
+        """
+        if key not in self._held:
+            shape, dtype = self.of.given[key]
+            self._held[key] = torch.empty(shape, dtype=dtype, device="cpu")
+        start, stop = self._next[key], self._next[key] + len(rows)
+        self._held[key][start:stop] = rows
+        self._next[key] = stop
+        if any(self._next[name] < shape[0] for name, (shape, _) in self.of.given.items()):
+            return {}
+        held, self._held = self._held, {}
+        return self.of.convert(held)
+
+
+def _streamed(tensors: Stream, rewriter: _Rewriter, further: Mapping[str, Tensor]) -> Stream:
     for name, tensor in tensors:
-        change = changes.get(name)
-        yield (name, tensor) if change is None else (change.name, change.rows(tensor))
+        yield from rewriter.written(name, tensor)
         del tensor  # while the stream makes the next one, nothing holds this one
     yield from further.items()
 
 
-def _filled(fill: Fill, changes: Mapping[str, Rewrite], further: Mapping[str, Tensor]) -> Fill:
-    given = {change.name: name for name, change in changes.items()}
-
+def _filled(fill: Fill, rewriter: _Rewriter, further: Mapping[str, Tensor]) -> Fill:
     def run(missing: Set[str], write: Write) -> None:
         def written(name: str, tensor: Tensor) -> None:
-            change = changes.get(name, Rewrite(name))
-            write(change.name, change.rows(tensor))
+            for made, value in rewriter.written(name, tensor):
+                if made in missing:  # of a joined weight some may be in files that are whole
+                    write(made, value)
 
         for name, tensor in further.items():
             if name in missing:
                 write(name, tensor)
-        fill({given.get(name, name) for name in missing} - set(further), written)
+        wanted = set[str]().union(*map(rewriter.given, missing - further.keys()))
+        fill(wanted, written)
 
     return run

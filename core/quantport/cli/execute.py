@@ -120,13 +120,14 @@ def quantize(
         typer.Option(
             "--format",
             "-f",
-            help="Format of the checkpoint: quantport (every scheme), compressed-tensors, fp8...",
+            help="Format of the checkpoint: compressed-tensors, gptq, awq, fp8, mxfp8, modelopt, or "
+            "quantport, which holds every scheme; auto: the first where nothing is lost, or the last.",
         ),
-    ] = "quantport",
+    ] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Write a quantized checkpoint that `quantport run` and `quantport.load` read back bit-identically; with
-    --format also one that others load without quantport.
+    """Write a quantized checkpoint that `quantport run` and `quantport.load` read back bit-identically, and
+    where its format can hold the numbers one that others load without quantport.
 
     OUT appears complete or not at all. A few layers at a time are in memory. If it is killed, the same
     command goes on after the last whole file.
@@ -134,7 +135,7 @@ def quantize(
     Examples:
         quantport quantize MODEL OUT --scheme int8 --kv-cache fp8
         quantport quantize MODEL OUT --scheme int4 --ignore '*.down_proj' --overwrite
-        quantport quantize MODEL OUT --scheme int8 --format compressed-tensors
+        quantport quantize MODEL OUT --scheme int4_weight_only:g128:fp16 --format gptq
         quantport run OUT   (reads it back; it is quantized, so no --scheme)
     """
     from quantport.cli import run_model

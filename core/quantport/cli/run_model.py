@@ -20,7 +20,7 @@ from quantport.cli.plans import plan_page
 from quantport.errors import ConfigError, SaveError
 from quantport.loading import quantize_checkpoint
 from quantport.loading.compiled_step import MAX_LENGTH
-from quantport.loading.locate import locate, pretrained
+from quantport.loading.locate import locate, open_checkpoint, pretrained
 from quantport.planning.memory import parse_size
 from quantport.plugins.registry import default_registry
 
@@ -245,8 +245,10 @@ def quantize(
         )
     page = plan_page(plan)
     written = sum(f.stat().st_size for f in out.iterdir())
-    page.data = {"directory": str(out), "bytes_written": written, "plan": page.data}
-    page.say(f"wrote {out}: {size(written)}; try `quantport run {out}`", "good")
+    with open_checkpoint(out, default_registry(), headers_only=True) as (found, _):
+        name = found.format_name
+    page.data = {"directory": str(out), "format": name, "bytes_written": written, "plan": page.data}
+    page.say(f"wrote {out} as {name}: {size(written)}; try `quantport run {out}`", "good")
     emit(page, form)
 
 

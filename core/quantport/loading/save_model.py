@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from quantport.checkpoint import (
     BUILTIN_FORMATS,
     CheckpointFormat,
     KVCacheConfig,
+    Recognized,
     SavedLayer,
     SavedModel,
     SaveTarget,
+    TensorSource,
     companions,
 )
 from quantport.checkpoint.shard import Fill, Stream, TensorLayout
@@ -27,11 +30,13 @@ from quantport.loading.kv_caches import default_of
 from quantport.modules import QuantEmbedding, QuantExperts, QuantModule
 from quantport.planning.memory import STEP
 from quantport.plugins.registry import Registry, default_registry
+from quantport.scheme.catalog import Schemes
 
 # of a configuration: where a model was loaded from, and how it was quantized before
 _DROPPED = ("_name_or_path", "quantization_config")
 SHARD = 5_000_000_000  # bytes
 OWN = "quantport"
+AUTO = "auto"
 
 
 def save(
@@ -53,7 +58,8 @@ def save(
         overwrite: Replace what is there.
         max_shard_bytes: Size of one file.
         format: ``quantport`` holds every scheme; or another format that can be written, such as
-            ``compressed-tensors``, which others load, and which holds the schemes that it knows.
+            ``compressed-tensors``, which others load, and which holds the schemes that it knows; ``auto`` is
+            that one where nothing is lost, otherwise ``quantport``, with a warning that says why.
         registry: Where formats come from; by default that of the process.
 
     Returns:
@@ -75,6 +81,35 @@ def save(
     )
 
 
+class _Auto(CheckpointFormat):
+    """Writes the first of some formats that loses nothing of a model, otherwise quantport's own."""
+
+    name = AUTO
+
+    def __init__(self, formats: Iterable[CheckpointFormat], own: CheckpointFormat) -> None:
+        self._formats, self._own = formats, own
+
+    def recognize(
+        self, source: TensorSource, config: Mapping[str, Any], schemes: Schemes
+    ) -> Recognized | None:
+        """Recognizes nothing: what it writes is of other formats."""
+        return None
+
+    def write(
+        self, model: SavedModel, tensors: Stream | Fill, layout: TensorLayout | None, to: SaveTarget
+    ) -> Path:
+        """As `CheckpointFormat.write`."""
+        reasons = []
+        for known in self._formats:
+            reason = known.refusal(model)
+            if reason is None:
+                return known.write(model, tensors, layout, to)
+            reasons.append(f"not as {known.name}: {reason}")
+        text = "; ".join([f"written as {self._own.name}", *reasons])
+        warnings.warn(text, UserWarning, stacklevel=4)
+        return self._own.write(model, tensors, layout, to)
+
+
 def format_named(name: str, registry: Registry | None) -> CheckpointFormat:
     """A format that can be written.
 
@@ -83,6 +118,7 @@ def format_named(name: str, registry: Registry | None) -> CheckpointFormat:
     """
     registry = registry or default_registry()
     formats = {f.name: f for f in (*BUILTIN_FORMATS, *registry.formats.values())}
+    formats[AUTO] = _Auto([f for f in formats.values() if f.default], formats[OWN])
     writable = [n for n, f in formats.items() if type(f).write is not CheckpointFormat.write]
     if name not in writable:
         found = "a format that is only read" if name in formats else "no such format"

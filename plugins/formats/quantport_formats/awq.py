@@ -18,19 +18,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantport.checkpoint import CheckpointFormat, Coded, CodedTensor, Recognized, TensorSource, read_json
+from quantport.checkpoint import Coded, CodedTensor, Recognized, SavedModel, TensorSource, read_json
 from quantport.errors import CheckpointError, shown
 from quantport.scheme import Scheme
 from quantport.scheme.catalog import Schemes
 from quantport_formats.common import held_dtype, need, quant_method, quantizer_config
 from quantport_formats.grouped import Grouped, group_size, matrix, no_strays, number, unpacked
+from quantport_formats.grouped_write import awq
+from quantport_formats.writing import Writing, WrittenFormat
 
 _PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # of each output of eight in its word
 _VERSIONS = ("gemm", "gemv")
 _BITS = 4
 
 
-class Awq(CheckpointFormat):
+class Awq(WrittenFormat):
     """``quant_method: awq`` in ``config.json``, or ``quant_config.json``; versions ``gemm`` and ``gemv``."""
 
     name = "awq"
@@ -56,6 +58,10 @@ class Awq(CheckpointFormat):
                 f"version {' or '.join(_VERSIONS)}: save it so with AutoAWQ",
             )
         return read_awq(self.name, source, said, schemes, held_dtype(source, config), version.lower())
+
+    def writing(self, asked: str, model: SavedModel) -> Writing:
+        """As `WrittenFormat.writing`."""
+        return awq(asked, model)
 
 
 def read_awq(

@@ -9,39 +9,29 @@ in the dtype of the model, and the library rounds to it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from quantport.checkpoint import (
-    CheckpointFormat,
-    Fill,
-    Recognized,
-    SavedModel,
-    SaveTarget,
-    Stream,
-    TensorLayout,
-    TensorSource,
-)
+from quantport.checkpoint import Recognized, SavedModel, TensorSource
 from quantport.scheme.catalog import Schemes
 from quantport_formats.common import held_dtype, quant_method, quantizer_config
 from quantport_formats.compressed_tensors_config import Group, Groups
-from quantport_formats.compressed_tensors_write import write
+from quantport_formats.compressed_tensors_write import writing
 from quantport_formats.module_weights import Weights
 from quantport_formats.of_modules import coded_modules, of_modules
+from quantport_formats.writing import Writing, WrittenFormat
 
 _EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embeddings")
 
 
-class CompressedTensors(CheckpointFormat):
+class CompressedTensors(WrittenFormat):
     """``quant_method: compressed-tensors`` over tensors that hold codes."""
 
     name = "compressed-tensors"
+    default = True
 
-    def write(
-        self, model: SavedModel, tensors: Stream | Fill, layout: TensorLayout | None, to: SaveTarget
-    ) -> Path:
-        """As `CheckpointFormat.write`, of the schemes that this format has."""
-        return write(model, tensors, layout, to)
+    def writing(self, asked: str, model: SavedModel) -> Writing:
+        """As `WrittenFormat.writing`, of the schemes that this format has."""
+        return writing(asked, model)
 
     def recognize(
         self, source: TensorSource, config: Mapping[str, Any], schemes: Schemes

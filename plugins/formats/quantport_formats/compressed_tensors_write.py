@@ -8,28 +8,22 @@ Source: compressed-tensors 0.20, ``quantization/quant_scheme.py``, ``quantizatio
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from quantport.checkpoint import Fill, Rewrite, SavedModel, SaveTarget, Stream, TensorLayout, rewritten
+from quantport.checkpoint import Rewrite, SavedModel
 from quantport.errors import SaveError
 from quantport.scheme import Quant, Scheme
-from quantport_formats.writing import config_json, written_weights
+from quantport_formats.writing import Writing, written_weights
 
 _VERSION = "0.20.0"  # of the library whose configuration this is
 _PER_WORD = 4  # int8 codes in an int32
 
 
-def write(model: SavedModel, tensors: Stream | Fill, layout: TensorLayout | None, to: SaveTarget) -> Path:
-    """Writes a checkpoint; arguments as for `CheckpointFormat.write`.
-
-    Raises:
-        SaveError: a scheme or a layer that the format cannot hold; as `save_tensors`.
-    """
-    asked = f"save a checkpoint to {to.directory} as compressed-tensors"
+def writing(asked: str, model: SavedModel) -> Writing:
+    """As `quantport_formats.writing.WrittenFormat.writing`."""
     changes: dict[str, Rewrite] = {}
     further: dict[str, Tensor] = {}
     groups: dict[Scheme, list[str]] = {}
@@ -41,8 +35,7 @@ def write(model: SavedModel, tensors: Stream | Fill, layout: TensorLayout | None
             raise SaveError(asked, found, "a group size that divides them, or format='quantport'")
         groups.setdefault(scheme, []).append(stem)
         _rewrite(stem, scheme, n, k, changes, further)
-    tensors, layout = rewritten(tensors, layout, changes, further)
-    return to.save(tensors, layout, config_json(asked, model, _described(groups, model.kept_linear)))
+    return Writing(_described(groups, model.kept_linear), changes, further)
 
 
 def _check(asked: str, scheme: Scheme, *, experts: bool) -> None:

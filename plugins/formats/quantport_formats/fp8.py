@@ -10,26 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from quantport.checkpoint import (
-    CheckpointFormat,
-    Coded,
-    CodedTensor,
-    Fill,
-    Recognized,
-    Rewrite,
-    SavedModel,
-    SaveTarget,
-    Stream,
-    TensorLayout,
-    TensorSource,
-    rewritten,
-)
+from quantport.checkpoint import Coded, CodedTensor, Recognized, Rewrite, SavedModel, TensorSource
 from quantport.errors import CheckpointError, SaveError
 from quantport.scheme.catalog import Schemes
 from quantport_formats.common import (
@@ -40,12 +26,12 @@ from quantport_formats.common import (
     quantizer_config,
     without_static_scales,
 )
-from quantport_formats.writing import config_json, written_weights
+from quantport_formats.writing import OWN, Writing, WrittenFormat, written_weights
 
 _BLOCK = 128
 
 
-class Fp8(CheckpointFormat):
+class Fp8(WrittenFormat):
     """``quant_method: fp8`` with ``weight_scale_inv`` or ``weight_scale``; experts alone or stacked."""
 
     name = "fp8"
@@ -73,20 +59,13 @@ class Fp8(CheckpointFormat):
             more["notices"] = (*more.get("notices", ()), text)
         return Coded(self.name, source, coded, **more)
 
-    def write(
-        self, model: SavedModel, tensors: Stream | Fill, layout: TensorLayout | None, to: SaveTarget
-    ) -> Path:
-        """As `CheckpointFormat.write`: layers of ``fp8_per_block`` whose sizes are multiples of 128.
-
-        Raises:
-            SaveError: a layer that the format cannot hold; as `save_tensors`.
-        """
-        asked = f"save a checkpoint to {to.directory} as fp8"
+    def writing(self, asked: str, model: SavedModel) -> Writing:
+        """As `WrittenFormat.writing`: layers of ``fp8_per_block`` whose sizes are multiples of 128."""
         changes = {}
         for path, weight, scheme, n, k in written_weights(asked, model.layers):
             if scheme.name != "fp8_per_block" or n % _BLOCK or k % _BLOCK:
                 found = f"{path} [{n}, {k}] in scheme {scheme.name}"
-                suggestion = f"fp8_per_block for layers of multiples of {_BLOCK}, or format='quantport'"
+                suggestion = f"fp8_per_block for layers of multiples of {_BLOCK}, or {OWN}"
                 raise SaveError(asked, found, suggestion)
             changes[f"{weight}.weight_scale"] = Rewrite(f"{weight}.weight_scale_inv")
         described = {
@@ -96,8 +75,7 @@ class Fp8(CheckpointFormat):
             "weight_block_size": [_BLOCK, _BLOCK],
             "modules_to_not_convert": list(model.kept_linear),
         }
-        tensors, layout = rewritten(tensors, layout, changes, {})
-        return to.save(tensors, layout, config_json(asked, model, described))
+        return Writing(described, changes)
 
     def _weight(self, source: TensorSource, name: str, dtype: torch.dtype, schemes: Schemes) -> CodedTensor:
         shape, blocks = tuple(source.tensors[name].shape), f"{name}_scale_inv"

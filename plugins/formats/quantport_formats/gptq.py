@@ -19,20 +19,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantport.checkpoint import CheckpointFormat, Coded, CodedTensor, Recognized, TensorSource, read_json
+from quantport.checkpoint import Coded, CodedTensor, Recognized, SavedModel, TensorSource, read_json
 from quantport.errors import CheckpointError, shown
 from quantport.scheme import Scheme
 from quantport.scheme.catalog import Schemes
 from quantport.scheme.scheme import ORDER
 from quantport_formats.common import activation_order, held_dtype, need, quant_method, quantizer_config
 from quantport_formats.grouped import BITS, Grouped, group_size, matrix, no_strays, number, unpacked
+from quantport_formats.grouped_write import gptq
+from quantport_formats.writing import Writing, WrittenFormat
 
 _PARTS = (".qzeros", ".g_idx")
 _ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}  # one in each code of a word
 _VERSIONS = {"gptq": True, "gptq_v2": False}  # whether zero points are stored less one
 
 
-class Gptq(CheckpointFormat):
+class Gptq(WrittenFormat):
     """``quant_method: gptq``, in ``config.json`` or ``quantize_config.json``."""
 
     name = "gptq"
@@ -51,6 +53,10 @@ class Gptq(CheckpointFormat):
         elif quant_method(config) != "gptq":
             return None
         return read_gptq(self.name, source, said, schemes, held_dtype(source, config))
+
+    def writing(self, asked: str, model: SavedModel) -> Writing:
+        """As `WrittenFormat.writing`."""
+        return gptq(asked, model)
 
 
 @dataclass(frozen=True)

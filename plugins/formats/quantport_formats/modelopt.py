@@ -5,8 +5,9 @@ Source: nvidia-modelopt 0.47, ``torch/export/quant_utils.py`` and ``convert_hf_c
 ``config.json``.
 
 NVFP4: a block is ``scale * weight_scale_2`` times its codes; here ``scale / global``, where ``global`` is the
-reciprocal in fp32. Each of the two is a rounding more, so that values are within 2 units in the last place of
-fp32 of ModelOpt's own.
+reciprocal in fp32. Each of the two is a rounding more: values that are kept are within 2 units in the last
+place of fp32 of ModelOpt's own, and equal where the factor is a power of two. Values that are decoded, for
+another scheme or to 16 bits, are computed in ModelOpt's order, and are its own.
 """
 
 from __future__ import annotations
@@ -15,13 +16,16 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from quantport.checkpoint import CheckpointFormat, Recognized, TensorSource, read_json
-from quantport.errors import CheckpointError
+import torch
+
+from quantport.checkpoint import Recognized, Rewrite, SavedModel, TensorSource, read_json
+from quantport.errors import CheckpointError, SaveError
 from quantport.scheme.catalog import Schemes
 from quantport_formats.common import held_dtype, quant_method, quantizer_config
 from quantport_formats.compressed_tensors_config import Args, Group
 from quantport_formats.module_weights import Names, Weights
 from quantport_formats.of_modules import coded_modules, of_modules
+from quantport_formats.writing import OWN, Writing, WrittenFormat, one_of, written_weights
 
 _FILE = "hf_quant_config.json"
 _SMOOTHED = (".pre_quant_scale", ".svdquant_lora_a", ".svdquant_lora_b", ".weight_quantizer._amax")
@@ -50,10 +54,17 @@ _ALGORITHMS: dict[str, tuple[Args, Args | None]] = {
     "W8A16": (_INT8, None),
     "W8A8_SQ_PER_CHANNEL": (_INT8, _args("int", 8, "tensor", static=True)),
 }
+_WRITTEN = {
+    "fp8_per_tensor": "FP8",
+    "fp8_per_channel": "FP8_PER_CHANNEL_PER_TOKEN",
+    "mxfp8": "MXFP8",
+    "int8_weight_only": "W8A16",
+}
+_PRODUCER = {"name": "modelopt", "version": "0.47.0"}  # whose layout it is: readers go by this name
 _CACHES = {"FP8": _FP8_TENSOR, "INT8": _args("int", 8, "tensor", static=True), "NVFP4": _NVFP4}
 
 
-class ModelOpt(CheckpointFormat):
+class ModelOpt(WrittenFormat):
     """``quant_method: modelopt``, or ``hf_quant_config.json`` beside tensors that hold codes."""
 
     name = "modelopt"
@@ -79,6 +90,33 @@ class ModelOpt(CheckpointFormat):
         layers = _mapping(entry.get("quantized_layers"))
         group_of = partial(_group_of, weights, entry.get("quant_algo"), layers)
         return of_modules(weights, modules, group_of, _cache(weights, entry))
+
+    def writing(self, asked: str, model: SavedModel) -> Writing:
+        """As `WrittenFormat.writing`: FP8, MXFP8 and INT8, whose values are the same numbers."""
+        algorithms: dict[str, str] = {}
+        changes: dict[str, Rewrite] = {}
+        for _, stem, scheme, n, k in written_weights(asked, model.layers):
+            held = one_of(scheme, _WRITTEN)
+            if held is None or (held == "mxfp8" and k % 32):
+                also = ", whose factor divides here and multiplies there" * (scheme.weight.unit == "nvfp4")
+                found = f"{stem} [{n}, {k}] in scheme {scheme.name}{also}"
+                raise SaveError(asked, found, f"one of {', '.join(_WRITTEN)}, or {OWN}")
+            algorithms[stem] = _WRITTEN[held]
+            name = f"{stem}.weight_scale"
+            if held == "fp8_per_tensor":
+                changes[name] = Rewrite(name, torch.squeeze, ((), torch.float32))
+            elif held != "mxfp8":
+                changes[name] = Rewrite(name, torch.flatten, ((n,), torch.float32))
+        kinds, kept = set(algorithms.values()), list(model.kept_linear)
+        said: dict[str, Any] = {"quant_algo": kinds.pop() if len(kinds) == 1 else "MIXED_PRECISION"}
+        if said["quant_algo"] == "MIXED_PRECISION":
+            said["quantized_layers"] = {stem: {"quant_algo": kind} for stem, kind in algorithms.items()}
+        own = {**said, "kv_cache_quant_algo": None, "exclude_modules": kept}
+        return Writing(
+            {**said, "quant_method": self.name, "producer": _PRODUCER, "ignore": kept},
+            changes,
+            files={_FILE: {"producer": _PRODUCER, "quantization": own}},
+        )
 
 
 def _wrote(source: TensorSource) -> bool:

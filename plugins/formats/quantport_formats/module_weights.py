@@ -8,7 +8,7 @@ of a block: all of that is exact.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -175,11 +175,13 @@ class Weights:
         if not self._names.inverse:
             return stored_matrix(self.source, (n, k), self._dtype, scheme, keys)
         self.notices[
-            "factors of NVFP4 are held as reciprocals: values are within 2 units in the last place of fp32"
+            "factors of NVFP4 are held as reciprocals: values that are kept are within 2 units in the last "
+            "place of fp32"
         ] = None
         pieces = {key: piece(self.source, stored) for key, stored in keys.items()}
         pieces["weight_global_scale"] = piece(self.source, factor, 0, torch.reciprocal)
-        return matrix((n, k), self._dtype, scheme, pieces, keys.values())
+        kept = matrix((n, k), self._dtype, scheme, pieces, keys.values())
+        return replace(kept, values=partial(_times_factor, self.source, name, scale, factor))
 
     def _mx(self, module: str, group: Group, base: str, name: str, shape: tuple[int, int]) -> CodedTensor:
         n, k = shape
@@ -227,6 +229,17 @@ def _bytes(scale: Tensor) -> Tensor:
 def _e2m3(k: int, packed: Tensor) -> Tensor:
     table = values_of("e2m3").to(torch.float8_e4m3fn).view(torch.uint8)
     return table[unpack_bits(packed, k, 6).int()].view(torch.float8_e4m3fn)
+
+
+def _times_factor(
+    source: TensorSource, name: str, scale: str, factor: str, expert: int | None, rows: slice
+) -> Tensor:
+    """Values of NVFP4 whose factor multiplies the scales of blocks, in the order of its writer."""
+    assert expert is None  # matrices only
+    packed = source.read(name, rows)
+    codes = values_of("e2m1")[unpack_bits(packed, 2 * packed.shape[1], 4).int()]
+    scales = source.read(scale, rows).float() * source.read(factor)
+    return codes * scales.repeat_interleave(16, 1)[:, : codes.shape[1]]
 
 
 def _spread(source: TensorSource, name: str, down: int, rows: slice) -> Tensor:

@@ -15,19 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantport.checkpoint import CheckpointFormat, Coded, CodedTensor, Recognized, TensorSource
-from quantport.errors import CheckpointError
+from quantport.checkpoint import Coded, CodedTensor, Recognized, Rewrite, SavedModel, TensorSource
+from quantport.errors import CheckpointError, SaveError
 from quantport.scheme import Scheme
 from quantport.scheme.catalog import Schemes
 from quantport_formats.common import held_dtype, quant_method, quantizer_config
 from quantport_formats.pieces import wanted
+from quantport_formats.writing import OWN, Writing, WrittenFormat, one_of, written_weights
 
 _BLOCK = 32
 _EXPONENTS = (torch.uint8, torch.float8_e8m0fnu)
 _STATIC = (".activation_scale", ".input_scale")
 
 
-class Mxfp8(CheckpointFormat):
+class Mxfp8(WrittenFormat):
     """``quant_method: mxfp8``; weights of experts alone or stacked."""
 
     name = "mxfp8"
@@ -49,6 +50,23 @@ class Mxfp8(CheckpointFormat):
         spare = [name for name in source.tensors if name.endswith(_STATIC)]
         said = (f"{len(spare)} static scales of activations ({spare[0]}, ...) are not used",) if spare else ()
         return Coded(self.name, source, coded, unlisted=spare, notices=said)
+
+    def writing(self, asked: str, model: SavedModel) -> Writing:
+        """As `WrittenFormat.writing`: layers of ``mxfp8`` in whole blocks."""
+        changes = {}
+        for _, stem, scheme, n, k in written_weights(asked, model.layers):
+            if not one_of(scheme, [self.name]) or k % _BLOCK:
+                found = f"{stem} [{n}, {k}] in scheme {scheme.name}"
+                raise SaveError(asked, found, f"mxfp8 for layers of multiples of {_BLOCK}, or {OWN}")
+            changes[f"{stem}.weight_scale"] = Rewrite(f"{stem}.weight_scale_inv")
+        described = {
+            "quant_method": self.name,
+            "activation_scheme": "dynamic",
+            "weight_block_size": [1, _BLOCK],
+            "scale_fmt": "ue8m0",
+            "modules_to_not_convert": list(model.kept_linear),
+        }
+        return Writing(described, changes)
 
     def _weight(self, source: TensorSource, name: str, dtype: torch.dtype, scheme: Scheme) -> CodedTensor:
         shape, scale = tuple(source.tensors[name].shape), f"{name}_scale_inv"

@@ -5,10 +5,12 @@ stored. The values of NVFP4, FP8 and MXFP8 here are those of its ``NVFP4QTensor`
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import pytest
 import torch
+from core_models import same_bits
 from format_checks import Made, converts, experts_of, held, keeps, overlays, quantizable, tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -162,11 +164,25 @@ def test_a_layer_takes_what_is_said_of_its_parent(tmp_path):
 
 @pytest.mark.parametrize("algorithm", ["NVFP4", "FP8_PB_WO"])
 def test_it_becomes_another_scheme(algorithm, tmp_path):
-    checkpoint = made(algorithm)
-    if algorithm == "NVFP4":  # what is quantized anew is what is held
-        kept = held(quantport.load(checkpoint.write(tmp_path / "a"), device="cpu"))
-        checkpoint.values = {name: values for name, (_, values) in kept.items()}
-    converts(checkpoint, tmp_path / "b")
+    converts(made(algorithm), tmp_path)
+
+
+def test_nvfp4_decodes_to_the_bit_and_a_power_of_two_is_kept_to_the_bit(tmp_path):
+    checkpoint = made("NVFP4")
+    with contextlib.closing(Checkpoint.open(checkpoint.write(tmp_path / "a"))) as source:
+        found = ModelOpt().recognize(source, checkpoint.config, BUILTIN)
+        for name, values in checkpoint.values.items():
+            assert same_bits(found.source.read(name), values)
+            assert same_bits(found.source.read(name, slice(3, 21)), values[3:21])
+    for name in checkpoint.values:
+        factor = checkpoint.tensors[f"{name}_scale_2"]
+        power = torch.exp2(factor.log2().round())
+        # e2m1 * scale is exact in fp32, so that the values are those of the factor one, times the power
+        exact = codes_of(checkpoint.tensors[name])
+        exact = exact * checkpoint.tensors[f"{name}_scale"].float().repeat_interleave(16, 1)
+        checkpoint.tensors[f"{name}_scale_2"] = power
+        checkpoint.values[name] = exact * power
+    keeps(checkpoint, tmp_path / "b")
 
 
 def test_what_was_left_is_quantized(tmp_path):

@@ -4,13 +4,16 @@ quantport.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 
 import pytest
 import torch
 import transformers
 from core_models import ids, same_bits
 from format_checks import SIZES, Made, held, tiny
+from safetensors.torch import load_file
 
 import quantport
 from quantport.checkpoint import Checkpoint
@@ -85,6 +88,13 @@ def test_experts(scheme, tmp_path):
     assert away(of_transformers(tmp_path / "out"), ours) < limit
 
 
+def codes_in(words, bits):
+    """The codes in columns of words, each word from its lowest bits: ``[columns, codes]``."""
+    unsigned = words.long() & 0xFFFFFFFF
+    parts = [unsigned >> shift & (1 << bits) - 1 for shift in range(0, 32, bits)]
+    return torch.stack(parts, 1).flatten(0, 1).t()
+
+
 @pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
 def test_blocks_of_fp8(kind, tmp_path):
     model = saved(tmp_path, "fp8_per_block", "fp8", kind, **WHOLE)
@@ -94,6 +104,150 @@ def test_blocks_of_fp8(kind, tmp_path):
         theirs = of_transformers(tmp_path / "out", quantization_config=decoded)
         weights = quantport.load(tmp_path / "out", device="cpu", fallback="weight_only")
         assert away(theirs, logits(weights)) < 0.05
+
+
+OF_WORDS = {
+    "gptq": (
+        ("int4_weight_only:g64:fp16", "qwen3_moe"),
+        ("int4_weight_only:channel:fp16", "llama"),
+        ("int8_weight_only:g32:fp16", "llama"),
+    ),
+    "awq": (("int4_weight_only:g32:fp16", "qwen3_moe"), ("int4_weight_only:channel:fp16", "llama")),
+}
+
+
+@pytest.mark.parametrize("case", [(name, *case) for name, of in OF_WORDS.items() for case in of], ids=str)
+def test_integers_in_words(case, tmp_path):
+    """The bits of the file, one by one, are the codes and zero points of the values."""
+    name, scheme, kind = case
+    model = saved(tmp_path, scheme, name, kind)
+    comes_back(model, tmp_path / "out")
+    bits, stored = int(scheme[3]), load_file(tmp_path / "out" / "model.safetensors")
+    for weight, (_, values) in held(model).items():
+        stem, (n, k) = weight.removesuffix(".weight"), values.shape
+        scales = stored[f"{stem}.scales"]
+        of = torch.arange(k) // (k // len(scales))
+        if name == "gptq":
+            codes = codes_in(stored[f"{stem}.qweight"], bits)
+            zeros = codes_in(stored[f"{stem}.qzeros"].t(), bits) + 1
+            assert torch.equal(stored[f"{stem}.g_idx"].long(), of)
+        else:
+            order = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
+            places = (torch.arange(n).view(-1, 8)[:, order]).flatten()
+            codes, zeros = torch.empty(n, k).long(), torch.empty(len(scales), n).long()
+            codes[places] = codes_in(stored[f"{stem}.qweight"].t(), bits).t()
+            zeros[:, places] = codes_in(stored[f"{stem}.qzeros"].t(), bits)
+        assert scales.dtype is torch.float16
+        assert same_bits((codes - zeros.t()[:, of]).float() * scales.t().float()[:, of], values), weight
+
+
+def test_layers_of_other_bits_in_gptq(tmp_path):
+    config, tensors = tiny()
+    base = Made(config, tensors, {}).write(tmp_path / "base")
+    others = {"*.down_proj": "int8_weight_only:channel:fp16"}
+    settings = {"scheme": "int4_weight_only:g32:fp16", "targets": others, "ignore": ["*.o_proj"]}
+    model = quantport.load(base, config=settings, device="cpu")
+    quantport.save(model, tmp_path / "out", format="gptq")
+    comes_back(model, tmp_path / "out")
+    said = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert (said["bits"], said["group_size"]) == (4, 32)
+    (down, own), (kept, nothing) = said["dynamic"].items()
+    assert down.startswith("+:")
+    assert re.fullmatch(down[2:], "model.layers.0.mlp.down_proj")
+    assert own == {"bits": 8, "group_size": -1}
+    assert kept.startswith("-:")
+    assert re.fullmatch(kept[2:], "model.layers.0.self_attn.o_proj")
+    assert nothing == {}
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
+def test_mxfp8(kind, tmp_path):
+    model = saved(tmp_path, "mxfp8", "mxfp8", kind)
+    comes_back(model, tmp_path / "out")
+    if kind == "llama":
+        decoded = transformers.FineGrainedFP8Config(dequantize=True)  # its kernels need a GPU
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / "out", dtype=torch.bfloat16, quantization_config=decoded
+        )
+        for name, (_, values) in held(model).items():
+            assert same_bits(theirs.get_parameter(name).data, values.to(torch.bfloat16)), name
+
+
+OF_MODELOPT = {
+    "fp8_per_tensor": "FP8",
+    "fp8_per_channel": "FP8_PER_CHANNEL_PER_TOKEN",
+    "mxfp8": "MXFP8",
+    "int8_weight_only": "W8A16",
+}
+
+
+@pytest.mark.filterwarnings("ignore:activations of the layers")  # ModelOpt's scales of FP8 are static
+@pytest.mark.parametrize("scheme", OF_MODELOPT)
+def test_modelopt(scheme, tmp_path):
+    model = saved(tmp_path, scheme, "modelopt", "llama" if scheme == "mxfp8" else "qwen3_moe")
+    comes_back(model, tmp_path / "out")
+    said = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    beside = json.loads((tmp_path / "out" / "hf_quant_config.json").read_text())
+    assert said["quant_algo"] == beside["quantization"]["quant_algo"] == OF_MODELOPT[scheme]
+    assert said["ignore"] == beside["quantization"]["exclude_modules"] == ["lm_head"]
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    for name, (_, values) in held(model).items():
+        scale = stored[f"{name}_scale"]
+        if scheme == "mxfp8":
+            scale = (scale.float() - 127).exp2().repeat_interleave(32, 1)
+        else:
+            assert scale.shape == (() if scheme == "fp8_per_tensor" else values.shape[:1])
+            scale = scale.view(-1, 1)
+        assert same_bits(stored[name].float() * scale, values), name
+
+
+def test_modelopt_of_several_schemes(tmp_path):
+    config, tensors = tiny()
+    base = Made(config, tensors, {}).write(tmp_path / "base")
+    targets = {"*.down_proj": "int8_weight_only"}
+    model = quantport.load(base, "fp8_per_channel", config={"targets": targets}, device="cpu")
+    quantport.save(model, tmp_path / "out", format="modelopt")
+    comes_back(model, tmp_path / "out")
+
+
+AUTO = {
+    "int8": ({"scheme": "int8"}, "compressed-tensors", None),
+    "int4": ({"scheme": "int4_weight_only"}, "compressed-tensors", None),
+    "scheme": ({"scheme": "nf4"}, "quantport", "not as compressed-tensors: scheme 'nf4'"),
+    "cache": ({"scheme": "int8", "kv_cache_dtype": "fp8_e4m3"}, "quantport", "the KV cache in fp8"),
+    "fallback": ({"scheme": "int8", "fallback": "reference"}, "quantport", "fallback='reference'"),
+    "embedding": (
+        {"scheme": "int8", "targets": dict.fromkeys(("model.embed_tokens", "lm_head"), "int8_weight_only")},
+        "quantport",
+        "model.embed_tokens, a quantized embedding",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", AUTO.values(), ids=AUTO)
+def test_auto_is_what_loses_nothing(case, tmp_path):
+    settings, expected, why = case
+    tied = "targets" in settings
+    config, tensors = tiny(tie_word_embeddings=tied)
+    if tied:
+        del tensors["lm_head.weight"]
+    base = Made(config, tensors, {}).write(tmp_path / "base")
+    model = quantport.load(base, config=settings, device="cpu")
+    said = contextlib.nullcontext() if why is None else pytest.warns(UserWarning, match=re.escape(why))
+    with said:
+        quantport.save(model, tmp_path / "out", format="auto")
+    assert (tmp_path / "out" / "quantport.json").exists() == (expected == "quantport")
+    comes_back(model, tmp_path / "out")
+    again = quantport.plan(tmp_path / "out", device="cpu")
+    assert again.format_name == expected
+    assert again.config.kv_cache_dtype == settings.get("kv_cache_dtype")
+
+
+def test_auto_leaves_what_is_no_model_of_transformers(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64, dtype=torch.bfloat16))
+    quantport.quantize_(model, "int8")
+    with pytest.warns(UserWarning, match="it is no model of Transformers"):
+        quantport.save(model, tmp_path / "out", format="auto")
 
 
 def test_a_library_of_the_format_reads_the_configuration(tmp_path):
@@ -124,11 +278,20 @@ def test_schemes_that_differ_are_groups(tmp_path):
     ]
 
 
-def test_a_stream_writes_the_same_bytes(tmp_path):
-    saved(tmp_path, "int8_weight_only", "compressed-tensors")
-    quantize_checkpoint(
-        tmp_path / "base", tmp_path / "stream", "int8_weight_only", format="compressed-tensors"
-    )
+STREAMED = {
+    "compressed-tensors": "int8_weight_only",
+    "gptq": "int4_weight_only:g32:fp16",
+    "awq": "int4_weight_only:g32:fp16",
+    "modelopt": "fp8_per_tensor",
+    "mxfp8": "mxfp8",
+    "auto": "int8",
+}
+
+
+@pytest.mark.parametrize("name", STREAMED)
+def test_a_stream_writes_the_same_bytes(name, tmp_path):
+    saved(tmp_path, STREAMED[name], name)
+    quantize_checkpoint(tmp_path / "base", tmp_path / "stream", STREAMED[name], format=name)
     with Checkpoint.open(tmp_path / "out") as one, Checkpoint.open(tmp_path / "stream") as other:
         assert set(one.tensors) == set(other.tensors)
         assert all(same_bits(one.read(name), other.read(name)) for name in one.tensors)
@@ -167,6 +330,13 @@ REFUSED = {
         "128 columns are no whole groups of 256",
     ),
     "unknown": ("int8", "exl2", "llama", "no such format"),
+    "scales": ("int4_weight_only", "gptq", "llama", "whose scales in bf16 fp16 may not hold"),
+    "scales of 8 bits": ("int8_weight_only", "gptq", "llama", "whose scales in fp32 fp16 may not hold"),
+    "floats": ("fp8_weight_only", "gptq", "llama", "in scheme fp8_weight_only"),
+    "bits": ("int8_weight_only:g32:fp16", "awq", "llama", "in scheme int8_weight_only:g32:fp16"),
+    "words": ("int4_weight_only:g96:fp16", "awq", "llama", "in groups of 96"),
+    "blocks": ("fp8_per_channel", "mxfp8", "llama", "in scheme fp8_per_channel"),
+    "factor": ("nvfp4_weight_only", "modelopt", "llama", "whose factor divides here and multiplies there"),
 }
 
 
