@@ -55,7 +55,6 @@ _ALGORITHMS: dict[str, tuple[Args, Args | None]] = {
     "W8A8_SQ_PER_CHANNEL": (_INT8, _args("int", 8, "tensor", static=True)),
 }
 _WRITTEN = {
-    "fp8_per_tensor": "FP8",
     "fp8_per_channel": "FP8_PER_CHANNEL_PER_TOKEN",
     "mxfp8": "MXFP8",
     "int8_weight_only": "W8A16",
@@ -92,7 +91,7 @@ class ModelOpt(WrittenFormat):
         return of_modules(weights, modules, group_of, _cache(weights, entry))
 
     def writing(self, asked: str, model: SavedModel) -> Writing:
-        """As `WrittenFormat.writing`: FP8, MXFP8 and INT8, whose values are the same numbers."""
+        """As `WrittenFormat.writing`: FP8, MXFP8 and INT8 whose activations are quantized as here, or not."""
         algorithms: dict[str, str] = {}
         changes: dict[str, Rewrite] = {}
         for _, stem, scheme, n, k in written_weights(asked, model.layers):
@@ -103,9 +102,7 @@ class ModelOpt(WrittenFormat):
                 raise SaveError(asked, found, f"one of {', '.join(_WRITTEN)}, or {OWN}")
             algorithms[stem] = _WRITTEN[held]
             name = f"{stem}.weight_scale"
-            if held == "fp8_per_tensor":
-                changes[name] = Rewrite(name, torch.squeeze, ((), torch.float32))
-            elif held != "mxfp8":
+            if held != "mxfp8":
                 changes[name] = Rewrite(name, torch.flatten, ((n,), torch.float32))
         kinds, kept = set(algorithms.values()), list(model.kept_linear)
         said: dict[str, Any] = {"quant_algo": kinds.pop() if len(kinds) == 1 else "MIXED_PRECISION"}

@@ -88,13 +88,6 @@ def test_experts(scheme, tmp_path):
     assert away(of_transformers(tmp_path / "out"), ours) < limit
 
 
-def codes_in(words, bits):
-    """The codes in columns of words, each word from its lowest bits: ``[columns, codes]``."""
-    unsigned = words.long() & 0xFFFFFFFF
-    parts = [unsigned >> shift & (1 << bits) - 1 for shift in range(0, 32, bits)]
-    return torch.stack(parts, 1).flatten(0, 1).t()
-
-
 @pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
 def test_blocks_of_fp8(kind, tmp_path):
     model = saved(tmp_path, "fp8_per_block", "fp8", kind, **WHOLE)
@@ -106,39 +99,53 @@ def test_blocks_of_fp8(kind, tmp_path):
         assert away(theirs, logits(weights)) < 0.05
 
 
-OF_WORDS = {
-    "gptq": (
+@pytest.mark.parametrize(
+    ("scheme", "kind"),
+    [
         ("int4_weight_only:g64:fp16", "qwen3_moe"),
         ("int4_weight_only:channel:fp16", "llama"),
         ("int8_weight_only:g32:fp16", "llama"),
-    ),
-    "awq": (("int4_weight_only:g32:fp16", "qwen3_moe"), ("int4_weight_only:channel:fp16", "llama")),
-}
-
-
-@pytest.mark.parametrize("case", [(name, *case) for name, of in OF_WORDS.items() for case in of], ids=str)
-def test_integers_in_words(case, tmp_path):
-    """The bits of the file, one by one, are the codes and zero points of the values."""
-    name, scheme, kind = case
-    model = saved(tmp_path, scheme, name, kind)
+    ],
+)
+def test_words_of_gptq(scheme, kind, tmp_path):
+    model = saved(tmp_path, scheme, "gptq", kind)
     comes_back(model, tmp_path / "out")
     bits, stored = int(scheme[3]), load_file(tmp_path / "out" / "model.safetensors")
+    for stem, values, scales, of in of_groups(model, stored):
+        codes = codes_in(stored[f"{stem}.qweight"], bits)
+        zeros = codes_in(stored[f"{stem}.qzeros"].t(), bits) + 1
+        assert torch.equal(stored[f"{stem}.g_idx"].long(), of)
+        assert same_bits((codes - zeros.t()[:, of]).float() * scales[:, of], values), stem
+
+
+@pytest.mark.parametrize(("scheme", "kind"), [("g32", "qwen3_moe"), ("channel", "llama")])
+def test_words_of_awq(scheme, kind, tmp_path):
+    model = saved(tmp_path, f"int4_weight_only:{scheme}:fp16", "awq", kind)
+    comes_back(model, tmp_path / "out")
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    for stem, values, scales, of in of_groups(model, stored):
+        places = torch.arange(len(values)).view(-1, 8)[:, [0, 2, 4, 6, 1, 3, 5, 7]].flatten()
+        codes, zeros = torch.empty(values.shape).long(), torch.empty(scales.shape).long()
+        codes[places] = codes_in(stored[f"{stem}.qweight"].t(), 4).t()
+        zeros[places] = codes_in(stored[f"{stem}.qzeros"].t(), 4).t()
+        assert same_bits((codes - zeros[:, of]).float() * scales[:, of], values), stem
+
+
+def codes_in(words, bits):
+    """The codes in columns of words, each word from its lowest bits: ``[columns, codes]``."""
+    unsigned = words.long() & 0xFFFFFFFF
+    parts = [unsigned >> shift & (1 << bits) - 1 for shift in range(0, 32, bits)]
+    return torch.stack(parts, 1).flatten(0, 1).t()
+
+
+def of_groups(model, stored):
+    """For each weight its name, its values, its scales ``[n, groups]`` and the group of each input."""
     for weight, (_, values) in held(model).items():
-        stem, (n, k) = weight.removesuffix(".weight"), values.shape
+        stem = weight.removesuffix(".weight")
         scales = stored[f"{stem}.scales"]
-        of = torch.arange(k) // (k // len(scales))
-        if name == "gptq":
-            codes = codes_in(stored[f"{stem}.qweight"], bits)
-            zeros = codes_in(stored[f"{stem}.qzeros"].t(), bits) + 1
-            assert torch.equal(stored[f"{stem}.g_idx"].long(), of)
-        else:
-            order = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
-            places = (torch.arange(n).view(-1, 8)[:, order]).flatten()
-            codes, zeros = torch.empty(n, k).long(), torch.empty(len(scales), n).long()
-            codes[places] = codes_in(stored[f"{stem}.qweight"].t(), bits).t()
-            zeros[:, places] = codes_in(stored[f"{stem}.qzeros"].t(), bits)
         assert scales.dtype is torch.float16
-        assert same_bits((codes - zeros.t()[:, of]).float() * scales.t().float()[:, of], values), weight
+        of = torch.arange(values.shape[1]) // (values.shape[1] // len(scales))
+        yield stem, values, scales.t().float(), of
 
 
 def test_layers_of_other_bits_in_gptq(tmp_path):
@@ -174,14 +181,12 @@ def test_mxfp8(kind, tmp_path):
 
 
 OF_MODELOPT = {
-    "fp8_per_tensor": "FP8",
     "fp8_per_channel": "FP8_PER_CHANNEL_PER_TOKEN",
     "mxfp8": "MXFP8",
     "int8_weight_only": "W8A16",
 }
 
 
-@pytest.mark.filterwarnings("ignore:activations of the layers")  # ModelOpt's scales of FP8 are static
 @pytest.mark.parametrize("scheme", OF_MODELOPT)
 def test_modelopt(scheme, tmp_path):
     model = saved(tmp_path, scheme, "modelopt", "llama" if scheme == "mxfp8" else "qwen3_moe")
@@ -196,7 +201,7 @@ def test_modelopt(scheme, tmp_path):
         if scheme == "mxfp8":
             scale = (scale.float() - 127).exp2().repeat_interleave(32, 1)
         else:
-            assert scale.shape == (() if scheme == "fp8_per_tensor" else values.shape[:1])
+            assert scale.shape == values.shape[:1]
             scale = scale.view(-1, 1)
         assert same_bits(stored[name].float() * scale, values), name
 
@@ -282,7 +287,7 @@ STREAMED = {
     "compressed-tensors": "int8_weight_only",
     "gptq": "int4_weight_only:g32:fp16",
     "awq": "int4_weight_only:g32:fp16",
-    "modelopt": "fp8_per_tensor",
+    "modelopt": "fp8_per_channel",
     "mxfp8": "mxfp8",
     "auto": "int8",
 }
@@ -336,6 +341,7 @@ REFUSED = {
     "bits": ("int8_weight_only:g32:fp16", "awq", "llama", "in scheme int8_weight_only:g32:fp16"),
     "words": ("int4_weight_only:g96:fp16", "awq", "llama", "in groups of 96"),
     "blocks": ("fp8_per_channel", "mxfp8", "llama", "in scheme fp8_per_channel"),
+    "activations that are calibrated": ("fp8_per_tensor", "modelopt", "llama", "in scheme fp8_per_tensor"),
     "factor": ("nvfp4_weight_only", "modelopt", "llama", "whose factor divides here and multiplies there"),
 }
 
