@@ -111,7 +111,7 @@ def test_quantize_then_run_the_result(small, tmp_path):
 
 def test_compare_of_a_quantized_checkpoint_needs_its_original(small, tmp_path):
     out = tmp_path / "out"
-    ask("quantize", small, out, "--scheme", "int8")
+    ask("quantize", small, out, "--scheme", "int8", "--format", "quantport")
     error = parts(ask("run", out, "--compare", "--text", TEXT, code=2))
     assert "--baseline" in error["try"]
     assert "it is quantized itself" in parts(ask("run", out, "--compare", "--baseline", out, code=2))["found"]
@@ -267,7 +267,7 @@ def test_a_config_that_is_no_json(tmp_path):
 
 
 def test_quantize_of_what_is_quantized(small, tmp_path):
-    ask("quantize", small, tmp_path / "once", "--scheme", "int8", "--json")
+    ask("quantize", small, tmp_path / "once", "--scheme", "int8", "--format", "quantport")
     again = ask("quantize", tmp_path / "once", tmp_path / "twice", "--scheme", "nf4", code=2)
     assert "already" in parts(again)["found"]
     assert not (tmp_path / "twice").exists()

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ from quantport.loading.renamed import renamed
 from quantport.loading.save_model import (
     OWN,
     SHARD,
-    format_named,
+    described_model,
+    format_of,
     layout_of,
     modules_to_save,
     write_model,
@@ -69,12 +71,11 @@ def quantize_checkpoint(
         options: The other arguments of ``load``. What is written does not depend on ``device``.
 
     Returns:
-        The plan that was carried out.
+        The plan that was carried out; its warnings say why ``auto`` came to ``quantport``.
 
     Raises:
         QuantportError: as ``load`` and ``save``. Nothing is left behind.
     """
-    to = format_named(format, options.get("registry"))
     with prepared(path_or_id, scheme, num_tokens=num_tokens, progress=progress, **options) as made:
         with collecting_later():
             stream = _Stream(made, progress, workers)
@@ -83,8 +84,11 @@ def quantize_checkpoint(
         made.model.quantport_plan = made.plan  # type: ignore[assignment]  # a note on the model, as of ``load``
         if made.cache:
             made.cache.install()
+        described = described_model(made.model)
+        to, reason = format_of(described, format, options.get("registry"))
         write_model(
             made.model,
+            described,
             directory,
             stream.fill,
             stream.layout,
@@ -95,7 +99,7 @@ def quantize_checkpoint(
         )
     decided = made.filler.with_warnings()
     warn(decided.warnings[len(made.plan.warnings) :])
-    return decided
+    return replace(decided, warnings=(*decided.warnings, reason)) if reason else decided
 
 
 class _Stream:

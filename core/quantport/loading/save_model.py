@@ -16,11 +16,9 @@ from quantport.checkpoint import (
     BUILTIN_FORMATS,
     CheckpointFormat,
     KVCacheConfig,
-    Recognized,
     SavedLayer,
     SavedModel,
     SaveTarget,
-    TensorSource,
     companions,
 )
 from quantport.checkpoint.shard import Fill, Stream, TensorLayout
@@ -30,7 +28,6 @@ from quantport.loading.kv_caches import default_of
 from quantport.modules import QuantEmbedding, QuantExperts, QuantModule
 from quantport.planning.memory import STEP
 from quantport.plugins.registry import Registry, default_registry
-from quantport.scheme.catalog import Schemes
 
 # of a configuration: where a model was loaded from, and how it was quantized before
 _DROPPED = ("_name_or_path", "quantization_config")
@@ -70,64 +67,50 @@ def save(
         SaveError: nothing to save, the directory is taken, the disk is full, or permission is missing.
     """
     require_module("save a quantized model", model)
+    described = described_model(model)
+    to, reason = format_of(described, format, registry)
+    if reason:
+        warnings.warn(reason, UserWarning, stacklevel=2)
     return write_model(
         model,
+        described,
         directory,
         _tensors(model),
         layout_of(modules_to_save(model)),
-        to=format_named(format, registry),
+        to=to,
         overwrite=overwrite,
         max_shard_bytes=max_shard_bytes,
     )
 
 
-class _Auto(CheckpointFormat):
-    """Writes the first of some formats that loses nothing of a model, otherwise quantport's own."""
-
-    name = AUTO
-
-    def __init__(self, formats: Iterable[CheckpointFormat], own: CheckpointFormat) -> None:
-        self._formats, self._own = formats, own
-
-    def recognize(
-        self, source: TensorSource, config: Mapping[str, Any], schemes: Schemes
-    ) -> Recognized | None:
-        """Recognizes nothing: what it writes is of other formats."""
-        return None
-
-    def write(
-        self, model: SavedModel, tensors: Stream | Fill, layout: TensorLayout | None, to: SaveTarget
-    ) -> Path:
-        """As `CheckpointFormat.write`."""
-        reasons = []
-        for known in self._formats:
-            reason = known.refusal(model)
-            if reason is None:
-                return known.write(model, tensors, layout, to)
-            reasons.append(f"not as {known.name}: {reason}")
-        text = "; ".join([f"written as {self._own.name}", *reasons])
-        warnings.warn(text, UserWarning, stacklevel=4)
-        return self._own.write(model, tensors, layout, to)
-
-
-def format_named(name: str, registry: Registry | None) -> CheckpointFormat:
-    """A format that can be written.
+def format_of(model: SavedModel, name: str, registry: Registry | None) -> tuple[CheckpointFormat, str]:
+    """The format that a model is written in; where ``auto`` comes to quantport's own also why, for people.
 
     Raises:
-        SaveError: there is none of this name.
+        SaveError: none of this name is written.
     """
     registry = registry or default_registry()
     formats = {f.name: f for f in (*BUILTIN_FORMATS, *registry.formats.values())}
-    formats[AUTO] = _Auto([f for f in formats.values() if f.default], formats[OWN])
+    if name == AUTO:
+        reasons = [f"written as {OWN}"]
+        for known in formats.values():
+            if known.default:
+                reason = known.refusal(model)
+                if reason is None:
+                    return known, ""
+                reasons.append(f"not as {known.name}: {reason}")
+        return formats[OWN], "; ".join(reasons)
     writable = [n for n, f in formats.items() if type(f).write is not CheckpointFormat.write]
     if name not in writable:
         found = "a format that is only read" if name in formats else "no such format"
-        raise SaveError(f"save as format {name!r}", found, f"one of {', '.join(map(repr, writable))}")
-    return formats[name]
+        known = ", ".join(map(repr, (AUTO, *writable)))
+        raise SaveError(f"save as format {name!r}", found, f"one of {known}")
+    return formats[name], ""
 
 
 def write_model(
     model: nn.Module,
+    described: SavedModel,
     directory: str | os.PathLike[str],
     tensors: Stream | Fill,
     layout: TensorLayout,
@@ -140,7 +123,8 @@ def write_model(
     """Writes what a model is beside its tensors, and the tensors that are given.
 
     Args:
-        model: Says what its layers are; its weights are not looked at.
+        model: Says where it came from; its weights are not looked at.
+        described: From `described_model`.
         directory: As for `save`.
         tensors: As for `save_tensors`.
         layout: As for `save_tensors`.
@@ -148,6 +132,22 @@ def write_model(
         overwrite: As for `save`.
         max_shard_bytes: As for `save`.
         resume: As for `save_tensors`.
+    """
+    source = getattr(model, "name_or_path", "")
+    files: dict[str, bytes | Path] = {}
+    if source and Path(source).is_dir():
+        files |= companions(Path(source))
+    if generation := _generation_config(model):
+        files["generation_config.json"] = generation
+    target = SaveTarget(directory, files, overwrite, max_shard_bytes, resume)
+    return to.write(described, tensors, layout, target)
+
+
+def described_model(model: nn.Module) -> SavedModel:
+    """What a model is beside its tensors.
+
+    Raises:
+        SaveError: it has no quantized layer.
     """
     layers = {name: _saved_layer(m) for name, m in model.named_modules() if isinstance(m, QuantModule)}
     # where others are quantized, a prepacked bf16 layer is saved as the plain layer that it was: prepacking
@@ -162,20 +162,13 @@ def write_model(
             "quantport.load or quantport.quantize_ first",
         )
     cache, decided = default_of(model), getattr(model, "quantport_plan", None)
-    source = getattr(model, "name_or_path", "")
-    files: dict[str, bytes | Path] = {}
-    if source and Path(source).is_dir():
-        files |= companions(Path(source))
-    if generation := _generation_config(model):
-        files["generation_config.json"] = generation
-    saved = SavedModel(
+    return SavedModel(
         layers,
         _config(model),
         [name for name, module in model.named_modules() if type(module) is nn.Linear or _is_bf16(module)],
         KVCacheConfig(cache.dtype, tuple(cache.skip_layers)) if cache else KVCacheConfig(),
         decided.config.fallback if decided else None,
     )
-    return to.write(saved, tensors, layout, SaveTarget(directory, files, overwrite, max_shard_bytes, resume))
 
 
 def _is_bf16(module: nn.Module) -> bool:
