@@ -250,6 +250,29 @@ def test_a_format_that_is_only_read_says_so(tmp_path):
         Toy().write(SavedModel({}), [], None, SaveTarget(tmp_path / "x"))
 
 
+class Kept(Toy):
+    """What ``auto`` writes of models that have a configuration."""
+
+    default = True
+
+    def write(self, model, tensors, layout, to):
+        return to.save(tensors, layout, {"toy.txt": b"toy"})
+
+    def refusal(self, model):
+        return None if model.config else "no configuration"
+
+
+def test_auto_writes_a_format_of_a_stranger_where_it_holds_the_model(model, tmp_path):
+    registry = knowing(Kept())
+    net = quantport.load(write(tmp_path / "m", model), "int8", model=Net, device="cpu")
+    with pytest.warns(UserWarning, match="written as quantport; not as toy: no configuration"):
+        quantport.save(net, tmp_path / "own", format="auto", registry=registry)
+    assert (tmp_path / "own" / "quantport.json").exists()
+    net.config = type("Config", (), {"to_dict": lambda self: {"model_type": "toy"}})()
+    quantport.save(net, tmp_path / "toy", format="auto", registry=registry)
+    assert (tmp_path / "toy" / "toy.txt").exists()
+
+
 def test_ours_is_one_of_the_formats(model, tmp_path):
     net = quantport.load(write(tmp_path / "m", model), "int8", model=Net, device="cpu")
     with Checkpoint.open(quantport.save(net, tmp_path / "q")) as source:
