@@ -1,0 +1,57 @@
+"""What is written, loaded by vLLM on a CPU, in the environment of ``ci/vllm``; in the nightly run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from core_models import DENSE
+
+import quantport
+
+ROOT = Path(__file__).parents[3]
+VLLM = ROOT / ".venv-vllm" / "bin" / "python"
+TOKENS = [1 + 37 * i % 2000 for i in range(40)]
+SETTINGS = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+WIDE = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+
+needs_vllm = pytest.mark.skipif(not VLLM.exists(), reason=f"no {VLLM}: ci/vllm makes it")
+needs_avx512 = pytest.mark.skipif(not WIDE, reason="no AVX-512, which vLLM's int4 of the CPU is built for")
+
+
+def probabilities(logits):
+    """The log-probability of each token after the first."""
+    return logits[0, :-1].float().log_softmax(-1).gather(1, torch.tensor(TOKENS[1:])[:, None])[:, 0]
+
+
+@needs_vllm
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "scheme"),
+    [
+        ("compressed-tensors", "int8"),
+        ("compressed-tensors", "fp8_per_channel"),
+        pytest.param("compressed-tensors", "int4_weight_only:g64", marks=needs_avx512),
+        pytest.param("gptq", "int4_weight_only:g64:fp16", marks=needs_avx512),
+        pytest.param("awq", "int4_weight_only:g64:fp16", marks=needs_avx512),
+    ],
+)
+def test_vllm_gives_the_same_probabilities(name, scheme, tmp_path):
+    model = quantport.load(DENSE, scheme, device="cpu")
+    quantport.save(model, tmp_path / "model", format=name)
+    with torch.no_grad():
+        ours = probabilities(model(torch.tensor([TOKENS])).logits)
+    (tmp_path / "tokens.json").write_text(json.dumps(TOKENS), encoding="utf-8")
+    files = [tmp_path / "out.json", tmp_path / "tokens.json", tmp_path / "model"]
+    script = Path(__file__).with_name("of_vllm.py")
+    done = subprocess.run(
+        [VLLM, script, *files], env={**os.environ, **SETTINGS}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    theirs = torch.tensor(json.loads(files[0].read_text(encoding="utf-8")))
+    # BF16 itself is 0.01 apart; activations are rounded by each in its own order
+    assert (theirs - ours).abs().mean() < 0.06
