@@ -1,7 +1,7 @@
 """Runs in the environment of vLLM: loads a checkpoint, and writes the log-probability that it gives each
 token of a text after the first.
 
-    python of_vllm.py OUT.json TOKENS.json CHECKPOINT
+    python of_vllm.py OUT.json TOKENS.json CHECKPOINT DTYPE
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ import sys
 from pathlib import Path
 
 
-def main(out: str, tokens: str, checkpoint: str) -> None:
+def main(out: str, tokens: str, checkpoint: str, dtype: str) -> None:
     """Writes a list of log-probabilities."""
     from vllm import LLM, SamplingParams
 
     ids = json.loads(Path(tokens).read_text(encoding="utf-8"))
-    model = LLM(checkpoint, skip_tokenizer_init=True, enforce_eager=True, max_model_len=len(ids) + 1)
+    settings = {"skip_tokenizer_init": True, "enforce_eager": True, "max_model_len": len(ids) + 1}
+    model = LLM(checkpoint, dtype=dtype, **settings)
     params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
     (answer,) = model.generate([{"prompt_token_ids": ids}], params)
     pairs = zip(ids[1:], answer.prompt_logprobs[1:], strict=True)
