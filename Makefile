@@ -1,5 +1,5 @@
 # One target for each intent; the same for people and for CI.
-.PHONY: setup check test cpu nightly demo build bench decode quality gpu npu ipex vllm docs models clean
+.PHONY: setup check test cpu nightly demo build bench decode quality gpu npu ipex loaders docs models clean
 
 setup: ; @ci/setup
 check: setup ; @ci/check
@@ -14,7 +14,7 @@ quality: setup ; @ci/quality
 gpu: ; @ci/gpu
 npu: ; @ci/npu
 ipex: ; @ci/ipex
-vllm: setup ; @ci/vllm
+loaders: setup ; @ci/loaders
 docs: setup ; @ci/docs
 models: setup ; @ci/models
-clean: ; @rm -rf .venv .venv-npu .venv-ipex .venv-llama .venv-openvino .venv-vllm dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean: ; @rm -rf .venv .venv-npu .venv-ipex .venv-llama .venv-openvino .venv-vllm .venv-gptqmodel dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -103,8 +103,8 @@ def format_of(model: SavedModel, name: str, registry: Registry | None) -> tuple[
     writable = [n for n, f in formats.items() if type(f).write is not CheckpointFormat.write]
     if name not in writable:
         found = "a format that is only read" if name in formats else "no such format"
-        known = ", ".join(map(repr, (AUTO, *writable)))
-        raise SaveError(f"save as format {name!r}", found, f"one of {known}")
+        names = ", ".join(map(repr, (AUTO, *writable)))
+        raise SaveError(f"save as format {name!r}", found, f"one of {names}")
     return formats[name], ""
 
 

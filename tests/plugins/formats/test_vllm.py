@@ -1,4 +1,4 @@
-"""What is written, loaded by vLLM on a CPU, in the environment of ``ci/vllm``; in the nightly run."""
+"""What is written, loaded by vLLM on a CPU, in the environment of ``ci/loaders``; in the nightly run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TOKENS = [1 + 37 * i % 2000 for i in range(40)]
 SETTINGS = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 WIDE = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
-needs_vllm = pytest.mark.skipif(not VLLM.exists(), reason=f"no {VLLM}: ci/vllm makes it")
+needs_vllm = pytest.mark.skipif(not VLLM.exists(), reason=f"no {VLLM}: ci/loaders makes it")
 needs_avx512 = pytest.mark.skipif(not WIDE, reason="no AVX-512, which vLLM's int4 of the CPU is built for")
 
 
@@ -40,8 +40,8 @@ INT4 = [
 @pytest.mark.parametrize(
     ("name", "scheme", "dtype", "limit"),
     [
-        # sums of two products saturate at 16 bits in its int8 on a CPU without VNNI: 0.037, and 0.014 beside
-        # products that saturate so
+        # without VNNI its int8 adds products in pairs that saturate at 16 bits: 0.033, and 0.002 beside sums
+        # that saturate so
         ("compressed-tensors", "int8", torch.float32, 0.06),
         ("compressed-tensors", "fp8_per_channel", torch.float32, 0.02),  # 0.008
         ("modelopt", "fp8_per_channel", torch.bfloat16, 0.05),  # which it wants; 0.026
