@@ -140,7 +140,7 @@ def written_weights(asked: str, layers: Mapping[str, SavedLayer]) -> Iterator[Wr
         for weight, scheme in layer.schemes.items():
             n, k = shapes[weight.rpartition(".")[2] if layer.experts else "weight"]
             if scheme.ordered:
-                raise SaveError(asked, f"{path} in activation order", "format='quantport', which holds it")
+                raise SaveError(asked, f"{path} in activation order", OWN)
             stem = f"{path}.{weight}" if layer.experts else path
             yield Written(path, stem, scheme, n, k)
 
