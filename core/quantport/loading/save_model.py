@@ -18,12 +18,12 @@ from quantport.checkpoint import (
     SavedLayer,
     SavedModel,
     SaveTarget,
-    companions,
 )
 from quantport.checkpoint.shard import Fill, Stream, TensorLayout
 from quantport.errors import SaveError
 from quantport.loading.arguments import require_module
 from quantport.loading.kv_caches import default_of
+from quantport.loading.locate import companions_of
 from quantport.modules import QuantEmbedding, QuantExperts, QuantModule
 from quantport.planning.memory import STEP
 from quantport.plugins.registry import Registry, default_registry
@@ -49,15 +49,16 @@ def save(
 
     Args:
         model: A model with quantized layers.
-        directory: Must not exist, or be empty, unless ``overwrite``.
+        directory: Must not exist, or be empty, unless ``overwrite``. In ``gguf`` a path that ends with
+            ``.gguf`` is that of one file, which has everything inside.
         overwrite: Replace what is there.
-        max_shard_bytes: Size of one file.
+        max_shard_bytes: Size of one file; a model in ``gguf`` is one file always.
         format: ``quantport`` holds every scheme; or another format that can be written, such as
             ``compressed-tensors``, which others load, and which holds the schemes that it knows.
         registry: Where formats come from; by default that of the process.
 
     Returns:
-        The directory. It appears complete or not at all.
+        The directory, or the file. It appears complete or not at all.
 
     Raises:
         ConfigError: it is no module.
@@ -70,6 +71,7 @@ def save(
         _tensors(model),
         layout_of(modules_to_save(model)),
         to=format_named(format, registry),
+        registry=registry,
         overwrite=overwrite,
         max_shard_bytes=max_shard_bytes,
     )
@@ -97,6 +99,7 @@ def write_model(
     layout: TensorLayout,
     *,
     to: CheckpointFormat,
+    registry: Registry | None,
     overwrite: bool,
     max_shard_bytes: int,
     resume: str = "",
@@ -109,6 +112,7 @@ def write_model(
         tensors: As for `save_tensors`.
         layout: As for `save_tensors`.
         to: Writes it.
+        registry: As for `save`.
         overwrite: As for `save`.
         max_shard_bytes: As for `save`.
         resume: As for `save_tensors`.
@@ -126,10 +130,8 @@ def write_model(
             "quantport.load or quantport.quantize_ first",
         )
     cache, decided = default_of(model), getattr(model, "quantport_plan", None)
-    source = getattr(model, "name_or_path", "")
-    files: dict[str, bytes | Path] = {}
-    if source and Path(source).is_dir():
-        files |= companions(Path(source))
+    home = getattr(model, "name_or_path", "")
+    files = dict(companions_of(home, registry or default_registry()))
     if generation := _generation_config(model):
         files["generation_config.json"] = generation
     saved = SavedModel(
