@@ -120,7 +120,7 @@ def quantize(
         typer.Option(
             "--format",
             "-f",
-            help="Format of the checkpoint: quantport (every scheme), compressed-tensors, fp8...",
+            help="Format of the checkpoint: quantport (every scheme), compressed-tensors, fp8, gguf...",
         ),
     ] = "quantport",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -135,6 +135,7 @@ def quantize(
         quantport quantize MODEL OUT --scheme int8 --kv-cache fp8
         quantport quantize MODEL OUT --scheme int4 --ignore '*.down_proj' --overwrite
         quantport quantize MODEL OUT --scheme int8 --format compressed-tensors
+        quantport quantize MODEL OUT.gguf --scheme q8_0 --format gguf
         quantport run OUT   (reads it back; it is quantized, so no --scheme)
     """
     from quantport.cli import run_model

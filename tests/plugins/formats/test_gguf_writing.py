@@ -21,9 +21,11 @@ import transformers
 from core_models import DENSE, MOE, same_bits
 from gguf_files import SIZES, Made, in_order, made
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from typer.testing import CliRunner
 
 import quantport
 from quantport.checkpoint.shard import ShardWriter
+from quantport.cli.app import app
 from quantport.errors import SaveError
 from quantport.loading.quantize_checkpoint import quantize_checkpoint
 
@@ -332,6 +334,16 @@ def test_a_model_of_a_file_is_saved_with_all_that_it_needs(tmp_path: Path) -> No
     assert {p.name for p in downloads.iterdir()} == {"letter.txt"}
 
 
+def test_what_has_no_place_is_said(tmp_path: Path) -> None:
+    settings = {"scheme": "q4_0:a8", "kv_cache_dtype": "fp8"}
+    model = quantport.load(DENSE, config=settings, device="cpu")
+    with pytest.warns(UserWarning, match="how q4_0:a8 quantizes activations and the KV cache in fp8 is not"):
+        file = quantport.save(model, tmp_path / "model.gguf", format="gguf")
+    assert {s.requested_scheme for s in quantport.load(file, device="cpu").quantport_plan.quantized} == {
+        "q4_0"
+    }
+
+
 def refused(folder: Path, found: str, change: dict[str, Any], scheme: str = "q8_0") -> None:
     """What is said of a model whose ``config.json`` is changed."""
     model = quantport.load(folder, scheme, device="cpu")
@@ -463,6 +475,26 @@ def test_what_is_there_stays(tmp_path: Path) -> None:
     out = quantport.save(model, tmp_path / "out", format="gguf")
     quantport.save(model, out, format="gguf", overwrite=True)
     assert {p.name for p in tmp_path.iterdir()} == {"model.gguf", "folder", "folder.gguf", "out"}
+
+
+def test_the_command_line_writes_a_file_and_runs_it(tmp_path: Path) -> None:
+    def ask(*words: Any, code: int = 0) -> Any:
+        done = CliRunner().invoke(app, [*map(str, words), "--json"])
+        assert done.exit_code == code, done.output
+        return json.loads(done.stdout)
+
+    file, folder = tmp_path / "model.gguf", tmp_path / "folder"
+    asked = ("quantize", DENSE, file, "--scheme", "q8_0", "--format", "gguf")
+    assert ask(*asked)["bytes_written"] == file.stat().st_size
+    assert "--overwrite" in ask(*asked, code=2)["error"]["try"]
+    ask(*asked, "--overwrite")
+    ask("quantize", DENSE, folder, "--scheme", "q8_0")
+    same = ("--prompt", "The", "--tokens", "8")
+    assert len({ask("run", path, *same)["text"] for path in (file, folder)}) == 1
+    ask("quantize", file, tmp_path / "again", "--format", "gguf")
+    assert ask("inspect", tmp_path / "again")["format"] == "gguf"
+    is_read = ask("quantize", file, file, "--format", "gguf", "--overwrite", code=2)
+    assert "is read" in is_read["error"]["found"]
 
 
 @pytest.mark.parametrize("method", ["write", "finish"])
