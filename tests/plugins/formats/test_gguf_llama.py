@@ -51,9 +51,11 @@ def test_llama_cpp_answers_alike(source: Path, scheme: str, tmp_path: Path) -> N
     assert theirs["tokens"] == ids
     assert (theirs["bos"], theirs["eos"]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
     with torch.no_grad():
-        ours = model(torch.tensor([ids])).logits[0]
-        answer = model.generate(torch.tensor([ids]), max_new_tokens=COUNT, do_sample=False)[0, len(ids) :]
-    logits = torch.tensor(theirs["logits"])
+        ours = model(torch.tensor([ids + theirs["greedy"]])).logits[0]
+    answered = ours[len(ids) - 1 : -1]
+    ours, logits = ours[: len(ids)], torch.tensor(theirs["logits"])
     assert (logits - ours).norm() < 0.01 * ours.norm()
     assert (logits.argmax(-1) == ours.argmax(-1)).float().mean() >= 0.95
-    assert theirs["greedy"] == answer.tolist()
+    # where two tokens are as likely as each other, each may take another
+    taken = answered.gather(1, torch.tensor(theirs["greedy"])[:, None])[:, 0]
+    assert (answered.amax(-1) - taken).max() < 0.1

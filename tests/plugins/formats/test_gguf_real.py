@@ -59,7 +59,7 @@ def answer(path: Path) -> str:
 def test_it_knows_that_in_another_scheme_too(tmp_path: Path) -> None:
     done = CliRunner().invoke(
         app,
-        ["quantize", str(FILES[0]), str(tmp_path / "a.gguf"), "--scheme", "q5_1", "--format", "gguf"],
+        ["quantize", str(FILES[0]), str(tmp_path / "a.gguf"), "--scheme", "q8_0", "--format", "gguf"],
     )
     assert done.exit_code == 0, done.output
     assert "Paris" in answer(tmp_path / "a.gguf")

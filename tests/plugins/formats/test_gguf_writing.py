@@ -337,7 +337,7 @@ def test_a_model_of_a_file_is_saved_with_all_that_it_needs(tmp_path: Path) -> No
 def test_what_has_no_place_is_said(tmp_path: Path) -> None:
     settings = {"scheme": "q4_0:a8", "kv_cache_dtype": "fp8"}
     model = quantport.load(DENSE, config=settings, device="cpu")
-    with pytest.warns(UserWarning, match="how q4_0:a8 quantizes activations and the KV cache in fp8 is not"):
+    with pytest.warns(UserWarning, match="how q4_0:a8 quantizes activations and the KV cache in fp8_e4m3 is not"):
         file = quantport.save(model, tmp_path / "model.gguf", format="gguf")
     assert {s.requested_scheme for s in quantport.load(file, device="cpu").quantport_plan.quantized} == {
         "q4_0"
