@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 import torch
 from format_checks import held
-from safetensors.torch import save_file
 from torch import Tensor
 
 pytest.importorskip("gguf")
 import gguf
 import transformers
 from core_models import DENSE, MOE, same_bits
+from gguf_bases import base, logits, tokenizer, write_tokenizer
 from gguf_files import SIZES, Made, in_order, made
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import normalizers
 from typer.testing import CliRunner
 
 import quantport
@@ -31,57 +31,7 @@ from quantport.loading.quantize_checkpoint import quantize_checkpoint
 
 SCHEMES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k")
 KINDS = ("llama", "qwen2", "qwen3", "qwen3moe")
-IDS = torch.arange(1, 9).view(1, -1)
 TEXT = "It's 2024, isn't it?\n\n  WE'LL see 12345 <think> naïve  <|end|>\t x"
-
-
-def tokenizer(pre: str = "gpt-2") -> Tokenizer:
-    """Bytes, a few merges, and added tokens of both kinds, of a way to split a text."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = [("t", "h"), ("Ġ", "i"), ("2", "0"), ("1", "2"), ("12", "3"), ("Ġi", "t"), ("'", "s")]
-    words = ["<|begin|>", "<|end|>", *letters, *map("".join, merges), "Ġwhole"]
-    model = models.BPE({w: i for i, w in enumerate(words)}, merges, ignore_merges=pre == "llama-bpe")
-    made = Tokenizer(model)
-    split = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + "{1,3}" * (pre == "llama-bpe")
-    split += r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    plain = pre in ("gpt-2", "smollm")
-    steps = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=plain)]
-    if pre == "smollm":
-        steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
-    elif not plain:
-        steps.insert(0, pre_tokenizers.Split(Regex(split), "isolated"))
-    made.pre_tokenizer = pre_tokenizers.Sequence(steps) if len(steps) > 1 else steps[0]
-    made.decoder = decoders.ByteLevel()
-    made.add_special_tokens([AddedToken(w, normalized=False) for w in words[:2]])
-    made.add_tokens([AddedToken("<think>", normalized=False)])
-    if pre == "llama-bpe":
-        begin = ("<|begin|>", made.token_to_id("<|begin|>"))
-        first = processors.TemplateProcessing(single="<|begin|> $A", special_tokens=[begin])
-        made.post_processor = processors.Sequence([processors.ByteLevel(), first])
-    return made
-
-
-def write_tokenizer(folder: Path, made: Tokenizer, **settings: Any) -> None:
-    fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=made, bos_token="<|begin|>", eos_token="<|end|>", **settings
-    )
-    fast.chat_template = "{% for m in messages %}{{ m['content'] }}<|end|>{% endfor %}"
-    fast.save_pretrained(folder)
-
-
-def base(folder: Path, model: Made) -> Path:
-    """The checkpoint that a model is loaded from, with a tokenizer."""
-    folder.mkdir()
-    save_file({n: t.contiguous() for n, t in model.tensors.items()}, folder / "model.safetensors")
-    described = {**model.model.config.to_dict(), "architectures": [type(model.model).__name__]}
-    (folder / "config.json").write_text(json.dumps(described), encoding="utf-8")
-    write_tokenizer(folder, tokenizer())
-    return folder
-
-
-def logits(model: torch.nn.Module) -> Tensor:
-    with torch.no_grad():
-        return model(IDS).logits
 
 
 def of_the_library(file: Path, architecture: str) -> dict[str, Tensor]:
@@ -337,122 +287,13 @@ def test_a_model_of_a_file_is_saved_with_all_that_it_needs(tmp_path: Path) -> No
 def test_what_has_no_place_is_said(tmp_path: Path) -> None:
     settings = {"scheme": "q4_0:a8", "kv_cache_dtype": "fp8"}
     model = quantport.load(DENSE, config=settings, device="cpu")
-    with pytest.warns(UserWarning, match="how q4_0:a8 quantizes activations and the KV cache in fp8_e4m3 is not"):
+    with pytest.warns(
+        UserWarning, match="how q4_0:a8 quantizes activations and the KV cache in fp8_e4m3 is not"
+    ):
         file = quantport.save(model, tmp_path / "model.gguf", format="gguf")
     assert {s.requested_scheme for s in quantport.load(file, device="cpu").quantport_plan.quantized} == {
         "q4_0"
     }
-
-
-def refused(folder: Path, found: str, change: dict[str, Any], scheme: str = "q8_0") -> None:
-    """What is said of a model whose ``config.json`` is changed."""
-    model = quantport.load(folder, scheme, device="cpu")
-    for key, value in change.items():
-        setattr(model.config, key, value)
-    for options in ({}, {"overwrite": True}):
-        with pytest.raises(SaveError) as caught:
-            quantport.save(model, folder.parent / "out", format="gguf", **options)
-        assert found in caught.value.found
-        assert caught.value.asked
-        assert caught.value.suggestion
-    assert [p.name for p in folder.parent.iterdir()] == [folder.name]
-
-
-@pytest.mark.parametrize(
-    ("change", "found"),
-    [
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu', which GGUF's llama has not"),
-        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "'rope_type': 'dynamic'"),
-        (
-            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}},
-            "partial_rotary_factor",
-        ),
-        ({"vocab_size": 200}, "tokens for the 200 rows"),
-    ],
-)
-def test_models_that_gguf_has_not_are_refused(change: dict[str, Any], found: str, tmp_path: Path) -> None:
-    refused(base(tmp_path / "base", made("llama")), found, change)
-
-
-def test_architectures_that_are_not_written_are_refused(tmp_path: Path) -> None:
-    refused(base(tmp_path / "base", made("gemma3")), "model_type 'gemma3_text'", {})
-
-
-@pytest.mark.parametrize("scheme", ["int8", "nf4", "int4_weight_only:hadamard"])
-def test_schemes_that_gguf_has_not_are_refused(scheme: str, tmp_path: Path) -> None:
-    refused(base(tmp_path / "base", made("llama")), f"scheme {scheme!r}", {}, scheme)
-
-
-def test_columns_that_are_no_whole_blocks_are_refused(tmp_path: Path) -> None:
-    model = quantport.load(DENSE, "q4_k", device="cpu")  # whose last block is filled up here
-    with pytest.raises(SaveError, match="whose 704 columns are no whole blocks of 256") as caught:
-        quantport.save(model, tmp_path / "out", format="gguf")
-    assert "down_proj" in caught.value.found
-    assert not list(tmp_path.iterdir())
-    mixed = {"scheme": "q4_k", "targets": {"*.down_proj": "q8_0"}}
-    quantport.save(quantport.load(DENSE, config=mixed, device="cpu"), tmp_path / "out", format="gguf")
-
-
-def test_experts_that_are_not_quantized_are_refused(tmp_path: Path) -> None:
-    model = quantport.load(MOE, config={"linear": "q8_0", "moe": None}, device="cpu")
-    with pytest.raises(SaveError, match=r"mlp\.experts\.gate_up_proj, which a qwen3_moe of GGUF has not"):
-        quantport.save(model, tmp_path / "out", format="gguf")
-
-
-def word_level() -> Tokenizer:
-    return Tokenizer(models.WordLevel({"a": 0, "<|begin|>": 1, "<|end|>": 2}, unk_token="a"))
-
-
-def changed(**parts: Any) -> Tokenizer:
-    out = tokenizer()
-    for name, part in parts.items():
-        setattr(out, name, part)
-    return out
-
-
-def of_added(token: AddedToken) -> Tokenizer:
-    out = tokenizer()
-    out.add_tokens([token])
-    return out
-
-
-CLS = [("<|end|>", 1), ("<|begin|>", 0)]
-TOKENIZERS = {
-    "kind": (word_level, "a tokenizer of type WordLevel"),
-    "sentencepiece": (lambda: Tokenizer(models.BPE(byte_fallback=True)), "BPE with byte_fallback"),
-    "split": (
-        lambda: changed(pre_tokenizer=pre_tokenizers.Whitespace()),
-        'splits with [{"type": "Whitespace"}]',
-    ),
-    "space": (lambda: changed(pre_tokenizer=pre_tokenizers.ByteLevel()), '"add_prefix_space": true'),
-    "lower": (lambda: changed(normalizer=normalizers.Lowercase()), "normalizes with Lowercase"),
-    "rule": (lambda: changed(post_processor=processors.BertProcessing(*CLS)), "adds tokens with BertProc"),
-    "twice": (
-        lambda: changed(
-            post_processor=processors.TemplateProcessing(single="<|end|> $A <|end|>", special_tokens=CLS)
-        ),
-        "adds other tokens to a text",
-    ),
-    "strip": (lambda: of_added(AddedToken("<x>", lstrip=True)), "the token '<x>' with lstrip"),
-}
-
-
-@pytest.mark.parametrize("case", TOKENIZERS.values(), ids=TOKENIZERS)
-def test_tokenizers_that_gguf_has_no_name_for_are_refused(case: Any, tmp_path: Path) -> None:
-    make, found = case
-    folder = base(tmp_path / "base", made("llama"))
-    write_tokenizer(folder, make())
-    refused(folder, found, {})
-
-
-@pytest.mark.parametrize("text", [None, "{", "[]", '{"model": {"type": "BPE"}}'])
-def test_a_tokenizer_that_is_absent_or_damaged_is_refused(text: str | None, tmp_path: Path) -> None:
-    folder = base(tmp_path / "base", made("llama"))
-    if text is None:
-        (folder / "tokenizer.json").unlink()
-    else:
-        (folder / "tokenizer.json").write_text(text)
-    refused(folder, "no tokenizer.json" if text is None else "malformed" if text in "{[]" else "splits", {})
 
 
 def test_what_is_there_stays(tmp_path: Path) -> None:
