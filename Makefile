@@ -1,5 +1,5 @@
 # One target for each intent; the same for people and for CI.
-.PHONY: setup check test cpu nightly demo build bench decode quality gpu npu ipex loaders docs models clean
+.PHONY: setup check test cpu nightly demo build bench decode llama quality gpu npu ipex loaders docs models clean
 
 setup: ; @ci/setup
 check: setup ; @ci/check
@@ -10,6 +10,7 @@ demo: setup ; @ci/demo
 build: setup ; @ci/build
 bench: setup ; @ci/bench
 decode: setup ; @ci/decode
+llama: setup ; @ci/llama
 quality: setup ; @ci/quality
 gpu: ; @ci/gpu
 npu: ; @ci/npu

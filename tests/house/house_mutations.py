@@ -584,8 +584,8 @@ HALF_A_JOB = (
         "B11",
         "the files of the source come along",
         "core/quantport/loading/save_model.py",
-        "files |= companions(Path(source))",
-        "pass",
+        "files = dict(companions_of(home, registry or default_registry()))",
+        "files: dict[str, bytes | Path] = {}",
         ("core/test_save_files.py::test_files_of_the_source_come_along",),
     ),
     Mutation(

@@ -19,7 +19,7 @@ from quantport.checkpoint.quantport_format import QuantportFormat
 from quantport.checkpoint.reader import Checkpoint
 from quantport.checkpoint.recognize import BUILTIN_FORMATS, open_by_format, open_source, recognize
 from quantport.checkpoint.rewritten import Joined, Rewrite, rewritten
-from quantport.checkpoint.shard import Fill, Stream, TensorLayout
+from quantport.checkpoint.shard import Fill, Head, OneFile, Stream, TensorLayout
 from quantport.checkpoint.source import Rows, StoredTensor, TensorSource, VerifiedSource, unchanged
 from quantport.checkpoint.writer import save_tensors
 
@@ -30,8 +30,10 @@ __all__ = [
     "Coded",
     "CodedTensor",
     "Fill",
+    "Head",
     "Joined",
     "KVCacheConfig",
+    "OneFile",
     "QuantizedWeight",
     "QuantportFormat",
     "Recognized",

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantport.checkpoint.shard import Fill, Stream, TensorLayout
+from quantport.checkpoint.companions import companions
+from quantport.checkpoint.shard import Fill, OneFile, Stream, TensorLayout
 from quantport.checkpoint.source import Rows, TensorSource
 from quantport.checkpoint.writer import save_tensors
 from quantport.errors import SaveError
@@ -109,6 +110,15 @@ class Recognized(ABC):
         """
         return None
 
+    @property
+    def home(self) -> Path:
+        """What a model remembers of where it came from: the directory, or the file that says all of it."""
+        return self.source.directory
+
+    def companions(self) -> Mapping[str, bytes | Path]:
+        """The files that are written beside the weights where the model is saved, by name."""
+        return companions(self.source.directory)
+
     def pretrained(self) -> Mapping[str, str]:
         """The arguments with which ``from_pretrained`` of Transformers finds its tokenizer."""
         return {"pretrained_model_name_or_path": str(self.source.directory)}
@@ -181,9 +191,13 @@ class SaveTarget:
     resume: str = ""
 
     def save(
-        self, tensors: Stream | Fill, layout: TensorLayout | None, files: Mapping[str, bytes | Path]
+        self,
+        tensors: Stream | Fill,
+        layout: TensorLayout | None,
+        files: Mapping[str, bytes | Path],
+        into: OneFile | None = None,
     ) -> Path:
-        """Writes safetensors, and further files beside them.
+        """Writes safetensors, or a file in place of them, and further files beside them.
 
         Raises:
             SaveError: as `save_tensors`.
@@ -196,6 +210,7 @@ class SaveTarget:
             files={**self.files, **files},
             overwrite=self.overwrite,
             resume=self.resume,
+            into=into,
         )
 
 
@@ -205,10 +220,13 @@ class CheckpointFormat(ABC):
     Attributes:
         name: Unique among the formats.
         default: Whether ``auto`` writes it where it holds a model; of the first that does.
+        file_suffix: What the path of a single file that it writes ends with; empty where it writes
+            directories only.
     """
 
     name: str
     default: bool = False
+    file_suffix: str = ""
 
     def open(self, path: Path, *, headers_only: bool = False) -> TensorSource | None:
         """Opens files of this format that are no safetensors; None for all others.
@@ -250,7 +268,7 @@ class CheckpointFormat(ABC):
             to: Where to; writes the files.
 
         Returns:
-            The directory.
+            The directory, or the file.
 
         Raises:
             SaveError: as `save_tensors`; or the format is only read, or cannot hold a scheme.

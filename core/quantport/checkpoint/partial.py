@@ -23,11 +23,11 @@ except ImportError:  # Windows
 WHOLE = ".whole"  # of shards that are written to their end, and are on the disk
 _RESUME = ".resume"  # the file that says what is being saved: hidden, as no companion is
 _LOCK = ".lock"  # the file that a living save holds: a pid may be that of another process, after a restart
-_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin")
+_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".gguf")
 
 
 @contextlib.contextmanager
-def appearing(directory: Path, *, overwrite: bool, resume: str = "") -> Iterator[Path]:
+def appearing(directory: Path, *, overwrite: bool, resume: str = "", only: str = "") -> Iterator[Path]:
     """Yields a fresh directory beside the final one, and renames it to the final name when the block ends
     well.
 
@@ -41,6 +41,7 @@ def appearing(directory: Path, *, overwrite: bool, resume: str = "") -> Iterator
         overwrite: Replace a checkpoint that is there.
         resume: What is saved. Where a killed save of the same left whole shards, the fresh directory has
             them: files that end in ``WHOLE``.
+        only: The file that gets the final name in place of the directory that it is written to.
 
     Raises:
         SaveError: The final name is taken.
@@ -49,7 +50,7 @@ def appearing(directory: Path, *, overwrite: bool, resume: str = "") -> Iterator
     target = Path(os.path.realpath(directory))
     target.parent.mkdir(parents=True, exist_ok=True)
     left = _remove_stale(target, resume)
-    check_free(target, overwrite)
+    check_free(target, overwrite, is_file=bool(only))
     mark = f"{_host()}-{os.getpid()}-{secrets.token_hex(4)}"
     partial = target.with_name(f".{target.name}.partial-{mark}")
     try:
@@ -61,8 +62,15 @@ def appearing(directory: Path, *, overwrite: bool, resume: str = "") -> Iterator
             yield partial
             (partial / _RESUME).unlink(missing_ok=True)
             sync(partial)
-            _publish(partial, target, target.with_name(f".{target.name}.replaced-{mark}"), overwrite)
-        (target / _LOCK).unlink(missing_ok=True)
+            if only:
+                check_free(target, overwrite, is_file=True)
+                os.replace(partial / only, target)
+            else:
+                _publish(partial, target, target.with_name(f".{target.name}.replaced-{mark}"), overwrite)
+        if only:
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            (target / _LOCK).unlink(missing_ok=True)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -102,14 +110,20 @@ def _abandoned(partial: Path, pid: int) -> bool:
     return True
 
 
-def check_free(target: Path, overwrite: bool) -> None:
-    """Checks that a directory may be made, or replaced, at a path.
+def check_free(target: Path, overwrite: bool, *, is_file: bool = False) -> None:
+    """Checks that a directory, or a file, may be made, or replaced, at a path.
 
     Raises:
         SaveError: Something is there that must stay.
     """
     asked = f"save a checkpoint to {target}"
     if not target.exists():
+        return
+    if is_file:
+        if target.is_dir():
+            raise SaveError(asked, "a directory of this name", "the path of a new file")
+        if not overwrite:
+            raise SaveError(asked, "a file of this name", "another path, or overwrite=True")
         return
     if not target.is_dir():
         raise SaveError(asked, "a file of this name", "the path of a new or empty directory")

@@ -21,11 +21,13 @@ class Rewrite:
         name: Its name in the file.
         convert: Makes rows of the written tensor out of rows of the given one; None for the same.
         spec: Shape and dtype of the written tensor; None for those of the given one.
+        together: ``convert`` takes a multiple of so many rows.
     """
 
     name: str
     convert: Callable[[Tensor], Tensor] | None = None
     spec: tuple[tuple[int, ...], torch.dtype] | None = None
+    together: int = 1
 
     def rows(self, tensor: Tensor) -> Tensor:
         """What is written for some rows."""
@@ -75,8 +77,10 @@ def rewritten(
 
 
 class _Rewriter:
+    """Pieces of tensors as they are written; holds rows until there are as many as go together."""
+
     def __init__(self, changes: Mapping[str, Rewrite], joined: Iterable[Joined]) -> None:
-        self._changes = changes
+        self._changes, self._held = changes, dict[str, Tensor]()
         whole = [_Whole(weight) for weight in joined]
         self._whole = {f"{w.of.stem}.{key}": (w, key) for w in whole for key in w.of.given}
         given = {change.name: {name} for name, change in changes.items()}
@@ -103,12 +107,20 @@ class _Rewriter:
     def written(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         """What a tensor, or the next rows of one, gives to write."""
         if name in self._whole:
-            whole, key = self._whole[name]
-            for made, value in whole.add(key, tensor).items():
-                yield f"{whole.of.stem}.{made}", value
-        else:
-            change = self._changes.get(name, Rewrite(name))
-            yield change.name, change.rows(tensor)
+            weight, key = self._whole[name]
+            for made, value in weight.add(key, tensor).items():
+                yield f"{weight.of.stem}.{made}", value
+            return
+        change = self._changes.get(name, Rewrite(name))
+        if change.together > 1:
+            tensor = torch.cat((self._held.pop(name), tensor)) if name in self._held else tensor
+            ready = len(tensor) // change.together * change.together
+            if ready < len(tensor):
+                self._held[name] = tensor[ready:].clone()
+                tensor = tensor[:ready]
+            if not ready:
+                return
+        yield change.name, change.rows(tensor)
 
 
 class _Whole:

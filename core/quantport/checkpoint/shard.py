@@ -1,4 +1,4 @@
-"""Writes one safetensors file tensor by tensor: what is in it is known before, so nothing is gathered."""
+"""Writes one file tensor by tensor: what is in it is known before, so nothing is gathered."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -28,6 +29,25 @@ Write = Callable[[str, Tensor], None]
 Fill = Callable[[Set[str], Write], None]
 """Writes every tensor of some names, and may write others of the layout with them."""
 
+Head = tuple[bytes, Mapping[str, int], int]
+"""What a file begins with, where after that each tensor begins, and the bytes of all that is after it."""
+
+
+@dataclass(frozen=True)
+class OneFile:
+    """A file of another format than safetensors, in which every tensor is.
+
+    Attributes:
+        name: Of the file in its directory.
+        head: What it begins with, and where tensors are in it.
+        alone: Whether the file takes the place of the directory: then nothing else is written.
+    """
+
+    name: str
+    head: Callable[[TensorLayout], Head]
+    alone: bool = False
+
+
 PIECE = 16 << 20  # bytes of a tensor on an accelerator that are on the host at a time
 _TAGS = {dtype: tag for tag, dtype in DTYPES.items()}
 
@@ -39,14 +59,14 @@ class ShardWriter:
     Args:
         path: Of the file once it is whole; it must not be there.
         layout: The tensors of the file.
-        metadata: ``__metadata__``.
+        head: What it begins with, and where tensors are in it.
     """
 
-    def __init__(self, path: Path, layout: TensorLayout, metadata: Mapping[str, str]) -> None:
+    def __init__(self, path: Path, layout: TensorLayout, head: Head) -> None:
         self._path, self._partial, self._layout = path, path.with_suffix(".tmp"), layout
         self._left = {name: nbytes(*spec) for name, spec in layout.items()}  # bytes that are to come
         self.missing = set(layout)
-        header, starts, size = _header(layout, metadata)
+        header, starts, size = head
         self._next = {name: len(header) + start for name, start in starts.items()}
         self._file = self._partial.open("wb")
         try:
@@ -119,8 +139,8 @@ def cut_layout(layout: TensorLayout, limit: int) -> list[TensorLayout]:
     return list(shards)
 
 
-def _header(layout: TensorLayout, metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int], int]:
-    """The header, where the data of each tensor begin after it, and the bytes of all data.
+def safetensors_head(layout: TensorLayout, metadata: Mapping[str, str]) -> Head:
+    """What a safetensors file with these tensors and this ``__metadata__`` begins with.
 
     Large items come first, as safetensors has them: then every tensor is aligned.
     """

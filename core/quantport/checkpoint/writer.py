@@ -7,8 +7,10 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from threading import Lock
 from typing import NoReturn
@@ -17,7 +19,17 @@ import torch
 
 from quantport.checkpoint.header import DTYPES
 from quantport.checkpoint.partial import WHOLE, appearing, sync
-from quantport.checkpoint.shard import Fill, ShardWriter, Stream, TensorLayout, cut_layout, nbytes
+from quantport.checkpoint.shard import (
+    Fill,
+    Head,
+    OneFile,
+    ShardWriter,
+    Stream,
+    TensorLayout,
+    cut_layout,
+    nbytes,
+    safetensors_head,
+)
 from quantport.errors import QuantportError, SaveError
 
 _WRITABLE = frozenset(DTYPES.values())
@@ -34,8 +46,9 @@ def save_tensors(
     files: Mapping[str, bytes | Path] | None = None,
     overwrite: bool = False,
     resume: str = "",
+    into: OneFile | None = None,
 ) -> Path:
-    """Writes a checkpoint that appears under its name complete, or not at all; returns its directory.
+    """Writes a checkpoint that appears under its name complete, or not at all; returns that.
 
     With ``layout`` it holds the tensor that comes, never more. Without, it holds one shard of tensors and the
     next tensor: then the stream must not write to a tensor that it has yielded.
@@ -55,6 +68,7 @@ def save_tensors(
         overwrite: Replace the checkpoint that is there.
         resume: Names what is written, with everything that its bytes depend on: whole shards that a killed
             save of the same left on this machine are taken over. With ``layout`` only.
+        into: The file that takes the place of the shards, with ``layout``; there is nothing to resume.
 
     Raises:
         SaveError: The name is taken, the disk is full or refuses, a tensor cannot be written, or the stream
@@ -66,24 +80,27 @@ def save_tensors(
         if max_shard_bytes < 1:
             raise SaveError(asked, f"max_shard_bytes={max_shard_bytes}", "a positive number of bytes")
         texts = _checked_metadata(asked, metadata or {})
-        same = _same(resume, layout, max_shard_bytes, texts) if resume and layout is not None else ""
-        with appearing(target, overwrite=overwrite, resume=same) as partial:
-            _write_extras(asked, partial, files or {})
-            shards = _Shards(asked, partial, texts)
+        same = ""
+        if resume and layout is not None and into is None:
+            same = _same(resume, layout, max_shard_bytes, texts)
+        only = into.name if into and into.alone else ""
+        with appearing(target, overwrite=overwrite, resume=same, only=only) as fresh:
+            _write_extras(asked, fresh, {} if only else files or {})
+            shards = _Shards(asked, fresh, into.head if into else partial(safetensors_head, metadata=texts))
             if layout is None:
                 assert not callable(tensors)  # what is still to be written is known of a layout only
                 shards.gather(_pull(asked, tensors), max_shard_bytes)
             else:
-                shards.stream(layout, tensors, max_shard_bytes)
-            shards.finish()
+                shards.stream(layout, tensors, sys.maxsize if into else max_shard_bytes)
+            shards.finish(into.name if into else "model.safetensors")
     return target
 
 
 class _Shards:
     """Writes shards, and gives them their names at the end."""
 
-    def __init__(self, asked: str, directory: Path, metadata: dict[str, str]) -> None:
-        self._asked, self._directory, self._metadata = asked, directory, metadata
+    def __init__(self, asked: str, directory: Path, head: Callable[[TensorLayout], Head]) -> None:
+        self._asked, self._directory, self._head = asked, directory, head
         self._written: list[TensorLayout] = []
 
     def stream(self, layout: TensorLayout, tensors: Stream | Fill, limit: int) -> None:
@@ -106,7 +123,7 @@ class _Shards:
                 raise SaveError(f"{self._asked}, tensor {name!r}", found, "the tensors of the layout")
             with one_at_a_time, _refusing(self._asked, self._directory):
                 if i not in open_files:
-                    file = ShardWriter(self._path(i), self._written[i], self._metadata)
+                    file = ShardWriter(self._path(i), self._written[i], self._head(self._written[i]))
                     open_files[i] = stack.enter_context(file)
                 open_files[i].write(self._asked, name, tensor)
                 if not open_files[i].missing:
@@ -147,19 +164,19 @@ class _Shards:
 
     def _write(self, held: Mapping[str, torch.Tensor]) -> None:
         layout = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in held.items()}
-        with ShardWriter(self._path(len(self._written)), layout, self._metadata) as file:
+        with ShardWriter(self._path(len(self._written)), layout, self._head(layout)) as file:
             for name, tensor in held.items():
                 file.write(self._asked, name, tensor)
             file.finish()
         self._written.append(layout)
 
-    def finish(self) -> None:
-        """Names the shards and writes the index."""
+    def finish(self, single: str) -> None:
+        """Names the shards, or the single file, and writes the index."""
         if not any(self._written):
             raise SaveError(self._asked, "a stream without a tensor", "at least one tensor")
         count = len(self._written)
         names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-        names = names if count > 1 else ["model.safetensors"]
+        names = names if count > 1 else [single]
         for i, name in enumerate(names):
             os.rename(self._path(i), self._directory / name)
         if count > 1:

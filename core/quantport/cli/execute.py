@@ -120,7 +120,7 @@ def quantize(
         typer.Option(
             "--format",
             "-f",
-            help="Format of the checkpoint: compressed-tensors, gptq, awq, fp8, mxfp8, modelopt, or "
+            help="Format of the checkpoint: compressed-tensors, gptq, awq, fp8, mxfp8, modelopt, gguf, or "
             "quantport, which holds every scheme; auto: the first where nothing is lost, or the last.",
         ),
     ] = "auto",
@@ -136,6 +136,7 @@ def quantize(
         quantport quantize MODEL OUT --scheme int8 --kv-cache fp8
         quantport quantize MODEL OUT --scheme int4 --ignore '*.down_proj' --overwrite
         quantport quantize MODEL OUT --scheme int4_weight_only:g128:fp16 --format gptq
+        quantport quantize MODEL OUT.gguf --scheme q8_0 --format gguf
         quantport run OUT   (reads it back; it is quantized, so no --scheme)
     """
     from quantport.cli import run_model

@@ -21,6 +21,7 @@ from quantport.errors import ConfigError, SaveError
 from quantport.loading import quantize_checkpoint
 from quantport.loading.compiled_step import MAX_LENGTH
 from quantport.loading.locate import locate, open_checkpoint, pretrained
+from quantport.loading.save_model import AUTO, format_named
 from quantport.planning.memory import parse_size
 from quantport.plugins.registry import default_registry
 
@@ -231,7 +232,8 @@ def quantize(
     """Quantizes a checkpoint into a directory; what would refuse that in the end does so before the work."""
     limit = parse_size(max_shard_size, "--max-shard-size")
     source = locate(request.model)
-    _writable(out, overwrite, source)
+    suffix = "" if format_name == AUTO else format_named(format_name, None).file_suffix
+    _writable(out, overwrite, source, is_file=bool(suffix) and out.name.endswith(suffix))
     with progress(f"quantizing into {out}") as report:
         plan = quantize_checkpoint(
             request.model,
@@ -244,7 +246,7 @@ def quantize(
             format=format_name,
         )
     page = plan_page(plan)
-    written = sum(f.stat().st_size for f in out.iterdir())
+    written = sum(f.stat().st_size for f in (out.iterdir() if out.is_dir() else (out,)))
     with open_checkpoint(out, default_registry(), headers_only=True) as (found, _):
         name = found.format_name
     page.data = {"directory": str(out), "format": name, "bytes_written": written, "plan": page.data}
@@ -252,13 +254,13 @@ def quantize(
     emit(page, form)
 
 
-def _writable(out: Path, overwrite: bool, source: Path) -> None:
+def _writable(out: Path, overwrite: bool, source: Path, *, is_file: bool) -> None:
     asked = f"write {out}"
     read = Path(os.path.realpath(source))
     if Path(os.path.realpath(out)) in (read, *read.parents):
         raise SaveError(asked, f"the checkpoint that is read is there: {source}", "another directory")
     try:
-        check_free(out, overwrite)
+        check_free(out, overwrite, is_file=is_file)
     except SaveError as error:
         raise SaveError(
             asked, error.found, error.suggestion.replace("overwrite=True", "--overwrite")

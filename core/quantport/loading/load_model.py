@@ -153,6 +153,8 @@ def prepared(
                 parsed = with_stored(checkpoint, parsed, registry.schemes)
             compute, source = dtype or main_dtype(layers, described, target), checkpoint.source
             built, names = build(source.directory, model, compute, source.tensors, say, checkpoint.config())
+            if model is None:
+                built.name_or_path = str(checkpoint.home)  # type: ignore[assignment]  # as Transformers has it
             say("choosing kernels")
             layers = find_renamed_experts(layers, names, source.tensors)
             dtypes = HeldDtypes(built, compute, factory=model is not None)

@@ -13,6 +13,7 @@ from quantport.checkpoint import (
     CheckpointFormat,
     Recognized,
     TensorSource,
+    companions,
     open_by_format,
     open_source,
     read_config,
@@ -79,6 +80,20 @@ def pretrained(path: Path, registry: Registry) -> Mapping[str, str]:
         return checkpoint.pretrained()
     finally:
         tensors.close()
+
+
+def companions_of(home: str, registry: Registry) -> Mapping[str, bytes | Path]:
+    """The files that go with the weights of a model that is saved; none where it came from is gone.
+
+    Args:
+        home: The directory, or the file, that the model came from.
+        registry: As for `open_checkpoint`.
+    """
+    path = Path(home)
+    if path.is_file():
+        with open_checkpoint(path, registry, headers_only=True) as (checkpoint, _):
+            return checkpoint.companions()
+    return companions(path) if home and path.is_dir() else {}
 
 
 def locate(source: object) -> Path:

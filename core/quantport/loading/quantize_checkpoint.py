@@ -93,6 +93,7 @@ def quantize_checkpoint(
             stream.fill,
             stream.layout,
             to=to,
+            registry=options.get("registry"),
             overwrite=overwrite,
             max_shard_bytes=max_shard_bytes,
             resume=_resume(made, to),

@@ -19,12 +19,12 @@ from quantport.checkpoint import (
     SavedLayer,
     SavedModel,
     SaveTarget,
-    companions,
 )
 from quantport.checkpoint.shard import Fill, Stream, TensorLayout
 from quantport.errors import SaveError
 from quantport.loading.arguments import require_module
 from quantport.loading.kv_caches import default_of
+from quantport.loading.locate import companions_of
 from quantport.modules import QuantEmbedding, QuantExperts, QuantModule
 from quantport.planning.memory import STEP
 from quantport.plugins.registry import Registry, default_registry
@@ -51,16 +51,17 @@ def save(
 
     Args:
         model: A model with quantized layers.
-        directory: Must not exist, or be empty, unless ``overwrite``.
+        directory: Must not exist, or be empty, unless ``overwrite``. In ``gguf`` a path that ends with
+            ``.gguf`` is that of one file, which has everything inside.
         overwrite: Replace what is there.
-        max_shard_bytes: Size of one file.
+        max_shard_bytes: Size of one file; a model in ``gguf`` is one file always.
         format: ``quantport`` holds every scheme; or another format that can be written, such as
             ``compressed-tensors``, which others load, and which holds the schemes that it knows; ``auto`` is
             that one where nothing is lost, otherwise ``quantport``, with a warning that says why.
         registry: Where formats come from; by default that of the process.
 
     Returns:
-        The directory. It appears complete or not at all.
+        The directory, or the file. It appears complete or not at all.
 
     Raises:
         ConfigError: it is no module.
@@ -78,6 +79,7 @@ def save(
         _tensors(model),
         layout_of(modules_to_save(model)),
         to=to,
+        registry=registry,
         overwrite=overwrite,
         max_shard_bytes=max_shard_bytes,
     )
@@ -89,23 +91,35 @@ def format_of(model: SavedModel, name: str, registry: Registry | None) -> tuple[
     Raises:
         SaveError: none of this name is written.
     """
-    registry = registry or default_registry()
-    formats = {f.name: f for f in (*BUILTIN_FORMATS, *registry.formats.values())}
-    if name == AUTO:
-        reasons = [f"written as {OWN}"]
-        for known in formats.values():
-            if known.default:
-                reason = known.refusal(model)
-                if reason is None:
-                    return known, ""
-                reasons.append(f"not as {known.name}: {reason}")
-        return formats[OWN], "; ".join(reasons)
+    if name != AUTO:
+        return format_named(name, registry), ""
+    reasons, formats = [f"written as {OWN}"], _formats(registry)
+    for known in formats.values():
+        if known.default:
+            reason = known.refusal(model)
+            if reason is None:
+                return known, ""
+            reasons.append(f"not as {known.name}: {reason}")
+    return formats[OWN], "; ".join(reasons)
+
+
+def format_named(name: str, registry: Registry | None) -> CheckpointFormat:
+    """A format that is written.
+
+    Raises:
+        SaveError: none of this name is.
+    """
+    formats = _formats(registry)
     writable = [n for n, f in formats.items() if type(f).write is not CheckpointFormat.write]
     if name not in writable:
         found = "a format that is only read" if name in formats else "no such format"
         names = ", ".join(map(repr, (AUTO, *writable)))
         raise SaveError(f"save as format {name!r}", found, f"one of {names}")
-    return formats[name], ""
+    return formats[name]
+
+
+def _formats(registry: Registry | None) -> dict[str, CheckpointFormat]:
+    return {f.name: f for f in (*BUILTIN_FORMATS, *(registry or default_registry()).formats.values())}
 
 
 def write_model(
@@ -116,6 +130,7 @@ def write_model(
     layout: TensorLayout,
     *,
     to: CheckpointFormat,
+    registry: Registry | None,
     overwrite: bool,
     max_shard_bytes: int,
     resume: str = "",
@@ -129,14 +144,13 @@ def write_model(
         tensors: As for `save_tensors`.
         layout: As for `save_tensors`.
         to: Writes it.
+        registry: As for `save`.
         overwrite: As for `save`.
         max_shard_bytes: As for `save`.
         resume: As for `save_tensors`.
     """
-    source = getattr(model, "name_or_path", "")
-    files: dict[str, bytes | Path] = {}
-    if source and Path(source).is_dir():
-        files |= companions(Path(source))
+    home = getattr(model, "name_or_path", "")
+    files = dict(companions_of(home, registry or default_registry()))
     if generation := _generation_config(model):
         files["generation_config.json"] = generation
     target = SaveTarget(directory, files, overwrite, max_shard_bytes, resume)

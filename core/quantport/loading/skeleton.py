@@ -114,7 +114,6 @@ def _transformers(
     except Exception as error:  # Transformers raises a zoo of types on a config that it cannot build
         found = f"Transformers says {type(error).__name__}: {error}"
         raise CheckpointError(f"build the model of {directory}", found, suggestion) from error
-    model.name_or_path = str(directory)
     return model.eval(), _rename(model, names)
 
 

@@ -15,11 +15,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantport.checkpoint import CheckpointFormat, Coded, CodedTensor, Recognized, TensorSource, read_config
+from quantport.checkpoint import (
+    CheckpointFormat,
+    Coded,
+    CodedTensor,
+    Fill,
+    Recognized,
+    SavedModel,
+    SaveTarget,
+    Stream,
+    TensorLayout,
+    TensorSource,
+    read_config,
+)
 from quantport.scheme.catalog import Schemes
 from quantport_formats.common import held_dtype
 from quantport_formats.gguf_config import config_of, notices
 from quantport_formats.gguf_source import FLOATS, GgufSource, find_files, library
+from quantport_formats.gguf_tokenizer import tokenizer_files
+from quantport_formats.gguf_write import SUFFIX, write
 
 _MXFP4 = "MXFP4"
 _ZERO_BELOW = 8  # code of -0, which ggml's table has as 0
@@ -29,6 +43,7 @@ class Gguf(CheckpointFormat):
     """A ``.gguf`` file, a directory with one, or the files of one model."""
 
     name = "gguf"
+    file_suffix = SUFFIX
 
     def open(self, path: Path, *, headers_only: bool = False) -> TensorSource | None:
         """As `CheckpointFormat.open`."""
@@ -54,6 +69,12 @@ class Gguf(CheckpointFormat):
                 coded[name] = CodedTensor(weight.shape, dtype, scheme, (name,), keys)
         return _GgufModel(self.name, source, coded)
 
+    def write(
+        self, model: SavedModel, tensors: Stream | Fill, layout: TensorLayout | None, to: SaveTarget
+    ) -> Path:
+        """As `CheckpointFormat.write`: a file for a path that ends with ``.gguf``, else a directory."""
+        return write(model, tensors, layout, to)
+
 
 class _GgufModel(Coded):
     def __init__(self, format_name: str, source: GgufSource, coded: Mapping[str, CodedTensor]) -> None:
@@ -67,6 +88,15 @@ class _GgufModel(Coded):
     @cached_property
     def _described(self) -> dict[str, Any]:
         return config_of(self._gguf)
+
+    @property
+    def home(self) -> Path:
+        """The file, where it says what the model is."""
+        return self._gguf.directory if self.config() is None else self._gguf.path
+
+    def companions(self) -> Mapping[str, bytes | Path]:
+        """The tokenizer of the file; where ``config.json`` beside it counts, what is there."""
+        return super().companions() if self.config() is None else tokenizer_files(self._gguf.path)
 
     def pretrained(self) -> dict[str, str]:
         """The file has the tokenizer."""

@@ -17,7 +17,8 @@ from quantport.checkpoint import limits
 from quantport.errors import CheckpointError
 from quantport_formats.gguf_source import GgufSource
 
-_LLAMA3 = (1.0, 4.0, 8192)  # low and high factor, and first context: those of every Llama 3 since 3.1
+# those of every Llama 3 since 3.1
+_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 _SCALARS = (int, float, bool, str)
 # metadata -> configuration, where Transformers' table has no entry
 _MORE = {
@@ -126,23 +127,21 @@ def _llama3(factors: Tensor, config: Mapping[str, Any]) -> dict[str, Any] | None
     Factors divide frequencies: 1 for short waves, the whole factor for long ones, and between them as
     ``_compute_llama3_parameters`` of Transformers' ``modeling_rope_utils.py``.
     """
-    low, high, context = _LLAMA3
     theta, factor = float(config.get("rope_theta") or 1e4), float(factors.max())
-    count = factors.numel()
     if theta <= 0 or factor < 1:
         return None
+    scaling = {"rope_type": "llama3", "factor": factor, **_LLAMA3}
+    expected = llama3_factors(scaling, theta, factors.numel())
+    return scaling if torch.allclose(factors.double(), expected, rtol=1e-4) else None
+
+
+def llama3_factors(scaling: Mapping[str, Any], theta: float, count: int) -> Tensor:
+    """What the scaling of Llama 3 divides frequencies by: fp64 ``[count]``."""
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     waves = 2 * torch.pi * theta ** (torch.arange(count, dtype=torch.float64, device="cpu") / count)
-    smooth = ((context / waves - low) / (high - low)).clamp(0, 1)
-    expected = 1 / ((1 - smooth) / factor + smooth)
-    if not torch.allclose(factors.double(), expected, rtol=1e-4):
-        return None
-    return {
-        "rope_type": "llama3",
-        "factor": factor,
-        "low_freq_factor": low,
-        "high_freq_factor": high,
-        "original_max_position_embeddings": context,
-    }
+    smooth = ((scaling["original_max_position_embeddings"] / waves - low) / (high - low)).clamp(0, 1)
+    factors: Tensor = 1 / ((1 - smooth) / scaling["factor"] + smooth)
+    return factors
 
 
 def notices(source: GgufSource, config: Mapping[str, Any] | None) -> tuple[str, ...]:

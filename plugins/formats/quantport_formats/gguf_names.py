@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 _BLOCK = re.compile(r"blk\.(\d{1,9})\.([a-z_]+)\.(weight|bias)")
+_LAYER = re.compile(r"model\.layers\.(\d{1,9})\.([a-z0-9_.]+)\.(weight|bias)")
+_EXPERT = re.compile(r"\.experts\.(\d{1,9})\.")
 _TOP = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -115,12 +117,14 @@ class Place:
         stem: Of its GGUF name: ``attn_q``.
         layer: Number of its layer; -1 outside of layers.
         is_stack: Whether it has the matrices of every expert.
+        expert: Number of the expert whose matrix goes there; -1 for all others.
     """
 
     name: str
     stem: str
     layer: int = -1
     is_stack: bool = False
+    expert: int = -1
 
 
 def place_of(name: str, family: Family) -> Place | None:
@@ -135,3 +139,22 @@ def place_of(name: str, family: Family) -> Place | None:
     if module is None:
         return None
     return Place(f"model.layers.{layer}.{module}.{leaf}", stem, layer, stem in family.experts)
+
+
+def stored_place(name: str, family: Family) -> Place | None:
+    """The opposite of `place_of`: the place whose ``name`` is GGUF's, of an expert that of the stack; None
+    where the family has no such tensor.
+    """
+    for stored, known in _TOP.items():
+        if name == known:
+            return Place(stored, stored.partition(".")[0])
+    match = _LAYER.fullmatch(name)
+    if match is None:
+        return None
+    layer, module, leaf = int(match[1]), _EXPERT.sub(".experts.{}.", match[2]), match[3]
+    expert = _EXPERT.search(match[2])
+    stems = family.experts if expert else family.layers
+    stem = next((stem for stem, known in stems.items() if known == module), None)
+    if stem is None:
+        return None
+    return Place(f"blk.{layer}.{stem}.{leaf}", stem, layer, bool(expert), int(expert[1]) if expert else -1)

@@ -76,16 +76,8 @@ class WrittenFormat(CheckpointFormat):
         """
         asked = f"save a checkpoint to {to.directory} as {self.name}"
         writing = self.writing(asked, model)
-        if model.config is None:
-            raise SaveError(asked, "a model without config.json", "format='quantport'")
-        if lost := _lost(model):
-            text = f"{asked}: {' and '.join(lost)} is not written: say it again when it is loaded"
-            warnings.warn(text, UserWarning, stacklevel=4)
-        described = {**model.config, "quantization_config": writing.quantization}
-        files: dict[str, bytes | Path] = {
-            name: json.dumps(content, indent=2, sort_keys=True, default=str).encode()
-            for name, content in {"config.json": described, **writing.files}.items()
-        }
+        files = config_json(asked, model, writing.quantization)
+        files |= {name: _json(content) for name, content in writing.files.items()}
         tensors, layout = rewritten(tensors, layout, writing.changes, writing.further, writing.joined)
         return to.save(tensors, layout, files)
 
@@ -98,6 +90,28 @@ class WrittenFormat(CheckpointFormat):
         except SaveError as error:
             return error.found
         return " and ".join(_lost(model)) or None
+
+
+def config_json(
+    asked: str, model: SavedModel, quantization: Mapping[str, Any] | None = None, lost: Iterable[str] = ()
+) -> dict[str, bytes | Path]:
+    """``config.json``, with a ``quantization_config`` if there is one, as ``files`` of ``save_tensors``. What
+    the formats of others have no place for is said.
+
+    Raises:
+        SaveError: the model has no configuration.
+    """
+    if model.config is None:
+        raise SaveError(asked, "a model without config.json", "format='quantport'")
+    if lost := [*lost, *_lost(model)]:
+        text = f"{asked}: {' and '.join(lost)} is not written: say it again when it is loaded"
+        warnings.warn(text, UserWarning, stacklevel=5)
+    described = {**model.config, **({"quantization_config": quantization} if quantization else {})}
+    return {"config.json": _json(described)}
+
+
+def _json(content: Mapping[str, Any]) -> bytes:
+    return json.dumps(content, indent=2, sort_keys=True, default=str).encode()
 
 
 def _lost(model: SavedModel) -> list[str]:
@@ -126,15 +140,23 @@ class Written(NamedTuple):
     k: int
 
 
-def written_weights(asked: str, layers: Mapping[str, SavedLayer]) -> Iterator[Written]:
+def written_weights(
+    asked: str, layers: Mapping[str, SavedLayer], *, embeddings: bool = False
+) -> Iterator[Written]:
     """Every quantized weight of a model whose layers are stored one by one.
+
+    Args:
+        asked: What was asked, for errors.
+        layers: The layers.
+        embeddings: Whether the format has quantized embeddings.
 
     Raises:
         SaveError: an embedding, a fused layer that is quantized in parts, or a weight in activation order.
     """
     for path, layer in layers.items():
-        if layer.kind == "embedding" or (len(layer.weights) > 1 and not layer.experts):
-            kind = "a quantized embedding" if layer.kind == "embedding" else "a fused layer in parts"
+        lookup = layer.kind == "embedding" and not embeddings
+        if lookup or (len(layer.weights) > 1 and not layer.experts):
+            kind = "a quantized embedding" if lookup else "a fused layer in parts"
             raise SaveError(asked, f"{path}, {kind}", OWN)
         shapes = {name: (n, k) for name, n, k in layer.weights}
         for weight, scheme in layer.schemes.items():

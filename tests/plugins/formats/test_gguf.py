@@ -29,7 +29,7 @@ from quantport_formats.gguf_config import config_of
 from quantport_formats.gguf_header import TYPES, read_header
 from quantport_formats.gguf_source import GgufSource
 
-CHECKED_BY = "gguf 0.19"
+CHECKED_BY = "gguf 0.19; what is written, llama.cpp of llama-cpp-python 0.3.36"
 KEPT = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 IDS = torch.arange(1, 9).view(1, -1)
 

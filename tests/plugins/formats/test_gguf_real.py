@@ -46,7 +46,36 @@ def test_every_weight_is_what_the_library_reads() -> None:
 
 
 def test_it_knows_the_capital_of_france() -> None:
-    asked = ["run", str(FILES[0]), "--prompt", "What is the capital of France?", "--tokens", "8"]
+    assert "Paris" in answer(FILES[0])
+
+
+def answer(path: Path) -> str:
+    asked = ["run", str(path), "--prompt", "What is the capital of France?", "--tokens", "8"]
     done = CliRunner().invoke(app, [*asked, "--device", "cpu", "--format", "json"])
     assert done.exit_code == 0, done.output
-    assert "Paris" in json.loads(done.stdout)["text"]
+    return str(json.loads(done.stdout)["text"])
+
+
+def test_it_knows_that_in_another_scheme_too(tmp_path: Path) -> None:
+    done = CliRunner().invoke(
+        app,
+        ["quantize", str(FILES[0]), str(tmp_path / "a.gguf"), "--scheme", "q8_0", "--format", "gguf"],
+    )
+    assert done.exit_code == 0, done.output
+    assert "Paris" in answer(tmp_path / "a.gguf")
+
+
+def test_saved_as_it_is_it_has_the_same_bytes_and_the_same_tokenizer(tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    model = quantport.load(FILES[0], device="cpu")
+    found = gguf.GGUFReader(quantport.save(model, tmp_path / "b.gguf", format="gguf"))
+    expected = gguf.GGUFReader(FILES[0])
+    tensors = {tensor.name: tensor for tensor in found.tensors}
+    assert tensors.keys() == {tensor.name for tensor in expected.tensors}
+    for tensor in expected.tensors:
+        assert tensors[tensor.name].tensor_type == tensor.tensor_type
+        assert np.array_equal(tensors[tensor.name].data, tensor.data), tensor.name
+    unsaid = {"tokenizer.ggml.add_space_prefix"}  # of no meaning for byte pairs
+    for key in {key for key in expected.fields if key.startswith(("tokenizer.", "llama."))} - unsaid:
+        assert found.fields[key].contents() == expected.fields[key].contents(), key
+    assert "Paris" in answer(quantport.save(model, tmp_path / "c"))
