@@ -1432,7 +1432,7 @@ LARGE = (
         "D21",
         "a saved checkpoint may stay mapped",
         "core/quantport/loading/take_over.py",
-        "if take is None and weight.keys and kernel.keeps_layout and _may_stay(source, device):",
+        "if take is None and weight.keys and kernel.keeps_layout and _may_stay(stored, device):",
         "if False:",
         ("core/test_save.py::test_a_mapped_checkpoint_is_kept_as_it_lies_in_its_file",),
     ),

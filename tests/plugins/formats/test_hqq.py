@@ -20,6 +20,7 @@ from quantport.scheme.catalog import BUILTIN
 from quantport_formats.hqq import Hqq
 
 CHECKED_BY = "hqq 0.2.8"
+pytestmark = pytest.mark.filterwarnings("ignore:.*two roundings:UserWarning")
 PACKED = Path(__file__).parent / "data" / "hqq.safetensors"
 WHOLE = ("8.1", "8.0", "4.0", "3.0", "2.0", "1.0")  # integer zero points, or decoded: exact
 
@@ -55,20 +56,21 @@ def stored(group: int = 32, kind: str = "llama") -> Made:
     return made
 
 
-@pytest.mark.filterwarnings("ignore:.*two roundings:UserWarning")
-class TestModels:
-    @pytest.mark.parametrize("group", [32, 64])
-    def test_it_is_kept_to_the_bit(self, group, tmp_path):
-        keeps(stored(group), tmp_path)
+@pytest.mark.parametrize("group", [32, 64])
+def test_it_is_kept_to_the_bit(group, tmp_path):
+    keeps(stored(group), tmp_path)
 
-    def test_experts(self, tmp_path):
-        keeps(stored(kind="qwen3_moe"), tmp_path)
 
-    def test_it_becomes_another_scheme(self, tmp_path):
-        converts(stored(), tmp_path)
+def test_experts(tmp_path):
+    keeps(stored(kind="qwen3_moe"), tmp_path)
 
-    def test_what_was_left_is_quantized(self, tmp_path):
-        overlays(stored(), tmp_path, "lm_head")
+
+def test_it_becomes_another_scheme(tmp_path):
+    converts(stored(), tmp_path)
+
+
+def test_what_was_left_is_quantized(tmp_path):
+    overlays(stored(), tmp_path, "lm_head")
 
 
 def layer(key, folder):
