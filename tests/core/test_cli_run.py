@@ -130,7 +130,11 @@ def test_quantize_refuses_a_taken_directory_before_it_works(small, tmp_path, mon
         patch.setattr(
             "quantport.cli.run_model.quantize_checkpoint", lambda *a, **k: pytest.fail("it loaded first")
         )
+        said = parts(ask("quantize", small, taken, "--scheme", "int8", code=2))["try"]
+        assert said == "a new or empty directory"  # what holds no weights is not replaced
+        (taken / "model.safetensors").write_bytes(b"")
         assert "--overwrite" in parts(ask("quantize", small, taken, "--scheme", "int8", code=2))["try"]
+        (taken / "model.safetensors").unlink()
         assert (
             "no weights"
             in parts(ask("quantize", small, taken, "--scheme", "int8", "--overwrite", code=2))["found"]

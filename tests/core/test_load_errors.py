@@ -134,8 +134,8 @@ MARKS = {
     "LLM.int8": ({"a.weight": torch.zeros(4, 4, dtype=torch.int8), "a.SCB": torch.ones(4)}, {}, "LLM.int8"),
     "config": (
         {"a.W_q": torch.zeros(4, 4, dtype=torch.uint8)},
-        {"config__json": '{"quantization_config": {"quant_method": "hqq"}}'},
-        "hqq",
+        {"config__json": '{"quantization_config": {"quant_method": "eetq"}}'},
+        "EETQ",
     ),
 }
 

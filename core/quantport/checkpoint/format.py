@@ -244,7 +244,7 @@ class CheckpointFormat(ABC):
         """Says whether a checkpoint is of this format, from names, shapes and configuration alone.
 
         Args:
-            source: The tensors; none is read but what says in JSON what others are.
+            source: The tensors; none is read but small ones that say what others are.
             config: ``config.json``; empty where there is none.
             schemes: Every scheme that is known.
 
@@ -279,4 +279,4 @@ class CheckpointFormat(ABC):
 
     def refusal(self, model: SavedModel) -> str | None:
         """Why `write` refuses a model, or what of it would be lost; None where all of it comes back."""
-        return "it is only read"
+        return "it is only read" if type(self).write is CheckpointFormat.write else None

@@ -133,14 +133,13 @@ def check_free(target: Path, overwrite: bool, *, is_file: bool = False) -> None:
     names = os.listdir(target)
     if not names:
         return
+    is_checkpoint = any(name.endswith(_WEIGHTS) for name in names)
     if not overwrite:
-        raise SaveError(
-            asked,
-            f"a directory that holds {len(names)} entries",
-            "a new or empty directory, or overwrite=True",
-        )
+        found = f"a directory that holds {len(names)} {'entries' if len(names) > 1 else 'entry'}"
+        suggestion = f"a new or empty directory{', or overwrite=True' * is_checkpoint}"
+        raise SaveError(asked, found, suggestion)
     # overwrite=True with a wrong path must not delete a home
-    if not any(name.endswith(_WEIGHTS) for name in names):
+    if not is_checkpoint:
         suggestion = "the path of a checkpoint, or delete the directory yourself"
         raise SaveError(f"{asked}, overwrite=True", "a directory that holds files but no weights", suggestion)
 

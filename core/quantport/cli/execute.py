@@ -101,7 +101,9 @@ def run(
 @command
 def quantize(
     model: Model,
-    out: Annotated[Path, typer.Argument(help="Directory to write: new, or empty.", show_default=False)],
+    out: Annotated[
+        Path, typer.Argument(help="Directory to write: new, or empty; or a .gguf file.", show_default=False)
+    ],
     scheme: SchemeOption = None,
     device: DeviceOption = "auto",
     config: ConfigOption = None,
@@ -126,7 +128,7 @@ def quantize(
     ] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Write a quantized checkpoint that `quantport run` and `quantport.load` read back bit-identically, and
+    """Write a quantized checkpoint whose numbers `quantport run` and `quantport.load` read back, and
     where its format can hold the numbers one that others load without quantport.
 
     OUT appears complete or not at all. A few layers at a time are in memory. If it is killed, the same

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from quantport.errors import ConfigError, SaveError
 from quantport.loading import quantize_checkpoint
 from quantport.loading.compiled_step import MAX_LENGTH
 from quantport.loading.locate import locate, open_checkpoint, pretrained
-from quantport.loading.save_model import AUTO, format_named
+from quantport.loading.save_model import format_at
 from quantport.planning.memory import parse_size
 from quantport.plugins.registry import default_registry
 
@@ -232,9 +234,10 @@ def quantize(
     """Quantizes a checkpoint into a directory; what would refuse that in the end does so before the work."""
     limit = parse_size(max_shard_size, "--max-shard-size")
     source = locate(request.model)
-    suffix = "" if format_name == AUTO else format_named(format_name, None).file_suffix
-    _writable(out, overwrite, source, is_file=bool(suffix) and out.name.endswith(suffix))
-    with progress(f"quantizing into {out}") as report:
+    to = format_at(out, format_name, None)
+    is_file = to is not None and to.file_suffix and out.name.endswith(to.file_suffix)
+    _writable(out, overwrite, source, is_file=bool(is_file))
+    with progress(f"quantizing into {out}") as report, _in_words_of_the_shell(request.scheme):
         plan = quantize_checkpoint(
             request.model,
             out,
@@ -252,6 +255,18 @@ def quantize(
     page.data = {"directory": str(out), "format": name, "bytes_written": written, "plan": page.data}
     page.say(f"wrote {out} as {name}: {size(written)}; try `quantport run {out}`", "good")
     emit(page, form)
+
+
+@contextmanager
+def _in_words_of_the_shell(scheme: str | None) -> Iterator[None]:
+    """Says options in place of arguments, and that nobody named a scheme."""
+    try:
+        yield
+    except SaveError as error:
+        suggestion = error.suggestion.replace("format='quantport'", "--format quantport")
+        if scheme is None:
+            suggestion += "; --scheme names one, where none was named the device chose"
+        raise SaveError(error.asked, error.found, suggestion) from None
 
 
 def _writable(out: Path, overwrite: bool, source: Path, *, is_file: bool) -> None:

@@ -85,7 +85,7 @@ def quantize_checkpoint(
         if made.cache:
             made.cache.install()
         described = described_model(made.model)
-        to, reason = format_of(described, format, options.get("registry"))
+        to, reason = format_of(described, format, directory, options.get("registry"))
         write_model(
             made.model,
             described,

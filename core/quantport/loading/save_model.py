@@ -52,7 +52,7 @@ def save(
     Args:
         model: A model with quantized layers.
         directory: Must not exist, or be empty, unless ``overwrite``. In ``gguf`` a path that ends with
-            ``.gguf`` is that of one file, which has everything inside.
+            ``.gguf`` is that of one file, which has configuration and tokenizer inside.
         overwrite: Replace what is there.
         max_shard_bytes: Size of one file; a model in ``gguf`` is one file always.
         format: ``quantport`` holds every scheme; or another format that can be written, such as
@@ -69,7 +69,7 @@ def save(
     """
     require_module("save a quantized model", model)
     described = described_model(model)
-    to, reason = format_of(described, format, registry)
+    to, reason = format_of(described, format, directory, registry)
     if reason:
         warnings.warn(reason, UserWarning, stacklevel=2)
     return write_model(
@@ -85,14 +85,17 @@ def save(
     )
 
 
-def format_of(model: SavedModel, name: str, registry: Registry | None) -> tuple[CheckpointFormat, str]:
+def format_of(
+    model: SavedModel, name: str, directory: str | os.PathLike[str], registry: Registry | None
+) -> tuple[CheckpointFormat, str]:
     """The format that a model is written in; where ``auto`` comes to quantport's own also why, for people.
 
     Raises:
-        SaveError: none of this name is written.
+        SaveError: none of this name is written, or not to such a path.
     """
-    if name != AUTO:
-        return format_named(name, registry), ""
+    to = format_at(directory, name, registry)
+    if to is not None:
+        return to, ""
     reasons, formats = [f"written as {OWN}"], _formats(registry)
     for known in formats.values():
         if known.default:
@@ -103,13 +106,19 @@ def format_of(model: SavedModel, name: str, registry: Registry | None) -> tuple[
     return formats[OWN], "; ".join(reasons)
 
 
-def format_named(name: str, registry: Registry | None) -> CheckpointFormat:
-    """A format that is written.
+def format_at(path: str | os.PathLike[str], name: str, registry: Registry | None) -> CheckpointFormat | None:
+    """The format of a name that is written to a path; of ``auto`` that of which the path is a file, or None.
 
     Raises:
-        SaveError: none of this name is.
+        SaveError: none of this name is written, or the path is that of a file of another.
     """
     formats = _formats(registry)
+    of_file = next((f for f in formats.values() if f.file_suffix and str(path).endswith(f.file_suffix)), None)
+    if name == AUTO:
+        return of_file
+    if of_file is not None and name != of_file.name and name in formats:
+        asked, found = f"save as format {name!r} to {path}", f"a path of a file of {of_file.name}"
+        raise SaveError(asked, found, f"format={of_file.name!r}, or a path that is a directory")
     writable = [n for n, f in formats.items() if type(f).write is not CheckpointFormat.write]
     if name not in writable:
         found = "a format that is only read" if name in formats else "no such format"
@@ -119,7 +128,8 @@ def format_named(name: str, registry: Registry | None) -> CheckpointFormat:
 
 
 def _formats(registry: Registry | None) -> dict[str, CheckpointFormat]:
-    return {f.name: f for f in (*BUILTIN_FORMATS, *(registry or default_registry()).formats.values())}
+    registry = registry or default_registry()
+    return {f.name: f for f in (*BUILTIN_FORMATS, *registry.formats.values())}
 
 
 def write_model(

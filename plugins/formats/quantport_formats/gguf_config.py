@@ -18,7 +18,7 @@ from quantport.errors import CheckpointError
 from quantport_formats.gguf_source import GgufSource
 
 # those of every Llama 3 since 3.1
-_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 _SCALARS = (int, float, bool, str)
 # metadata -> configuration, where Transformers' table has no entry
 _MORE = {
@@ -54,8 +54,9 @@ def config_of(source: GgufSource) -> dict[str, Any]:
     embedding = source.weights.get("model.embed_tokens.weight")
     if embedding is not None:
         out["vocab_size"] = embedding.shape[0]
-    if "model.layers.0.self_attn.q_proj.bias" in source.weights and family.model_type == "llama":
-        out["attention_bias"] = True
+    if family.model_type == "llama":
+        for key, name in (("attention_bias", "self_attn.q_proj"), ("mlp_bias", "mlp.gate_proj")):
+            out[key] = f"model.layers.0.{name}.bias" in source.weights
     for name in _TOKENS:
         number = values.get(f"tokenizer.ggml.{name}_token_id")
         if type(number) is int:
@@ -130,7 +131,7 @@ def _llama3(factors: Tensor, config: Mapping[str, Any]) -> dict[str, Any] | None
     theta, factor = float(config.get("rope_theta") or 1e4), float(factors.max())
     if theta <= 0 or factor < 1:
         return None
-    scaling = {"rope_type": "llama3", "factor": factor, **_LLAMA3}
+    scaling = {"rope_type": "llama3", "factor": factor, **LLAMA3}
     expected = llama3_factors(scaling, theta, factors.numel())
     return scaling if torch.allclose(factors.double(), expected, rtol=1e-4) else None
 

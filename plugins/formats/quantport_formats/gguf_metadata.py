@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from quantport.errors import SaveError
-from quantport_formats.gguf_config import llama3_factors
+from quantport_formats.gguf_config import LLAMA3, llama3_factors
 from quantport_formats.gguf_names import FAMILIES
 
 WRITTEN = ("llama", "qwen2", "qwen3", "qwen3moe")
@@ -67,6 +67,8 @@ def architecture_of(asked: str, config: Mapping[str, Any] | None) -> str:
     for key, values in _COMPUTED.items():
         if key in config and config[key] not in values:
             raise SaveError(asked, f"{key} {config[key]!r}, which GGUF's {architecture} has not", suggestion)
+    if architecture.startswith("qwen3") and config.get("attention_bias"):
+        raise SaveError(asked, f"attention_bias, which GGUF's {architecture} has not", suggestion)
     if architecture == "qwen2" and _head_dim(config) * config["num_attention_heads"] != config["hidden_size"]:
         found = f"heads of {_head_dim(config)}, which GGUF's qwen2 takes from the hidden size"
         raise SaveError(asked, found, suggestion)
@@ -94,7 +96,8 @@ def add_metadata(asked: str, writer: Any, config: Mapping[str, Any]) -> dict[str
     theta = float(rope.pop("rope_theta", config.get("rope_theta") or 1e4))
     kind = str(rope.pop("rope_type", rope.pop("type", "default")))
     rope = {key: value for key, value in rope.items() if value is not None and key != "type"}
-    if kind not in _SCALING or rope.keys() != _SCALING[kind]:
+    known = kind in _SCALING and rope.keys() == _SCALING[kind]
+    if not known or (kind == "llama3" and {**rope, **LLAMA3} != rope):  # factors say no others
         _refuse_positions(asked, {"rope_type": kind, **rope})
     writer.add_rope_freq_base(theta)
     if kind == "llama3":

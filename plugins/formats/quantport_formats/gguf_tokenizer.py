@@ -33,6 +33,7 @@ _STEPS: Mapping[str, list[dict[str, Any]]] = {
     "qwen2": [_split(_CONTRACTED + r"\p{N}" + _REST), {**_BYTES, "use_regex": False}],
 }
 """How each ``tokenizer.ggml.pre`` that is written splits a text: steps of ``pre_tokenizer``."""
+_NORMALIZER = "quantport.tokenizer.normalizer"  # of ours alone: llama.cpp leaves it to who writes the text
 _IGNORES_MERGES = "llama-bpe"  # a word that is a token stays whole
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 _ROLES = ("bos", "eos", "unk", "sep", "pad", "mask")
@@ -71,6 +72,7 @@ def _add(asked: str, writer: Any, files: Mapping[str, bytes | Path], config: Map
     model, added = tokenizer.get("model") or {}, tokenizer.get("added_tokens") or []
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(_pre(asked, tokenizer, model))
+    writer.add_string(_NORMALIZER, "NFC" if tokenizer.get("normalizer") else "")
     ids = {**model["vocab"], **{token["content"]: token["id"] for token in added}}
     tokens, types = _tokens(asked, ids, added, config["vocab_size"])
     writer.add_token_list(tokens)
@@ -93,7 +95,8 @@ def _special(
     """The id of each role that a token has, the first where there are several."""
     for role in _ROLES:
         token = settings.get(f"{role}_token")
-        number = ids.get(str(token["content"] if isinstance(token, dict) else token))
+        text = token["content"] if isinstance(token, dict) else token
+        number = ids.get(text) if isinstance(text, str) else None
         number = config.get(f"{role}_token_id") if number is None else number
         number = number[0] if isinstance(number, list) and number else number
         if type(number) is int:
@@ -195,7 +198,7 @@ def tokenizer_files(path: Path) -> dict[str, bytes]:
     asked = f"save the model of {path}"
     try:
         fields = library(asked).GGUFReader(path).fields
-        values = {key: field.contents() for key, field in fields.items() if key.startswith("tokenizer.")}
+        values = {key: field.contents() for key, field in fields.items() if "tokenizer." in key}
         if "tokenizer.ggml.model" not in values:
             return {}
         transformers = importlib.import_module("transformers")
@@ -227,9 +230,11 @@ def _of_bytes(transformers: Any, values: Mapping[str, Any]) -> Any:
         for i, kind in enumerate(types)
         if kind in (_CONTROL, _USER_DEFINED)
     ]
+    normalizer = values.get(_NORMALIZER, "NFC" if pre == "qwen2" else "")
     described = {
         "version": "1.0",
         "added_tokens": added,
+        "normalizer": {"type": normalizer} if normalizer == "NFC" else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": _STEPS[pre]},
         "decoder": {**_BYTES, "use_regex": True},
         "model": {

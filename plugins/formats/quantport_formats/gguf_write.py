@@ -7,6 +7,7 @@ Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; llama.cpp ``c
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -89,7 +90,8 @@ def write(model: SavedModel, tensors: Stream | Fill, layout: TensorLayout | None
     }
     tensors, layout = rewritten(tensors, layout, changes, further)
     file = OneFile(f"model{SUFFIX}", lambda _: head, alone=target.name.endswith(SUFFIX))
-    return to.save(tensors, layout, config_json(asked, model, lost=_activations(model)), file)
+    lost = [*_activations(model), *(_generation(to.files) if file.alone else ())]
+    return to.save(tensors, layout, config_json(asked, model, lost=lost), file)
 
 
 def _placed(
@@ -124,6 +126,16 @@ def _activations(model: SavedModel) -> list[str]:
     """What the schemes say of activations, for which GGUF has no place: llama.cpp has its own way."""
     schemes = {s.name for layer in model.layers.values() for s in layer.schemes.values() if s.activation}
     return [f"how {', '.join(sorted(schemes))} quantizes activations"] if schemes else []
+
+
+def _generation(files: Mapping[str, bytes | Path]) -> list[str]:
+    """What ``generation_config.json`` says beyond one id for each role, which the file has."""
+    content = files.get("generation_config.json", b"{}")
+    said = json.loads(content if isinstance(content, bytes) else content.read_bytes())
+    said = {key: value for key, value in said.items() if value not in (None, False)}
+    held = ("_token_id", "version", "use_cache")  # the last is no matter of answers
+    more = [key for key, value in said.items() if isinstance(value, list) or not key.endswith(held)]
+    return [f"{', '.join(sorted(more))} of generation_config.json"] if more else []
 
 
 def _place(asked: str, name: str, family: Family) -> Place:

@@ -72,6 +72,9 @@ def awq(asked: str, model: SavedModel) -> Writing:
     return Writing(described, joined=[_joined(weight, _awq_layout, _awq_tensors) for weight in weights])
 
 
+_ROWS = 512  # that are unpacked at a time
+
+
 def _check(asked: str, weight: Written, bits: Sequence[int]) -> None:
     """Refuses what the formats cannot hold: other numbers, scales that are not fp16, parts of words."""
     scheme, quant = weight.scheme, weight.scheme.weight
@@ -148,9 +151,14 @@ def _awq_layout(weight: Written) -> TensorLayout:
 
 
 def _awq_tensors(weight: Written, stored: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    codes, scale = unpack_int4(stored["weight_packed"], weight.k), stored["weight_scale"]
+    packed, scale = stored["weight_packed"], stored["weight_scale"]
+    shape, dtype = _awq_layout(weight)["qweight"]
+    words = torch.empty(shape, dtype=dtype, device="cpu")
+    for start in range(0, weight.n, _ROWS):
+        codes = unpack_int4(packed[start : start + _ROWS], weight.k)
+        words[:, start // 8 : (start + len(codes)) // 8] = _interleaved(codes)
     zeros = torch.zeros_like(scale, dtype=torch.int8)
-    return {"qweight": _interleaved(codes), "qzeros": _interleaved(zeros), "scales": scale.t()}
+    return {"qweight": words, "qzeros": _interleaved(zeros), "scales": scale.t()}
 
 
 def _interleaved(codes: Tensor) -> Tensor:

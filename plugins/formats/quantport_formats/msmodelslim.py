@@ -44,7 +44,7 @@ class MsModelSlim(CheckpointFormat):
 
 def _weight(source: TensorSource, name: str, kind: Any, schemes: Schemes, dtype: torch.dtype) -> CodedTensor:
     asked = f"read {name} of {source.directory} as msmodelslim"
-    if kind not in _SCHEMES:
+    if not isinstance(kind, str) or kind not in _SCHEMES:
         suggestion = (
             f"{' or '.join(_SCHEMES)}; or scheme='int8' (W8A8) or 'int4_w4a8' (W4A8), of the original"
         )

@@ -28,7 +28,12 @@ _STEMS = ("pytorch_model", "diffusion_pytorch_model")
 _SUFFIXES = (".bin", ".pt", ".pth")
 _INDEX = ".bin.index.json"
 _MAX_PICKLE_BYTES = 32_000_000  # 100,000 tensors take a third
+_PART = (
+    "a flat dict of tensors by name: torch.save(torch.load(path, weights_only=True)[key], new_path) saves "
+    "the part of a file that is one"
+)
 _CONVERT = (
+    "the whole file, downloaded or saved again; or "
     "weights saved as safetensors: AutoModel.from_pretrained(path).save_pretrained(new_path), or "
     "safetensors.torch.save_file(state_dict, path) where you trust the file"
 )
@@ -128,7 +133,7 @@ def _records(file: str) -> dict[int, int]:
 def _info(file: str, name: object, value: object, records: Mapping[int, int]) -> TensorInfo:
     if not isinstance(name, str) or type(value) not in (torch.Tensor, torch.nn.Parameter):
         found = f"{str(name)[:80]!r}, a {type(value).__name__}"
-        _bad(file, found, "a flat dict of tensors by name: save the part of this file that is one")
+        _bad(file, found, _PART)
     assert isinstance(value, torch.Tensor)
     plain = value.layout is torch.strided and not (value.is_quantized or value.is_neg() or value.is_conj())
     if not plain or not value.is_contiguous():
@@ -150,6 +155,8 @@ def _said(file: str, error: Exception) -> str:
         start = stream.read(8)
     if start == b"version ":
         return "the text of a Git LFS pointer, not the weights"
+    if start[:4] == b"PK\x03\x04" and isinstance(error, zipfile.BadZipFile):
+        return "a zip file that is cut off, or damaged"
     if start[:4] != b"PK\x03\x04":
         return "no zip file: it is truncated, or as torch.save wrote before PyTorch 1.6"
     try:

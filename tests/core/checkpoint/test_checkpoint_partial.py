@@ -41,7 +41,7 @@ def test_target_is_taken(tmp_path: Path) -> None:
     pulled = []
     save_tensors(tmp_path / "m", stream("a"))
     (tmp_path / "file").write_text("x")
-    for target, found in (("m", "a directory that holds 1 entries"), ("file", "a file of this name")):
+    for target, found in (("m", "a directory that holds 1 entry"), ("file", "a file of this name")):
         with raises(SaveError, str(tmp_path / target), found=found):
             save_tensors(tmp_path / target, (pulled.append(name) or (name, t) for name, t in stream("b")))
     assert pulled == []
@@ -54,7 +54,7 @@ def test_target_that_fills_up_during_the_save_is_kept(tmp_path: Path) -> None:
         (tmp_path / "m").mkdir()
         (tmp_path / "m" / "theirs").write_text("x")
 
-    with raises(SaveError, str(tmp_path / "m"), found="a directory that holds 1 entries"):
+    with raises(SaveError, str(tmp_path / "m"), found="a directory that holds 1 entry"):
         save_tensors(tmp_path / "m", rival())
     assert only(tmp_path) == ["m"]
     assert only(tmp_path / "m") == ["theirs"]
@@ -289,7 +289,7 @@ def test_kill_between_the_two_renames_of_an_overwrite_is_undone(tmp_path: Path) 
     mark = f"{_host()}-{dead_pid()}-00000000"
     os.rename(tmp_path / "m", tmp_path / f".m.replaced-{mark}")
     (tmp_path / f".m.partial-{mark}").mkdir()
-    with raises(SaveError, found="a directory that holds 1 entries"):
+    with raises(SaveError, found="a directory that holds 1 entry"):
         save_tensors(tmp_path / "m", stream("new"))
     assert only(tmp_path) == ["m"]
     assert set(Checkpoint.open(tmp_path / "m").tensors) == {"old"}

@@ -20,7 +20,7 @@ def tokenizer(pre: str = "gpt-2") -> Tokenizer:
     """Bytes, a few merges, and added tokens of both kinds, of a way to split a text."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [("t", "h"), ("Ġ", "i"), ("2", "0"), ("1", "2"), ("12", "3"), ("Ġi", "t"), ("'", "s")]
-    words = ["<|begin|>", "<|end|>", *letters, *map("".join, merges), "Ġwhole"]
+    words = ["<|begin|>", "<|end|>", *letters, *map("".join, merges), "Ġwhole", "None"]
     model = models.BPE({w: i for i, w in enumerate(words)}, merges, ignore_merges=pre == "llama-bpe")
     made = Tokenizer(model)
     split = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + "{1,3}" * (pre == "llama-bpe")

@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 
 import quantport
 from quantport.errors import SaveError
+from quantport_formats.gguf_config import LLAMA3
 
 
 def refused(folder: Path, found: str, change: dict[str, Any], scheme: str = "q8_0") -> None:
@@ -40,11 +41,19 @@ def refused(folder: Path, found: str, change: dict[str, Any], scheme: str = "q8_
             {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}},
             "partial_rotary_factor",
         ),
+        (
+            {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, **LLAMA3, "low_freq_factor": 2.0}},
+            "llama3",
+        ),
         ({"vocab_size": 200}, "tokens for the 200 rows"),
     ],
 )
 def test_models_that_gguf_has_not_are_refused(change: dict[str, Any], found: str, tmp_path: Path) -> None:
     refused(base(tmp_path / "base", made("llama")), found, change)
+
+
+def test_biases_that_llama_cpp_has_not_are_refused(tmp_path: Path) -> None:
+    refused(base(tmp_path / "base", made("qwen3")), "attention_bias", {"attention_bias": True})
 
 
 def test_architectures_that_are_not_written_are_refused(tmp_path: Path) -> None:

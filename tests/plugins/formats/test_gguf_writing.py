@@ -31,7 +31,7 @@ from quantport.loading.quantize_checkpoint import quantize_checkpoint
 
 SCHEMES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k")
 KINDS = ("llama", "qwen2", "qwen3", "qwen3moe")
-TEXT = "It's 2024, isn't it?\n\n  WE'LL see 12345 <think> naïve  <|end|>\t x"
+TEXT = "It's 2024, isn't it?\n\n  WE'LL see 12345 <think> naïve e\u0301 None  <|end|>\t x"
 
 
 def of_the_library(file: Path, architecture: str) -> dict[str, Tensor]:
@@ -127,7 +127,9 @@ def test_biases_of_llama(tmp_path: Path) -> None:
     original.tensors = dict(original.model.state_dict())
     model = quantport.load(base(tmp_path / "base", original), "q8_0", device="cpu", dtype=torch.float32)
     out = quantport.save(model, tmp_path / "out", format="gguf")
-    assert same_bits(logits(quantport.load(out, device="cpu", dtype=torch.float32)), logits(model))
+    alone = quantport.save(model, tmp_path / "alone.gguf", format="gguf")
+    for path in (out, alone):
+        assert same_bits(logits(quantport.load(path, device="cpu", dtype=torch.float32)), logits(model))
     numbers = of_the_library(out / "model.gguf", "")
     bias = original.tensors["model.layers.1.self_attn.k_proj.bias"]
     pairs = bias.view(SIZES["num_key_value_heads"], 2, -1).transpose(1, 2).flatten()
@@ -252,6 +254,7 @@ def test_the_tokenizer_goes_there_and_back(pre: str, tmp_path: Path) -> None:
     read = transformers.AutoTokenizer.from_pretrained(again)
     assert read(TEXT).input_ids == original.encode(TEXT).ids
     assert (read.bos_token, read.eos_token) == ("<|begin|>", "<|end|>")
+    assert (read.unk_token, read.sep_token, read.mask_token) == (None, None, None)  # "None" is a word
     assert read.chat_template == found["chat_template"]
     copy = quantport.save(
         quantport.load(file, device="cpu", dtype=torch.float32), tmp_path / "copy" / "m.gguf", format="gguf"
@@ -296,6 +299,17 @@ def test_what_has_no_place_is_said(tmp_path: Path) -> None:
     }
 
 
+def test_what_of_generating_has_no_place_in_a_file_is_said(tmp_path: Path) -> None:
+    model = quantport.load(DENSE, "q8_0", device="cpu")
+    quantport.save(model, tmp_path / "a.gguf", format="gguf")  # one id for each role
+    model.generation_config.eos_token_id = [0, 5]
+    model.generation_config.temperature = 0.3
+    with pytest.warns(UserWarning, match="eos_token_id, temperature of generation_config.json is not"):
+        quantport.save(model, tmp_path / "b.gguf", format="gguf")
+    out = quantport.save(model, tmp_path / "out", format="gguf")
+    assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == [0, 5]
+
+
 def test_what_is_there_stays(tmp_path: Path) -> None:
     model = quantport.load(DENSE, "q8_0", device="cpu")
     file, folder = tmp_path / "model.gguf", tmp_path / "folder"
@@ -305,7 +319,7 @@ def test_what_is_there_stays(tmp_path: Path) -> None:
     (tmp_path / "folder.gguf").mkdir()
     for path, found in (
         (file, "a file of this name"),
-        (folder, "1 entries"),
+        (folder, "1 entry"),
         (tmp_path / "folder.gguf", "a dir"),
     ):
         with pytest.raises(SaveError) as caught:
@@ -326,6 +340,13 @@ def test_the_command_line_writes_a_file_and_runs_it(tmp_path: Path) -> None:
 
     file, folder = tmp_path / "model.gguf", tmp_path / "folder"
     asked = ("quantize", DENSE, file, "--scheme", "q8_0", "--format", "gguf")
+    assert ask(*asked[:-2])["format"] == "gguf"  # as the path says
+    assert file.is_file()
+    file.unlink()
+    assert "of a file of gguf" in ask(*asked[:-1], "gptq", code=2)["error"]["found"]
+    said = ask("quantize", DENSE, file, "-f", "gguf", code=2)["error"]["try"]
+    assert "--format quantport" in said
+    assert "--scheme names one" in said
     assert ask(*asked)["bytes_written"] == file.stat().st_size
     assert "--overwrite" in ask(*asked, code=2)["error"]["try"]
     ask(*asked, "--overwrite")
