@@ -50,10 +50,12 @@ def stored(
     dtype: torch.dtype = torch.bfloat16,
     exponents: bool = False,
 ) -> Int4:
-    """A weight of random codes; with ``exponents`` scales are powers of two near each other."""
+    """A weight of random codes; with ``exponents`` scales are powers of two near each other. Scales in fp32
+    are numbers of 16 bits, as checkpoints have them: a code times one is exact, and the sum is rounded once.
+    """
     codes = numerics.pack_int4(torch.randint(-8, 8, (n, k), dtype=torch.int8))
     shape = n, math.ceil(k / group)
-    scale = 2.0 ** torch.randint(-2, 1, shape) if exponents else torch.randn(shape)
+    scale = 2.0 ** torch.randint(-2, 1, shape) if exponents else torch.randn(shape).half()
     zero = torch.randint(-8, 8, shape) / 4 if exponents else torch.randn(shape)
     return Int4(codes, scale.to(dtype), zero.to(dtype) if has_zero else None)
 
