@@ -32,8 +32,7 @@ CASES = {
     "mxfp8": ("mxfp8",),
     "gptq": ("int4_weight_only:fp16",),
     "awq": ("int4_weight_only:fp16",),
-    "modelopt": ("fp8_per_tensor",),
-    "gguf": ("q8_0", "q4_k"),
+    "modelopt": ("fp8_per_channel",),
 }
 TARGET = "int8_weight_only"  # of what is converted
 OTHER = "int4_weight_only"  # where that is what is stored
@@ -111,7 +110,8 @@ def main() -> None:
     columns = ("format", "scheme", "GiB", "kept, x copy", "converted, x from BF16")
     more = ("kept: GiB beside it", "converted: GiB beside it")
     notes = [
-        f"Converted to `{TARGET}`, or to `{OTHER}` where int8 is stored. `copy` reads every tensor into memory once."
+        f"Converted to `{TARGET}`, or to `{OTHER}` where int8 is stored. `copy` reads every tensor into memory once. Medians of "
+        f"{options.rounds} rounds."
     ]
     write("checkpoints.md", markdown("Reading quantized checkpoints", (*columns, *more), rows, notes))
 
