@@ -1,4 +1,4 @@
-"""Reading quantized checkpoints of about 1.3 billion weights: kept beside a copy of their bytes, converted beside quantizing the
+"""Reading quantized checkpoints of about 0.9 billion weights: kept beside a copy of their bytes, converted beside quantizing the
 same model from BF16, and the memory that either takes.
 
 Each case runs in a process of its own, its steps in turn; times are medians over rounds. The peak is as in `load_memory`.
@@ -92,8 +92,8 @@ def main() -> None:
     parser.add_argument("--child", action="store_true")
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--stored", type=Path)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--layers", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--formats", nargs="*", default=list(CASES))
     options = parser.parse_args()
     if options.child:

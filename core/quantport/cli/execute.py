@@ -122,8 +122,8 @@ def quantize(
         typer.Option(
             "--format",
             "-f",
-            help="Format of the checkpoint: compressed-tensors, gptq, awq, fp8, mxfp8, modelopt, gguf, or "
-            "quantport, which holds every scheme; auto: the first where nothing is lost, or the last.",
+            help="Format of the checkpoint: quantport, which holds every scheme, or one that others load, "
+            "such as compressed-tensors, gptq or gguf; auto: such a one where nothing is lost, or quantport.",
         ),
     ] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,

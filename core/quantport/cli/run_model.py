@@ -27,6 +27,8 @@ from quantport.loading.save_model import format_at
 from quantport.planning.memory import parse_size
 from quantport.plugins.registry import default_registry
 
+_OPTIONS = {"overwrite=True": "--overwrite", "format='quantport'": "--format quantport"}
+
 
 @dataclass(frozen=True)
 class Request:
@@ -237,7 +239,7 @@ def quantize(
     to = format_at(out, format_name, None)
     is_file = to is not None and to.file_suffix and out.name.endswith(to.file_suffix)
     _writable(out, overwrite, source, is_file=bool(is_file))
-    with progress(f"quantizing into {out}") as report, _in_words_of_the_shell(request.scheme):
+    with progress(f"quantizing into {out}") as report, _in_words_of_the_shell():
         plan = quantize_checkpoint(
             request.model,
             out,
@@ -258,15 +260,15 @@ def quantize(
 
 
 @contextmanager
-def _in_words_of_the_shell(scheme: str | None) -> Iterator[None]:
-    """Says options in place of arguments, and that nobody named a scheme."""
+def _in_words_of_the_shell(asked: str = "") -> Iterator[None]:
+    """Says options in place of arguments of Python."""
     try:
         yield
     except SaveError as error:
-        suggestion = error.suggestion.replace("format='quantport'", "--format quantport")
-        if scheme is None:
-            suggestion += "; --scheme names one, where none was named the device chose"
-        raise SaveError(error.asked, error.found, suggestion) from None
+        suggestion = error.suggestion
+        for argument, option in _OPTIONS.items():
+            suggestion = suggestion.replace(argument, option)
+        raise SaveError(asked or error.asked, error.found, suggestion) from None
 
 
 def _writable(out: Path, overwrite: bool, source: Path, *, is_file: bool) -> None:
@@ -274,12 +276,8 @@ def _writable(out: Path, overwrite: bool, source: Path, *, is_file: bool) -> Non
     read = Path(os.path.realpath(source))
     if Path(os.path.realpath(out)) in (read, *read.parents):
         raise SaveError(asked, f"the checkpoint that is read is there: {source}", "another directory")
-    try:
+    with _in_words_of_the_shell(asked):
         check_free(out, overwrite, is_file=is_file)
-    except SaveError as error:
-        raise SaveError(
-            asked, error.found, error.suggestion.replace("overwrite=True", "--overwrite")
-        ) from None
     parent = next(p for p in out.absolute().parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         found = f"no permission to write in {parent}" if parent.is_dir() else f"{parent} is a file"

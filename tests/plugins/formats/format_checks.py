@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from core_models import ids, same_bits
@@ -20,6 +21,7 @@ from torch import Tensor
 
 import quantport
 from quantport import numerics
+from quantport.errors import CheckpointError
 from quantport.modules import QuantExperts, QuantModule
 
 SIZES = {
@@ -159,6 +161,26 @@ def overlays(made: Made, folder: Path, rest: str) -> None:
         if name in made.values:
             assert scheme == made.schemes.get(name, made.scheme)
             assert same_bits(values, made.values[name])
+
+
+def contradicts(made: Made, folder: Path, changes: Mapping[str, Tensor | None], found: str) -> None:
+    """Changes or takes away stored tensors of one layer, and checks that the checkpoint is refused for that.
+
+    Args:
+        made: The checkpoint.
+        folder: Where to.
+        changes: By what follows the path of the layer; None: taken away.
+        found: What the error has found.
+    """
+    for key, tensor in changes.items():
+        name = f"model.layers.0.mlp.up_proj{key}"
+        made.tensors.pop(name, None)
+        made.tensors |= {} if tensor is None else {name: tensor}
+    made.write(folder)
+    for call in (quantport.plan, quantport.load):
+        with pytest.raises(CheckpointError) as caught:
+            call(folder, device="cpu")
+        assert found in caught.value.found
 
 
 def experts_of(model: torch.nn.Module) -> list[QuantExperts]:

@@ -346,7 +346,6 @@ def test_the_command_line_writes_a_file_and_runs_it(tmp_path: Path) -> None:
     assert "of a file of gguf" in ask(*asked[:-1], "gptq", code=2)["error"]["found"]
     said = ask("quantize", DENSE, file, "-f", "gguf", code=2)["error"]["try"]
     assert "--format quantport" in said
-    assert "--scheme names one" in said
     assert ask(*asked)["bytes_written"] == file.stat().st_size
     assert "--overwrite" in ask(*asked, code=2)["error"]["try"]
     ask(*asked, "--overwrite")

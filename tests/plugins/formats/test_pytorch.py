@@ -82,39 +82,34 @@ class _Runs:
         return (exec, ("raise SystemExit('it ran')",))
 
 
+def records(path):
+    with zipfile.ZipFile(path) as file:
+        return {info.filename: file.read(info) for info in file.infolist()}
+
+
+def zipped(path, content, kind=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path, "w", kind) as file:
+        for name, data in content.items():
+            file.writestr(name, data)
+
+
 def compressed(path):
-    with zipfile.ZipFile(path) as old:
-        records = {info.filename: old.read(info) for info in old.infolist()}
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
-        for name, data in records.items():
-            new.writestr(name, data)
-
-
-def shorter(path):
-    """One storage ends before its tensor does; where storages are is looked up, not computed."""
-    with zipfile.ZipFile(path) as old:
-        records = {info.filename: old.read(info) for info in old.infolist()}
-    with zipfile.ZipFile(path, "w") as new:
-        for name, data in records.items():
-            if "/." not in name:
-                new.writestr(name, data[:-8] if name.endswith("/data/0") else data)
+    zipped(path, records(path), zipfile.ZIP_DEFLATED)
 
 
 def moved(path):
     """Storages are not where PyTorch computes that they are."""
-    with zipfile.ZipFile(path) as old:
-        records = {info.filename: old.read(info) for info in old.infolist()}
-    with zipfile.ZipFile(path, "w") as new:
-        for name, data in records.items():
-            new.writestr(name, data)
+    zipped(path, records(path))
+
+
+def shorter(path):
+    """One storage ends before its tensor does; where storages are is looked up, not computed."""
+    plain = {name: data for name, data in records(path).items() if "/." not in name}
+    zipped(path, {n: data[:-8] if n.endswith("/data/0") else data for n, data in plain.items()})
 
 
 def big_endian(path):
-    with zipfile.ZipFile(path) as old:
-        records = {info.filename: old.read(info) for info in old.infolist()}
-    with zipfile.ZipFile(path, "w") as new:
-        for name, data in records.items():
-            new.writestr(name, b"big" if name.endswith("byteorder") else data)
+    zipped(path, {n: b"big" if n.endswith("byteorder") else data for n, data in records(path).items()})
 
 
 def legacy(path):
