@@ -16,7 +16,7 @@ from quantport.errors import RoutingError
 from quantport.kernels.base import WeightSpec
 from quantport.kernels.grouped import GroupedKernel
 from quantport.kernels.verdict import Claim, Evidence
-from quantport.modules import QuantExperts, routing
+from quantport.modules import ExpertForm, QuantExperts, routing
 from quantport.plugins.registry import default_registry
 from quantport.scheme.catalog import BUILTIN
 
@@ -216,10 +216,10 @@ def test_another_kernel_reads_the_stacks_as_they_are(kernel):
 def test_an_activation_that_is_exchanged_is_the_one_that_runs(kernel):
     module, _ = build(kernel)
     silu = module(*given())
-    module.activation = "relu"
+    module.form = ExpertForm("relu")
     relu = module(*given())
     assert not close(relu, silu)
-    module.activation = "silu"
+    module.form = ExpertForm("silu")
     assert torch.equal(module(*given()), silu)
 
 

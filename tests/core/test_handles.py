@@ -194,7 +194,7 @@ def test_layouts_of_experts_are_bound_again():
         ("down_2", 2, 3),
         ("down_3", 3, 4),
     ]
-    assert bind_experts(module.bound, "silu") is layout
+    assert bind_experts(module.bound, module.form) is layout
     del expert_layout._PORTABLE[layout.handle]
     again = resolve_experts(layout.handle)
     assert again is not layout

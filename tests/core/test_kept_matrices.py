@@ -14,19 +14,13 @@ from torch import nn
 
 import quantport
 from quantport.cli.plans import plan_page
-from quantport.model.layers import find_layers, find_renamed_experts
+from quantport.model.layers import find_layers
 from quantport.model.roles import Role, SkipCode
+from quantport.model.stored_experts import find_renamed_experts
 
 SCHEME = "int8_weight_only"
 IGNORED = pytest.mark.filterwarnings("ignore:.*of the bytes of matrices are quantized:UserWarning")
-DBRX = {
-    "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
-    "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
-}
 EXPERTS = {
-    "GptOssForCausalLM": ({}, {"gate_up_proj", "down_proj"}, SkipCode.OTHER_EXPERTS),
-    "Llama4ForCausalLM": ({}, {"gate_up_proj", "down_proj"}, SkipCode.UNEVEN_EXPERTS),
-    "DbrxForCausalLM": (DBRX, {"w1", "v1", "w2"}, SkipCode.OTHER_PARAMETER),
     "JetMoeForCausalLM": ({}, {"weight"}, SkipCode.OTHER_PARAMETER),
 }
 

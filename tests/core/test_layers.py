@@ -6,7 +6,7 @@ import pytest
 import torch
 from core_fakes import Shape, tensors
 
-from quantport.model.layers import find_layers
+from quantport.model.layers import Part, find_layers
 from quantport.model.roles import Role, SkipCode
 
 
@@ -32,7 +32,7 @@ def test_dense():
         None,
     )
     assert (q.elements, q.bytes, q.shards) == (48, 96, ())
-    assert q.parts["weight"] == (("model.a.q_proj.weight", None, None, None),)
+    assert q.parts["weight"] == (Part("model.a.q_proj.weight"),)
     assert layers["model.embed_tokens"].role is Role.EMBEDDING
     assert {n: x.kind for n, x in layers.items() if x.kind == "other"} == {
         "model.a.q_proj.bias": "other",
@@ -80,10 +80,36 @@ def test_fused_experts():
     )
     assert (layer.name, layer.kind, layer.experts) == ("a.mlp.experts", "moe", 4)
     assert layer.weights == (("gate_proj", 6, 8), ("up_proj", 6, 8), ("down_proj", 8, 6))
-    assert layer.parts["gate_proj"][3] == ("a.mlp.experts.gate_up_proj", 3, 0, 6)
-    assert layer.parts["up_proj"][3] == ("a.mlp.experts.gate_up_proj", 3, 6, 12)
-    assert layer.parts["down_proj"][3] == ("a.mlp.experts.down_proj", 3, None, None)
+    assert layer.parts["gate_proj"][3] == Part("a.mlp.experts.gate_up_proj", 3, 0, 6)
+    assert layer.parts["up_proj"][3] == Part("a.mlp.experts.gate_up_proj", 3, 6, 12)
+    assert layer.parts["down_proj"][3] == Part("a.mlp.experts.down_proj", 3)
     assert layer.bytes == 2 * 4 * 3 * 48
+
+
+@pytest.mark.parametrize(("inner", "hidden"), [(6, 8), (8, 8), (4, 8), (8, 4)])
+def test_shapes_say_whether_fused_experts_are_transposed(inner, hidden):
+    gate_up, down = (4, 2 * inner, hidden), (4, hidden, inner)
+    for transposed in (False, True):
+        turned = [(e, k, n) if transposed else (e, n, k) for e, n, k in (gate_up, down)]
+        (layer,) = find_layers(tensors(experts__gate_up_proj=turned[0], experts__down_proj=turned[1]))
+        assert layer.weights == (
+            ("gate_proj", inner, hidden),
+            ("up_proj", inner, hidden),
+            ("down_proj", hidden, inner),
+        )
+        assert {p.transposed for parts in layer.parts.values() for p in parts} == {transposed}
+
+
+def test_a_part_names_rows_of_a_matrix_however_it_is_stored():
+    stored = torch.arange(2 * 6 * 5, dtype=torch.int32, device="cpu").view(2, 6, 5)
+    second = stored[1]
+    assert torch.equal(Part("x", 1).select(stored), second)
+    assert torch.equal(Part("x", 1, 1, 5).rows(1, 3).select(stored), second[2:4])
+    assert torch.equal(Part("x", 1, 1, 6, 2).select(stored), second[[1, 3, 5]])
+    assert torch.equal(Part("x", 1, 1, 6, 2).rows(1, 3).select(stored), second[[3, 5]])
+    assert torch.equal(Part("x", 1, 0, 4, transposed=True).select(stored), second[:, :4].T)
+    assert torch.equal(Part("x", 1, 1, 5, 2, True).rows(0, 1).select(stored), second[:, 1:2].T)
+    assert torch.equal(Part("x", 1, transposed=True, experts=2).select(stored.flatten(0, 1)), second.T)
 
 
 @pytest.mark.parametrize("prefix", ["", "mlp."])
@@ -99,13 +125,6 @@ def test_experts_at_the_root(prefix):
     assert [(x.name, x.kind) for x in find_layers({n: Shape((8, 8)) for n in names})] == [
         (f"{prefix}experts", "moe")
     ]
-
-
-def test_fused_experts_that_are_stored_transposed_are_left_alone():
-    """Llama 4 and gpt-oss store [experts, in, out]: halving the rows would split inputs, not gate from up."""
-    layers = find_layers(tensors(a__experts__gate_up_proj=(4, 8, 12), a__experts__down_proj=(4, 6, 8)))
-    assert all(x.skip_reason for x in layers), "gate [4, 12] and down [6, 8] do not fit together"
-    assert sum(x.elements for x in layers) == 4 * (8 * 12 + 6 * 8)
 
 
 def test_fused_experts_of_odd_rows_lose_nothing():

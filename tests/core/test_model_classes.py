@@ -70,6 +70,10 @@ CLASSES: dict[str, dict] = {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
     },
     "HunYuanMoEV1ForCausalLM": {},
+    "HYV4ForCausalLM": {},
+    "MiniMaxM3VLForCausalLM": {},
+    "AriaTextForCausalLM": {"num_key_value_heads": 4},
+    "OpenAIPrivacyFilterForTokenClassification": {},
     "DogeForCausalLM": {"is_moe": True},
     "JetMoeForCausalLM": {},
     "PhimoeForCausalLM": {},
@@ -119,6 +123,9 @@ CLASSES: dict[str, dict] = {
         "vision_config": {"model_type": "clip_vision_model"},
     },
 }
+# Experts that are stored as [in_features, out_features], and those in which rows of gate and up take turns.
+TRANSPOSED = {"AriaExperts", "GptOssExperts", "Llama4TextExperts", "OpenAIPrivacyFilterExperts"}
+INTERLEAVED = {"GptOssExperts"}
 # What cannot be quantized, or not be loaded, and the word that its refusal must say.
 REFUSED: dict[str, tuple[dict, str]] = {
     "GPT2LMHeadModel": ({}, "Conv1D"),
@@ -238,9 +245,22 @@ def weight_in(module, quantized, name):
     """The 16-bit weight that a weight of a quantized module was made from."""
     if isinstance(quantized, QuantExperts):
         expert, projection = name.split(".")
-        if projection == "down_proj":
-            return module.down_proj.data[int(expert)]
-        half = module.gate_up_proj.shape[1] // 2
-        return module.gate_up_proj.data[int(expert)].split(half)[projection == "up_proj"]
+        return expert_weight(module, int(expert), projection)
     assert isinstance(quantized, QuantLinear), "one weight each"
     return module.weight.data
+
+
+def expert_weight(module, expert, projection):
+    """A projection of one expert, as the source of its class says that it is stored."""
+    kind, is_down = type(module).__name__, projection == "down_proj"
+    if kind == "DbrxExperts":
+        flat = getattr(module.mlp, {"gate_proj": "w1", "up_proj": "v1", "down_proj": "w2"}[projection]).data
+        matrix = flat.view(module.num_experts, -1, flat.shape[1])[expert]
+        return matrix.T if is_down else matrix
+    matrix = (module.down_proj if is_down else module.gate_up_proj).data[expert]
+    if kind in TRANSPOSED:
+        matrix = matrix.T
+    if is_down:
+        return matrix
+    up = projection == "up_proj"
+    return matrix[up::2] if kind in INTERLEAVED else matrix.split(len(matrix) // 2)[up]

@@ -256,7 +256,7 @@ class Coded(Recognized):
         return (part.start or 0) % alignment(tensor.scheme, 0) == 0
 
     def _weight(self, layer: Layer, weight: str, n: int) -> QuantizedWeight:
-        name, expert, start, _ = layer.part(weight)
+        name, expert, start, *_ = layer.part(weight)
         tensor, first = self.decoded.coded[name], start or 0
         assert tensor.scheme is not None
         read = partial(self.decoded.stored, name, expert, slice(first, first + n))

@@ -129,13 +129,21 @@ class Recognized(ABC):
 
     def read(self, part: Part) -> tuple[Tensor, Callable[[], None]]:
         """The 16- or 32-bit values ``[n, k]`` of a part, and what to call when they have been used."""
-        some = None if part.start is None else slice(part.start, part.stop)
+        some = None if part.start is None or not part.in_place else slice(part.start, part.stop)
         rows: Rows | None = some
-        if part.expert is not None:
+        if part.experts:
+            each = self.source.tensors[part.tensor].shape[0] // part.experts
+            rows = slice((part.expert or 0) * each, ((part.expert or 0) + 1) * each)
+        elif part.expert is not None:
             rows = slice(part.expert, part.expert + 1) if some is None else (part.expert, some)
-        tensor = self.source.read(part.tensor, rows)
-        whole = part.expert is not None and some is None
-        return tensor[0] if whole else tensor, partial(self.source.release, part.tensor, rows)
+        tensor, release = self.source.read(part.tensor, rows), partial(self.source.release, part.tensor, rows)
+        if tensor.dim() == 3:
+            tensor = tensor[0]
+        if part.in_place and not part.experts:
+            return tensor, release
+        # contiguous for the kernels that quantize it: a copy, which the source is not needed for
+        copy = part.select_rows(tensor).contiguous()
+        return copy, release
 
 
 @dataclass(frozen=True)
@@ -149,6 +157,8 @@ class SavedLayer:
         experts: Number of experts, 0 for other layers.
         dtype: Activation dtype.
         tied: Names of other layers that share its weight.
+        apart: Whether checkpoints of the architecture hold its experts one by one under these names, as
+            others load them; of no meaning without experts.
     """
 
     kind: str
@@ -157,6 +167,7 @@ class SavedLayer:
     experts: int
     dtype: torch.dtype
     tied: tuple[str, ...] = ()
+    apart: bool = True
 
 
 @dataclass(frozen=True)

@@ -56,15 +56,18 @@ class ValueRange:
         return ""
 
 
-def copy_tensor(source: TensorSource, put: Put, name: str, slab: int = SLAB) -> ValueRange:
+def copy_tensor(
+    source: TensorSource, put: Put, name: str, slab: int = SLAB, transposed: bool = False
+) -> ValueRange:
     """Puts a tensor somewhere slab by slab, giving the pages of each back before the next is read; returns
-    what it saw.
+    what it saw. Where it is put transposed, each matrix of a 3-D tensor is a slab.
     """
-    seen = ValueRange()
-    for rows in slabs(source.tensors[name].shape, source.tensors[name].nbytes, slab):
+    seen, shape = ValueRange(), source.tensors[name].shape
+    whole: Iterator[Rows] = ((e, slice(None)) for e in range(shape[0]))
+    for rows in whole if transposed else slabs(shape, source.tensors[name].nbytes, slab):
         values = source.read(name, rows)
         seen.add(values)
-        put(values)
+        put(values.T if transposed else values)
         source.release(name, rows)
     return seen
 

@@ -21,7 +21,7 @@ from quantport.loading.place_tensors import HeldDtypes
 from quantport.loading.swap_modules import by_module, make_module, module_at, swap_modules
 from quantport.loading.take_over import take_over_tasks
 from quantport.loading.weight_tasks import Take, quantize_tasks
-from quantport.model.layers import Layer, TensorLike
+from quantport.model.layers import Layer
 from quantport.model.patterns import compile_pattern
 from quantport.modules import QuantModule
 from quantport.planning.plan import Plan
@@ -79,6 +79,7 @@ class ModelFiller:
             for step in steps:
                 out += [task._replace(module=path) for task in self._weight_tasks(step, module, path, to)]
             used |= _tensors(steps[0].layer)
+        turned = {name for layer in self._kept_experts() for name in self._turned(layer)}
         for layer in self._to_fuse():
             path = self._path(layer)
             out += [task._replace(module=path) for task in self._fuse_tasks(layer, into)]
@@ -86,21 +87,35 @@ class ModelFiller:
         swap_modules(self.model, new)
         for name, info in self.source.tensors.items():
             if name not in used:
-                own = self.names[name]
-                _check_place(self.model, own, info)
+                own, shape = self.names[name], tuple(info.shape)
+                shape = (shape[0], *shape[:0:-1]) if name in turned else shape
+                _check_place(self.model, own, shape, info.dtype)
                 dtype = self.dtypes.of(own, info.dtype)
-                task = self._copy_task((name,), partial(into.tensor, own, info.shape, dtype), dtype)
+                taken = partial(into.tensor, own, shape, dtype)
+                task = self._copy_task((name,), taken, dtype, transposed=name in turned)
                 out.append(task._replace(module=own.rpartition(".")[0]))
         order = {name: i for i, name in enumerate(self.source.tensors)}
         return sorted(out, key=lambda t: order[t.name])
 
-    def _to_fuse(self) -> Iterator[Layer]:
-        """Experts that stay in 16 bits, of which the checkpoint has each and the model all in one."""
+    def _kept_experts(self) -> Iterator[Layer]:
+        """Experts that stay in 16 bits."""
         for step in self.plan.steps:
-            layer = step.layer
-            fused = any(p.expert is not None for ps in layer.parts.values() for p in ps)
-            if not step.choice and layer.experts and not fused and layer.loaded:
+            if not step.choice and step.layer.experts and step.layer.loaded:
+                yield step.layer
+
+    def _to_fuse(self) -> Iterator[Layer]:
+        """Those of which the checkpoint has each and the model all in one."""
+        for layer in self._kept_experts():
+            if not any(p.expert is not None for ps in layer.parts.values() for p in ps):
                 yield layer
+
+    def _turned(self, layer: Layer) -> set[str]:
+        """The 3-D tensors of experts whose matrices the model has transposed, other than the checkpoint."""
+        module, (_, n, k) = module_at(self.model, self._path(layer)), layer.weights[-1]
+        held, stored = getattr(module, "down_proj", None), layer.parts["down_proj"][0]
+        if held is None or stored.expert is None or (tuple(held.shape[1:]) != (n, k)) == stored.transposed:
+            return set()
+        return _tensors(layer)
 
     def _fuse_tasks(self, layer: Layer, to: Destination) -> Iterator[Task]:
         """Fills the fused 3-D weights of experts from the tensors of each expert, one after the other."""
@@ -108,21 +123,27 @@ class ModelFiller:
             experts = zip(*(layer.parts[projection] for projection in projections), strict=True)
             tensors = [part.tensor for parts in experts for part in parts]
             fused, dtype = f"{self._path(layer)}.{name}", layer.held_dtype or layer.dtype
-            shape = tuple(self.model.get_parameter(fused).shape)  # why_not_experts checked it
+            shape = tuple(self.model.get_parameter(fused).shape)  # in this order: ``_fits`` checked it
             yield self._copy_task(tensors, partial(to.tensor, fused, shape, dtype), dtype)
 
     def _copy_task(
-        self, tensors: Sequence[str], taken: Callable[[], AbstractContextManager[Put]], dtype: torch.dtype
+        self,
+        tensors: Sequence[str],
+        taken: Callable[[], AbstractContextManager[Put]],
+        dtype: torch.dtype,
+        transposed: bool = False,
     ) -> Task:
         """Copies the tensors that make up one of the model."""
 
         def run() -> None:
             with taken() as put:
                 for name in tensors:
-                    self._copy(name, put, dtype)
+                    self._copy(name, put, dtype, transposed)
 
-        sizes = [self.source.tensors[name].nbytes for name in tensors]
-        return Task(tensors[0], sum(sizes), run, HELD * min(self.slab, max(sizes)))
+        infos = [self.source.tensors[name] for name in tensors]
+        largest = max(info.nbytes for info in infos)
+        slab = largest // infos[0].shape[0] if transposed else min(self.slab, largest)
+        return Task(tensors[0], sum(info.nbytes for info in infos), run, HELD * slab)
 
     def with_warnings(self) -> Plan:
         """The plan, with what the tasks have found to warn of."""
@@ -166,13 +187,13 @@ class ModelFiller:
             storage_only_dtypes=target.arch.storage_only_dtypes,
         )
 
-    def _copy(self, name: str, put: Put, dtype: torch.dtype) -> None:
+    def _copy(self, name: str, put: Put, dtype: torch.dtype, transposed: bool) -> None:
         """Copies a tensor that stays.
 
         Raises:
             WeightError: its values collapse in the dtype that it is held in.
         """
-        seen = copy_tensor(self.source, put, name, self.slab)
+        seen = copy_tensor(self.source, put, name, self.slab, transposed)
         lost = seen.lost_in(dtype)
         own = self.layer_names.get(name, name)  # a format need not list what is no weight
         if lost and not any(compile_pattern(p).match(own) for p in self.plan.config.cast):
@@ -191,7 +212,7 @@ def _tensors(layer: Layer) -> set[str]:
     return {p.tensor for parts in layer.parts.values() for p in parts}
 
 
-def _check_place(model: nn.Module, name: str, stored: TensorLike) -> None:
+def _check_place(model: nn.Module, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """Refuses a tensor of another shape than the parameter or buffer that it becomes, and for a parameter
     numbers of another kind, such as integers for a norm.
     """
@@ -204,14 +225,14 @@ def _check_place(model: nn.Module, name: str, stored: TensorLike) -> None:
     if old is None:
         return
     asked = f"load {name} into {type(module).__name__}"
-    if tuple(old.shape) != tuple(stored.shape):
+    if tuple(old.shape) != shape:
         raise CheckpointError(
             asked,
-            f"shape {list(stored.shape)} in the checkpoint",
+            f"shape {list(shape)} in the checkpoint",
             f"shape {list(old.shape)}: a checkpoint and a model of the same sizes",
         )
-    if parameter is not None and _numbers(parameter.dtype) != _numbers(stored.dtype):
-        found = f"{stored.dtype} in the checkpoint, {parameter.dtype} in the model"
+    if parameter is not None and _numbers(parameter.dtype) != _numbers(dtype):
+        found = f"{dtype} in the checkpoint, {parameter.dtype} in the model"
         raise CheckpointError(asked, found, f"a checkpoint with {_numbers(parameter.dtype)}")
 
 

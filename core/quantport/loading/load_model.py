@@ -28,8 +28,9 @@ from quantport.loading.settle_ties import settle_ties, tie_again, tied_groups
 from quantport.loading.skeleton import Factory, build
 from quantport.loading.stored_config import stored_schemes, with_stored
 from quantport.loading.swap_modules import match_modules
-from quantport.model.layers import Layer, find_renamed_experts
+from quantport.model.layers import Layer
 from quantport.model.roles import SkipCode
+from quantport.model.stored_experts import find_renamed_experts
 from quantport.planning.fit import advice, shortage
 from quantport.planning.plan import Plan, make_plan
 from quantport.plugins.registry import Registry, default_registry

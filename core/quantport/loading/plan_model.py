@@ -28,7 +28,8 @@ from quantport.loading.stored_config import stored_schemes, with_stored
 from quantport.loading.swap_modules import match_modules
 from quantport.model.beyond_config import beyond_config
 from quantport.model.fused_projections import with_cuts
-from quantport.model.layers import Layer, find_layers, find_renamed_experts
+from quantport.model.layers import Layer, find_layers
+from quantport.model.stored_experts import find_renamed_experts
 from quantport.model.tied_weights import from_config, own_parameters, said_ties, undecided_tie, untie
 from quantport.planning.plan import Plan, make_plan
 from quantport.plugins.registry import Registry, default_registry

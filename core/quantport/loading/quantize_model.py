@@ -16,7 +16,7 @@ from quantport.loading.mark_configs import mark_configs
 from quantport.loading.plan_model import plan, refuse_nothing, warn
 from quantport.loading.renamed import renamed
 from quantport.loading.swap_modules import by_module, make_module, swap_modules
-from quantport.loading.weight_tasks import quantize_tasks, select
+from quantport.loading.weight_tasks import quantize_tasks
 from quantport.model.layers import Part
 from quantport.model.tied_weights import own_parameters
 from quantport.modules import QuantModule
@@ -78,7 +78,7 @@ def quantize_(
 
     def read(part: Part) -> tuple[Tensor, Callable[[], None]]:
         # nothing to release: the caller owns the tensor
-        return select(params[part.tensor], part), lambda: None
+        return part.select(params[part.tensor]), lambda: None
 
     fast = registry.backends[decided.device.kind].quantize_weight
     new: dict[str, QuantModule] = {}

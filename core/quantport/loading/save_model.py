@@ -25,6 +25,7 @@ from quantport.errors import SaveError
 from quantport.loading.arguments import require_module
 from quantport.loading.kv_caches import default_of
 from quantport.loading.locate import companions_of
+from quantport.loading.skeleton import stores_experts_apart
 from quantport.modules import QuantEmbedding, QuantExperts, QuantModule
 from quantport.planning.memory import STEP
 from quantport.plugins.registry import Registry, default_registry
@@ -173,7 +174,9 @@ def described_model(model: nn.Module) -> SavedModel:
     Raises:
         SaveError: it has no quantized layer.
     """
-    layers = {name: _saved_layer(m) for name, m in model.named_modules() if isinstance(m, QuantModule)}
+    layers = {
+        name: _saved_layer(m, model, name) for name, m in model.named_modules() if isinstance(m, QuantModule)
+    }
     # where others are quantized, a prepacked bf16 layer is saved as the plain layer that it was: prepacking
     # is this machine's
     layers = {
@@ -231,7 +234,7 @@ def _generation_config(model: nn.Module) -> bytes | None:
     return json.dumps(described, indent=2, sort_keys=True).encode()
 
 
-def _saved_layer(module: QuantModule) -> SavedLayer:
+def _saved_layer(module: QuantModule, model: nn.Module, path: str) -> SavedLayer:
     experts = module.num_experts if isinstance(module, QuantExperts) else 0
     names = list(module.specs)[:3] if experts or len(module.specs) > 1 else ["weight"]
     specs = list(module.specs.values())[: len(names)]
@@ -239,7 +242,8 @@ def _saved_layer(module: QuantModule) -> SavedLayer:
     kind = "moe" if experts else "embedding" if isinstance(module, QuantEmbedding) else "linear"
     tied = tuple(module.tied) if isinstance(module, QuantEmbedding) else ()
     schemes = {name: spec.scheme.unsolved for name, spec in module.specs.items()}
-    return SavedLayer(kind, weights, schemes, experts, module.dtype, tied)
+    apart = not experts or stores_experts_apart(model, path)
+    return SavedLayer(kind, weights, schemes, experts, module.dtype, tied, apart)
 
 
 Saved = tuple[str, nn.Module, dict[str, Tensor]]

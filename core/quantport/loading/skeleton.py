@@ -13,6 +13,7 @@ from torch import nn
 
 from quantport.errors import CheckpointError, QuantportError
 from quantport.loading.build_context import building, is_building
+from quantport.model.layers import PROJECTIONS
 
 Factory = Callable[[], nn.Module]
 
@@ -144,11 +145,7 @@ def _rename(model: Any, names: Mapping[str, Any]) -> dict[str, str]:
     """Applies the renamings that Transformers keeps for checkpoints of this architecture (experts are fused
     by us).
     """
-    loading = importlib.import_module("transformers.core_model_loading")
-    mapping = importlib.import_module("transformers.conversion_mapping")
-    transforms = mapping.get_model_conversion_mapping(model)
-    converters = [t for t in transforms if isinstance(t, loading.WeightConverter)]
-    renamings = [t for t in transforms if not isinstance(t, loading.WeightConverter)]
+    loading, renamings, converters = _transforms(model)
     known = model.state_dict()
     out = {}
     for name in sorted(names, key=loading.dot_natural_key):  # some renamings depend on those before
@@ -167,9 +164,40 @@ def _rename(model: Any, names: Mapping[str, Any]) -> dict[str, str]:
     return out
 
 
+def _transforms(model: Any) -> tuple[Any, list[Any], list[Any]]:
+    """The module of Transformers that converts checkpoints, and what it renames and converts of this
+    architecture.
+    """
+    loading = importlib.import_module("transformers.core_model_loading")
+    mapping = importlib.import_module("transformers.conversion_mapping")
+    transforms = mapping.get_model_conversion_mapping(model)
+    converters = [t for t in transforms if isinstance(t, loading.WeightConverter)]
+    return loading, [t for t in transforms if not isinstance(t, loading.WeightConverter)], converters
+
+
+def stores_experts_apart(model: nn.Module, path: str) -> bool:
+    """Whether checkpoints of the architecture hold the experts of this module one by one, as ``gate_proj``,
+    ``up_proj`` and ``down_proj``: what others load where they are written so. Models that are not of
+    Transformers have no other names.
+    """
+    if not hasattr(model, "base_model_prefix"):
+        return True
+    of: Any = model
+    loading, renamings, converters = _transforms(of)
+    known = dict.fromkeys(f"{path}.{fused}" for fused in ("gate_up_proj", "down_proj"))
+    names = {f"{path}.0.{part}.weight" for part in PROJECTIONS}
+    found = {
+        loading.rename_source_key(n, renamings, converters, of.base_model_prefix, known)[0] for n in names
+    }
+    return found == set(known)
+
+
 def _fuses_experts(converter: Any) -> bool:
-    """Whether a conversion stacks gate, up and down of every expert, as is done here."""
+    """Whether a conversion stacks gate, up and down of every expert, or transposes the stacks, as is done
+    here.
+    """
     fused = ("experts.gate_up_proj", "experts.down_proj")
     targets = [target.replace("\\", "") for target in converter.target_patterns]
     operations = {type(operation).__name__ for operation in converter.operations}
-    return operations <= {"MergeModulelist", "Concatenate"} and all(t.endswith(fused) for t in targets)
+    known = operations <= {"MergeModulelist", "Concatenate"} or operations == {"Transpose"}
+    return known and all(t.endswith(fused) for t in targets)

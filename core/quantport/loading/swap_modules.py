@@ -17,18 +17,20 @@ from quantport.loading.carry_over import carry_over, count_quantized, why_not_re
 from quantport.model.fused_projections import with_cuts
 from quantport.model.layers import CONVOLUTION, Layer, uneven, with_role
 from quantport.model.roles import Role, SkipCode, SkipReason
+from quantport.model.stored_experts import alternating, flat_experts
 from quantport.model.tied_weights import forget_tie, partners, why_not_embedding
 from quantport.model.weight_reads import find_weight_reads
 from quantport.modules import (
+    ExpertForm,
     QuantEmbedding,
     QuantExperts,
     QuantFused,
     QuantLinear,
     QuantModule,
     TiedLinear,
-    activation_name,
-    why_not_experts,
+    expert_form,
 )
+from quantport.modules.expert_form import FLAT_WEIGHTS
 from quantport.planning.steps import Step
 from quantport.plugins.registry import Registry
 
@@ -50,7 +52,7 @@ def match_modules(layers: Iterable[Layer], model: nn.Module, module_path: Module
 
     Experts that are separate modules become separate layers.
     """
-    layers = list(layers)
+    layers = _flat_experts(layers, model, module_path)
     _even(layers, model, module_path)
     known = _Model(model, partners(model), _heads(model), find_weight_reads(model))
     config: Any = getattr(model, "config", None)
@@ -117,6 +119,9 @@ def _in_model(layer: Layer, model: _Model, module: nn.Module | None) -> Layer:
         return layer
     if layer.kind == "other":
         return replace(layer, skip_reason=_why_other(layer, module))
+    if layer.experts:
+        form = expert_form(module)
+        return alternating(layer) if isinstance(form, ExpertForm) and form.interleaved else layer
     if layer.kind == "linear" and not layer.skip_reason and type(module) is nn.Embedding:
         return with_role(layer, Role.EMBEDDING)
     if module in model.heads and layer.role is not Role.ROUTER:
@@ -130,8 +135,8 @@ def _why_other(layer: Layer, module: nn.Module) -> SkipReason | None:
     """Why what is not the weight of a linear layer stays, as the module says that it belongs to."""
     name, skip = type(module).__name__, layer.skip_reason
     if layer.skipped_as(SkipCode.UNEVEN_EXPERTS):
-        text = why_not_experts(module)
-        return SkipReason(SkipCode.OTHER_EXPERTS, text) if text else skip
+        form = expert_form(module)
+        return SkipReason(SkipCode.OTHER_EXPERTS, form) if isinstance(form, str) else skip
     if isinstance(module, _CONVOLUTIONS):
         return CONVOLUTION if layer.is_matrix else skip
     if layer.is_matrix and not layer.skipped_as(SkipCode.SECOND_COPY):
@@ -139,6 +144,25 @@ def _why_other(layer: Layer, module: nn.Module) -> SkipReason | None:
             SkipCode.OTHER_PARAMETER, f"its module is a {name}, no linear layer: left in 16 bits"
         )
     return skip
+
+
+def _flat_experts(layers: Iterable[Layer], model: nn.Module, module_path: ModulePath) -> list[Layer]:
+    """Groups experts that lie one below the other in one matrix for each projection, as modules say."""
+    out, grouped = list[Layer](), dict[str, dict[str, Layer]]()
+    for layer in layers:
+        leaf = layer.name.rpartition(".")[2]
+        if layer.kind == "other" and leaf in FLAT_WEIGHTS:
+            grouped.setdefault(module_path(layer).removesuffix(".mlp"), {})[leaf] = layer
+        out.append(layer)
+    for path, parts in grouped.items():
+        module: Any = module_at(model, path)
+        form = expert_form(module) if module is not None and set(parts) == set(FLAT_WEIGHTS) else ""
+        if isinstance(form, ExpertForm) and form.flat:
+            by_projection = {FLAT_WEIGHTS[leaf]: part for leaf, part in parts.items()}
+            if experts := flat_experts(by_projection, module.num_experts):
+                out[out.index(parts["w1"])] = experts
+                out = [layer for layer in out if layer not in parts.values()]
+    return out
 
 
 def _even(layers: Sequence[Layer], model: nn.Module, module_path: ModulePath) -> None:
@@ -197,10 +221,8 @@ def _why_not(layer: Layer, module: nn.Module | None, path: str) -> SkipReason | 
     if isinstance(module, QuantModule):
         return SkipReason(SkipCode.QUANTIZED_ALREADY, "it is quantized already")
     if layer.kind == "moe" and layer.experts:
-        text = why_not_experts(module)
-        if not all(hasattr(module, p) for p in ("gate_up_proj", "down_proj")):
-            text = f"its experts are a {type(module).__name__}, without gate_up_proj and down_proj"
-        return SkipReason(SkipCode.OTHER_EXPERTS, text) if text else why_not_replaced(module)
+        form = expert_form(module)
+        return SkipReason(SkipCode.OTHER_EXPERTS, form) if isinstance(form, str) else why_not_replaced(module)
     if type(module) is nn.Linear:
         return why_not_replaced(module)
     text = f"its module is a {type(module).__name__}, not a plain torch.nn.Linear"
@@ -216,15 +238,20 @@ def _fits(layer: Layer, module: nn.Module) -> None:
     shapes = {name: (n, k) for name, n, k in layer.weights}
     if layer.experts:
         (i, h), e = shapes["gate_proj"], layer.experts
-        found: dict[str, tuple[int, ...]] = {
-            "gate_up_proj": (e, 2 * i, h),
-            "down_proj": (e, *shapes["down_proj"]),
-        }
+        found: dict[str, tuple[int, ...]] = {"gate_up_proj": (e, 2 * i, h), "down_proj": (e, h, i)}
+        form = expert_form(module)
+        if isinstance(form, ExpertForm) and form.flat:
+            found = {f"mlp.{name}": (e * i, h) for name in FLAT_WEIGHTS}
+        elif tuple(module.get_parameter("down_proj").shape[1:]) != (
+            h,
+            i,
+        ):  # as it is stored transposed, whatever the file has
+            found = {name: (e, k, n) for name, (e, n, k) in found.items()}
     else:
         rows, (_, k) = sum(n for n, _ in shapes.values()), next(iter(shapes.values()))
         found = {"weight": (rows, k)}  # of all projections of a fused layer
     for name, shape in found.items():
-        expected = tuple(getattr(module, name).shape)
+        expected = tuple(module.get_parameter(name).shape)
         if shape != expected:
             raise CheckpointError(
                 f"load {layer.name}.{name} into {type(module).__name__}",
@@ -268,18 +295,19 @@ def make_module(steps: Sequence[Step], old: nn.Module, dtype: torch.dtype, regis
             if len(specs) > 1
             else QuantLinear(kernel, specs.popitem()[1], bias, dtype, registry)
         )
-    activation = activation_name(old)
-    assert activation is not None  # why_not_experts refused it otherwise
+    form = expert_form(old)
+    assert isinstance(form, ExpertForm)  # the layer has a reason to stay otherwise
     others = {w: bound[s.layer.name] for s in steps if s is not most for w, _, _ in s.layer.each}
     return QuantExperts(
         kernel,
         specs["gate_proj"],
         specs["down_proj"],
         most.layer.experts,
-        activation,
+        form,
         dtype,
         others,
         registry,
+        [old.get_parameter(name) for name in form.biases],
     )
 
 

@@ -63,8 +63,13 @@ def quantize_tasks(
 
     for weight, n, k in layer.each:
         part, kernel = layer.part(weight), None if layer.experts else module.kernel_of(weight)
-        held = _held(kernel, module.specs[weight], layer.dtype, read=not owned)
-        yield Task(part.tensor, n * k * layer.dtype.itemsize, partial(run, part, weight), held)
+        size, held = (
+            n * k * layer.dtype.itemsize,
+            _held(kernel, module.specs[weight], layer.dtype, read=not owned),
+        )
+        if not (owned or part.in_place):
+            held += size if part.start is None else 2 * size  # all that it is gathered from
+        yield Task(part.tensor, size, partial(run, part, weight), held)
 
 
 _held = lru_cache(maxsize=256)(peak_with)  # the layers of a model repeat
@@ -115,7 +120,7 @@ def quantize_on(
 @contextmanager
 def _rows(read: Reader, part: Part, n: int, start: int, stop: int) -> Iterator[Tensor]:
     """Rows of a weight of ``n`` rows, released after the block."""
-    tensor, release = read(part if stop - start == n else some_rows(part, start, stop))
+    tensor, release = read(part if stop - start == n else part.rows(start, stop))
     yield tensor
     del tensor
     release()
@@ -126,15 +131,3 @@ def _on(device: torch.device | None, read: ReadRows, start: int, stop: int) -> I
     """Rows on a device; where they are for None."""
     with read(start, stop) as values:
         yield values.detach().to(device) if device else values.detach()
-
-
-def some_rows(part: Part, start: int, stop: int) -> Part:
-    """Rows ``[start, stop)`` of the weight that a part names."""
-    first = part.start or 0
-    return part._replace(start=first + start, stop=first + stop)
-
-
-def select(tensor: Tensor, part: Part) -> Tensor:
-    """The weight that a part names, out of its tensor."""
-    tensor = tensor if part.expert is None else tensor[part.expert]
-    return tensor[part.start : part.stop]

@@ -7,11 +7,12 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 
 from quantport.model.roles import NOT_LOADED, Role, SkipCode, SkipReason, role_of, skipped_by_default
 from quantport.model.routers import find_routers
@@ -21,7 +22,7 @@ FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _PROJECTION = {**{p: p for p in PROJECTIONS}, "w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 _EXPERT = re.compile(r"^((?:.+\.)?experts)\.(\d+)\.(\w+)\.weight$")
-_FUSED_EXPERTS = re.compile(r"^((?:.+\.)?experts)\.(gate_up_proj|down_proj)$")
+FUSED_EXPERTS = re.compile(r"^((?:.+\.)?experts)\.(gate_up_proj|down_proj)$")
 _CONVOLUTION = (3, 4, 5)  # dimensions of a weight over one, two or three of space
 _UNEVEN = SkipReason(
     SkipCode.UNEVEN_EXPERTS, "experts that are not stored as gate, up [I, H] and down [H, I]"
@@ -44,14 +45,39 @@ class TensorLike(Protocol):
 
 
 class Part(NamedTuple):
-    """Where one weight comes from: rows ``[start, stop)`` of a tensor, or of its slice ``expert`` when it is
-    3-D.
+    """Where one weight comes from: every ``step``-th of the rows ``[start, stop)`` of a tensor, or of its
+    slice ``expert``: of a 3-D tensor, or of a 2-D one in which ``experts`` matrices of equal sizes lie one
+    below the other. Where it is stored transposed, as ``[in_features, out_features]``, rows are those of the
+    weight.
     """
 
     tensor: str
     expert: int | None = None
     start: int | None = None
     stop: int | None = None
+    step: int = 1
+    transposed: bool = False
+    experts: int | None = None
+
+    @property
+    def in_place(self) -> bool:
+        """Whether its rows lie one after the other in the file."""
+        return self.step == 1 and not self.transposed
+
+    def rows(self, start: int, stop: int) -> Part:
+        """Rows ``[start, stop)`` of the weight."""
+        first = self.start or 0
+        return self._replace(start=first + self.step * start, stop=first + self.step * stop)
+
+    def select(self, tensor: Tensor) -> Tensor:
+        """The weight, out of the whole tensor."""
+        if self.expert is not None:
+            tensor = (tensor.unflatten(0, (self.experts, -1)) if self.experts else tensor)[self.expert]
+        return self.select_rows(tensor)
+
+    def select_rows(self, matrix: Tensor) -> Tensor:
+        """The weight, out of the matrix in which it is stored."""
+        return (matrix.T if self.transposed else matrix)[self.start : self.stop : self.step]
 
 
 @dataclass(frozen=True)
@@ -192,17 +218,15 @@ def find_layers(tensors: Mapping[str, TensorLike]) -> list[Layer]:
             if projection in _PROJECTION and len(tensor.shape) == 2:
                 experts.setdefault(base, {}).setdefault(_PROJECTION[projection], {})[int(index)] = Part(name)
                 continue
-        if (match := _FUSED_EXPERTS.match(name)) and len(tensor.shape) == 3 and all(tensor.shape):
-            for projection, part in _split(name, match[2], tensor):
+        if (match := FUSED_EXPERTS.match(name)) and len(tensor.shape) == 3 and all(tensor.shape):
+            for projection, part in _split(name, tensor):
                 experts.setdefault(match[1], {}).setdefault(projection, {})[part.expert or 0] = part
             continue
         layers[name] = _single(name, tensor)
     for base, projections in experts.items():
         layers.update({layer.name: layer for layer in _experts(base, projections, tensors)})
     routers = set(find_routers(layers.values(), tensors))
-    return _in_order(
-        [with_role(x, Role.ROUTER) if x.name in routers else x for x in layers.values()], tensors
-    )
+    return in_order([with_role(x, Role.ROUTER) if x.name in routers else x for x in layers.values()], tensors)
 
 
 def with_role(layer: Layer, role: Role) -> Layer:
@@ -215,59 +239,26 @@ def with_role(layer: Layer, role: Role) -> Layer:
     )
 
 
-def _in_order(layers: Iterable[Layer], tensors: Iterable[str]) -> list[Layer]:
+def in_order(layers: Iterable[Layer], tensors: Iterable[str]) -> list[Layer]:
+    """Layers in the order of their first tensors."""
     order = {name: i for i, name in enumerate(tensors)}
     return sorted(
         layers, key=lambda x: min((order[p.tensor] for ps in x.parts.values() for p in ps), default=0)
     )
 
 
-def find_renamed_experts(
-    layers: Sequence[Layer], names: Mapping[str, str], tensors: Mapping[str, TensorLike]
-) -> list[Layer]:
-    """Groups fused experts that only the names in the model show: Granite stores them as
-    ``input_linear.weight`` and ``output_linear.weight``.
-
-    Args:
-        layers: From ``find_layers``.
-        names: For each tensor of the checkpoint its name in the model.
-        tensors: Those of the checkpoint.
-
-    Returns:
-        The layers in checkpoint order, such experts under their name in the model.
+def _split(name: str, tensor: TensorLike, transposed: bool = False) -> Iterable[tuple[str, Part]]:
+    """The projections of each expert in a fused 3-D weight ``[experts, out_features, in_features]``, or with
+    the last two swapped.
     """
-    stored = {
-        names[layer.name]: layer.name
-        for layer in layers
-        if layer.kind == "other"
-        and layer.name in names
-        and not _FUSED_EXPERTS.match(layer.name)
-        and _FUSED_EXPERTS.match(names[layer.name])
-    }
-    experts = find_layers({name: tensors[tensor] for name, tensor in stored.items()})
-    grouped = [
-        replace(
-            layer,
-            name=stored.get(layer.name, layer.name),
-            parts={
-                weight: tuple(part._replace(tensor=stored[part.tensor]) for part in parts)
-                for weight, parts in layer.parts.items()
-            },
-        )
-        for layer in experts
-    ]
-    replaced = set(stored.values())
-    return _in_order([*(x for x in layers if x.name not in replaced), *grouped], tensors)
-
-
-def _split(name: str, projection: str, tensor: TensorLike) -> Iterable[tuple[str, Part]]:
+    half = tensor.shape[2 if transposed else 1] // 2
     for e in range(tensor.shape[0]):
-        if projection == "down_proj":
-            yield projection, Part(name, e)
+        part = Part(name, e, transposed=transposed)
+        if name.endswith("down_proj"):
+            yield "down_proj", part
         else:
-            half = tensor.shape[1] // 2
-            yield "gate_proj", Part(name, e, 0, half)
-            yield "up_proj", Part(name, e, half, 2 * half)
+            yield "gate_proj", part._replace(start=0, stop=half)
+            yield "up_proj", part._replace(start=half, stop=2 * half)
 
 
 def _single(name: str, tensor: TensorLike) -> Layer:
@@ -306,6 +297,12 @@ def _experts(
     used = {p.tensor: p for parts in projections.values() for p in parts.values()}
     dtypes = {tensors[name].dtype for name in used}
     weights = _uniform(projections, tensors)
+    if not weights and any(part.expert is not None for part in used.values()):
+        projections = {}
+        for name in used:
+            for projection, part in _split(name, tensors[name], transposed=True):
+                projections.setdefault(projection, {})[part.expert or 0] = part
+        weights = _uniform(projections, tensors)
     if weights and len(dtypes) == 1:
         count, dtype = len(projections["gate_proj"]), dtypes.pop()
         parts = {p: tuple(projections[p][e] for e in range(count)) for p in PROJECTIONS}
@@ -333,16 +330,17 @@ def _uniform(
         return None
     gate, up, down = (s.pop() for s in shapes)
     fused = next(iter(projections["gate_proj"].values()))
-    whole = fused.expert is None or tensors[fused.tensor].shape[1] == 2 * gate[0]
+    whole = fused.expert is None or tensors[fused.tensor].shape[2 if fused.transposed else 1] == 2 * gate[0]
     if gate != up or down != gate[::-1] or not whole:
         return None
     return tuple((p, *shape) for p, shape in zip(PROJECTIONS, (gate, up, down), strict=True))
 
 
 def _shape(part: Part, tensors: Mapping[str, TensorLike]) -> tuple[int, int]:
-    shape = tensors[part.tensor].shape
-    rows = shape[-2] if part.start is None or part.stop is None else part.stop - part.start
-    return rows, shape[-1]
+    rows, columns = tensors[part.tensor].shape[-2:]
+    if part.transposed:
+        rows, columns = columns, rows
+    return (rows if part.start is None or part.stop is None else part.stop - part.start), columns
 
 
 def uneven(layers: Iterable[Layer]) -> dict[str, str]:

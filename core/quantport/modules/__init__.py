@@ -2,16 +2,17 @@
 
 from quantport.modules.base import QuantModule
 from quantport.modules.embedding import QuantEmbedding, TiedLinear
-from quantport.modules.experts import QuantExperts, activation_name, why_not_experts
+from quantport.modules.expert_form import ExpertForm, expert_form
+from quantport.modules.experts import QuantExperts
 from quantport.modules.linear import QuantFused, QuantLinear
 
 __all__ = [
+    "ExpertForm",
     "QuantEmbedding",
     "QuantExperts",
     "QuantFused",
     "QuantLinear",
     "QuantModule",
     "TiedLinear",
-    "activation_name",
-    "why_not_experts",
+    "expert_form",
 ]

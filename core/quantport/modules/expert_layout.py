@@ -15,6 +15,7 @@ from quantport.kernels.base import Packed
 from quantport.kernels.grouped import GroupedKernel
 from quantport.model.layers import PROJECTIONS
 from quantport.modules import handles
+from quantport.modules.expert_form import ExpertForm, parse_form
 from quantport.modules.handles import BoundWeight
 
 GroupWeights = Packed | Sequence[Packed]  # the stack of a ``GroupedKernel``, or each weight by itself
@@ -58,7 +59,7 @@ class ExpertLayout:
         gate_up: Groups of gate and up.
         down: Groups of down.
         experts: Number of experts.
-        activation: Name of the activation function.
+        form: What is computed beside the products.
         handle: The text by which the operators find this.
         groups: All groups, those of down last.
         one_launch: Whether gate and up are one launch, and down is one: then the host need not know the
@@ -68,7 +69,7 @@ class ExpertLayout:
     gate_up: tuple[Group, ...]
     down: tuple[Group, ...]
     experts: int
-    activation: str
+    form: ExpertForm
     handle: str
     groups: tuple[Group, ...] = field(init=False)
     one_launch: bool = field(init=False)
@@ -83,7 +84,7 @@ class ExpertLayout:
         """Takes a flat list of tensors apart again, group by group.
 
         Args:
-            packed: The stack of each group, or the tensors of each of its weights.
+            packed: The stack of each group, or the tensors of each of its weights; what follows is left.
             sizes: Number of tensors of one stack, or of one weight, for each group.
         """
         tensors, out = iter(packed), list[GroupWeights]()
@@ -100,23 +101,27 @@ _PORTABLE: dict[str, ExpertLayout] = {}
 _BY_TOKEN: WeakValueDictionary[str, ExpertLayout] = WeakValueDictionary()
 
 
-def bind_experts(weights: Mapping[str, BoundWeight], activation: str) -> ExpertLayout:
+def bind_experts(weights: Mapping[str, BoundWeight], form: ExpertForm) -> ExpertLayout:
     """Groups the weights of a layer, under a handle that operators resolve.
 
     Args:
         weights: Name (``3.down_proj``) -> what it is bound to: gate, up and down of expert 0, then of
             expert 1, and so on.
-        activation: Name of the activation function.
+        form: What is computed beside the products.
     """
     bound = list(weights.values())
     gate_up, down = bound[0].handle, bound[2].handle
     usual = {name: down if name.endswith(PROJECTIONS[2]) else gate_up for name in weights}
     unusual = [f"{name}={b.handle}" for name, b in weights.items() if b.handle != usual[name]]
-    handle = ";".join((activation, str(len(bound) // 3), gate_up, down, *unusual))
-    table = _PORTABLE if all(b.portable for b in bound) else _BY_TOKEN
+    handle = ";".join((form.name, str(len(bound) // 3), gate_up, down, *unusual))
+    table = _PORTABLE if form.gate is None and all(b.portable for b in bound) else _BY_TOKEN
     layout = table.get(handle)
-    if layout is None or any(group.bound is not bound[group.members[0]] for group in layout.groups):
-        layout = table[handle] = _layout(bound, activation, handle)
+    if (
+        layout is None
+        or layout.form.gate is not form.gate
+        or any(group.bound is not bound[group.members[0]] for group in layout.groups)
+    ):
+        layout = table[handle] = _layout(bound, form, handle)
     return layout
 
 
@@ -132,20 +137,23 @@ def resolve_experts(handle: str) -> ExpertLayout:
 
 def _parsed(handle: str) -> ExpertLayout:
     """Binds the names of a handle that another process made."""
-    activation, *rest = handle.split(";")
-    if len(rest) < 3 or not rest[0].isdecimal() or any("=" not in part for part in rest[3:]):
+    name, *rest = handle.split(";")
+    form = parse_form(name)
+    if form is None or len(rest) < 3 or not rest[0].isdecimal() or any("=" not in part for part in rest[3:]):
         raise BackendError(
-            f"run {handle!r}", "it is no handle of experts", "'activation;experts;gate_up;down'"
+            f"run {handle!r}",
+            "it is no handle of experts, or their gating function belongs to a model that is gone",
+            "'activation;experts;gate_up;down'",
         )
     unusual = dict(part.split("=", 1) for part in rest[3:])
     names = [f"{e}.{p}" for e in range(int(rest[0])) for p in PROJECTIONS]
     usual = {name: rest[2] if name.endswith(PROJECTIONS[2]) else rest[1] for name in names}
-    return bind_experts({name: handles.resolve(unusual.get(name, usual[name])) for name in names}, activation)
+    return bind_experts({name: handles.resolve(unusual.get(name, usual[name])) for name in names}, form)
 
 
-def _layout(bound: Sequence[BoundWeight], activation: str, handle: str) -> ExpertLayout:
+def _layout(bound: Sequence[BoundWeight], form: ExpertForm, handle: str) -> ExpertLayout:
     down = _runs("down", bound, range(2, len(bound), 3))
-    return ExpertLayout(tuple(_gate_up(bound)), tuple(down), len(bound) // 3, activation, handle)
+    return ExpertLayout(tuple(_gate_up(bound)), tuple(down), len(bound) // 3, form, handle)
 
 
 def _gate_up(bound: Sequence[BoundWeight]) -> Iterator[Group]:

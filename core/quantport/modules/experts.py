@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantport.errors import RoutingError
 from quantport.kernels.base import Kernel, Packed, WeightSpec
 from quantport.kernels.grouped import GroupedKernel
 from quantport.model.layers import PROJECTIONS
 from quantport.modules import ops
 from quantport.modules.base import QuantModule
+from quantport.modules.expert_form import ExpertForm
 from quantport.modules.expert_layout import GroupWeights, bind_experts
 from quantport.modules.routing import run_experts
 from quantport.plugins.registry import Registry
@@ -23,15 +25,6 @@ from quantport.scheme import Scheme
 
 _ALLOCATING = Lock()  # weights are packed by several threads
 _OF_LAYOUT = ("layout", "_places", "_handle", "_one_launch", "_operands", "_tables")  # made by ``bind``
-_NAMES = {
-    "SiLU": "silu",
-    "SiLUActivation": "silu",
-    "GELU": "gelu",
-    "GELUActivation": "gelu",
-    "GELUTanh": "gelu_tanh",
-    "PytorchGELUTanh": "gelu_tanh",
-    "ReLU": "relu",
-}
 
 
 class QuantExperts(QuantModule):
@@ -45,10 +38,11 @@ class QuantExperts(QuantModule):
         gate_up: Scheme and shape [intermediate, hidden] of gate and up.
         down: Scheme and shape [hidden, intermediate] of down.
         experts: Number of experts.
-        activation: Name of the activation function.
+        form: What is computed beside the products; a text is the name of an activation function.
         dtype: Activation dtype that the kernel was chosen for.
         others: Weight name (``3.down_proj``) -> kernel and scheme, for those that differ.
         registry: As for ``QuantModule``.
+        biases: As ``form`` names them.
     """
 
     def __init__(
@@ -57,24 +51,28 @@ class QuantExperts(QuantModule):
         gate_up: WeightSpec,
         down: WeightSpec,
         experts: int,
-        activation: str,
+        form: ExpertForm | str,
         dtype: torch.dtype = torch.bfloat16,
         others: Mapping[str, tuple[Kernel, Scheme]] | None = None,
         registry: Registry | None = None,
+        biases: Sequence[nn.Parameter] = (),
     ) -> None:
         specs = {
             f"{e}.{p}": down if p == "down_proj" else gate_up for e in range(experts) for p in PROJECTIONS
         }
         specs |= {name: replace(specs[name], scheme=scheme) for name, (_, scheme) in (others or {}).items()}
-        self._activation = activation  # before the weights are bound: it belongs to the layout
+        # before the weights are bound: it belongs to the layout
+        self._form = ExpertForm(form) if isinstance(form, str) else form
         kernels = {name: other for name, (other, _) in (others or {}).items()}
         super().__init__(kernel, specs, "moe", dtype, kernels, registry)
         self.num_experts, self.gate_up, self.down = experts, gate_up, down
+        for name, bias in zip(self._form.biases, biases, strict=True):
+            self.register_parameter(name, bias)
 
     def bind(self, kernel: Kernel, others: Mapping[str, Kernel]) -> None:
         """Takes other kernels, which read the packed weights as they are."""
         super().bind(kernel, others)
-        self.layout = bind_experts(self.bound, self._activation)
+        self.layout = bind_experts(self.bound, self._form)
         names = list(self.specs)
         self._places = {names[m]: (g, i) for g in self.layout.groups for i, m in enumerate(g.members)}
         self._handle, self._one_launch = self.layout.handle, self.layout.one_launch
@@ -83,13 +81,13 @@ class QuantExperts(QuantModule):
         self._find_operands_once()
 
     @property
-    def activation(self) -> str:
-        """Name of the activation function; another one is bound at once."""
-        return self._activation
+    def form(self) -> ExpertForm:
+        """What is computed beside the products; another one is bound at once."""
+        return self._form
 
-    @activation.setter
-    def activation(self, name: str) -> None:
-        self._activation = name
+    @form.setter
+    def form(self, form: ExpertForm) -> None:
+        self._form = form
         self.bind(self.kernel, self.others)
 
     def packed(self, name: str = "") -> Packed:
@@ -126,10 +124,25 @@ class QuantExperts(QuantModule):
         if not self._operands[0] and len(self._buffer_names) == len(self.specs):
             self._operands = self._find_operands()
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Routes ``[T, hidden]`` by ``top_k_index`` and ``top_k_weights`` ``[T, top_k]``; returns ``[T,
-        hidden]``, in the dtype of ``hidden_states``. Under autocast it is cast to the dtype of that before.
+    def forward(
+        self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
+    ) -> Tensor:
+        """Routes ``[..., hidden]``, T rows, by ``top_k_index`` and ``top_k_weights`` ``[T, top_k]``; returns
+        as many in the dtype of ``hidden_states``. Under autocast it is cast to the dtype of that before.
+
+        Experts whose form is sorted get no routing: each an equal share of the rows, one after the other.
         """
+        if hidden_states.dim() != 2:
+            flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+            return self.forward(flat, top_k_index, top_k_weights).view(hidden_states.shape)
+        if self._form.is_sorted:
+            each = torch.arange(self.num_experts, device=hidden_states.device, dtype=torch.int64)
+            top_k_index = each.repeat_interleave(len(hidden_states) // self.num_experts)[:, None]
+            top_k_weights = hidden_states.new_ones(top_k_index.shape)
+        if top_k_index is None or top_k_weights is None:
+            raise RoutingError(
+                "run experts", "activations without a routing", "top_k_index and top_k_weights [T, top_k]"
+            )
         if ops.is_autocast(hidden_states):
             x = ops.autocast(hidden_states)
             with torch.autocast(x.device.type, enabled=False):
@@ -143,7 +156,11 @@ class QuantExperts(QuantModule):
             y: Tensor = run(hidden_states, top_k_index, top_k_weights, *self.operands())
             return y
         packed, multiply = self._group_weights(), ops.run_linear if wants else None
-        return run_experts(hidden_states, top_k_index, top_k_weights, self.layout, packed, multiply)
+        biases = self._biases() if self._form.biases else ()
+        return run_experts(hidden_states, top_k_index, top_k_weights, self.layout, packed, biases, multiply)
+
+    def _biases(self) -> list[Tensor]:
+        return [self.get_parameter(name) for name in self._form.biases]
 
     def _group_weights(self) -> list[GroupWeights]:
         """The packed weights of each group, gathered anew when a buffer has been exchanged."""
@@ -154,10 +171,11 @@ class QuantExperts(QuantModule):
 
     def operands(self) -> tuple[list[Tensor], list[int], str]:
         """What the operators are called with after the activations and the routing: the tensors of each
-        group, their number for one stack or one weight of each, and the handle.
+        group and the biases, the number of the former for one stack or one weight of each group, and the
+        handle.
         """
         keys, sizes = self._operands
-        return [self.get_buffer(key) for key in keys], sizes, self._handle
+        return [*(self.get_buffer(key) for key in keys), *self._biases()], sizes, self._handle
 
     def _find_operands(self) -> tuple[list[str], list[int]]:
         names, keys, sizes = list(self.specs), list[str](), list[int]()
@@ -181,33 +199,3 @@ class QuantExperts(QuantModule):
 
 def _same(buffers: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> bool:
     return len(buffers) == len(others) and all(map(is_, buffers, others))
-
-
-def why_not_experts(module: nn.Module) -> str:
-    """Why a module with fused expert weights cannot become ``QuantExperts``, or an empty string."""
-    if getattr(module, "is_transposed", False):
-        return "its experts are stored transposed"
-    if getattr(module, "has_bias", False) or any(
-        "bias" in name for name, _ in module.named_parameters(recurse=False)
-    ):
-        return "its experts have biases"
-    others = [n for n, _ in module.named_parameters() if n not in ("gate_up_proj", "down_proj")]
-    if others:
-        return f"its experts have parameters of their own: {others[0]}"
-    if not getattr(module, "is_concatenated", True):
-        return "its gate and up projections are interleaved"
-    if getattr(module, "has_post_expert_norm", False):
-        return "it normalizes the output of each expert"
-    gate = getattr(type(module), "_apply_gate", None)
-    if gate is not None and gate.__name__ != "_default_apply_gate":
-        return "it has a gating function of its own"
-    if activation_name(module) is None:
-        return f"its activation {type(getattr(module, 'act_fn', None)).__name__} is not known"
-    return ""
-
-
-def activation_name(module: nn.Module) -> str | None:
-    """Name of the activation function of an experts module, or None when it is not one that quantport
-    runs.
-    """
-    return _NAMES.get(type(getattr(module, "act_fn", None)).__name__)

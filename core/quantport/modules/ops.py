@@ -253,7 +253,8 @@ def _experts(
     x: Tensor, index: Tensor, weights: Tensor, packed: list[Tensor], sizes: list[int], handle: str
 ) -> Tensor:
     layout = expert_layout.resolve_experts(handle)
-    return run_experts(x, index, weights, layout, layout.weights(packed, sizes))
+    biases = packed[len(packed) - len(layout.form.biases) :]
+    return run_experts(x, index, weights, layout, layout.weights(packed, sizes), biases)
 
 
 def _experts_fake(

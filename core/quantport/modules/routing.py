@@ -13,7 +13,7 @@ from torch import Tensor
 
 from quantport.errors import RoutingError, ShapeError
 from quantport.kernels.base import Packed
-from quantport.kernels.grouped import ACTIVATIONS, GroupedKernel, loop_over_groups, rotated
+from quantport.kernels.grouped import GroupedKernel, loop_over_groups, rotated
 from quantport.modules.expert_layout import ExpertLayout, Group, GroupWeights
 from quantport.modules.handles import BoundWeight
 
@@ -47,9 +47,11 @@ def run_experts(
     weights: Tensor,
     layout: ExpertLayout,
     packed: Sequence[GroupWeights],
+    biases: Sequence[Tensor] = (),
     multiply: Multiply | None = None,
 ) -> Tensor:
-    """Computes ``sum_j weights[t, j] * down(act(gate(x[t])) * up(x[t]))`` over the experts ``index[t, j]``.
+    """Computes ``sum_j weights[t, j] * down(act(gate(x[t])) * up(x[t]))`` over the experts ``index[t, j]``,
+    with what the form of the layout has in place of ``act(gate) * up``.
 
     Args:
         x: ``[T, hidden]``.
@@ -58,6 +60,7 @@ def run_experts(
         weights: ``[T, top_k]``.
         layout: The layer.
         packed: The weights of each group of the layout.
+        biases: As the form of the layout names them: ``[experts, 2 * intermediate]``, ``[experts, hidden]``.
         multiply: How one weight is multiplied, where it must not be the kernel alone.
 
     Returns:
@@ -90,8 +93,11 @@ def run_experts(
     if y is None:
         split = len(layout.gate_up)
         gate_up = _apply(layout.gate_up, packed[:split], rows, routes, 2 * width, multiply)
-        between = ACTIVATIONS[layout.activation](gate_up[:, :width]) * gate_up[:, width:]
+        experts = _experts_of(routes, index, layout.experts) if biases else None
+        between = layout.form.between(gate_up, biases, experts)
         y = _apply(layout.down, packed[split:], between, routes, hidden, multiply)
+        if biases:
+            y = y + biases[1][experts]
     y = y * weights.reshape(-1)[routes.order, None]
     if routes.nowhere is not None:
         y = y.masked_fill(routes.nowhere[:, None], 0)
@@ -103,10 +109,15 @@ def run_experts(
     return out.view(*index.shape, hidden).sum(1, dtype=torch.float32).to(x.dtype)
 
 
+def _experts_of(routes: Routes, index: Tensor, experts: int) -> Tensor:
+    """The expert of each slot that is multiplied, a valid one for those that go nowhere."""
+    return index.reshape(-1)[routes.order].long().clamp(0, experts - 1)
+
+
 def _whole(layout: ExpertLayout) -> GroupedKernel | None:
     """The kernel that could compute experts as a whole, activation included."""
     kernel = layout.gate_up[0].bound.kernel
-    if not layout.one_launch or not isinstance(kernel, GroupedKernel):
+    if not layout.form.plain or not layout.one_launch or not isinstance(kernel, GroupedKernel):
         return None
     first, last = layout.gate_up[0], layout.down[0]
     if kernel.name != last.bound.kernel.name or first.shared != 2:
@@ -121,7 +132,7 @@ def _gated(layout: ExpertLayout, x: Tensor, offsets: Tensor, packed: Sequence[Gr
         return None
     gate_up, down = packed
     specs = layout.gate_up[0].bound.spec, layout.down[0].bound.spec
-    return kernel.run_gated(x, offsets, gate_up, down, specs, layout.activation)  # type: ignore[arg-type]  # stacks
+    return kernel.run_gated(x, offsets, gate_up, down, specs, layout.form.activation)  # type: ignore[arg-type]  # stacks
 
 
 def _one_token(
@@ -136,7 +147,7 @@ def _one_token(
         return None
     gate_up, down = packed
     specs = layout.gate_up[0].bound.spec, layout.down[0].bound.spec
-    return kernel.run_token(x, experts, weights, gate_up, down, specs, layout.activation)  # type: ignore[arg-type]  # stacks
+    return kernel.run_token(x, experts, weights, gate_up, down, specs, layout.form.activation)  # type: ignore[arg-type]  # stacks
 
 
 def _apply(

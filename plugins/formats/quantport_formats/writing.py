@@ -151,9 +151,15 @@ def written_weights(
         embeddings: Whether the format has quantized embeddings.
 
     Raises:
-        SaveError: an embedding, a fused layer that is quantized in parts, or a weight in activation order.
+        SaveError: an embedding, a fused layer that is quantized in parts, a weight in activation order, or
+            experts that checkpoints of their architecture do not hold one by one.
     """
     for path, layer in layers.items():
+        if not layer.apart:
+            found = (
+                f"{path}, whose experts no checkpoint of this architecture holds one by one as they are here"
+            )
+            raise SaveError(asked, found, OWN)
         lookup = layer.kind == "embedding" and not embeddings
         if lookup or (len(layer.weights) > 1 and not layer.experts):
             kind = "a quantized embedding" if lookup else "a fused layer in parts"

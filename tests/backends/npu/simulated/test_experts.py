@@ -12,6 +12,7 @@ from simulator import register
 from simulator.register import A5, E2M1, E8M0
 
 from quantport.backend import Accepted, Request, WeightSpec
+from quantport.modules import ExpertForm
 from quantport.plugins.registry import default_registry
 from quantport.testing import builders, cases
 
@@ -48,7 +49,7 @@ def layer(name, activation="silu"):
     )
     kernel = next(k for k in default_registry().kernels("npu") if isinstance(k.verdict(request), Accepted))
     module, reference = builders.experts(kernel, scheme, request.device)
-    module.activation = activation
+    module.form = ExpertForm(activation)
     return module, reference
 
 
