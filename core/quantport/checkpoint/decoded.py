@@ -20,6 +20,7 @@ from quantport.checkpoint.plain_format import refuse_codes
 from quantport.checkpoint.source import Rows, StoredTensor, TensorSource, VerifiedSource
 from quantport.errors import CheckpointError
 from quantport.model.layers import Layer, Part, find_layers
+from quantport.model.stored_experts import alternating
 from quantport.numerics import dequantize_weight
 from quantport.numerics.by_rows import stored_slices
 from quantport.numerics.sharding import alignment
@@ -115,12 +116,16 @@ class DecodedSource:
         return torch.stack([self._values(name, tensor, e, slice(None)) for e in experts])
 
     def stored(self, name: str, expert: int | None, rows: slice) -> dict[str, Tensor]:
-        """The tensors of the scheme's layout for rows ``[start, stop)`` that begin and end with its blocks.
+        """The tensors of the scheme's layout for rows ``[start, stop)`` that begin and end with its blocks;
+        where each row is one, for every ``step``-th of them.
 
         Raises:
             CheckpointError: they are not what the scheme stores.
         """
-        tensor, k = self.coded[name], self.coded[name].shape[-1]
+        tensor, (count, k) = self.coded[name], self.coded[name].shape[-2:]
+        if rows.step:
+            each = self.stored(name, expert, slice(rows.start, min(rows.stop, count)))
+            return {key: value[:: rows.step].contiguous() for key, value in each.items()}
         assert tensor.scheme is not None  # `Coded.quantized` names no others
         if tensor.read is not None:
             stored = {key: value.contiguous() for key, value in tensor.read(expert, rows).items()}
@@ -192,6 +197,7 @@ class Coded(Recognized):
         unlisted: Stored tensors that are no part of the model.
         kv_cache: The KV cache that it asks for.
         notices: For people: what of the checkpoint is not used as it was meant.
+        alternates: Whether rows of gate and up take turns in fused experts.
 
     Raises:
         CheckpointError: codes are left over.
@@ -206,8 +212,10 @@ class Coded(Recognized):
         unlisted: Iterable[str] = (),
         kv_cache: KVCacheConfig | None = None,
         notices: Iterable[str] = (),
+        alternates: bool = False,
     ) -> None:
         self.decoded, self.converts = DecodedSource(source, coded, unlisted), bool(coded)
+        self._alternates = alternates
         super().__init__(format_name, self.decoded)
         refuse_codes(self.decoded, f"read {source.directory} as {format_name}")
         self._kv_cache, self._notices = kv_cache or KVCacheConfig(), tuple(notices)
@@ -218,7 +226,10 @@ class Coded(Recognized):
 
     @cached_property
     def _layers(self) -> list[Layer]:
-        return [self._with_size(layer) for layer in find_layers(self.source.tensors)]
+        layers = find_layers(self.source.tensors)
+        if self._alternates:
+            layers = [alternating(layer) if layer.experts else layer for layer in layers]
+        return [self._with_size(layer) for layer in layers]
 
     def _with_size(self, layer: Layer) -> Layer:
         """A layer with the bytes of its codes, where it is stored as codes."""
@@ -253,13 +264,16 @@ class Coded(Recognized):
         tensor = self.decoded.coded.get(part.tensor)
         if tensor is None or tensor.scheme is None or (layer.experts and _is_ordered(tensor)):
             return False
-        return (part.start or 0) % alignment(tensor.scheme, 0) == 0
+        rows = alignment(tensor.scheme, 0)
+        return (part.in_place and (part.start or 0) % rows == 0) or (rows == 1 and not part.transposed)
 
     def _weight(self, layer: Layer, weight: str, n: int) -> QuantizedWeight:
-        name, expert, start, *_ = layer.part(weight)
-        tensor, first = self.decoded.coded[name], start or 0
+        part = layer.part(weight)
+        name, expert, first = part.tensor, part.expert, part.start or 0
+        tensor = self.decoded.coded[name]
         assert tensor.scheme is not None
-        read = partial(self.decoded.stored, name, expert, slice(first, first + n))
+        rows = slice(first, first + n) if part.in_place else slice(first, part.stop, part.step)
+        read = partial(self.decoded.stored, name, expert, rows)
         whole = expert is None and n == tensor.shape[0]
         share = n / (tensor.shape[-2] * (tensor.shape[0] if expert is not None else 1))
         size = round(share * self.source.tensors[name].nbytes)

@@ -2,11 +2,8 @@
 
 Source: Transformers 5.23, ``integrations/mxfp4.py`` (``_convert_moe_packed_tensors``): ``X_blocks`` uint8
 ``[experts, n, groups, 16]``, the first code of a byte in its low bits, ``X_scales`` uint8 ``[experts, n,
-groups]``; a value is ``e2m1 * 2 ** (scale - 127)``, and the weight of the model is transposed: ``[experts, k,
-n]``.
-
-Its experts have biases, a gate that is interleaved and an activation of its own, which no module of quantized
-experts runs: they are decoded to 16 bits, exactly, for BF16 has every such value.
+groups]``; a value is ``e2m1 * 2 ** (scale - 127)``. The weight of the model is transposed, ``[experts, k,
+n]``; the rows of gate and up take turns.
 """
 
 from __future__ import annotations
@@ -19,8 +16,6 @@ import torch
 from torch import Tensor
 
 from quantport.checkpoint import CheckpointFormat, Coded, CodedTensor, Recognized, TensorSource
-from quantport.numerics import dequantize_weight
-from quantport.scheme import Scheme
 from quantport.scheme.catalog import Schemes
 from quantport_formats.common import held_dtype, quant_method
 from quantport_formats.pieces import wanted
@@ -46,11 +41,7 @@ class GptOss(CheckpointFormat):
             name.removesuffix(_BLOCKS): self._weight(source, name.removesuffix(_BLOCKS), dtype, schemes)
             for name in stacks
         }
-        said = (
-            f"{len(coded)} weights of experts in MXFP4 are decoded to 16 bits, four times the memory: "
-            "no module runs quantized experts with biases and a gate of their own"
-        )
-        return Coded(self.name, source, coded, notices=[said])
+        return Coded(self.name, source, coded, alternates=True)
 
     def _weight(self, source: TensorSource, name: str, dtype: torch.dtype, schemes: Schemes) -> CodedTensor:
         blocks, scales = f"{name}{_BLOCKS}", f"{name}{_SCALES}"
@@ -58,17 +49,17 @@ class GptOss(CheckpointFormat):
         shape = experts, n, groups
         wanted(source, self.name, blocks, [(*shape, _BYTES)], [torch.uint8])
         wanted(source, self.name, scales, [shape], [torch.uint8])
-        read = partial(_read, source, (blocks, scales), schemes["mxfp4"], 2 * _BYTES * groups)
-        weight = experts, 2 * _BYTES * groups, n
-        return CodedTensor(weight, dtype, None, (blocks, scales), read=read)
+        read = partial(_read, source, (blocks, scales))
+        return CodedTensor(
+            (experts, n, 2 * _BYTES * groups),
+            dtype,
+            schemes["mxfp4_weight_only"],
+            (blocks, scales),
+            read=read,
+        )
 
 
-def _read(
-    source: TensorSource, names: tuple[str, str], scheme: Scheme, k: int, expert: int | None, rows: slice
-) -> dict[str, Tensor]:
-    """Rows of a transposed matrix: columns of the matrix that is stored."""
+def _read(source: TensorSource, names: tuple[str, str], expert: int | None, rows: slice) -> dict[str, Tensor]:
     assert expert is not None  # a stack
-    blocks, scales = (source.read(name, slice(expert, expert + 1))[0] for name in names)
-    stored = {"weight_packed": blocks.flatten(1), "weight_scale": scales}
-    values = dequantize_weight(stored, scheme, k, torch.bfloat16)
-    return {"weight": values.T[rows].contiguous()}
+    blocks, scales = (source.read(name, (expert, rows)) for name in names)
+    return {"weight_packed": blocks.flatten(1), "weight_scale": scales}

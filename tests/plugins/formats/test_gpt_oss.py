@@ -1,4 +1,6 @@
-"""The MXFP4 experts of GPT-OSS: decoded as Transformers decodes them (5.23), on a model of its own class."""
+"""The MXFP4 experts of GPT-OSS: kept, and decoded as Transformers decodes them (5.23), on a model of its own
+class.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +16,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import quantport
 from quantport.errors import CheckpointError
+from quantport.numerics import dequantize_weight, quantize_weight
 
 CHECKED_BY = "Transformers 5.23"
 
@@ -49,24 +52,55 @@ def made():
     return Made(described, tensors, values)
 
 
-def test_experts_are_decoded_exactly_and_it_is_said(tmp_path):
+def of_transformers(checkpoint):
+    """The model with the values that the codes stand for, in Transformers' own modules."""
+    config = {key: v for key, v in checkpoint.config.items() if key != "quantization_config"}
+    model = transformers.GptOssForCausalLM(transformers.GptOssConfig.from_dict(config)).bfloat16().eval()
+    model.load_state_dict(checkpoint.tensors | checkpoint.values, strict=False)
+    return model
+
+
+def test_experts_are_kept_to_the_bit(tmp_path):
     checkpoint = made()
-    with pytest.warns(UserWarning, match="2 weights of experts in MXFP4 are decoded to 16 bits"):
-        model = quantport.load(checkpoint.write(tmp_path), device="cpu")
+    model = quantport.load(checkpoint.write(tmp_path), device="cpu")
+    experts = model.model.layers[0].mlp.experts
+    assert {s.scheme for s in model.quantport_plan.quantized} == {"mxfp4_weight_only"}
+    gate_up, down = (
+        checkpoint.values[f"model.layers.0.mlp.experts.{n}"] for n in ("gate_up_proj", "down_proj")
+    )
+    for e in range(4):
+        expected = {"gate_proj": gate_up[e].T[::2], "up_proj": gate_up[e].T[1::2], "down_proj": down[e].T}
+        for name, value in expected.items():
+            spec = experts.specs[f"{e}.{name}"]
+            stored = experts.stored_weight(f"{e}.{name}")
+            assert same_bits(dequantize_weight(stored, spec.scheme, spec.k, torch.bfloat16), value), (e, name)
+    with torch.no_grad():
+        found, expected = model(ids % 512).logits, of_transformers(checkpoint)(ids % 512).logits
+    assert (found - expected).norm() <= 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize("scheme", ["int8", "fp8_per_block"])
+def test_another_scheme_is_made_of_the_values(scheme, tmp_path):
+    checkpoint = made()
+    model = quantport.load(checkpoint.write(tmp_path), scheme, device="cpu")
+    assert {step.scheme for step in model.quantport_plan.quantized} == {scheme}
+    experts, values = (
+        model.model.layers[0].mlp.experts,
+        checkpoint.values["model.layers.0.mlp.experts.gate_up_proj"],
+    )
+    spec = experts.specs["2.up_proj"]
+    expected = quantize_weight(values[2].T[1::2].contiguous(), spec.scheme)
+    assert all(same_bits(experts.stored_weight("2.up_proj")[key], tensor) for key, tensor in expected.items())
+
+
+@pytest.mark.filterwarnings("ignore:.*of the bytes of matrices are quantized:UserWarning")
+def test_experts_in_16_bits_are_decoded_exactly(tmp_path):
+    checkpoint = made()
+    model = quantport.load(checkpoint.write(tmp_path), "bf16", device="cpu")
     parameters = dict(model.named_parameters())
     assert checkpoint.values
     for name, value in checkpoint.values.items():
         assert same_bits(parameters[name].data, value), name
-    with torch.no_grad():
-        assert torch.isfinite(model(ids % 512).logits).all()
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_attention_is_quantized_where_it_is_asked(tmp_path):
-    model = quantport.load(made().write(tmp_path), "int8", device="cpu")
-    quantized = {step.layer.name for step in model.quantport_plan.quantized}
-    assert "model.layers.0.self_attn.q_proj" in quantized
-    assert not any("experts" in name for name in quantized)
 
 
 @pytest.mark.parametrize("damage", ["absent", "shape", "flat", "dtype"])
