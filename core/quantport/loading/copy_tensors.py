@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -63,8 +63,10 @@ def copy_tensor(
     what it saw. Where it is put transposed, each matrix of a 3-D tensor is a slab.
     """
     seen, shape = ValueRange(), source.tensors[name].shape
-    whole: Iterator[Rows] = ((e, slice(None)) for e in range(shape[0]))
-    for rows in whole if transposed else slabs(shape, source.tensors[name].nbytes, slab):
+    each: Iterable[Rows | None] = slabs(shape, source.tensors[name].nbytes, slab)
+    if transposed:
+        each = ((e, slice(None)) for e in range(shape[0]))
+    for rows in each:
         values = source.read(name, rows)
         seen.add(values)
         put(values.T if transposed else values)
