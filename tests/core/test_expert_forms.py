@@ -201,6 +201,25 @@ def test_what_is_no_known_form_says_why(module, word):
     assert word in expert_form(module)
 
 
+@pytest.mark.parametrize(("intermediate", "hidden"), [(32, 32), (16, 32), (48, 32)])
+def test_square_matrices_hide_no_transposition(intermediate, hidden, tmp_path):
+    """GPT-OSS has as many hidden as intermediate columns."""
+    model = tiny_model("GptOssForCausalLM", {"hidden_size": hidden, "intermediate_size": intermediate})
+    model.save_pretrained(tmp_path)
+    loaded = quantport.load(tmp_path, "bf16", model=lambda: type(model)(model.config))
+    for name in ("1.gate_proj", "2.up_proj", "3.down_proj"):
+        expert, projection = name.split(".")
+        source = model.model.layers[0].mlp.experts
+        stack = (
+            source.down_proj
+            if projection == "down_proj"
+            else source.gate_up_proj[..., projection == "up_proj" :: 2]
+        )
+        assert torch.equal(experts_of(loaded).stored_weight(name)["weight"], stack[int(expert)].T)
+    quantport.quantize_(model, SCHEME)
+    assert experts_of(model).gate_up == quantport.load(tmp_path, SCHEME).model.layers[0].mlp.experts.gate_up
+
+
 @pytest.fixture(scope="module")
 def turned(tmp_path_factory):
     """The MoE example with its experts fused, and the same with every matrix of them transposed."""

@@ -24,6 +24,7 @@ from quantport.loading.weight_tasks import Take, quantize_tasks
 from quantport.model.layers import Layer
 from quantport.model.patterns import compile_pattern
 from quantport.modules import QuantModule
+from quantport.modules.expert_form import holds_transposed
 from quantport.planning.plan import Plan
 from quantport.planning.steps import Step
 from quantport.plugins.registry import Registry
@@ -111,9 +112,11 @@ class ModelFiller:
 
     def _turned(self, layer: Layer) -> set[str]:
         """The 3-D tensors of experts whose matrices the model has transposed, other than the checkpoint."""
-        module, (_, n, k) = module_at(self.model, self._path(layer)), layer.weights[-1]
-        held, stored = getattr(module, "down_proj", None), layer.parts["down_proj"][0]
-        if held is None or stored.expert is None or (tuple(held.shape[1:]) != (n, k)) == stored.transposed:
+        module, (_, hidden, intermediate) = module_at(self.model, self._path(layer)), layer.weights[-1]
+        stored = layer.parts["down_proj"][0]
+        if not hasattr(module, "gate_up_proj") or stored.expert is None:
+            return set()
+        if holds_transposed(module, intermediate, hidden) == stored.transposed:
             return set()
         return _tensors(layer)
 

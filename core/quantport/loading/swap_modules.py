@@ -30,7 +30,7 @@ from quantport.modules import (
     TiedLinear,
     expert_form,
 )
-from quantport.modules.expert_form import FLAT_WEIGHTS
+from quantport.modules.expert_form import FLAT_WEIGHTS, holds_transposed
 from quantport.planning.steps import Step
 from quantport.plugins.registry import Registry
 
@@ -242,10 +242,7 @@ def _fits(layer: Layer, module: nn.Module) -> None:
         form = expert_form(module)
         if isinstance(form, ExpertForm) and form.flat:
             found = {f"mlp.{name}": (e * i, h) for name in FLAT_WEIGHTS}
-        elif tuple(module.get_parameter("down_proj").shape[1:]) != (
-            h,
-            i,
-        ):  # as it is stored transposed, whatever the file has
+        elif holds_transposed(module, i, h):
             found = {name: (e, k, n) for name, (e, n, k) in found.items()}
     else:
         rows, (_, k) = sum(n for n, _ in shapes.values()), next(iter(shapes.values()))

@@ -129,6 +129,14 @@ def expert_form(module: nn.Module) -> ExpertForm | str:
     return ExpertForm(activation, None, interleaved, biases, kind == _SORTED)
 
 
+def holds_transposed(module: Any, intermediate: int, hidden: int) -> bool:
+    """Whether an experts module holds its matrices as ``[in_features, out_features]``; where one of them is
+    square the other shows it.
+    """
+    shapes = tuple(tuple(getattr(module, name).shape[1:]) for name in _WEIGHTS)
+    return shapes == ((hidden, 2 * intermediate), (intermediate, hidden))
+
+
 def parse_form(name: str) -> ExpertForm | None:
     """The form of a name, or None: a gate has a name only while it lives."""
     first, *rest = name.split("+")
