@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from quantport.cli.output import only_pages, quiet_logs, stdout_failed, write
 from quantport.errors import QuantportError, SaveError
@@ -44,7 +44,31 @@ _EPILOG = """[bold]Start here[/bold]
   quantport run MODEL --scheme int8      do it, and generate text"""
 
 
-class _Group(TyperGroup):
+class _ConvertsWhatWasGiven:
+    """Leaves options alone that were not given: typer converts them all through pydantic, whose import takes
+    longer than most of what a short command does.
+    """
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        params: list[Any] = super().get_params(ctx)  # type: ignore[misc]  # of the command that it is mixed into
+        for param in params:
+            if not (param.required or param.multiple or param.nargs != 1 or "process_value" in vars(param)):
+                param.process_value = _where_given(param.process_value)
+        return params
+
+
+def _where_given(convert: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    def convert_given(ctx: Any, value: Any) -> Any:
+        return None if value is None else convert(ctx, value)
+
+    return convert_given
+
+
+class _Command(_ConvertsWhatWasGiven, TyperCommand):
+    """One command."""
+
+
+class _Group(_ConvertsWhatWasGiven, TyperGroup):
     """Turns every error of quantport into its three-part message and exit code 2, and says an interrupt."""
 
     def invoke(self, ctx: Any) -> Any:
@@ -87,7 +111,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
                 explain(error, as_json=options.get("as_json") or options.get("style") == "json")
                 raise typer.Exit(2) from None
 
-    return app.command(help=escape(text), epilog=epilog)(run)
+    return app.command(cls=_Command, help=escape(text), epilog=epilog)(run)
 
 
 def add_plugin_commands(registry: Registry | None = None) -> None:

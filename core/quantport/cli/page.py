@@ -19,14 +19,6 @@ from typing import Any
 from rich import box
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 from rich.table import Table
 from rich.text import Text
 
@@ -268,6 +260,15 @@ def progress(title: str, unit: str = "bytes") -> Iterator[Callable[[int, int, st
     """A progress bar on stderr, with rate and time left for bytes; silent when stderr is no terminal. Before
     the first byte it says what is done instead.
     """
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
     columns = [TextColumn("{task.description}"), BarColumn()]
     columns += (
         [DownloadColumn(), TransferSpeedColumn()]

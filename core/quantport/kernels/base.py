@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import NamedTuple
@@ -199,19 +200,27 @@ class Kernel(ABC):
         """Runs on activations as the layer gets them: rotates them first where the scheme is rotated."""
         return self.run(rotate(x, spec.scheme.rotation) if spec.scheme.rotation else x, packed, bias, spec)
 
+    def unrelated(self, scheme: Scheme, layer: str) -> Rejected | None:
+        """The refusal of a scheme or a kind of layer that the kernel is not for at all, which is the same on
+        every device and for every shape; None where it depends on them.
+        """
+        if scheme.ordered and layer == "moe":
+            return _unrelated(self.name, "no kernel orders the inputs of experts")
+        if not self.serves(scheme.in_order):
+            return _unrelated(self.name, f"it does not run {scheme.in_order.name}")
+        if layer not in self.layers:
+            return _unrelated(self.name, f"it is for {', '.join(self.layers)} layers")
+        return None
+
     def verdict(self, request: Request) -> Verdict:
         """Folds the methods above into a verdict. Ask through ``guarded_verdict`` a kernel that may raise, or
         return nonsense.
         """
         scheme = request.weight.scheme
-        if scheme.ordered and request.layer == "moe":
-            return _unrelated(self.name, "no kernel orders the inputs of experts")
+        if unrelated := self.unrelated(scheme, request.layer):
+            return unrelated
         if scheme.ordered:
             return self.verdict(replace(request, weight=replace(request.weight, scheme=scheme.in_order)))
-        if not self.serves(scheme):
-            return _unrelated(self.name, f"it does not run {scheme.name}")
-        if request.layer not in self.layers:
-            return _unrelated(self.name, f"it is for {', '.join(self.layers)} layers")
         reasons = _reasons(self.reasons_against(request))
         if reasons:
             return Rejected(self.name, reasons)
@@ -251,6 +260,19 @@ def guarded_verdict(kernel: Kernel, request: Request) -> Verdict:
         text = f"the kernel raised {type(error).__name__}: {error}"
         return Rejected(kernel.name, (Reason(text, code=ReasonCode.RAISED),))
     return verdict
+
+
+def unrelated_verdicts(kernels: Sequence[Kernel], scheme: Scheme, layer: str) -> dict[str, Rejected]:
+    """What those of some kernels answer that are for other schemes or layers, by name: asked once for many
+    devices or shapes. A kernel that raises, or folds its verdict by itself, is asked each time.
+    """
+    found = {}
+    for kernel in kernels:
+        if type(kernel).verdict is Kernel.verdict:
+            with suppress(Exception, SystemExit):  # it answers for that when it is asked for its verdict
+                if refusal := kernel.unrelated(scheme, layer):
+                    found[kernel.name] = refusal
+    return found
 
 
 def _reasons(answer: Sequence[Reason]) -> tuple[Reason, ...]:

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 
-from quantport.checkpoint.json import read_json
 from quantport.device import Device
 from quantport.errors import CheckpointError, SaveError
 
@@ -65,6 +64,8 @@ def own_table(device: Device) -> tuple[str, Mapping[str, Any]]:
 @cache
 def _read(path: Path) -> Mapping[str, Any]:
     """A file, or nothing, with one warning, where it is not what `save_own` writes."""
+    from quantport.checkpoint.json import read_json  # kernels of a simulated device need no checkpoint
+
     try:
         table = read_json(path)
         if table:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
 
 from quantport.device import Arch, Device
 from quantport.errors import ConfigError, one_of
-from quantport.kernels.base import Request, WeightSpec
+from quantport.kernels.base import Request, WeightSpec, unrelated_verdicts
 from quantport.planning.select_kernel import Choice, choice_dict, select_kernel
 from quantport.plugins.registry import Registry, default_registry
 
@@ -64,13 +66,18 @@ def matrix(
         if scheme
         else [s for s in registry.schemes.values() if s.weight.format != "bf16"]
     )
+    rows = [(s, kind) for s in schemes for kind in ([layer] if layer else LAYERS)]
     cells = []
-    for target in _targets(registry, device):
-        kernels = registry.kernels(target.kind)
-        for s in schemes:
-            for kind in [layer] if layer else LAYERS:
-                request = Request(WeightSpec(s, *_SHAPE), kind, target, target.arch.compute)
-                cells.append(Cell(s.name, target.arch, kind, s.precision, select_kernel(request, kernels)))
+    for kind, targets in groupby(_targets(registry, device), key=attrgetter("kind")):
+        kernels = registry.kernels(kind)
+        weights = [
+            (WeightSpec(s, *_SHAPE), of, unrelated_verdicts(kernels, s, of)) for s, of in rows
+        ]
+        for target in targets:
+            for weight, of, unrelated in weights:
+                request = Request(weight, of, target, target.arch.compute)
+                choice = select_kernel(request, kernels, known=unrelated)
+                cells.append(Cell(weight.scheme.name, target.arch, of, weight.scheme.precision, choice))
     return tuple(cells)
 
 

@@ -4,8 +4,9 @@ here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 from quantport.device import Device
@@ -67,7 +68,10 @@ def choice_dict(choice: Choice) -> dict[str, Any]:
 
 
 def select_kernel(
-    request: Request | Sequence[Request], kernels: Sequence[Kernel], fallback: str = "weight_only"
+    request: Request | Sequence[Request],
+    kernels: Sequence[Kernel],
+    fallback: str = "weight_only",
+    known: Mapping[str, Rejected] = MappingProxyType({}),
 ) -> Choice:
     """Chooses the kernel for one request, or one kernel for all weights of a layer.
 
@@ -79,24 +83,25 @@ def select_kernel(
             a kernel.
         kernels: Every kernel of the device.
         fallback: ``weight_only``, ``reference`` or ``error``.
+        known: Refusals of kernels that need not be asked again, by name: ``unrelated_verdicts``.
 
     Returns:
         The choice; its status is ``unsupported`` when the policy leaves nothing.
     """
     requests = [request] if isinstance(request, Request) else list(request)
     request = requests[0]
-    verdicts = tuple([_verdict(kernel, requests) for kernel in kernels])
+    verdicts = tuple([known.get(kernel.name) or _verdict(kernel, requests) for kernel in kernels])
     accepted = [v for v in verdicts if isinstance(v, Accepted)]
     scheme = request.weight.scheme
     exact = [v for v in accepted if v.precision == scheme.precision and v.status is not Status.REFERENCE]
     weight_only = [v for v in accepted if v.status is Status.WEIGHT_ONLY] if fallback == "weight_only" else []
     emulated = [v for v in accepted if v.status is Status.REFERENCE] if fallback != "error" else []
     pool = exact or weight_only or emulated
-    reasons = _reasons(request, verdicts)
     if not pool:
+        reasons = _reasons(request, verdicts)
         return Choice(Status.UNSUPPORTED, "", "", None, reasons, verdicts=verdicts)
     best = min(pool, key=lambda v: (_RANK[v.status], -(v.speed or 0)))
-    reasons = () if best.status is Status.NATIVE else reasons
+    reasons = () if best.status is Status.NATIVE else _reasons(request, verdicts)
     slow = (
         f"measured at {best.speed:.2f}x BF16 at {request.num_tokens} rows"
         if best.speed is not None and best.speed < 1
@@ -121,7 +126,7 @@ def select_kernel(
 def _verdict(kernel: Kernel, requests: Sequence[Request]) -> Verdict:
     """The first refusal of the weights of one layer, else the verdict on its first weight."""
     first = guarded_verdict(kernel, requests[0])
-    if isinstance(first, Rejected):
+    if len(requests) == 1 or isinstance(first, Rejected):
         return first
     others = (guarded_verdict(kernel, request) for request in requests[1:])
     return next((verdict for verdict in others if isinstance(verdict, Rejected)), first)

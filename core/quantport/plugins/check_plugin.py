@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
@@ -18,6 +18,10 @@ from quantport.kvcache.kernel import KVKernel
 from quantport.plugins import hookspecs
 from quantport.plugins.hookspecs import Backend
 
+if TYPE_CHECKING:
+    from quantport.checkpoint.format import CheckpointFormat
+
+FORMATS_HOOK = "quantport_checkpoint_formats"
 COMMANDS = ("bench", "devices", "doctor", "inspect", "matrix", "plan", "quantize", "run")
 HOOKS = tuple(name for name in vars(hookspecs) if name.startswith("quantport_"))
 _UNORDERED = ("wrapper", "hookwrapper", "tryfirst", "trylast")
@@ -106,8 +110,8 @@ def check_backend(plugin: str, backend: object, backends: Mapping[str, Backend])
             f"load backend {plugin!r}", f"its hook returned {backend!r}", "a quantport.backend.Backend"
         )
     for attribute, (is_valid, needs) in _ATTRIBUTES.items():
-        found = shown(getattr(backend, attribute)) if hasattr(backend, attribute) else "nothing"
         if not hasattr(backend, attribute) or not is_valid(getattr(backend, attribute)):
+            found = shown(getattr(backend, attribute)) if hasattr(backend, attribute) else "nothing"
             raise BackendError(f"load backend {plugin!r}", f"its {attribute} is {found}", needs)
     if backend.kind in backends:
         raise BackendError(
@@ -230,6 +234,29 @@ def named(plugin: str, answers: Iterable[Any], kind: type[Any], table: Mapping[s
         _refuse_taken(plugin, kind.__name__, member.name, (*table, *new))
         new[member.name] = member
     return new
+
+
+def formats_by_name(
+    plugin: str, answers: Sequence[Any], table: Mapping[str, CheckpointFormat]
+) -> dict[str, CheckpointFormat]:
+    """The checkpoint formats that a hook returned, by name; none where there is no such hook.
+
+    Args:
+        plugin: Its name.
+        answers: What the hook returned.
+        table: Those of the plugins before it.
+
+    Raises:
+        BackendError: one is no format, or its name is taken.
+    """
+    if not answers:
+        return {}
+    from quantport.checkpoint.format import CheckpointFormat
+    from quantport.checkpoint.plain_format import PlainFormat
+    from quantport.checkpoint.recognize import BUILTIN_FORMATS
+
+    taken = {own.name: own for own in (*BUILTIN_FORMATS, PlainFormat())} | dict(table)
+    return named(plugin, answers, CheckpointFormat, taken)
 
 
 def added_kernels(plugin: str, answers: Iterable[Any]) -> list[tuple[str, tuple[Kernel, ...]]]:

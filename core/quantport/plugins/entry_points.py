@@ -9,7 +9,8 @@ BACKENDS, PLUGINS = GROUPS = ("quantport.backends", "quantport.plugins")
 
 def installed() -> list[EntryPoint]:
     """Every installed entry point of a plugin."""
-    return [point for group in GROUPS for point in entry_points(group=group)]
+    found = entry_points()  # asked once: it reads the metadata of all that is installed
+    return [point for group in GROUPS for point in found.select(group=group)]
 
 
 def is_builtin(point: EntryPoint) -> bool:

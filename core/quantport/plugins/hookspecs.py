@@ -22,16 +22,19 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import pluggy
 from torch import Tensor
 
-from quantport.checkpoint.format import CheckpointFormat
 from quantport.device import Arch, Device
 from quantport.kernels.base import Kernel, StoredWeight
 from quantport.kvcache.kernel import KVKernel
 from quantport.numerics.solvers import Solver
 from quantport.scheme import Scheme
+
+if TYPE_CHECKING:
+    from quantport.checkpoint.format import CheckpointFormat
 
 hookspec = pluggy.HookspecMarker("quantport")
 hookimpl = pluggy.HookimplMarker("quantport")
@@ -159,7 +162,9 @@ def quantport_solvers() -> Sequence[Solver]:  # type: ignore[empty-body]  # a sp
 
 @hookspec
 def quantport_checkpoint_formats() -> Sequence[CheckpointFormat]:  # type: ignore[empty-body]  # a specification, as above
-    """Returns additional formats of checkpoints. Called once, when the registry is made. Names are unique."""
+    """Returns additional formats of checkpoints. Called once, when the registry is made; in
+    quantport's own plugins, when a format is first asked for. Names are unique.
+    """
 
 
 # --------------------------------------------------------------------------------

@@ -9,14 +9,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from importlib.metadata import EntryPoint
 from secrets import token_hex
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pluggy
 import torch
 
-from quantport.checkpoint.format import CheckpointFormat
-from quantport.checkpoint.plain_format import PlainFormat
-from quantport.checkpoint.recognize import BUILTIN_FORMATS
 from quantport.device import Device
 from quantport.errors import BackendError, ConfigError, DeviceError, one_of
 from quantport.kernels.base import Kernel
@@ -24,11 +21,13 @@ from quantport.kvcache.kernel import KVKernel
 from quantport.numerics.solvers import Solver
 from quantport.plugins import hookspecs
 from quantport.plugins.check_plugin import (
+    FORMATS_HOOK,
     added_kernels,
     called,
     check_backend,
     check_kernels,
     commands,
+    formats_by_name,
     kv_kernel_of,
     members,
     memory_of,
@@ -42,6 +41,9 @@ from quantport.plugins.hookspecs import Backend
 from quantport.plugins.once import once, once_property
 from quantport.scheme import Scheme
 from quantport.scheme.catalog import BUILTIN, Schemes
+
+if TYPE_CHECKING:  # takes as long to import as all that the matrix needs of core
+    from quantport.checkpoint.format import CheckpointFormat
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,6 @@ class Registry:
         backends: Kind of device -> backend.
         schemes: Those of quantport and of plugins.
         solvers: Name -> solver of a plugin.
-        formats: Name -> checkpoint format of a plugin.
         commands: Name -> command of a plugin.
         owners: Name of a command -> the plugin that brings it.
         token: Tells this registry from others in handles of operators.
@@ -89,7 +90,8 @@ class Registry:
         self.backends: dict[str, Backend] = {}
         self.schemes = BUILTIN
         self.solvers: dict[str, Solver] = {}
-        self.formats: dict[str, CheckpointFormat] = {}
+        self._ours: list[tuple[str, pluggy.PluginManager]] = []  # own plugins by name, for their formats
+        self._added_formats: dict[str, CheckpointFormat] = {}
         self.commands: dict[str, Callable[..., None]] = {}
         self.owners: dict[str, str] = {}
         self.token, self.is_default = token_hex(4), False
@@ -143,7 +145,10 @@ class Registry:
         brought = bring() if is_builtin(point) else answer(bring, self._seconds)  # ours needs no thread
         self._loaded[point.name] = brought.plugin
         self.schemes = brought.schemes
-        self.solvers, self.formats = self.solvers | brought.solvers, self.formats | brought.formats
+        self.solvers, self._added_formats = (
+            self.solvers | brought.solvers,
+            self._added_formats | brought.formats,
+        )
         self.commands |= brought.commands
         self.owners |= dict.fromkeys(brought.commands, point.name)
         self._added += [(point.name, kind, added) for kind, added in brought.kernels]
@@ -155,7 +160,7 @@ class Registry:
         """Imports a plugin and asks its hooks. Changes nothing here: one that is late may still be at it when
         it has been set aside.
         """
-        name, plugin = point.name, point.load()
+        name, plugin, ours = point.name, point.load(), is_builtin(point)
         manager = pluggy.PluginManager("quantport")
         manager.add_hookspecs(hookspecs)
         register(manager, plugin, name)
@@ -174,17 +179,34 @@ class Registry:
             (*self.schemes.values(), *(s for some in schemes for s in some)),
             (*self.solvers.values(), *solvers.values()),
         )
-        formats = called(manager, "quantport_checkpoint_formats", name)
-        taken = {own.name: own for own in (*BUILTIN_FORMATS, PlainFormat())} | self.formats
+        if ours:
+            self._ours.append((name, manager))
+        formats = [] if ours else called(manager, FORMATS_HOOK, name)
+        taken = self._own_formats | self._added_formats if formats else {}
         return _Brought(
             plugin,
             backends,
             merged,
             solvers,
-            named(name, formats, CheckpointFormat, taken),
+            formats_by_name(name, formats, taken),
             added_kernels(name, called(manager, "quantport_kernels", name)),
             commands(name, called(manager, "quantport_commands", name), self.commands),
         )
+
+    @once_property
+    def _own_formats(self) -> dict[str, CheckpointFormat]:
+        """Those of quantport's own plugins, which take as long to import as all the rest of them: not before
+        somebody reads a checkpoint.
+        """
+        formats: dict[str, CheckpointFormat] = {}
+        for name, manager in self._ours:
+            formats |= formats_by_name(name, called(manager, FORMATS_HOOK, name), formats)
+        return formats
+
+    @once_property
+    def formats(self) -> dict[str, CheckpointFormat]:
+        """Name -> checkpoint format of a plugin, quantport's own first."""
+        return self._own_formats | self._added_formats
 
     @once_property
     def devices(self) -> tuple[Device, ...]:

@@ -1,45 +1,18 @@
 """The formats room: checkpoints that others have quantized, each format one file."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from quantport.backend import hookimpl
-from quantport.checkpoint import CheckpointFormat
-from quantport_formats.auto_round import AutoRound
-from quantport_formats.awq import Awq
-from quantport_formats.bitsandbytes import Bitsandbytes
-from quantport_formats.compressed_tensors import CompressedTensors
-from quantport_formats.fp8 import Fp8
-from quantport_formats.gguf import Gguf
-from quantport_formats.gpt_oss import GptOss
-from quantport_formats.gptq import Gptq
-from quantport_formats.hqq import Hqq
-from quantport_formats.modelopt import ModelOpt
-from quantport_formats.msmodelslim import MsModelSlim
-from quantport_formats.mxfp8 import Mxfp8
-from quantport_formats.not_read import NotRead
-from quantport_formats.pytorch import PyTorch
-from quantport_formats.quanto import Quanto
-from quantport_formats.quark import Quark
-from quantport_formats.torchao import TorchAo
+
+if TYPE_CHECKING:
+    from quantport.checkpoint import CheckpointFormat
 
 
 @hookimpl
-def quantport_checkpoint_formats() -> list[CheckpointFormat]:
-    """Returns the formats. No two recognize one checkpoint."""
-    return [
-        AutoRound(),
-        Awq(),
-        Bitsandbytes(),
-        CompressedTensors(),
-        Fp8(),
-        Gguf(),
-        GptOss(),
-        Gptq(),
-        Hqq(),
-        ModelOpt(),
-        MsModelSlim(),
-        Mxfp8(),
-        NotRead(),
-        PyTorch(),
-        Quanto(),
-        Quark(),
-        TorchAo(),
-    ]
+def quantport_checkpoint_formats() -> tuple[CheckpointFormat, ...]:
+    """Returns the formats, imported when somebody asks for them: most commands read no checkpoint."""
+    from quantport_formats.catalog import FORMATS
+
+    return FORMATS
