@@ -14,8 +14,9 @@ from core_references import check_parts
 
 from quantport.device import Device
 from quantport.errors import BackendError, ConfigError, DeviceError
-from quantport.kernels.base import Request, WeightSpec, guarded_verdict
+from quantport.kernels.base import Request, WeightSpec, guarded_verdict, unrelated_verdicts
 from quantport.kernels.verdict import Reason, Rejected
+from quantport.planning.select_kernel import select_kernel
 from quantport.plugins.registry import Registry
 from quantport.scheme import Quant, Scheme
 from quantport.scheme.catalog import BUILTIN
@@ -162,6 +163,29 @@ def test_reasons_that_are_texts_are_a_refusal_that_says_what_to_return(given, mo
     ).reasons
     assert repr(given if isinstance(given, str) else given[-1]) in reason.text
     assert "Reason(text, kind)" in reason.text
+
+
+class OwnFold(FakeKernel):
+    """A kernel of a stranger that folds its verdict by itself."""
+
+    def verdict(self, request):
+        return Rejected(self.name, (Reason(f"not on {request.device.arch.name}"),))
+
+
+def test_what_a_kernel_is_not_for_is_known_for_all_devices(monkeypatch):
+    """Asked once, it is the verdict on each; what may depend on the device is asked on each."""
+    other, raising, experts, fold = FakeKernel("a"), FakeKernel("b"), FakeKernel("c"), OwnFold("d")
+    monkeypatch.setattr(raising, "serves", lambda scheme: 1 // 0)
+    monkeypatch.setattr(experts, "layers", ("moe",))
+    for kernel in (other, fold):
+        monkeypatch.setattr(kernel, "serves", lambda scheme: False)
+    kernels = [other, raising, experts, fold, FakeKernel("e")]
+    request = Request(WeightSpec(BUILTIN["int8"], 64, 64), "linear", device())
+    known = unrelated_verdicts(kernels, request.weight.scheme, request.layer)
+    assert known == {kernel.name: guarded_verdict(kernel, request) for kernel in (other, experts)}
+    choice = select_kernel(request, kernels, known=known)
+    assert choice == select_kernel(request, kernels)
+    assert [v.kernel for v in choice.verdicts] == [k.name for k in kernels]
 
 
 def test_two_plugins_of_one_name(good, monkeypatch):

@@ -70,9 +70,7 @@ def matrix(
     cells = []
     for kind, targets in groupby(_targets(registry, device), key=attrgetter("kind")):
         kernels = registry.kernels(kind)
-        weights = [
-            (WeightSpec(s, *_SHAPE), of, unrelated_verdicts(kernels, s, of)) for s, of in rows
-        ]
+        weights = [(WeightSpec(s, *_SHAPE), of, unrelated_verdicts(kernels, s, of)) for s, of in rows]
         for target in targets:
             for weight, of, unrelated in weights:
                 request = Request(weight, of, target, target.arch.compute)
