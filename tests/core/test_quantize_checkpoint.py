@@ -20,7 +20,7 @@ import quantport
 from quantport.checkpoint import Checkpoint
 from quantport.checkpoint.shard import ShardWriter
 from quantport.errors import BudgetError, CheckpointError, ConfigError, SaveError
-from quantport.loading import fill_model, quantize_checkpoint, weight_tasks
+from quantport.loading import fill_model, quantize_checkpoint
 from quantport.loading.save_model import write_model
 from quantport.modules import QuantModule
 from quantport.planning import memory
@@ -87,8 +87,7 @@ def test_no_weight_is_ever_whole(path, config, tmp_path, monkeypatch):
     """What is written comes in steps, and the model stays empty: only what is in flight is in memory."""
     quantport.save(quantport.load(path, config=config), tmp_path / "saved")
     step, pieces, models, write_piece = 32 << 10, {}, [], ShardWriter.write
-    for found in (memory, weight_tasks):
-        monkeypatch.setattr(found, "STEP", step)
+    monkeypatch.setattr(memory, "STEP", step)
     monkeypatch.setattr(fill_model, "SLAB", step)
 
     def written(self, asked, name, tensor):

@@ -1319,7 +1319,7 @@ LARGE = (
         "D20",
         "weights are read by rows",
         "core/quantport/planning/memory.py",
-        "if spec.n * spec.k * dtype.itemsize <= STEP:",
+        "if spec.n * spec.k * dtype.itemsize <= STEP * (1 + twice):",
         "if True:",
         (
             "core/test_budget.py::"

@@ -16,7 +16,7 @@ from quantport.loading.executor import Task
 from quantport.model.layers import Part
 from quantport.modules import QuantModule
 from quantport.numerics.by_rows import QuantizedRows, ReadRows, quantize_steps
-from quantport.planning.memory import STEP, peak_with, step_rows
+from quantport.planning.memory import peak_with, step_rows
 from quantport.planning.steps import Step
 from quantport.scheme import Scheme
 
@@ -105,9 +105,9 @@ def quantize_on(
     def quantize(values: Tensor, scheme: Scheme) -> StoredWeight:
         return numerics.quantize_weight(values, scheme, name, nonfinite, None if on_host else fast)
 
-    shape, large = (spec.n, spec.k), spec.n * spec.k * dtype.itemsize > STEP
-    if large:
-        count = step_rows(spec, dtype, layout_of(kernel, spec) if kernel else None)
+    shape = (spec.n, spec.k)
+    count = step_rows(spec, dtype, layout_of(kernel, spec) if kernel else None)
+    if count < spec.n:
         steps = quantize_steps(rows, shape, spec.scheme, count, quantize, name=name, nonfinite=nonfinite)
     else:
         with rows(0, spec.n) as values:

@@ -185,8 +185,8 @@ def block_amax(x: Tensor, rows: int, cols: int) -> Tensor:
         low, high = torch.aminmax(x)
         return torch.maximum(-low, high).float().abs().view(1, 1)
     if not rows:
-        low, high = torch.aminmax(x, dim=0)
-        x, rows = torch.maximum(-low, high)[None], 1
+        # two passes: one ``aminmax`` along columns takes eight times as long
+        x, rows = torch.maximum(-x.amin(0), x.amax(0))[None], 1
     n, k = x.shape
     step = max(rows, CHUNK // max(1, k) // rows * rows)
     return torch.cat(

@@ -84,8 +84,9 @@ def quantize_steps(
     extremes: Tensor | None = None
     for step in steps if len(steps) > 1 and spans_rows(scheme.weight) else ():
         extremes = _more_extreme(read(*step), extremes, scheme, name, nonfinite)
+    room: list[Tensor] = []  # for the rows of a step above the extremes: to touch fresh pages takes as long
     for start, stop in steps:
-        stored = _quantized(read(start, stop), extremes, scheme, name, nonfinite, quantize)
+        stored = _quantized(read(start, stop), extremes, room, scheme, name, nonfinite, quantize)
         if extremes is not None:
             own = stored_slices(scheme, k, 0, stop - start)
             stored = {key: tensor[own[key]] if own[key] else tensor for key, tensor in stored.items()}
@@ -132,6 +133,7 @@ def _more_extreme(
 def _quantized(
     rows: AbstractContextManager[Tensor],
     extremes: Tensor | None,
+    room: list[Tensor],
     scheme: Scheme,
     name: str,
     nonfinite: str,
@@ -144,11 +146,22 @@ def _quantized(
         if extremes is None:
             return quantize(part, scheme)
         x = _values(part, scheme, nonfinite)
-        fill = torch.zeros(-x.shape[0] % alignment(scheme, 0), x.shape[1], dtype=x.dtype, device=x.device)
-        stored = quantize(torch.cat((x, fill, extremes)), replace(scheme, rotation=0))
+        stored = quantize(_above(x, extremes, room, alignment(scheme, 0)), replace(scheme, rotation=0))
         if scheme.rotation:  # these rows are fp32, whatever the weight is
             check_held(stored, scheme, x, part.dtype, name)
         return stored
+
+
+def _above(x: Tensor, extremes: Tensor, room: list[Tensor], blocks: int) -> Tensor:
+    """Rows, filled with zeros to whole blocks of rows, and the extremes: in the room of the step before."""
+    n, whole = x.shape[0], -(-x.shape[0] // blocks) * blocks
+    if not room:  # no later step has more rows
+        room.append(torch.empty(whole + len(extremes), x.shape[1], dtype=x.dtype, device=x.device))
+    both = room[0][: whole + len(extremes)]
+    both[:n].copy_(x)
+    both[n:whole].zero_()
+    both[whole:].copy_(extremes)
+    return both
 
 
 def _values(part: Tensor, scheme: Scheme, nonfinite: str) -> Tensor:
@@ -159,11 +172,26 @@ def _values(part: Tensor, scheme: Scheme, nonfinite: str) -> Tensor:
 
 
 def _extremes(x: Tensor, quant: Quant, name: str) -> Tensor:
-    """For each group of columns the stretch with the largest scale and that with the smallest: ``[2, k]``."""
+    """Rows ``[1 or 2, k]`` that alone make the spanning scales: the largest magnitude of each block that spans
+    them; where scales are quantized, for each group of columns the stretch with the largest scale and that
+    with the smallest.
+    """
+    if not quant.scale_quant:
+        cols = _spanning_block(quant)[1] or x.shape[1]
+        amax = block_amax(x, 0, cols if cols < x.shape[1] else 0)
+        check_finite(amax, name, x)
+        return amax.to(x.dtype).repeat_interleave(cols, 1)[:, : x.shape[1]]
     amax = block_amax(x, 1, quant.group_size)
     check_finite(amax, name, x)
-    order = scale_of(amax, quant) if quant.scale_quant else amax
+    order = scale_of(amax, quant)
     stretches = group_segments(x, quant.group_size)
     across = torch.arange(amax.shape[1], device=x.device, dtype=torch.int64)
     both = torch.stack([stretches[order.argmax(0), across], stretches[order.argmin(0), across]])
     return both.view(2, -1)[:, : x.shape[1]]
+
+
+def _spanning_block(quant: Quant) -> tuple[int, int]:
+    """The block that sees all rows: that of the scales, else that of the outer ones."""
+    block = quant.outer_block if quant.block_shape[0] else quant.block_shape
+    assert block is not None
+    return block
