@@ -1,9 +1,8 @@
 """Quantizes a weight some rows at a time, to the bytes that the whole weight gives.
 
 Where no scale sees more than its own rows, that is so by itself. A scale that spans all rows follows from the
-extremes of the weight: a first pass keeps, for each group of columns, the stretch of a row with the largest
-scale and the one with the smallest. These two rows are quantized beside every step and dropped, so that any
-implementation finds the same spanning scales in each step.
+extremes of the weight, which a first pass keeps: rows that are quantized beside every step and dropped, so
+that any implementation finds the same spanning scales in each step.
 """
 
 from __future__ import annotations
@@ -172,9 +171,9 @@ def _values(part: Tensor, scheme: Scheme, nonfinite: str) -> Tensor:
 
 
 def _extremes(x: Tensor, quant: Quant, name: str) -> Tensor:
-    """Rows ``[1 or 2, k]`` that alone make the spanning scales: the largest magnitude of each block that spans
-    them; where scales are quantized, for each group of columns the stretch with the largest scale and that
-    with the smallest.
+    """Rows ``[1 or 2, k]`` that alone make the spanning scales: the largest magnitude of each block of columns;
+    where scales are quantized, for each group of columns the stretch with the largest scale and that with the
+    smallest.
     """
     if not quant.scale_quant:
         cols = _spanning_block(quant)[1] or x.shape[1]

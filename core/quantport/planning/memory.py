@@ -61,8 +61,8 @@ def parse_budget(value: int | str | None) -> int | None:
 def step_rows(spec: WeightSpec, dtype: torch.dtype, layout: PackedLayout | None) -> int:
     """Rows of a weight that are read, quantized and, where ``layout`` is known, packed at a time.
 
-    A scale that spans all rows is found in a pass of its own, and rows are copied beside what it follows from:
-    a weight of two steps takes no more memory as a whole, and half of the time.
+    A scale that spans all rows is found in a pass of its own, and rows are copied beside what it follows
+    from: a weight of two steps takes no more memory as a whole, and half of the time.
     """
     twice = spans_rows(spec.scheme.weight) and not spec.scheme.rotation
     if spec.n * spec.k * dtype.itemsize <= STEP * (1 + twice):
