@@ -171,8 +171,8 @@ def _values(part: Tensor, scheme: Scheme, nonfinite: str) -> Tensor:
 
 
 def _extremes(x: Tensor, quant: Quant, name: str) -> Tensor:
-    """Rows ``[1 or 2, k]`` that alone make the spanning scales: the largest magnitude of each block of columns;
-    where scales are quantized, for each group of columns the stretch with the largest scale and that with the
+    """Rows ``[1 or 2, k]`` that alone make the spanning scales: the largest magnitude of each block of
+    columns; where scales are quantized, for each group the stretch with the largest scale and that with the
     smallest.
     """
     if not quant.scale_quant:
