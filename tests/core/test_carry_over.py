@@ -12,10 +12,11 @@ import weakref
 import pytest
 import torch
 from core_models import DENSE, MOE, Tiny, ids, made, same_bits, write
+from core_references import check_parts
 from torch import nn
 
 import quantport
-from quantport.errors import QuantportError
+from quantport.errors import NoTensorError, QuantportError
 from quantport.model.roles import SkipCode
 
 transformers = pytest.importorskip("transformers")
@@ -250,6 +251,54 @@ def test_a_model_that_counts_itself_dies_at_once():
         assert layer() is None
     finally:
         gc.enable()
+
+
+def quantized_layer(name):
+    model = made(Tiny)
+    quantport.quantize_(model, config={"scheme": "int8", "targets": {"embed_tokens": "int8_weight_only"}})
+    return model.get_submodule(name)
+
+
+READS = {
+    "sum": lambda p, x: p.sum(),
+    "mean": lambda p, x: torch.mean(p),
+    "largest": lambda p, x: p.abs().max(),
+    "arithmetic": lambda p, x: 2 * p - 1,
+    "index": lambda p, x: p[0],
+    "first": lambda p, x: p.flatten()[0],
+    "matmul": lambda p, x: x @ p.T,
+    "linear": lambda p, x: torch.nn.functional.linear(x, p),
+    "item": lambda p, x: p.item(),
+    "second size": lambda p, x: p.size(1),
+    "narrow": lambda p, x: p.narrow(0, 0, 4),
+}
+
+
+@pytest.mark.parametrize("read", READS.values(), ids=list(READS))
+@pytest.mark.parametrize("name", ["down", "moe.experts", "embed_tokens"])
+def test_values_of_an_empty_weight_are_refused(name, read):
+    """They would be 0, NaN, or an error of torch about a tensor that nobody has made."""
+    layer = quantized_layer(name)
+    parameter = next(layer.parameters())
+    with pytest.raises(NoTensorError) as caught:
+        read(parameter, torch.ones(2, 8, dtype=torch.bfloat16, device="cpu"))
+    check_parts(caught.value, "of a quantized layer", "codes and scales", "ignore=")
+
+
+@pytest.mark.parametrize("name", ["down", "moe.experts", "embed_tokens"])
+def test_what_users_ask_the_first_parameter_is_answered(name):
+    layer = quantized_layer(name)
+    first = next(layer.parameters())
+    x = torch.ones(3, dtype=torch.float32, device="cpu")
+    assert (first.dtype, first.device.type, first.requires_grad) == (torch.bfloat16, "cpu", False)
+    assert x.to(first).dtype is first.new_zeros(2).dtype is torch.bfloat16
+    assert (first.numel(), first.is_cuda, first.is_meta, first.is_floating_point()) == (0, False, False, True)
+    assert sum(p.numel() * p.element_size() for p in layer.parameters()) == 0
+    for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), layer.half()):
+        again = next(copied.parameters())
+        assert type(again) is type(first)
+        assert repr(again)
+    assert again.dtype is torch.float16
 
 
 def test_an_empty_weight_follows_its_module_and_is_in_no_state_dict(tmp_path):

@@ -75,6 +75,11 @@ def quantize_tasks(
 _held = lru_cache(maxsize=256)(peak_with)  # the layers of a model repeat
 
 
+@lru_cache(maxsize=256)
+def _step_rows(kernel: Kernel | None, spec: WeightSpec, dtype: torch.dtype) -> int:
+    return step_rows(spec, dtype, layout_of(kernel, spec) if kernel else None)
+
+
 def quantize_on(
     read: ReadRows,
     dtype: torch.dtype,
@@ -105,8 +110,7 @@ def quantize_on(
     def quantize(values: Tensor, scheme: Scheme) -> StoredWeight:
         return numerics.quantize_weight(values, scheme, name, nonfinite, None if on_host else fast)
 
-    shape = (spec.n, spec.k)
-    count = step_rows(spec, dtype, layout_of(kernel, spec) if kernel else None)
+    shape, count = (spec.n, spec.k), _step_rows(kernel, spec, dtype)
     if count < spec.n:
         steps = quantize_steps(rows, shape, spec.scheme, count, quantize, name=name, nonfinite=nonfinite)
     else:

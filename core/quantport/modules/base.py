@@ -20,6 +20,7 @@ from quantport.kernels.packing import check_stored, pack_steps, unpack_steps
 from quantport.modules import handles
 from quantport.modules.handles import BoundWeight
 from quantport.modules.stock_save import refuse_stock_save
+from quantport.modules.weight_view import EmptyParameter
 from quantport.numerics.by_rows import QuantizedRows
 from quantport.numerics.sharding import shard_dims
 from quantport.planning.select_kernel import select_kernel
@@ -43,9 +44,9 @@ class EmptyWeight(nn.Module):
 
     def _set_empty_weight(self, dtype: torch.dtype, device: torch.device) -> None:
         known = self._parameters.get(EMPTY_WEIGHT)
-        if known is None or known.device != device:
+        if type(known) is not EmptyParameter or known.device != device:
             empty = torch.empty(0, dtype=dtype, device=device)
-            self._parameters[EMPTY_WEIGHT] = nn.Parameter(empty, requires_grad=False)
+            self._parameters[EMPTY_WEIGHT] = EmptyParameter(empty, requires_grad=False)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

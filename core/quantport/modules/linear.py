@@ -45,24 +45,25 @@ class QuantLinear(QuantModule, nn.Linear):
     def bind(self, kernel: Kernel, others: Mapping[str, Kernel]) -> None:
         """Takes another kernel, which reads the packed weight as it is."""
         super().bind(kernel, others)
-        self._row: tuple[Packed | None, RowFunction | None] = None, None  # of which packed weight, and it
+        # which buffer begins the packed weight that it is of, that buffer, and it
+        self._row: tuple[str, Tensor | None, RowFunction | None] = "", None, None
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``, in the dtype of ``x``."""
-        packed, bias = self.packed(), self._parameters["bias"]
+        bias = self._parameters["bias"]
         if bias is None and ops.is_plain_call(x):
-            of, function = self._row
-            if of is not packed:
-                function = self._find_row_function(packed)
+            key, first, function = self._row
+            if first is None or self._buffers[key] is not first:
+                function = self._find_row_function(self.packed())
             y = None if function is None else function(x)
             if y is not None:
                 return y
-        return ops.linear(self.bound[""], x, packed, bias)
+        return ops.linear(self.bound[""], x, self.packed(), bias)
 
     def _find_row_function(self, packed: Packed) -> RowFunction | None:
         rotates = bool(self.spec.scheme.rotation)
         function = None if rotates else self.kernel_of("").row_function(packed, self.spec)
-        self._row = packed, function
+        self._row = self._buffer_names[""][0], packed[0], function
         return function
 
     def __getstate__(self) -> dict[str, Any]:

@@ -1,10 +1,13 @@
-"""The stand-in for the ``weight`` of a module that holds codes and scales instead of a 16-bit weight."""
+"""The stand-ins for the ``weight`` and the parameters of a module that holds codes and scales instead of a
+16-bit weight.
+"""
 
 from __future__ import annotations
 
 from typing import Any, NoReturn
 
 import torch
+from torch import nn
 
 from quantport.errors import NoTensorError
 
@@ -43,6 +46,40 @@ class WeightView:
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         raise _no_tensor(getattr(func, "__name__", str(func)))
+
+
+# Functions of which an empty parameter makes numbers that look like those of a weight: 0, NaN, nothing.
+_READS = frozenset(
+    (
+        *("sum", "mean", "std", "var", "norm", "linalg_vector_norm", "vector_norm", "abs", "min", "max"),
+        *("amin", "amax", "aminmax", "allclose", "equal", "isclose", "item", "tolist", "numpy", "unbind"),
+        *("linear", "embedding", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "mv", "addmm", "einsum"),
+        *("add", "sub", "mul", "div", "true_divide", "__rsub__", "__rdiv__", "__getitem__", "__setitem__"),
+        *("t", "transpose", "permute", "reshape", "flatten", "T", "mT", "H", "mH"),
+    )
+)
+
+
+class EmptyParameter(nn.Parameter):
+    """The parameter of a module that has none: empty, of the dtype of the activations, on its device. It is
+    asked for these; it moves, is cast and is copied as others are.
+
+    Raises:
+        NoTensorError: values are read or computed with, or torch refuses what it is asked of no elements.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", str(func))
+        if name == "__get__":  # of an attribute, which the descriptor names
+            name = func.__self__.__name__
+        if name in _READS:
+            raise _no_tensor(name)
+        try:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs or {})
+        except (IndexError, RuntimeError) as error:
+            raise _no_tensor(name) from error
 
 
 def _no_tensor(name: str) -> NoTensorError:

@@ -74,13 +74,22 @@ def row_address(tensor: Tensor, size: int) -> int:
     if (
         tensor.dtype is torch.bfloat16
         and tensor.numel() == size
-        and tensor.shape[-1:] == (size,)
+        and tensor.dim()
+        and tensor.shape[-1] == size
         and type(tensor) is Tensor
         and tensor.is_cpu
         and tensor.is_contiguous()
     ):
         return tensor.data_ptr()
     return 0
+
+
+def new_row(row: Tensor, shape: tuple[int, ...], size: int) -> tuple[Tensor, int]:
+    """An empty tensor ``[*shape, size]`` like a row of which `row_address` knows the address, and where it
+    begins: 0 where a mode of torch made it fake, or into a tensor of a class of its own.
+    """
+    out = row.new_empty((*shape, size))
+    return out, out.data_ptr() if type(out) is Tensor else 0
 
 
 def places(tensors: Iterable[Tensor]) -> list[int]:

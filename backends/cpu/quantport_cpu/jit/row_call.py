@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from quantport_cpu.jit.memory import Array, places, row_address
+from quantport_cpu.jit.memory import Array, new_row, places, row_address
 from quantport_cpu.jit.parallel_for import Kernel, threads_for
 
 
@@ -45,8 +45,7 @@ class RowCall:
         source = row_address(x, self._k)
         if not source or places(self._weights) != self._places:
             return None
-        out = x.new_empty((*x.shape[:-1], self._n))
-        place = row_address(out, self._n)
+        out, place = new_row(x, x.shape[:-1], self._n)
         if not place:
             return None
         words = (*self._before, place, self._n, 1, source, *self._after)
