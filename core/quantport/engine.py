@@ -7,22 +7,42 @@ Example:
     >>> from quantport.engine import default_registry, make_plan
 """
 
-from quantport.checkpoint import Checkpoint, CheckpointFormat, QuantizedWeight, Recognized, TensorSource
+from quantport.checkpoint import (
+    Checkpoint,
+    CheckpointFormat,
+    QuantizedWeight,
+    Recognized,
+    SavedModel,
+    TensorSource,
+)
 from quantport.config import QuantConfig
 from quantport.config.resolve import Assignment, resolve
 from quantport.device import Arch, Device
-from quantport.errors import ConfigError, QuantportError, UnsupportedError, WeightError
+from quantport.errors import (
+    CheckpointError,
+    ConfigError,
+    DeviceError,
+    QuantportError,
+    SaveError,
+    UnsupportedError,
+    WeightError,
+)
 from quantport.kernels.base import Kernel, Packed, Request, StoredWeight, WeightSpec
 from quantport.kernels.grouped import GroupedKernel
+from quantport.loading.executor import Progress
+from quantport.loading.partial_load import PartialLoad
+from quantport.loading.save_model import described_model, why_not_written
+from quantport.loading.skeleton import transformers_names
 from quantport.loading.swap_modules import match_modules, swap_modules
 from quantport.loading.update import update_weight
 from quantport.model.layers import Layer, Part, find_layers
 from quantport.model.roles import Role, SkipCode, SkipReason
-from quantport.modules import QuantEmbedding, QuantExperts, QuantFused, QuantLinear, QuantModule
+from quantport.modules import QuantEmbedding, QuantExperts, QuantFused, QuantLinear, QuantModule, TiedLinear
 from quantport.modules.handles import BoundWeight, bind
 from quantport.modules.ops import run_linear
 from quantport.numerics import dequantize_weight, quantize_weight
 from quantport.numerics.sharding import alignment, join_shards, quantize_shard, shard_dims
+from quantport.planning.memory import parse_size
 from quantport.planning.plan import Plan, make_plan
 from quantport.planning.select_kernel import Choice, select_kernel
 from quantport.planning.steps import Step
@@ -34,16 +54,20 @@ __all__ = [
     "Assignment",
     "BoundWeight",
     "Checkpoint",
+    "CheckpointError",
     "CheckpointFormat",
     "Choice",
     "ConfigError",
     "Device",
+    "DeviceError",
     "GroupedKernel",
     "Kernel",
     "Layer",
     "Packed",
     "Part",
+    "PartialLoad",
     "Plan",
+    "Progress",
     "Quant",
     "QuantConfig",
     "QuantEmbedding",
@@ -57,12 +81,15 @@ __all__ = [
     "Registry",
     "Request",
     "Role",
+    "SaveError",
+    "SavedModel",
     "Scheme",
     "SkipCode",
     "SkipReason",
     "Step",
     "StoredWeight",
     "TensorSource",
+    "TiedLinear",
     "UnsupportedError",
     "WeightError",
     "WeightSpec",
@@ -70,10 +97,12 @@ __all__ = [
     "bind",
     "default_registry",
     "dequantize_weight",
+    "described_model",
     "find_layers",
     "join_shards",
     "make_plan",
     "match_modules",
+    "parse_size",
     "quantize_shard",
     "quantize_weight",
     "resolve",
@@ -81,5 +110,7 @@ __all__ = [
     "select_kernel",
     "shard_dims",
     "swap_modules",
+    "transformers_names",
     "update_weight",
+    "why_not_written",
 ]

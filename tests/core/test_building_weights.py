@@ -16,7 +16,7 @@ from test_building import MODELS, config_of
 
 import quantport
 from quantport.errors import WeightError
-from quantport.loading import load_model, quantize_checkpoint
+from quantport.loading import load_model, prepare, quantize_checkpoint
 from quantport.loading.build_context import building
 from quantport.loading.executor import SHARES, TOGETHER, Gate, Task, run_tasks
 from quantport.loading.fill_model import ModelFiller
@@ -75,10 +75,12 @@ def test_a_load_fills_none_either(path, name, monkeypatch):
 
 
 @pytest.mark.parametrize("call", [quantport.load, quantize_checkpoint], ids=lambda f: f.__name__)
-@pytest.mark.parametrize("step", ["build", "make_plan", "tied_groups"])
-def test_no_garbage_is_looked_for_among_fresh_modules(step, call, tmp_path, monkeypatch):
-    looked, real = [], getattr(load_model, step)
-    monkeypatch.setattr(load_model, step, lambda *a, **k: looked.append(gc.isenabled()) or real(*a, **k))
+@pytest.mark.parametrize(
+    ("home", "step"), [(load_model, "build"), (prepare, "make_plan"), (prepare, "tied_groups")]
+)
+def test_no_garbage_is_looked_for_among_fresh_modules(home, step, call, tmp_path, monkeypatch):
+    looked, real = [], getattr(home, step)
+    monkeypatch.setattr(home, step, lambda *a, **k: looked.append(gc.isenabled()) or real(*a, **k))
     place = () if call is quantport.load else (tmp_path / "out",)
     call(DENSE, *place, "int8")
     assert (looked, gc.isenabled()) == ([False], True)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import json
 import pickle
 import subprocess
@@ -26,6 +27,16 @@ from quantport.errors import CheckpointError, SaveError
 
 transformers = pytest.importorskip("transformers")
 huggingface_hub = pytest.importorskip("huggingface_hub")
+
+
+@pytest.fixture(autouse=True)
+def _without_plugin(monkeypatch):
+    """Another test of this process may have imported quantport_transformers, with which what is saved is
+    read.
+    """
+    stock = transformers.quantizers.auto.AutoHfQuantizer
+    for name in ("supports_quant_method", "merge_quantization_configs"):
+        monkeypatch.setattr(stock, name, staticmethod(inspect.unwrap(getattr(stock, name))))
 
 
 @pytest.fixture(scope="module")

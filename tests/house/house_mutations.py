@@ -249,8 +249,8 @@ COMPUTES_SOMETHING_ELSE = (
     Mutation(
         "A4",
         "experts are found under the names of the model",
-        "core/quantport/loading/load_model.py",
-        "layers = find_renamed_experts(layers, names, source.tensors)",
+        "core/quantport/loading/prepare.py",
+        "layers = find_renamed_experts(layers, names, checkpoint.source.tensors)",
         "layers = list(layers)",
         (
             "core/test_kept_matrices.py::"
@@ -1408,8 +1408,8 @@ LARGE = (
         "D21",
         "nor among fresh modules",
         "core/quantport/loading/load_model.py",
-        "        with collecting_later():\n            layers = checkpoint.layers()\n",
-        "        if True:\n            layers = checkpoint.layers()\n",
+        "        with collecting_later():\n            layers, parsed =",
+        "        if True:\n            layers, parsed =",
         ("core/test_building_weights.py::test_no_garbage_is_looked_for_among_fresh_modules",),
     ),
     Mutation(

@@ -59,6 +59,20 @@ def test_rooms_import_the_house_through_one_door(path):
     assert not found
 
 
+@pytest.mark.parametrize("name", sorted(house.INTEGRATIONS))
+def test_integrations_import_the_house_through_its_public_doors(name):
+    allowed = ("quantport", "quantport.engine", f"quantport_{name}")
+    found = [
+        f"{house.where(path, line)} {module}"
+        for path in house.files(f"plugins/{name}")
+        for line, module in house.imports(path)
+        if module.split(".")[0].startswith("quantport")
+        and module not in allowed
+        and not module.startswith(("quantport.engine.", f"quantport_{name}."))
+    ]
+    assert not found
+
+
 @pytest.mark.parametrize("path", SHIPPED, ids=ids)
 def test_imports_are_absolute_and_named(path):
     assert not [
@@ -92,6 +106,7 @@ DOORS = {
     "cli/run_model.py",
     "loading/kv_caches.py",
     "loading/load_model.py",
+    "loading/partial_load.py",
     "loading/plan_model.py",
     "loading/quantize_model.py",
     "loading/save_model.py",

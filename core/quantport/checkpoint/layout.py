@@ -36,6 +36,8 @@ OTHER_WEIGHTS = (
     ".tflite",
     ".nemo",
 )
+# of a variant too, which only who names its path reads
+_ANY_INDEX = re.compile(r".+\.safetensors\.index(\.[\w-]+)?\.json")
 _SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.safetensors")
 
 
@@ -59,7 +61,7 @@ class Layout:
 def holds_safetensors(path: Path) -> bool:
     """Whether there are files at a path that no other reader has to be asked about."""
     if not path.is_dir():
-        return path.name.endswith((".safetensors", _INDEX))
+        return path.name.endswith(".safetensors") or bool(_ANY_INDEX.fullmatch(path.name))
     try:
         return any(name.endswith((".safetensors", _INDEX)) for name in os.listdir(path))
     except OSError:
@@ -73,7 +75,7 @@ def find_layout(path: Path) -> Layout:
     ``diffusion_pytorch_model.safetensors``. Then an index; then whatever safetensors files there are.
 
     Args:
-        path: A directory, one ``.safetensors`` file, or one ``.safetensors.index.json``.
+        path: A directory, one ``.safetensors`` file, or one ``.safetensors.index.json``, also of a variant.
 
     Raises:
         CheckpointError: Nothing is there, nothing is in safetensors, a shard is absent, or the index is bad.
@@ -103,7 +105,7 @@ def find_layout(path: Path) -> Layout:
 
 
 def _one_file(path: Path) -> Layout:
-    if path.name.endswith(_INDEX):
+    if _ANY_INDEX.fullmatch(path.name):
         return indexed_layout(path)
     if path.suffix != ".safetensors":
         _no_safetensors(path, [path.name])

@@ -42,10 +42,10 @@ class Destination(Protocol):
 
 
 class IntoModel:
-    """The model itself, on a device."""
+    """The model itself, on the device of each name."""
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
-        self._model, self._device = model, device
+    def __init__(self, model: nn.Module, device_of: Callable[[str], torch.device]) -> None:
+        self._model, self._device_of = model, device_of
 
     def weight(self, path: str, module: QuantModule, name: str, steps: Iterator[QuantizedRows]) -> None:
         """Packs it, and keeps it in its module."""
@@ -54,7 +54,7 @@ class IntoModel:
     @contextmanager
     def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Put]:
         """Keeps it as the parameter or buffer of that name, once it is whole."""
-        target = empty_weight(shape, dtype, self._device)
+        target = empty_weight(shape, dtype, self._device_of(name))
         left = target.view(-1)
 
         def put(values: Tensor) -> None:

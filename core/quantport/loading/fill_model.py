@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -33,6 +34,24 @@ from quantport.plugins.registry import Registry
 _FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
+class Kept(NamedTuple):
+    """A parameter or buffer that is not quantized.
+
+    Attributes:
+        name: In the model.
+        stored: The stored tensors that make it up, one after the other.
+        shape: In the model.
+        dtype: In which it is held.
+        transposed: Whether the model has the matrices of the stored tensor transposed.
+    """
+
+    name: str
+    stored: Sequence[str]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    transposed: bool = False
+
+
 class ModelFiller:
     """Places empty quantized modules into a model on meta, and makes the tasks that fill it.
 
@@ -45,6 +64,7 @@ class ModelFiller:
         registry: Where the kernels of modules, and quantizers, come from.
 
     Attributes:
+        placed: Path -> quantized module, empty until the tasks have run.
         warnings: For people: what the tensors that stay have turned out to hold. Grows while the tasks run.
     """
 
@@ -61,6 +81,7 @@ class ModelFiller:
         self.source, self.dtypes, self.registry = checkpoint.source, dtypes, registry
         self.buffers = {name for name, _ in model.named_buffers()}
         self.layer_names = {name: s.layer.name for s in plan.steps for name in _tensors(s.layer)}
+        self.placed: dict[str, QuantModule] = {}
         self.warnings: list[str] = []
         self.device, self.slab = plan.device.torch_device, min(SLAB, plan.budget // HELD)
 
@@ -70,33 +91,69 @@ class ModelFiller:
         Args:
             to: Where what they read goes; into the model by default.
         """
-        into, out = to or IntoModel(self.model, self.device), list[Task]()
-        new: dict[str, nn.Module] = {}
-        used = {name for s in self.plan.steps if not s.layer.loaded for name in _tensors(s.layer)}
+        self.place()
+        into = to or IntoModel(self.model, lambda _: self.device)
+        return self.in_order((*self.weight_tasks(to), *self.copy_tasks(self.kept(), into)))
+
+    def in_order(self, tasks: Iterable[Task]) -> list[Task]:
+        """Tasks in the order of the files."""
+        order = {name: i for i, name in enumerate(self.source.tensors)}
+        return sorted(tasks, key=lambda task: order[task.name])
+
+    def place(self) -> None:
+        """Puts empty quantized modules where the layers that the plan quantizes stand."""
         for path, steps in by_module(self.plan.steps, self._path).items():
-            module = new[path] = make_module(
-                steps, self.model.get_submodule(path), self.dtypes.dtype, self.registry
-            )
+            old = self.model.get_submodule(path)
+            self.placed[path] = make_module(steps, old, self.dtypes.dtype, self.registry)
+        swap_modules(self.model, self.placed)
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes that each module that was placed will hold."""
+        by_path = by_module(self.plan.steps, self._path)
+        return {path: sum(step.after for step in steps) for path, steps in by_path.items()}
+
+    def weight_tasks(
+        self, to: Destination | None = None, device_of: Callable[[str], torch.device] | None = None
+    ) -> Iterator[Task]:
+        """Fills the modules that were placed.
+
+        Args:
+            to: As for `tasks`.
+            device_of: Device of the module at a path; that of the plan by default.
+        """
+        for path, steps in by_module(self.plan.steps, self._path).items():
+            device = device_of(path) if device_of else self.device
             for step in steps:
-                out += [task._replace(module=path) for task in self._weight_tasks(step, module, path, to)]
-            used |= _tensors(steps[0].layer)
-        turned = {name for layer in self._kept_experts() for name in self._turned(layer)}
+                for task in self._weight_tasks(step, self.placed[path], path, to, device):
+                    yield task._replace(module=path)
+
+    def kept(self) -> Iterator[Kept]:
+        """What is not quantized: every other tensor, and experts of which the checkpoint has each and the
+        model all in one.
+        """
+        used = {name for s in self.plan.steps if s.choice or not s.layer.loaded for name in _tensors(s.layer)}
         for layer in self._to_fuse():
-            path = self._path(layer)
-            out += [task._replace(module=path) for task in self._fuse_tasks(layer, into)]
             used |= _tensors(layer)
-        swap_modules(self.model, new)
+            for name, projections in _FUSED.items():
+                experts = zip(*(layer.parts[projection] for projection in projections), strict=True)
+                tensors = [part.tensor for parts in experts for part in parts]
+                fused = f"{self._path(layer)}.{name}"
+                shape = tuple(self.model.get_parameter(fused).shape)  # in this order: ``_fits`` checked it
+                yield Kept(fused, tensors, shape, layer.held_dtype or layer.dtype)
+        turned = {name for layer in self._kept_experts() for name in self._turned(layer)}
         for name, info in self.source.tensors.items():
             if name not in used:
                 own, shape = self.names[name], tuple(info.shape)
                 shape = (shape[0], *shape[:0:-1]) if name in turned else shape
                 _check_place(self.model, own, shape, info.dtype)
-                dtype = self.dtypes.of(own, info.dtype)
-                taken = partial(into.tensor, own, shape, dtype)
-                task = self._copy_task((name,), taken, dtype, transposed=name in turned)
-                out.append(task._replace(module=own.rpartition(".")[0]))
-        order = {name: i for i, name in enumerate(self.source.tensors)}
-        return sorted(out, key=lambda t: order[t.name])
+                yield Kept(own, [name], shape, self.dtypes.of(own, info.dtype), name in turned)
+
+    def copy_tasks(self, kept: Iterable[Kept], to: Destination) -> Iterator[Task]:
+        """Copies what is not quantized."""
+        for tensor in kept:
+            taken = partial(to.tensor, tensor.name, tensor.shape, tensor.dtype)
+            task = self._copy_task(tensor.stored, taken, tensor.dtype, tensor.transposed)
+            yield task._replace(module=tensor.name.rpartition(".")[0])
 
     def _kept_experts(self) -> Iterator[Layer]:
         """Experts that stay in 16 bits."""
@@ -119,15 +176,6 @@ class ModelFiller:
         if holds_transposed(module, intermediate, hidden) == stored.transposed:
             return set()
         return _tensors(layer)
-
-    def _fuse_tasks(self, layer: Layer, to: Destination) -> Iterator[Task]:
-        """Fills the fused 3-D weights of experts from the tensors of each expert, one after the other."""
-        for name, projections in _FUSED.items():
-            experts = zip(*(layer.parts[projection] for projection in projections), strict=True)
-            tensors = [part.tensor for parts in experts for part in parts]
-            fused, dtype = f"{self._path(layer)}.{name}", layer.held_dtype or layer.dtype
-            shape = tuple(self.model.get_parameter(fused).shape)  # in this order: ``_fits`` checked it
-            yield self._copy_task(tensors, partial(to.tensor, fused, shape, dtype), dtype)
 
     def _copy_task(
         self,
@@ -153,31 +201,25 @@ class ModelFiller:
         return replace(self.plan, warnings=self.plan.warnings + tuple(sorted(self.warnings)))
 
     def held(self) -> dict[str, torch.dtype]:
-        """Dtype that each tensor which is loaded and not quantized gets, by its name in the model."""
-        absent = {name for s in self.plan.steps if not s.layer.loaded for name in _tensors(s.layer)}
-        held = {
-            self.names[name]: self.dtypes.of(self.names[name], info.dtype)
-            for name, info in self.source.tensors.items()
-            if name not in absent
-        }
-        for layer in self._to_fuse():
-            held |= {f"{self._path(layer)}.{name}": layer.held_dtype or layer.dtype for name in _FUSED}
-        return held
+        """Dtype that each tensor which is not quantized gets, by its name in the model."""
+        return {tensor.name: tensor.dtype for tensor in self.kept()}
 
     def _weight_tasks(
-        self, step: Step, module: QuantModule, path: str, to: Destination | None
+        self, step: Step, module: QuantModule, path: str, to: Destination | None, device: torch.device
     ) -> Iterable[Task]:
         """Fills a module, or a part of it, from codes or from values."""
         take = partial(to.weight, path, module) if to else None
         weights = self.checkpoint.quantized().get(step.layer.home)
         if weights and (step.stored or not self.checkpoint.converts):
             budget = self.plan.budget
-            return take_over_tasks(step, module, weights, self.source, take, self.device, budget)
+            return take_over_tasks(step, module, weights, self.source, take, device, budget)
         if weights:  # which are decoded to fp32
             step = replace(step, layer=replace(step.layer, dtype=torch.float32))
-        return self._quantize_tasks(step, module, take or module.set_steps)
+        return self._quantize_tasks(step, module, take or module.set_steps, device)
 
-    def _quantize_tasks(self, step: Step, module: QuantModule, take: Take) -> Iterable[Task]:
+    def _quantize_tasks(
+        self, step: Step, module: QuantModule, take: Take, device: torch.device
+    ) -> Iterable[Task]:
         target, nonfinite = self.plan.device, self.plan.config.nonfinite
         return quantize_tasks(
             step,
@@ -186,7 +228,7 @@ class ModelFiller:
             self.checkpoint.read,
             nonfinite,
             self.registry.backends[target.kind].quantize_weight,
-            self.device,
+            device,
             storage_only_dtypes=target.arch.storage_only_dtypes,
         )
 

@@ -2,37 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from quantport.checkpoint import Recognized, unchanged
+from quantport.checkpoint import unchanged
 from quantport.device import Device
 from quantport.errors import BudgetError, CheckpointError, DeviceError
-from quantport.kvcache import kv_shape
 from quantport.loading.build_context import as_usual, collecting_later
 from quantport.loading.executor import Progress, run_tasks
-from quantport.loading.fill_model import ModelFiller, module_path
-from quantport.loading.kv_caches import DefaultCache, default_cache
 from quantport.loading.locate import Source, named, open_checkpoint
 from quantport.loading.mark_configs import mark_configs
-from quantport.loading.place_tensors import HeldDtypes, main_dtype, place_tensors
-from quantport.loading.plan_model import merge, refuse_nothing, warn
+from quantport.loading.place_tensors import HeldDtypes, main_dtype
+from quantport.loading.plan_model import merge, warn
+from quantport.loading.prepare import Prepared, prepare, read_layers
 from quantport.loading.renamed import renamed
-from quantport.loading.settle_ties import settle_ties, tie_again, tied_groups
+from quantport.loading.settle_ties import tie_again
 from quantport.loading.skeleton import Factory, build
-from quantport.loading.stored_config import stored_schemes, with_stored
-from quantport.loading.swap_modules import match_modules
-from quantport.model.layers import Layer
-from quantport.model.roles import SkipCode
-from quantport.model.stored_experts import find_renamed_experts
 from quantport.planning.fit import advice, shortage
-from quantport.planning.plan import Plan, make_plan
+from quantport.planning.plan import Plan
 from quantport.plugins.registry import Registry, default_registry
 
 
@@ -107,17 +98,6 @@ def load(
     return made.model
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A model on meta, what fills it, and the names of each parameter that has several."""
-
-    model: nn.Module
-    plan: Plan
-    filler: ModelFiller
-    cache: DefaultCache | None
-    groups: list[tuple[str, ...]]
-
-
 @contextmanager
 def prepared(
     path_or_id: Source,
@@ -137,7 +117,7 @@ def prepared(
     for `load`.
     """
     registry = registry or default_registry()
-    target = registry.with_memory_now(_usable(registry.device(device)))
+    target = registry.with_memory_now(usable(registry.device(device)))
     parsed = merge(scheme, config, {"fallback": fallback}, registry.schemes)
     with as_usual(), open_checkpoint(path_or_id, registry) as (checkpoint, described):
         total = sum(info.nbytes for info in checkpoint.source.tensors.values())
@@ -148,46 +128,30 @@ def prepared(
 
         say("reading headers")
         with collecting_later():
-            layers = checkpoint.layers()
-            quantized = checkpoint.quantized()
-            if checkpoint.converts or quantized:
-                parsed = with_stored(checkpoint, parsed, registry.schemes)
+            layers, parsed = read_layers(checkpoint, parsed, registry.schemes)
             compute, source = dtype or main_dtype(layers, described, target), checkpoint.source
             built, names = build(source.directory, model, compute, source.tensors, say, checkpoint.config())
             if model is None:
                 built.name_or_path = str(checkpoint.home)  # type: ignore[assignment]  # as Transformers has it
             say("choosing kernels")
-            layers = find_renamed_experts(layers, names, source.tensors)
-            dtypes = HeldDtypes(built, compute, factory=model is not None)
-            ties = settle_ties(built, checkpoint, layers, names, dtypes)
-            as_it_is = () if checkpoint.converts else quantized
-            layers = place_tensors(layers, built, names, dtypes, ties.copies, as_it_is)
-            layers = match_modules(layers, built, partial(module_path, names))
-            _homeless(built, layers, named(path_or_id))
-            _placed(layers, checkpoint)
-            cache = default_cache(built, parsed.kv_cache_dtype, parsed.kv_cache_skip_layers, registry)
-            decided = make_plan(
+            made = prepare(
+                checkpoint,
+                described,
                 layers,
+                built,
+                names,
+                HeldDtypes(built, compute, factory=model is not None),
                 parsed,
                 target,
-                registry.kernels(target.kind),
-                registry.schemes,
+                registry,
                 source=named(path_or_id),
                 num_tokens=num_tokens,
-                dtype=compute,
-                kv=kv_shape(described),
                 budget=budget,
-                warnings=(*checkpoint.notices(), *ties.warnings),
-                stored=stored_schemes(checkpoint, layers),
-                format_name=checkpoint.format_name,
             )
-            refuse_nothing(decided)
-            groups = tied_groups(built)
-            filler = ModelFiller(checkpoint, built, decided, names, dtypes, registry)
-        yield Prepared(built, decided, filler, cache, groups)
+        yield made
 
 
-def _usable(target: Device) -> Device:
+def usable(target: Device) -> Device:
     """Checks that one can load to a device."""
     if target.simulated:
         suggestion = (
@@ -195,36 +159,6 @@ def _usable(target: Device) -> Device:
         )
         raise DeviceError(f"load to {target}", "it is simulated: nothing runs on it", suggestion)
     return target
-
-
-def _homeless(model: nn.Module, layers: Sequence[Layer], source: object) -> None:
-    """Refuses a model that has a module for none of the layers; single layers without one are named in the
-    plan.
-    """
-    usable = any(layer.kind != "other" and not layer.skip_reason for layer in layers)
-    lost = [layer.name for layer in layers if layer.skipped_as(SkipCode.NO_MODULE)]
-    if lost and not usable:
-        found = (
-            f"no module for any layer ({lost[0]}, ...); it has: "
-            f"{', '.join(n for n, _ in list(model.named_modules())[1:6])}"
-        )
-        raise CheckpointError(
-            f"load {source} into {type(model).__name__}", found, "the model that the checkpoint was made from"
-        )
-
-
-def _placed(layers: Iterable[Layer], checkpoint: Recognized) -> None:
-    """Refuses a quantized checkpoint whose quantized layers the model does not have, and that cannot be
-    decoded.
-    """
-    quantized = {} if checkpoint.converts else checkpoint.quantized()
-    for layer in layers:
-        if layer.name in quantized and layer.skip_reason and not layer.opt_in:
-            raise CheckpointError(
-                f"load the quantized layer {layer.name}",
-                str(layer.skip_reason),
-                "the model that the checkpoint was saved from",
-            )
 
 
 def _finish(model: nn.Module, decided: Plan) -> None:

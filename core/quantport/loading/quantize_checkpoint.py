@@ -20,9 +20,10 @@ from quantport.errors import CheckpointError
 from quantport.loading.build_context import collecting_later
 from quantport.loading.destination import Put
 from quantport.loading.executor import Progress, Task, run_tasks
-from quantport.loading.load_model import Prepared, fits, prepared, tie_weights
+from quantport.loading.load_model import fits, prepared, tie_weights
 from quantport.loading.locate import Source
 from quantport.loading.plan_model import warn
+from quantport.loading.prepare import Prepared
 from quantport.loading.renamed import renamed
 from quantport.loading.save_model import (
     OWN,

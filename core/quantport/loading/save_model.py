@@ -128,6 +128,18 @@ def format_at(path: str | os.PathLike[str], name: str, registry: Registry | None
     return formats[name]
 
 
+def why_not_written(model: SavedModel, name: str, registry: Registry | None = None) -> str | None:
+    """Why a format does not hold a model, or what of it would be lost; None where all of it comes back.
+
+    Args:
+        model: From `described_model`.
+        name: Of the format.
+        registry: As for `save`.
+    """
+    known = _formats(registry).get(name)
+    return known.refusal(model) if known else "no such format"
+
+
 def _formats(registry: Registry | None) -> dict[str, CheckpointFormat]:
     registry = registry or default_registry()
     return {f.name: f for f in (*BUILTIN_FORMATS, *registry.formats.values())}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -115,7 +115,7 @@ def _transformers(
     except Exception as error:  # Transformers raises a zoo of types on a config that it cannot build
         found = f"Transformers says {type(error).__name__}: {error}"
         raise CheckpointError(f"build the model of {directory}", found, suggestion) from error
-    return model.eval(), _rename(model, names)
+    return model.eval(), transformers_names(model, names)
 
 
 @contextmanager
@@ -141,11 +141,22 @@ def _without_weights(base: Any) -> Iterator[None]:
         base.init_weights = init_weights
 
 
-def _rename(model: Any, names: Mapping[str, Any]) -> dict[str, str]:
+def transformers_names(
+    model: Any, names: Iterable[str], transforms: Iterable[Any] | None = None
+) -> dict[str, str]:
     """Applies the renamings that Transformers keeps for checkpoints of this architecture (experts are fused
     by us).
+
+    Args:
+        model: The model.
+        names: Names of the tensors of a checkpoint.
+        transforms: What Transformers does to them; by default what it knows of the architecture.
+
+    Raises:
+        QuantportError: Transformers computes one of them from others.
     """
-    loading, renamings, converters = _transforms(model)
+    names = frozenset(names)
+    loading, renamings, converters = _transforms(model, transforms)
     known = model.state_dict()
     out = {}
     for name in sorted(names, key=loading.dot_natural_key):  # some renamings depend on those before
@@ -164,13 +175,15 @@ def _rename(model: Any, names: Mapping[str, Any]) -> dict[str, str]:
     return out
 
 
-def _transforms(model: Any) -> tuple[Any, list[Any], list[Any]]:
+def _transforms(model: Any, transforms: Iterable[Any] | None = None) -> tuple[Any, list[Any], list[Any]]:
     """The module of Transformers that converts checkpoints, and what it renames and converts of this
-    architecture.
+    architecture, or of ``transforms``.
     """
     loading = importlib.import_module("transformers.core_model_loading")
-    mapping = importlib.import_module("transformers.conversion_mapping")
-    transforms = mapping.get_model_conversion_mapping(model)
+    if transforms is None:
+        mapping = importlib.import_module("transformers.conversion_mapping")
+        transforms = mapping.get_model_conversion_mapping(model)
+    transforms = list(transforms)
     converters = [t for t in transforms if isinstance(t, loading.WeightConverter)]
     return loading, [t for t in transforms if not isinstance(t, loading.WeightConverter)], converters
 

@@ -48,6 +48,15 @@ class EmptyWeight(nn.Module):
             empty = torch.empty(0, dtype=dtype, device=device)
             self._parameters[EMPTY_WEIGHT] = EmptyParameter(empty, requires_grad=False)
 
+    def announce_size(self, nbytes: int) -> None:
+        """Lets an empty module look as large as it will be, to code that places modules by the size of their
+        parameters; 0 takes that back.
+        """
+        self._parameters.pop(EMPTY_WEIGHT, None)
+        if nbytes:
+            size = torch.empty(nbytes, dtype=torch.uint8, device="meta")
+            self._parameters[EMPTY_WEIGHT] = nn.Parameter(size, requires_grad=False)
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination.pop(prefix + EMPTY_WEIGHT, None)

@@ -43,7 +43,13 @@ def _guarded(save: Callable[..., Any], method: str, kind: type[nn.Module]) -> Ca
     @wraps(save)
     def save_or_refuse(model: Any, *args: Any, **kwargs: Any) -> Any:
         quantized = isinstance(model, nn.Module) and any(isinstance(m, kind) for m in model.modules())
+        # of an integration, which loaded the model and writes it
+        writer = getattr(getattr(model, "hf_quantizer", None), "save_pretrained", None)
         if quantized and not getattr(model, "_hf_peft_config_loaded", False):
+            if writer is not None:
+                return (
+                    writer(model, *args, **kwargs) if method == METHODS[0] else save(model, *args, **kwargs)
+                )
             raise SaveError(
                 f"{method} of a quantized model",
                 "it writes codes as if they were weights: from_pretrained would compute something else",
