@@ -1,0 +1,62 @@
+"""Tells Transformers of quantport: which configuration and which quantizer the name ``quantport`` means."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from functools import wraps
+from typing import Any
+
+from transformers.quantizers import auto
+
+from quantport.engine import ConfigError
+from quantport_transformers.config import METHOD, QuantportConfig
+from quantport_transformers.quantizer import QuantportQuantizer
+
+
+def register() -> None:
+    """Registers configuration and quantizer; again is the same as once.
+
+    Transformers lets a checkpoint that is quantized contradict the configuration that is passed, and refuses
+    a ``quantization_config`` without ``quant_method``, which is how quantport marks what only it reads. So
+    that quantport can read both, the two functions of ``AutoHfQuantizer`` that decide so ask first whether
+    it is meant; everything else they answer as ever.
+    """
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING.pop(METHOD, None)
+    auto.register_quantization_config(METHOD)(QuantportConfig)
+    auto.AUTO_QUANTIZER_MAPPING.pop(METHOD, None)
+    auto.register_quantizer(METHOD)(QuantportQuantizer)
+    kind = auto.AutoHfQuantizer
+    supports = inspect.unwrap(kind.supports_quant_method)
+    merge = inspect.unwrap(kind.merge_quantization_configs)
+
+    @wraps(supports)
+    def supports_or_is_ours(stored: Any) -> bool:
+        return _is_marked(stored) or bool(supports(stored))
+
+    @wraps(merge)
+    def merge_or_take_ours(stored: Any, asked: Any) -> Any:
+        if _is_asked_for(asked):
+            return asked if isinstance(asked, QuantportConfig) else QuantportConfig(**asked)
+        if not _is_marked(stored):
+            return merge(stored, asked)
+        if asked is None:
+            return QuantportConfig()
+        raise ConfigError(
+            f"load it with a {type(asked).__name__}",
+            "quantport has quantized the checkpoint",
+            "no quantization_config, or a QuantportConfig",
+        )
+
+    kind.supports_quant_method = staticmethod(supports_or_is_ours)
+    kind.merge_quantization_configs = staticmethod(merge_or_take_ours)
+
+
+def _is_marked(stored: Any) -> bool:
+    """Whether a ``quantization_config`` is the mark of what only quantport reads."""
+    return isinstance(stored, Mapping) and stored.get("quantized_by") == METHOD
+
+
+def _is_asked_for(asked: Any) -> bool:
+    by_name = isinstance(asked, Mapping) and asked.get("quant_method") == METHOD
+    return by_name or isinstance(asked, QuantportConfig)
