@@ -32,6 +32,7 @@ EXAMPLE = Path(__file__).parents[1] / "examples" / "models" / "tiny-llama"
 def load(case: str, folder: Path) -> int:
     """Loads, and returns the bytes that it planned to hold; 0 of the peers."""
     import transformers
+
     from quantport_transformers import QuantportConfig
 
     how, _, scheme = case.partition(" ")

@@ -33,6 +33,7 @@ class WeightView:
     """
 
     __slots__ = ("device", "dtype", "shape")
+    _is_hf_initialized = True  # for Transformers, which draws parameters that a checkpoint has not
 
     def __init__(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
         self.shape, self.dtype, self.device = shape, dtype, device

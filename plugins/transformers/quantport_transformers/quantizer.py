@@ -76,24 +76,21 @@ class QuantportQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
         )
         self._place.refuse_waiting(load.decoded)
         for module in self._filled(model):
-            module._is_hf_initialized = True  # type: ignore[assignment]  # it has no weight to be drawn
+            if not any(True for _ in module.parameters(recurse=False)):  # a bias may have to be drawn
+                module._is_hf_initialized = True  # type: ignore[assignment]  # no tensor of it is
         if self._place.undecided:
             for path, size in load.sizes.items():
                 load.modules[path].announce_size(size)
         prefix = f"{model.base_model_prefix}."
-        own = "|".join(re.escape(path.removeprefix(prefix)) for path in (*load.modules, *load.decoded))
+        paths = (re.escape(path.removeprefix(prefix)) for path in (*load.modules, *load.decoded))
         self._ignored = getattr(model, _IGNORED)
-        setattr(model, _IGNORED, {*(self._ignored or ()), rf"(^|\.)({own})\."})
+        setattr(model, _IGNORED, {*(self._ignored or ()), *(rf"(^|\.){path}\." for path in paths)})
         return weight_conversions
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
         load = self._load
         assert load is not None  # Transformers has asked for the conversions before
         setattr(model, _IGNORED, self._ignored)
-        for module in self._filled(model):
-            bias = module._parameters.get("bias")
-            if bias is not None and not hasattr(bias, "_is_hf_initialized"):  # not in the checkpoint
-                nn.init.zeros_(bias)
         with _bar() as progress:
             plan = load.fill(self._place.device_of, progress)
         for path, module in load.modules.items():

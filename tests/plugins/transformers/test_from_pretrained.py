@@ -10,6 +10,7 @@ import pickle
 import pytest
 import torch
 from core_models import DENSE, same_bits, same_state
+from core_tiny import tiny_model
 from core_transformers import checkpoint, tiny
 from hf_models import IDS, QuantportConfig, from_pretrained, logits, save, transformers
 
@@ -35,6 +36,21 @@ def test_the_bits_are_those_of_load(kind, scheme, tmp_path):
 def test_the_bits_of_other_classes(kind, tmp_path):
     folder = checkpoint(tmp_path, tiny(kind))
     same_state(from_pretrained(folder, "int8"), quantport.load(folder, "int8", device="cpu"))
+
+
+# experts that are transposed, interleaved, with biases or a gate of their own, or stacked in one
+EXPERTS = ["GptOssForCausalLM", "Llama4ForCausalLM", "GraniteMoeForCausalLM", "MixtralForCausalLM"]
+
+
+@pytest.mark.parametrize("scheme", ["int8_weight_only", {"scheme": "int8_weight_only", "moe": None}], ids=str)
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_of_every_form(name, scheme, tmp_path):
+    tiny_model(name).save_pretrained(tmp_path)
+    config = {"scheme": scheme} if isinstance(scheme, str) else scheme
+    asked = QuantportConfig(**config)
+    model = getattr(transformers, name).from_pretrained(tmp_path, quantization_config=asked)
+    same_state(model, quantport.load(tmp_path, config=config, device="cpu"))
+    assert any(isinstance(m, QuantExperts) for m in model.modules()) == isinstance(scheme, str)
 
 
 def test_a_model_without_a_head_is_loaded_from_a_checkpoint_with_one(tmp_path):
@@ -80,6 +96,17 @@ def test_what_is_unexpected_is_named_still(tmp_path):
     folder = checkpoint(tmp_path, tiny("llama"), extra__weight=torch.ones(2, dtype=torch.bfloat16))
     with pytest.warns(UserWarning, match="no place for them: extra"):
         _, info = from_pretrained(folder, "int8", output_loading_info=True)
+    assert info["unexpected_keys"] == {"extra.weight"}
+
+
+def test_and_where_nothing_is_quantized(tmp_path):
+    folder = checkpoint(tmp_path, tiny("llama"), extra__weight=torch.ones(2, dtype=torch.bfloat16))
+    nothing = QuantportConfig("int8", ignore=["model.*"])
+    with pytest.warns(UserWarning, match="no place for them: extra"):
+        model, info = from_pretrained(
+            folder, quantization_config=nothing, dtype=torch.float32, output_loading_info=True
+        )
+    assert not any(isinstance(module, QuantModule) for module in model.modules())
     assert info["unexpected_keys"] == {"extra.weight"}
 
 
