@@ -135,7 +135,7 @@ COMPUTES_SOMETHING_ELSE = (
         "A2",
         "integers are no weights of a norm",
         "core/quantport/loading/fill_model.py",
-        "if parameter is not None and _numbers(parameter.dtype) != _numbers(stored.dtype):",
+        "if parameter is not None and _numbers(parameter.dtype) != _numbers(dtype):",
         "if False:",
         ("core/test_load_errors.py::test_numbers_of_another_kind_are_named",),
     ),
@@ -576,6 +576,41 @@ COMPUTES_SOMETHING_ELSE = (
         "if scheme.rotation:  # these rows are fp32, whatever the weight is",
         "if False:",
         ("core/test_by_rows.py::test_what_the_dtype_cannot_hold_is_refused_alike",),
+    ),
+    Mutation(
+        "A10",
+        "Transformers loads no codes as weights",
+        "core/quantport/loading/partial_load.py",
+        "model.get_submodule(path)._parameters[name] = None",
+        "model.get_submodule(path)",
+        ("plugins/transformers/test_saving.py::test_a_layer_of_another_class_is_decoded",),
+    ),
+    Mutation(
+        "A10",
+        "no part of a model that is quantized while it loads is left on disk",
+        "plugins/transformers/quantport_transformers/placement.py",
+        "if on_disk:",
+        "if False:",
+        ("plugins/transformers/test_bad_input.py::test_parts_on_disk",),
+    ),
+    Mutation(
+        "A10",
+        "what Transformers does not read is not written for it",
+        "plugins/transformers/quantport_transformers/save.py",
+        "reason = _not_read(name, described) or",
+        "reason =",
+        ("plugins/transformers/test_saving.py::test_it_is_read_by_transformers_and_comes_back[moe-int8]",),
+    ),
+    Mutation(
+        "A10",
+        "what is unexpected in a checkpoint is named",
+        "plugins/transformers/quantport_transformers/quantizer.py",
+        "        setattr(model, _IGNORED, self._ignored)\n",
+        "",
+        (
+            "plugins/transformers/test_from_pretrained.py::"
+            "test_nothing_is_said_to_be_missing_or_unexpected_that_is_loaded",
+        ),
     ),
 )
 

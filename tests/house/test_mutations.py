@@ -15,7 +15,7 @@ import pytest
 from house_mutations import LINES, MUTATIONS
 
 pytestmark = pytest.mark.slow
-FOLDERS = ("core", "plugins/formats", *(f"backends/{name}" for name in house.rooms()))
+FOLDERS = ("core", "plugins/formats", "plugins/transformers", *(f"backends/{name}" for name in house.rooms()))
 NOT_THE_COPY = 9  # an exit code that pytest has not
 # A plugin of pytest: the exit code says where the packages came from.
 WATCH = f"""
