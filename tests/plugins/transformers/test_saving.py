@@ -231,6 +231,7 @@ def test_what_no_module_holds_is_decoded(tmp_path):
 
 
 def test_a_layer_of_another_class_is_decoded(tmp_path, monkeypatch):
+    from transformers import core_model_loading
     from transformers.models.llama import modeling_llama
 
     class OtherLinear(torch.nn.Linear):
@@ -244,8 +245,16 @@ def test_a_layer_of_another_class_is_decoded(tmp_path, monkeypatch):
             super().__init__(config)
             self.down_proj = OtherLinear(config.intermediate_size, config.hidden_size, bias=False)
 
+    loaded, real = [], core_model_loading.set_param_for_module
     monkeypatch.setattr(modeling_llama, "LlamaMLP", OtherMLP)
+    monkeypatch.setattr(
+        core_model_loading,
+        "set_param_for_module",
+        lambda model, name, *a: loaded.append(name) or real(model, name, *a),
+    )
     model, info = from_pretrained(folder, None, output_loading_info=True)
     assert not any(info.values()), info
     assert type(model.model.layers[0].mlp.down_proj) is OtherLinear
+    assert "model.norm.weight" in loaded
+    assert not [name for name in loaded if "down_proj" in name], "codes"
     same_state(model, quantport.load(folder, device="cpu"))
