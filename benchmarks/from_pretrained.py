@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
@@ -62,7 +63,7 @@ def in_process(case: str, folder: Path) -> dict[str, float] | str:
     return json.loads(lines[-1]) if lines else (error[-1][:100] if error else f"exit {done.returncode}")
 
 
-def measured(name: str, folder: Path, rounds: int) -> tuple[list[list[str]], list[str]]:
+def measured(name: str, folder: Path, rounds: int, peers: Sequence[str]) -> tuple[list[list[str]], list[str]]:
     """The rows of a model, and what did not run."""
     rows, failed = list[list[str]](), list[str]()
     for scheme in OURS:
@@ -74,6 +75,7 @@ def measured(name: str, folder: Path, rounds: int) -> tuple[list[list[str]], lis
         if len(pairs) < len(runs):
             failed.append(f"- {name}, {scheme}: {[r for r in runs if r not in pairs]}")
             continue
+        print(scheme, pairs, flush=True)
         ratio, final = median(a["seconds"] / b["seconds"] for a, b in pairs), pairs[0][0]["final"]
         peaks = [median(pair[i]["peak"] for pair in pairs) for i in (0, 1)]
         rows.append(
@@ -86,7 +88,7 @@ def measured(name: str, folder: Path, rounds: int) -> tuple[list[list[str]], lis
                 f"{peaks[1] / GIB:.2f}",
             ]
         )
-    for case in PEERS:
+    for case in peers:
         run = in_process(case, folder)
         if isinstance(run, str):
             failed.append(f"- {name}, {case}: did not run here ({run})")
@@ -100,20 +102,22 @@ def main() -> None:
     parser.add_argument("--case")
     parser.add_argument("--dir", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--no-peers", action="store_true")
     args = parser.parse_args()
     if args.case:
         print(json.dumps(child(args.case, args.dir)))
         return
-    rows, failed = list[list[str]](), list[str]()
+    rows, failed, peers = list[list[str]](), list[str](), () if args.no_peers else PEERS
     for name, make in MODELS.items():
         with tempfile.TemporaryDirectory() as scratch:
             make(Path(scratch) / "model")
-            more, lost = measured(name, Path(scratch) / "model", args.rounds)
+            print(f"{name} is written", flush=True)
+            more, lost = measured(name, Path(scratch) / "model", args.rounds, peers)
             rows, failed = rows + more, failed + lost
     columns = ["", "seconds", "x quantport.load", "final GiB", "peak GiB", "peak of quantport.load"]
     notes = [
         "Must reach: peak at most the quantized model and 0.5 GiB; time at most 1.15x of quantport.load. Page cache warm, imports not timed.",
-        "Peers ran once each, through Transformers too, which keeps the pages of the files mapped: they count.",
+        f"{args.rounds} rounds. Peers {'did not run' if args.no_peers else 'ran once each, through Transformers too, whose mapped pages count'}.",
         *failed,
     ]
     write("from_pretrained.md", markdown("from_pretrained on the CPU", columns, rows, notes))
