@@ -17,7 +17,10 @@ else:
 ROOT = Path(__file__).parents[2]
 CORE = ROOT / "core" / "quantport"
 SHIPPED = ("core", "backends", "plugins")
-INTEGRATIONS = {"transformers"}  # rooms of plugins that users of another library import: quantport does not
+INTEGRATIONS = {
+    "transformers",
+    "diffusers",
+}  # rooms of plugins that users of another library import: quantport does not
 NO_DEVICE = {"triton"}  # rooms that other rooms use, with no device of their own
 
 

@@ -200,6 +200,7 @@ class SaveTarget:
     overwrite: bool = False
     max_shard_bytes: int = 5_000_000_000
     resume: str = ""
+    stem: str = "model"
 
     def save(
         self,
@@ -222,6 +223,7 @@ class SaveTarget:
             overwrite=self.overwrite,
             resume=self.resume,
             into=into,
+            stem=self.stem,
         )
 
 

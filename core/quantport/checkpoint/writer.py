@@ -47,6 +47,7 @@ def save_tensors(
     overwrite: bool = False,
     resume: str = "",
     into: OneFile | None = None,
+    stem: str = "model",
 ) -> Path:
     """Writes a checkpoint that appears under its name complete, or not at all; returns that.
 
@@ -69,6 +70,7 @@ def save_tensors(
         resume: Names what is written, with everything that its bytes depend on: whole shards that a killed
             save of the same left on this machine are taken over. With ``layout`` only.
         into: The file that takes the place of the shards, with ``layout``; there is nothing to resume.
+        stem: What the names of the files of weights begin with.
 
     Raises:
         SaveError: The name is taken, the disk is full or refuses, a tensor cannot be written, or the stream
@@ -92,7 +94,7 @@ def save_tensors(
                 shards.gather(_pull(asked, tensors), max_shard_bytes)
             else:
                 shards.stream(layout, tensors, sys.maxsize if into else max_shard_bytes)
-            shards.finish(into.name if into else "model.safetensors")
+            shards.finish(into.name if into else f"{stem}.safetensors", stem)
     return target
 
 
@@ -170,12 +172,12 @@ class _Shards:
             file.finish()
         self._written.append(layout)
 
-    def finish(self, single: str) -> None:
+    def finish(self, single: str, stem: str) -> None:
         """Names the shards, or the single file, and writes the index."""
         if not any(self._written):
             raise SaveError(self._asked, "a stream without a tensor", "at least one tensor")
         count = len(self._written)
-        names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        names = [f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
         names = names if count > 1 else [single]
         for i, name in enumerate(names):
             os.rename(self._path(i), self._directory / name)
@@ -184,7 +186,7 @@ class _Shards:
             total = sum(nbytes(*spec) for shard in self._written for spec in shard.values())
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
             text = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
-            _write(self._directory / "model.safetensors.index.json", text.encode("utf-8"))
+            _write(self._directory / f"{stem}.safetensors.index.json", text.encode("utf-8"))
 
     def _check_space(self, needed: int) -> None:
         disk = shutil.disk_usage(self._directory)

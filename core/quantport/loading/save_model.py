@@ -176,7 +176,9 @@ def write_model(
     files = dict(companions_of(home, registry or default_registry()))
     if generation := _generation_config(model):
         files["generation_config.json"] = generation
-    target = SaveTarget(directory, files, overwrite, max_shard_bytes, resume)
+    of_diffusers = "_class_name" in (described.config or {})
+    stem = "diffusion_pytorch_model" if of_diffusers else "model"  # as each library looks for them
+    target = SaveTarget(directory, files, overwrite, max_shard_bytes, resume, stem)
     return to.write(described, tensors, layout, target)
 
 

@@ -277,6 +277,9 @@ class QuantModule(EmptyWeight):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantModule:
         """Moves between devices; never casts codes or scales, whatever ``.half()`` or ``.to(dtype)`` ask."""
+        if not self._buffer_names and fn(torch.empty(0, dtype=self.dtype, device="cpu")).dtype is self.dtype:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch has no types here
+            return self  # empty: what fills it says where
         # nothing casts integers: only the device shows
         device = fn(torch.empty(0, dtype=torch.int8, device=self.device)).device
         dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
