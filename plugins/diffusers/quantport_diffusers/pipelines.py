@@ -50,7 +50,7 @@ def load_pipeline(
     Args:
         path: Directory with ``model_index.json``, or a model id of the hub.
         components: As of `PipelineConfig`; a scheme by itself is for what denoises (`DENOISERS`).
-        options: As of ``DiffusionPipeline.from_pretrained``, such as ``torch_dtype``.
+        options: As of ``DiffusionPipeline.from_pretrained``, such as ``dtype``.
 
     Returns:
         The pipeline; `plans` says what each component has become.

@@ -21,10 +21,7 @@ from quantport.modules import QuantLinear
 from quantport_diffusers import PipelineConfig, QuantportConfig, compare, load_pipeline, plans
 from quantport_diffusers.compare import distance
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*of the bytes of matrices are quantized:UserWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:.*of the bytes of matrices are quantized:UserWarning")
 FACTORIES = {"flux": FluxTransformer2DModel, "wan": WanTransformer3DModel}
 
 
@@ -47,7 +44,7 @@ def quantized(pipe):
 @pytest.mark.parametrize("name", PIPELINES)
 def test_a_pipeline_draws_nearly_what_it_drew(name, folders):
     folder, call = folders(name)
-    plain, pipe = loaded(folder), load_pipeline(folder, "int8", torch_dtype=torch.bfloat16, **absent(folder))
+    plain, pipe = loaded(folder), load_pipeline(folder, "int8", dtype=torch.bfloat16, **absent(folder))
     pipe.set_progress_bar_config(disable=True)
     assert quantized(pipe)
     assert plans(pipe) == {"transformer": pipe.transformer.quantport_plan}
@@ -73,7 +70,7 @@ def test_it_has_the_bits_of_load(name, scheme, folders):
     kind = FACTORIES[name]
     config = kind.load_config(folder)
     model = kind.from_pretrained(
-        folder, torch_dtype=torch.bfloat16, quantization_config=QuantportConfig(scheme)
+        folder, dtype=torch.bfloat16, quantization_config=QuantportConfig(scheme)
     )
     twin = quantport.load(folder, scheme, model=lambda: kind.from_config(config), dtype=torch.bfloat16)
     same_state(model, twin)
@@ -82,7 +79,7 @@ def test_it_has_the_bits_of_load(name, scheme, folders):
 
 
 def test_what_the_class_keeps_in_fp32_stays_there(folders):
-    model = load_pipeline(folders("wan")[0], "int8", torch_dtype=torch.bfloat16, **absent(folders("wan")[0]))
+    model = load_pipeline(folders("wan")[0], "int8", dtype=torch.bfloat16, **absent(folders("wan")[0]))
     kept = {name for name, p in model.transformer.named_parameters() if p.dtype is torch.float32}
     assert any("scale_shift_table" in name for name in kept)
     assert {m.dtype for m in model.transformer.modules() if isinstance(m, QuantLinear)} >= {torch.bfloat16}
@@ -91,7 +88,7 @@ def test_what_the_class_keeps_in_fp32_stays_there(folders):
 @pytest.mark.parametrize("name", ["flux", "qwen_image", "wan"])
 def test_saved_it_is_loaded_to_the_same_bits(name, folders, tmp_path):
     folder, call = folders(name)
-    pipe = load_pipeline(folder, "fp8", torch_dtype=torch.bfloat16, **absent(folder))
+    pipe = load_pipeline(folder, "fp8", dtype=torch.bfloat16, **absent(folder))
     pipe.save_pretrained(tmp_path / "saved")
     assert (tmp_path / "saved/transformer/diffusion_pytorch_model.safetensors").is_file()
     again = loaded(tmp_path / "saved")
@@ -107,15 +104,15 @@ def test_saved_it_is_loaded_to_the_same_bits(name, folders, tmp_path):
 
 def test_shards_are_read_and_written(folders, tmp_path):
     folder, _ = folders("flux")
-    plain = FluxTransformer2DModel.from_pretrained(folder / "transformer", torch_dtype=torch.bfloat16)
+    plain = FluxTransformer2DModel.from_pretrained(folder / "transformer", dtype=torch.bfloat16)
     plain.save_pretrained(tmp_path / "shards", max_shard_size="40KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
-    asked = {"torch_dtype": torch.bfloat16, "quantization_config": QuantportConfig("int8")}
+    asked = {"dtype": torch.bfloat16, "quantization_config": QuantportConfig("int8")}
     model = FluxTransformer2DModel.from_pretrained(tmp_path / "shards", **asked)
     same_state(model, FluxTransformer2DModel.from_pretrained(folder / "transformer", **asked))
     model.save_pretrained(tmp_path / "again", max_shard_size="40KB")
     assert (tmp_path / "again/diffusion_pytorch_model.safetensors.index.json").is_file()
-    same_state(model, FluxTransformer2DModel.from_pretrained(tmp_path / "again", torch_dtype=torch.bfloat16))
+    same_state(model, FluxTransformer2DModel.from_pretrained(tmp_path / "again", dtype=torch.bfloat16))
 
 
 def test_text_encoders_are_quantized_by_transformers(folders, tmp_path):
@@ -126,7 +123,7 @@ def test_text_encoders_are_quantized_by_transformers(folders, tmp_path):
         "text_encoder": None,
         "vae": None,
     }
-    pipe = load_pipeline(folder, parts, torch_dtype=torch.bfloat16, **absent(folder))
+    pipe = load_pipeline(folder, parts, dtype=torch.bfloat16, **absent(folder))
     assert plans(pipe).keys() == {"transformer", "text_encoder_2"}
     plain = loaded(folder)
     same_state(pipe.vae, plain.vae)
@@ -143,8 +140,8 @@ def test_the_forms_of_diffusers_mean_the_same(folders):
     mapping = diffusers_mapping({"transformer": QuantportConfig("int8")})
     for pipe in (
         loaded(folder, quantization_config=mapping),
-        load_pipeline(folder, {"transformer": by_name}, torch_dtype=torch.bfloat16, **parts),
-        load_pipeline(folder, QuantportConfig("int8"), torch_dtype=torch.bfloat16, **parts),
+        load_pipeline(folder, {"transformer": by_name}, dtype=torch.bfloat16, **parts),
+        load_pipeline(folder, QuantportConfig("int8"), dtype=torch.bfloat16, **parts),
     ):
         same_state(pipe.transformer, one.transformer)
 
@@ -158,7 +155,7 @@ def diffusers_mapping(mapping):
 def test_the_plan_is_logged_once(folders, caplog):
     folder, _ = folders("z_image")
     with caplog.at_level(logging.INFO, "quantport_diffusers"):
-        load_pipeline(folder, "int8", torch_dtype=torch.bfloat16, **absent(folder))
+        load_pipeline(folder, "int8", dtype=torch.bfloat16, **absent(folder))
     assert len([r for r in caplog.records if r.name == "quantport_diffusers"]) == 1
 
 
@@ -190,7 +187,7 @@ def _asked(folder, config, **options):
 def test_what_is_wrong_is_refused_in_three_parts(components, word, folders):
     folder, _ = folders("z_image")
     with pytest.raises(ConfigError) as caught:
-        load_pipeline(folder, components, torch_dtype=torch.bfloat16, **absent(folder))
+        load_pipeline(folder, components, dtype=torch.bfloat16, **absent(folder))
     check_parts(caught.value)
     assert word in str(caught.value)
 
@@ -207,7 +204,7 @@ def test_several_devices_and_disk_are_refused(folders):
 
 def test_a_single_device_is_taken(folders):
     folder = folders("flux")[0] / "transformer"
-    asked = {"quantization_config": QuantportConfig("int8"), "torch_dtype": torch.bfloat16}
+    asked = {"quantization_config": QuantportConfig("int8"), "dtype": torch.bfloat16}
     one = FluxTransformer2DModel.from_pretrained(folder, **asked)
     same_state(FluxTransformer2DModel.from_pretrained(folder, device_map={"": "cpu"}, **asked), one)
 
@@ -233,7 +230,7 @@ def test_another_configuration_for_what_quantport_quantized(folders, tmp_path):
     from diffusers import BitsAndBytesConfig
 
     folder = folders("flux")[0] / "transformer"
-    asked = {"quantization_config": QuantportConfig("int8"), "torch_dtype": torch.bfloat16}
+    asked = {"quantization_config": QuantportConfig("int8"), "dtype": torch.bfloat16}
     model = FluxTransformer2DModel.from_pretrained(folder, **asked)
     model.save_pretrained(tmp_path / "saved")
     with pytest.raises(ConfigError) as caught:
@@ -243,12 +240,12 @@ def test_another_configuration_for_what_quantport_quantized(folders, tmp_path):
     check_parts(caught.value)
     with pytest.raises(QuantportError):
         FluxTransformer2DModel.from_pretrained(tmp_path / "saved", quantization_config=QuantportConfig("fp8"))
-    same_state(FluxTransformer2DModel.from_pretrained(tmp_path / "saved", torch_dtype=torch.bfloat16), model)
+    same_state(FluxTransformer2DModel.from_pretrained(tmp_path / "saved", dtype=torch.bfloat16), model)
 
 
 def test_a_damaged_file_leaves_nothing(folders, tmp_path):
     plain = FluxTransformer2DModel.from_pretrained(
-        folders("flux")[0] / "transformer", torch_dtype=torch.bfloat16
+        folders("flux")[0] / "transformer", dtype=torch.bfloat16
     )
     with torch.no_grad():
         plain.proj_out.weight[0, 0] = torch.nan

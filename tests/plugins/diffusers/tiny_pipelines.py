@@ -187,7 +187,7 @@ def absent(folder: Path) -> dict[str, None]:
 
 def loaded(folder: Path, **options: Any) -> Any:
     pipe = diffusers.DiffusionPipeline.from_pretrained(
-        folder, torch_dtype=torch.bfloat16, **{**absent(folder), **options}
+        folder, dtype=torch.bfloat16, **{**absent(folder), **options}
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
