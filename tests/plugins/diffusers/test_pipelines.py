@@ -69,9 +69,7 @@ def test_it_has_the_bits_of_load(name, scheme, folders):
     folder = folders(name)[0] / "transformer"
     kind = FACTORIES[name]
     config = kind.load_config(folder)
-    model = kind.from_pretrained(
-        folder, dtype=torch.bfloat16, quantization_config=QuantportConfig(scheme)
-    )
+    model = kind.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=QuantportConfig(scheme))
     twin = quantport.load(folder, scheme, model=lambda: kind.from_config(config), dtype=torch.bfloat16)
     same_state(model, twin)
     assert model.quantport_plan.by_layer.keys() == twin.quantport_plan.by_layer.keys()
@@ -244,9 +242,7 @@ def test_another_configuration_for_what_quantport_quantized(folders, tmp_path):
 
 
 def test_a_damaged_file_leaves_nothing(folders, tmp_path):
-    plain = FluxTransformer2DModel.from_pretrained(
-        folders("flux")[0] / "transformer", dtype=torch.bfloat16
-    )
+    plain = FluxTransformer2DModel.from_pretrained(folders("flux")[0] / "transformer", dtype=torch.bfloat16)
     with torch.no_grad():
         plain.proj_out.weight[0, 0] = torch.nan
     plain.save_pretrained(tmp_path / "nan")
