@@ -70,3 +70,13 @@ def test_another_machine_writes_the_same():
     environment = os.environ | {"ATEN_CPU_CAPABILITY": "default", "NUMBA_DISABLE_JIT": "1"}
     done = subprocess.run(call, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_the_page_of_architectures_is_current():
+    """In a process of its own: it needs the tests of core in its path, and silences warnings."""
+    code = (
+        "import sys; sys.path.insert(0, 'docs'); import architectures_page as p; sys.stdout.write(p.page())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout == (ROOT / "docs" / "architectures.md").read_text(encoding="utf-8")

@@ -132,7 +132,12 @@ def _without_weights(base: Any) -> Iterator[None]:
             for path, module in model.named_modules():
                 if path and path not in above:
                     module._is_hf_initialized = True
-        init_weights(model)
+        held = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)  # ``from_pretrained`` fills them when it has loaded all else
+        try:
+            init_weights(model)
+        finally:
+            torch.set_default_dtype(held)
 
     base.init_weights = init_buffers
     try:
