@@ -16,9 +16,9 @@ from quantport.numerics.by_rows import rows_of_step, spans_rows
 BUDGET = 512 << 20  # bytes, where nobody says otherwise
 PLAIN, SEARCH = 24, 36  # bytes of scratch for each element of a chunk: six fp32 copies; a search holds nine
 SCRATCH = SEARCH * LARGE  # bytes of scratch that quantizing one weight holds at most
-STEP = (
-    16 << 20
-)  # bytes of a weight that are read at a time: eight cores fit the budget, and kernels stay large
+# Bytes of a weight that are read at a time. What is freed after one step is there for the next: of larger
+# steps every page comes from the system again, which takes as long as to quantize it.
+STEP = 4 << 20
 _UNITS = {
     "": 1,
     "B": 1,
