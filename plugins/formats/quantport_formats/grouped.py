@@ -102,19 +102,19 @@ class Grouped:
 
 class Columns:
     """A tensor whose columns are rows of a weight: no column is in one piece in a file, so it is read whole,
-    and kept until all rows were asked for, as long as they are in order.
+    and kept until the last of them was asked for.
     """
 
     def __init__(self, source: TensorSource, name: str) -> None:
         self._source, self._name = source, name
-        self._kept: tuple[int, Tensor] | None = None  # the column that should come next, and the tensor
+        self._kept: Tensor | None = None
 
     def read(self, first: int, last: int) -> Tensor:
         """Columns ``[first, last)``."""
         kept, self._kept = self._kept, None
-        whole = kept[1] if kept and kept[0] == first else self._source.read(self._name)
+        whole = self._source.read(self._name) if kept is None else kept
         if last < whole.shape[1]:
-            self._kept = last, whole
+            self._kept = whole
         return whole[:, first:last]
 
 
