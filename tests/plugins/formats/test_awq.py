@@ -203,9 +203,10 @@ def test_rows_are_those_of_the_whole(rows, k):
     pieces = [weight.read(slice(start, min(start + rows, 64))) for start in range(0, 64, rows)]
     for key, tensor in whole.items():
         assert torch.equal(torch.cat([piece[key] for piece in pieces]), tensor)
-    assert source.reads.count("a.qweight") == 1
+    count = 1 if rows % 8 == 0 else 2  # nothing is kept once the last word was asked for
+    assert source.reads.count("a.qweight") == count
     assert weight.read(slice(0, 64))["weight_packed"].equal(whole["weight_packed"])
-    assert source.reads.count("a.qweight") == 2  # nothing is kept once all rows were asked for
+    assert source.reads.count("a.qweight") == count + 1
 
 
 class Counting:
