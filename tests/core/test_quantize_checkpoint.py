@@ -20,7 +20,7 @@ import quantport
 from quantport.checkpoint import Checkpoint
 from quantport.checkpoint.shard import ShardWriter
 from quantport.errors import BudgetError, CheckpointError, ConfigError, SaveError
-from quantport.loading import fill_model, weight_tasks, quantize_checkpoint
+from quantport.loading import fill_model, quantize_checkpoint, weight_tasks
 from quantport.loading.save_model import write_model
 from quantport.modules import QuantModule
 from quantport.planning import memory
