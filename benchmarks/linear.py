@@ -30,7 +30,12 @@ TARGETS = {
     "int4_weight_only": {1: 5.0, 16: 1.5, 128: 0.9},
     "fp8_weight_only": dict.fromkeys(ROWS, 0.9),
 }
-STORED = ("int4_weight_only:g128:fp16", "int4_weight_only:g128:fp32:asym")  # of GPTQ and AWQ
+STORED = (  # of GPTQ and AWQ
+    "int4_weight_only:g128:fp16",
+    "int4_weight_only:g128:fp32:asym",
+    "int8_weight_only:g128:fp16",
+    "int8_weight_only:g128:fp32:asym",
+)
 Call = Callable[[int], object]
 
 

@@ -94,10 +94,10 @@ class ToyCheckpoint(Recognized):
     def _weight(self, name):
         codes, scale = f"{name}.toy_codes", f"{name}.toy_scale"
 
-        def read():
+        def read(rows):
             return {
-                "weight": self.source.read(codes).t().contiguous(),
-                "weight_scale": self.source.read(scale),
+                "weight": self.source.read(codes)[:, rows].t().contiguous(),
+                "weight_scale": self.source.read(scale, rows),
             }
 
         return QuantizedWeight(BUILTIN["int8_weight_only"], (codes, scale), read)

@@ -75,3 +75,14 @@ def test_weights_have_the_same_bytes(scheme, monkeypatch):
 def test_devices_of_pytorchs_own_tree_convert():
     assert numerics.converts(torch.device("cpu"))
     assert not numerics.converts(torch.device(torch._C._get_privateuse1_backend_name()))
+
+
+@FLOAT8
+def test_decoding_on_a_cpu_equals_the_conversion(element):
+    codes = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(element.storage)
+    whole = numerics.decode(codes, element), codes.float()
+    every_other = numerics.decode(codes.view(16, 16)[:, ::2], element), codes.view(16, 16)[:, ::2].float()
+    for got, expected in (whole, every_other):
+        assert torch.equal(got.isnan(), expected.isnan())
+        assert torch.equal(torch.signbit(got), torch.signbit(expected))
+        assert torch.equal(got.nan_to_num(nan=0), expected.nan_to_num(nan=0))

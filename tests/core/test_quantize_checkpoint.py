@@ -20,7 +20,7 @@ import quantport
 from quantport.checkpoint import Checkpoint
 from quantport.checkpoint.shard import ShardWriter
 from quantport.errors import BudgetError, CheckpointError, ConfigError, SaveError
-from quantport.loading import fill_model, quantize_checkpoint
+from quantport.loading import fill_model, quantize_checkpoint, weight_tasks
 from quantport.loading.save_model import write_model
 from quantport.modules import QuantModule
 from quantport.planning import memory
@@ -88,6 +88,7 @@ def test_no_weight_is_ever_whole(path, config, tmp_path, monkeypatch):
     quantport.save(quantport.load(path, config=config), tmp_path / "saved")
     step, pieces, models, write_piece = 32 << 10, {}, [], ShardWriter.write
     monkeypatch.setattr(memory, "STEP", step)
+    monkeypatch.setattr(weight_tasks, "_step_rows", weight_tasks._step_rows.__wrapped__)  # which remembers
     monkeypatch.setattr(fill_model, "SLAB", step)
 
     def written(self, asked, name, tensor):

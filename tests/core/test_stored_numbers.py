@@ -131,6 +131,8 @@ def test_a_module_orders_its_inputs(name, rows):
     x = torch.randn(rows, 96).bfloat16()
     want = numerics.linear(x, stored, scheme)
     assert ((layer(x) - want).abs().max() <= 2.0**-6 * want.abs().max()).item()
+    if not scheme.rotation:  # which comes after the order, and before `run`
+        assert torch.equal(layer.kernel_of("").run(x, layer.packed(), None, spec), layer(x))
     for copy in (copied(layer), layer.to(torch.float32).to(torch.bfloat16)):
         assert all(same_bits(tensor, stored[key]) for key, tensor in copy.stored_weight().items())
         assert torch.equal(copy(x), layer(x))

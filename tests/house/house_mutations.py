@@ -1354,7 +1354,7 @@ LARGE = (
         "D20",
         "weights are read by rows",
         "core/quantport/planning/memory.py",
-        "if spec.n * spec.k * dtype.itemsize <= STEP * (1 + twice):",
+        "if spec.n * spec.k * dtype.itemsize <= (ONCE if twice else STEP):",
         "if True:",
         (
             "core/test_budget.py::"

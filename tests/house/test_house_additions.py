@@ -127,8 +127,8 @@ class Mine(Recognized):
         read = partial(self.stored, f"{name}.codes", f"{name}.steps")
         return QuantizedWeight(self.scheme, (f"{name}.codes", f"{name}.steps"), read)
 
-    def stored(self, codes, steps):
-        return {"weight": self.source.read(codes), "weight_scale": self.source.read(steps)}
+    def stored(self, codes, steps, rows):
+        return {"weight": self.source.read(codes, rows), "weight_scale": self.source.read(steps, rows)}
 
 
 class MineFormat(CheckpointFormat):

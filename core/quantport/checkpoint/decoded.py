@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -22,9 +22,13 @@ from quantport.errors import CheckpointError
 from quantport.model.layers import Layer, Part, find_layers
 from quantport.model.stored_experts import alternating
 from quantport.numerics import dequantize_weight
-from quantport.numerics.by_rows import stored_slices
+from quantport.numerics.by_rows import rows_of_step, stored_slices
 from quantport.numerics.sharding import alignment
 from quantport.scheme import Scheme
+
+TOGETHER = (
+    1 << 20
+)  # elements that are decoded at a time: fewer take longer for the calls, more for fresh memory
 
 ReadCodes = Callable[[int | None, slice], Mapping[str, Tensor]]
 """The tensors of ``scheme.layout`` for some rows of a matrix, or of a matrix of a stack."""
@@ -153,7 +157,7 @@ class DecodedSource:
         block = alignment(tensor.scheme, 0)
         first, last = start // block * block, min(n, -(-stop // block) * block)
         stored = self.stored(name, expert, slice(first, last))
-        return dequantize_weight(stored, tensor.scheme, k)[start - first : stop - first]
+        return _dequantized(stored, tensor.scheme, last - first, k)[start - first : stop - first]
 
     def release(self, name: str, rows: Rows | None = None) -> None:
         """As `TensorSource.release`; of a coded tensor all that it is made of."""
@@ -172,6 +176,19 @@ class DecodedSource:
     def close(self) -> None:
         """As `TensorSource.close`."""
         self.source.close()
+
+
+def _dequantized(stored: Mapping[str, Tensor], scheme: Scheme, n: int, k: int) -> Tensor:
+    """As `dequantize_weight`, rows by rows: what it makes on the way stays in cache."""
+    step = rows_of_step(scheme, n, k, TOGETHER)
+    if step >= n:
+        return dequantize_weight(dict(stored), scheme, k)
+    out = torch.empty(n, k, dtype=torch.float32, device="cpu")
+    for start in range(0, n, step):
+        rows = stored_slices(scheme, k, start, min(start + step, n))
+        some = {key: tensor if rows[key] is None else tensor[rows[key]] for key, tensor in stored.items()}
+        out[start : start + step] = dequantize_weight(some, scheme, k)
+    return out
 
 
 def _said(layout: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> str:
@@ -272,8 +289,14 @@ class Coded(Recognized):
         name, expert, first = part.tensor, part.expert, part.start or 0
         tensor = self.decoded.coded[name]
         assert tensor.scheme is not None
-        rows = slice(first, first + n) if part.in_place else slice(first, part.stop, part.step)
-        read = partial(self.decoded.stored, name, expert, rows)
+        end = first + n if part.in_place else part.stop
+        every = range(tensor.shape[-2])[first : end : part.step]
+
+        def read(rows: slice) -> dict[str, Tensor]:
+            some = every[rows]
+            step = None if part.in_place else some.step
+            return self.decoded.stored(name, expert, slice(some.start, some.stop, step))
+
         whole = expert is None and n == tensor.shape[0]
         share = n / (tensor.shape[-2] * (tensor.shape[0] if expert is not None else 1))
         size = round(share * self.source.tensors[name].nbytes)

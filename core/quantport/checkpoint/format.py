@@ -30,16 +30,17 @@ class QuantizedWeight:
     Attributes:
         scheme: What it is.
         tensors: Names of the stored tensors that it takes, which are released once it is read.
-        read: Returns the tensors of ``scheme.layout(n, k)``; they may be views of what is stored.
-        keys: For each of those tensors the stored one that it is, so that rows of it can be read; empty where
-            ``read`` makes them of others.
+        read: Returns the tensors of ``scheme.layout`` for rows ``[start, stop)``, which begin and end with
+            blocks of the scheme and come in order; they may be views of what is stored.
+        keys: For each of those tensors the stored one that it is, of the whole weight; empty where ``read``
+            makes them of others.
         size: Bytes that are read for it; None for those of ``tensors``.
         source: Where ``keys`` are read; None for the source of the checkpoint.
     """
 
     scheme: Scheme
     tensors: tuple[str, ...]
-    read: Callable[[], dict[str, Tensor]]
+    read: Callable[[slice], dict[str, Tensor]]
     keys: Mapping[str, str] = field(default_factory=dict)
     size: int | None = None
     source: TensorSource | None = None

@@ -27,6 +27,8 @@ from quantport.checkpoint.source import TensorSource
 from quantport.errors import CheckpointError
 from quantport.model.layers import Layer, Part, find_layers
 from quantport.model.roles import Role, skipped_by_default
+from quantport.numerics.by_rows import stored_slices
+from quantport.scheme import Scheme
 from quantport.scheme.catalog import Schemes
 from quantport.scheme.formats import BF16
 
@@ -144,7 +146,8 @@ class _Quantized(Recognized):
                 raise CheckpointError(
                     f"load {full} of {self.source.directory}", found, f"{list(expected[0])} {expected[1]}"
                 )
-        return QuantizedWeight(scheme, tuple(keys.values()), partial(self._read, keys), keys)
+        return QuantizedWeight(scheme, tuple(keys.values()), partial(self._read, scheme, k, keys), keys)
 
-    def _read(self, keys: Mapping[str, str]) -> dict[str, Tensor]:
-        return {key: self.source.read(name) for key, name in keys.items()}
+    def _read(self, scheme: Scheme, k: int, keys: Mapping[str, str], rows: slice) -> dict[str, Tensor]:
+        some = stored_slices(scheme, k, rows.start, rows.stop)
+        return {key: self.source.read(name, some[key]) for key, name in keys.items()}

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from quantport.checkpoint import QuantizedWeight, TensorSource
 from quantport.kernels.base import WeightSpec
@@ -49,8 +48,8 @@ def take_over_tasks(
             yield Task(weight.tensors[0], size, partial(_map, module, name, weight, stored))
             continue
         layout = None if isinstance(module, QuantExperts) else layout_of(kernel, spec)
-        rows = step_rows(spec, module.dtype, layout) if weight.keys else spec.n
-        whole = 0 if layout and rows < spec.n else size
+        rows = step_rows(spec, module.dtype, layout)
+        whole = 0 if weight.keys and layout and rows < spec.n else size
         steps = partial(_steps, weight, spec, source, device, rows)
         need = min(budget, 2 * spec.scheme.bytes(rows, spec.k) + whole)
         yield Task(weight.tensors[0], size, partial(_take, take or module.set_steps, name, steps), need)
@@ -73,7 +72,7 @@ def _steps(
     weight: QuantizedWeight, spec: WeightSpec, source: TensorSource, device: torch.device, rows: int
 ) -> Iterator[QuantizedRows]:
     if rows >= spec.n:
-        stored = {key: tensor.to(device, copy=True) for key, tensor in weight.read().items()}
+        stored = {key: t.to(device, copy=True) for key, t in weight.read(slice(0, spec.n)).items()}
         for tensor in weight.tensors:
             source.release(tensor)
         yield QuantizedRows(0, spec.n, stored)
@@ -82,12 +81,13 @@ def _steps(
         stop = min(start + rows, spec.n)
         some = stored_slices(spec.scheme, spec.k, start, stop)
         stored = {
-            key: _read(weight.source or source, name, some[key], device) for key, name in weight.keys.items()
+            # who takes rows copies them to their place; what all of them share may be kept
+            key: tensor.to(device, copy=some[key] is None)
+            for key, tensor in weight.read(slice(start, stop)).items()
         }
         yield QuantizedRows(start, stop, stored)
-
-
-def _read(source: TensorSource, name: str, rows: slice | None, device: torch.device) -> Tensor:
-    tensor = source.read(name, rows).to(device, copy=True)
-    source.release(name, rows)
-    return tensor
+        for key, tensor in weight.keys.items():
+            (weight.source or source).release(tensor, some[key])
+    if not weight.keys:
+        for tensor in weight.tensors:
+            source.release(tensor)

@@ -31,6 +31,13 @@ def unpack_int4(packed: Tensor, k: int) -> Tensor:
     return unpack_bits(packed.contiguous().view(torch.uint8), k, 4).view(torch.int8).sub(8)
 
 
+def computes_here(tensor: Tensor) -> bool:
+    """Whether operations on a tensor run now and on the CPU, where several narrow ones may be faster than the
+    one that says what is meant, and which a compiler or an accelerator makes one of.
+    """
+    return tensor.is_cpu and not torch.compiler.is_compiling()
+
+
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
     """Packs codes of 4 or 6 bits densely, the first code in the lowest bits (as MX and NVFP4 files have
     them).
@@ -56,7 +63,10 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
 
 def unpack_bits(packed: Tensor, k: int, bits: int) -> Tensor:
     """The inverse of ``pack_bits``: uint8 codes ``[n, k]``."""
-    if bits == 4:
+    if bits == 4 and computes_here(packed):
+        codes = packed.to(torch.int16)  # a byte, and itself four bits higher: little-endian again
+        codes = codes.bitwise_or_(codes << 4).bitwise_and_(0x0F0F).view(torch.uint8)
+    elif bits == 4:
         codes = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
     else:
         a, b, c = packed.view(packed.shape[0], packed.shape[1] // 3, 3).unbind(-1)

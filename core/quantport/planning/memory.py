@@ -16,9 +16,10 @@ from quantport.numerics.by_rows import rows_of_step, spans_rows
 BUDGET = 512 << 20  # bytes, where nobody says otherwise
 PLAIN, SEARCH = 24, 36  # bytes of scratch for each element of a chunk: six fp32 copies; a search holds nine
 SCRATCH = SEARCH * LARGE  # bytes of scratch that quantizing one weight holds at most
-STEP = (
-    16 << 20
-)  # bytes of a weight that are read at a time: eight cores fit the budget, and kernels stay large
+# Bytes of a weight that are read at a time. What is freed after one step is there for the next: of larger
+# steps every page comes from the system again, which takes as long as to quantize it.
+STEP = 4 << 20
+ONCE = 32 << 20  # bytes of a weight that is read as a whole, where a scale spans all of its rows
 _UNITS = {
     "": 1,
     "B": 1,
@@ -62,10 +63,10 @@ def step_rows(spec: WeightSpec, dtype: torch.dtype, layout: PackedLayout | None)
     """Rows of a weight that are read, quantized and, where ``layout`` is known, packed at a time.
 
     A scale that spans all rows is found in a pass of its own, and rows are copied beside what it follows
-    from: a weight of two steps takes no more memory as a whole, and half of the time.
+    from: a weight that is not large takes half of the time as a whole.
     """
     twice = spans_rows(spec.scheme.weight) and not spec.scheme.rotation
-    if spec.n * spec.k * dtype.itemsize <= STEP * (1 + twice):
+    if spec.n * spec.k * dtype.itemsize <= (ONCE if twice else STEP):
         return spec.n
     block = layout.block if layout else 1
     return rows_of_step(spec.scheme, spec.n, spec.k, STEP // dtype.itemsize, block)

@@ -23,7 +23,16 @@ from quantport.errors import CheckpointError, shown
 from quantport.scheme import Scheme
 from quantport.scheme.catalog import Schemes
 from quantport_formats.common import held_dtype, need, quant_method, quantizer_config
-from quantport_formats.grouped import Grouped, group_size, matrix, no_strays, number, unpacked
+from quantport_formats.grouped import (
+    Columns,
+    Grouped,
+    group_size,
+    matrix,
+    no_strays,
+    number,
+    transposed_words,
+    unpacked,
+)
 from quantport_formats.grouped_write import awq
 from quantport_formats.writing import Writing, WrittenFormat
 
@@ -112,7 +121,7 @@ class _Layer(ABC):
 
     @abstractmethod
     def _parts(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes, zero points and scales of some rows, as `Grouped.stored` takes them."""
+        """Codes of some rows in words along the inputs, zero points and scales."""
 
     def coded(self, schemes: Schemes, dtype: torch.dtype) -> CodedTensor:
         names = (self.qweight, self.qzeros, self.scales)
@@ -121,12 +130,17 @@ class _Layer(ABC):
         return CodedTensor((self.groups.n, self.groups.k), dtype, scheme, names, read=read)
 
     def _stored(self, scheme: Scheme, expert: int | None, rows: slice) -> Mapping[str, Tensor]:
-        return self.groups.stored(scheme, *self._parts(rows))
+        words, zeros, scales = self._parts(rows)
+        codes = words if scheme.weight.format == "int4" else self._codes(words)
+        return self.groups.stored(scheme, codes, zeros, scales)
 
     def _decoded(self, expert: int | None, rows: slice) -> Mapping[str, Tensor]:
-        codes, zeros, scales = self._parts(rows)
-        shifted = codes.to(torch.int32) - self.groups.spread(zeros).to(torch.int32)
+        words, zeros, scales = self._parts(rows)
+        shifted = self._codes(words).to(torch.int32) - self.groups.spread(zeros).to(torch.int32)
         return {"weight": shifted * self.groups.spread(scales).float()}
+
+    def _codes(self, words: Tensor) -> Tensor:
+        return unpacked(words, _BITS)[:, : self.groups.k]
 
     def _of(self, n: int, k: int, groups: int) -> Grouped:
         group = group_size(k, groups, self.size)
@@ -148,18 +162,20 @@ class _Gemm(_Layer):
                 f"{self.qweight} [{k}, {words}] and {self.qzeros} [{groups}, {zeros}]", "as many outputs"
             )
         need(self.source, self.format_name, self.scales, (groups, words * 8))
+        self._columns = {name: Columns(self.source, name) for name in (self.qweight, self.qzeros)}
         return self._of(words * 8, k, groups)
 
     def _parts(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        codes, zeros = self._outputs(self.qweight, rows), self._outputs(self.qzeros, rows)
-        return codes, zeros, self.source.read(self.scales)[:, rows].t()
+        zeros = unpacked(self._words(self.qzeros, rows), _BITS)[:, : self.groups.groups]
+        return self._words(self.qweight, rows), zeros, self.source.read(self.scales)[:, rows].t()
 
-    def _outputs(self, name: str, rows: slice) -> Tensor:
-        """Codes of some outputs: ``[rows, inputs or groups]``."""
+    def _words(self, name: str, rows: slice) -> Tensor:
+        """Codes of some outputs in words along the inputs, or along the groups."""
         first, last = rows.start // 8, -(-rows.stop // 8)
-        codes = unpacked(self.source.read(name)[:, first:last], _BITS).view(-1, last - first, 8)
-        ordered = codes[:, :, _PLACES].flatten(1).t()
-        return ordered[rows.start - 8 * first : rows.stop - 8 * first].contiguous()
+        words = self._columns[name].read(first, last)
+        inputs = torch.nn.functional.pad(words, (0, 0, 0, -words.shape[0] % 8))
+        ordered = transposed_words(inputs)[:, _PLACES].flatten(0, 1)
+        return ordered[rows.start - 8 * first : rows.stop - 8 * first]
 
 
 class _Gemv(_Layer):
@@ -180,5 +196,9 @@ class _Gemv(_Layer):
 
     def _parts(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
         groups = self.groups.groups
-        codes, zeros = (unpacked(self.source.read(p, rows), _BITS) for p in (self.qweight, self.qzeros))
-        return codes, zeros[:, :groups].contiguous(), self.source.read(self.scales, rows)[:, :groups]
+        zeros = unpacked(self.source.read(self.qzeros, rows), _BITS)
+        return (
+            self.source.read(self.qweight, rows),
+            zeros[:, :groups],
+            self.source.read(self.scales, rows)[:, :groups],
+        )

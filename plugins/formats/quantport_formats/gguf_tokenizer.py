@@ -72,7 +72,7 @@ def _add(asked: str, writer: Any, files: Mapping[str, bytes | Path], config: Map
     model, added = tokenizer.get("model") or {}, tokenizer.get("added_tokens") or []
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(_pre(asked, tokenizer, model))
-    writer.add_string(_NORMALIZER, "NFC" if tokenizer.get("normalizer") else "")
+    writer.add_string(_NORMALIZER, "NFC" if tokenizer.get("normalizer") else "none")  # "" is not written
     ids = {**model["vocab"], **{token["content"]: token["id"] for token in added}}
     tokens, types = _tokens(asked, ids, added, config["vocab_size"])
     writer.add_token_list(tokens)

@@ -25,7 +25,7 @@ from quantport.scheme import Scheme
 from quantport.scheme.catalog import Schemes
 from quantport.scheme.scheme import ORDER
 from quantport_formats.common import activation_order, held_dtype, need, quant_method, quantizer_config
-from quantport_formats.grouped import BITS, Grouped, group_size, matrix, no_strays, number, unpacked
+from quantport_formats.grouped import BITS, Columns, Grouped, group_size, matrix, no_strays, number, unpacked
 from quantport_formats.grouped_write import gptq
 from quantport_formats.writing import Writing, WrittenFormat
 
@@ -142,6 +142,7 @@ class _Layer:
         self.qweight, self.qzeros, self.scales, self.g_idx = (
             f"{stem}.{part}" for part in ("qweight", "qzeros", "scales", "g_idx")
         )
+        self.columns = Columns(source, self.qweight)
         words, n = matrix(source, format_name, self.qweight)
         groups, zeros = matrix(source, format_name, self.qzeros)
         bits = zeros * 32 // n
@@ -193,9 +194,9 @@ class _Layer:
                 f"zero points that are not {groups.middle}, of which the configuration says sym: true",
                 "sym: false in the configuration",
             )
-        words = self.source.read(self.qweight)[:, rows].t().contiguous()
-        if groups.symmetric and groups.bits == 4 and not scheme.ordered:  # these words are the layout's
-            return {"weight_packed": words, "weight_scale": scales.contiguous()}
+        words = self.columns.read(rows.start, rows.stop).t().contiguous()
+        if scheme.weight.format == "int4" and groups.bits == 4 and not scheme.ordered:
+            return groups.stored(scheme, words, zeros, scales)
         codes = unpacked(words, groups.bits)
         if not scheme.ordered:
             return groups.stored(scheme, codes, zeros, scales)
@@ -219,7 +220,7 @@ class _Layer:
         """The values of some rows, in fp32."""
         groups, zeros = self.groups, self._zeros(rows)
         scales = self.source.read(self.scales)[:, rows].t().float()
-        codes = unpacked(self.source.read(self.qweight)[:, rows].t(), groups.bits)
+        codes = unpacked(self.columns.read(rows.start, rows.stop).t(), groups.bits)
         zeros, scales = groups.spread(zeros), groups.spread(scales)
         if not self.in_order:
             inputs = self._order().long().argsort()

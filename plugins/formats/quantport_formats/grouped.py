@@ -73,7 +73,8 @@ class Grouped:
 
         Args:
             scheme: That of `scheme`.
-            codes: uint8 ``[rows, k]``.
+            codes: uint8 ``[rows, k]``; or, of 4 bits, the int32 words of the layout, which are those of the
+                unsigned codes.
             zeros: uint8 ``[rows, groups]``.
             scales: ``[rows, groups]``, as stored.
         """
@@ -88,6 +89,8 @@ class Grouped:
         return {"weight": shifted, "weight_scale": scales.contiguous()}
 
     def _codes(self, codes: Tensor) -> dict[str, Tensor]:
+        if codes.dtype is torch.int32:
+            return {"weight_packed": codes}
         if self.bits == 8:
             return {"weight": codes.bitwise_xor(0x80).view(torch.int8)}
         return {"weight_packed": pack_int4(codes.view(torch.int8) - self.middle)}
@@ -95,6 +98,40 @@ class Grouped:
     def spread(self, of_groups: Tensor) -> Tensor:
         """One value for each input of those for each group."""
         return of_groups.repeat_interleave(self.group, 1)[:, : self.k]
+
+
+class Columns:
+    """A tensor whose columns are rows of a weight: no column is in one piece in a file, so it is read whole,
+    and kept until the last of them was asked for.
+    """
+
+    def __init__(self, source: TensorSource, name: str) -> None:
+        self._source, self._name = source, name
+        self._kept: Tensor | None = None
+
+    def read(self, first: int, last: int) -> Tensor:
+        """Columns ``[first, last)``."""
+        kept, self._kept = self._kept, None
+        whole = self._source.read(self._name) if kept is None else kept
+        if last < whole.shape[1]:
+            self._kept = whole
+        return whole[:, first:last]
+
+
+def transposed_words(words: Tensor) -> Tensor:
+    """Words of eight codes of 4 bits along columns as words along rows: int32 ``[k, words]``, where k is a
+    multiple of 8, to ``[words, 8, k / 8]``. Code ``j`` of word ``w`` in row ``8 i + r`` becomes code ``r`` of
+    ``[w, j, i]``.
+    """
+    rows = list(words.view(-1, 8, words.shape[1]).unbind(1))
+    for size, mask in ((4, 0x0000FFFF), (2, 0x00FF00FF), (1, 0x0F0F0F0F)):  # blocks of codes change places
+        shift = 4 * size
+        for r in range(8):
+            if not r & size:
+                low, high = rows[r], rows[r | size]
+                rows[r] = (low & mask) | (high & mask) << shift
+                rows[r | size] = (low >> shift & mask) | (high & ~mask)
+    return torch.stack([row.t() for row in rows], 1)
 
 
 def unpacked(words: Tensor, bits: int) -> Tensor:

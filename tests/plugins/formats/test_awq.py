@@ -24,6 +24,7 @@ from torch import Tensor
 import quantport
 from quantport.checkpoint import Checkpoint
 from quantport.errors import CheckpointError
+from quantport.numerics.packing import unpack_int4
 from quantport.scheme.catalog import BUILTIN
 from quantport_formats.awq import Awq
 
@@ -179,3 +180,41 @@ def both(tmp_path_factory):
     with contextlib.ExitStack() as stack:
         folders = {v: stored(v, 64).write(tmp_path_factory.mktemp(v)) for v in ("gemm", "gemv")}
         yield {v: stack.enter_context(contextlib.closing(Checkpoint.open(f))) for v, f in folders.items()}
+
+
+@pytest.mark.parametrize("rows", [8, 16, 24, 20])  # 20 ends inside of words
+@pytest.mark.parametrize("k", [64, 60])
+def test_rows_are_those_of_the_whole(rows, k):
+    torch.manual_seed(k)
+    codes = torch.randint(0, 16, (k, 64), dtype=torch.uint8)
+    zeros = torch.randint(0, 16, (k // 4, 64), dtype=torch.uint8)
+    tensors = {
+        "a.qweight": interleaved(codes),
+        "a.qzeros": interleaved(zeros),
+        "a.scales": torch.rand(k // 4, 64).half(),
+    }
+    source = Counting(tensors)
+    said = {"quant_method": "awq", "bits": 4, "group_size": 4, "version": "gemm"}
+    found = Awq().recognize(source, {"quantization_config": said}, BUILTIN)
+    (weight,) = found.quantized()["a"].values()
+    whole = weight.read(slice(0, 64))
+    assert torch.equal(unpack_int4(whole["weight_packed"], k), codes.t().to(torch.int8) - 8)
+    source.reads.clear()
+    pieces = [weight.read(slice(start, min(start + rows, 64))) for start in range(0, 64, rows)]
+    for key, tensor in whole.items():
+        assert torch.equal(torch.cat([piece[key] for piece in pieces]), tensor)
+    count = 1 if rows % 8 == 0 else 2  # nothing is kept once the last word was asked for
+    assert source.reads.count("a.qweight") == count
+    assert weight.read(slice(0, 64))["weight_packed"].equal(whole["weight_packed"])
+    assert source.reads.count("a.qweight") == count + 1
+
+
+class Counting:
+    """Tensors in memory; notes which are read."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.tensors, self.directory, self.reads = tensors, Path("nowhere"), list[str]()
+
+    def read(self, name: str, rows: Any = None) -> Tensor:
+        self.reads.append(name)
+        return self.tensors[name] if rows is None else self.tensors[name][rows]

@@ -1,4 +1,4 @@
-"""Quantizes panels of BF16 rows to e4m3fn, int8 or int4, with one scale for a span of columns of a panel.
+"""Quantizes panels of BF16 or FP32 rows to e4m3fn, int8 or int4, with a scale for a span of columns of each.
 
 The rows of a panel are read from memory once: for their largest magnitudes, and again for their codes from
 cache.
@@ -28,6 +28,7 @@ from quantport_cpu.jit.scalars import (
 from quantport_cpu.jit.simd import F32, I8, I16, I32, I64, Simd, Value, inline
 
 FP8, INT8, INT4 = 0, 1, 2
+BF16, FP32 = 2, 4  # bytes of an element of the source
 LANES = 32
 ZERO_SCALE = 0x34000000  # 2**-23, of zeros: bits of fp32
 # Between these scales the multiplications of ``quotient`` neither overflow nor lose bits.
@@ -37,17 +38,27 @@ SAFE_SCALES = (2.0**-60, 2.0**60)
 @inline(types.int64)
 def largest_magnitude(simd: Simd, source: Value, count: Value) -> Value:
     """Largest magnitude of ``count`` bf16 as bits; NaN and Inf are larger than all numbers."""
-    (best,) = simd.variables(simd.splat(0, LANES, I16), 1)
+    return _largest(simd, source, count, I16, BF16)
+
+
+@inline(types.int64)
+def largest_fp32(simd: Simd, source: Value, count: Value) -> Value:
+    """As ``largest_magnitude``, of fp32."""
+    return _largest(simd, source, count, I32, FP32)
+
+
+def _largest(simd: Simd, source: Value, count: Value, kind: Any, size: int) -> Value:
+    (best,) = simd.variables(simd.splat(0, LANES, kind), 1)
 
     def body(address: Value) -> None:
-        v = simd.int_op("and_", simd.load(I16, LANES, address), 0x7FFF)
+        v = simd.int_op("and_", simd.load(kind, LANES, address), (1 << 8 * size - 1) - 1)
         simd.b.store(simd.intrinsic("umax", simd.b.load(best), v), best)
 
     with simd.steps(count, LANES) as i:
-        body(simd.at(source, simd.b.mul(i, I64(2))))
+        body(simd.at(source, simd.b.mul(i, I64(size))))
     with simd.remainder(count, LANES) as (start, length):
-        bounce = simd.buffer(2 * LANES)
-        simd.copy(bounce, simd.at(source, simd.b.mul(start, I64(2))), simd.b.mul(length, I64(2)))
+        bounce = simd.buffer(size * LANES)
+        simd.copy(bounce, simd.at(source, simd.b.mul(start, I64(size))), simd.b.mul(length, I64(size)))
         body(bounce)
     return simd.b.zext(simd.reduce_lanes(simd.b.load(best), "umax"), I64)
 
@@ -91,7 +102,7 @@ def encode_integers(simd: Simd, q: Value, low: float, high: float, offset: int) 
     return simd.int_op("add", simd.bitcast(q, I32), offset)
 
 
-@inline(types.void, 5, 6)
+@inline(types.void, 5, 6, 7)
 def encode(
     simd: Simd,
     source: Value,
@@ -100,17 +111,19 @@ def encode(
     scale: Value,
     inverse: Value,
     n_kind: int,
+    n_size: int,
     is_divide: int,
 ) -> None:
-    """Codes of ``count`` bf16: a byte each, or for int4 a nibble each."""
-    lanes = 8 if is_divide else LANES  # scales that must divide are rare: short code, which compiles sooner
+    """Codes of ``count`` bf16 or fp32: a byte each, or for int4 a nibble each."""
+    # scales by which bf16 must be divided are rare: short code, which compiles sooner
+    lanes = 8 if is_divide and n_size == BF16 else LANES
     scales, inverses = simd.splat(scale, lanes), simd.splat(inverse, lanes)
 
     def body(source: Value, to: Value) -> None:
-        wide = simd.int_op("shl", simd.widen(simd.load(I16, lanes, source), I32), 16)
-        q = quotient(simd, simd.bitcast(wide, F32), scales, inverses, is_divide)
+        x = simd.load_bf16(lanes, source) if n_size == BF16 else simd.load(F32, lanes, source)
+        q = quotient(simd, x, scales, inverses, is_divide)
         if n_kind == FP8:
-            codes = simd.narrow(_encode_e4m3(simd, q, wide), I8)
+            codes = simd.narrow(_encode_e4m3(simd, q, simd.bitcast(x, I32)), I8)
         elif n_kind == INT8:
             codes = simd.narrow(encode_integers(simd, q, -128.0, 127.0, 0), I8)
         else:
@@ -119,22 +132,22 @@ def encode(
             codes = simd.narrow(simd.b.or_(pairs, simd.int_op("lshr", pairs, 4)), I8)
         simd.store(codes, to)
 
-    half = I64(1 if n_kind == INT4 else 0)
+    half, size = I64(1 if n_kind == INT4 else 0), I64(n_size)
     with simd.steps(count, lanes) as i:
-        body(simd.at(source, simd.b.mul(i, I64(2))), simd.at(to, simd.b.lshr(i, half)))
+        body(simd.at(source, simd.b.mul(i, size)), simd.at(to, simd.b.lshr(i, half)))
     with simd.remainder(count, lanes) as (start, length):
-        bounce, out = simd.buffer(2 * lanes), simd.buffer(lanes)
-        simd.copy(bounce, simd.at(source, simd.b.mul(start, I64(2))), simd.b.mul(length, I64(2)))
+        bounce, out = simd.buffer(n_size * lanes), simd.buffer(lanes)
+        simd.copy(bounce, simd.at(source, simd.b.mul(start, size)), simd.b.mul(length, size))
         body(bounce, out)
-        size = simd.b.lshr(simd.b.add(length, half), half)
-        simd.copy(simd.at(to, simd.b.lshr(start, half)), out, size)
+        written = simd.b.lshr(simd.b.add(length, half), half)
+        simd.copy(simd.at(to, simd.b.lshr(start, half)), out, written)
 
 
 @njit(error_model="numpy")
 def _scales(scratch, blocks, out, first, half_range, is_bf16):
     """Stores scales at ``out[first:]``; in ``scratch``, magnitudes are followed by scales and inverses."""
     for c in range(blocks):
-        bits = as_bits(as_float(load_uint32(scratch, c) << 16) / half_range)
+        bits = as_bits(as_float(load_uint32(scratch, c)) / half_range)
         if is_bf16:
             bits = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16 << 16
         if bits == 0:
@@ -149,11 +162,11 @@ def _scales(scratch, blocks, out, first, half_range, is_bf16):
 
 @njit(error_model="numpy", inline="always")
 def _encode_run(source, to, count, scale, inverse, kind):
-    """As ``encode``; ``kind`` is a constant, so that one format is compiled and not all."""
+    """As ``encode`` of bf16; ``kind`` is a constant, so that one format is compiled and not all."""
     if SAFE_SCALES[0] < scale < SAFE_SCALES[1]:
-        encode(source, to, count, scale, inverse, kind, 0)
+        encode(source, to, count, scale, inverse, kind, BF16, 0)
     else:
-        encode(source, to, count, scale, inverse, kind, 1)
+        encode(source, to, count, scale, inverse, kind, BF16, 1)
 
 
 @njit(error_model="numpy")
@@ -174,7 +187,7 @@ def clear_row_tail(to, k, stride):
     clear(to + ((k + 1) >> 1), stride - ((k + 1) >> 1))
 
 
-def _body(kind: int) -> Any:
+def _body(kind: int, size: int) -> Any:
     def quantize(frame):
         source, source_stride, n, k = words(frame, 2, 4)
         rows, cols, to, to_stride = words(frame, 6, 4)
@@ -193,9 +206,8 @@ def _body(kind: int) -> Any:
             clear(panel_scratch, 4 * blocks)
             for row in range(first, last):
                 for c in range(blocks):
-                    top = largest_magnitude(
-                        source + row * source_stride + 2 * c * cols, min(cols, k - c * cols)
-                    )
+                    here, count = source + row * source_stride + size * c * cols, min(cols, k - c * cols)
+                    top = largest_fp32(here, count) if size == FP32 else largest_magnitude(here, count) << 16
                     store_uint32(panel_scratch, c, max(top, load_uint32(panel_scratch, c)))
             _scales(panel_scratch, blocks, out, panel * blocks, half_range, kind == INT4)
             for row in range(first, last):
@@ -204,9 +216,12 @@ def _body(kind: int) -> Any:
                     scale = as_float(load_uint32(panel_scratch, blocks + c))
                     inverse = as_float(load_uint32(panel_scratch, 2 * blocks + c))
                     start, count = c * cols, min(cols, k - c * cols)
-                    here = source + row * source_stride + 2 * start
+                    here = source + row * source_stride + size * start
                     byte = start >> 1 if kind == INT4 else start
-                    _encode_run(here, base + byte, count, scale, inverse, kind)
+                    if size == FP32:  # a step of Newton does not always round its quotients correctly
+                        encode(here, base + byte, count, scale, inverse, kind, FP32, 1)
+                    else:
+                        _encode_run(here, base + byte, count, scale, inverse, kind)
                 if kind == INT4:
                     clear_row_tail(base, k, to_stride)
 
@@ -214,6 +229,6 @@ def _body(kind: int) -> Any:
 
 
 @once
-def kernel(kind: int) -> Kernel:
+def kernel(kind: int, size: int = BF16) -> Kernel:
     """The kernel of a format. A block is a panel of rows that share scales. Words: see ``quantize._run``."""
-    return Kernel(_body(kind))
+    return Kernel(_body(kind, size))

@@ -92,7 +92,7 @@ def _step(
                     simd.b.store(simd.intrinsic("fma", value, xs, simd.b.load(variable)), variable)
 
 
-@inline(types.void, 10, 11)
+@inline(types.void, 11, 12)
 def tile(
     simd: Simd,
     x: Value,
@@ -103,15 +103,19 @@ def tile(
     chunk: Value,
     scale: Value,
     scale_step: Value,
+    scale_row: Value,
     out: Value,
     out_stride: Value,
     n_format: int,
     n_m: int,
 ) -> None:
-    """Two weight rows times ``n_m`` rows of x, with a scale for every ``chunk`` columns.
+    """Two weight rows times ``n_m`` rows of x, with a scale for every ``chunk`` columns: of both rows, or of
+    each where ``scale_row`` bytes lie between them.
 
     ``w_stride`` 0 repeats the row.
     """
+    is_one = simd.b.icmp_signed("==", w_stride, I64(0))
+    second = simd.b.select(is_one, I64(0), scale_row)
     zero = simd.splat(0.0, LANES, F32)
     totals = simd.variables(zero, TILE_ROWS * n_m)
     sums = [simd.variables(zero, max(1, 4 // n_m)) for _ in totals]
@@ -134,9 +138,12 @@ def tile(
                 simd.copy(bounce, simd.at(row, place), size)
             _step(simd, simd.at(x, simd.b.mul(place, I64(4))), x_stride, bounces, sums, n_format)
         index = simd.b.mul(simd.b.sdiv(begin, chunk), scale_step)
-        factor = simd.b.fmul(simd.load(F32, 0, simd.at(scale, index)), F32(UNIT[n_format]))
-        for total, parts in zip(totals, sums, strict=True):
-            value = simd.sum([simd.b.load(part) for part in parts])
+        factors = [
+            simd.b.fmul(simd.load(F32, 0, simd.at(simd.at(scale, index), offset)), F32(UNIT[n_format]))
+            for offset in (I64(0), second)
+        ]
+        for i, (total, parts) in enumerate(zip(totals, sums, strict=True)):
+            value, factor = simd.sum([simd.b.load(part) for part in parts]), factors[i // n_m]
             simd.b.store(simd.intrinsic("fma", value, simd.splat(factor, LANES), simd.b.load(total)), total)
     for r, m, address in output_addresses(simd, out, out_stride, w_stride, TILE_ROWS, n_m):
         simd.store(simd.reduce_lanes(simd.b.load(totals[r * n_m + m])), address)
@@ -150,8 +157,9 @@ def slot_bytes(k: int, rows: int) -> int:
 def _body(n_format: int) -> Any:
     def blocks(frame):
         table, blocks_per_job, w, n, k, scales, scale_step = words(frame, 2, 7)
-        scale_stride, chunk, channel, channel_step, channels, x, x_stride = words(frame, 9, 7)
-        out, width, is_bf16, source, source_stride, count = words(frame, 16, 6)
+        scale_stride, chunk, scale_rows, channel, channel_step, channels = words(frame, 9, 6)
+        x, x_stride, out, width, is_bf16, source, source_stride, count = words(frame, 15, 8)
+        scale_row = scale_stride if scale_rows == 1 else 0
         slot = take_slot(frame)
         if source != 0:
             x = slot + RESULTS
@@ -164,7 +172,9 @@ def _body(n_format: int) -> Any:
             i, stop, number, column = words(table + JOB_BYTES * (block // blocks_per_job), 0, 4)
             first = block % blocks_per_job * SPAN
             last = min(n, first + SPAN)
-            weight, s = w + number * n * k, scales + (number * ((n + 127) >> 7) + (first >> 7)) * scale_stride
+            weight = w + number * n * k
+            rows = (n + scale_rows - 1) // scale_rows  # of scales of a weight
+            s = scales + (number * rows + first // scale_rows) * scale_stride
             c = channel + number * channels + first * channel_step
             while i < stop:
                 left, at = stop - i, x + i * x_stride
@@ -172,15 +182,20 @@ def _body(n_format: int) -> Any:
                 for row in range(first, last, TILE_ROWS):
                     stride = k if row + 1 < n else 0
                     here, to = weight + row * k, slot + 4 * (row - first)
+                    t = s + (row - first) * scale_row
                     # fmt: off
                     if size == 8:
-                        tile(at, x_stride, here, stride, k, chunk, s, scale_step, to, 4 * SPAN, n_format, 8)
+                        tile(at, x_stride, here, stride, k, chunk, t, scale_step, scale_row,
+                             to, 4 * SPAN, n_format, 8)
                     elif size == 4:
-                        tile(at, x_stride, here, stride, k, chunk, s, scale_step, to, 4 * SPAN, n_format, 4)
+                        tile(at, x_stride, here, stride, k, chunk, t, scale_step, scale_row,
+                             to, 4 * SPAN, n_format, 4)
                     elif size == 2:
-                        tile(at, x_stride, here, stride, k, chunk, s, scale_step, to, 4 * SPAN, n_format, 2)
+                        tile(at, x_stride, here, stride, k, chunk, t, scale_step, scale_row,
+                             to, 4 * SPAN, n_format, 2)
                     else:
-                        tile(at, x_stride, here, stride, k, chunk, s, scale_step, to, 4 * SPAN, n_format, 1)
+                        tile(at, x_stride, here, stride, k, chunk, t, scale_step, scale_row,
+                             to, 4 * SPAN, n_format, 1)
                     # fmt: on
                 for m in range(size):
                     scale_results(slot + 4 * SPAN * m, c, channel_step, last - first)
@@ -197,9 +212,9 @@ def kernel(n_format: int) -> Kernel:
     Activations come as fp32, filled up with zeros to a multiple of ``STEP``, or as a few rows of bf16, which
     every thread widens for itself; results are fp32 or bf16.
 
-    Words: jobs, blocks of a job, weights, n, k, scales of blocks of columns, the bytes from one to the next
-    and from row to row of them, the columns of one, scales of channels, the bytes from one to the next
-    and from weight to weight, activations, their stride, out, its columns, whether it is bf16; rows of bf16
-    or 0, their stride, their number.
+    Words: jobs, blocks of a job, weights, n, k, scales of blocks, the bytes from one to the next and from row
+    to row of them, the columns and the rows of one (1, or a multiple of ``SPAN``), scales of channels, the
+    bytes from one to the next and from weight to weight, activations, their stride, out, its columns, whether
+    it is bf16; rows of bf16 or 0, their stride, their number.
     """
     return Kernel(_body(n_format))

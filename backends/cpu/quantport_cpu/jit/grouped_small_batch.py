@@ -33,10 +33,14 @@ class Scales(NamedTuple):
     Attributes:
         channels: fp32 ``[..., N, 1]``, or ``[..., 1, 1]`` for one of a weight; None where there are none.
         blocks: fp32 ``[..., ceil(N/128), ceil(K/128)]``, or None.
+        groups: fp32 ``[..., N, ceil(K/group)]``, in place of ``blocks``, or None.
+        group: Columns that share one of ``groups``: a multiple of 64.
     """
 
     channels: Tensor | None = None
     blocks: Tensor | None = None
+    groups: Tensor | None = None
+    group: int = 0
 
 
 def fp8(
@@ -102,7 +106,7 @@ def _bytes(
         array(codes, (torch.uint8, torch.int8)[n_format], *several, n, k),
         n,
         k,
-        *scales_of_128_blocks(scales.blocks, *several, n, k),
+        *_blocks(scales, *several, n, k),
         channels,
         4 if each > 1 else 0,
         4 * each,
@@ -261,7 +265,7 @@ def bytes_row(n_format: int, codes: Tensor, scales: Scales) -> RowCall:
         array(codes, (torch.uint8, torch.int8)[n_format], n, k),
         n,
         k,
-        *scales_of_128_blocks(scales.blocks, n, k),
+        *_blocks(scales, n, k),
         channels,
         4 if each > 1 else 0,
         4 * each,
@@ -269,8 +273,17 @@ def bytes_row(n_format: int, codes: Tensor, scales: Scales) -> RowCall:
         4 * -(-k // STEP) * STEP,
     )
     kernel, slot = gemv_bytes.kernel(n_format), gemv_bytes.slot_bytes(k, 1)
-    held = [codes, *(t for t in scales if t is not None)]
+    held = [codes, *(t for t in (scales.channels, scales.blocks, scales.groups) if t is not None)]
     return RowCall(kernel, held, before, (2 * k, 1), (n, k), -(-n // SPAN), slot)
+
+
+def _blocks(scales: Scales, *shape: int) -> tuple[Array, int, int, int, int]:
+    """As ``scales_of_128_blocks``, of groups too; and the rows that share a scale."""
+    if scales.groups is None:
+        return *scales_of_128_blocks(scales.blocks, *shape), 128
+    *several, n, k = shape
+    columns = -(-k // scales.group)
+    return array(scales.groups, torch.float32, *several, n, columns), 4, 4 * columns, scales.group, 1
 
 
 def _channels(scales: Scales, several: Sequence[int]) -> tuple[Array, int]:

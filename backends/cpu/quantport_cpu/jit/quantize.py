@@ -1,4 +1,4 @@
-"""Quantizes BF16 weights and activations, equal byte for byte to ``quantport.numerics``."""
+"""Quantizes BF16 and FP32 weights and BF16 activations, equal byte for byte to ``quantport.numerics``."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ _KINDS = {
     "int8": (encode.INT8, torch.float32, torch.int8),
     "int4": (encode.INT4, torch.bfloat16, torch.int32),
 }
+_SIZES = {torch.bfloat16: encode.BF16, torch.float32: encode.FP32}
 
 
 def quantize_weight(weight: Tensor, scheme: Scheme) -> dict[str, Tensor] | None:
     """Quantizes one weight on the calling thread.
 
     Args:
-        weight: bf16 ``[n, k]`` with contiguous rows, on the CPU.
+        weight: bf16 or fp32 ``[n, k]`` with contiguous rows, on the CPU.
         scheme: The scheme.
 
     Returns:
@@ -34,7 +35,7 @@ def quantize_weight(weight: Tensor, scheme: Scheme) -> dict[str, Tensor] | None:
         weight holds a NaN or an Inf; the codes there mean nothing.
     """
     quant = scheme.weight
-    if scheme.solver is not None or not _served(weight):
+    if scheme.solver is not None or not _served(weight, *_SIZES):
         return None
     if (
         quant.format not in _KINDS
@@ -42,7 +43,7 @@ def quantize_weight(weight: Tensor, scheme: Scheme) -> dict[str, Tensor] | None:
         or quant.group_size % 8
         or quant.scale_dtype is not _KINDS[quant.format][1]
     ):
-        return quantize_rows.quantize(weight, scheme)
+        return quantize_rows.quantize(weight, scheme) if weight.dtype is torch.bfloat16 else None
     stored = quantize_rows.empty_stored(weight, scheme)
     codes, scale = stored.values()
     _run(weight, quant, codes, scale, 1)
@@ -58,7 +59,7 @@ def rows_int8(x: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         ``(codes int8 [M, K], scale fp32 [M, 1])``.
     """
-    if not _served(x):
+    if not _served(x, torch.bfloat16):
         return numerics.quantize(x, PER_TOKEN)
     codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     scale = torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device)
@@ -66,13 +67,9 @@ def rows_int8(x: Tensor) -> tuple[Tensor, Tensor]:
     return codes, scale
 
 
-def _served(x: Tensor) -> bool:
+def _served(x: Tensor, *dtypes: torch.dtype) -> bool:
     return (
-        x.dtype is torch.bfloat16
-        and x.dim() == 2
-        and x.numel() > 0
-        and x.stride(1) == 1
-        and x.device.type == "cpu"
+        x.dtype in dtypes and x.dim() == 2 and x.numel() > 0 and x.stride(1) == 1 and x.device.type == "cpu"
     )
 
 
@@ -83,10 +80,10 @@ def _run(x: Tensor, quant: Quant, codes: Tensor, scale: Tensor, threads: int) ->
     kind, scale_dtype, code_dtype = _KINDS[quant.format]
     width = math.ceil(k / 8) if quant.format == "int4" else k
     size = 12 * blocks  # bytes of scratch of one thread at a time
-    encode.kernel(kind)(
+    encode.kernel(kind, _SIZES[x.dtype])(
         panels,
-        array_of_rows(x, torch.bfloat16, n, k),
-        2 * x.stride(0),
+        array_of_rows(x, x.dtype, n, k),
+        x.itemsize * x.stride(0),
         n,
         k,
         rows,

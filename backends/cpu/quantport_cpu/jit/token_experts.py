@@ -168,9 +168,9 @@ def _bytes_span(x, w, k, n, blocks, channels, step, first, last, to, is_blocks, 
     for row in range(first, last, 2):
         here, y, stride = w + row * k, to + 4 * (row - first), k if row + 1 < n else 0
         if n_format == 0:
-            _bytes_tile(x, 0, here, stride, k, chunk, blocks, scale_step, y, 4 * SPAN, 0, 1)
+            _bytes_tile(x, 0, here, stride, k, chunk, blocks, scale_step, 0, y, 4 * SPAN, 0, 1)
         else:
-            _bytes_tile(x, 0, here, stride, k, chunk, blocks, scale_step, y, 4 * SPAN, 1, 1)
+            _bytes_tile(x, 0, here, stride, k, chunk, blocks, scale_step, 0, y, 4 * SPAN, 1, 1)
     scale_results(to, channels + first * step, step, last - first)
 
 

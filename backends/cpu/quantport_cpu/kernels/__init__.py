@@ -9,6 +9,7 @@ from quantport_cpu.kernels.fp8 import CpuFp8WeightOnly
 from quantport_cpu.kernels.gguf import CpuGguf, CpuGgufInt8
 from quantport_cpu.kernels.int4 import CpuInt4, CpuInt4Int8
 from quantport_cpu.kernels.int8 import CpuInt8, CpuInt8WeightOnly
+from quantport_cpu.kernels.int8_groups import CpuInt8Groups
 
 
 def kernels() -> tuple[Kernel, ...]:
@@ -16,6 +17,7 @@ def kernels() -> tuple[Kernel, ...]:
     return (
         CpuInt8(),
         CpuInt8WeightOnly(),
+        CpuInt8Groups(),
         CpuFp8WeightOnly(),
         CpuInt4Int8(),
         CpuInt4(),
