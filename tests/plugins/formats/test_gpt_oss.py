@@ -9,14 +9,13 @@ import json
 import pytest
 import torch
 import transformers
-from core_models import ids, same_bits
-from format_checks import Made
+from core_models import ids
+from format_checks import Made, converts, keeps, overlays
 from small_floats import mxfp4
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import quantport
 from quantport.errors import CheckpointError
-from quantport.numerics import dequantize_weight, quantize_weight
 
 CHECKED_BY = "Transformers 5.23"
 
@@ -36,7 +35,7 @@ def made():
     )
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    tensors, values = {}, {}
+    tensors, fused, values = {}, {}, {}
     for name, tensor in model.state_dict().items():
         if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
             tensors[name] = tensor
@@ -45,65 +44,42 @@ def made():
         blocks = torch.stack([packed.unflatten(1, (-1, 16)) for packed, _, _ in each])
         scales = torch.stack([exponents for _, exponents, _ in each])
         tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
-        values[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.bfloat16)
+        fused[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.bfloat16)
+        for e, matrix in enumerate(fused[name].float().mT):
+            base = f"{name.rpartition('.')[0]}.{e}"
+            if name.endswith("down_proj"):
+                values[f"{base}.down_proj.weight"] = matrix
+            else:  # in turns
+                values |= {f"{base}.gate_proj.weight": matrix[::2], f"{base}.up_proj.weight": matrix[1::2]}
     described = json.loads(config.to_json_string())
     described |= {"architectures": [type(model).__name__], "dtype": "bfloat16"}
     described["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
-    return Made(described, tensors, values)
+    return Made(described, tensors, values, "mxfp4_weight_only"), fused
 
 
-def of_transformers(checkpoint):
-    """The model with the values that the codes stand for, in Transformers' own modules."""
+def test_it_is_kept_to_the_bit(tmp_path):
+    checkpoint, fused = made()
+    model = keeps(checkpoint, tmp_path)
     config = {key: v for key, v in checkpoint.config.items() if key != "quantization_config"}
-    model = transformers.GptOssForCausalLM(transformers.GptOssConfig.from_dict(config)).bfloat16().eval()
-    model.load_state_dict(checkpoint.tensors | checkpoint.values, strict=False)
-    return model
-
-
-def test_experts_are_kept_to_the_bit(tmp_path):
-    checkpoint = made()
-    model = quantport.load(checkpoint.write(tmp_path), device="cpu")
-    experts = model.model.layers[0].mlp.experts
-    assert {s.scheme for s in model.quantport_plan.quantized} == {"mxfp4_weight_only"}
-    gate_up, down = (
-        checkpoint.values[f"model.layers.0.mlp.experts.{n}"] for n in ("gate_up_proj", "down_proj")
-    )
-    for e in range(4):
-        expected = {"gate_proj": gate_up[e].T[::2], "up_proj": gate_up[e].T[1::2], "down_proj": down[e].T}
-        for name, value in expected.items():
-            spec = experts.specs[f"{e}.{name}"]
-            stored = experts.stored_weight(f"{e}.{name}")
-            assert same_bits(dequantize_weight(stored, spec.scheme, spec.k, torch.bfloat16), value), (e, name)
+    usual = transformers.GptOssForCausalLM(transformers.GptOssConfig.from_dict(config)).bfloat16().eval()
+    usual.load_state_dict(checkpoint.tensors | fused, strict=False)
     with torch.no_grad():
-        found, expected = model(ids % 512).logits, of_transformers(checkpoint)(ids % 512).logits
+        found, expected = model(ids % 512).logits, usual(ids % 512).logits
     assert (found - expected).norm() <= 0.02 * expected.norm()
 
 
-@pytest.mark.parametrize("scheme", ["int8", "fp8_per_block"])
-def test_another_scheme_is_made_of_the_values(scheme, tmp_path):
-    checkpoint = made()
-    model = quantport.load(checkpoint.write(tmp_path), scheme, device="cpu")
-    assert {step.scheme for step in model.quantport_plan.quantized} == {scheme}
-    experts, values = (
-        model.model.layers[0].mlp.experts,
-        checkpoint.values["model.layers.0.mlp.experts.gate_up_proj"],
-    )
-    spec = experts.specs["2.up_proj"]
-    expected = quantize_weight(values[2].T[1::2].contiguous(), spec.scheme)
-    assert all(same_bits(experts.stored_weight("2.up_proj")[key], tensor) for key, tensor in expected.items())
+@pytest.mark.parametrize("scheme", ["bf16", "int8", "fp8_per_block"])
+def test_it_becomes_another_scheme(scheme, tmp_path):
+    converts(made()[0], tmp_path, scheme)
 
 
-def test_in_bf16_experts_are_what_their_codes_stand_for(tmp_path):
-    checkpoint = made()
-    experts = quantport.load(checkpoint.write(tmp_path), "bf16", device="cpu").model.layers[0].mlp.experts
-    down = checkpoint.values["model.layers.0.mlp.experts.down_proj"]
-    for e in range(4):
-        assert same_bits(experts.stored_weight(f"{e}.down_proj")["weight"], down[e].T)
+def test_what_was_left_is_quantized(tmp_path):
+    overlays(made()[0], tmp_path, "*.self_attn.q_proj")
 
 
 @pytest.mark.parametrize("damage", ["absent", "shape", "flat", "dtype"])
 def test_what_is_wrong_is_refused(damage, tmp_path):
-    checkpoint = made()
+    checkpoint, _ = made()
     name = next(n for n in checkpoint.tensors if n.endswith("_scales"))
     blocks = f"{name.removesuffix('_scales')}_blocks"
     if damage == "absent":
