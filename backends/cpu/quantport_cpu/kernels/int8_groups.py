@@ -50,7 +50,7 @@ class CpuInt8Groups(CpuStacked):
         group = spec.scheme.weight.group_size or spec.k
         is_whole = group >= spec.k
         few = 0 < x.shape[0] <= compiled_max_rows() and not why_unavailable()
-        # codes and offsets are summed apart, which leaves the rounding of both where they cancel: in FP32 all of it
+        # codes and offsets are summed apart: where they cancel, the rounding of FP32 activations is left
         few = few and not (spec.scheme.weight.zero_point and x.dtype is torch.float32)
         if few and (is_whole or group % _STEP == 0):
             y = self._few(x, packed, bias, spec, spec.k if is_whole else group)
