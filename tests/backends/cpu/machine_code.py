@@ -78,6 +78,7 @@ def kernels(whole: bool) -> Iterator[tuple[str, Kernel]]:
         "gemm_gguf.q4_k": gemm_gguf.kernel("q4_k"),
         "block_encode.e2m1": block_encode.kernel("e2m1", 16, block_encode.E4M3, True),
         "encode": encode.kernel(encode.FP8),
+        "encode.fp32": encode.kernel(encode.FP8, encode.FP32),
         "kv_attention.int8": kv_attention.kernel("int8", 128, 128, 4),
         "q4_k": kquants.kernel("q4_k"),
     }.items()

@@ -187,7 +187,7 @@ def clear_row_tail(to, k, stride):
     clear(to + ((k + 1) >> 1), stride - ((k + 1) >> 1))
 
 
-def _body(kind: int, size: int) -> Any:
+def _body(kind: int, size: int = BF16) -> Any:
     def quantize(frame):
         source, source_stride, n, k = words(frame, 2, 4)
         rows, cols, to, to_stride = words(frame, 6, 4)
