@@ -260,7 +260,7 @@ def watch():
     while not stop.wait(0.001):
         peak = max(peak, status("RssAnon"))
 
-watcher = threading.Thread(target=watch)
+watcher = threading.Thread(target=watch, daemon=True)  # of a load that fails too
 watcher.start()
 model = quantport.load(folder, scheme, model=factory, budget=budget)
 stop.set()

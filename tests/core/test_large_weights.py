@@ -31,7 +31,7 @@ def peak_of(call):
     def watch():
         while not stop.wait(0.001):
             peak[0] = max(peak[0], anonymous())
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=watch, daemon=True)  # of a load that fails too
     watcher.start()
     made = call()
     stop.set()

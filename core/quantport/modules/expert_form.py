@@ -115,7 +115,8 @@ def expert_form(module: nn.Module) -> ExpertForm | str:
         return f"its experts have a bias {biases[0]} alone"
     if getattr(module, "has_post_expert_norm", False):
         return "it normalizes the output of each expert"
-    if len(inspect.signature(module.forward).parameters) == 1 and kind != _SORTED:
+    is_called = type(module).forward is not nn.Module.forward
+    if is_called and len(inspect.signature(module.forward).parameters) == 1 and kind != _SORTED:
         return f"its experts are a {kind}, which is called without a routing"
     interleaved = not getattr(module, "is_concatenated", True)
     gate = getattr(type(module), "_apply_gate", None)
