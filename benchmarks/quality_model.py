@@ -68,7 +68,7 @@ def install(model: torch.nn.Module, weights: Mapping[tuple[str, str], Tensor], s
 def _like(old: QuantModule, kernel: Values, scheme: Scheme) -> QuantModule:
     if isinstance(old, QuantExperts):
         gate_up, down = replace(old.gate_up, scheme=scheme), replace(old.down, scheme=scheme)
-        return QuantExperts(kernel, gate_up, down, old.num_experts, old.activation, old.dtype)
+        return QuantExperts(kernel, gate_up, down, old.num_experts, old.form, old.dtype)
     assert isinstance(old, QuantLinear)
     return QuantLinear(kernel, replace(old.spec, scheme=scheme), old.bias, old.dtype)
 

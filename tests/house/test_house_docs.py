@@ -14,7 +14,7 @@ from pluggy import PluginManager
 import quantport
 import quantport.backend
 from quantport.kernels.base import Kernel
-from quantport.plugins import hookspecs
+from quantport.plugins import hookspecs, registry
 from quantport.plugins.hookspecs import Backend
 
 HOOKS = sorted(name for name in vars(hookspecs) if name.startswith("quantport_"))
@@ -60,7 +60,12 @@ def test_every_hook_is_called_by_the_registry(name):
         for n in ast.walk(house.tree(house.CORE / "plugins" / "registry.py"))
         if isinstance(n, ast.Attribute)
     }
-    assert name in strings | attributes
+    names = [
+        getattr(registry, n.id, None)
+        for n in ast.walk(house.tree(house.CORE / "plugins" / "registry.py"))
+        if isinstance(n, ast.Name)
+    ]
+    assert name in [*strings, *attributes, *names]
 
 
 @pytest.mark.parametrize("door", ["backend.py", "engine.py"])

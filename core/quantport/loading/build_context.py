@@ -117,6 +117,20 @@ def is_building() -> bool:
 
 
 @contextmanager
+def in_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Inside of `building`, another default dtype of the thread; elsewhere nothing changes."""
+    defaults = _INSIDE.get()
+    if defaults is None:
+        yield
+        return
+    held, defaults.dtype = defaults.dtype, dtype
+    try:
+        yield
+    finally:
+        defaults.dtype = held
+
+
+@contextmanager
 def building() -> Iterator[None]:
     """Inside, parameters of new modules are on the meta device, and a default dtype that is set is that of
     this thread.

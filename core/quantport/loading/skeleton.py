@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from quantport.errors import CheckpointError, QuantportError
-from quantport.loading.build_context import building, is_building
+from quantport.loading.build_context import building, in_dtype, is_building
 from quantport.model.layers import PROJECTIONS
 
 Factory = Callable[[], nn.Module]
@@ -132,12 +132,8 @@ def _without_weights(base: Any) -> Iterator[None]:
             for path, module in model.named_modules():
                 if path and path not in above:
                     module._is_hf_initialized = True
-        held = torch.get_default_dtype()
-        torch.set_default_dtype(torch.float32)  # ``from_pretrained`` fills them when it has loaded all else
-        try:
+        with in_dtype(torch.float32):  # ``from_pretrained`` fills them when it has loaded all else
             init_weights(model)
-        finally:
-            torch.set_default_dtype(held)
 
     base.init_weights = init_buffers
     try:

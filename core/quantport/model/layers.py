@@ -297,7 +297,7 @@ def _experts(
     used = {p.tensor: p for parts in projections.values() for p in parts.values()}
     dtypes = {tensors[name].dtype for name in used}
     weights = _uniform(projections, tensors)
-    if not weights and any(part.expert is not None for part in used.values()):
+    if not weights and all(part.expert is not None for part in used.values()):
         projections = {}
         for name in used:
             for projection, part in _split(name, tensors[name], transposed=True):
