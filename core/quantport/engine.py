@@ -30,6 +30,7 @@ from quantport.errors import (
 from quantport.kernels.base import Kernel, Packed, Request, StoredWeight, WeightSpec
 from quantport.kernels.grouped import GroupedKernel
 from quantport.loading.executor import Progress
+from quantport.loading.library_config import METHOD, LibraryConfig, is_marked, merge_or_take_ours
 from quantport.loading.partial_load import PartialLoad
 from quantport.loading.save_model import described_model, why_not_written
 from quantport.loading.skeleton import transformers_names
@@ -50,6 +51,7 @@ from quantport.plugins.registry import Registry, default_registry
 from quantport.scheme import Quant, Scheme
 
 __all__ = [
+    "METHOD",
     "Arch",
     "Assignment",
     "BoundWeight",
@@ -63,6 +65,7 @@ __all__ = [
     "GroupedKernel",
     "Kernel",
     "Layer",
+    "LibraryConfig",
     "Packed",
     "Part",
     "PartialLoad",
@@ -99,9 +102,11 @@ __all__ = [
     "dequantize_weight",
     "described_model",
     "find_layers",
+    "is_marked",
     "join_shards",
     "make_plan",
     "match_modules",
+    "merge_or_take_ours",
     "parse_size",
     "quantize_shard",
     "quantize_weight",

@@ -10,8 +10,8 @@ from diffusers import DiffusionPipeline
 from diffusers.quantizers import PipelineQuantizationConfig
 from torch import nn
 
-from quantport.engine import ConfigError, Plan
-from quantport_diffusers.config import METHOD, QuantportConfig
+from quantport.engine import METHOD, ConfigError, Plan
+from quantport_diffusers.config import QuantportConfig
 
 DENOISERS = ("transformer", "transformer_2", "unet")
 Asked = str | Mapping[str, Any] | QuantportConfig | None

@@ -12,8 +12,8 @@ import torch
 from diffusers.quantizers.base import DiffusersQuantizer
 
 import quantport
-from quantport.engine import CheckpointError, DeviceError, PartialLoad, SaveError, parse_size
-from quantport_diffusers.config import METHOD, QuantportConfig
+from quantport.engine import METHOD, CheckpointError, DeviceError, PartialLoad, SaveError, parse_size
+from quantport_diffusers.config import QuantportConfig
 
 logger = logging.getLogger("quantport_diffusers")
 _INDEX = "diffusion_pytorch_model.safetensors.index.json"

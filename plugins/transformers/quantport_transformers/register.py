@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
 from functools import wraps
 from typing import Any
 
 from transformers.quantizers import auto
 
-from quantport.engine import ConfigError
-from quantport_transformers.config import METHOD, QuantportConfig
+from quantport.engine import METHOD, is_marked, merge_or_take_ours
+from quantport_transformers.config import QuantportConfig
 from quantport_transformers.quantizer import QuantportQuantizer
 
 
@@ -32,31 +31,7 @@ def register() -> None:
 
     @wraps(supports)
     def supports_or_is_ours(stored: Any) -> bool:
-        return _is_marked(stored) or bool(supports(stored))
-
-    @wraps(merge)
-    def merge_or_take_ours(stored: Any, asked: Any) -> Any:
-        if _is_asked_for(asked):
-            return asked if isinstance(asked, QuantportConfig) else QuantportConfig(**asked)
-        if not _is_marked(stored):
-            return merge(stored, asked)
-        if asked is None:
-            return QuantportConfig()
-        raise ConfigError(
-            f"load it with a {type(asked).__name__}",
-            "quantport has quantized the checkpoint",
-            "no quantization_config, or a QuantportConfig",
-        )
+        return is_marked(stored) or bool(supports(stored))
 
     kind.supports_quant_method = staticmethod(supports_or_is_ours)
-    kind.merge_quantization_configs = staticmethod(merge_or_take_ours)
-
-
-def _is_marked(stored: Any) -> bool:
-    """Whether a ``quantization_config`` is the mark of what only quantport reads."""
-    return isinstance(stored, Mapping) and stored.get("quantized_by") == METHOD
-
-
-def _is_asked_for(asked: Any) -> bool:
-    by_name = isinstance(asked, Mapping) and asked.get("quant_method") == METHOD
-    return by_name or isinstance(asked, QuantportConfig)
+    kind.merge_quantization_configs = staticmethod(merge_or_take_ours(merge, QuantportConfig))
