@@ -105,7 +105,7 @@ DOORS = {
     "cli/doctor.py",
     "cli/run_model.py",
     "loading/kv_caches.py",
-    "loading/library_config.py",  # made by another library, which passes no registry
+    "loading/library_config.py",
     "loading/load_model.py",
     "loading/partial_load.py",
     "loading/plan_model.py",

@@ -9,7 +9,7 @@ from typing import Any
 from quantport.checkpoint.quantport_format import MARK
 from quantport.config import QuantConfig
 from quantport.errors import ConfigError
-from quantport.plugins.registry import default_registry
+from quantport.plugins.registry import Registry, default_registry
 
 METHOD = "quantport"
 Merge = Callable[[Any, Any], Any]
@@ -28,19 +28,22 @@ class LibraryConfig:
 
     Attributes:
         config: The checked configuration.
+        registry: Where the names of schemes come from; None for that of the process.
 
     Raises:
         ConfigError: an unknown key, scheme or value.
     """
 
     quant_method: Any = METHOD
+    registry: Registry | None = None
 
     def __init__(self, scheme: str | None = None, *, quant_method: str = METHOD, **keys: Any) -> None:
         if quant_method != METHOD:
             found = f"quant_method={quant_method!r}"
             raise ConfigError("a configuration of quantport", found, f"quant_method={METHOD!r}, or without")
         asked: Mapping[str, Any] = keys if scheme is None else {"scheme": scheme, **keys}
-        self.config = QuantConfig.parse(asked, default_registry().schemes)
+        registry = self.registry or default_registry()
+        self.config = QuantConfig.parse(asked, registry.schemes)
 
     def to_dict(self) -> dict[str, Any]:
         """The dict form, plain data for JSON: what was said, with the names of schemes resolved."""
