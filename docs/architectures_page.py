@@ -1,28 +1,26 @@
 """Writes ``docs/architectures.md``: what of each architecture is quantized, and what stays.
 
 Each class of the installed Transformers that the sweep loads (``tests/core/test_model_classes.py``) is built on
-meta with the sizes of its default configuration, mostly those of a published model, and planned.
+meta with the sizes of its default configuration, mostly those of a published model, and planned. Needs
+``PYTHONPATH=tests/core``, as ``ci/docs`` sets it.
 """
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import transformers
+from core_tiny import tiny_config
+from test_model_classes import CLASSES, REFUSED
+
+import quantport
+from quantport.engine import Plan
+from quantport.loading.build_context import building
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests" / "core"))
-
-import transformers  # noqa: E402
-from core_tiny import tiny_config  # noqa: E402
-from test_model_classes import CLASSES, REFUSED  # noqa: E402
-
-import quantport  # noqa: E402
-from quantport.engine import Plan  # noqa: E402
-from quantport.loading.build_context import building  # noqa: E402
-
 SMALL = 0.005  # of the elements: less is not worth a word
 # whose default configurations cannot be built: their parts do not fit together, or not without memory
 TINY = {"DbrxForCausalLM", "DeepseekV3ForCausalLM", "HunYuanMoEV1ForCausalLM", "NemotronForCausalLM"}
@@ -31,9 +29,9 @@ HEAD = f"""\
 
 What is quantized of each architecture where nobody names layers, as a share of the elements of all parameters, and what stays in 16 bits
 and why, where that is more than {SMALL:.1%}. Written by `docs/architectures_page.py` from the plan of each class of Transformers
-{transformers.__version__}, built without weights in the sizes of its default configuration, or tiny where that cannot be built. The same classes are loaded in tiny sizes by
-[a test](../tests/core/test_model_classes.py): `load`, `quantize_` and `from_pretrained` give the same bits, and the forward is that of the
-weights that the codes stand for.
+{transformers.__version__}, built without weights in the sizes of its default configuration, or tiny where that cannot be built. The same classes are loaded in tiny sizes:
+`load` and `quantize_` give the same bits, and the forward is that of the weights that the codes stand for
+([test](../tests/core/test_model_classes.py)); so does [`from_pretrained`](../tests/plugins/transformers/test_architectures.py).
 
 | class | parameters | quantized | linear layers | experts | stays, and why |
 |---|---|---|---|---|---|
