@@ -4,7 +4,10 @@ default dtype.
 
 from __future__ import annotations
 
+import copy
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -184,6 +187,51 @@ def test_inside_a_factory_a_load_is_as_usual():
             assert torch.ones(1).dtype is torch.get_default_dtype() is torch.float32
         assert nn.Linear(1, 1).weight.is_meta
     assert not nn.Linear(1, 1).weight.is_meta
+
+
+class Zeros(nn.Module):
+    """Experts as Llama 4 makes them, and a table that stays."""
+
+    def __init__(self, rows):
+        super().__init__()
+        self.experts = nn.Parameter(torch.zeros(rows, 2**10, requires_grad=True))
+        self.register_buffer("table", torch.zeros((2**12, 2**12), device="cpu", dtype=torch.float16))
+
+
+def anonymous():
+    lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines["RssAnon"].split()[0]) * 1024
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads its memory as Linux shows it")
+def test_large_zeros_take_no_memory_until_they_are_written(monkeypatch):
+    base = anonymous()
+    with building():
+        torch.set_default_dtype(torch.bfloat16)
+        peaks = []
+        monkeypatch.setattr(nn, "Parameter", lambda data: peaks.append(anonymous()) or data)
+        Zeros(2**18)
+    assert peaks[0] - base < 2**24, "half a gigabyte of parameters"
+
+
+def test_large_zeros_are_those_of_torch():
+    with building():
+        torch.set_default_dtype(torch.bfloat16)
+        module = Zeros(2**15)
+        few, complete = torch.zeros(3), torch.zeros(2**15, 2**10, dtype=torch.complex64)
+        assert torch.zeros(2**25, device="meta").is_meta
+        out = torch.ones(2**24)
+        assert torch.zeros(2**24, out=out) is out
+    assert module.experts.is_meta
+    assert module.experts.dtype is few.dtype is torch.bfloat16
+    assert complete.shape == (2**15, 2**10)
+    assert complete.dtype is torch.complex64
+    table = copy.deepcopy(module).table
+    assert not module.table.any()
+    assert module.table.is_contiguous()
+    module.table[5] += 1
+    assert module.table.sum() == 2**12
+    assert not table.any()
 
 
 def test_a_factory_may_load_a_model_itself(tmp_path):

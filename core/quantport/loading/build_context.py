@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -48,6 +49,7 @@ _FLOATS = frozenset(
 _INFERRING = frozenset(
     {torch.arange, torch.as_tensor, torch.asarray, torch.full, torch.range, torch.scalar_tensor, torch.tensor}
 )
+_LARGE = 16 * 2**20  # bytes
 _CASTS = frozenset({Tensor.bfloat16, Tensor.double, Tensor.float, Tensor.half, Tensor.type})
 
 
@@ -65,15 +67,16 @@ class _Defaults(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        make = _zeros if func is torch.zeros else func
         if (
             self.dtype is None
             or _INSIDE.get() is not self
             or func in _CASTS
             or any(map(_typed, tree_leaves((args, kwargs))))
         ):
-            return func(*args, **kwargs)
+            return make(*args, **kwargs)
         if func in _FLOATS:
-            return func(*args, **{**kwargs, "dtype": self.dtype})
+            return make(*args, **{**kwargs, "dtype": self.dtype})
         out = func(*args, **kwargs)
         if not isinstance(out, Tensor) or not out.is_floating_point():
             return out
@@ -88,6 +91,19 @@ class _Defaults(TorchFunctionMode):
 
 
 _INSIDE: ContextVar[_Defaults | None] = ContextVar("quantport_building", default=None)
+
+
+def _zeros(*args: Any, **kwargs: Any) -> Tensor:
+    """Zeros in pages that the system makes when they are first touched: a parameter that a class makes of
+    zeros, such as all experts of a layer of Llama 4, goes to meta without one.
+    """
+    if "out" in kwargs or torch.device(kwargs.get("device") or "cpu").type != "cpu":
+        return torch.zeros(*args, **kwargs)
+    like = torch.zeros(*args, **{**kwargs, "device": "meta"})
+    if like.layout is not torch.strided or like.nbytes < _LARGE:
+        return torch.zeros(*args, **kwargs)
+    pages = torch.from_numpy(numpy.zeros(like.nbytes, numpy.uint8))
+    return pages.view(like.dtype).view(like.shape).requires_grad_(like.requires_grad)
 
 
 def _typed(leaf: Any) -> bool:
