@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from importlib.metadata import EntryPoint, entry_points
+from functools import cache
+from importlib.metadata import Distribution, EntryPoint, entry_points
 
 BACKENDS, PLUGINS = GROUPS = ("quantport.backends", "quantport.plugins")
 
@@ -15,4 +16,10 @@ def installed() -> list[EntryPoint]:
 
 def is_builtin(point: EntryPoint) -> bool:
     """Whether a plugin is part of the quantport distribution itself."""
-    return point.dist is not None and point.dist.name == "quantport"
+    return point.dist is not None and _name(point.dist) == "quantport"
+
+
+@cache
+def _name(distribution: Distribution) -> str:
+    """Its name, for which its metadata are parsed."""
+    return distribution.name
