@@ -53,6 +53,16 @@ def test_component_map_of_vllm_omni():
     assert config.patterns() == ("*.skip",)
 
 
+def test_a_map_may_name_schemes_alone_beside_a_null_or_a_configuration():
+    config = parse({"thinker": "fp8", "talker": "int8", "code2wav": None})
+    assert schemes(config, "thinker.a", "talker.a", "code2wav.a") == ["fp8_per_tensor", "int8", None]
+    assert schemes(parse({"a": {"method": "fp8"}, "b": "int8"}), "a.x", "b.x") == ["fp8_per_tensor", "int8"]
+    with pytest.raises(ConfigError, match="scheme"):
+        parse({"schem": "int8"})
+    with pytest.raises(ConfigError, match="int99"):
+        parse({"a": "int99", "b": None})
+
+
 def test_dot_boundary():
     """transformer must not catch transformer_2, as plain startswith does in vLLM-Omni."""
     config = parse({"transformer": {"method": "fp8"}})

@@ -97,7 +97,7 @@ def resolve(
 
 def _assign(layer: Layer, config: QuantConfig, default: str | None) -> list[Assignment]:
     while config.components:
-        component = _component_of(layer, config)
+        component = component_of(layer, config)
         inner, default = config.components[component], config.scheme or default
         if inner is None:
             text = f"component {component!r} is mapped to null"
@@ -132,7 +132,12 @@ def _keep(assignment: Assignment, stored: Mapping[str, str]) -> Iterator[Assignm
     yield from (replace(piece, stored=piece.scheme is not None) for piece in pieces)
 
 
-def _component_of(layer: Layer, config: QuantConfig) -> str:
+def component_of(layer: Layer, config: QuantConfig) -> str:
+    """The component of a configuration that a layer is in: the longest prefix of its name that ends at a dot.
+
+    Raises:
+        ConfigError: it is in none.
+    """
     inside = [c for c in config.components if layer.name == c or layer.name.startswith(c + ".")]
     if not inside:
         raise ConfigError(

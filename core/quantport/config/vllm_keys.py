@@ -96,12 +96,14 @@ def fp8_of_transformers(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_component_map(value: Mapping[str, Any], fields: Iterable[str]) -> bool:
-    """Whether a mapping maps components to configurations, and is none itself."""
+    """Whether a mapping maps components to configurations, and is none itself. Names of schemes alone do not
+    show it: ``{"schem": "int8"}`` is misspelt.
+    """
     known = {*fields, *OTHER_KEYS}
     configs = [v for v in value.values() if isinstance(v, Mapping)]
-    plain = all(v is None or isinstance(v, Mapping) for v in value.values())
+    plain = all(v is None or isinstance(v, Mapping | str) for v in value.values())
     # a null, or a value that is a configuration
-    meant = len(configs) < len(value) or any(set(v) & known for v in configs)
+    meant = None in value.values() or any(set(v) & known for v in configs)
     return bool(value) and not set(value) & known and plain and meant
 
 

@@ -20,6 +20,7 @@ from quantport.modules.base import QuantModule
 from quantport.modules.expert_form import ExpertForm
 from quantport.modules.expert_layout import GroupWeights, bind_experts
 from quantport.modules.routing import run_experts
+from quantport.modules.weight_view import WeightView
 from quantport.plugins.registry import Registry
 from quantport.scheme import Scheme
 
@@ -89,6 +90,17 @@ class QuantExperts(QuantModule):
     def form(self, form: ExpertForm) -> None:
         self._form = form
         self.bind(self.kernel, self.others)
+
+    @property
+    def gate_up_proj(self) -> WeightView:
+        """What code may ask of the stacked weights of gate and up: its block draws them in Qwen3-Omni."""
+        shape = (self.num_experts, 2 * self.gate_up.n, self.gate_up.k)
+        return WeightView(torch.Size(shape), self.dtype, self.device)
+
+    @property
+    def down_proj(self) -> WeightView:
+        """What code may ask of the stacked weights of down."""
+        return WeightView(torch.Size((self.num_experts, self.down.n, self.down.k)), self.dtype, self.device)
 
     def packed(self, name: str = "") -> Packed:
         """The packed tensors of one weight: views, where it lies in a stack."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from types import MappingProxyType
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from quantport.config import QuantConfig
-from quantport.config.resolve import StoredSchemes, needs_default, resolve
+from quantport.config.resolve import StoredSchemes, component_of, needs_default, resolve
 from quantport.device import Device
 from quantport.errors import ConfigError
 from quantport.kernels.base import Kernel, WeightSpec
@@ -95,7 +95,33 @@ class Plan:
         """Layer name -> step."""
         return {s.layer.name: s for s in self.steps}
 
+    @cached_property
+    def components(self) -> dict[str, Plan]:
+        """The plan of each component that the configuration names, with the layers in it; empty where it
+        names none.
+        """
+        steps: dict[str, list[Step]] = {name: [] for name in self.config.components}
+        for step in self.steps if steps else ():
+            steps[component_of(step.layer, self.config)].append(step)
+        return {
+            name: replace(
+                self,
+                source=name,
+                config=self.config.components[name] or QuantConfig(),
+                steps=tuple(steps[name]),
+                kv_shape=None,
+                warnings=(),
+            )
+            for name in steps
+        }
+
     def __str__(self) -> str:
+        parts = [f"{self.source} on {self.device}"]
+        parts += [f"  {name}\n{part._layers()}" for name, part in self.components.items()] or [self._layers()]
+        return "\n".join([*parts, *(f"  warning: {text}" for text in self.warnings)])
+
+    def _layers(self) -> str:
+        """How many get which scheme, and the bytes before and after."""
         groups = Counter(
             (s.requested_scheme, s.choice.precision, str(s.choice.status), s.choice.kernel)
             for s in self.quantized
@@ -106,8 +132,7 @@ class Plan:
         ]
         kept = len(self.steps) - len(self.quantized)
         total = f"  {kept} stay as stored; {self.before / 1e6:.1f} MB -> {self.after / 1e6:.1f} MB"
-        warned = [f"  warning: {text}" for text in self.warnings]
-        return "\n".join([f"{self.source} on {self.device}", *lines, total, *warned])
+        return "\n".join([*lines, total])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: stable keys, no objects."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from core_models import same_state
+from core_omni import tiny_omni
 from core_tiny import output_of, tiny_model
 from test_model_classes import CLASSES, SCHEME, distance
 
@@ -32,3 +33,14 @@ def test_from_pretrained_is_load(name, tmp_path):
         assert buffer.layout is not torch.strided or torch.equal(buffer, buffers[path]), path
     # what stays is multiplied by what suits its place in memory
     assert distance(output_of(model), output_of(loaded)) <= 5e-3
+
+
+def test_the_stages_of_a_model_get_their_own_schemes(tmp_path):
+    original, stages = tiny_omni(), {"thinker": "fp8", "talker": "int8", "code2wav": None}
+    original.save_pretrained(tmp_path)
+    model = transformers.Qwen3OmniMoeForConditionalGeneration.from_pretrained(
+        tmp_path, dtype="auto", quantization_config=QuantportConfig(components=stages)
+    )
+    same_state(model, quantport.load(tmp_path, config=stages))
+    same_state(model.code2wav, original.code2wav)
+    assert [bool(part.quantized) for part in model.quantport_plan.components.values()] == [True, True, False]
