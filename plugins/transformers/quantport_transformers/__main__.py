@@ -1,0 +1,59 @@
+"""``python -m quantport_transformers serve MODEL --quantization int8``: the command line of Transformers, to
+which quantport is known. Whatever else it takes stays as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from quantport.engine import QuantportError
+from quantport_transformers import QuantportConfig
+
+
+def main() -> None:
+    """Runs it."""
+    from transformers.cli import transformers as cli
+    from transformers.cli.serving import model_manager
+
+    model_manager.ModelManager = managing(model_manager.ModelManager)  # where serve takes it from
+    try:
+        cli.app()
+    except QuantportError as error:
+        sys.exit(f"{type(error).__name__}\n{error}")
+
+
+def managing(theirs: Any) -> Any:
+    """The class of Transformers that loads what is served. Its ``--quantization`` takes the name of a scheme,
+    or a configuration as JSON, beside its own.
+    """
+
+    class ModelManager(theirs):  # type: ignore[misc]
+        quantization: str | None
+        _config: QuantportConfig | None = None
+
+        def _validate_args(self) -> None:
+            asked = self.quantization
+            if asked is not None and not asked.startswith("bnb-"):
+                self._config = config_of(asked)
+                self.quantization = None
+            super()._validate_args()
+
+        def get_quantization_config(self) -> Any:
+            return self._config or super().get_quantization_config()
+
+    return ModelManager
+
+
+def config_of(asked: str) -> QuantportConfig:
+    """The configuration that a text means.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    return QuantportConfig(**json.loads(asked)) if asked.startswith("{") else QuantportConfig(asked)
+
+
+if __name__ == "__main__":
+    main()
