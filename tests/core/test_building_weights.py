@@ -5,6 +5,8 @@ square.
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import threading
 from functools import partial
 
@@ -38,6 +40,32 @@ def test_buffers_are_those_of_transformers(name):
     for key, buffer in found.named_buffers():
         assert buffer.dtype is buffers[key].dtype, key
         assert same_bits(buffer, buffers[key]), key
+
+
+def test_a_weight_that_nobody_fills_needs_no_compiler():
+    """Torch imports it to fill a tensor on meta: 75 MiB beside a model."""
+    code = """
+import sys, torch, quantport
+from torch import nn
+from quantport.loading.build_context import building
+
+before = set(sys.modules)
+with building():
+    made = [nn.Linear(64, 64), nn.Embedding(64, 64), nn.Bilinear(8, 8, 8)]
+    direct = nn.Embedding(64, 64).weight.uniform_()
+assert direct.is_meta and all(p.is_meta for m in made for p in m.parameters())
+assert not {"sympy", "torch._dynamo"} & (set(sys.modules) - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_real_tensor_is_filled_meanwhile():
+    with building():
+        buffer = torch.empty(1000, device="cpu").normal_()
+        torch.nn.init.uniform_(other := torch.empty(1000, device="cpu"), 2, 3)
+    assert 0.8 < buffer.std() < 1.2
+    assert 2 <= other.min() < other.max() <= 3
 
 
 def spied(name, monkeypatch):

@@ -75,9 +75,12 @@ def carry_over(old: nn.Module, new: nn.Module, path: str) -> None:
     for name in _CALL_HOOKS:
         vars(new)[name] = vars(old)[name]
     own = _fresh(type(old).__name__) if type(old) in _PLAIN else frozenset(vars(old))
+    held = vars(new)
     for name, value in vars(old).items():
-        if name not in vars(new) and not hasattr(type(new), name):
-            vars(new)[name] = value
+        if name in held and name in own:
+            continue  # most are
+        if name not in held and not hasattr(type(new), name):
+            held[name] = value
         elif name not in own:
             text = f"attribute {name!r} of {path} is lost: a quantized module has its own of this name"
             warnings.warn(text, stacklevel=2)

@@ -12,9 +12,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, partial
 from queue import Empty, SimpleQueue
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -41,6 +41,8 @@ class Task(NamedTuple):
         run: Does it. Runs in a worker thread with one native thread, since parallelism is over tensors.
         need: Bytes that it holds meanwhile: what it reads, scratch, and what it stores before that is packed.
         module: Path of the module that it fills.
+        together: Does what the ``run`` of several tasks would that have an equal one; None where each runs by
+            itself.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Task(NamedTuple):
     run: Callable[[], None]
     need: int = 0
     module: str = ""
+    together: Callable[[Sequence[Any]], None] | None = None
 
 
 class Gate:
@@ -211,7 +214,19 @@ def _next(finished: SimpleQueue[Future[None]]) -> Iterator[Future[None]]:
 
 def _quiet(turn: Sequence[Task], gate: Gate) -> None:
     with gate.admit(turn), torch.no_grad():
-        for task in turn:
+        for run in _runs(turn):
             if not gate.opened.locked():
                 raise CancelledError
-            task.run()
+            run()
+
+
+def _runs(turn: Sequence[Task]) -> Iterator[Callable[[], None]]:
+    """What the tasks of a turn do: each by itself, then what several do together."""
+    alike: dict[Callable[[Sequence[Any]], None], list[Callable[[], None]]] = {}
+    for task in turn:
+        if task.together is None:
+            yield task.run
+        else:
+            alike.setdefault(task.together, []).append(task.run)
+    for together, runs in alike.items():
+        yield partial(together, runs) if len(runs) > 1 else runs[0]

@@ -21,7 +21,7 @@ from quantport.loading.executor import Task
 from quantport.loading.place_tensors import HeldDtypes
 from quantport.loading.swap_modules import by_module, make_module, module_at, swap_modules
 from quantport.loading.take_over import take_over_tasks
-from quantport.loading.weight_tasks import Take, quantize_tasks
+from quantport.loading.weight_tasks import WeightQuantizer
 from quantport.model.layers import Layer
 from quantport.model.patterns import compile_pattern
 from quantport.modules import QuantModule
@@ -64,6 +64,7 @@ class ModelFiller:
         registry: Where the kernels of modules, and quantizers, come from.
 
     Attributes:
+        by_path: Path -> the steps that the module there carries out.
         placed: Path -> quantized module, empty until the tasks have run.
         warnings: For people: what the tensors that stay have turned out to hold. Grows while the tasks run.
     """
@@ -84,6 +85,8 @@ class ModelFiller:
         self.placed: dict[str, QuantModule] = {}
         self.warnings: list[str] = []
         self.device, self.slab = plan.device.torch_device, min(SLAB, plan.budget // HELD)
+        self.by_path = by_module(plan.steps, self._path)
+        self._quantizers: dict[torch.device, WeightQuantizer] = {}
 
     def tasks(self, to: Destination | None = None) -> list[Task]:
         """One task for each weight and for each other tensor, in the order of the files.
@@ -102,15 +105,14 @@ class ModelFiller:
 
     def place(self) -> None:
         """Puts empty quantized modules where the layers that the plan quantizes stand."""
-        for path, steps in by_module(self.plan.steps, self._path).items():
+        for path, steps in self.by_path.items():
             old = self.model.get_submodule(path)
             self.placed[path] = make_module(steps, old, self.dtypes.dtype, self.registry)
         swap_modules(self.model, self.placed)
 
     def sizes(self) -> dict[str, int]:
         """Bytes that each module that was placed will hold."""
-        by_path = by_module(self.plan.steps, self._path)
-        return {path: sum(step.after for step in steps) for path, steps in by_path.items()}
+        return {path: sum(step.after for step in steps) for path, steps in self.by_path.items()}
 
     def weight_tasks(
         self, to: Destination | None = None, device_of: Callable[[str], torch.device] | None = None
@@ -121,7 +123,7 @@ class ModelFiller:
             to: As for `tasks`.
             device_of: Device of the module at a path; that of the plan by default.
         """
-        for path, steps in by_module(self.plan.steps, self._path).items():
+        for path, steps in self.by_path.items():
             device = device_of(path) if device_of else self.device
             for step in steps:
                 for task in self._weight_tasks(step, self.placed[path], path, to, device):
@@ -215,22 +217,19 @@ class ModelFiller:
             return take_over_tasks(step, module, weights, self.source, take, device, budget)
         if weights:  # which are decoded to fp32
             step = replace(step, layer=replace(step.layer, dtype=torch.float32))
-        return self._quantize_tasks(step, module, take or module.set_steps, device)
+        return self._quantizer(device).tasks(step, module, take or module.set_steps)
 
-    def _quantize_tasks(
-        self, step: Step, module: QuantModule, take: Take, device: torch.device
-    ) -> Iterable[Task]:
-        target, nonfinite = self.plan.device, self.plan.config.nonfinite
-        return quantize_tasks(
-            step,
-            module,
-            take,
-            self.checkpoint.read,
-            nonfinite,
-            self.registry.backends[target.kind].quantize_weight,
-            device,
-            storage_only_dtypes=target.arch.storage_only_dtypes,
-        )
+    def _quantizer(self, device: torch.device) -> WeightQuantizer:
+        target = self.plan.device
+        if device not in self._quantizers:
+            self._quantizers[device] = WeightQuantizer(
+                self.checkpoint.read,
+                self.plan.config.nonfinite,
+                self.registry.backends[target.kind].quantize_weight,
+                device,
+                storage_only_dtypes=target.arch.storage_only_dtypes,
+            )
+        return self._quantizers[device]
 
     def _copy(self, name: str, put: Put, dtype: torch.dtype, transposed: bool) -> None:
         """Copies a tensor that stays.

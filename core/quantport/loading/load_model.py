@@ -164,15 +164,18 @@ def usable(target: Device) -> Device:
 def _finish(model: nn.Module, decided: Plan) -> None:
     """Ties weights, moves buffers, and checks that nothing is missing."""
     tie_weights(model)
-    missing = [name for name, p in model.named_parameters() if p.is_meta]
-    if missing:
+    modules = list(model.modules())
+    parameters = [p for module in modules for p in module._parameters.values() if p is not None]
+    if any(p.is_meta for p in parameters):
+        missing = [name for name, p in model.named_parameters() if p.is_meta]
         raise CheckpointError(
             f"load {decided.source}",
             f"the model needs {len(missing)} tensors that it does not hold: {', '.join(missing[:5])}",
             "the complete checkpoint, or the model class that it was saved from",
         )
-    model.requires_grad_(False)
-    for module in model.modules():
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    for module in modules:
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.device != decided.device.torch_device:
                 module._buffers[name] = buffer.to(decided.device.torch_device)

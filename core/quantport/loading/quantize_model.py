@@ -16,7 +16,7 @@ from quantport.loading.mark_configs import mark_configs
 from quantport.loading.plan_model import plan, refuse_nothing, warn
 from quantport.loading.renamed import renamed
 from quantport.loading.swap_modules import by_module, make_module, swap_modules
-from quantport.loading.weight_tasks import quantize_tasks
+from quantport.loading.weight_tasks import WeightQuantizer
 from quantport.model.layers import Part
 from quantport.model.tied_weights import own_parameters
 from quantport.modules import QuantModule
@@ -81,14 +81,13 @@ def quantize_(
         return part.select(params[part.tensor]), lambda: None
 
     fast = registry.backends[decided.device.kind].quantize_weight
+    quantizer = WeightQuantizer(read, decided.config.nonfinite, fast, owned=True)
     new: dict[str, QuantModule] = {}
     tasks: list[Task] = []
     for name, steps in by_module(decided.steps, lambda layer: layer.home).items():
         module = new[name] = make_module(steps, model.get_submodule(name), steps[0].layer.dtype, registry)
         for step in steps:
-            tasks += quantize_tasks(
-                step, module, module.set_steps, read, decided.config.nonfinite, fast, owned=True
-            )
+            tasks += quantizer.tasks(step, module, module.set_steps)
     run_tasks(tasks, progress, budget=decided.budget)
     swap_modules(model, new)
     if cache:

@@ -110,7 +110,8 @@ def _check(layer: Layer, model: _Model, module_path: ModulePath) -> Iterable[Lay
         if reader := model.weight_reads.get(module):
             text = f"{reader} reads its weight, rather than calling it: left in 16 bits"
             skip = SkipReason(SkipCode.WEIGHT_READ, text)
-    yield replace(layer, skip_reason=skip, tied=tied)
+    changed = skip is not layer.skip_reason or tied != layer.tied
+    yield replace(layer, skip_reason=skip, tied=tied) if changed else layer
 
 
 def _in_model(layer: Layer, model: _Model, module: nn.Module | None) -> Layer:

@@ -2,46 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 
 from quantport import numerics
+from quantport.errors import WeightError
 from quantport.kernels.base import Kernel, StoredWeight, WeightSpec
 from quantport.kernels.packing import layout_of
 from quantport.loading.executor import Task
 from quantport.model.layers import Part
 from quantport.modules import QuantModule
-from quantport.numerics.by_rows import QuantizedRows, ReadRows, quantize_steps
+from quantport.numerics.by_rows import QuantizedRows, ReadRows, join_steps, quantize_steps, stacks
 from quantport.planning.memory import peak_with, step_rows
 from quantport.planning.steps import Step
 from quantport.scheme import Scheme
+
+SMALL = 64 << 10  # bytes of a weight that is quantized together with its like
 
 Fast = Callable[[Tensor, Scheme], StoredWeight | None]
 Take = Callable[[str, Iterator[QuantizedRows]], None]
 Reader = Callable[[Part], tuple[Tensor, Callable[[], None]]]
 
 
-def quantize_tasks(
-    step: Step,
-    module: QuantModule,
-    take: Take,
-    read: Reader,
-    nonfinite: str,
-    fast: Fast,
-    device: torch.device | None = None,
-    owned: bool = False,
-    storage_only_dtypes: frozenset[torch.dtype] = frozenset(),
-) -> Iterable[Task]:
-    """The tasks that fill one module from 16-bit weights.
+@dataclass(frozen=True, eq=False)
+class WeightQuantizer:
+    """Makes the tasks that fill modules from 16-bit weights.
 
     Args:
-        step: The layer, or the piece of a layer.
-        module: Whose weights they are.
-        take: Takes each weight by its name in the module, as ``module.set_steps`` does.
         read: Gives the 16-bit tensor of a part, and what to call when it has been used.
         nonfinite: ``error`` or ``zero``.
         fast: ``Backend.quantize_weight`` of the device.
@@ -49,30 +42,108 @@ def quantize_tasks(
         owned: The caller holds the 16-bit weights anyway: they are no part of the stream.
         storage_only_dtypes: Those of the architecture: weights of these dtypes, or stored in them, are
             quantized on the host.
+        by_turns: Held while many small tensors pass through Python: two threads that do so at once take twice
+            the CPU time, since each waits for the other after every call of torch.
     """
-    layer = step.layer
 
-    def run(part: Part, weight: str) -> None:
-        spec = module.specs[weight]
-        rows = partial(_rows, read, part, spec.n)
-        name, kernel = f"{layer.home}.{weight}".rstrip("."), module.kernel_of(weight)
-        steps = quantize_on(
-            rows, layer.dtype, spec, name, nonfinite, fast, device, storage_only_dtypes, kernel
-        )
-        take(weight, steps)
+    read: Reader
+    nonfinite: str
+    fast: Fast
+    device: torch.device | None = None
+    owned: bool = False
+    storage_only_dtypes: frozenset[torch.dtype] = frozenset()
+    by_turns: threading.Lock = field(default_factory=threading.Lock)
 
-    for weight, n, k in layer.each:
-        part, kernel = layer.part(weight), None if layer.experts else module.kernel_of(weight)
-        size, held = (
-            n * k * layer.dtype.itemsize,
-            _held(kernel, module.specs[weight], layer.dtype, read=not owned),
+    def tasks(self, step: Step, module: QuantModule, take: Take) -> Iterable[Task]:
+        """The tasks that fill one module, or a part of it.
+
+        Args:
+            step: The layer, or the piece of a layer.
+            module: Whose weights they are.
+            take: Takes each weight by its name in the module, as ``module.set_steps`` does.
+        """
+        layer = step.layer
+        for weight, n, k in layer.each:
+            part, kernel, spec = layer.part(weight), module.kernel_of(weight), module.specs[weight]
+            size, alike = n * k * layer.dtype.itemsize, _Alike(self, spec, layer.dtype, kernel)
+            stacked = _stacks(spec, layer.dtype)
+            held = _held(None if layer.experts else kernel, spec, layer.dtype, read=stacked or not self.owned)
+            if not (self.owned or part.in_place):
+                held += size if part.start is None else 2 * size  # all that it is gathered from
+            fill = _Fill(alike, part, f"{layer.home}.{weight}".rstrip("."), partial(take, weight))
+            yield Task(part.tensor, size, fill, held, together=alike if stacked else None)
+
+
+@dataclass(frozen=True)
+class _Alike:
+    """What weights have in common that may be quantized as one, each standing below the one before: a small
+    one by itself takes longer to be led through Python than to be quantized.
+    """
+
+    quantizer: WeightQuantizer
+    spec: WeightSpec
+    dtype: torch.dtype
+    kernel: Kernel
+
+    def __call__(self, fills: Sequence[_Fill]) -> None:
+        n, k, scheme = self.spec.n, self.spec.k, self.spec.scheme
+        with self.quantizer.by_turns:
+            read, releases = zip(*(self.quantizer.read(fill.part) for fill in fills), strict=True)
+            stack = torch.cat([tensor.detach() for tensor in read])
+            del read
+            for release in releases:
+                release()
+        try:
+            steps = self.quantize(
+                lambda start, stop: nullcontext(stack[start:stop]), len(stack), fills[0].name
+            )
+            stored = join_steps(steps, scheme, (len(stack), k))
+        except WeightError:  # of which weight, each by itself says
+            for fill in fills:
+                fill()
+            return
+        each = {key: tensor.split(len(tensor) // len(fills)) for key, tensor in stored.items()}
+        with self.quantizer.by_turns:
+            for i, fill in enumerate(fills):
+                fill.take(iter((QuantizedRows(0, n, {key: rows[i].clone() for key, rows in each.items()}),)))
+
+    def quantize(self, read: ReadRows, n: int, name: str) -> Iterator[QuantizedRows]:
+        """Quantizes ``n`` rows, of one weight or of several."""
+        made = self.quantizer
+        return quantize_on(
+            read,
+            self.dtype,
+            replace(self.spec, n=n),
+            name,
+            made.nonfinite,
+            made.fast,
+            made.device,
+            made.storage_only_dtypes,
+            self.kernel,
         )
-        if not (owned or part.in_place):
-            held += size if part.start is None else 2 * size  # all that it is gathered from
-        yield Task(part.tensor, size, partial(run, part, weight), held)
+
+
+@dataclass(frozen=True)
+class _Fill:
+    """Quantizes one weight."""
+
+    alike: _Alike
+    part: Part
+    name: str
+    take: Callable[[Iterator[QuantizedRows]], None]
+
+    def __call__(self) -> None:
+        n = self.alike.spec.n
+        rows = partial(_rows, self.alike.quantizer.read, self.part, n)
+        self.take(self.alike.quantize(rows, n, self.name))
 
 
 _held = lru_cache(maxsize=256)(peak_with)  # the layers of a model repeat
+
+
+@lru_cache(maxsize=256)
+def _stacks(spec: WeightSpec, dtype: torch.dtype) -> bool:
+    return spec.n * spec.k * dtype.itemsize <= SMALL and stacks(spec.scheme, spec.n)
 
 
 @lru_cache(maxsize=256)
@@ -91,7 +162,8 @@ def quantize_on(
     storage_only_dtypes: frozenset[torch.dtype] = frozenset(),
     kernel: Kernel | None = None,
 ) -> Iterator[QuantizedRows]:
-    """Quantizes a weight some rows at a time on the backend of a device; other arguments as `quantize_tasks`.
+    """Quantizes a weight some rows at a time on the backend of a device; other arguments as of
+    `WeightQuantizer`.
 
     Args:
         read: Gives rows of the weight.

@@ -110,11 +110,11 @@ class QuantModule(EmptyWeight):
 
     def bind(self, kernel: Kernel, others: Mapping[str, Kernel]) -> None:
         """Takes other kernels, which read the packed weights as they are."""
-        self.kernel, self.others = kernel, dict(others)
-        self.bound = {
+        bound = {
             name: handles.bind(others.get(name, kernel), spec, self.registry)
             for name, spec in self.specs.items()
         }
+        self.__dict__.update(kernel=kernel, others=dict(others), bound=bound)
 
     def repack(self, kernel: Kernel, others: Mapping[str, Kernel] | None = None) -> None:
         """Takes other kernels, and packs every weight anew for them."""

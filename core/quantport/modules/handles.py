@@ -9,6 +9,7 @@ registry besides (``toy.int8|int8|64x64|5f3a9c01``).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from urllib.parse import quote, unquote
 from weakref import WeakValueDictionary
 
@@ -86,6 +87,7 @@ def _parsed(handle: str) -> BoundWeight:
     return bind(registry.kernel(kernel), WeightSpec(registry.schemes[scheme], int(n), int(k)), registry)
 
 
+@lru_cache(maxsize=256)
 def _quoted(name: str) -> str:
     """A name without the characters that separate the parts of a handle."""
     return quote(name, safe=" /:+.-_")

@@ -29,6 +29,9 @@ class QuantLinear(QuantModule, nn.Linear):
         registry: As for ``QuantModule``.
     """
 
+    spec: WeightSpec
+    _row: tuple[str, Tensor | None, RowFunction | None]
+
     def __init__(
         self,
         kernel: Kernel,
@@ -38,15 +41,14 @@ class QuantLinear(QuantModule, nn.Linear):
         registry: Registry | None = None,
     ) -> None:
         super().__init__(kernel, {"": spec}, "linear", dtype, registry=registry)
-        self.in_features, self.out_features = spec.k, spec.n
-        self.spec = spec
+        self.__dict__.update(in_features=spec.k, out_features=spec.n, spec=spec)  # as in ``QuantModule``
         self.register_parameter("bias", bias)
 
     def bind(self, kernel: Kernel, others: Mapping[str, Kernel]) -> None:
         """Takes another kernel, which reads the packed weight as it is."""
         super().bind(kernel, others)
         # which buffer begins the packed weight that it is of, that buffer, and it
-        self._row: tuple[str, Tensor | None, RowFunction | None] = "", None, None
+        self.__dict__["_row"] = "", None, None
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``, in the dtype of ``x``."""

@@ -36,6 +36,14 @@ def spans_rows(quant: Quant) -> bool:
     )
 
 
+def stacks(scheme: Scheme, n: int) -> bool:
+    """Whether weights of ``n`` rows that stand one above the other are quantized to the bytes of each by
+    itself.
+    """
+    by_rows = scheme.solver is None and not spans_rows(scheme.weight) and n % alignment(scheme, 0) == 0
+    return by_rows and all(along == 0 for along in shard_dims(scheme, 0).values())
+
+
 def rows_of_step(scheme: Scheme, n: int, k: int, elements: int, block: int = 1) -> int:
     """Rows to quantize at a time: of about so many elements, in whole blocks of the scheme and of ``block``
     rows; all ``n`` where a solver of the scheme's own may look at the whole weight.
