@@ -2,8 +2,9 @@
 values are multiplied by.
 
 Sources: ``weight_scale_inv`` per 128x128 block: DeepSeek-V3, ``inference/kernel.py``; a scale per tensor
-under ``weight_scale``, with ``input_scale``: AutoFP8, as vLLM's ``fp8.py`` reads it. Scales are fp32, the
-dtype of the model, or e8m0 exponents (``scale_fmt: ue8m0``).
+under ``weight_scale``, with ``input_scale``: AutoFP8, as vLLM's ``fp8.py`` reads it; the same as
+``weight_scale_inv`` and ``activation_scale``: Transformers, ``integrations/finegrained_fp8.py``. Scales are
+fp32, the dtype of the model, or e8m0 exponents (``scale_fmt: ue8m0``).
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ from quantport_formats.common import (
     quantizer_config,
     without_static_scales,
 )
+from quantport_formats.input_scales import InputScale
 from quantport_formats.writing import OWN, Writing, WrittenFormat, written_weights
 
 _BLOCK = 128
+_OF_INPUTS = ("activation_scale", "input_scale")
 
 
 class Fp8(WrittenFormat):
@@ -52,8 +55,12 @@ class Fp8(WrittenFormat):
                 f"blocks of {_BLOCK}x{_BLOCK}, or a scale for each tensor or row",
             )
         dtype = held_dtype(source, config)
-        coded = {name: self._weight(source, name, dtype, schemes) for name in weights}
-        more = without_static_scales(source, coded)
+        coded = {name: self._weight(source, name, dtype, schemes, blocks is not None) for name in weights}
+        if said.get("activation_scheme") == "static":
+            coded = {name: _static(source, name, weight, schemes) for name, weight in coded.items()}
+            more = {}
+        else:
+            more = without_static_scales(source, coded)
         if said.get("scale_fmt") == "ue8m0":
             text = "scales of activations are fp32, not powers of two as scale_fmt ue8m0 asks for"
             more["notices"] = (*more.get("notices", ()), text)
@@ -77,24 +84,30 @@ class Fp8(WrittenFormat):
         }
         return Writing(described, changes)
 
-    def _weight(self, source: TensorSource, name: str, dtype: torch.dtype, schemes: Schemes) -> CodedTensor:
-        shape, blocks = tuple(source.tensors[name].shape), f"{name}_scale_inv"
+    def _weight(
+        self, source: TensorSource, name: str, dtype: torch.dtype, schemes: Schemes, in_blocks: bool
+    ) -> CodedTensor:
+        shape, inverse = tuple(source.tensors[name].shape), f"{name}_scale_inv"
         if len(shape) not in (2, 3) or not all(shape):
             found = f"codes of shape {list(shape)}"
             suggestion = "a matrix, or a stack of matrices of experts"
             raise CheckpointError(f"read {name} of {source.directory} as fp8", found, suggestion)
-        n, k = shape[-2:]
-        if blocks in source.tensors:
-            scheme, scale = schemes["fp8_per_block"], blocks
-            need(source, self.name, scale, (*shape[:-2], -(-n // _BLOCK), -(-k // _BLOCK)))
+        *stack, n, k = shape
+        scale = inverse if inverse in source.tensors else f"{name}_scale"
+        count, blocks = (
+            tuple(need(source, self.name, scale).shape),
+            (*stack, -(-n // _BLOCK), -(-k // _BLOCK)),
+        )
+        one = [(*stack, *(1,) * ones) for ones in range(3)]
+        if scale == inverse and (in_blocks or count not in one):
+            need(source, self.name, scale, blocks)
+            scheme = schemes["fp8_per_block"]
+        elif count in ((n,), (n, 1)) and n > 1 and not stack:
+            scheme = schemes["fp8_per_channel"]
         else:
-            scale = f"{name}_scale"
-            count = need(source, self.name, scale).shape
-            rows = count in ((n,), (n, 1)) and n > 1
-            if not rows:
-                need(source, self.name, scale, () if count == () else (1,) * len(count))
-            scheme = schemes["fp8_per_channel" if rows else "fp8_per_tensor"]
-        as_stored = source.tensors[scale].dtype is torch.float32 and blocks == scale and len(shape) == 2
+            need(source, self.name, scale, count if count in one else one[0])
+            scheme = schemes["fp8_per_tensor"]
+        as_stored = source.tensors[scale].dtype is torch.float32 and count == blocks and not stack
         keys = {"weight": name, "weight_scale": scale} if as_stored else {}
         read = None if as_stored else partial(_read, source, name, scale, scheme.weight.block_shape)
         return CodedTensor(shape, dtype, scheme, (name, scale), keys, read)
@@ -106,7 +119,19 @@ def _read(
     """Codes of some rows, and their scales in fp32: ``[blocks down, blocks across]``."""
     codes = source.read(name, rows if expert is None else (expert, rows))
     down, across = block
-    some = slice(rows.start // down, -(-rows.stop // down)) if down else None
-    scales = source.read(scale, some if expert is None else (expert, some or slice(None)))
+    if not down:
+        one = exponents(source.read(scale)).flatten()[expert or 0]
+        return {"weight": codes, "weight_scale": one.reshape(1, 1)}
+    some = slice(rows.start // down, -(-rows.stop // down))
+    scales = source.read(scale, some if expert is None else (expert, some))
     columns = scales.shape[-1] if across else 1
     return {"weight": codes, "weight_scale": exponents(scales).reshape(-1, columns)}
+
+
+def _static(source: TensorSource, name: str, weight: CodedTensor, schemes: Schemes) -> CodedTensor:
+    """A weight with the scale of its inputs: ``input_scale`` of AutoFP8, or ``activation_scale`` of
+    Transformers.
+    """
+    stem = f"{name.removesuffix('.weight')}{'.' if name.endswith('.weight') else '_'}"
+    named = next((end for end in _OF_INPUTS if f"{stem}{end}" in source.tensors), _OF_INPUTS[0])
+    return InputScale(source, "fp8", f"{stem}{named}").beside(weight, schemes)
