@@ -18,7 +18,7 @@ from torch import Tensor
 
 from quantport.checkpoint import Coded, CodedTensor, Recognized, Rewrite, SavedModel, TensorSource
 from quantport.errors import CheckpointError, SaveError
-from quantport.scheme.catalog import Schemes
+from quantport.scheme.catalog import BUILTIN, Schemes
 from quantport_formats.common import (
     exponents,
     held_dtype,
@@ -28,9 +28,10 @@ from quantport_formats.common import (
     without_static_scales,
 )
 from quantport_formats.input_scales import InputScale
-from quantport_formats.writing import OWN, Writing, WrittenFormat, written_weights
+from quantport_formats.writing import OWN, Writing, WrittenFormat, as_scalar, one_of, written_weights
 
 _BLOCK = 128
+_WRITTEN = ("fp8_per_block", "fp8_per_block:static", "fp8_per_tensor:static")
 _OF_INPUTS = ("activation_scale", "input_scale")
 
 
@@ -67,19 +68,31 @@ class Fp8(WrittenFormat):
         return Coded(self.name, source, coded, **more)
 
     def writing(self, asked: str, model: SavedModel) -> Writing:
-        """As `WrittenFormat.writing`: layers of ``fp8_per_block`` whose sizes are multiples of 128."""
-        changes = {}
-        for path, weight, scheme, n, k in written_weights(asked, model.layers):
-            if scheme.name != "fp8_per_block" or n % _BLOCK or k % _BLOCK:
-                found = f"{path} [{n}, {k}] in scheme {scheme.name}"
+        """As `WrittenFormat.writing`: layers of ``fp8_per_block`` whose sizes are multiples of 128, or with
+        one scale for a tensor and one for its activations; all alike.
+        """
+        changes, kinds = dict[str, Rewrite](), dict[str, str]()
+        for path, stem, scheme, n, k in written_weights(asked, model.layers):
+            held, in_blocks = one_of(scheme, _WRITTEN), scheme.weight.group_size > 0
+            experts = " of experts, whose scales Transformers fuses" * bool(model.layers[path].experts)
+            if held is None or (in_blocks and (n % _BLOCK or k % _BLOCK)) or (scheme.static and experts):
+                found = f"{path} [{n}, {k}] in scheme {scheme.name}{experts}"
                 suggestion = f"fp8_per_block for layers of multiples of {_BLOCK}, or {OWN}"
                 raise SaveError(asked, found, suggestion)
-            changes[f"{weight}.weight_scale"] = Rewrite(f"{weight}.weight_scale_inv")
+            kinds.setdefault(held, path)
+            scale, inverse = f"{stem}.weight_scale", f"{stem}.weight_scale_inv"
+            changes[scale] = Rewrite(inverse) if in_blocks else as_scalar(scale, inverse)
+            if scheme.static:
+                changes[f"{stem}.input_scale"] = as_scalar(f"{stem}.input_scale", f"{stem}.activation_scale")
+        if len(kinds) > 1:
+            found = " and ".join(f"{path} in scheme {kind}" for kind, path in kinds.items())
+            raise SaveError(asked, found, f"one of them for all layers, or {OWN}")
+        scheme = BUILTIN[next(iter(kinds), _WRITTEN[0])]
         described = {
             "quant_method": "fp8",
-            "activation_scheme": "dynamic",
+            "activation_scheme": "static" if scheme.static else "dynamic",
             "fmt": "e4m3",
-            "weight_block_size": [_BLOCK, _BLOCK],
+            "weight_block_size": [_BLOCK, _BLOCK] if scheme.weight.group_size else None,
             "modules_to_not_convert": list(model.kept_linear),
         }
         return Writing(described, changes)
@@ -94,10 +107,8 @@ class Fp8(WrittenFormat):
             raise CheckpointError(f"read {name} of {source.directory} as fp8", found, suggestion)
         *stack, n, k = shape
         scale = inverse if inverse in source.tensors else f"{name}_scale"
-        count, blocks = (
-            tuple(need(source, self.name, scale).shape),
-            (*stack, -(-n // _BLOCK), -(-k // _BLOCK)),
-        )
+        count = tuple(need(source, self.name, scale).shape)
+        blocks = (*stack, -(-n // _BLOCK), -(-k // _BLOCK))
         one = [(*stack, *(1,) * ones) for ones in range(3)]
         if scale == inverse and (in_blocks or count not in one):
             need(source, self.name, scale, blocks)

@@ -13,12 +13,19 @@ CHECKED_BY = "by hand"
 
 
 def quantized(
-    kind: str, scales: str, static: str = "", dtype: torch.dtype = torch.float32, size: int = 128
+    kind: str,
+    scales: str,
+    static: str = "",
+    dtype: torch.dtype = torch.float32,
+    size: int = 128,
+    **changes: int,
 ) -> Made:
     """By hand: ``value = code * scale`` in fp32; ``static`` names the scales of activations, ``size`` is that
     of experts.
     """
-    config, tensors = tiny(kind, **({"moe_intermediate_size": size} if kind == "qwen3_moe" else {}))
+    config, tensors = tiny(
+        kind, **changes, **({"moe_intermediate_size": size} if kind == "qwen3_moe" else {})
+    )
     method = {"quant_method": "fp8", "activation_scheme": "static" if static else "dynamic"}
     if scales == "block":
         method["weight_block_size"] = [128, 128]
