@@ -4,6 +4,7 @@ activation order, or with a stored scale of activations.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
@@ -130,8 +131,7 @@ class _Unused(_Wrapped):
 class _Static(_Unused):
     """A kernel that multiplies codes of activations, whose scale is stored.
 
-    Where there is a zero point, what it adds to the products is packed beside it, fp32 ``[n]``: the zero
-    point times the sum of each row of the weight.
+    Where there is a zero point, what it adds to the products is packed before all else: fp32 ``[n]``.
     """
 
     def packed_layout(self, spec: WeightSpec) -> PackedLayout | None:
@@ -159,8 +159,7 @@ class _Static(_Unused):
         of, own = self.split(packed[has_zero:], spec)
         codes, token = quantize_static(x, spec.scheme.activation, own[INPUT_SCALE], own.get(INPUT_ZERO))
         if has_zero:
-            added = packed[0] * own[INPUT_SCALE]
-            bias = -added if bias is None else bias - added
+            bias = -packed[0] if bias is None else bias - packed[0]
         return self.of.run_codes(codes, token.contiguous(), of, bias, self.inner(spec), x.dtype)
 
     def row_function(self, packed: Packed, spec: WeightSpec) -> RowFunction | None:
@@ -168,19 +167,20 @@ class _Static(_Unused):
 
 
 def _added(stored_weight: StoredWeight, spec: WeightSpec) -> Tensor:
-    """The zero point of activations times the sum of each row of a weight."""
-    plain, k = replace(spec.scheme.per_token, activation=None), spec.k
-    zero = stored_weight[INPUT_ZERO]
+    """What the zero point of activations adds to each product: fp32 ``[n]``."""
+    plain, k = spec.scheme.per_token.weight_only, spec.k
+    zero, scale = stored_weight[INPUT_ZERO], stored_weight[INPUT_SCALE]
+    if plain.weight.plain and plain.weight.element.bits == 8 and not plain.weight.group_size:
+        # as most kernels compute it: then a token of zeros gives zeros
+        sums = stored_weight["weight"].sum(1, dtype=torch.int32) * zero.int()
+        return sums.float() * scale * stored_weight["weight_scale"].float().view(-1)
     out = torch.empty(spec.n, dtype=torch.float32, device=zero.device)
-    step = -(-_ROWS // alignment(plain, 0)) * alignment(plain, 0)
+    step = math.lcm(_ROWS, alignment(plain, 0))
     for start in range(0, spec.n, step):
-        parts = stored_slices(plain, k, start, min(start + step, spec.n))
-        some = {
-            key: stored_weight[key] if rows is None else stored_weight[key][rows]
-            for key, rows in parts.items()
-        }
+        rows = stored_slices(plain, k, start, min(start + step, spec.n))
+        some = {key: stored_weight[key][rows[key] or slice(None)] for key in rows}
         out[start : start + step] = dequantize_weight(some, plain, k).sum(1)
-    return out.mul_(zero)
+    return out.mul_(zero).mul_(scale)
 
 
 # By the identity of kernels, which they hold: as long as a module runs one.

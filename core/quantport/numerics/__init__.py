@@ -11,6 +11,7 @@ from quantport.numerics.linear import (
     quantize_static,
     quantize_weight,
     quantized_values,
+    static_values,
 )
 from quantport.numerics.packing import pack_bits, pack_int4, unpack_bits, unpack_int4
 from quantport.numerics.rotation import rotate
@@ -41,6 +42,7 @@ __all__ = [
     "quantized_values",
     "raw",
     "rotate",
+    "static_values",
     "unpack_bits",
     "unpack_int4",
     "values_of",
