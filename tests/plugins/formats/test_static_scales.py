@@ -15,8 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_fp8 import quantized
+from typer.testing import CliRunner
 
 import quantport
+from quantport.cli import app
 from quantport.errors import ConfigError, QuantportError, SaveError
 from quantport.kernels.aten import Reference
 from quantport.loading.quantize_checkpoint import quantize_checkpoint
@@ -98,7 +100,7 @@ def test_a_checkpoint_by_hand(kind, zero, tmp_path):
     assert away(logits(model), logits(emulated)) < 0.02
 
 
-def test_a_plan_and_inspect_say_it(tmp_path):
+def test_a_plan_says_it(tmp_path):
     folder = by_hand().write(tmp_path)
     (step, *_) = quantport.plan(folder, device="cuda:sm_90").quantized
     assert step.choice.activations == "int8 per tensor, stored scale and zero point"
@@ -106,6 +108,15 @@ def test_a_plan_and_inspect_say_it(tmp_path):
     weights = quantport.plan(folder, device="npu:910b").quantized[0].choice
     assert (weights.status, weights.activations) != ("native", step.choice.activations)
     assert any("takes none that is stored" in reason for reason in weights.reasons)
+
+
+def test_inspect_says_it(tmp_path):
+    folder = by_hand(zero=False).write(tmp_path)
+    done = CliRunner().invoke(app, ["inspect", str(folder), "--device", "cpu:x86_vnni", "--json"])
+    (device,) = json.loads(done.stdout)["devices"]
+    (does,) = device["does"]
+    assert does.startswith("7 layers int8:static as W8A8 native by cpu.int8")
+    assert does.endswith("activations int8 per tensor, stored scale")
 
 
 def test_sixteen_bit_activations_are_said(tmp_path):
