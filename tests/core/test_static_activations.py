@@ -173,6 +173,8 @@ def test_a_kernel_that_takes_no_codes_refuses():
         verdict = kernel.verdict(request)
         assert isinstance(verdict, Accepted)
         assert verdict.precision == ("W8A8" if kernel.quantizes_activations else "W8A16")
+    with pytest.raises(UnsupportedError, match="finds the scales of activations by itself"):
+        kernel_for(Quantizes(), BUILTIN["int8:static"])
     with pytest.raises(UnsupportedError):
         Quantizes().run_codes(None, None, (), None, request.weight, torch.bfloat16)
 

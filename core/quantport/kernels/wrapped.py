@@ -6,13 +6,15 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
+from quantport.errors import UnsupportedError
 from quantport.kernels.base import (
     Kernel,
     Packed,
@@ -36,8 +38,14 @@ _ROWS = 256  # of a weight that are decoded at a time, to be summed up
 def kernel_for(kernel: Kernel, scheme: Scheme) -> Kernel:
     """What runs the weights of a scheme: the kernel itself, or one that prepares activations for it, the same
     for all modules.
+
+    Raises:
+        UnsupportedError: it quantizes activations, and takes no scale that is stored.
     """
     if scheme.static and not kernel.reads_input_scale:
+        if kernel.quantizes_activations and not kernel.takes_codes:
+            found = "it finds the scales of activations by itself"
+            raise UnsupportedError(f"run {scheme.name} by {kernel.name}", found, "a kernel that accepts it")
         kind = _Static if kernel.takes_codes else _Unused
         kernel = _WRAPPED.setdefault((id(kernel), kind), kind(kernel))
     if scheme.ordered:
@@ -59,7 +67,7 @@ class _Wrapped(Kernel):
         """The weight as the other kernel knows it."""
 
     @abstractmethod
-    def further(self, spec: WeightSpec) -> dict[str, PackedTensor]:
+    def further(self, spec: WeightSpec) -> Mapping[str, PackedTensor]:
         """The stored tensors that follow what that one packs."""
 
     def reasons_against(self, request: Request) -> Sequence[Reason]:
@@ -99,7 +107,7 @@ class _Ordered(_Wrapped):
     def inner(self, spec: WeightSpec) -> WeightSpec:
         return replace(spec, scheme=spec.scheme.in_order)
 
-    def further(self, spec: WeightSpec) -> dict[str, PackedTensor]:
+    def further(self, spec: WeightSpec) -> Mapping[str, PackedTensor]:
         return {ORDER: PackedTensor((spec.k,), torch.int32, None)}
 
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
@@ -114,12 +122,10 @@ class _Unused(_Wrapped):
     """A kernel that leaves activations in 16 bits: their scale is kept beside the weight."""
 
     def inner(self, spec: WeightSpec) -> WeightSpec:
-        return replace(spec, scheme=spec.scheme.per_token)
+        return _per_token(spec)
 
-    def further(self, spec: WeightSpec) -> dict[str, PackedTensor]:
-        names = (INPUT_SCALE, INPUT_ZERO)
-        layout = spec.scheme.layout(spec.n, spec.k)
-        return {key: PackedTensor(*layout[key], None) for key in names if key in layout}
+    def further(self, spec: WeightSpec) -> Mapping[str, PackedTensor]:
+        return _of_inputs(spec.scheme)
 
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
         return self.of.run(x, self.split(packed, spec)[0], bias, self.inner(spec))
@@ -164,6 +170,17 @@ class _Static(_Unused):
 
     def row_function(self, packed: Packed, spec: WeightSpec) -> RowFunction | None:
         return None
+
+
+@lru_cache(maxsize=1024)
+def _per_token(spec: WeightSpec) -> WeightSpec:
+    return replace(spec, scheme=spec.scheme.per_token)
+
+
+@lru_cache(maxsize=256)
+def _of_inputs(scheme: Scheme) -> Mapping[str, PackedTensor]:
+    layout = scheme.layout(1, 1)
+    return {key: PackedTensor(*layout[key], None) for key in (INPUT_SCALE, INPUT_ZERO) if key in layout}
 
 
 def _added(stored_weight: StoredWeight, spec: WeightSpec) -> Tensor:

@@ -1,8 +1,8 @@
 """msModelSlim, Ascend's quantizer: ``quant_model_description.json`` names the kind of each tensor.
 
 ``W8A8_DYNAMIC`` and ``W8A16``: ``weight`` int8 ``[n, k]``, ``weight_scale`` and ``weight_offset`` ``[n, 1]``;
-activations are quantized for each token, or not at all. Refused: ``W8A8``, whose ``quant_bias`` is the bias in
-units of the sums, rounded, less what a static offset of activations adds, and kinds of 4 bits, whose layout depends on the operator.
+activations are quantized for each token, or not at all. Refused: ``W8A8``, whose ``quant_bias`` is the bias
+less what a static offset of activations adds, and kinds of 4 bits, whose layout depends on the operator.
 
 Source: vllm-ascend, ``quantization/methods/w8a8_dynamic.py``, ``w8a16.py``, ``w8a8_static.py``, ``w4a8.py``.
 """

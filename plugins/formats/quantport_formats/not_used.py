@@ -27,9 +27,8 @@ def of_activations(group: Group, scheme: Scheme) -> Iterator[str]:
         return
     columns = {"token": 0, "group": inputs.group, "tensor_group": inputs.group}
     columns |= {"tensor": 0} if scheme.static else {}
-    same = ours is not None and ours.element.bits == inputs.bits
-    same = same and ours.group_size == columns.get(inputs.strategy)
-    if not same or (ours.static, ours.zero_point) != (inputs.static, not inputs.symmetric):
+    asked = inputs.bits, columns.get(inputs.strategy), inputs.static, not inputs.symmetric
+    if ours is None or asked != (ours.element.bits, ours.group_size, ours.static, ours.zero_point):
         yield (
             f"activations of the layers of {group.name} are {scheme.activations}, not {_said(inputs)} as "
             f"input_activations asks for"

@@ -183,11 +183,11 @@ def _products_of_codes(
     """As `_products`, of activations that are quantized already."""
     from quantport_cpu.jit import amx_batch, grouped_small_batch
 
-    jobs = all_rows(codes.shape[0])
-    if amx_batch.takes(jobs, packed[0]):
-        return amx_batch.int8_int8((codes, scale), jobs, *packed, width)
+    (weight, channels), jobs = packed, all_rows(codes.shape[0])
+    if amx_batch.takes(jobs, weight):
+        return amx_batch.int8_int8((codes, scale), jobs, weight, channels, width)
     rows = grouped_small_batch.prepared_int8(codes, scale)
-    return grouped_small_batch.int8_int8(rows, jobs, *packed, width, dtype)
+    return grouped_small_batch.int8_int8(rows, jobs, weight, channels, width, dtype)
 
 
 class CpuInt8WeightOnly(_Int8):
