@@ -162,7 +162,7 @@ def check_accepted(subject: Subject, kernel: Kernel, scheme: Scheme, dtype: torc
     batches = (("", r, plain_jobs(r, kernel.quantizes_activations, subject.rows)) for r in takes.values())
     _judge_all(subject, kernel, batches, f"{kernel.name} accepts {scheme.name} in {dtype}")
     some = list(takes.values())[:2]
-    for static in _static(scheme) if kernel.takes_codes else ():
+    for static in _static(kernel, scheme):
         asked = [replace(r, weight=replace(r.weight, scheme=static)) for r in some]
         batches = (("", r, _static_jobs(r, subject.rows)) for r in asked)
         title = f"{kernel.name} runs {static.name} in {dtype}"
@@ -179,11 +179,13 @@ def _static_jobs(request: Request, rows: Sequence[int]) -> list[Job]:
     return [make_job(spec, stored, x[:count], bias, True) for bias in biases for count in rows]
 
 
-def _static(scheme: Scheme) -> Iterator[Scheme]:
-    """The scheme with stored scales of activations, as far as it has those."""
-    for option in ("static", "static_asym"):
+def _static(kernel: Kernel, scheme: Scheme) -> Iterator[Scheme]:
+    """The scheme with stored scales of activations, as far as it has those and the kernel takes them."""
+    for option in ("static", "static_asym") if kernel.takes_codes else ():
         with suppress(ConfigError):
-            yield scheme.option(option)
+            static = scheme.option(option)
+            if kernel.serves(static.per_token):
+                yield static
 
 
 def check_special(subject: Subject, kernel: Kernel, scheme: Scheme, dtype: torch.dtype) -> None:
