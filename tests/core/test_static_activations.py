@@ -172,6 +172,7 @@ def test_a_kernel_that_takes_no_codes_refuses():
     for kernel in (aten.Reference(), aten.Dequantize()):
         verdict = kernel.verdict(request)
         assert isinstance(verdict, Accepted)
+        assert verdict.speed is None
         assert verdict.precision == ("W8A8" if kernel.quantizes_activations else "W8A16")
     with pytest.raises(UnsupportedError, match="finds the scales of activations by itself"):
         kernel_for(Quantizes(), BUILTIN["int8:static"])

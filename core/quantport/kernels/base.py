@@ -259,7 +259,10 @@ class Kernel(ABC):
             text = "it finds the scales of activations by itself, and takes none that is stored"
             return Rejected(self.name, (Reason(text, Refusal.NOT_OFFERED),))
         if scheme.ordered or scheme.static:
-            return self.verdict(replace(request, weight=replace(request.weight, scheme=_served(scheme))))
+            verdict = self.verdict(replace(request, weight=replace(request.weight, scheme=_served(scheme))))
+            if isinstance(verdict, Accepted) and scheme.static and self.quantizes_activations:
+                return replace(verdict, speed=None)  # measured with scales that it finds by itself
+            return verdict
         reasons = _reasons(self.reasons_against(request))
         if reasons:
             return Rejected(self.name, reasons)
