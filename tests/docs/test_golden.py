@@ -36,7 +36,8 @@ STORED = {
     "scale_scale": "weight_scale_scale",
     "scale_offset": "weight_scale_offset",
 }
-OTHERS = {"scheme", "dtype", "weight", "codes", "bytes", "activations", "quantized", "output"}
+INPUTS = ("input_scale", "input_zero_point")  # which a block says, and no weight gives
+OTHERS = {"scheme", "dtype", "weight", "codes", "bytes", "activations", "quantized", "output", *INPUTS}
 
 
 def words(text: str) -> list[str]:
@@ -111,10 +112,18 @@ def test_golden(block):
     assert {"codes", "bytes"} & set(fields)
     dtype = getattr(torch, fields.get("dtype", ["float32"])[0])
     weight, x = matrix(fields["weight"]).to(dtype), matrix(fields["activations"]).to(dtype)
-    stored = numerics.quantize_weight(weight, scheme)
+    stored = numerics.quantize_weight(weight, scheme.per_token)
     check_stored(stored, fields, scheme, weight.shape[1])
+    layout = scheme.layout(*weight.shape)
+    inputs = {key: matrix(fields[key])[0].to(layout[key][1]) for key in INPUTS if key in layout}
+    stored |= inputs
     if "quantized" in fields:
-        seen = numerics.quantized_values(numerics.rotate(x, scheme.rotation), scheme.activation)
+        rotated = numerics.rotate(x, scheme.rotation)
+        seen = (
+            numerics.static_values(x, scheme.activation, *inputs.values())
+            if inputs
+            else numerics.quantized_values(rotated, scheme.activation)
+        )
         assert seen.tolist() == matrix(fields["quantized"]).tolist()
     assert numerics.linear(x, stored, scheme).tolist() == matrix(fields["output"]).tolist()
 

@@ -88,7 +88,8 @@ def _group(name: str, steps: Sequence[Step]) -> dict[str, Any]:
 def _on_device(plan: Plan) -> dict[str, Any]:
     kept = Counter(
         f"{stored_as(step)} as {step.choice.precision} {str(step.choice.status).replace('_', '-')} by "
-        f"{step.choice.kernel} ({step.choice.claim.evidence if step.choice.claim else 'no evidence'})"
+        f"{step.choice.kernel} ({step.choice.claim.evidence if step.choice.claim else 'no evidence'}), "
+        f"activations {step.choice.activations}"
         for step in plan.quantized
         if step.choice
     )

@@ -70,6 +70,7 @@ class Reference(Portable):
     status = Status.REFERENCE
     tolerance = 2.0**-7
     quantizes_activations = True
+    reads_input_scale = True
 
     def serves(self, scheme: Scheme) -> bool:
         return scheme.weight.format != "bf16"
@@ -119,6 +120,11 @@ class Quantizing(Kernel):
     """A kernel that quantizes activations before it multiplies."""
 
     quantizes_activations = True
+
+    def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
+        assert spec.scheme.activation is not None  # reasons_against refused it otherwise
+        codes, token = self.quantize(x, spec.scheme.activation)
+        return self.run_codes(codes, token, packed, bias, spec, x.dtype)
 
     def quantize(self, x: Tensor, quant: Quant) -> tuple[Tensor, Tensor]:
         """Codes and scales of activations; a room may have a faster way to the same bits."""
@@ -176,12 +182,18 @@ class ScaledMM(Quantizing):
             "weight_scale": scale.view(-1, 1)[:rows].contiguous(),
         }
 
-    def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
-        weight, scale = packed
-        assert spec.scheme.activation is not None  # reasons_against refused it otherwise
-        q, token = self.quantize(x, spec.scheme.activation)
+    def run_codes(
+        self,
+        codes: Tensor,
+        scale: Tensor,
+        packed: Packed,
+        bias: Tensor | None,
+        spec: WeightSpec,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        weight, row = packed
         y = torch._scaled_mm(
-            q, weight.view(q.dtype).t(), scale_a=token, scale_b=scale, out_dtype=torch.bfloat16
+            codes, weight.view(codes.dtype).t(), scale_a=scale, scale_b=row, out_dtype=torch.bfloat16
         )
         return y if bias is None else y + bias
 
@@ -212,15 +224,21 @@ class IntMM(Quantizing):
             Evidence.DECLARED, "pytorch native_functions.yaml _int_mm; the same call is tested on the CPU"
         )
 
-    def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
-        weight, scale = packed
-        assert spec.scheme.activation is not None  # reasons_against refused it otherwise
-        q, token = self.quantize(x, spec.scheme.activation)
-        rows = x.shape[0]
+    def run_codes(
+        self,
+        codes: Tensor,
+        scale: Tensor,
+        packed: Packed,
+        bias: Tensor | None,
+        spec: WeightSpec,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        weight, row = packed
+        rows = codes.shape[0]
         if rows <= 16:
-            q = torch.nn.functional.pad(q, (0, 0, 0, 32 - rows))
-        y = torch._int_mm(q, weight.t())[:rows] * token * scale.view(1, -1)
-        return (y if bias is None else y + bias).to(x.dtype)
+            codes = torch.nn.functional.pad(codes, (0, 0, 0, 32 - rows))
+        y = torch._int_mm(codes, weight.t())[:rows] * scale * row.view(1, -1)
+        return (y if bias is None else y + bias).to(dtype)
 
 
 def kernels() -> tuple[Kernel, ...]:

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from quantport.device import Device
+from quantport.errors import UnsupportedError
 from quantport.kernels.verdict import (
     Accepted,
     Claim,
     Reason,
     ReasonCode,
+    Refusal,
     Rejected,
     Status,
     Verdict,
@@ -100,6 +102,8 @@ class Kernel(ABC):
         numeric_deviation: Named difference from the scheme's numerics; empty when there is none.
         quantizes_activations: False for weight-only kernels.
         layers: Kinds of layers that it is for.
+        reads_input_scale: Whether ``run`` takes the scale of activations, where a scheme stores one, from the
+            packed weight.
     """
 
     name: str
@@ -108,6 +112,7 @@ class Kernel(ABC):
     numeric_deviation: str = ""
     quantizes_activations: bool = False
     layers: tuple[str, ...] = ("linear", "moe")
+    reads_input_scale: bool = False
 
     def serves(self, scheme: Scheme) -> bool:
         """Whether the kernel is for this scheme at all; what it needs of hardware and shape is in
@@ -182,6 +187,36 @@ class Kernel(ABC):
             ``[M, N]`` in the dtype of ``x``.
         """
 
+    def run_codes(
+        self,
+        codes: Tensor,
+        scale: Tensor,
+        packed: Packed,
+        bias: Tensor | None,
+        spec: WeightSpec,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """As ``run``, on activations that are quantized already. A kernel that has it also runs schemes with
+        a stored scale of activations.
+
+        Args:
+            codes: Codes of the activations ``[M, K]``, contiguous, in the storage dtype of their format.
+            scale: The scale of each token, fp32 ``[M, 1]``.
+            packed: As for ``run``.
+            bias: As for ``run``; fp32 where activations have a zero point, whose part it then holds too.
+            spec: Scheme and shape; activations of the scheme have a scale for each token.
+            dtype: Of the activations before.
+
+        Returns:
+            ``[M, N]`` in ``dtype``.
+        """
+        raise UnsupportedError(f"multiply codes by {self.name}", "it quantizes by itself", "run")
+
+    @property
+    def takes_codes(self) -> bool:
+        """Whether it has ``run_codes``."""
+        return type(self).run_codes is not Kernel.run_codes
+
     def row_function(self, packed: Packed, spec: WeightSpec) -> RowFunction | None:
         """A function for a single row of activations, as ``run`` without a bias, which does once what
         depends on the weight alone: for layers so small that the call takes as long as the product.
@@ -206,8 +241,9 @@ class Kernel(ABC):
         """
         if scheme.ordered and layer == "moe":
             return _unrelated(self.name, "no kernel orders the inputs of experts")
-        if not self.serves(scheme.in_order):
-            return _unrelated(self.name, f"it does not run {scheme.in_order.name}")
+        served = _served(scheme)
+        if not self.serves(served):
+            return _unrelated(self.name, f"it does not run {served.name}")
         if layer not in self.layers:
             return _unrelated(self.name, f"it is for {', '.join(self.layers)} layers")
         return None
@@ -219,8 +255,14 @@ class Kernel(ABC):
         scheme = request.weight.scheme
         if unrelated := self.unrelated(scheme, request.layer):
             return unrelated
-        if scheme.ordered:
-            return self.verdict(replace(request, weight=replace(request.weight, scheme=scheme.in_order)))
+        if scheme.static and self.quantizes_activations and not (self.takes_codes or self.reads_input_scale):
+            text = "it finds the scales of activations by itself, and takes none that is stored"
+            return Rejected(self.name, (Reason(text, Refusal.NOT_OFFERED),))
+        if scheme.ordered or scheme.static:
+            verdict = self.verdict(replace(request, weight=replace(request.weight, scheme=_served(scheme))))
+            if isinstance(verdict, Accepted) and scheme.static and self.quantizes_activations:
+                return replace(verdict, speed=None)  # measured with scales that it finds by itself
+            return verdict
         reasons = _reasons(self.reasons_against(request))
         if reasons:
             return Rejected(self.name, reasons)
@@ -238,6 +280,11 @@ class Kernel(ABC):
             self.slow(request),
             self.numeric_deviation,
         )
+
+
+def _served(scheme: Scheme) -> Scheme:
+    """What a kernel is asked for: the scheme without what is done before it is called."""
+    return scheme.in_order.per_token
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import chain
@@ -13,6 +14,7 @@ from quantport.kernels.allocate import empty_weight
 from quantport.kernels.base import Kernel, Packed, PackedLayout, PackedTensor, StoredWeight, WeightSpec
 from quantport.numerics.by_rows import QuantizedRows, join_steps, rows_of_step
 from quantport.numerics.elements import bits
+from quantport.scheme.scheme import INPUT_SCALE
 
 
 def layout_of(kernel: Kernel, spec: WeightSpec) -> PackedLayout | None:
@@ -88,7 +90,7 @@ def unpack_steps(kernel: Kernel, packed: Packed, spec: WeightSpec, elements: int
 
 
 def check_stored(stored_weight: StoredWeight, spec: WeightSpec, name: str) -> None:
-    """Refuses what are not the tensors that a scheme stores.
+    """Refuses what are not the tensors that a scheme stores, or a scale of activations that is none.
 
     Raises:
         WeightError: names the weight.
@@ -98,6 +100,13 @@ def check_stored(stored_weight: StoredWeight, spec: WeightSpec, name: str) -> No
     if found != layout:
         raise WeightError(
             f"weight {name or 'of a linear layer'} as {spec.scheme.name}", f"tensors {found}", f"{layout}"
+        )
+    scale = stored_weight.get(INPUT_SCALE)
+    if scale is not None and not scale.is_meta and not 0 < scale.item() < math.inf:
+        raise WeightError(
+            f"weight {name or 'of a linear layer'} as {spec.scheme.name}",
+            f"{INPUT_SCALE} {scale.item():g}",
+            "a finite scale above 0",
         )
 
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from quantport.errors import UnsupportedError, WeightError
 from quantport.kernels import aten
 from quantport.kernels.base import Kernel, Packed, Request, StoredWeight, WeightSpec
-from quantport.kernels.ordered import kernel_for
 from quantport.kernels.packing import check_stored, pack_steps, unpack_steps
+from quantport.kernels.wrapped import kernel_for
 from quantport.modules import handles
 from quantport.modules.handles import BoundWeight
 from quantport.modules.stock_save import refuse_stock_save

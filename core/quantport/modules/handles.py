@@ -15,7 +15,7 @@ from weakref import WeakValueDictionary
 
 from quantport.errors import BackendError
 from quantport.kernels.base import Kernel, WeightSpec
-from quantport.kernels.ordered import kernel_for
+from quantport.kernels.wrapped import kernel_for
 from quantport.plugins.registry import Registry, default_registry
 
 

@@ -8,17 +8,18 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from quantport.errors import ShapeError, WeightError
+from quantport.errors import ConfigError, ShapeError, WeightError
 from quantport.numerics import gguf
 from quantport.numerics.blocks import Reduce, check_finite, dequantize, quantize_blocks
 from quantport.numerics.double import dequantize_scales
+from quantport.numerics.elements import decode, encode
 from quantport.numerics.packing import unpack_bits, unpack_int4
 from quantport.numerics.rotation import rotate
 from quantport.numerics.scales import scale_values
 from quantport.numerics.solvers import checked, solver_of
 from quantport.scheme import Quant, Scheme, Solver, Stats
 from quantport.scheme.formats import BF16
-from quantport.scheme.scheme import ORDER
+from quantport.scheme.scheme import INPUT_SCALE, INPUT_ZERO, ORDER
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 Fast = Callable[[Tensor, Scheme], dict[str, Tensor] | None]
@@ -54,7 +55,8 @@ def quantize_weight(
     Raises:
         WeightError: wrong rank or dtype; a NaN or Inf while ``nonfinite="error"``; or values so near the end
             of their dtype that they would come back as Inf.
-        ConfigError: the solver cannot solve the scheme, or a shard of a weight.
+        ConfigError: the solver cannot solve the scheme, or a shard of a weight; or the scheme stores a scale
+            of activations.
         BackendError: the solver returns other tensors than the scheme stores.
     """
     if weight.dim() != 2 or weight.dtype not in FLOATS:
@@ -63,6 +65,9 @@ def quantize_weight(
             f"shape {list(weight.shape)}, dtype {weight.dtype}",
             "a matrix [out, in] in bfloat16, float16 or float32",
         )
+    if scheme.static:
+        found = "no scale of activations: those are measured on data, by whoever makes a checkpoint"
+        raise ConfigError(f"quantize {name} to {scheme.name}", found, f"{scheme.per_token.name!r}")
     if scheme.weight.element is BF16:
         return {"weight": weight.to(torch.bfloat16, copy=True)}
     if scheme.ordered:
@@ -178,9 +183,43 @@ def linear(x: Tensor, stored: dict[str, Tensor], scheme: Scheme, bias: Tensor | 
         plain = {key: tensor for key, tensor in stored.items() if key != ORDER}
         return linear(x.index_select(1, stored[ORDER]), plain, scheme.in_order, bias)
     weight = dequantize_weight(stored, replace(scheme, rotation=0), x.shape[1])
-    values = quantized_values(rotate(x, scheme.rotation), scheme.activation).float()
+    if scheme.activation is not None and scheme.static:
+        values = static_values(x, scheme.activation, stored[INPUT_SCALE], stored.get(INPUT_ZERO))
+    else:
+        values = quantized_values(rotate(x, scheme.rotation), scheme.activation).float()
     with torch.autocast(x.device.type, enabled=False):  # fp32 means fp32
         return torch.nn.functional.linear(values, weight, None if bias is None else bias.float()).to(x.dtype)
+
+
+def quantize_static(
+    x: Tensor, quant: Quant, scale: Tensor, zero_point: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Quantizes activations with a scale that is stored: ``code = round(x / scale + zero_point)``, saturated.
+
+    Args:
+        x: ``[M, K]``, any floating dtype.
+        quant: Their quantization.
+        scale: fp32 ``[1]``.
+        zero_point: int8 ``[1]`` where the quantization has one.
+
+    Returns:
+        Codes ``[M, K]``, and the scale of each token, fp32 ``[M, 1]``: the one that is stored, or NaN where
+        an activation is NaN and the codes have none.
+    """
+    values = x.float() / scale
+    if zero_point is not None:
+        values.add_(zero_point)
+    token = scale.expand(len(x), 1)
+    if not quant.element.is_float8:
+        token = torch.where(values.isnan().any(1, keepdim=True), torch.nan, token)
+    return encode(values, quant.element), token
+
+
+def static_values(x: Tensor, quant: Quant, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
+    """What is left of activations after `quantize_static`: fp32 ``[M, K]``."""
+    codes, token = quantize_static(x, quant, scale, zero_point)
+    values = decode(codes, quant.element)
+    return (values if zero_point is None else values - zero_point) * token
 
 
 def quantized_values(x: Tensor, quant: Quant | None) -> Tensor:

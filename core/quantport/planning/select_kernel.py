@@ -102,6 +102,8 @@ def select_kernel(
         return Choice(Status.UNSUPPORTED, "", "", None, reasons, verdicts=verdicts)
     best = min(pool, key=lambda v: (_RANK[v.status], -(v.speed or 0)))
     reasons = () if best.status is Status.NATIVE else _reasons(request, verdicts)
+    if scheme.static and best.status is Status.WEIGHT_ONLY:
+        reasons += ("the stored scale of activations is kept and not used: they stay in 16 bits",)
     slow = (
         f"measured at {best.speed:.2f}x BF16 at {request.num_tokens} rows"
         if best.speed is not None and best.speed < 1

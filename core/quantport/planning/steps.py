@@ -133,6 +133,12 @@ class StepPlanner:
                 "name linear layers, experts, an lm_head or an embedding",
             )
         scheme, whole = self.schemes[scheme_name], layer
+        if scheme.static:
+            raise ConfigError(
+                f"quantize {layer.name} to {scheme_name!r}",
+                "no scale of activations: those are measured on data, by whoever makes a checkpoint",
+                f"{scheme.per_token.name!r}, or a checkpoint that has them, without scheme=",
+            )
         layer, parts_note = split_projections(layer, scheme)
         choice, kernel_note = self._runnable(layer, scheme)
         note = "; ".join(filter(None, (self._origin(whole), parts_note, kernel_note)))

@@ -30,6 +30,8 @@ class Quant:
         zero_point: Whether each block also has an offset, in the dtype of the scales: value = code *
             scale + offset.
         scale_quant: Whether the scales are themselves quantized, to 8 bits.
+        static: Of activations: whether the scale is stored, and their offset as an integer: code =
+            value / scale + zero point.
     """
 
     format: str
@@ -39,6 +41,7 @@ class Quant:
     outer_block: tuple[int, int] | None = None
     zero_point: bool = False
     scale_quant: bool = False
+    static: bool = False
 
     @property
     def group_size(self) -> int:

@@ -33,7 +33,8 @@ GGUF_ACTIVATIONS = {32: Quant("q8_0", (1, 32)), 256: Quant("q8_k", (1, 256))}
 ROTATION = 128
 ORDER = "weight_order"  # the stored tensor of a scheme in activation order
 _ORDERED = "actorder"
-_STORED = ("asym", "channel", "tensor", _ORDERED)
+INPUT_SCALE, INPUT_ZERO = "input_scale", "input_zero_point"  # stored tensors of activations
+_STORED = ("asym", "channel", "tensor", _ORDERED, "static", "static_asym")
 OPTIONS = frozenset(
     {*RULES, *SEARCHES, *SCALES, *_STORED, "nearest", "double", "hadamard", "a8"}
 )  # no solver may take these, nor what `_GROUP` matches
@@ -50,7 +51,7 @@ class Scheme:
     Attributes:
         name: Canonical name; options follow it after colons.
         weight: Weight quantization.
-        activation: Dynamic activation quantization, or None (weight-only: activations stay 16-bit).
+        activation: Activation quantization, or None (weight-only: activations stay 16-bit).
         summary: One line for people.
         aliases: Other spellings, as vLLM, vLLM-Omni and others write them.
         rotation: Size of the Hadamard blocks along K that rotate weights and activations alike; 0 for none.
@@ -78,9 +79,17 @@ class Scheme:
         """How activations are quantized, for people: ``e4m3fn per token``, or ``16-bit``."""
         if self.activation is None:
             return "16-bit"
+        if self.static:
+            asymmetric = " and zero point" * self.activation.zero_point
+            return f"{self.activation.format} per tensor, stored scale{asymmetric}"
         return f"{self.activation.format} per " + (
             f"1x{self.activation.group_size}" if self.activation.group_size else "token"
         )
+
+    @property
+    def static(self) -> bool:
+        """Whether the scale of activations is stored with the weight, and not found while the model runs."""
+        return self.activation is not None and self.activation.static
 
     @cached_property
     def weight_only(self) -> Scheme:
@@ -106,18 +115,20 @@ class Scheme:
     def option(self, name: str) -> Scheme:
         """The scheme with one option: another scale rule, ``mse``, ``double``, ``hadamard`` or ``a8``; or, as
         checkpoints of others have them, blocks of another size (``g64``, ``channel``, ``tensor``), another
-        format of scales (``fp32``, ``fp16``, ``bf16``), offsets (``asym``) or columns in another order
-        (``actorder``).
+        format of scales (``fp32``, ``fp16``, ``bf16``), offsets (``asym``), columns in another order
+        (``actorder``) or a scale of activations that is stored (``static``), with a zero point
+        (``static_asym``).
 
         Raises:
             ConfigError: the scheme has no such option.
         """
-        stored = self._stored_as(name)
-        if stored is not None:
+        stored, static = self._stored_as(name), self._static_as(name)
+        if stored is not None or static is not None:
             return replace(
                 self,
                 name=f"{self.name}:{name}",
-                weight=stored,
+                weight=stored or self.weight,
+                activation=static or self.activation,
                 ordered=self.ordered or name == _ORDERED,
                 aliases=(),
                 summary=f"{self.summary}; {name}",
@@ -161,6 +172,14 @@ class Scheme:
             return replace(weight, zero_point=True)
         return None
 
+    def _static_as(self, option: str) -> Quant | None:
+        """Activations with a stored scale, as an option has them; None for other options."""
+        formats = {"static": ("e4m3fn", "int8"), "static_asym": ("int8",)}.get(option, ())
+        active = self.activation
+        if active is None or not active.plain or active.format not in formats or self.rotation:
+            return None
+        return Quant(active.format, (0, 0), zero_point=option == "static_asym", static=True)
+
     def solved_by(self, solver: Solver) -> Scheme:
         """The scheme, with codes and scales that another solver finds.
 
@@ -177,22 +196,27 @@ class Scheme:
     @property
     def unsolved(self) -> Scheme:
         """The scheme without a solver of its own: what the stored tensors are, whoever found them."""
-        if self.solver is None:
-            return self
-        names, summaries = self.name.split(":"), self.summary.split("; ")
-        names.remove(self.solver.name)
-        summaries.remove(self.solver.name)
-        return replace(self, name=":".join(names), summary="; ".join(summaries), solver=None)
+        return self if self.solver is None else replace(self._without(self.solver.name), solver=None)
 
     @cached_property
     def in_order(self) -> Scheme:
         """The scheme of the columns as they are stored."""
-        if not self.ordered:
+        return replace(self._without(_ORDERED), ordered=False) if self.ordered else self
+
+    @cached_property
+    def per_token(self) -> Scheme:
+        """The scheme with a scale for each token in place of one that is stored."""
+        if self.activation is None or not self.static:
             return self
+        option = "static_asym" if self.activation.zero_point else "static"
+        return replace(self._without(option), activation=Quant(self.activation.format, (1, 0)))
+
+    def _without(self, option: str) -> Scheme:
+        """The scheme under the name that it has without an option."""
         names, summaries = self.name.split(":"), self.summary.split("; ")
-        names.remove(_ORDERED)
-        summaries.remove(_ORDERED)
-        return replace(self, name=":".join(names), summary="; ".join(summaries), ordered=False)
+        names.remove(option)
+        summaries.remove(option)
+        return replace(self, name=":".join(names), summary="; ".join(summaries))
 
     def layout(self, n: int, k: int) -> Layout:
         """Stored tensors of one weight ``[n, k]``: name -> (shape, dtype). Where compressed-tensors has the
@@ -204,7 +228,8 @@ class Scheme:
         (offsets), ``weight_global_scale`` [1] (what block scales were multiplied with, as in NVFP4),
         ``weight_outer_scale`` (a factor for each outer block), ``weight_scale_scale`` [n, 1] and
         ``weight_scale_offset`` [1] (of quantized scales), ``weight_order`` [k] (the input that each stored
-        column is for). GGUF: ``weight_blocks`` uint8 [n, bytes].
+        column is for), ``input_scale`` [1] and ``input_zero_point`` [1] (of activations). GGUF:
+        ``weight_blocks`` uint8 [n, bytes].
         """
         quant, element = self.weight, self.weight.element
         if element is BF16:
@@ -233,6 +258,10 @@ class Scheme:
             out["weight_outer_scale"] = (blocks_of(n, k, *quant.outer_block), torch.float32)
         if self.ordered:
             out[ORDER] = ((k,), torch.int32)
+        if self.activation is not None and self.static:
+            out[INPUT_SCALE] = ((1,), torch.float32)
+            if self.activation.zero_point:
+                out[INPUT_ZERO] = ((1,), torch.int8)
         return out
 
     def bytes(self, n: int, k: int) -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -11,12 +13,14 @@ import torch
 from torch import Tensor
 
 from quantport import numerics
-from quantport.errors import WeightError
+from quantport.errors import ConfigError, WeightError
 from quantport.kernels.base import Kernel, Packed, Request, StoredWeight, WeightSpec
 from quantport.kernels.packing import pack_steps
+from quantport.kernels.wrapped import kernel_for
 from quantport.numerics.by_rows import QuantizedRows, stored_slices
 from quantport.numerics.sharding import alignment
 from quantport.scheme import Scheme
+from quantport.scheme.scheme import INPUT_ZERO
 from quantport.testing import cases, weights
 from quantport.testing.subject import NotHere, Subject
 
@@ -147,7 +151,8 @@ def _accepted(
 
 
 def check_accepted(subject: Subject, kernel: Kernel, scheme: Scheme, dtype: torch.dtype) -> None:
-    """What the kernel accepts runs, for any number of rows, and meets the reference within its tolerance.
+    """What the kernel accepts runs, for any number of rows, and meets the reference within its tolerance;
+    with a stored scale of activations too, where it multiplies codes.
 
     Raises:
         AssertionError: it raised, or is wrong.
@@ -156,6 +161,31 @@ def check_accepted(subject: Subject, kernel: Kernel, scheme: Scheme, dtype: torc
     takes = _accepted(subject, kernel, scheme, dtype)
     batches = (("", r, plain_jobs(r, kernel.quantizes_activations, subject.rows)) for r in takes.values())
     _judge_all(subject, kernel, batches, f"{kernel.name} accepts {scheme.name} in {dtype}")
+    some = list(takes.values())[:2]
+    for static in _static(kernel, scheme):
+        asked = [replace(r, weight=replace(r.weight, scheme=static)) for r in some]
+        batches = (("", r, _static_jobs(r, subject.rows)) for r in asked)
+        title = f"{kernel.name} runs {static.name} in {dtype}"
+        _judge_all(subject, kernel_for(kernel, static), batches, title)
+
+
+def _static_jobs(request: Request, rows: Sequence[int]) -> list[Job]:
+    """As `plain_jobs`, of a scheme with a stored scale of activations."""
+    spec, dtype = request.weight, request.dtype
+    x = cases.activations(max(rows), spec.k, dtype)
+    if INPUT_ZERO in spec.scheme.layout(spec.n, spec.k):
+        x[1:2] = 1  # of zeros products cancel, but for a rounding where they are fused with sums
+    stored, biases = weights.plain(spec), (None, cases.bias(spec.n, dtype))
+    return [make_job(spec, stored, x[:count], bias, True) for bias in biases for count in rows]
+
+
+def _static(kernel: Kernel, scheme: Scheme) -> Iterator[Scheme]:
+    """The scheme with stored scales of activations, as far as it has those and the kernel takes them."""
+    for option in ("static", "static_asym") if kernel.takes_codes else ():
+        with suppress(ConfigError):
+            static = scheme.option(option)
+            if kernel.serves(static.per_token):
+                yield static
 
 
 def check_special(subject: Subject, kernel: Kernel, scheme: Scheme, dtype: torch.dtype) -> None:

@@ -8,13 +8,21 @@ import torch
 
 from quantport import numerics
 from quantport.kernels.base import StoredWeight, WeightSpec
+from quantport.scheme.scheme import INPUT_SCALE, INPUT_ZERO
 from quantport.testing import cases
 
 
 @lru_cache(maxsize=512)
 def plain(spec: WeightSpec) -> StoredWeight:
-    """An ordinary weight."""
-    return numerics.quantize_weight(cases.plain(spec.n, spec.k), spec.scheme)
+    """An ordinary weight; beside it, where the scheme has one, a scale of activations that some exceed."""
+    stored = numerics.quantize_weight(cases.plain(spec.n, spec.k), spec.scheme.per_token)
+    inputs = {INPUT_SCALE: 2.0**-5, INPUT_ZERO: -9}
+    further = {key: spec.scheme.layout(spec.n, spec.k).get(key) for key in inputs}
+    return stored | {
+        key: torch.full(held[0], inputs[key], dtype=held[1], device="cpu")
+        for key, held in further.items()
+        if held
+    }
 
 
 @lru_cache(maxsize=1024)

@@ -80,7 +80,9 @@ def _described(groups: Mapping[Scheme, Sequence[str]], kept: Sequence[str]) -> d
         described[f"group_{i}"] = {
             "targets": ["Linear"] if scheme is most else list(stems),
             "weights": _arguments(scheme.weight, dynamic=False),
-            "input_activations": None if activation is None else _arguments(activation, dynamic=True),
+            "input_activations": None
+            if activation is None
+            else _arguments(activation, dynamic=not scheme.static),
             "output_activations": None,
             "format": _KINDS[scheme.name.partition(":")[0]],
         }
@@ -103,7 +105,7 @@ def _arguments(quant: Quant, *, dynamic: bool) -> dict[str, Any]:
     out: dict[str, Any] = {
         "num_bits": quant.element.bits,
         "type": "int" if quant.format.startswith("int") else "float",
-        "symmetric": True,
+        "symmetric": not quant.zero_point,
         "dynamic": dynamic,
         "observer": None if dynamic else "minmax",
     }

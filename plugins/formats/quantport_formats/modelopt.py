@@ -25,7 +25,7 @@ from quantport_formats.common import held_dtype, quant_method, quantizer_config
 from quantport_formats.compressed_tensors_config import Args, Group
 from quantport_formats.module_weights import Names, Weights
 from quantport_formats.of_modules import coded_modules, of_modules
-from quantport_formats.writing import OWN, Writing, WrittenFormat, one_of, written_weights
+from quantport_formats.writing import OWN, Writing, WrittenFormat, as_scalar, one_of, written_weights
 
 _FILE = "hf_quant_config.json"
 _SMOOTHED = (".pre_quant_scale", ".svdquant_lora_a", ".svdquant_lora_b", ".weight_quantizer._amax")
@@ -55,6 +55,7 @@ _ALGORITHMS: dict[str, tuple[Args, Args | None]] = {
     "W8A8_SQ_PER_CHANNEL": (_INT8, _args("int", 8, "tensor", static=True)),
 }
 _WRITTEN = {
+    "fp8_per_tensor:static": "FP8",
     "fp8_per_channel": "FP8_PER_CHANNEL_PER_TOKEN",
     "mxfp8": "MXFP8",
     "int8_weight_only": "W8A16",
@@ -102,7 +103,9 @@ class ModelOpt(WrittenFormat):
                 raise SaveError(asked, found, f"one of {', '.join(_WRITTEN)}, or {OWN}")
             algorithms[stem] = _WRITTEN[held]
             name = f"{stem}.weight_scale"
-            if held != "mxfp8":
+            if scheme.static:
+                changes |= {each: as_scalar(each) for each in (name, f"{stem}.input_scale")}
+            elif held != "mxfp8":
                 changes[name] = Rewrite(name, torch.flatten, ((n,), torch.float32))
         kinds, kept = set(algorithms.values()), list(model.kept_linear)
         said: dict[str, Any] = {"quant_algo": kinds.pop() if len(kinds) == 1 else "MIXED_PRECISION"}

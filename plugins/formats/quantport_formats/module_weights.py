@@ -55,6 +55,7 @@ class Weights:
         names: Of the tensors of a module.
 
     Attributes:
+        schemes: Every scheme.
         notices: What is held in another way than it is stored.
     """
 
@@ -67,7 +68,7 @@ class Weights:
         names: Names | None = None,
     ) -> None:
         self._names = names or Names()
-        self.format_name, self.source, self._schemes, self._dtype = format_name, source, schemes, dtype
+        self.format_name, self.source, self.schemes, self._dtype = format_name, source, schemes, dtype
         self.notices: dict[str, None] = {}
 
     def read(self, module: str, group: Group) -> CodedTensor:
@@ -115,9 +116,9 @@ class Weights:
         eight_bits = inputs is not None and (inputs.kind, inputs.bits) == ("int", 8)
         short = ("int4_weight_only", "int4_w4a8")[eight_bits]
         base = ("int8_weight_only", "int8")[eight_bits] if integers.wide else short
-        scheme = scheme_of(self._schemes, base, integers.block, integers.scale, integers.offsets)
+        scheme = scheme_of(self.schemes, base, integers.block, integers.scale, integers.offsets)
         if integers.ordered:
-            scheme = self._schemes[f"{scheme.name}:actorder"]
+            scheme = self.schemes[f"{scheme.name}:actorder"]
         self.notices |= dict.fromkeys(integers.notices)
         if integers.as_stored:
             keys = {integers.key: integers.codes, "weight_scale": integers.scales}
@@ -145,7 +146,7 @@ class Weights:
         else:
             raise self.wrong(f"{module} in float8 per {weights.strategy}", "tensor, channel, group or block")
         wanted(self.source, self.format_name, scale, shapes, SCALES)
-        scheme = scheme_of(self._schemes, base, block)
+        scheme = scheme_of(self.schemes, base, block)
         if weights.strategy != "block" or not block:
             keys = {"weight": name, "weight_scale": scale}
             return stored_matrix(self.source, (n, k), self._dtype, scheme, keys)
@@ -170,7 +171,7 @@ class Weights:
         k, scale, factor = 2 * columns, f"{module}.weight_scale", f"{module}.{self._names.factor}"
         self._wanted(scale, (n, -(-k // 16)), torch.float8_e4m3fn)
         wanted(self.source, self.format_name, factor, [(1,), ()], [torch.float32])
-        scheme = self._schemes["nvfp4" if _are_floats(group.inputs, 4) else "nvfp4_weight_only"]
+        scheme = self.schemes["nvfp4" if _are_floats(group.inputs, 4) else "nvfp4_weight_only"]
         keys = {"weight_packed": name, "weight_scale": scale, "weight_global_scale": factor}
         if not self._names.inverse:
             return stored_matrix(self.source, (n, k), self._dtype, scheme, keys)
@@ -195,10 +196,10 @@ class Weights:
             scheme = base if of_mx and _are_floats(inputs, int(base[-1])) else f"{base}_weight_only"
         keys = {"weight" if base == "mxfp8" else "weight_packed": name, "weight_scale": scale}
         if self.source.tensors[scale].dtype is torch.uint8:
-            return stored_matrix(self.source, shape, self._dtype, self._schemes[scheme], keys)
+            return stored_matrix(self.source, shape, self._dtype, self.schemes[scheme], keys)
         pieces = {key: piece(self.source, stored) for key, stored in keys.items()}
         pieces["weight_scale"] = piece(self.source, scale, 1, _bytes)
-        return matrix(shape, self._dtype, self._schemes[scheme], pieces, keys.values())
+        return matrix(shape, self._dtype, self.schemes[scheme], pieces, keys.values())
 
     def _mxfp6(self, module: str, group: Group) -> CodedTensor:
         name, scale = f"{module}.weight_packed", f"{module}.weight_scale"
@@ -209,7 +210,7 @@ class Weights:
             raise self.wrong(found, "whole threes of bytes, groups of 32 (MXFP6)")
         self._wanted(scale, (n, -(-k // 32)), *_EXPONENTS)
         active = _are_floats(group.inputs, 8) and group.inputs is not None and group.inputs.group == 32
-        scheme = self._schemes["mxfp8" if active else "mxfp8_weight_only"]
+        scheme = self.schemes["mxfp8" if active else "mxfp8_weight_only"]
         self.notices["6-bit floats (E2M3) are held in 8 bits (E4M3), which has all of their values"] = None
         pieces = {
             "weight": piece(self.source, name, 1, partial(_e2m3, k)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 from quantport.checkpoint import KVCacheConfig, TensorSource
 from quantport.scheme import Scheme
@@ -25,9 +25,10 @@ def of_activations(group: Group, scheme: Scheme) -> Iterator[str]:
     inputs, ours = group.inputs, scheme.activation
     if inputs is None:
         return
-    columns = {"token": 0, "group": inputs.group, "tensor_group": inputs.group}.get(inputs.strategy)
-    same = ours is not None and ours.element.bits == inputs.bits and ours.group_size == columns
-    if not same or inputs.static or not inputs.symmetric:
+    columns = {"token": 0, "group": inputs.group, "tensor_group": inputs.group}
+    columns |= {"tensor": 0} if scheme.static else {}
+    asked = inputs.bits, columns.get(inputs.strategy), inputs.static, not inputs.symmetric
+    if ours is None or asked != (ours.element.bits, ours.group_size, ours.static, ours.zero_point):
         yield (
             f"activations of the layers of {group.name} are {scheme.activations}, not {_said(inputs)} as "
             f"input_activations asks for"
@@ -50,12 +51,12 @@ def cache_of(asked: Args | None) -> tuple[KVCacheConfig, list[str]]:
     return KVCacheConfig(dtype), []
 
 
-def unused(source: TensorSource) -> tuple[list[str], list[str]]:
-    """Tensors that are no part of the model, and what is said of them."""
+def unused(source: TensorSource, used: Container[str]) -> tuple[list[str], list[str]]:
+    """Tensors that are no part of the model, and what is said of those that are not used."""
     kinds = {"activations": _OF_ACTIVATIONS, "KV caches": _OF_CACHES}
     names_of, texts = list[str](), list[str]()
     for kind, ends in kinds.items():
-        names = [name for name in source.tensors if name.endswith(ends)]
+        names = [name for name in source.tensors if name.endswith(ends) and name not in used]
         if names:
             texts.append(
                 f"{len(names)} stored scales of {kind} ({names[0]}, ...) are not used: they are found while "

@@ -9,6 +9,7 @@ import torch
 from quantport.checkpoint import Coded, CodedTensor, TensorSource
 from quantport.model.patterns import bounded
 from quantport_formats.compressed_tensors_config import Args, Group
+from quantport_formats.input_scales import InputScale
 from quantport_formats.module_weights import Weights
 from quantport_formats.not_used import cache_of, of_activations, unused
 
@@ -51,7 +52,8 @@ def of_modules(
     with bounded():
         for module in modules:
             group = group_of(module)
-            weight = coded[f"{module}.weight"] = weights.read(module, group)
+            weight = _with_inputs(weights, module, group)
+            coded[f"{module}.weight"] = weight
             assert weight.scheme is not None  # `Weights.read` holds each in a scheme
             notices |= dict.fromkeys(of_activations(group, weight.scheme))
     used = {name for weight in coded.values() for name in weight.tensors}
@@ -62,6 +64,19 @@ def of_modules(
                 "the complete checkpoint, with quantization_config as it was saved",
             )
     kept, more = cache_of(cache)
-    spare, texts = unused(weights.source)
+    spare, texts = unused(weights.source, used)
     said = [*notices, *weights.notices, *more, *texts]
     return Coded(weights.format_name, weights.source, coded, unlisted=spare, kv_cache=kept, notices=said)
+
+
+def _with_inputs(weights: Weights, module: str, group: Group) -> CodedTensor:
+    """The weight of a module, with the scale of activations that is stored for it."""
+    weight, inputs = weights.read(module, group), group.inputs
+    assert weight.scheme is not None  # as above
+    active = weight.scheme.activation
+    plain = active is not None and active.plain
+    if inputs is None or not (inputs.static and inputs.strategy == "tensor" and plain):
+        return weight
+    names = f"{module}.input_scale", f"{module}.input_zero_point"
+    scale = InputScale(weights.source, weights.format_name, *names, asymmetric=not inputs.symmetric)
+    return scale.beside(weight, weights.schemes)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from quantport.checkpoint import (
@@ -171,6 +172,11 @@ def written_weights(
                 raise SaveError(asked, f"{path} in activation order", OWN)
             stem = f"{path}.{weight}" if layer.experts else path
             yield Written(path, stem, scheme, n, k)
+
+
+def as_scalar(given: str, name: str = "") -> Rewrite:
+    """How the one element of a tensor is written: without dimensions, under its name or another one."""
+    return Rewrite(name or given, lambda one: one.reshape(()), ((), torch.float32))
 
 
 def one_of(scheme: Scheme, names: Iterable[str]) -> str | None:

@@ -26,6 +26,14 @@ def preset(name: str, *, group: int = 0, inputs: bool = True, **weights: object)
     return QuantizationScheme(**known)
 
 
+def static(name: str, **inputs: object) -> QuantizationScheme:
+    """A preset whose activations have one scale, which is stored."""
+    known = preset_name_to_scheme(name, ["Linear"]).model_dump()
+    own = {"strategy": "tensor", "dynamic": False, "observer": "minmax"}
+    known["input_activations"] = {**(known["input_activations"] or {}), **own, **inputs}
+    return QuantizationScheme(**known)
+
+
 def blocks_of(weight: Tensor, rows: int, columns: int) -> Tensor:
     """Every block of a matrix as a row: ``[down, across, elements]``; zeros beside the last ones."""
     n, k = weight.shape
@@ -53,6 +61,16 @@ def compress(weight: Tensor, scheme: QuantizationScheme, kind: str) -> dict[str,
         scale, zero = scale.reshape(1), zero.reshape(1)
     state |= {"weight_scale": scale, "weight_zero_point": zero}
     return dict(BaseCompressor.get_value_from_registry(kind).compress(state, scheme))
+
+
+def of_inputs(scheme: QuantizationScheme, number: int) -> dict[str, Tensor]:
+    """The scale that the library stores for inputs from -3 to some number, and their zero point."""
+    args = scheme.input_activations
+    if args is None or args.dynamic or args.strategy != "tensor":
+        return {}
+    low, high = torch.tensor([-3.0]), torch.tensor([2.0 + number % 5])
+    scale, zero = calculate_qparams(low.bfloat16(), high.bfloat16(), args)
+    return {"input_scale": scale} | ({} if args.symmetric else {"input_zero_point": zero})
 
 
 def decode(state: Mapping[str, Tensor], scheme: QuantizationScheme, kind: str) -> Tensor:
@@ -87,7 +105,7 @@ def mixed(choice: Choice, kind: str, model: str = "llama", dtype: torch.dtype | 
     if dtype is not None:
         tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
         config["dtype"] = str(dtype).removeprefix("torch.")
-    values, held, groups, ignore = {}, {}, {}, ["lm_head"]
+    values, held, groups, ignore, inputs = {}, {}, {}, ["lm_head"], {}
     for name in quantizable(tensors):
         module = name.removesuffix(".weight")
         chosen = choice(module)
@@ -98,6 +116,10 @@ def mixed(choice: Choice, kind: str, model: str = "llama", dtype: torch.dtype | 
         state = compress(tensors.pop(name), scheme, form)
         tensors |= {f"{module}.{key}": value for key, value in state.items()}
         values[name], held[name] = decode(state, scheme, form), kept
+        own = of_inputs(scheme, len(values))
+        tensors |= {f"{module}.{key}": value for key, value in own.items()}
+        if own:
+            inputs[name] = own["input_scale"].item(), int(own.get("input_zero_point", torch.zeros(1)))
         groups.setdefault((id(scheme), form), scheme)
     described = QuantizationConfig(
         config_groups={
@@ -108,7 +130,7 @@ def mixed(choice: Choice, kind: str, model: str = "llama", dtype: torch.dtype | 
         ignore=ignore,
         quantization_status="compressed",
     ).model_dump(mode="json")
-    return Made({**config, "quantization_config": described}, tensors, values, schemes=held)
+    return Made({**config, "quantization_config": described}, tensors, values, schemes=held, inputs=inputs)
 
 
 def with_targets(scheme: QuantizationScheme, *targets: str) -> QuantizationScheme:

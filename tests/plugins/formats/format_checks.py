@@ -79,6 +79,7 @@ class Made:
             checkpoints.
         schemes: The scheme that each of them is kept in, where it is not the same for all.
         scheme: The scheme that they are kept in.
+        inputs: The scale and the zero point of the inputs of each of them that has one stored.
         files: Further files.
         metadata: ``__metadata__`` of the file.
     """
@@ -88,6 +89,7 @@ class Made:
     values: dict[str, Tensor]
     scheme: str = ""
     schemes: dict[str, str] = field(default_factory=dict)
+    inputs: dict[str, tuple[float, int]] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
 
@@ -113,6 +115,18 @@ def held(model: torch.nn.Module) -> dict[str, tuple[str, Tensor]]:
     return out
 
 
+def of_inputs(model: torch.nn.Module) -> dict[str, tuple[float, int]]:
+    """For each quantized weight with a stored scale of activations that, and their zero point."""
+    out = {}
+    for path, module in model.named_modules():
+        for name in module.specs if isinstance(module, QuantModule) else ():
+            stored = module.stored_weight(name)
+            if "input_scale" in stored:
+                zero = int(stored.get("input_zero_point", torch.zeros(1)))
+                out[".".join(filter(None, (path, name, "weight")))] = stored["input_scale"].item(), zero
+    return out
+
+
 def keeps(made: Made, folder: Path) -> torch.nn.Module:
     """Loads it as it is, and checks that each value is the format's own, to the last bit of fp32."""
     made.write(folder)
@@ -123,6 +137,7 @@ def keeps(made: Made, folder: Path) -> torch.nn.Module:
     for name, (scheme, values) in found.items():
         assert scheme == made.schemes.get(name, made.scheme), name
         assert same_bits(values, made.values[name]), name
+    assert of_inputs(model) == made.inputs
     for plan in (planned, model.quantport_plan):
         assert all(step.stored for step in plan.quantized)
         assert {s.layer.name for s in plan.quantized} == {s.layer.name for s in planned.quantized}

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from compressed_checkpoints import made, mixed, preset, with_targets
+from compressed_checkpoints import made, mixed, preset, static, with_targets
 from format_checks import converts, experts_of, keeps, overlays, tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -47,7 +47,11 @@ CASES = {
     "int3 asymmetric": (preset("W3A16", symmetric=False), PACK, "int4_weight_only:fp32:asym"),
     "int6": (preset("W6A16"), PACK, "int8_weight_only:g128"),
     "fp8 per channel": (FP8, FLOAT, "fp8_per_channel"),
-    "fp8 per tensor": (preset("FP8"), FLOAT, "fp8_per_tensor"),
+    "fp8 per tensor": (preset("FP8"), FLOAT, "fp8_per_tensor:static"),
+    "fp8 static beside channels": (preset("FP8", strategy="channel"), FLOAT, "fp8_per_channel:static"),
+    "int8 static": (static("W8A8"), INT, "int8:static"),
+    "int8 static asymmetric": (static("W8A8", symmetric=False), INT, "int8:static_asym"),
+    "int4 static": (static("W4A16", num_bits=8, type="int"), PACK, "int4_w4a8:static"),
     "fp8 blocks": (preset("FP8_BLOCK"), FLOAT, "fp8_per_block"),
     "fp8 other blocks": (preset("FP8_BLOCK", block_structure=[64, 32]), FLOAT, "fp8_per_channel:g32"),
     "fp8 alone": (preset("FP8_DYNAMIC", inputs=False), NAIVE, "fp8_weight_only"),
@@ -100,7 +104,8 @@ def test_zero_points_of_eight_bits_beside_full_scales_are_near(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "case", ["int8", "int4", "int4 asymmetric", "fp8 per tensor", "mxfp4", "nvfp4 alone"]
+    "case",
+    ["int8", "int4", "int4 asymmetric", "fp8 per tensor", "int8 static asymmetric", "mxfp4", "nvfp4 alone"],
 )
 def test_experts_are_kept(case, tmp_path):
     scheme, kind, held = CASES[case]
@@ -177,8 +182,8 @@ def test_activation_order_is_kept_and_said(tmp_path):
     converts(checkpoint, tmp_path / "b")
 
 
-def test_the_kv_cache_and_static_scales_are_named(tmp_path):
-    checkpoint = made(preset("FP8"), FLOAT, "fp8_per_tensor")
+def test_the_kv_cache_and_stray_scales_are_named(tmp_path):
+    checkpoint = made(preset("FP8_DYNAMIC", strategy="tensor"), FLOAT, "fp8_per_tensor")
     for name in list(checkpoint.values):
         checkpoint.tensors[f"{name.removesuffix('.weight')}.input_scale"] = torch.tensor([0.1])
     for key in ("k_scale", "v_scale"):
@@ -189,7 +194,6 @@ def test_the_kv_cache_and_static_scales_are_named(tmp_path):
     said = "\n".join(plan.warnings)
     assert "7 stored scales of activations" in said
     assert "2 stored scales of KV caches" in said
-    assert "not static float8 per tensor" in said
     assert plan.config.kv_cache_dtype == "fp8_e4m3"
 
 

@@ -13,14 +13,23 @@ CHECKED_BY = "by hand"
 
 
 def quantized(
-    kind: str, scales: str, static: bool = False, dtype: torch.dtype = torch.float32, size: int = 128
+    kind: str,
+    scales: str,
+    static: str = "",
+    dtype: torch.dtype = torch.float32,
+    size: int = 128,
+    **changes: int,
 ) -> Made:
-    """By hand: ``value = code * scale`` in fp32; ``size`` is that of experts."""
-    config, tensors = tiny(kind, **({"moe_intermediate_size": size} if kind == "qwen3_moe" else {}))
+    """By hand: ``value = code * scale`` in fp32; ``static`` names the scales of activations, ``size`` is that
+    of experts.
+    """
+    config, tensors = tiny(
+        kind, **changes, **({"moe_intermediate_size": size} if kind == "qwen3_moe" else {})
+    )
     method = {"quant_method": "fp8", "activation_scheme": "static" if static else "dynamic"}
     if scales == "block":
         method["weight_block_size"] = [128, 128]
-    values = {}
+    values, inputs = {}, {}
     for name in quantizable(tensors):
         w, stem = tensors[name].float(), name.removesuffix(".weight")
         n, k = w.shape
@@ -42,9 +51,16 @@ def quantized(
         else:
             tensors[f"{stem}.weight_scale"] = scale if scales == "row" else scale.view(())
         if static:
-            tensors[f"{stem}.input_scale"] = torch.tensor(0.1)
+            tensors[f"{stem}.{static}"] = torch.tensor(0.1 + 0.01 * len(values))
+            inputs[name] = tensors[f"{stem}.{static}"].item(), 0
     scheme = {"block": "fp8_per_block", "row": "fp8_per_channel", "tensor": "fp8_per_tensor"}[scales]
-    return Made({**config, "quantization_config": method}, tensors, values, scheme)
+    return Made(
+        {**config, "quantization_config": method},
+        tensors,
+        values,
+        scheme + ":static" * bool(static),
+        inputs=inputs,
+    )
 
 
 CASES = {
@@ -53,8 +69,11 @@ CASES = {
     "rows": ("llama", "row"),
     "tensor": ("llama", "tensor"),
     "experts per tensor": ("qwen3_moe", "tensor"),
-    "bf16 scales": ("llama", "block", False, torch.bfloat16),
-    "exponents": ("llama", "block", False, torch.uint8),
+    "bf16 scales": ("llama", "block", "", torch.bfloat16),
+    "exponents": ("llama", "block", "", torch.uint8),
+    "static": ("llama", "tensor", "input_scale"),
+    "static in blocks": ("llama", "block", "activation_scale"),
+    "static of experts": ("qwen3_moe", "tensor", "input_scale"),
 }
 
 
@@ -72,10 +91,48 @@ def test_what_was_left_is_quantized(tmp_path):
     overlays(quantized("llama", "block"), tmp_path, "lm_head")
 
 
-def test_static_scales_of_activations_are_named(tmp_path):
-    folder = quantized("llama", "tensor", static=True).write(tmp_path)
+def test_scales_of_activations_that_nobody_asked_for_are_named(tmp_path):
+    made = quantized("llama", "tensor", "input_scale")
+    made.config["quantization_config"]["activation_scheme"] = "dynamic"
     with pytest.warns(UserWarning, match=r"7 static scales of activations .* are not used"):
-        quantport.load(folder, device="cpu")
+        model = quantport.load(made.write(tmp_path), device="cpu")
+    assert {step.scheme for step in model.quantport_plan.quantized} == {"fp8_per_tensor"}
+
+
+def test_one_scale_under_the_names_of_transformers(tmp_path):
+    """``weight_scale_inv`` without dimensions, as of Ministral 3."""
+    made = quantized("llama", "tensor", "activation_scale")
+    for name in made.values:
+        made.tensors[f"{name}_scale_inv"] = made.tensors.pop(f"{name}_scale")
+    keeps(made, tmp_path)
+
+
+def stacked_per_tensor(made):
+    """The experts of a checkpoint as Transformers saves them: stacks, and a scale for each expert."""
+    path, experts = "model.layers.0.mlp.experts", range(4)
+    for of in ("gate", "up", "down"):
+        for e in experts:  # gate and up of an expert have one scale
+            stem = f"{path}.{e}.{'gate' if of == 'up' else of}_proj"
+            made.values[f"{path}.{e}.{of}_proj.weight"] = (
+                made.tensors[f"{path}.{e}.{of}_proj.weight"].float() * made.tensors[f"{stem}.weight_scale"]
+            )
+            made.inputs[f"{path}.{e}.{of}_proj.weight"] = made.tensors[f"{stem}.input_scale"].item(), 0
+
+    def stack(of, end):
+        return torch.stack([made.tensors[f"{path}.{e}.{of}_proj.{end}"] for e in experts])
+
+    both = torch.cat([stack("gate", "weight"), stack("up", "weight")], 1)
+    stacked = {f"{path}.gate_up_proj": both, f"{path}.down_proj": stack("down", "weight")}
+    for of, name in (("gate", "gate_up"), ("down", "down")):
+        stacked[f"{path}.{name}_proj_scale_inv"] = stack(of, "weight_scale").view(4, 1, 1)
+        stacked[f"{path}.{name}_proj_activation_scale"] = stack(of, "input_scale")
+    made.tensors = {n: t for n, t in made.tensors.items() if ".experts." not in n} | stacked
+
+
+def test_stacked_experts_with_a_scale_each(tmp_path):
+    made = quantized("qwen3_moe", "tensor", "input_scale")
+    stacked_per_tensor(made)
+    keeps(made, tmp_path)
 
 
 @pytest.mark.parametrize("size", [128, 192])

@@ -72,11 +72,14 @@ def stored_as(algorithm, weight):
             algorithm, (-(-n // 128), 1, -(-k // 128), 1)
         )
         scale = scale.view(shape)
-    return {"weight": codes, "weight_scale": scale}, values
+    stored = {"weight": codes, "weight_scale": scale}
+    if algorithm in ("FP8", "W8A8_SQ_PER_CHANNEL"):
+        stored["input_scale"] = scale.flatten()[0] * 3
+    return stored, values
 
 
 HELD = {
-    "FP8": "fp8_per_tensor",
+    "FP8": "fp8_per_tensor:static",
     "FP8_PER_CHANNEL_PER_TOKEN": "fp8_per_channel",
     "FP8_PB_WO": "fp8_weight_only:g128",
     "MXFP8": "mxfp8",
@@ -85,7 +88,7 @@ HELD = {
     "W4A8_NVFP4_FP8": "nvfp4_weight_only",
     "W4A8_MXFP4_FP8": "mxfp4_weight_only",
     "W8A16": "int8_weight_only",
-    "W8A8_SQ_PER_CHANNEL": "int8",
+    "W8A8_SQ_PER_CHANNEL": "int8:static",
 }
 EXACT = [algorithm for algorithm in HELD if "NVFP4" not in algorithm]
 
@@ -93,13 +96,15 @@ EXACT = [algorithm for algorithm in HELD if "NVFP4" not in algorithm]
 def made(choice, model="llama", beside=False):
     """A checkpoint; ``choice`` is one algorithm, or one for each module."""
     config, tensors = tiny(model)
-    values, schemes, layers = {}, {}, {}
+    values, schemes, layers, inputs = {}, {}, {}, {}
     for name in quantizable(tensors):
         module = name.removesuffix(".weight")
         algorithm = choice if isinstance(choice, str) else choice(module)
         stored, values[name] = stored_as(algorithm, tensors.pop(name))
         tensors |= {f"{module}.{key}": value.clone() for key, value in stored.items()}
         schemes[name] = HELD[algorithm]
+        if "static" in HELD[algorithm]:
+            inputs[name] = stored["input_scale"].item(), 0
         layers[module] = {"quant_algo": algorithm, "group_size": 16}
     described = {"quant_algo": choice, "kv_cache_quant_algo": None, "exclude_modules": ["lm_head", "*.norm*"]}
     if not isinstance(choice, str):
@@ -107,9 +112,11 @@ def made(choice, model="llama", beside=False):
     producer = {"name": "modelopt", "version": "0.47.0"}
     if beside:
         text = json.dumps({"producer": producer, "quantization": described})
-        return Made(config, tensors, values, schemes=schemes, files={"hf_quant_config.json": text})
+        return Made(
+            config, tensors, values, schemes=schemes, inputs=inputs, files={"hf_quant_config.json": text}
+        )
     described = {"quant_method": "modelopt", "producer": producer, **described}
-    return Made({**config, "quantization_config": described}, tensors, values, schemes=schemes)
+    return Made({**config, "quantization_config": described}, tensors, values, schemes=schemes, inputs=inputs)
 
 
 @pytest.mark.parametrize("algorithm", EXACT)

@@ -44,6 +44,10 @@ LAYERS = {
         "weight": spec("int8", "per_channel", ch_axis=0),
         "input_tensors": spec("int8", "per_channel", True, ch_axis=1),
     },
+    "int8 static": {
+        "weight": spec("int8", "per_channel", ch_axis=0),
+        "input_tensors": spec("int8", "per_tensor", False) | {"symmetric": False},
+    },
     "int8 asymmetric": {"weight": spec("int8", "per_tensor") | {"symmetric": False}, "input_tensors": None},
     "mxfp4": {
         "weight": spec("fp4", "per_group", False, **MX),
@@ -52,7 +56,8 @@ LAYERS = {
     "mxfp4 alone": {"weight": spec("fp4", "per_group", False, **MX), "input_tensors": None},
 }
 HELD = {
-    "fp8": "fp8_per_tensor",
+    "fp8": "fp8_per_tensor:static",
+    "int8 static": "int8:static_asym",
     "fp8 per channel": "fp8_per_channel",
     "fp8 alone": "fp8_weight_only",
     "int8": "int8",
@@ -84,13 +89,18 @@ def stored_as(kind, weight):
 def made(choice, model="llama", patterns=()):
     """A checkpoint; ``choice`` is one kind, or one for each module, which the patterns then name."""
     config, tensors = tiny(model)
-    values, schemes = {}, {}
+    values, schemes, inputs = {}, {}, {}
     for name in quantizable(tensors):
         module = name.removesuffix(".weight")
         kind = choice if isinstance(choice, str) else choice(module)
         stored, values[name] = stored_as(kind, tensors.pop(name))
         tensors |= {f"{module}.{key}": value for key, value in stored.items()}
         schemes[name] = HELD[kind]
+        if "static" in HELD[kind]:
+            zero = -11 if kind == "int8 static" else 0
+            inputs[name] = 0.03125 * (1 + len(values) % 3), zero
+            tensors[f"{module}.input_scale"] = torch.tensor(inputs[name][0])
+            tensors[f"{module}.input_zero_point"] = torch.tensor(zero, dtype=torch.int32)
     described = {
         "quant_method": "quark",
         "global_quant_config": LAYERS[choice if isinstance(choice, str) else "fp8"],
@@ -98,7 +108,7 @@ def made(choice, model="llama", patterns=()):
         "exclude": ["lm_head"],
         "export": {"pack_method": "reorder", "weight_format": "real_quantized"},
     }
-    return Made({**config, "quantization_config": described}, tensors, values, schemes=schemes)
+    return Made({**config, "quantization_config": described}, tensors, values, schemes=schemes, inputs=inputs)
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -129,15 +139,14 @@ def test_what_was_left_is_quantized(tmp_path):
     overlays(made("mxfp4"), tmp_path, "lm_head")
 
 
-def test_static_scales_and_the_cache_are_named(tmp_path):
-    checkpoint = made("fp8")
+def test_stray_scales_and_the_cache_are_named(tmp_path):
+    checkpoint = made("fp8 alone")
     checkpoint.tensors["model.layers.0.mlp.up_proj.input_scale"] = torch.tensor(0.5)
     outputs = {"output_tensors": spec("fp8_e4m3", "per_tensor", False)}
     checkpoint.config["quantization_config"]["kv_cache_quant_config"] = {"*k_proj": outputs}
     plan = quantport.plan(checkpoint.write(tmp_path), device="cpu")
     said = "\n".join(plan.warnings)
     assert "1 stored scales of activations" in said
-    assert "not static float8 per tensor" in said
     assert plan.config.kv_cache_dtype == "fp8_e4m3"
 
 

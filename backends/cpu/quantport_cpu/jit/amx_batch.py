@@ -42,12 +42,15 @@ class _Tiles(NamedTuple):
     first_block: Mapping[int, int]
 
 
-def int8_int8(x: Tensor, jobs: Sequence[Job], codes: Tensor, channels: Tensor, width: int) -> Tensor:
+def int8_int8(
+    x: Tensor | tuple[Tensor, Tensor], jobs: Sequence[Job], codes: Tensor, channels: Tensor, width: int
+) -> Tensor:
     """Quantizes activations to int8, with a scale for each row, and multiplies: exact sums, times both
     scales in fp32.
 
     Args:
-        x: ``[M, K]``, any floating dtype.
+        x: ``[M, K]``, any floating dtype; or codes that they have already, int8, and the scale of each row,
+            fp32 ``[M, 1]``, both contiguous.
         jobs: Which rows meet which weight.
         codes: int8 ``[..., N, K]``, contiguous, of a shape that ``takes`` allows: one weight, or several.
         channels: fp32 ``[..., N, 1]``, or ``[..., 1, 1]`` for one scale of a weight; contiguous.
@@ -56,8 +59,9 @@ def int8_int8(x: Tensor, jobs: Sequence[Job], codes: Tensor, channels: Tensor, w
     Returns:
         fp32 ``[M, width]``.
     """
-    (m, k), (*several, n, _), scales = x.shape, codes.shape, channels.shape[-2]
-    tiles, out = _tiles(x, jobs), empty_fp32(x, m, width)
+    rows = x if isinstance(x, Tensor) else x[0]
+    (m, k), (*several, n, _), scales = rows.shape, codes.shape, channels.shape[-2]
+    tiles, out = _tiles(x, jobs), empty_fp32(rows, m, width)
     to = array(out, torch.float32, m, width)
     weights = array(codes, torch.int8, *several, n, k)
     factors = array(channels, torch.float32, *several, scales, 1)
@@ -88,7 +92,9 @@ def int8_int8(x: Tensor, jobs: Sequence[Job], codes: Tensor, channels: Tensor, w
     return out
 
 
-def _tiles(x: Tensor, jobs: Sequence[Job]) -> _Tiles:
+def _tiles(x: Tensor | tuple[Tensor, Tensor], jobs: Sequence[Job]) -> _Tiles:
+    known = None if isinstance(x, Tensor) else x
+    x = x if isinstance(x, Tensor) else x[0]
     m, k = x.shape
     blocks: list[tuple[int, int]] = []  # the first row, and how many there are
     first_block: dict[int, int] = {}
@@ -100,7 +106,7 @@ def _tiles(x: Tensor, jobs: Sequence[Job]) -> _Tiles:
         q, token = scratch_bytes(x, m * k), scratch_bytes(x, 4 * m)
         source = (array_of_rows(x, torch.bfloat16, m, k), 2 * x.stride(0))
     else:
-        values, scale = numerics.quantize(x, PER_TOKEN)
+        values, scale = known or numerics.quantize(x, PER_TOKEN)
         q, token = array(values, torch.int8, m, k), array(scale, torch.float32, m, 1)
     rows = ROWS * len(blocks)
     codes, scales = scratch_bytes(x, rows * k), scratch_bytes(x, 4 * rows)

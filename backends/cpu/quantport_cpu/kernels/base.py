@@ -149,9 +149,11 @@ def is_plain(packed: Packed) -> bool:
     return all(type(t) is Tensor and t.is_cpu for t in packed)
 
 
-def result_dtype(x: Tensor, bias: Tensor | None) -> torch.dtype:
-    """In what compiled code stores products: as asked, or in fp32 where more is done with them."""
-    return torch.bfloat16 if bias is None and x.dtype is torch.bfloat16 else torch.float32
+def result_dtype(dtype: torch.dtype, bias: Tensor | None) -> torch.dtype:
+    """In what compiled code stores products for activations of a dtype: as asked, or in fp32 where more is
+    done with them.
+    """
+    return torch.bfloat16 if bias is None and dtype is torch.bfloat16 else torch.float32
 
 
 def with_bias(y: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -106,7 +106,7 @@ class CpuFp8WeightOnly(CpuGrouped):
         from quantport_cpu.jit import grouped_small_batch
 
         scales = CpuFp8WeightOnly._scales(weights[1], spec)
-        return grouped_small_batch.fp8(x, jobs, weights[0], scales, width, result_dtype(x, bias))
+        return grouped_small_batch.fp8(x, jobs, weights[0], scales, width, result_dtype(x.dtype, bias))
 
     @staticmethod
     def _scales(scale: Tensor, spec: WeightSpec) -> Scales:

@@ -79,7 +79,7 @@ class CpuInt4(CpuGrouped):
 
         if max(j.stop - j.start for j in jobs) <= _DIGIT_ROWS:
             rows = int4_batch.split(x, layout)
-            return int4_batch.multiply(rows, jobs, weight, width, result_dtype(x, bias))
+            return int4_batch.multiply(rows, jobs, weight, width, result_dtype(x.dtype, bias))
         return int4_batch.multiply_fp32(x, jobs, weight, layout, width)
 
     def row_function(self, packed: Packed, spec: WeightSpec) -> RowFunction | None:
@@ -154,7 +154,7 @@ class CpuInt4Int8(CpuInt4):
         from quantport_cpu.jit import int4_batch
 
         rows = int4_batch.quantized(x, layout)
-        return int4_batch.multiply(rows, jobs, weight, width, result_dtype(x, bias))
+        return int4_batch.multiply(rows, jobs, weight, width, result_dtype(x.dtype, bias))
 
     def by_panels(self, x: Tensor, weight: Int4, spec: WeightSpec) -> Tensor:
         q, token = quantize_per_token(x)  # bf16 holds these codes exactly

@@ -140,13 +140,26 @@ class CpuInt8(_Int8):
         return _products(x, jobs_of(groups, shared, spec.n), stack, shared * spec.n).to(x.dtype)
 
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
-        weight, channel = packed
         if why_unavailable() or not x.shape[0]:
-            q, token = quantize_per_token(x)
-            y = matmul(q, weight).mul_(token).mul_(channel.view(-1))
-        else:
-            y = _products(x, all_rows(x.shape[0]), packed, spec.n, bias)
+            return self.run_codes(*quantize_per_token(x), packed, bias, spec, x.dtype)
+        y = _products(x, all_rows(x.shape[0]), packed, spec.n, bias)
         return with_bias(y, bias, x.dtype)
+
+    def run_codes(
+        self,
+        codes: Tensor,
+        scale: Tensor,
+        packed: Packed,
+        bias: Tensor | None,
+        spec: WeightSpec,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        weight, channel = packed
+        if why_unavailable() or not codes.shape[0]:
+            y = matmul(codes, weight).mul_(scale).mul_(channel.view(-1))
+        else:
+            y = _products_of_codes(codes, scale, packed, spec.n, result_dtype(dtype, bias))
+        return with_bias(y, bias, dtype)
 
 
 def _products(
@@ -161,7 +174,20 @@ def _products(
     if amx_batch.takes(jobs, codes):
         return amx_batch.int8_int8(x, jobs, codes, channels, width)
     rows = grouped_small_batch.quantized_int8(x)  # once for all weights that share them
-    return grouped_small_batch.int8_int8(rows, jobs, codes, channels, width, result_dtype(x, bias))
+    return grouped_small_batch.int8_int8(rows, jobs, codes, channels, width, result_dtype(x.dtype, bias))
+
+
+def _products_of_codes(
+    codes: Tensor, scale: Tensor, packed: Packed, width: int, dtype: torch.dtype
+) -> Tensor:
+    """As `_products`, of activations that are quantized already."""
+    from quantport_cpu.jit import amx_batch, grouped_small_batch
+
+    (weight, channels), jobs = packed, all_rows(codes.shape[0])
+    if amx_batch.takes(jobs, weight):
+        return amx_batch.int8_int8((codes, scale), jobs, weight, channels, width)
+    rows = grouped_small_batch.prepared_int8(codes, scale)
+    return grouped_small_batch.int8_int8(rows, jobs, weight, channels, width, dtype)
 
 
 class CpuInt8WeightOnly(_Int8):
@@ -219,7 +245,7 @@ class CpuInt8WeightOnly(_Int8):
         from quantport_cpu.jit.grouped_small_batch import Scales
 
         scales = Scales(channels=weights[1])
-        return grouped_small_batch.int8(x, jobs, weights[0], scales, width, result_dtype(x, bias))
+        return grouped_small_batch.int8(x, jobs, weights[0], scales, width, result_dtype(x.dtype, bias))
 
     @staticmethod
     def _splits_into_digits(k: int) -> bool:

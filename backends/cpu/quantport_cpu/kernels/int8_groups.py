@@ -65,7 +65,7 @@ class CpuInt8Groups(CpuStacked):
 
         codes, scale, *zero = packed
         scales = Scales(groups=scale.float(), group=group)
-        dtype = torch.float32 if zero else result_dtype(x, bias)
+        dtype = torch.float32 if zero else result_dtype(x.dtype, bias)
         y = grouped_small_batch.int8(x, all_rows(x.shape[0]), codes, scales, spec.n, dtype)
         return y.addmm_(_sums(x, group), zero[0].float().t()) if zero else y
 

@@ -53,22 +53,33 @@ class TritonScaled(TritonKernel):
         return unaligned(request)
 
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
-        from quantport_triton.ops import scaled as ops
-
-        quant, (m, k) = spec.scheme.weight, x.shape
         # The kernel reads the group scales of all its tokens in one step along K.
         quantized = quantize(x, self.activation, transposed=bool(self.activation.group_size))
-        codes, scale = packed
-        codes = codes.view(quant.element.storage) if quant.element.is_float8 else codes
-        config = tuned_config(target_of(x.device), self.family, m)
+        return self.run_codes(quantized.codes, quantized.scale, packed, bias, spec, x.dtype)
+
+    def run_codes(
+        self,
+        codes: Tensor,
+        scale: Tensor,
+        packed: Packed,
+        bias: Tensor | None,
+        spec: WeightSpec,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        from quantport_triton.ops import scaled as ops
+
+        quant, (m, k) = spec.scheme.weight, codes.shape
+        weight, row = packed
+        weight = weight.view(quant.element.storage) if quant.element.is_float8 else weight
+        config = tuned_config(target_of(codes.device), self.family, m)
         config = Config({"PROMOTE": 0, **config.blocks}, config.warps, config.stages)
         sums = torch.int32 if self.activation.format == "int8" and not quant.group_size else torch.float32
-        y = x.new_empty(m, spec.n)
-        factors = {"token_factor": quantized.scale, "row_factor": scale, "bias": y if bias is None else bias}
-        token_step, group_step = quantized.scale.stride()
+        y = codes.new_empty(m, spec.n, dtype=dtype)
+        factors = {"token_factor": scale, "row_factor": row, "bias": y if bias is None else bias}
+        token_step, group_step = scale.stride()
         numbers = {
-            "w_width": codes.shape[1],
-            "groups_per_row": scale.shape[1],
+            "w_width": weight.shape[1],
+            "groups_per_row": row.shape[1],
             "token_step": token_step,
             "group_step": group_step,
         }
@@ -78,7 +89,7 @@ class TritonScaled(TritonKernel):
             "ROW_STRIDE": -1 if quant.group_size else quant.block_shape[0],
             "BIAS": bias is not None,
         }
-        tensors = {"x": quantized.codes, "codes": codes}
+        tensors = {"x": codes, "codes": weight}
         multiply(ops.gemm, config, y, k, tensors, factors, numbers, sums, False, **constants)
         return y
 

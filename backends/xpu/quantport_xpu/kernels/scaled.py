@@ -48,9 +48,18 @@ class XpuScaledMM(aten.ScaledMM):
         """PyTorch's own kernel, and the instruction."""
         return Claim(Evidence.DECLARED, f"{_SCALED}; {request.device.arch.source}")
 
-    def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
-        # torch takes no strides of the scales of zero rows.
-        return super().run(x, packed, bias, spec) if len(x) else x.new_empty(0, spec.n)
+    def run_codes(
+        self,
+        codes: Tensor,
+        scale: Tensor,
+        packed: Packed,
+        bias: Tensor | None,
+        spec: WeightSpec,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        if not len(codes):  # torch takes no strides of the scales of zero rows
+            return codes.new_empty(0, spec.n, dtype=dtype)
+        return super().run_codes(codes, scale, packed, bias, spec, dtype)
 
 
 class XpuFp8Emulated(XpuScaledMM):
@@ -95,11 +104,17 @@ class XpuIntMM(aten.IntMM):
         """PyTorch's own kernel, and the instruction."""
         return Claim(Evidence.DECLARED, f"{_INT}; {request.device.arch.source}")
 
-    def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
-        weight, scale = packed
-        assert spec.scheme.activation is not None  # serves refuses it otherwise
-        q, token = self.quantize(x, spec.scheme.activation)
+    def run_codes(
+        self,
+        codes: Tensor,
+        scale: Tensor,
+        packed: Packed,
+        bias: Tensor | None,
+        spec: WeightSpec,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        weight, row = packed
         if spec.k == 1:  # oneDNN misreads the strides of such matrices
-            q, weight = (torch.nn.functional.pad(t, (0, 1)) for t in (q, weight))
-        y = torch._int_mm(q, weight.t()) * token * scale.view(1, -1)
-        return (y if bias is None else y + bias).to(x.dtype)
+            codes, weight = (torch.nn.functional.pad(t, (0, 1)) for t in (codes, weight))
+        y = torch._int_mm(codes, weight.t()) * scale * row.view(1, -1)
+        return (y if bias is None else y + bias).to(dtype)

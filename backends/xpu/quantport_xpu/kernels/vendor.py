@@ -144,17 +144,26 @@ class XpuInt4W4A8(XpuInt4W4A16, aten.Quantizing):
         return super().unpack(packed[:3], spec)
 
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
-        if not len(x):
-            return x.new_empty(0, spec.n)
+        return aten.Quantizing.run(self, x, packed, bias, spec)
+
+    def run_codes(
+        self,
+        codes: Tensor,
+        scale: Tensor,
+        packed: Packed,
+        bias: Tensor | None,
+        spec: WeightSpec,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        if not len(codes):
+            return codes.new_empty(0, spec.n, dtype=dtype)
         words, _, zero, half, factor, token = packed
-        assert spec.scheme.activation is not None  # serves refuses it otherwise
-        q, scale = self.quantize(x, spec.scheme.activation)
         operator, offset = torch.ops._xpu_C.int4_gemm_w4a8, torch.zeros_like(token, dtype=torch.int32)
         y: Tensor = operator(
-            q, token, offset, words.t(), half, zero, spec.scheme.weight.group_size, None, None
+            codes, token, offset, words.t(), half, zero, spec.scheme.weight.group_size, None, None
         )
         y = y.float() * (scale * factor)
-        return (y if bias is None else y + bias).to(x.dtype)
+        return (y if bias is None else y + bias).to(dtype)
 
 
 class _Fp8(Kernel):
@@ -239,11 +248,17 @@ class XpuFp8Gemm(_Fp8, aten.Quantizing):
         """The vendor's source, and the instruction."""
         return Claim(Evidence.DECLARED, f"{_W8A8}; {request.device.arch.source}")
 
-    def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
-        if not len(x):
-            return x.new_empty(0, spec.n)
-        weight, scale = packed
-        assert spec.scheme.activation is not None  # serves refuses it otherwise
-        q, token = self.quantize(x, spec.scheme.activation)
-        y: Tensor = torch.ops._xpu_C.fp8_gemm(q, weight.view(q.dtype).t(), x.dtype, token, scale, bias)
+    def run_codes(
+        self,
+        codes: Tensor,
+        scale: Tensor,
+        packed: Packed,
+        bias: Tensor | None,
+        spec: WeightSpec,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        if not len(codes):
+            return codes.new_empty(0, spec.n, dtype=dtype)
+        weight, row = packed
+        y: Tensor = torch.ops._xpu_C.fp8_gemm(codes, weight.view(codes.dtype).t(), dtype, scale, row, bias)
         return y
