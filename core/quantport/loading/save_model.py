@@ -186,8 +186,13 @@ def described_model(model: nn.Module) -> SavedModel:
     """What a model is beside its tensors.
 
     Raises:
-        SaveError: it has no quantized layer.
+        SaveError: it has no quantized layer, or is a share of a model.
     """
+    decided = getattr(model, "quantport_plan", None)
+    if decided and decided.shard:
+        rank, count = decided.shard
+        found = f"rank {rank} of {count}, which holds a share of each layer"
+        raise SaveError(f"save {type(model).__name__}", found, "load it in one process, and save that")
     layers = {
         name: _saved_layer(m, model, name) for name, m in model.named_modules() if isinstance(m, QuantModule)
     }
@@ -202,7 +207,7 @@ def described_model(model: nn.Module) -> SavedModel:
             "it has no quantized layer",
             "quantport.load or quantport.quantize_ first",
         )
-    cache, decided = default_of(model), getattr(model, "quantport_plan", None)
+    cache = default_of(model)
     return SavedModel(
         layers,
         _config(model),
