@@ -233,7 +233,7 @@ def test_a_share_of_a_model_is_not_saved(folder, tmp_path):
     for model in models:
         with pytest.raises(SaveError) as caught:
             quantport.save(model, tmp_path / "saved")
-        check_parts(caught.value, "of 2", "one process")
+        check_parts(caught.value, "a share of the model", "one process")
     assert not (tmp_path / "saved").exists()
 
 

@@ -189,9 +189,10 @@ def described_model(model: nn.Module) -> SavedModel:
         SaveError: it has no quantized layer, or is a share of a model.
     """
     decided = getattr(model, "quantport_plan", None)
-    if decided and decided.shard:
-        rank, count = decided.shard
-        found = f"rank {rank} of {count}, which holds a share of each layer"
+    shared = next((name for name, p in model.named_parameters() if hasattr(p, "full_tensor")), None)  # a DTensor
+    if (decided and decided.shard) or shared:
+        what = "a share of the model" if shared is None else f"a share of {shared}"
+        found = f"this process holds {what}, others the rest"
         raise SaveError(f"save {type(model).__name__}", found, "load it in one process, and save that")
     layers = {
         name: _saved_layer(m, model, name) for name, m in model.named_modules() if isinstance(m, QuantModule)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -29,11 +30,13 @@ _DIMS = {
 }
 # of an experts module and its parameters
 _EXPERTS = {"": "moe_tp_experts", "gate_up_proj": "packed_colwise", "down_proj": "rowwise"}
-_OTHER_KINDS = ("pp_size", "dp_replicate_size", "fsdp_size", "ep_size")
+_DATA = {"fsdp_size", "dp_replicate_size"}
+_KINDS = ("tp_size", "fsdp_size", "dp_replicate_size", "pp_size", "ep_size")
 
 
-class TensorParallel:
-    """One rank's part of a model that Transformers splits by its ``tp_plan``.
+class Parallel:
+    """One rank's part of a model that Transformers splits over processes: by its ``tp_plan``, or by FSDP, which splits
+    parameters and leaves quantized weights whole.
 
     Args:
         model: On meta, as Transformers has built it.
@@ -52,7 +55,8 @@ class TensorParallel:
     def planning(self) -> Iterator[Shards]:
         """Yields what a `PartialLoad` is made with inside, on every rank or on none."""
         with self._ranks.together(f"load {self._model.name_or_path}"):
-            self._read_plan()
+            if self._asked.tp_size > 1:
+                self._read_plan()
             yield Shards(self._ranks, self._dims)
 
     def _read_plan(self) -> None:
@@ -101,18 +105,21 @@ class TensorParallel:
                 self._model._tp_plan.pop(rule, None)
 
 
-def parallel_of(model: Any, device: str | torch.device) -> TensorParallel | None:
-    """The tensor parallelism of a model that is to be loaded; None for one process.
+def parallel_of(model: Any, device: str | torch.device) -> Parallel | None:
+    """How a model that is to be loaded is split; None for one process.
 
     Raises:
-        UnsupportedError: it is asked for together with another kind, or another kind is.
+        UnsupportedError: by a kind of parallelism, or by two of them, that quantized layers take no part in.
     """
     asked = getattr(model.config, "distributed_config", None)
     if asked is None:
         return None
-    others = {name: size for name in _OTHER_KINDS if (size := getattr(asked, name, None) or 1) > 1}
-    if others:
-        said = ", ".join(f"{name}={size}" for name, size in others.items())
-        found = "quantized layers are split by tp_plan alone"
-        raise UnsupportedError(f"load shards with {said}", found, "tp_size alone, or one process")
-    return TensorParallel(model, asked, device) if asked.tp_size > 1 else None
+    sizes = {name: size for name in _KINDS if (size := getattr(asked, name, None) or 1) > 1}
+    if sizes.keys() - {"tp_size"} and sizes.keys() - _DATA:
+        said = ", ".join(f"{name}={size}" for name, size in sizes.items())
+        found = "quantized layers are split by tp_size alone, and whole on each rank of fsdp_size"
+        raise UnsupportedError(f"load shards with {said}", found, "one of these two, or one process")
+    if sizes.keys() & _DATA:
+        text = "FSDP shards what stays in 16 bits: quantized weights are no parameters, and whole in each process"
+        warnings.warn(text, UserWarning, stacklevel=2)
+    return Parallel(model, asked, device) if sizes else None

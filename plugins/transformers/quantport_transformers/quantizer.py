@@ -22,7 +22,7 @@ from quantport.engine import (
 )
 from quantport_transformers.checkpoint_files import one_path
 from quantport_transformers.config import QuantportConfig
-from quantport_transformers.parallel import TensorParallel, parallel_of
+from quantport_transformers.parallel import Parallel, parallel_of
 from quantport_transformers.placement import Placement
 from quantport_transformers.save import save_pretrained
 
@@ -44,7 +44,7 @@ class QuantportQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
         super().__init__(quantization_config, **options)
         self._place = Placement(None)
         self._files: Sequence[str] | None = None
-        self._parallel: TensorParallel | None = None
+        self._parallel: Parallel | None = None
         self._load: PartialLoad | None = None
         self._ignored: Any = None
 

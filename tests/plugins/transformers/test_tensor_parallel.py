@@ -18,7 +18,7 @@ from core_transformers import checkpoint, tiny
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from quantport.engine import QuantModule, join_shards
+from quantport.engine import QuantLinear, QuantModule, join_shards
 
 WORKER = Path(__file__).parent / "tp_worker.py"
 # shards of two ranks are whole blocks of 128
@@ -161,6 +161,7 @@ def failing(folders):
         "fused": case(folders["phi3"], "fp8_per_tensor"),
         "sorted experts": case(folders["llama4"], "int8"),
         "save": {**int8, "save": str(root / "saved")},
+        "save under FSDP": {**int8, "save": str(root / "saved"), "parallel": {"fsdp_size": 2}},
         **{name: {**int8, "paths": [str(dense), str(path)]} for name, path in bad.items()},
         "missing": {**int8, "paths": [str(dense), str(missing)], "wait": 5},
     }
@@ -175,6 +176,8 @@ def results(folders):
     cases |= {f"moe {scheme}": case(moe, scheme) for scheme in MOE_SCHEMES}
     cases |= {kind: case(folders[kind], "int8_weight_only") for kind in OTHERS}
     cases |= {name: case(folders[name.split()[0]], config) for name, config in STORED.items()}
+    cases |= {f"fsdp {kind}": case(folders[kind], "int8", parallel={"fsdp_size": 2}) for kind in ("dense", "moe")}
+    cases["fully_shard"] = case(dense, "int8", parallel={}, fully_shard=True)
     cases["auto"] = case(dense, "int8_weight_only", parallel={"tp_plan": "auto", "tp_size": 2})
     return run(folders["root"], {**cases, **failing(folders)}, 2)
 
@@ -256,13 +259,28 @@ def test_each_rank_holds_half_and_says_so(results, folders):
             assert f"rank {rank} of 2" in part["plan"]
 
 
+@pytest.mark.parametrize("name", ["fsdp dense", "fsdp moe", "fully_shard"])
+def test_what_fsdp_shards_is_what_stays(name, results, folders):
+    """The same bits on every rank, and the same logits: what is gathered for a call is what was sharded."""
+    model = one_process(folders, "moe" if "moe" in name else "dense", "int8")
+    expected = {path: m.stored_weight() for path, m in model.named_modules() if isinstance(m, QuantLinear)}
+    for came in results[name]:
+        assert "error" not in came, came
+        for path, stored in expected.items():
+            assert all(same_bits(came["stored"][path][""][key], tensor) for key, tensor in stored.items())
+        assert torch.equal(came["logits"], logits(model))
+        assert came["sharded"] == [True] * len(came["sharded"])
+        assert came["gradients"]
+
+
 REFUSED = {
     "blocks": ("ConfigError", "multiple of 128", "2 ranks"),
     "embedding": ("UnsupportedError", "model.embed_tokens", "2 ranks"),
     "own plan": ("UnsupportedError", "model.layers.0.mlp.up_proj", "packed_colwise"),
     "fused": ("ConfigError", "in one weight", "rows or groups"),
     "sorted experts": ("UnsupportedError", "feed_forward.experts", "packed_rowwise"),
-    "save": ("SaveError", "of 2, which holds a share", "one process"),
+    "save": ("SaveError", "a share of", "one process"),
+    "save under FSDP": ("SaveError", "a share of", "one process"),
 }
 
 

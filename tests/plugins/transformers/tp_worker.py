@@ -15,7 +15,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from quantport_transformers import QuantportConfig
 from transformers.distributed import DistributedConfig
 
@@ -38,6 +41,10 @@ def what_came(case: dict[str, Any], rank: int) -> dict[str, Any]:
     """What is compared: stored weights, logits and tokens, the bytes that are held; or an error."""
     try:
         model = load(case, rank)
+        if case.get("fully_shard"):
+            mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+            for block in (*model.model.layers, model):
+                fully_shard(block, mesh=mesh)
         if case.get("save"):
             model.save_pretrained(case["save"])
         with torch.no_grad():
@@ -45,12 +52,18 @@ def what_came(case: dict[str, Any], rank: int) -> dict[str, Any]:
             tokens = model.generate(IDS, max_new_tokens=4, do_sample=False)
     except Exception as error:
         return {"error": type(error).__name__, "said": str(error)}
+    gradients = []
+    if model.quantport_plan.shard is None or case["parallel"].get("fsdp_size"):
+        model.train()(IDS, labels=IDS).loss.backward()
+        gradients = [p.grad is not None for p in model.parameters() if p.requires_grad]
     modules = {path: m for path, m in model.named_modules() if isinstance(m, QuantModule)}
     return {
         "stored": {path: {name: m.stored_weight(name) for name in m.specs} for path, m in modules.items()},
         "logits": logits.float(),
         "tokens": tokens,
         "notes": {step.layer.name: step.note for step in model.quantport_plan.quantized},
+        "sharded": [isinstance(p, DTensor) for n, p in model.named_parameters() if not n.endswith("empty_weight")],
+        "gradients": bool(gradients) and all(gradients),
         "bytes": sum(t.nbytes for m in modules.values() for _, t in m.stored_tensors()),
         "plan": str(model.quantport_plan),
     }
