@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from core_models import Tiny, made, same_bits, write
-from core_references import check_parts, randn
+from core_references import check_parts
 from test_sharding import SCHEMES, sizes, weight
 
 import quantport
@@ -52,7 +52,9 @@ class Threads:
             return list(pool.map(one, range(self.count)))
 
 
-@pytest.mark.parametrize("name", [name for name in SCHEMES if any(spans_shards(SCHEMES[name], d) for d in (0, 1))])
+@pytest.mark.parametrize(
+    "name", [name for name in SCHEMES if any(spans_shards(SCHEMES[name], d) for d in (0, 1))]
+)
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("rows", [1, 1000])
 def test_two_passes_make_of_a_shard_what_it_is_of_the_whole(name, dim, rows):
@@ -134,7 +136,9 @@ def folder(tmp_path):
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 @pytest.mark.parametrize(
-    "config", ["int8", "fp8_per_tensor", "nvfp4_weight_only", "nf4:double", {"scheme": "int8", "moe": None}], ids=str
+    "config",
+    ["int8", "fp8_per_tensor", "nvfp4_weight_only", "nf4:double", {"scheme": "int8", "moe": None}],
+    ids=str,
 )
 def test_the_shards_of_all_ranks_are_what_one_process_loads(config, ranks, folder):
     dims = {**DIMS, "down": 0, "moe.experts.0.down_proj": 0} if "4" in str(config) else DIMS

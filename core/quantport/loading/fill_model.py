@@ -89,10 +89,11 @@ class ModelFiller:
         self.placed: dict[str, QuantModule] = {}
         self.warnings: list[str] = []
         self._cut, self.maxima = cut, dict[str, dict[str, SharedMaxima]]()
-        for step in plan.steps if cut else ():
-            if step.choice and not self._taken_over(step):
-                scheme = registry.schemes[step.scheme]
-                self.maxima[step.layer.name] = cut.maxima(step, scheme, plan.config.nonfinite)
+        if cut:
+            for step in plan.steps:
+                if step.choice and not self._taken_over(step):
+                    scheme = registry.schemes[step.scheme]
+                    self.maxima[step.layer.name] = cut.maxima(step, scheme, plan.config.nonfinite)
         self.device, self.slab = plan.device.torch_device, min(SLAB, plan.budget // HELD)
 
     def tasks(self, to: Destination | None = None) -> list[Task]:
@@ -124,7 +125,9 @@ class ModelFiller:
             if maxima := self.maxima.get(step.layer.name):
                 path = self._path(step.layer)
                 as_read = self._as_read(step)
-                yield from maxima_tasks(as_read, self.placed[path], read, device_of(path), storage_only, maxima)
+                yield from maxima_tasks(
+                    as_read, self.placed[path], read, device_of(path), storage_only, maxima
+                )
 
     def sizes(self) -> dict[str, int]:
         """Bytes that each module that was placed will hold."""

@@ -20,8 +20,8 @@ from quantport.loading.fill_model import ModelFiller, module_path
 from quantport.loading.kv_caches import DefaultCache, default_cache
 from quantport.loading.place_tensors import HeldDtypes, place_tensors
 from quantport.loading.plan_model import refuse_nothing
-from quantport.loading.shards import CutLayers, Shards
 from quantport.loading.settle_ties import settle_ties, tied_groups
+from quantport.loading.shards import CutLayers, Shards
 from quantport.loading.stored_config import stored_schemes, with_stored
 from quantport.loading.swap_modules import match_modules
 from quantport.model.layers import Layer

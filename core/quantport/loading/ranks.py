@@ -78,7 +78,7 @@ class Ranks:
             raise RankError(asked, found, "all ranks again; see what the others say") from error
 
     def shares(self, size: int) -> list[tuple[int, int]]:
-        """First and last of so many rows or columns that each rank holds, as ``torch.chunk`` deals them out."""
+        """First and last of so many rows or columns that each rank holds, as ``torch.chunk`` deals them."""
         most = -(-size // self.count)
         return [(min(size, r * most), min(size, (r + 1) * most)) for r in range(self.count)]
 

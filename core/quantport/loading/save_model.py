@@ -189,7 +189,9 @@ def described_model(model: nn.Module) -> SavedModel:
         SaveError: it has no quantized layer, or is a share of a model.
     """
     decided = getattr(model, "quantport_plan", None)
-    shared = next((name for name, p in model.named_parameters() if hasattr(p, "full_tensor")), None)  # a DTensor
+    shared = next(
+        (name for name, p in model.named_parameters() if hasattr(p, "full_tensor")), None
+    )  # a DTensor
     if (decided and decided.shard) or shared:
         what = "a share of the model" if shared is None else f"a share of {shared}"
         found = f"this process holds {what}, others the rest"

@@ -138,14 +138,13 @@ class CutLayers:
                 size = k if dim else n
                 first, last = self.ranks.shares(size)[self.ranks.rank]
                 read = _rows_of if dim == 0 else _columns_of
-                nbytes = None if out[name].size is None else out[name].size * (last - first) // size
-                out[name] = replace(out[name], read=read(out[name], first, last), keys={}, size=nbytes)
+                weight = out[name]
+                nbytes = None if weight.size is None else weight.size * (last - first) // size
+                out[name] = replace(weight, read=read(weight, first, last), keys={}, size=nbytes)
         return out
 
 
-def agree_on(
-    maxima: Iterable[SharedMaxima], find_next: Callable[[], None], ranks: Ranks, asked: str
-) -> None:
+def agree_on(maxima: Iterable[SharedMaxima], find_next: Callable[[], None], ranks: Ranks, asked: str) -> None:
     """Lets the ranks agree on everything that their scales follow from, in as few reductions as may be.
 
     Args:
@@ -186,7 +185,9 @@ def _columns_of(weight: QuantizedWeight, first: int, last: int) -> Callable[[sli
     def read(rows: slice) -> dict[str, Tensor]:
         before, until = (weight.scheme.layout(rows.stop - rows.start, columns) for columns in (first, last))
         return {
-            key: tensor if (d := dims[key]) is None else _narrow(tensor, d, before[key][0][d], until[key][0][d])
+            key: tensor
+            if (d := dims[key]) is None
+            else _narrow(tensor, d, before[key][0][d], until[key][0][d])
             for key, tensor in weight.read(rows).items()
         }
 

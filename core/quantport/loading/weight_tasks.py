@@ -87,8 +87,8 @@ def maxima_tasks(
     storage_only_dtypes: frozenset[torch.dtype],
     maxima: Mapping[str, SharedMaxima],
 ) -> Iterator[Task]:
-    """The tasks that find what ranks have to agree on next, for the weights of a module that need it; arguments
-    as for `quantize_tasks`.
+    """The tasks that find what ranks have to agree on next, for the weights of a module that need it;
+    arguments as for `quantize_tasks`.
     """
     layer = step.layer
     for weight, shared in maxima.items():

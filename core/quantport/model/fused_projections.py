@@ -53,7 +53,12 @@ def split_projections(layer: Layer, scheme: Scheme) -> tuple[Layer, str]:
     """
     last = layer.name.rpartition(".")[2]
     if not layer.cuts:
-        if layer.kind != "linear" or last not in FUSED or len(layer.weights) > 1 or not spans_shards(scheme, 0):
+        if (
+            layer.kind != "linear"
+            or last not in FUSED
+            or len(layer.weights) > 1
+            or not spans_shards(scheme, 0)
+        ):
             return layer, ""
         return layer, f"one scale for {', '.join(FUSED[last])}: the model does not say where they end"
     bounds = list(accumulate((rows for _, rows in layer.cuts), initial=0))

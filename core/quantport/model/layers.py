@@ -78,7 +78,9 @@ class Part(NamedTuple):
 
     def select_rows(self, matrix: Tensor) -> Tensor:
         """The weight, out of the matrix in which it is stored."""
-        return self.select_columns((matrix.T if self.transposed else matrix)[self.start : self.stop : self.step])
+        return self.select_columns(
+            (matrix.T if self.transposed else matrix)[self.start : self.stop : self.step]
+        )
 
     def select_columns(self, rows: Tensor) -> Tensor:
         """The columns of the weight, out of its rows."""

@@ -1,7 +1,7 @@
-"""Quantizes one rank's shard of a weight in two passes, so that ranks speak with each other only between them.
+"""Quantizes one rank's shard of a weight in two passes, so that ranks need each other only between them.
 
-The first finds the largest magnitudes that scales follow from, of this shard; once those of all ranks are known,
-the second quantizes, some rows at a time, to what the shard is of the whole weight.
+The first finds the largest magnitudes that scales follow from, of this shard; once those of all ranks are
+known, the second quantizes, some rows at a time, to what the shard is of the whole weight.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class SharedMaxima:
             with read(start, stop) as values:
                 try:
                     self._quantize(values, start, stop)
-                except _Unknown as unknown:
+                except _UnknownError as unknown:
                     check_finite(unknown.amax, self.name, values)
                     found.append(unknown.amax)
         self.found = torch.cat(found)
@@ -96,13 +96,13 @@ class SharedMaxima:
                 return amax  # of blocks that lie in this shard
             known = next(agreed, None)
             if known is None:
-                raise _Unknown(amax)
+                raise _UnknownError(amax)
             return known[start // rows : -(-stop // rows)] if rows else known
 
         return reduce
 
 
-class _Unknown(Exception):
+class _UnknownError(Exception):
     """Scales need magnitudes that the ranks have not agreed on yet; these are the shard's own."""
 
     def __init__(self, amax: Tensor) -> None:

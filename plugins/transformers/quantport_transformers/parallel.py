@@ -13,8 +13,8 @@ from transformers.distributed.parallel_utils import replace_layer_number_by_wild
 
 from quantport.engine import PartialLoad, Ranks, Shards, UnsupportedError
 
-# The styles of Transformers 5.23 for parameters, and the dimension of a matrix that each splits; None for those that
-# leave it whole.
+# The styles of Transformers 5.23 for parameters, and the dimension of a matrix that each splits; None for
+# those that leave it whole.
 _DIMS = {
     "colwise": 0,
     "colwise_rep": 0,
@@ -35,8 +35,8 @@ _KINDS = ("tp_size", "fsdp_size", "dp_replicate_size", "pp_size", "ep_size")
 
 
 class Parallel:
-    """One rank's part of a model that Transformers splits over processes: by its ``tp_plan``, or by FSDP, which splits
-    parameters and leaves quantized weights whole.
+    """One rank's part of a model that Transformers splits over processes: by its ``tp_plan``, or by FSDP,
+    which splits parameters and leaves quantized weights whole.
 
     Args:
         model: On meta, as Transformers has built it.
@@ -120,6 +120,8 @@ def parallel_of(model: Any, device: str | torch.device) -> Parallel | None:
         found = "quantized layers are split by tp_size alone, and whole on each rank of fsdp_size"
         raise UnsupportedError(f"load shards with {said}", found, "one of these two, or one process")
     if sizes.keys() & _DATA:
-        text = "FSDP shards what stays in 16 bits: quantized weights are no parameters, and whole in each process"
+        text = (
+            "FSDP shards what stays in 16 bits; quantized weights, which are no parameters, it leaves whole"
+        )
         warnings.warn(text, UserWarning, stacklevel=2)
     return Parallel(model, asked, device) if sizes else None

@@ -73,7 +73,9 @@ def test_a_strategy_that_comes_to_disk(tmp_path):
     check_parts(caught.value, "disk")
 
 
-@pytest.mark.parametrize("asked", [{"pp_size": 2}, {"tp_size": 2, "ep_size": 2}, {"tp_size": 2, "fsdp_size": 2}])
+@pytest.mark.parametrize(
+    "asked", [{"pp_size": 2}, {"tp_size": 2, "ep_size": 2}, {"tp_size": 2, "fsdp_size": 2}]
+)
 def test_shards_of_other_kinds(asked, tmp_path, monkeypatch):
     """Refused by every rank by itself, before any waits for another."""
     from transformers.distributed import DistributedConfig

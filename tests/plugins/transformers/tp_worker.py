@@ -19,10 +19,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from quantport_transformers import QuantportConfig
 from transformers.distributed import DistributedConfig
 
 from quantport.engine import QuantModule
+from quantport_transformers import QuantportConfig
 
 IDS = torch.arange(3, 15).view(1, 12)
 
@@ -50,20 +50,20 @@ def what_came(case: dict[str, Any], rank: int) -> dict[str, Any]:
         with torch.no_grad():
             logits = model(IDS).logits
             tokens = model.generate(IDS, max_new_tokens=4, do_sample=False)
+        model.train()(IDS, labels=IDS).loss.backward()
     except Exception as error:
         return {"error": type(error).__name__, "said": str(error)}
-    gradients = []
-    if model.quantport_plan.shard is None or case["parallel"].get("fsdp_size"):
-        model.train()(IDS, labels=IDS).loss.backward()
-        gradients = [p.grad is not None for p in model.parameters() if p.requires_grad]
+    gradient = model.model.layers[0].post_attention_layernorm.weight.grad
     modules = {path: m for path, m in model.named_modules() if isinstance(m, QuantModule)}
     return {
         "stored": {path: {name: m.stored_weight(name) for name in m.specs} for path, m in modules.items()},
         "logits": logits.float(),
         "tokens": tokens,
         "notes": {step.layer.name: step.note for step in model.quantport_plan.quantized},
-        "sharded": [isinstance(p, DTensor) for n, p in model.named_parameters() if not n.endswith("empty_weight")],
-        "gradients": bool(gradients) and all(gradients),
+        "sharded": [
+            isinstance(p, DTensor) for n, p in model.named_parameters() if not n.endswith("empty_weight")
+        ],
+        "gradient": gradient.full_tensor() if isinstance(gradient, DTensor) else gradient,
         "bytes": sum(t.nbytes for m in modules.values() for _, t in m.stored_tensors()),
         "plan": str(model.quantport_plan),
     }
