@@ -245,7 +245,7 @@ def test_experts(scheme, results, folders):
 
 @pytest.mark.parametrize("kind", OTHERS)
 def test_other_architectures(kind, results, folders):
-    """Outputs that are gathered, inputs that are split; attention that each rank has whole, shared experts."""
+    """Outputs that are gathered, inputs that are split; attention that is whole on each rank."""
     model = one_process(folders, kind, "int8_weight_only")
     same_weights(results[kind], model)
     same_logits(results[kind], model)
