@@ -189,9 +189,8 @@ def described_model(model: nn.Module) -> SavedModel:
         SaveError: it has no quantized layer, or is a share of a model.
     """
     decided = getattr(model, "quantport_plan", None)
-    shared = next(
-        (name for name, p in model.named_parameters() if hasattr(p, "full_tensor")), None
-    )  # a DTensor
+    dtensors = (name for name, parameter in model.named_parameters() if hasattr(parameter, "full_tensor"))
+    shared = next(dtensors, None)
     if (decided and decided.shard) or shared:
         what = "a share of the model" if shared is None else f"a share of {shared}"
         found = f"this process holds {what}, others the rest"
