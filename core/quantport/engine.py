@@ -23,6 +23,7 @@ from quantport.errors import (
     ConfigError,
     DeviceError,
     QuantportError,
+    RankError,
     SaveError,
     UnsupportedError,
     WeightError,
@@ -32,7 +33,9 @@ from quantport.kernels.grouped import GroupedKernel
 from quantport.loading.executor import Progress
 from quantport.loading.library_config import METHOD, LibraryConfig, is_marked, merge_or_take_ours
 from quantport.loading.partial_load import PartialLoad
+from quantport.loading.ranks import Ranks
 from quantport.loading.save_model import described_model, why_not_written
+from quantport.loading.shards import Shards
 from quantport.loading.skeleton import transformers_names
 from quantport.loading.swap_modules import match_modules, swap_modules
 from quantport.loading.update import update_weight
@@ -80,6 +83,8 @@ __all__ = [
     "QuantModule",
     "QuantizedWeight",
     "QuantportError",
+    "RankError",
+    "Ranks",
     "Recognized",
     "Registry",
     "Request",
@@ -87,6 +92,7 @@ __all__ = [
     "SaveError",
     "SavedModel",
     "Scheme",
+    "Shards",
     "SkipCode",
     "SkipReason",
     "Step",

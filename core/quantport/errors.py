@@ -68,6 +68,10 @@ class BudgetError(QuantportError, MemoryError):
     """The plan does not fit in the memory of the device (predicted, before any weight is read)."""
 
 
+class RankError(QuantportError, RuntimeError):
+    """Another rank has failed, or does not answer: what all ranks do together is done by none."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Returns ``"did you mean 'x'? "`` for the closest known name, or an empty string."""
     lower = {k.lower(): k for k in known}

@@ -17,9 +17,10 @@ from transformers import Phi3Config, Phi3ForCausalLM
 import quantport
 from quantport import numerics
 from quantport.errors import WeightError
-from quantport.model.fused_projections import spans, with_cuts
+from quantport.model.fused_projections import with_cuts
 from quantport.model.layers import Layer, find_layers
 from quantport.modules import QuantFused, QuantLinear
+from quantport.numerics.sharding import spans_shards
 from quantport.scheme.catalog import BUILTIN
 
 SPANNING = ("fp8_per_tensor", "nvfp4", "nvfp4_weight_only", "nf4:double")
@@ -105,7 +106,7 @@ def test_one_scale_for_all_would_lose_the_small_projection(scheme):
     assert error(one) > (1.3 if scheme.startswith("nvfp4") else 3) * error(each)
 
 
-@pytest.mark.parametrize("scheme", [s for s in BUILTIN if not spans(BUILTIN[s])])
+@pytest.mark.parametrize("scheme", [s for s in BUILTIN if not spans_shards(BUILTIN[s], 0)])
 def test_scales_of_rows_and_blocks_are_those_of_the_projections_as_they_are(folder, scheme):
     """q ends at row 128 and k at 192, in the middle of a block of 128 rows: only there it makes a
     difference.

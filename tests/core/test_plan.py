@@ -314,6 +314,7 @@ def test_json_is_stable_and_plain():
         "source",
         "format",
         "device",
+        "shard",
         "rows",
         "why",
         "config",

@@ -140,11 +140,14 @@ class Recognized(ABC):
         tensor, release = self.source.read(part.tensor, rows), partial(self.source.release, part.tensor, rows)
         if tensor.dim() == 3:
             tensor = tensor[0]
-        if part.in_place and not part.experts:
+        if not part.in_place or part.experts:
+            tensor = part.select_rows(tensor)
+        elif part.columns is None:
             return tensor, release
+        else:
+            tensor = part.select_columns(tensor)
         # contiguous for the kernels that quantize it: a copy, which the source is not needed for
-        copy = part.select_rows(tensor).contiguous()
-        return copy, release
+        return tensor.contiguous(), release
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,13 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from quantport.checkpoint import Recognized
+from quantport.checkpoint import QuantizedWeight, Recognized
 from quantport.errors import CheckpointError, WeightError
 from quantport.loading.copy_tensors import HELD, SLAB, copy_tensor
 from quantport.loading.destination import Destination, IntoModel, Put
 from quantport.loading.executor import Task
 from quantport.loading.place_tensors import HeldDtypes
+from quantport.loading.shards import CutLayers
 from quantport.loading.swap_modules import by_module, make_module, module_at, swap_modules
 from quantport.loading.take_over import take_over_tasks
 from quantport.loading.weight_tasks import WeightQuantizer
@@ -26,6 +27,7 @@ from quantport.model.layers import Layer
 from quantport.model.patterns import compile_pattern
 from quantport.modules import QuantModule
 from quantport.modules.expert_form import holds_transposed
+from quantport.numerics.shard_steps import SharedMaxima
 from quantport.planning.plan import Plan
 from quantport.planning.steps import Step
 from quantport.plugins.registry import Registry
@@ -62,10 +64,12 @@ class ModelFiller:
         names: For each tensor of the checkpoint its name in the model.
         dtypes: In which dtype the model holds what stays.
         registry: Where the kernels of modules, and quantizers, come from.
+        cut: What this rank holds of each layer; None for all of it.
 
     Attributes:
         by_path: Path -> the steps that the module there carries out.
         placed: Path -> quantized module, empty until the tasks have run.
+        maxima: Layer name -> weight name -> what ranks have to agree on before the tasks run.
         warnings: For people: what the tensors that stay have turned out to hold. Grows while the tasks run.
     """
 
@@ -77,6 +81,7 @@ class ModelFiller:
         names: Mapping[str, str],
         dtypes: HeldDtypes,
         registry: Registry,
+        cut: CutLayers | None = None,
     ) -> None:
         self.checkpoint, self.model, self.plan, self.names = checkpoint, model, plan, names
         self.source, self.dtypes, self.registry = checkpoint.source, dtypes, registry
@@ -84,6 +89,12 @@ class ModelFiller:
         self.layer_names = {name: s.layer.name for s in plan.steps for name in _tensors(s.layer)}
         self.placed: dict[str, QuantModule] = {}
         self.warnings: list[str] = []
+        self._cut, self.maxima = cut, dict[str, dict[str, SharedMaxima]]()
+        if cut:
+            for step in plan.steps:
+                if step.choice and not self._taken_over(step):
+                    scheme = registry.schemes[step.scheme]
+                    self.maxima[step.layer.name] = cut.maxima(step, scheme, plan.config.nonfinite)
         self.device, self.slab = plan.device.torch_device, min(SLAB, plan.budget // HELD)
         self.by_path = by_module(plan.steps, self._path)
         self._quantizers: dict[torch.device, WeightQuantizer] = {}
@@ -109,6 +120,14 @@ class ModelFiller:
             old = self.model.get_submodule(path)
             self.placed[path] = make_module(steps, old, self.dtypes.dtype, self.registry)
         swap_modules(self.model, self.placed)
+
+    def maxima_tasks(self, device_of: Callable[[str], torch.device]) -> Iterator[Task]:
+        """Finds what the ranks have to agree on next; ``device_of`` as for `weight_tasks`."""
+        for step in self.plan.steps:
+            if maxima := self.maxima.get(step.layer.name):
+                path = self._path(step.layer)
+                quantizer = self._quantizer(device_of(path))
+                yield from quantizer.maxima_tasks(self._as_read(step), self.placed[path], maxima)
 
     def sizes(self) -> dict[str, int]:
         """Bytes that each module that was placed will hold."""
@@ -211,13 +230,22 @@ class ModelFiller:
     ) -> Iterable[Task]:
         """Fills a module, or a part of it, from codes or from values."""
         take = partial(to.weight, path, module) if to else None
-        weights = self.checkpoint.quantized().get(step.layer.home)
-        if weights and (step.stored or not self.checkpoint.converts):
-            budget = self.plan.budget
-            return take_over_tasks(step, module, weights, self.source, take, device, budget)
-        if weights:  # which are decoded to fp32
-            step = replace(step, layer=replace(step.layer, dtype=torch.float32))
-        return self._quantizer(device).tasks(step, module, take or module.set_steps)
+        if weights := self._taken_over(step):
+            budget, own = self.plan.budget, self._cut.stored(step.layer, weights) if self._cut else weights
+            return take_over_tasks(step, module, own, self.source, take, device, budget)
+        maxima = self.maxima.get(step.layer.name, {})
+        return self._quantizer(device).tasks(self._as_read(step), module, take or module.set_steps, maxima)
+
+    def _taken_over(self, step: Step) -> Mapping[str, QuantizedWeight]:
+        """The weights of a layer that are quantized already and stay so; empty where it is quantized here."""
+        stays = step.stored or not self.checkpoint.converts
+        return self.checkpoint.quantized().get(step.layer.home, {}) if stays else {}
+
+    def _as_read(self, step: Step) -> Step:
+        """A step with the dtype of what is read to be quantized: codes are decoded to fp32."""
+        if step.layer.home not in self.checkpoint.quantized():
+            return step
+        return replace(step, layer=replace(step.layer, dtype=torch.float32))
 
     def _quantizer(self, device: torch.device) -> WeightQuantizer:
         target = self.plan.device

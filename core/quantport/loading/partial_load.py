@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -13,13 +13,14 @@ from quantport.checkpoint import unchanged
 from quantport.device import Device
 from quantport.loading.build_context import as_usual, collecting_later
 from quantport.loading.destination import IntoModel
-from quantport.loading.executor import Progress, run_tasks
+from quantport.loading.executor import Progress, Task, run_tasks
 from quantport.loading.load_model import fits, usable
 from quantport.loading.locate import Source, named, open_checkpoint
 from quantport.loading.mark_configs import mark_configs
 from quantport.loading.place_tensors import HeldDtypes
 from quantport.loading.plan_model import merge, warn
 from quantport.loading.prepare import prepare, read_layers
+from quantport.loading.shards import Shards, agree_on
 from quantport.modules import QuantModule
 from quantport.planning.plan import Plan
 from quantport.plugins.registry import Registry, default_registry
@@ -42,6 +43,8 @@ class PartialLoad:
         dtype: What the model computes in.
         device: Which the kernels are for.
         spread: Several devices share the model: none has to hold all of it.
+        shards: What this rank holds of it, where it is split over several; every rank has to make one of
+            these, and to fill it.
         registry: As for ``load``.
 
     Attributes:
@@ -65,6 +68,7 @@ class PartialLoad:
         device: str | torch.device | Device = "auto",
         *,
         spread: bool = False,
+        shards: Shards | None = None,
         registry: Registry | None = None,
     ) -> None:
         registry = registry or default_registry()
@@ -84,12 +88,14 @@ class PartialLoad:
                 target,
                 registry,
                 source=named(source),
+                shards=shards,
             )
             self.plan = self._made.plan
             if not spread:
                 fits(self.plan, f"load {self.plan.source} on {self.plan.device}")
             self._made.filler.place()
             self._open = stack.pop_all()
+        self._ranks = shards.ranks if shards else None
         self.modules: Mapping[str, QuantModule] = self._made.filler.placed
         self.sizes = self._made.filler.sizes()
         coded = getattr(checkpoint.source, "coded", ())
@@ -111,12 +117,15 @@ class PartialLoad:
         """
         made, filler, device = self._made, self._made.filler, self.plan.device.torch_device
         warn(made.plan.warnings)
+        ranks, asked = self._ranks, f"load {self.plan.source}"
+        place = device_of or (lambda _: device)
         with self._open, as_usual():
-            into = IntoModel(made.model, device_of or (lambda _: device))
-            decoded = filler.copy_tasks(self._decoded, into)
-            tasks = filler.in_order((*filler.weight_tasks(device_of=device_of), *decoded))
-            with unchanged(filler.source):
-                run_tasks(tasks, progress, budget=made.plan.budget)
+            if ranks:
+                shared = (one for maxima in filler.maxima.values() for one in maxima.values())
+                agree_on(shared, lambda: self._run(filler.maxima_tasks(place)), ranks, asked)
+            with ranks.together(asked) if ranks else nullcontext(), unchanged(filler.source):
+                decoded = filler.copy_tasks(self._decoded, IntoModel(made.model, place))
+                self._run((*filler.weight_tasks(device_of=place), *decoded), progress)
         decided = filler.with_warnings()
         warn(decided.warnings[len(made.plan.warnings) :])
         if made.cache:
@@ -124,3 +133,8 @@ class PartialLoad:
         mark_configs(made.model)
         made.model.quantport_plan = decided  # type: ignore[assignment]  # a note on the model
         return decided
+
+    def _run(self, tasks: Iterable[Task], progress: Progress | None = None) -> None:
+        in_order = self._made.filler.in_order(tasks)
+        largest = max((task.need for task in in_order), default=0)  # a shard may be read as a whole
+        run_tasks(in_order, progress, budget=max(self.plan.budget, largest))

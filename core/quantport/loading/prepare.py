@@ -21,6 +21,7 @@ from quantport.loading.kv_caches import DefaultCache, default_cache
 from quantport.loading.place_tensors import HeldDtypes, place_tensors
 from quantport.loading.plan_model import refuse_nothing
 from quantport.loading.settle_ties import settle_ties, tied_groups
+from quantport.loading.shards import CutLayers, Shards
 from quantport.loading.stored_config import stored_schemes, with_stored
 from quantport.loading.swap_modules import match_modules
 from quantport.model.layers import Layer
@@ -68,6 +69,7 @@ def prepare(
     source: str,
     num_tokens: int = 1,
     budget: int | str | None = None,
+    shards: Shards | None = None,
 ) -> Prepared:
     """Plans what each layer becomes.
 
@@ -84,6 +86,7 @@ def prepare(
         source: What the plan calls the checkpoint.
         num_tokens: As for ``load``.
         budget: As for ``load``.
+        shards: What this rank holds of each layer; None for all of it.
 
     Raises:
         QuantportError: as ``load``.
@@ -92,12 +95,14 @@ def prepare(
     ties = settle_ties(model, checkpoint, layers, names, dtypes)
     as_it_is = () if checkpoint.converts else checkpoint.quantized()
     layers = place_tensors(layers, model, names, dtypes, ties.copies, as_it_is)
-    layers = match_modules(layers, model, partial(module_path, names))
+    path_of = partial(module_path, names)
+    layers = match_modules(layers, model, path_of)
     _homeless(model, layers, source)
     _placed(layers, checkpoint)
+    cut = CutLayers(shards, layers, path_of) if shards else None
     cache = default_cache(model, config.kv_cache_dtype, config.kv_cache_skip_layers, registry)
     decided = make_plan(
-        layers,
+        cut.layers if cut else layers,
         config,
         device,
         registry.kernels(device.kind),
@@ -112,8 +117,10 @@ def prepare(
         format_name=checkpoint.format_name,
     )
     refuse_nothing(decided)
+    if cut:
+        decided = cut.checked(decided, registry.schemes)
     groups = tied_groups(model)
-    filler = ModelFiller(checkpoint, model, decided, names, dtypes, registry)
+    filler = ModelFiller(checkpoint, model, decided, names, dtypes, registry, cut)
     return Prepared(model, decided, filler, cache, groups)
 
 

@@ -186,8 +186,15 @@ def described_model(model: nn.Module) -> SavedModel:
     """What a model is beside its tensors.
 
     Raises:
-        SaveError: it has no quantized layer.
+        SaveError: it has no quantized layer, or is a share of a model.
     """
+    decided = getattr(model, "quantport_plan", None)
+    dtensors = (name for name, parameter in model.named_parameters() if hasattr(parameter, "full_tensor"))
+    shared = next(dtensors, None)
+    if (decided and decided.shard) or shared:
+        what = "a share of the model" if shared is None else f"a share of {shared}"
+        found = f"this process holds {what}, others the rest"
+        raise SaveError(f"save {type(model).__name__}", found, "load it in one process, and save that")
     layers = {
         name: _saved_layer(m, model, name) for name, m in model.named_modules() if isinstance(m, QuantModule)
     }
@@ -202,7 +209,7 @@ def described_model(model: nn.Module) -> SavedModel:
             "it has no quantized layer",
             "quantport.load or quantport.quantize_ first",
         )
-    cache, decided = default_of(model), getattr(model, "quantport_plan", None)
+    cache = default_of(model)
     return SavedModel(
         layers,
         _config(model),

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -16,9 +17,17 @@ from quantport.errors import WeightError
 from quantport.kernels.base import Kernel, StoredWeight, WeightSpec
 from quantport.kernels.packing import layout_of
 from quantport.loading.executor import Task
-from quantport.model.layers import Part
+from quantport.model.layers import Layer, Part
 from quantport.modules import QuantModule
-from quantport.numerics.by_rows import QuantizedRows, ReadRows, join_steps, quantize_steps, stacks
+from quantport.numerics.by_rows import (
+    QuantizedRows,
+    ReadRows,
+    join_steps,
+    quantize_steps,
+    spans_rows,
+    stacks,
+)
+from quantport.numerics.shard_steps import SharedMaxima
 from quantport.planning.memory import peak_with, step_rows
 from quantport.planning.steps import Step
 from quantport.scheme import Scheme
@@ -54,24 +63,52 @@ class WeightQuantizer:
     storage_only_dtypes: frozenset[torch.dtype] = frozenset()
     by_turns: threading.Lock = field(default_factory=threading.Lock)
 
-    def tasks(self, step: Step, module: QuantModule, take: Take) -> Iterable[Task]:
+    def tasks(
+        self,
+        step: Step,
+        module: QuantModule,
+        take: Take,
+        maxima: Mapping[str, SharedMaxima] = MappingProxyType({}),
+    ) -> Iterable[Task]:
         """The tasks that fill one module, or a part of it.
 
         Args:
             step: The layer, or the piece of a layer.
             module: Whose weights they are.
             take: Takes each weight by its name in the module, as ``module.set_steps`` does.
+            maxima: Name of each weight whose scales span ranks -> what those have agreed on.
         """
         layer = step.layer
         for weight, n, k in layer.each:
             part, kernel, spec = layer.part(weight), module.kernel_of(weight), module.specs[weight]
             size, alike = n * k * layer.dtype.itemsize, _Alike(self, spec, layer.dtype, kernel)
-            stacked = _stacks(spec, layer.dtype)
+            shared = maxima.get(weight)
+            stacked = _stacks(spec, layer.dtype) and not shared
             held = _held(None if layer.experts else kernel, spec, layer.dtype, read=stacked or not self.owned)
             if not (self.owned or part.in_place):
                 held += size if part.start is None else 2 * size  # all that it is gathered from
-            fill = _Fill(alike, part, f"{layer.home}.{weight}".rstrip("."), partial(take, weight))
+            if shared:
+                held += _held_whole(spec, layer.dtype)
+            fill = _Fill(alike, part, weight_name(layer, weight), partial(take, weight), shared)
             yield Task(part.tensor, size, fill, held, together=alike if stacked else None)
+
+    def maxima_tasks(
+        self, step: Step, module: QuantModule, maxima: Mapping[str, SharedMaxima]
+    ) -> Iterator[Task]:
+        """The tasks that find what ranks have to agree on next, for the weights of a module that need it;
+        arguments as for `tasks`.
+        """
+        layer = step.layer
+        for weight, shared in maxima.items():
+            if shared.complete:
+                continue
+            part, spec = layer.part(weight), module.specs[weight]
+            read = partial(_rows, self.read, part, spec.n)
+            rows, _ = _where(read, layer.dtype, spec, self.device, self.storage_only_dtypes)
+            count = _step_rows(module.kernel_of(weight), spec, layer.dtype)
+            held = _held(None, spec, layer.dtype) + _held_whole(spec, layer.dtype)
+            size = spec.n * spec.k * layer.dtype.itemsize
+            yield Task(part.tensor, size, partial(shared.find_next, rows, count), held)
 
 
 @dataclass(frozen=True)
@@ -107,7 +144,9 @@ class _Alike:
             for i, fill in enumerate(fills):
                 fill.take(iter((QuantizedRows(0, n, {key: rows[i].clone() for key, rows in each.items()}),)))
 
-    def quantize(self, read: ReadRows, n: int, name: str) -> Iterator[QuantizedRows]:
+    def quantize(
+        self, read: ReadRows, n: int, name: str, shared: SharedMaxima | None = None
+    ) -> Iterator[QuantizedRows]:
         """Quantizes ``n`` rows, of one weight or of several."""
         made = self.quantizer
         return quantize_on(
@@ -120,6 +159,7 @@ class _Alike:
             made.device,
             made.storage_only_dtypes,
             self.kernel,
+            shared,
         )
 
 
@@ -131,11 +171,23 @@ class _Fill:
     part: Part
     name: str
     take: Callable[[Iterator[QuantizedRows]], None]
+    shared: SharedMaxima | None
 
     def __call__(self) -> None:
         n = self.alike.spec.n
         rows = partial(_rows, self.alike.quantizer.read, self.part, n)
-        self.take(self.alike.quantize(rows, n, self.name))
+        self.take(self.alike.quantize(rows, n, self.name, self.shared))
+
+
+def weight_name(layer: Layer, weight: str) -> str:
+    """What errors call a weight of a layer."""
+    return f"{layer.home}.{weight}".rstrip(".")
+
+
+def _held_whole(spec: WeightSpec, dtype: torch.dtype) -> int:
+    """Bytes of a shard that is read and quantized as a whole, since a scale spans all of its rows."""
+    whole = spec.n * spec.k * dtype.itemsize + spec.scheme.bytes(spec.n, spec.k)
+    return whole if spans_rows(spec.scheme.weight) else 0
 
 
 _held = lru_cache(maxsize=256)(peak_with)  # the layers of a model repeat
@@ -161,6 +213,7 @@ def quantize_on(
     device: torch.device | None,
     storage_only_dtypes: frozenset[torch.dtype] = frozenset(),
     kernel: Kernel | None = None,
+    shared: SharedMaxima | None = None,
 ) -> Iterator[QuantizedRows]:
     """Quantizes a weight some rows at a time on the backend of a device; other arguments as of
     `WeightQuantizer`.
@@ -171,19 +224,20 @@ def quantize_on(
         spec: Scheme and shape.
         name: Of the weight, for errors.
         kernel: Packs the rows, where it does that.
+        shared: For a shard whose scales span ranks: what those have agreed on.
 
     Returns:
         The stored tensors of the rows, on ``device``.
     """
-    dtypes = (dtype, *(stored for _, stored in spec.scheme.layout(spec.n, spec.k).values()))
-    on_host = device is not None and not storage_only_dtypes.isdisjoint(dtypes)
-    rows = partial(_on, None if on_host else device, read)
+    rows, on_host = _where(read, dtype, spec, device, storage_only_dtypes)
 
     def quantize(values: Tensor, scheme: Scheme) -> StoredWeight:
         return numerics.quantize_weight(values, scheme, name, nonfinite, None if on_host else fast)
 
     shape, count = (spec.n, spec.k), _step_rows(kernel, spec, dtype)
-    if count < spec.n:
+    if shared:
+        steps = shared.quantize_steps(rows, count)
+    elif count < spec.n:
         steps = quantize_steps(rows, shape, spec.scheme, count, quantize, name=name, nonfinite=nonfinite)
     else:
         with rows(0, spec.n) as values:
@@ -191,6 +245,19 @@ def quantize_on(
     if not on_host:
         return steps
     return (part._replace(stored={key: t.to(device) for key, t in part.stored.items()}) for part in steps)
+
+
+def _where(
+    read: ReadRows,
+    dtype: torch.dtype,
+    spec: WeightSpec,
+    device: torch.device | None,
+    storage_only_dtypes: frozenset[torch.dtype],
+) -> tuple[ReadRows, bool]:
+    """Gives rows where they are quantized, and says whether that is the host in place of ``device``."""
+    dtypes = (dtype, *(stored for _, stored in spec.scheme.layout(spec.n, spec.k).values()))
+    on_host = device is not None and not storage_only_dtypes.isdisjoint(dtypes)
+    return partial(_on, None if on_host else device, read), on_host
 
 
 @contextmanager

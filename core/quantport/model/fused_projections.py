@@ -12,7 +12,7 @@ from itertools import accumulate
 from typing import Any
 
 from quantport.model.layers import FUSED, Layer, Part
-from quantport.numerics.sharding import alignment, shard_dims
+from quantport.numerics.sharding import alignment, spans_shards
 from quantport.scheme import Scheme
 
 
@@ -47,22 +47,22 @@ def _heads(config: Mapping[str, Any]) -> tuple[int, ...]:
     return heads * size, groups * size, groups * size
 
 
-def spans(scheme: Scheme) -> bool:
-    """Whether a scale, or an offset, of the scheme belongs to all rows of a weight."""
-    return None in shard_dims(scheme, 0).values()
-
-
 def split_projections(layer: Layer, scheme: Scheme) -> tuple[Layer, str]:
     """The layer with one weight for each of its projections, if a scale would span them; and a note that says
     so.
     """
     last = layer.name.rpartition(".")[2]
     if not layer.cuts:
-        if layer.kind != "linear" or last not in FUSED or len(layer.weights) > 1 or not spans(scheme):
+        if (
+            layer.kind != "linear"
+            or last not in FUSED
+            or len(layer.weights) > 1
+            or not spans_shards(scheme, 0)
+        ):
             return layer, ""
         return layer, f"one scale for {', '.join(FUSED[last])}: the model does not say where they end"
     bounds = list(accumulate((rows for _, rows in layer.cuts), initial=0))
-    if not spans(scheme) and not any(b % alignment(scheme, 0) for b in bounds[:-1]):
+    if not spans_shards(scheme, 0) and not any(b % alignment(scheme, 0) for b in bounds[:-1]):
         return layer, ""
     (_, _, k), (part,) = layer.weights[0], next(iter(layer.parts.values()))
     names = [name for name, _ in layer.cuts]

@@ -48,7 +48,7 @@ class Part(NamedTuple):
     """Where one weight comes from: every ``step``-th of the rows ``[start, stop)`` of a tensor, or of its
     slice ``expert``: of a 3-D tensor, or of a 2-D one in which ``experts`` matrices of equal sizes lie one
     below the other. Where it is stored transposed, as ``[in_features, out_features]``, rows are those of the
-    weight.
+    weight. Of these rows, where ``columns`` says so, only the columns ``[first, last)``.
     """
 
     tensor: str
@@ -58,6 +58,7 @@ class Part(NamedTuple):
     step: int = 1
     transposed: bool = False
     experts: int | None = None
+    columns: tuple[int, int] | None = None
 
     @property
     def in_place(self) -> bool:
@@ -77,7 +78,13 @@ class Part(NamedTuple):
 
     def select_rows(self, matrix: Tensor) -> Tensor:
         """The weight, out of the matrix in which it is stored."""
-        return (matrix.T if self.transposed else matrix)[self.start : self.stop : self.step]
+        return self.select_columns(
+            (matrix.T if self.transposed else matrix)[self.start : self.stop : self.step]
+        )
+
+    def select_columns(self, rows: Tensor) -> Tensor:
+        """The columns of the weight, out of its rows."""
+        return rows[:, slice(*self.columns)] if self.columns else rows
 
 
 @dataclass(frozen=True)

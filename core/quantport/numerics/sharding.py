@@ -88,6 +88,34 @@ def quantize_shard(
     return stored
 
 
+def why_not_split(scheme: Scheme, dim: int, size: int, *, is_whole: bool = False) -> tuple[str, str] | None:
+    """Why a shard of so many rows or columns cannot be quantized to what it is of the whole weight, and what
+    could be; None where it can.
+
+    Args:
+        scheme: The scheme.
+        dim: The dimension that is split.
+        size: Rows or columns of the shard.
+        is_whole: It may end in a short block, as the whole weight does.
+    """
+    if scheme.ordered and dim == 1:
+        return "columns in an order of the whole weight", scheme.in_order.name
+    if scheme.weight.zero_point and spans_shards(scheme, dim):
+        return "offsets that belong to all ranks, of which only magnitudes are shared", "a scheme with groups"
+    step = alignment(scheme, dim)
+    if size % step and not is_whole:
+        return (
+            f"{size} is not a multiple of {step}: a block would lie in two shards",
+            f"shards of a multiple of {step}: fewer ranks, or a scheme with smaller blocks",
+        )
+    return None
+
+
+def spans_shards(scheme: Scheme, dim: int) -> bool:
+    """Whether a scale, or an offset, belongs to all shards of a weight that is split along ``dim``."""
+    return None in shard_dims(scheme, dim).values()
+
+
 def alignment(scheme: Scheme, dim: int) -> int:
     """What a boundary between shards must be a multiple of, along ``dim``."""
     weight = scheme.weight
@@ -139,20 +167,11 @@ def join_shards(shards: Sequence[dict[str, Tensor]], scheme: Scheme, dim: int) -
 def _refusal(shard: Tensor, scheme: Scheme, dim: int, name: str, whole: bool) -> QuantportError | None:
     """What is wrong with a shard, before any value of it is looked at."""
     asked = f"quantize a shard of {name} to {scheme.name}, split along dimension {dim}"
-    if scheme.ordered and dim == 1:
-        return ConfigError(asked, "columns in an order of the whole weight", f"{scheme.in_order.name}")
     if shard.dim() != 2 or shard.dtype not in numerics.FLOATS or not shard.numel():
         suggestion = "a matrix with elements, in bfloat16, float16 or float32"
         return WeightError(asked, f"shape {list(shard.shape)}, dtype {shard.dtype}", suggestion)
-    step = alignment(scheme, dim)
-    if shard.shape[dim] % step and not whole:
-        suggestion = f"shards of a multiple of {step}: fewer ranks, or a scheme with smaller blocks"
-        return ConfigError(
-            asked,
-            f"{shard.shape[dim]} is not a multiple of {step}: a block would lie in two shards",
-            suggestion,
-        )
-    return None
+    why = why_not_split(scheme, dim, shard.shape[dim], is_whole=whole)
+    return ConfigError(asked, *why) if why else None
 
 
 def _agree(maximum: Maximum, error: QuantportError | None, shard: Tensor, name: str) -> None:

@@ -47,6 +47,7 @@ class Plan:
         budget: Bytes that the stream may hold beside the loaded model.
         warnings: For people: tensors that are not loaded or are converted, ties that are none.
         format_name: Name of the format of the checkpoint; empty for a module.
+        shard: The rank whose share of each layer this is, and the number of ranks; None for a whole model.
     """
 
     source: str
@@ -59,6 +60,7 @@ class Plan:
     budget: int = BUDGET
     warnings: tuple[str, ...] = ()
     format_name: str = ""
+    shard: tuple[int, int] | None = None
 
     @property
     def before(self) -> int:
@@ -116,7 +118,8 @@ class Plan:
         }
 
     def __str__(self) -> str:
-        parts = [f"{self.source} on {self.device}"]
+        rank = f", rank {self.shard[0]} of {self.shard[1]}" if self.shard else ""
+        parts = [f"{self.source} on {self.device}{rank}"]
         parts += [f"  {name}\n{part._layers()}" for name, part in self.components.items()] or [self._layers()]
         return "\n".join([*parts, *(f"  warning: {text}" for text in self.warnings)])
 
@@ -140,6 +143,7 @@ class Plan:
             "source": self.source,
             "format": self.format_name,
             "device": str(self.device),
+            "shard": self.shard,
             "rows": self.num_tokens,
             "why": self.why,
             "config": self.config.model_dump(mode="json", exclude_unset=True),

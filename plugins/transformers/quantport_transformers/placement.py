@@ -18,8 +18,8 @@ class Placement:
     """A ``device_map`` as Transformers hands it on.
 
     Args:
-        device_map: None for the CPU, a mapping of module paths, or a strategy (``"auto"``), which becomes a
-            mapping once the sizes of the modules are known.
+        device_map: None for the CPU, a device, a mapping of module paths, or a strategy (``"auto"``), which
+            becomes a mapping once the sizes of the modules are known.
 
     Attributes:
         undecided: Whether it is a strategy still.
@@ -32,7 +32,8 @@ class Placement:
 
     def __init__(self, device_map: Any) -> None:
         self.undecided = isinstance(device_map, str)
-        self._map = dict(device_map) if isinstance(device_map, Mapping) else {"": "cpu"}
+        whole = device_map if isinstance(device_map, torch.device) else "cpu"
+        self._map = dict(device_map) if isinstance(device_map, Mapping) else {"": whole}
         on_disk = [path for path, device in self._map.items() if str(device) == "disk"]
         if on_disk:
             raise DeviceError(

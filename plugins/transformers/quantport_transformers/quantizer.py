@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -18,11 +18,11 @@ from quantport.engine import (
     Progress,
     QuantModule,
     TiedLinear,
-    UnsupportedError,
     transformers_names,
 )
 from quantport_transformers.checkpoint_files import one_path
 from quantport_transformers.config import QuantportConfig
+from quantport_transformers.parallel import Parallel, parallel_of
 from quantport_transformers.placement import Placement
 from quantport_transformers.save import save_pretrained
 
@@ -44,6 +44,7 @@ class QuantportQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
         super().__init__(quantization_config, **options)
         self._place = Placement(None)
         self._files: Sequence[str] | None = None
+        self._parallel: Parallel | None = None
         self._load: PartialLoad | None = None
         self._ignored: Any = None
 
@@ -58,23 +59,27 @@ class QuantportQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
     def _process_model_before_weight_loading(
         self, model: Any, *, checkpoint_files: Sequence[str] | None = None, device_map: Any = None, **_: Any
     ) -> None:
-        _refuse_parallel(getattr(model.config, "distributed_config", None))
         self._files, self._place = checkpoint_files, Placement(device_map)
+        self._parallel = parallel_of(model, self._place.device)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         """Plans, and puts quantized modules where the plan says: here Transformers has found out under which
         names it loads the tensors of the checkpoint.
         """
-        self._load = load = PartialLoad(
-            one_path(self._files),
-            model,
-            partial(transformers_names, model, transforms=weight_conversions),
-            self.quantization_config.config,
-            model.config.dtype,
-            self._place.device,
-            spread=self._place.spread,
-        )
-        self._place.refuse_waiting(load.decoded)
+        with self._parallel.planning() if self._parallel else nullcontext() as shards:
+            self._load = load = PartialLoad(
+                one_path(self._files),
+                model,
+                partial(transformers_names, model, transforms=weight_conversions),
+                self.quantization_config.config,
+                model.config.dtype,
+                self._place.device,
+                spread=self._place.spread,
+                shards=shards,
+            )
+            self._place.refuse_waiting(load.decoded)
+            if self._parallel:
+                self._parallel.prepare(load)
         for module in self._filled(model):
             if not any(True for _ in module.parameters(recurse=False)):  # a bias may have to be drawn
                 module._is_hf_initialized = True  # type: ignore[assignment]  # no tensor of it is
@@ -121,21 +126,6 @@ class QuantportQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
     def save_pretrained(self, model: Any, *args: Any, **options: Any) -> None:
         """What ``model.save_pretrained`` does; arguments as there."""
         save_pretrained(model, *args, **options)
-
-
-def _refuse_parallel(asked: Any) -> None:
-    """Refuses to share a model among processes.
-
-    Raises:
-        UnsupportedError: names what was asked.
-    """
-    if asked is not None:
-        said = {k: v for k, v in vars(asked).items() if k.endswith(("_size", "_plan")) and v not in (None, 1)}
-        raise UnsupportedError(
-            f"load shards with {', '.join(f'{k}={v!r}' for k, v in said.items()) or 'a distributed_config'}",
-            "the quantized layers of a model are loaded whole",
-            "one process, with device_map='auto' for several devices; quantport.engine quantizes shards",
-        )
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from core_models import write
+from core_models import same_state, write
 from core_references import check_parts
 from core_transformers import checkpoint, tiny
 from hf_models import QuantportConfig, from_pretrained, save, transformers
@@ -73,8 +73,10 @@ def test_a_strategy_that_comes_to_disk(tmp_path):
     check_parts(caught.value, "disk")
 
 
-@pytest.mark.parametrize("asked", [{"tp_size": 2}, {"tp_plan": "auto", "tp_size": 2}, {"fsdp_size": 2}])
-def test_shards(asked, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "asked", [{"pp_size": 2}, {"tp_size": 2, "ep_size": 2}, {"tp_size": 2, "fsdp_size": 2}]
+)
+def test_shards_of_other_kinds(asked, tmp_path, monkeypatch):
     """Refused by every rank by itself, before any waits for another."""
     from transformers.distributed import DistributedConfig
 
@@ -84,7 +86,16 @@ def test_shards(asked, tmp_path, monkeypatch):
     )
     with pytest.raises(UnsupportedError) as caught:
         from_pretrained(save(tmp_path, "untied"), "int8", distributed_config=config)
-    check_parts(caught.value, *(f"{k}={v!r}" for k, v in asked.items()), "one process")
+    check_parts(caught.value, *(f"{k}={v}" for k, v in asked.items()), "one process")
+
+
+def test_one_process_that_is_asked_for_as_a_group(tmp_path):
+    from transformers.distributed import DistributedConfig
+
+    folder = save(tmp_path, "untied")
+    model = from_pretrained(folder, "int8", distributed_config=DistributedConfig())
+    assert model.quantport_plan.shard is None
+    same_state(model, from_pretrained(folder, "int8"))
 
 
 def quantized_by_somebody(folder, **tensors):
