@@ -56,6 +56,14 @@ MODELS = {
     },
     "BertModel": SMALL,
     "GPT2LMHeadModel": {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64, "n_positions": 32},
+    "GPTNeoForCausalLM": {
+        "hidden_size": 32,
+        "num_layers": 2,
+        "num_heads": 4,
+        "vocab_size": 64,
+        "max_position_embeddings": 32,
+        "attention_types": [[["global", "local"], 1]],
+    },
     "BloomForCausalLM": {"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64},
     "MambaForCausalLM": {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64, "state_size": 4},
     "ViTModel": PATCHES,
@@ -90,6 +98,24 @@ def test_the_model_is_that_of_transformers(name, dtype):
     for key, buffer in buffers[0].items():
         assert buffer.dtype == buffers[1][key].dtype, key
         assert same_bits(buffer.reshape(-1), buffers[1][key].reshape(-1)), key
+
+
+def test_types_of_python_are_dtypes():
+    """As GPT-Neo makes its masks, and many a table of indices."""
+    with building():
+        torch.set_default_dtype(torch.bfloat16)
+        made = {
+            torch.int64: [torch.zeros(300, dtype=int), torch.ones(3).to(int), torch.full((2,), 2, dtype=int)],
+            torch.bool: [torch.ones(3, dtype=bool), torch.zeros(2**25, dtype=bool), torch.arange(3).to(bool)],
+            torch.float64: [
+                torch.eye(2, dtype=float),
+                torch.linspace(0, 1, 3, dtype=float),
+                torch.arange(3).to(float),
+            ],
+        }
+    assert {dtype: {tensor.dtype for tensor in tensors} for dtype, tensors in made.items()} == {
+        dtype: {dtype} for dtype in made
+    }
 
 
 def test_defaults_of_operations_that_no_factory_makes():

@@ -63,11 +63,30 @@ def test_a_map_may_name_schemes_alone_beside_a_null_or_a_configuration():
         parse({"a": "int99", "b": None})
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model": None, "lm_head": None, "schem": "int8"},
+        {"model": "int8", "lm_head": None, "ignor": None},
+        {"Model": "int8", "model": None, "lm_head": None},
+        {"components": {"model": {"components": {"model.layer": "int8", "model": None}}, "lm_head": None}},
+    ],
+)
+def test_a_component_that_holds_no_layer_is_no_silent_no_op(config):
+    wrong = next(name for name in ("schem", "ignor", "Model", "model.layer") if repr(name) in repr(config))
+    with pytest.raises(ConfigError) as caught:
+        assigned(parse(config), "model.a", "lm_head")
+    check_parts(caught.value, f"component {wrong!r}", "none of 2 layers", "model")
+    spread = {} if "components" in config else {"components": config}
+    with pytest.warns(UserWarning, match=f"component {wrong!r}"):
+        assigned(parse({**(spread or config), "on_unmatched": "warn"}), "model.a", "lm_head")
+
+
 def test_dot_boundary():
     """transformer must not catch transformer_2, as plain startswith does in vLLM-Omni."""
     config = parse({"transformer": {"method": "fp8"}})
     with pytest.raises(ConfigError) as caught:
-        assigned(config, "transformer_2.a")
+        assigned(config, "transformer.a", "transformer_2.a")
     check_parts(caught.value, "transformer_2.a", "'transformer_2'", "null")
 
 

@@ -248,3 +248,36 @@ def test_the_plan_says_what_the_ranks_compute_otherwise(folder):
     assert {name for name, note in notes.items() if text in note} == {"down", "moe.experts.0.down_proj"}
     _, part = Threads(2).each(lambda own: part_of(folder, "int8_weight_only", own))[0]
     assert not any(text in step.note for step in part.plan.quantized)
+
+
+UNLIKE = [
+    (("int4_weight_only_g32", "fp8_weight_only"), ({"up": 0}, {"up": 0})),
+    (("int8_weight_only", "fp8_per_tensor"), ({"up": 0, "down": 1}, {"up": 0, "down": 1})),
+    (("int8_weight_only", "int8_weight_only"), ({"up": 0}, {"up": 0, "down": 1})),
+]
+
+
+@pytest.mark.parametrize(("configs", "dims"), UNLIKE, ids=str)
+def test_ranks_that_plan_something_else_are_told(configs, dims, folder):
+    threads = Threads(2)
+    for error in threads.each(lambda own: filled(folder, configs[own.rank], own, dims[own.rank])):
+        assert isinstance(error, RankError), error
+        check_parts(error, "different plans", "scheme by name")
+    assert len(set(threads.calls)) == 1
+
+
+def test_offsets_that_are_stored_are_passed_on(folder, tmp_path):
+    whole = quantport.load(folder, "int8_weight_only:asym", model=Tiny, device="cpu")
+    saved = quantport.save(whole, tmp_path / "saved")
+    check_joined(Threads(2).each(lambda own: filled(saved, {}, own, {"down": 1})), whole, {"down": 1})
+
+
+def test_what_is_read_to_hold_columns_is_counted(folder):
+    def needs(own):
+        _, part = part_of(folder, "int8_weight_only", own, {"up": 0, "down": 1})
+        filler = part._made.filler
+        return {task.module: task.need for task in filler.weight_tasks() if task.module in ("up", "down")}
+
+    one, four = needs(Ranks(0, 1, lambda values: values)), Threads(4).each(needs)[0]
+    assert four["up"] < one["up"]
+    assert four["down"] >= one["down"]

@@ -20,8 +20,9 @@ from quantport.errors import ConfigError, UnsupportedError, WeightError
 from quantport.kernels import aten
 from quantport.kernels.base import Accepted, Kernel, Rejected, Request, WeightSpec
 from quantport.kernels.wrapped import kernel_for
+from quantport.loading.update import update_weight
 from quantport.modules import QuantLinear
-from quantport.numerics.sharding import join_shards
+from quantport.numerics.sharding import join_shards, spans_shards, why_not_split
 from quantport.scheme.catalog import BUILTIN
 
 STATIC = ("int8:static", "int8:static_asym", "fp8_per_tensor:static", "int4_w4a8:static_asym")
@@ -230,3 +231,32 @@ def test_shards_share_it():
     halves[1]["input_scale"] = torch.ones(1)
     with pytest.raises(WeightError, match="input_scale differs"):
         join_shards(halves, scheme, 0)
+
+
+def test_offsets_and_fused_projections_are_split_as_without_it():
+    for dim, name in ((0, "int8"), (0, "int8:asym"), (0, "int8:actorder"), (1, "int4_w4a8:g32:asym")):
+        static = BUILTIN[f"{name}:static"]
+        assert spans_shards(static, dim) == spans_shards(BUILTIN[name], dim) is False
+        assert why_not_split(static, dim, 64) == why_not_split(BUILTIN[name], dim, 64)
+    assert spans_shards(BUILTIN["int8:static"], 1)
+
+
+@pytest.mark.parametrize("name", STATIC)
+def test_a_new_weight_keeps_the_scale_of_activations(name):
+    scheme, stored = stored_as(name)
+    module = QuantLinear(aten.Reference(), WeightSpec(scheme, N, K), dtype=torch.float32)
+    module.set_weight("", stored)
+    weight = 2 * randn(N, K)
+    update_weight(module, "", weight)
+    held = module.stored_weight("")
+    for key, tensor in numerics.quantize_weight(weight, scheme.per_token).items():
+        assert torch.equal(numerics.raw(held[key]), numerics.raw(tensor))
+    for key in held.keys() & {"input_scale", "input_zero_point"}:
+        assert torch.equal(held[key], stored[key])
+    assert "input_scale" in held
+
+
+def test_rotated_activations_have_no_stored_scale():
+    for name in ("int4_w4a8:static:hadamard", "int4_w4a8:hadamard:static"):
+        with pytest.raises(ConfigError, match="no such option"):
+            BUILTIN[name]

@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from quantport.config.schema import QuantConfig
-from quantport.errors import ConfigError
+from quantport.errors import ConfigError, one_of
 from quantport.model.layers import Layer
 from quantport.model.patterns import bounded, compile_pattern
 from quantport.model.roles import SkipCode, SkipReason
@@ -138,7 +138,7 @@ def component_of(layer: Layer, config: QuantConfig) -> str:
     Raises:
         ConfigError: it is in none.
     """
-    inside = [c for c in config.components if layer.name == c or layer.name.startswith(c + ".")]
+    inside = [c for c in config.components if _is_inside(layer.name, c)]
     if not inside:
         raise ConfigError(
             f"the component of {layer.name}",
@@ -319,13 +319,14 @@ def _piece(layer: Layer, name: str, only: tuple[str, ...]) -> Layer:
 
 
 def check_patterns(config: QuantConfig, layers: Sequence[Layer]) -> None:
-    """Every pattern must match something: a silent no-op is the most reported failure of this field.
+    """Every pattern must match something, and every component hold a layer: a silent no-op is the most
+    reported failure of this field.
 
     Raises:
         ConfigError: one matches nothing.
     """
-    patterns = config.patterns()
-    if not patterns:
+    patterns, components = config.patterns(), list(_components(config))
+    if not (patterns or components):
         return
     names = list(dict.fromkeys(name for layer in layers for name in (layer.name, *layer.path, *layer.tied)))
     shards = [shard for layer in layers for shard in layer.shards]
@@ -333,10 +334,30 @@ def check_patterns(config: QuantConfig, layers: Sequence[Layer]) -> None:
         matches = compile_pattern(pattern).match
         if any(map(matches, names)) or any(map(matches, shards)):
             continue
-        error = _unmatched(pattern, names)
-        if config.on_unmatched == "error":
-            raise error
-        warnings.warn(str(error), UserWarning, stacklevel=4)
+        _refuse(_unmatched(pattern, names), config)
+    for component in components:
+        if not any(_is_inside(name, component) for name in names):
+            known = dict.fromkeys(name.partition(".")[0] for name in names)
+            found = f"none of {len(names)} layers is in it"
+            _refuse(ConfigError(f"component {component!r}", found, one_of(component, known)), config)
+
+
+def _refuse(error: ConfigError, config: QuantConfig) -> None:
+    """Raises what matches nothing, or warns of it."""
+    if config.on_unmatched == "error":
+        raise error
+    warnings.warn(str(error), UserWarning, stacklevel=5)
+
+
+def _components(config: QuantConfig) -> Iterator[str]:
+    """Those of a configuration, and those inside them."""
+    for name, inner in config.components.items():
+        yield name
+        yield from _components(inner) if inner else ()
+
+
+def _is_inside(layer: str, component: str) -> bool:
+    return layer == component or layer.startswith(f"{component}.")
 
 
 def _unmatched(pattern: str, names: Sequence[str]) -> ConfigError:

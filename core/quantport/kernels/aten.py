@@ -45,10 +45,10 @@ class Portable(Kernel):
 
     def reasons_against(self, request: Request) -> Sequence[Reason]:
         """A dtype of the activations, or of the weight, with which the device does nothing."""
-        arch, met = (
-            request.device.arch,
-            {"activations": request.dtype, "the weight": request.weight.scheme.weight.element.storage},
-        )
+        arch = request.device.arch
+        if not arch.storage_only_dtypes:  # of most
+            return ()
+        met = {"activations": request.dtype, "the weight": request.weight.scheme.weight.element.storage}
         return [
             Reason(
                 f"{arch.name} ({arch.title}) only stores {str(dtype).removeprefix('torch.')}, the "

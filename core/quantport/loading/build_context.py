@@ -101,7 +101,8 @@ _INSIDE: ContextVar[_Defaults | None] = ContextVar("quantport_building", default
 
 def _zeros(*args: Any, **kwargs: Any) -> Tensor:
     """Zeros in pages that the system makes when they are first touched: a parameter that a class makes of
-    zeros, such as all experts of a layer of Llama 4, goes to meta without one.
+    zeros, such as all experts of a layer of Llama 4, goes to meta without one. They are NumPy's, whose memory
+    is not resized.
     """
     if "out" in kwargs or torch.device(kwargs.get("device") or "cpu").type != "cpu":
         return torch.zeros(*args, **kwargs)
@@ -116,7 +117,8 @@ def _typed(leaf: Any) -> bool:
     """Whether an argument says which floats come out: then no default is asked for."""
     if isinstance(leaf, Tensor):
         return leaf.is_floating_point() or leaf.is_complex()
-    return isinstance(leaf, torch.dtype) or hasattr(leaf, "dtype")  # NumPy's
+    # of torch, Python (``bool``, ``int``) or NumPy
+    return isinstance(leaf, torch.dtype | type) or hasattr(leaf, "dtype")
 
 
 @contextmanager

@@ -127,7 +127,13 @@ class ModelFiller:
             if maxima := self.maxima.get(step.layer.name):
                 path = self._path(step.layer)
                 quantizer = self._quantizer(device_of(path))
-                yield from quantizer.maxima_tasks(self._as_read(step), self.placed[path], maxima)
+                times = self._cut.times_read(step.layer) if self._cut else 1
+                for task in quantizer.maxima_tasks(self._as_read(step), self.placed[path], maxima):
+                    yield task._replace(need=task.need * times)
+
+    def told(self) -> str:
+        """What of the plan must be the same on all ranks."""
+        return self._cut.told(self.plan) if self._cut else ""
 
     def sizes(self) -> dict[str, int]:
         """Bytes that each module that was placed will hold."""
@@ -145,8 +151,9 @@ class ModelFiller:
         for path, steps in self.by_path.items():
             device = device_of(path) if device_of else self.device
             for step in steps:
+                times = self._cut.times_read(step.layer) if self._cut else 1
                 for task in self._weight_tasks(step, self.placed[path], path, to, device):
-                    yield task._replace(module=path)
+                    yield task._replace(module=path, need=task.need * times)
 
     def kept(self) -> Iterator[Kept]:
         """What is not quantized: every other tensor, and experts of which the checkpoint has each and the

@@ -121,6 +121,7 @@ class PartialLoad:
         place = device_of or (lambda _: device)
         with self._open, as_usual():
             if ranks:
+                ranks.agree(filler.told(), asked)
                 shared = (one for maxima in filler.maxima.values() for one in maxima.values())
                 agree_on(shared, lambda: self._run(filler.maxima_tasks(place)), ranks, asked)
             with ranks.together(asked) if ranks else nullcontext(), unchanged(filler.source):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -76,6 +77,23 @@ class Ranks:
         except RuntimeError as error:
             found = f"a rank is gone, or does not answer: {error}"
             raise RankError(asked, found, "all ranks again; see what the others say") from error
+
+    def agree(self, text: str, asked: str) -> None:
+        """Makes sure that all ranks have the same text.
+
+        Raises:
+            RankError: they have not; on every rank.
+        """
+        digest = hashlib.sha256(text.encode()).digest()
+        pieces = [int.from_bytes(digest[i : i + 3], "big") for i in range(0, 24, 3)]  # fp32 holds 24 bits
+        own = torch.tensor(pieces, dtype=torch.float32, device="cpu")
+        most, least = self.maximum(torch.cat([own, -own]), asked).split(len(pieces))
+        if not torch.equal(most, -least):
+            found = "the ranks have made different plans"
+            suggestion = (
+                "the same files, scheme and version everywhere; a scheme by name where devices differ"
+            )
+            raise RankError(asked, found, suggestion)
 
     def shares(self, size: int) -> list[tuple[int, int]]:
         """First and last of so many rows or columns that each rank holds, as ``torch.chunk`` deals them."""

@@ -88,7 +88,23 @@ class CutLayers:
             UnsupportedError: a quantized embedding would be split.
         """
         steps = tuple(self._checked(step, schemes) for step in plan.steps)
-        return replace(plan, steps=steps, shard=(self.ranks.rank, self.ranks.count))
+        shard = (self.ranks.rank, self.ranks.count) if self._dims else None
+        return replace(plan, steps=steps, shard=shard)
+
+    def told(self, plan: Plan) -> str:
+        """What of a plan must be the same on all ranks: schemes, and how whole weights are split."""
+        lines = (
+            f"{step.layer.name} {step.scheme} {step.stored} {name} {n} {k} {self._dim(whole, name)}"
+            for step in plan.steps
+            for whole in (self._whole[step.layer.home],)
+            for name, n, k in whole.weights
+        )
+        return "\n".join(lines)
+
+    def times_read(self, layer: Layer) -> int:
+        """How often as much is read of a weight of a layer as is held: columns are cut out of whole rows."""
+        whole = self._whole[layer.home]
+        return self.ranks.count if 1 in {self._dim(whole, name) for name, _, _ in whole.weights} else 1
 
     def _checked(self, step: Step, schemes: Schemes) -> Step:
         whole = self._whole[step.layer.home]
@@ -99,25 +115,26 @@ class CutLayers:
         asked = f"split {whole.name} in {scheme.name} over {self.ranks.count} ranks"
         if whole.role is Role.EMBEDDING:
             raise UnsupportedError(asked, "each looks up rows that others hold", "leave it in 16 bits")
-        if not whole.experts and (len(dims) > 1 or split_projections(whole, scheme)[0] is not whole):
+        each = whole if step.stored else split_projections(whole, scheme)[0]
+        if not whole.experts and (len(dims) > 1 or each is not whole):
             names = ", ".join(dims if len(dims) > 1 else dict(whole.cuts))
             found = f"scales of its own for each of {names}, which lie in one weight"
             raise ConfigError(asked, found, "a scheme with scales for rows or groups")
         for name, n, k in whole.weights:
-            self._check(asked, scheme, dims[name] or 0, k if dims[name] else n)
+            self._check(asked, scheme, dims[name] or 0, k if dims[name] else n, step.stored)
         note = _OWN_SCALES if 1 in dims.values() and _spans(scheme.activation) else ""
         return replace(step, note="; ".join(filter(None, (step.note, note))))
 
-    def _check(self, asked: str, scheme: Scheme, dim: int, size: int) -> None:
+    def _check(self, asked: str, scheme: Scheme, dim: int, size: int, stored: bool) -> None:
         asked = f"{asked}, along its {('outputs', 'inputs')[dim]}"
-        if scheme.solver is not None:
+        if scheme.solver is not None and not stored:
             found = f"solver {scheme.solver.name!r}, which may look at all of a weight"
             raise ConfigError(asked, found, scheme.unsolved.name)
         for first, last in self.ranks.shares(size):
             if first == last:
                 raise ConfigError(asked, f"{size} of them: none for the last rank", "fewer ranks")
             is_whole = last == size and not (dim and scheme.rotation)
-            if why := why_not_split(scheme, dim, last - first, is_whole=is_whole):
+            if why := why_not_split(scheme, dim, last - first, is_whole=is_whole, is_stored=stored):
                 raise ConfigError(asked, *why)
 
     def maxima(self, step: Step, scheme: Scheme, nonfinite: str) -> dict[str, SharedMaxima]:
@@ -160,16 +177,17 @@ def agree_on(maxima: Iterable[SharedMaxima], find_next: Callable[[], None], rank
     while pending := [shared for shared in every if not shared.complete]:
         with ranks.together(asked):
             find_next()
-        found = [shared.found for shared in pending if shared.found is not None]
-        agreed = ranks.maximum(torch.cat([own.flatten().cpu() for own in found]), asked)
+            found = [shared.found for shared in pending if shared.found is not None]
+            largest = torch.cat([own.flatten().cpu() for own in found])
+        agreed = ranks.maximum(largest, asked)
         parts = agreed.split([own.numel() for own in found])
         for shared, own, part in zip(pending, found, parts, strict=True):
             shared.agree(part.view_as(own).to(own.device))
 
 
 def _spans(activation: Quant | None) -> bool:
-    """Whether activations have a scale that belongs to all columns."""
-    if activation is None:
+    """Whether activations have a scale that belongs to all columns and is found while the model runs."""
+    if activation is None or activation.static:
         return False
     outer = activation.outer_block
     return not activation.group_size or (outer is not None and not outer[1])

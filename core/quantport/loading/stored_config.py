@@ -32,15 +32,17 @@ def with_stored(checkpoint: Recognized, requested: QuantConfig, schemes: Schemes
             f"it is a {checkpoint.format_name} checkpoint: quantized already",
             f"load it without scheme=; of config= only {', '.join(sorted(_RUNTIME))}",
         )
-    updates: dict[str, Any] = {}
+    asked, updates = requested.model_dump(exclude_unset=True), dict[str, Any]()
     if needs_default(requested):
-        updates |= {"linear": None, "moe": None}
+        for part in asked["components"].values() if requested.components else (asked,):
+            if part is not None and not part.get("scheme"):
+                part |= {"linear": None, "moe": None} | part
     saved = checkpoint.kv_cache()
     if not keys & _CACHE:
         updates |= {"kv_cache_dtype": saved.dtype, "kv_cache_skip_layers": saved.skip_layers}
     if "fallback" not in keys and checkpoint.fallback():
         updates["fallback"] = checkpoint.fallback()
-    return QuantConfig.parse({**requested.model_dump(exclude_unset=True), **updates}, schemes)
+    return QuantConfig.parse({**asked, **updates}, schemes)
 
 
 def stored_schemes(checkpoint: Recognized, layers: Iterable[Layer]) -> StoredSchemes:

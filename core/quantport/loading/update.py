@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -13,7 +14,8 @@ from quantport.numerics.by_rows import join_steps
 
 
 def update_weight(module: QuantModule, name: str, weight: Tensor, *, nonfinite: str = "error") -> None:
-    """Quantizes a new weight with the module's own scheme, and takes it in place.
+    """Quantizes a new weight with the module's own scheme, and takes it in place. A stored scale of
+    activations stays.
 
     The module has the bits of a fresh load afterwards. What is packed alike keeps its memory, so that graphs
     which were captured over it stay valid. If anything is wrong, the module is unchanged.
@@ -40,15 +42,19 @@ def update_weight(module: QuantModule, name: str, weight: Tensor, *, nonfinite: 
         raise WeightError(asked, "no weight of this name", one_of(name, [repr(n) for n in module.specs]))
     if tuple(weight.shape) != (spec.n, spec.k):
         raise WeightError(asked, f"shape {list(weight.shape)}", f"shape {[spec.n, spec.k]}")
-    device = module.registry.device(module.device)
+    device, scheme = module.registry.device(module.device), spec.scheme.per_token
     steps = quantize_on(
         lambda start, stop: nullcontext(weight[start:stop]),
         weight.dtype,
-        spec,
+        replace(spec, scheme=scheme),
         name or "weight",
         nonfinite,
         module.registry.backends[device.kind].quantize_weight,
         module.device,
         device.arch.storage_only_dtypes,
     )
-    module.set_weight(name, join_steps(steps, spec.scheme, (spec.n, spec.k)), in_place=True)
+    stored = join_steps(steps, scheme, (spec.n, spec.k))
+    if spec.scheme.static:  # a scale of activations stays as it is
+        own = module.stored_weight(name)
+        stored |= {key: own[key] for key in own.keys() - stored.keys()}
+    module.set_weight(name, stored, in_place=True)

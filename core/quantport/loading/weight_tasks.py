@@ -123,26 +123,31 @@ class _Alike:
     kernel: Kernel
 
     def __call__(self, fills: Sequence[_Fill]) -> None:
-        n, k, scheme = self.spec.n, self.spec.k, self.spec.scheme
         with self.quantizer.by_turns:
             read, releases = zip(*(self.quantizer.read(fill.part) for fill in fills), strict=True)
-            stack = torch.cat([tensor.detach() for tensor in read])
+            is_spread = len({tensor.device for tensor in read}) > 1
+            stack = None if is_spread else torch.cat([tensor.detach() for tensor in read])
             del read
             for release in releases:
                 release()
-        try:
-            steps = self.quantize(
-                lambda start, stop: nullcontext(stack[start:stop]), len(stack), fills[0].name
-            )
-            stored = join_steps(steps, scheme, (len(stack), k))
-        except WeightError:  # of which weight, each by itself says
+        stored = None if stack is None else self._stored(stack, fills[0].name)
+        if stored is None:
             for fill in fills:
                 fill()
             return
         each = {key: tensor.split(len(tensor) // len(fills)) for key, tensor in stored.items()}
         with self.quantizer.by_turns:
             for i, fill in enumerate(fills):
-                fill.take(iter((QuantizedRows(0, n, {key: rows[i].clone() for key, rows in each.items()}),)))
+                rows = {key: tensors[i].clone() for key, tensors in each.items()}
+                fill.take(iter((QuantizedRows(0, self.spec.n, rows),)))
+
+    def _stored(self, stack: Tensor, name: str) -> StoredWeight | None:
+        """The stored tensors of all; None where one cannot be quantized: which, each by itself says."""
+        try:
+            steps = self.quantize(lambda start, stop: nullcontext(stack[start:stop]), len(stack), name)
+            return join_steps(steps, self.spec.scheme, (len(stack), self.spec.k))
+        except WeightError:
+            return None
 
     def quantize(
         self, read: ReadRows, n: int, name: str, shared: SharedMaxima | None = None

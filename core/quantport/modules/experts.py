@@ -93,13 +93,15 @@ class QuantExperts(QuantModule):
 
     @property
     def gate_up_proj(self) -> WeightView:
-        """What code may ask of the stacked weights of gate and up: its block draws them in Qwen3-Omni."""
+        """What code may ask of the stacked weights of gate and up, ``[experts, out, in]`` whatever its class
+        has: its block draws them in Qwen3-Omni.
+        """
         shape = (self.num_experts, 2 * self.gate_up.n, self.gate_up.k)
         return WeightView(torch.Size(shape), self.dtype, self.device)
 
     @property
     def down_proj(self) -> WeightView:
-        """What code may ask of the stacked weights of down."""
+        """What code may ask of the stacked weights of down, as those."""
         return WeightView(torch.Size((self.num_experts, self.down.n, self.down.k)), self.dtype, self.device)
 
     def packed(self, name: str = "") -> Packed:

@@ -88,7 +88,9 @@ def quantize_shard(
     return stored
 
 
-def why_not_split(scheme: Scheme, dim: int, size: int, *, is_whole: bool = False) -> tuple[str, str] | None:
+def why_not_split(
+    scheme: Scheme, dim: int, size: int, *, is_whole: bool = False, is_stored: bool = False
+) -> tuple[str, str] | None:
     """Why a shard of so many rows or columns cannot be quantized to what it is of the whole weight, and what
     could be; None where it can.
 
@@ -97,10 +99,11 @@ def why_not_split(scheme: Scheme, dim: int, size: int, *, is_whole: bool = False
         dim: The dimension that is split.
         size: Rows or columns of the shard.
         is_whole: It may end in a short block, as the whole weight does.
+        is_stored: It is quantized already: what belongs to all shards is known.
     """
     if scheme.ordered and dim == 1:
         return "columns in an order of the whole weight", scheme.in_order.name
-    if scheme.weight.zero_point and spans_shards(scheme, dim):
+    if scheme.weight.zero_point and spans_shards(scheme, dim) and not is_stored:
         return "offsets that belong to all ranks, of which only magnitudes are shared", "a scheme with groups"
     step = alignment(scheme, dim)
     if size % step and not is_whole:
@@ -113,7 +116,10 @@ def why_not_split(scheme: Scheme, dim: int, size: int, *, is_whole: bool = False
 
 def spans_shards(scheme: Scheme, dim: int) -> bool:
     """Whether a scale, or an offset, belongs to all shards of a weight that is split along ``dim``."""
-    return None in shard_dims(scheme, dim).values()
+    weight = (
+        scheme.in_order.per_token
+    )  # the order of columns and the scale of activations are no scales of it
+    return None in shard_dims(weight, dim).values()
 
 
 def alignment(scheme: Scheme, dim: int) -> int:

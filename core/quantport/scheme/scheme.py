@@ -106,7 +106,7 @@ class Scheme:
         double = ("double",) if weight.element.codebook and not weight.scale_quant else ()
         hadamard = (
             ("hadamard",)
-            if weight.element.bits == 4 and not weight.element.block and not self.rotation
+            if weight.element.bits == 4 and not (weight.element.block or self.rotation or self.static)
             else ()
         )
         a8 = ("a8",) if weight.element.block and self.activation is None else ()

@@ -144,5 +144,6 @@ def _static(source: TensorSource, name: str, weight: CodedTensor, schemes: Schem
     Transformers.
     """
     stem = f"{name.removesuffix('.weight')}{'.' if name.endswith('.weight') else '_'}"
-    named = next((end for end in _OF_INPUTS if f"{stem}{end}" in source.tensors), _OF_INPUTS[0])
-    return InputScale(source, "fp8", f"{stem}{named}").beside(weight, schemes)
+    ends = [end for end in _OF_INPUTS if f"{stem}{end}" in source.tensors]
+    ends += [end for end in _OF_INPUTS if any(other.endswith(end) for other in source.tensors)]
+    return InputScale(source, "fp8", f"{stem}{next(iter(ends), _OF_INPUTS[0])}").beside(weight, schemes)

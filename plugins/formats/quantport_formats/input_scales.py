@@ -88,4 +88,4 @@ class InputScale:
 
     def _wrong(self, name: str, value: float, suggestion: str) -> CheckpointError:
         asked = f"read {name} of {self.source.directory} as {self.format_name}"
-        return CheckpointError(asked, f"{value:g}", f"{suggestion}: the whole checkpoint")
+        return CheckpointError(asked, f"{value:g}", f"{suggestion}, or a checkpoint that stores none")

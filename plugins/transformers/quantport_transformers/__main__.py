@@ -8,7 +8,7 @@ import json
 import sys
 from typing import Any
 
-from quantport.engine import QuantportError
+from quantport.engine import ConfigError, QuantportError
 from quantport_transformers import QuantportConfig
 
 
@@ -52,7 +52,13 @@ def config_of(asked: str) -> QuantportConfig:
     Raises:
         ConfigError: it is none.
     """
-    return QuantportConfig(**json.loads(asked)) if asked.startswith("{") else QuantportConfig(asked)
+    if not asked.startswith("{"):
+        return QuantportConfig(asked)
+    try:
+        return QuantportConfig(**json.loads(asked))
+    except json.JSONDecodeError as error:
+        found = f"no JSON: {error}"
+        raise ConfigError(f"--quantization {asked}", found, '\'{"scheme": "int8"}\', or int8') from None
 
 
 if __name__ == "__main__":

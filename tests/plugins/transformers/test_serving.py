@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from urllib.error import URLError
 from urllib.request import urlopen
 
 import openai
@@ -69,7 +68,7 @@ def serve(tmp_path):
         started.append((process, log))
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
         for _ in range(600):
-            with suppress(URLError), urlopen(f"http://127.0.0.1:{port}/health") as answer:
+            with suppress(OSError), urlopen(f"http://127.0.0.1:{port}/health", timeout=60) as answer:
                 assert answer.status == 200
                 return client
             assert process.poll() is None, (tmp_path / "log").read_text()
@@ -98,8 +97,12 @@ def test_a_server_answers_with_the_tokens_of_generate(serve):
     assert answer.usage.completion_tokens == len(out)
 
 
-def test_a_scheme_that_does_not_exist_is_refused_before_a_model_is_loaded(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["quantport_transformers", "serve", "nowhere", "--quantization", "int9"])
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [("int9", "scheme 'int9'"), ("{scheme: int8}", "no JSON"), ('{"schem": "int8"}', "schem")],
+)
+def test_what_is_no_configuration_is_refused_before_a_model_is_loaded(asked, said, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["quantport_transformers", "serve", "nowhere", "--quantization", asked])
     with pytest.raises(SystemExit) as caught:
         main()
-    assert all(part in str(caught.value) for part in ("asked: scheme 'int9'", "found: ", "try: "))
+    assert all(part in str(caught.value) for part in ("asked: ", said, "found: ", "try: "))

@@ -17,9 +17,11 @@ from quantport.backend import (
     Quant,
     Reason,
     Refusal,
+    Rejected,
     Request,
     Scheme,
     StoredWeight,
+    Verdict,
     WeightSpec,
     aten,
 )
@@ -107,6 +109,14 @@ class XpuInt4W4A8(XpuInt4W4A16, aten.Quantizing):
 
     def serves(self, scheme: Scheme) -> bool:
         return super().serves(scheme) and scheme.activation == Quant("int8", (1, 0))
+
+    def verdict(self, request: Request) -> Verdict:
+        """Refuses stored zero points of activations, which it does not see otherwise."""
+        activation = request.weight.scheme.activation
+        if activation is not None and activation.static and activation.zero_point:
+            text = f"{self.name} returns fp16, in which what a zero point adds drowns the rest"
+            return Rejected(self.name, (Reason(text, Refusal.NOT_OFFERED),))
+        return super().verdict(request)
 
     def reasons_against(self, request: Request) -> Sequence[Reason]:
         spec = request.weight
