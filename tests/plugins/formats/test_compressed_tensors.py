@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from compressed_checkpoints import made, mixed, preset, static, with_targets
+from core_models import DENSE, same_state
 from format_checks import converts, experts_of, keeps, overlays, tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -341,3 +342,16 @@ def taken_or_refused(call):
         if not (error.asked and error.found and error.suggestion):
             raise AssertionError(error) from None
         return []
+
+
+def test_what_a_configuration_asks_of_a_quantized_checkpoint_beside_nothing(tmp_path):
+    kept = {"scheme": "int8", "ignore": ["*.down_proj"]}
+    first = quantport.load(DENSE, config=kept)
+    folder = quantport.save(first, tmp_path / "int8", format="compressed-tensors")
+    for nothing in (
+        {"model": None, "lm_head": None},
+        {"model": {"ignore": ["*.down_proj"]}, "lm_head": None},
+    ):
+        same_state(quantport.load(folder, config=nothing), first)
+    linear = quantport.load(folder, config={"linear": "int8_weight_only"})
+    assert {step.scheme for step in linear.quantport_plan.quantized} == {"int8_weight_only"}
