@@ -107,6 +107,7 @@ def test_int4_w4a8_of_the_vendor_is_native():
         ),
         ("int4_w4a8", "xpu.int4_gemm_w4a8", {"n": 60}, "N to be a multiple of 8, not 60"),
         ("int4_weight_only", "xpu.int4_gemm_w4a8", {}, "does not run int4_weight_only"),
+        ("int4_w4a8:static_asym", "xpu.int4_gemm_w4a8", {}, "drowns the rest"),
     ],
 )
 def test_refusals_say_why(scheme, kernel, request_, reason):
