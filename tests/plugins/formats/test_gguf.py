@@ -115,6 +115,7 @@ class Stored:
     kind: str
     values: dict[str, torch.Tensor] = field(default_factory=dict)
     schemes: dict[str, str] = field(default_factory=dict)
+    inputs: dict[str, tuple[float, int]] = field(default_factory=dict)
     only_layers: bool = False
 
     @property
