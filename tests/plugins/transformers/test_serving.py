@@ -33,7 +33,9 @@ CACHE = ContinuousBatchingConfig(num_blocks=16, block_size=32, max_batch_tokens=
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize(("folder", "scheme"), [(DENSE, "int8"), (DENSE, "mxfp4"), (MOE, "fp8_weight_only")])
+@pytest.mark.parametrize(
+    ("folder", "scheme"), [(DENSE, "int8_weight_only"), (DENSE, "mxfp4"), (MOE, "fp8_weight_only")]
+)
 def test_requests_of_a_continuous_batch_get_the_tokens_that_they_get_alone(folder, scheme):
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="sdpa", quantization_config=QuantportConfig(scheme)
