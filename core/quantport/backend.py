@@ -10,6 +10,7 @@ from quantport.errors import BackendError, DeviceError, QuantportError
 from quantport.kernels import aten
 from quantport.kernels.allocate import empty_weight
 from quantport.kernels.base import (
+    CodedRows,
     Kernel,
     Packed,
     PackedLayout,
@@ -51,6 +52,7 @@ __all__ = [
     "Backend",
     "BackendError",
     "Claim",
+    "CodedRows",
     "Device",
     "DeviceError",
     "Evidence",

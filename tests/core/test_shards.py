@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,9 +17,13 @@ import quantport
 from quantport import numerics
 from quantport.engine import PartialLoad, RankError, Ranks, Shards, join_shards
 from quantport.errors import ConfigError, SaveError, UnsupportedError, WeightError
+from quantport.kernels.aten import Reference
+from quantport.kernels.base import WeightSpec
 from quantport.loading.build_context import building
+from quantport.modules import QuantLinear
 from quantport.numerics.shard_steps import SharedMaxima
 from quantport.numerics.sharding import spans_shards
+from quantport.scheme.catalog import BUILTIN
 
 
 class Threads:
@@ -45,7 +50,7 @@ class Threads:
         def one(rank):
             try:
                 return run(self.ranks(rank))
-            except Exception as error:
+            except Exception as error:  # a rank's error is what is tested
                 return error
 
         with ThreadPoolExecutor(self.count) as pool:
@@ -281,3 +286,44 @@ def test_what_is_read_to_hold_columns_is_counted(folder):
     one, four = needs(Ranks(0, 1, lambda values: values)), Threads(4).each(needs)[0]
     assert four["up"] < one["up"]
     assert four["down"] >= one["down"]
+
+
+def test_a_stored_scale_of_activations_is_that_of_all_ranks(folder, tmp_path):
+    """So that no rank computes otherwise than one process; offsets and fused weights are no obstacle."""
+    scheme = BUILTIN["int8:static"]
+    whole = quantport.load(folder, "int8", model=Tiny, device="cpu")
+    module = whole.down
+    stored = {**module.stored_weight(""), "input_scale": torch.tensor([0.03125])}
+    static = QuantLinear(Reference(), WeightSpec(scheme, *module.weight.shape), bias=module.bias)
+    static.set_weight("", stored)
+    whole.down = static
+    saved = quantport.save(whole, tmp_path / "saved")
+    parts = Threads(2).each(lambda own: part_of(saved, {}, own, {"down": 1}))
+    assert not any(step.note for step in parts[0][1].plan.quantized)
+    check_joined(Threads(2).each(lambda own: filled(saved, {}, own, {"down": 1})), whole, {"down": 1})
+
+
+def test_a_fused_weight_that_is_stored_with_one_scale_is_split(tmp_path):
+    class Fused(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = torch.nn.ModuleDict({"gate_up_proj": torch.nn.Linear(64, 128, bias=False)})
+
+    weight = torch.randn(128, 64)
+    tensors = {
+        "inner.gate_up_proj.weight": weight.to(torch.float8_e4m3fn),
+        "inner.gate_up_proj.weight_scale": torch.tensor([0.5]),
+    }
+    described = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+    folder = write(tmp_path / "fp8", tensors)
+    (folder / "config.json").write_text(json.dumps({"quantization_config": described}))
+
+    def one(own):
+        with building():
+            model = Fused()
+        shards = Shards(own, {"inner.gate_up_proj": 0})
+        PartialLoad(folder, model, as_they_are, {}, torch.bfloat16, "cpu", shards=shards).fill()
+        return model
+
+    whole = quantport.load(folder, model=Fused, device="cpu")
+    check_joined(Threads(2).each(one), whole, {"inner.gate_up_proj": 0})

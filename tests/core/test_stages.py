@@ -87,6 +87,10 @@ def test_there_is_a_plan_for_each_stage(omni):
     assert "int8" in said[places[1] + 1]
     assert "stay as stored" in said[places[2] + 1]
     assert not quantport.plan(omni[1], "int8").components
+    inherited = {"scheme": "int8", "components": {**STAGES, "thinker": {"ignore": ["*.down_proj"]}}}
+    part = quantport.plan(omni[1], config=inherited).components["thinker"]
+    assert part.config.scheme == "int8"
+    assert {step.scheme for step in part.quantized} == {"int8"}
 
 
 def test_a_stage_that_nobody_maps_is_named(omni):

@@ -19,6 +19,7 @@ from quantport import numerics
 from quantport.errors import ConfigError, UnsupportedError, WeightError
 from quantport.kernels import aten
 from quantport.kernels.base import Accepted, Kernel, Rejected, Request, WeightSpec
+from quantport.kernels.verdict import Claim, Evidence, Measurement
 from quantport.kernels.wrapped import kernel_for
 from quantport.loading.update import update_weight
 from quantport.modules import QuantLinear
@@ -178,7 +179,7 @@ def test_a_kernel_that_takes_no_codes_refuses():
     with pytest.raises(UnsupportedError, match="finds the scales of activations by itself"):
         kernel_for(Quantizes(), BUILTIN["int8:static"])
     with pytest.raises(UnsupportedError):
-        Quantizes().run_codes(None, None, (), None, request.weight, torch.bfloat16)
+        Quantizes().run_codes(None, (), None, request.weight)
 
 
 def test_it_goes_with_an_order_of_inputs():
@@ -260,3 +261,25 @@ def test_rotated_activations_have_no_stored_scale():
     for name in ("int4_w4a8:static:hadamard", "int4_w4a8:hadamard:static"):
         with pytest.raises(ConfigError, match="no such option"):
             BUILTIN[name]
+
+
+def test_what_was_measured_with_other_scales_is_no_measurement():
+    class Measured(aten.IntMM):
+        def reasons_against(self, request):
+            return ()
+
+        def claim(self, request):
+            proof = Measurement("f.json", "d", "2026-01-01", "c")
+            return Claim(Evidence.MEASURED, "f.json", proof)
+
+        def speed(self, request):
+            return 2.0
+
+    device = quantport.devices()[0]
+    found = {
+        name: Measured().verdict(Request(WeightSpec(BUILTIN[name], N, K), "linear", device))
+        for name in ("int8", "int8:static")
+    }
+    assert (found["int8"].claim.evidence, found["int8"].speed) == (Evidence.MEASURED, 2.0)
+    static = found["int8:static"]
+    assert (static.claim.evidence, static.claim.proof, static.speed) == (Evidence.DECLARED, None, None)

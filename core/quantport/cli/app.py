@@ -5,7 +5,6 @@ explained on stderr.
 from __future__ import annotations
 
 import functools
-import gc
 import inspect
 import json
 import sys
@@ -186,7 +185,6 @@ def _warn(
 
 def main() -> None:
     """Runs the command line."""
-    gc.set_threshold(100_000)  # the default, 700, spends a third of the imports on looking for garbage
     if sys.stdout is None:  # closed: Python has no stream for it
         explain(SaveError("write to stdout", "it is closed", "a file, a pipe, a terminal, or /dev/null"))
         sys.exit(2)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from quantport import numerics
 from quantport.kernels.base import (
+    CodedRows,
     Kernel,
     Packed,
     PackedLayout,
@@ -123,8 +124,8 @@ class Quantizing(Kernel):
 
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
         assert spec.scheme.activation is not None  # reasons_against refused it otherwise
-        codes, token = self.quantize(x, spec.scheme.activation)
-        return self.run_codes(codes, token, packed, bias, spec, x.dtype)
+        codes, scale = self.quantize(x, spec.scheme.activation)
+        return self.run_codes(CodedRows(codes, scale, x.dtype), packed, bias, spec)
 
     def quantize(self, x: Tensor, quant: Quant) -> tuple[Tensor, Tensor]:
         """Codes and scales of activations; a room may have a faster way to the same bits."""
@@ -182,19 +183,10 @@ class ScaledMM(Quantizing):
             "weight_scale": scale.view(-1, 1)[:rows].contiguous(),
         }
 
-    def run_codes(
-        self,
-        codes: Tensor,
-        scale: Tensor,
-        packed: Packed,
-        bias: Tensor | None,
-        spec: WeightSpec,
-        dtype: torch.dtype,
-    ) -> Tensor:
+    def run_codes(self, x: CodedRows, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
         weight, row = packed
-        y = torch._scaled_mm(
-            codes, weight.view(codes.dtype).t(), scale_a=scale, scale_b=row, out_dtype=torch.bfloat16
-        )
+        columns = weight.view(x.codes.dtype).t()
+        y = torch._scaled_mm(x.codes, columns, scale_a=x.scale, scale_b=row, out_dtype=torch.bfloat16)
         return y if bias is None else y + bias
 
 
@@ -224,21 +216,12 @@ class IntMM(Quantizing):
             Evidence.DECLARED, "pytorch native_functions.yaml _int_mm; the same call is tested on the CPU"
         )
 
-    def run_codes(
-        self,
-        codes: Tensor,
-        scale: Tensor,
-        packed: Packed,
-        bias: Tensor | None,
-        spec: WeightSpec,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        weight, row = packed
-        rows = codes.shape[0]
+    def run_codes(self, x: CodedRows, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
+        (weight, row), codes, rows = packed, x.codes, len(x.codes)
         if rows <= 16:
             codes = torch.nn.functional.pad(codes, (0, 0, 0, 32 - rows))
-        y = torch._int_mm(codes, weight.t())[:rows] * scale * row.view(1, -1)
-        return (y if bias is None else y + bias).to(dtype)
+        y = torch._int_mm(codes, weight.t())[:rows] * x.scale * row.view(1, -1)
+        return (y if bias is None else y + bias).to(x.dtype)
 
 
 def kernels() -> tuple[Kernel, ...]:

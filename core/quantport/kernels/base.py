@@ -17,6 +17,7 @@ from quantport.errors import UnsupportedError
 from quantport.kernels.verdict import (
     Accepted,
     Claim,
+    Evidence,
     Reason,
     ReasonCode,
     Refusal,
@@ -62,6 +63,20 @@ class Request:
     device: Device
     dtype: torch.dtype = torch.bfloat16
     num_tokens: int = 1
+
+
+class CodedRows(NamedTuple):
+    """Activations that are quantized.
+
+    Attributes:
+        codes: ``[M, K]``, contiguous, in the storage dtype of their format.
+        scale: The scale of each token, fp32 ``[M, 1]``.
+        dtype: Of the activations before.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    dtype: torch.dtype
 
 
 class PackedTensor(NamedTuple):
@@ -187,28 +202,18 @@ class Kernel(ABC):
             ``[M, N]`` in the dtype of ``x``.
         """
 
-    def run_codes(
-        self,
-        codes: Tensor,
-        scale: Tensor,
-        packed: Packed,
-        bias: Tensor | None,
-        spec: WeightSpec,
-        dtype: torch.dtype,
-    ) -> Tensor:
+    def run_codes(self, x: CodedRows, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
         """As ``run``, on activations that are quantized already. A kernel that has it also runs schemes with
         a stored scale of activations.
 
         Args:
-            codes: Codes of the activations ``[M, K]``, contiguous, in the storage dtype of their format.
-            scale: The scale of each token, fp32 ``[M, 1]``.
+            x: The activations.
             packed: As for ``run``.
             bias: As for ``run``; fp32 where activations have a zero point, whose part it then holds too.
             spec: Scheme and shape; activations of the scheme have a scale for each token.
-            dtype: Of the activations before.
 
         Returns:
-            ``[M, N]`` in ``dtype``.
+            ``[M, N]`` in ``x.dtype``.
         """
         raise UnsupportedError(f"multiply codes by {self.name}", "it quantizes by itself", "run")
 
@@ -261,7 +266,7 @@ class Kernel(ABC):
         if scheme.ordered or scheme.static:
             verdict = self.verdict(replace(request, weight=replace(request.weight, scheme=_served(scheme))))
             if isinstance(verdict, Accepted) and scheme.static and self.quantizes_activations:
-                return replace(verdict, speed=None)  # measured with scales that it finds by itself
+                return _not_measured(verdict)
             return verdict
         reasons = _reasons(self.reasons_against(request))
         if reasons:
@@ -280,6 +285,14 @@ class Kernel(ABC):
             self.slow(request),
             self.numeric_deviation,
         )
+
+
+def _not_measured(verdict: Accepted) -> Accepted:
+    """A verdict on a kernel that was measured with scales of activations that it finds by itself."""
+    claim = verdict.claim
+    if claim.evidence is Evidence.MEASURED:
+        claim = Claim(Evidence.DECLARED, f"multiplies such codes where it finds their scales: {claim.source}")
+    return replace(verdict, claim=claim, speed=None)
 
 
 def _served(scheme: Scheme) -> Scheme:

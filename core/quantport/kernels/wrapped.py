@@ -16,6 +16,7 @@ from torch import Tensor
 
 from quantport.errors import UnsupportedError
 from quantport.kernels.base import (
+    CodedRows,
     Kernel,
     Packed,
     PackedLayout,
@@ -166,7 +167,7 @@ class _Static(_Unused):
         codes, token = quantize_static(x, spec.scheme.activation, own[INPUT_SCALE], own.get(INPUT_ZERO))
         if has_zero:
             bias = -packed[0] if bias is None else bias - packed[0]
-        return self.of.run_codes(codes, token.contiguous(), of, bias, self.inner(spec), x.dtype)
+        return self.of.run_codes(CodedRows(codes, token.contiguous(), x.dtype), of, bias, self.inner(spec))
 
     def row_function(self, packed: Packed, spec: WeightSpec) -> RowFunction | None:
         return None

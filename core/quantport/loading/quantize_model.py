@@ -81,13 +81,17 @@ def quantize_(
         return part.select(params[part.tensor]), lambda: None
 
     fast = registry.backends[decided.device.kind].quantize_weight
-    quantizer = WeightQuantizer(read, decided.config.nonfinite, fast, owned=True)
+    quantizers = {
+        device: WeightQuantizer(read, decided.config.nonfinite, fast, device, owned=True)
+        for device in {parameter.device for parameter in params.values()}
+    }
     new: dict[str, QuantModule] = {}
     tasks: list[Task] = []
     for name, steps in by_module(decided.steps, lambda layer: layer.home).items():
         module = new[name] = make_module(steps, model.get_submodule(name), steps[0].layer.dtype, registry)
         for step in steps:
-            tasks += quantizer.tasks(step, module, module.set_steps)
+            first, *_ = (part for parts in step.layer.parts.values() for part in parts)
+            tasks += quantizers[params[first.tensor].device].tasks(step, module, module.set_steps)
     run_tasks(tasks, progress, budget=decided.budget)
     swap_modules(model, new)
     if cache:

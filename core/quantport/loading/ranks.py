@@ -58,7 +58,7 @@ class Ranks:
         """
         try:
             yield
-        except Exception:
+        except Exception:  # whatever it is, the others must not wait for this rank
             with suppress(RuntimeError):  # of a group that is broken: what was raised inside says more
                 self.reduce(_number(self.rank + 1))
             raise

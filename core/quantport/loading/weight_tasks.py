@@ -125,12 +125,11 @@ class _Alike:
     def __call__(self, fills: Sequence[_Fill]) -> None:
         with self.quantizer.by_turns:
             read, releases = zip(*(self.quantizer.read(fill.part) for fill in fills), strict=True)
-            is_spread = len({tensor.device for tensor in read}) > 1
-            stack = None if is_spread else torch.cat([tensor.detach() for tensor in read])
+            stack = torch.cat([tensor.detach() for tensor in read])
             del read
             for release in releases:
                 release()
-        stored = None if stack is None else self._stored(stack, fills[0].name)
+        stored = self._stored(stack, fills[0].name)
         if stored is None:
             for fill in fills:
                 fill()

@@ -18,7 +18,6 @@ from torch import nn
 
 from quantport.model.source_reader import Reading, Sources, unbound
 
-_BOUND = (MethodType, partial)
 # no part of a forward; one that the caller asks for, such as fusing projections, raises at the stand-in
 _SETUP = re.compile(r"__init__|__repr__|extra_repr|_?(init|reset|tie|resize|set|fuse|unfuse)(_|$)")
 
@@ -58,11 +57,10 @@ class _Classes:
     def replaced(self, module: nn.Module) -> Iterator[FunctionType]:
         """Those that one module has in the place of methods of its class."""
         for value in vars(module).values():
-            if not isinstance(value, _BOUND):
-                continue
-            of_this = (isinstance(value, MethodType) and value.__self__ is module) or (
-                isinstance(value, partial) and value.args[:1] == (module,)
-            )
+            if isinstance(value, MethodType):
+                of_this = value.__self__ is module
+            else:
+                of_this = isinstance(value, partial) and value.args[:1] == (module,)
             if of_this and (function := unbound(value)) and self._reads(function):
                 yield function
 

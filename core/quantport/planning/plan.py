@@ -109,13 +109,19 @@ class Plan:
             name: replace(
                 self,
                 source=name,
-                config=self.config.components[name] or QuantConfig(),
+                config=self._config_of(name),
                 steps=tuple(steps[name]),
                 kv_shape=None,
                 warnings=(),
             )
             for name in steps
         }
+
+    def _config_of(self, component: str) -> QuantConfig:
+        inner = self.config.components[component]
+        if inner is None:
+            return QuantConfig()
+        return inner if inner.scheme else inner.model_copy(update={"scheme": self.config.scheme})
 
     def __str__(self) -> str:
         rank = f", rank {self.shard[0]} of {self.shard[1]}" if self.shard else ""

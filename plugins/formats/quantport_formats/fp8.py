@@ -58,7 +58,9 @@ class Fp8(WrittenFormat):
         dtype = held_dtype(source, config)
         coded = {name: self._weight(source, name, dtype, schemes, blocks is not None) for name in weights}
         if said.get("activation_scheme") == "static":
-            coded = {name: _static(source, name, weight, schemes) for name, weight in coded.items()}
+            named = [end for end in _OF_INPUTS if any(name.endswith(end) for name in source.tensors)]
+            usual = next(iter(named), _OF_INPUTS[0])
+            coded = {name: _static(source, name, weight, schemes, usual) for name, weight in coded.items()}
             more = {}
         else:
             more = without_static_scales(source, coded)
@@ -139,11 +141,12 @@ def _read(
     return {"weight": codes, "weight_scale": exponents(scales).reshape(-1, columns)}
 
 
-def _static(source: TensorSource, name: str, weight: CodedTensor, schemes: Schemes) -> CodedTensor:
+def _static(
+    source: TensorSource, name: str, weight: CodedTensor, schemes: Schemes, usual: str
+) -> CodedTensor:
     """A weight with the scale of its inputs: ``input_scale`` of AutoFP8, or ``activation_scale`` of
-    Transformers.
+    Transformers; ``usual`` is the one that its checkpoint has.
     """
     stem = f"{name.removesuffix('.weight')}{'.' if name.endswith('.weight') else '_'}"
-    ends = [end for end in _OF_INPUTS if f"{stem}{end}" in source.tensors]
-    ends += [end for end in _OF_INPUTS if any(other.endswith(end) for other in source.tensors)]
-    return InputScale(source, "fp8", f"{stem}{next(iter(ends), _OF_INPUTS[0])}").beside(weight, schemes)
+    end = next((end for end in _OF_INPUTS if f"{stem}{end}" in source.tensors), usual)
+    return InputScale(source, "fp8", f"{stem}{end}").beside(weight, schemes)

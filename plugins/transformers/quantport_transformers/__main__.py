@@ -29,7 +29,7 @@ def managing(theirs: Any) -> Any:
     or a configuration as JSON, beside its own.
     """
 
-    class ModelManager(theirs):  # type: ignore[misc]
+    class ModelManager(theirs):  # type: ignore[misc]  # transformers is not typed here
         quantization: str | None
         _config: QuantportConfig | None = None
 

@@ -10,16 +10,17 @@ import torch
 import transformers
 from compressed_checkpoints import made, preset, static
 from core_models import ids, same_bits
+from core_references import check_parts
 from format_checks import SIZES, Made, contradicts, held, keeps, of_inputs, quantizable, tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_fp8 import quantized
 from typer.testing import CliRunner
 
 import quantport
 from quantport.cli import app
-from quantport.errors import ConfigError, QuantportError, SaveError
+from quantport.errors import CheckpointError, ConfigError, QuantportError, SaveError
 from quantport.kernels.aten import Reference
 from quantport.loading.quantize_checkpoint import quantize_checkpoint
 from quantport.modules import QuantModule
@@ -286,3 +287,14 @@ def test_any_scale_is_taken_or_refused(scale, zero, dtype, shape, tmp_path):
 
 
 ANY = by_hand()
+
+
+@pytest.mark.parametrize(("scales", "end"), [("tensor", "input_scale"), ("block", "activation_scale")])
+def test_a_scale_that_is_missing_is_named_as_the_others_are(scales, end, tmp_path):
+    folder = quantized("llama", scales, end).write(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[f"model.layers.0.mlp.up_proj.{end}"]
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(CheckpointError) as caught:
+        quantport.load(folder, device="cpu")
+    check_parts(caught.value, f"up_proj.{end}", "no such tensor")

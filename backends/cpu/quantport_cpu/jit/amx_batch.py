@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from quantport.backend import numerics
+from quantport.backend import CodedRows, numerics
 from quantport_cpu.jit import gemm_amx
 from quantport_cpu.jit.gemm_amx import CHANNELS, ROWS, STEP
 from quantport_cpu.jit.grouped_small_batch import HALF_RANGE
@@ -43,14 +43,13 @@ class _Tiles(NamedTuple):
 
 
 def int8_int8(
-    x: Tensor | tuple[Tensor, Tensor], jobs: Sequence[Job], codes: Tensor, channels: Tensor, width: int
+    x: Tensor | CodedRows, jobs: Sequence[Job], codes: Tensor, channels: Tensor, width: int
 ) -> Tensor:
     """Quantizes activations to int8, with a scale for each row, and multiplies: exact sums, times both
     scales in fp32.
 
     Args:
-        x: ``[M, K]``, any floating dtype; or codes that they have already, int8, and the scale of each row,
-            fp32 ``[M, 1]``, both contiguous.
+        x: ``[M, K]``, any floating dtype; or int8 codes that they are already.
         jobs: Which rows meet which weight.
         codes: int8 ``[..., N, K]``, contiguous, of a shape that ``takes`` allows: one weight, or several.
         channels: fp32 ``[..., N, 1]``, or ``[..., 1, 1]`` for one scale of a weight; contiguous.
@@ -59,7 +58,7 @@ def int8_int8(
     Returns:
         fp32 ``[M, width]``.
     """
-    rows = x if isinstance(x, Tensor) else x[0]
+    rows = x.codes if isinstance(x, CodedRows) else x
     (m, k), (*several, n, _), scales = rows.shape, codes.shape, channels.shape[-2]
     tiles, out = _tiles(x, jobs), empty_fp32(rows, m, width)
     to = array(out, torch.float32, m, width)
@@ -92,9 +91,9 @@ def int8_int8(
     return out
 
 
-def _tiles(x: Tensor | tuple[Tensor, Tensor], jobs: Sequence[Job]) -> _Tiles:
-    known = None if isinstance(x, Tensor) else x
-    x = x if isinstance(x, Tensor) else x[0]
+def _tiles(x: Tensor | CodedRows, jobs: Sequence[Job]) -> _Tiles:
+    known = x[:2] if isinstance(x, CodedRows) else None
+    x = x.codes if isinstance(x, CodedRows) else x
     m, k = x.shape
     blocks: list[tuple[int, int]] = []  # the first row, and how many there are
     first_block: dict[int, int] = {}

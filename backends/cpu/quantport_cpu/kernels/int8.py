@@ -18,7 +18,18 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from quantport.backend import Packed, Reason, Refusal, Request, RowFunction, Scheme, WeightSpec, aten, once
+from quantport.backend import (
+    CodedRows,
+    Packed,
+    Reason,
+    Refusal,
+    Request,
+    RowFunction,
+    Scheme,
+    WeightSpec,
+    aten,
+    once,
+)
 from quantport_cpu.features import usable_features
 from quantport_cpu.jit import why_unavailable
 from quantport_cpu.jit.jobs import PER_TOKEN, Job, all_rows
@@ -141,29 +152,21 @@ class CpuInt8(_Int8):
 
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
         if why_unavailable() or not x.shape[0]:
-            return self.run_codes(*quantize_per_token(x), packed, bias, spec, x.dtype)
+            return self.run_codes(CodedRows(*quantize_per_token(x), x.dtype), packed, bias, spec)
         y = _products(x, all_rows(x.shape[0]), packed, spec.n, bias)
         return with_bias(y, bias, x.dtype)
 
-    def run_codes(
-        self,
-        codes: Tensor,
-        scale: Tensor,
-        packed: Packed,
-        bias: Tensor | None,
-        spec: WeightSpec,
-        dtype: torch.dtype,
-    ) -> Tensor:
+    def run_codes(self, x: CodedRows, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
         weight, channel = packed
-        if why_unavailable() or not codes.shape[0]:
-            y = matmul(codes, weight).mul_(scale).mul_(channel.view(-1))
+        if why_unavailable() or not len(x.codes):
+            y = matmul(x.codes, weight).mul_(x.scale).mul_(channel.view(-1))
         else:
-            y = _products_of_codes(codes, scale, packed, spec.n, result_dtype(dtype, bias))
-        return with_bias(y, bias, dtype)
+            y = _products(x, all_rows(len(x.codes)), packed, spec.n, bias)
+        return with_bias(y, bias, x.dtype)
 
 
 def _products(
-    x: Tensor, jobs: Sequence[Job], weights: Packed, width: int, bias: Tensor | None = None
+    x: Tensor | CodedRows, jobs: Sequence[Job], weights: Packed, width: int, bias: Tensor | None = None
 ) -> Tensor:
     """int8 activations times int8 weights by compiled code, see ``grouped_small_batch.int8_int8``; the bias
     is not added yet.
@@ -173,21 +176,11 @@ def _products(
     codes, channels = weights
     if amx_batch.takes(jobs, codes):
         return amx_batch.int8_int8(x, jobs, codes, channels, width)
-    rows = grouped_small_batch.quantized_int8(x)  # once for all weights that share them
+    if isinstance(x, CodedRows):
+        rows = grouped_small_batch.prepared_int8(x.codes, x.scale)
+    else:
+        rows = grouped_small_batch.quantized_int8(x)  # once for all weights that share them
     return grouped_small_batch.int8_int8(rows, jobs, codes, channels, width, result_dtype(x.dtype, bias))
-
-
-def _products_of_codes(
-    codes: Tensor, scale: Tensor, packed: Packed, width: int, dtype: torch.dtype
-) -> Tensor:
-    """As `_products`, of activations that are quantized already."""
-    from quantport_cpu.jit import amx_batch, grouped_small_batch
-
-    (weight, channels), jobs = packed, all_rows(codes.shape[0])
-    if amx_batch.takes(jobs, weight):
-        return amx_batch.int8_int8((codes, scale), jobs, weight, channels, width)
-    rows = grouped_small_batch.prepared_int8(codes, scale)
-    return grouped_small_batch.int8_int8(rows, jobs, weight, channels, width, dtype)
 
 
 class CpuInt8WeightOnly(_Int8):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quantport.backend import Packed, Quant, Reason, Request, Scheme, WeightSpec, aten
+from quantport.backend import CodedRows, Packed, Quant, Reason, Request, Scheme, WeightSpec, aten
 from quantport_triton import FIRST
 from quantport_triton.kernels.base import TritonKernel
 from quantport_triton.kernels.tiling import multiply, unaligned
@@ -55,28 +55,20 @@ class TritonScaled(TritonKernel):
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
         # The kernel reads the group scales of all its tokens in one step along K.
         quantized = quantize(x, self.activation, transposed=bool(self.activation.group_size))
-        return self.run_codes(quantized.codes, quantized.scale, packed, bias, spec, x.dtype)
+        return self.run_codes(CodedRows(quantized.codes, quantized.scale, x.dtype), packed, bias, spec)
 
-    def run_codes(
-        self,
-        codes: Tensor,
-        scale: Tensor,
-        packed: Packed,
-        bias: Tensor | None,
-        spec: WeightSpec,
-        dtype: torch.dtype,
-    ) -> Tensor:
+    def run_codes(self, x: CodedRows, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
         from quantport_triton.ops import scaled as ops
 
-        quant, (m, k) = spec.scheme.weight, codes.shape
+        quant, (m, k) = spec.scheme.weight, x.codes.shape
         weight, row = packed
         weight = weight.view(quant.element.storage) if quant.element.is_float8 else weight
-        config = tuned_config(target_of(codes.device), self.family, m)
+        config = tuned_config(target_of(x.codes.device), self.family, m)
         config = Config({"PROMOTE": 0, **config.blocks}, config.warps, config.stages)
         sums = torch.int32 if self.activation.format == "int8" and not quant.group_size else torch.float32
-        y = codes.new_empty(m, spec.n, dtype=dtype)
-        factors = {"token_factor": scale, "row_factor": row, "bias": y if bias is None else bias}
-        token_step, group_step = scale.stride()
+        y = x.codes.new_empty(m, spec.n, dtype=x.dtype)
+        factors = {"token_factor": x.scale, "row_factor": row, "bias": y if bias is None else bias}
+        token_step, group_step = x.scale.stride()
         numbers = {
             "w_width": weight.shape[1],
             "groups_per_row": row.shape[1],
@@ -89,7 +81,7 @@ class TritonScaled(TritonKernel):
             "ROW_STRIDE": -1 if quant.group_size else quant.block_shape[0],
             "BIAS": bias is not None,
         }
-        tensors = {"x": codes, "codes": weight}
+        tensors = {"x": x.codes, "codes": weight}
         multiply(ops.gemm, config, y, k, tensors, factors, numbers, sums, False, **constants)
         return y
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from quantport.backend import (
     Claim,
+    CodedRows,
     Evidence,
     Packed,
     Reason,
@@ -48,18 +49,10 @@ class XpuScaledMM(aten.ScaledMM):
         """PyTorch's own kernel, and the instruction."""
         return Claim(Evidence.DECLARED, f"{_SCALED}; {request.device.arch.source}")
 
-    def run_codes(
-        self,
-        codes: Tensor,
-        scale: Tensor,
-        packed: Packed,
-        bias: Tensor | None,
-        spec: WeightSpec,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        if not len(codes):  # torch takes no strides of the scales of zero rows
-            return codes.new_empty(0, spec.n, dtype=dtype)
-        return super().run_codes(codes, scale, packed, bias, spec, dtype)
+    def run_codes(self, x: CodedRows, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
+        if not len(x.codes):  # torch takes no strides of the scales of zero rows
+            return x.codes.new_empty(0, spec.n, dtype=x.dtype)
+        return super().run_codes(x, packed, bias, spec)
 
 
 class XpuFp8Emulated(XpuScaledMM):
@@ -104,17 +97,9 @@ class XpuIntMM(aten.IntMM):
         """PyTorch's own kernel, and the instruction."""
         return Claim(Evidence.DECLARED, f"{_INT}; {request.device.arch.source}")
 
-    def run_codes(
-        self,
-        codes: Tensor,
-        scale: Tensor,
-        packed: Packed,
-        bias: Tensor | None,
-        spec: WeightSpec,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        weight, row = packed
+    def run_codes(self, x: CodedRows, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
+        (weight, row), codes = packed, x.codes
         if spec.k == 1:  # oneDNN misreads the strides of such matrices
             codes, weight = (torch.nn.functional.pad(t, (0, 1)) for t in (codes, weight))
-        y = torch._int_mm(codes, weight.t()) * scale * row.view(1, -1)
-        return (y if bias is None else y + bias).to(dtype)
+        y = torch._int_mm(codes, weight.t()) * x.scale * row.view(1, -1)
+        return (y if bias is None else y + bias).to(x.dtype)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from quantport.backend import (
     Claim,
+    CodedRows,
     Evidence,
     Kernel,
     Packed,
@@ -156,24 +157,16 @@ class XpuInt4W4A8(XpuInt4W4A16, aten.Quantizing):
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
         return aten.Quantizing.run(self, x, packed, bias, spec)
 
-    def run_codes(
-        self,
-        codes: Tensor,
-        scale: Tensor,
-        packed: Packed,
-        bias: Tensor | None,
-        spec: WeightSpec,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        if not len(codes):
-            return codes.new_empty(0, spec.n, dtype=dtype)
+    def run_codes(self, x: CodedRows, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
+        if not len(x.codes):
+            return x.codes.new_empty(0, spec.n, dtype=x.dtype)
         words, _, zero, half, factor, token = packed
         operator, offset = torch.ops._xpu_C.int4_gemm_w4a8, torch.zeros_like(token, dtype=torch.int32)
         y: Tensor = operator(
-            codes, token, offset, words.t(), half, zero, spec.scheme.weight.group_size, None, None
+            x.codes, token, offset, words.t(), half, zero, spec.scheme.weight.group_size, None, None
         )
-        y = y.float() * (scale * factor)
-        return (y if bias is None else y + bias).to(dtype)
+        y = y.float() * (x.scale * factor)
+        return (y if bias is None else y + bias).to(x.dtype)
 
 
 class _Fp8(Kernel):
@@ -258,17 +251,10 @@ class XpuFp8Gemm(_Fp8, aten.Quantizing):
         """The vendor's source, and the instruction."""
         return Claim(Evidence.DECLARED, f"{_W8A8}; {request.device.arch.source}")
 
-    def run_codes(
-        self,
-        codes: Tensor,
-        scale: Tensor,
-        packed: Packed,
-        bias: Tensor | None,
-        spec: WeightSpec,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        if not len(codes):
-            return codes.new_empty(0, spec.n, dtype=dtype)
+    def run_codes(self, x: CodedRows, packed: Packed, bias: Tensor | None, spec: WeightSpec) -> Tensor:
+        if not len(x.codes):
+            return x.codes.new_empty(0, spec.n, dtype=x.dtype)
         weight, row = packed
-        y: Tensor = torch.ops._xpu_C.fp8_gemm(codes, weight.view(codes.dtype).t(), dtype, scale, row, bias)
+        columns = weight.view(x.codes.dtype).t()
+        y: Tensor = torch.ops._xpu_C.fp8_gemm(x.codes, columns, x.dtype, x.scale, row, bias)
         return y
